@@ -1,0 +1,451 @@
+"""The typed run config: data only, frozen, unknown keys refused with the nearest name.
+
+A config file is sparse YAML; `load_config(path, ["key.sub=value", ...])` resolves it. The resolved config is stored in
+Redis when the run is created and is the only source from then on. Validation checks; it never fills in another section.
+Derived values are properties. Importing this module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import ConfigError
+
+QUEUES = ("dataset", "rollout", "reference", "reward", "eval")
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    path: str
+    """Hub id (`Qwen/Qwen3-1.7B`) or folder with config.json, weights and tokenizer."""
+    revision: str | None = None
+    """Hub revision; none = the hub's default branch."""
+
+
+class DatasetConfig(_Section):
+    path: str
+    """Hub id (`openai/gsm8k`), or a local .jsonl, .json, .parquet file or folder of them."""
+    name: str | None = None
+    """Hub configuration name (`main` of gsm8k)."""
+    revision: str | None = None
+    """Hub revision."""
+    split: str = "train"
+    """Split to read; local files have the one split `train`."""
+    streaming: bool = False
+    """Read the set as a stream: shuffled in a window of `shuffle_buffer` rows, resumed by skipping rows already used."""
+    shuffle: bool = True
+    """Seeded permutation per epoch; off = file order."""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """Window of a streaming shuffle, in rows."""
+    prompt_column: str = "prompt"
+    """Column with the question: text, or a list of chat messages."""
+    target_column: str | None = "target"
+    """Column with the answer; none = the rewards need no target."""
+    target_delimiter: str | None = None
+    """The target is the text after the last occurrence of this (`"#### "` in GSM8K); none = the whole column."""
+    system_prompt: str | None = None
+    """Put before every text prompt."""
+    chat_template: bool = True
+    """Apply the tokenizer's chat template to the prompt; off = plain text."""
+    max_req_tokens: int = Field(default=512, ge=1)
+    """Prompts over this many tokens are skipped and counted."""
+
+
+class SamplingConfig(_Section):
+    group_size: int = Field(default=8, ge=1)
+    """Completions per prompt."""
+    max_res_tokens: int = Field(default=1024, ge=1)
+    """Bound on the tokens of one completion."""
+    temperature: float = Field(default=1.0, ge=0.0, le=10.0)
+    """Softmax temperature of sampling; the trainer divides its logits by it too."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus mass kept; logprobs are those of the truncated distribution."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k most likely tokens; 0 = off."""
+
+
+class RolloutConfig(_Section):
+    engine: Literal["torch", "vllm"] = "torch"
+    """`torch`: embedded, over a transformers model, CPU or CUDA. `vllm`: needs the extra `sluice[vllm]`."""
+    concurrency: int = Field(default=16, ge=1)
+    """Groups in flight per rollout worker: the task threads that feed the engine's continuous batch."""
+    max_sequences: int = Field(default=256, ge=1)
+    """Sequences decoded together; groups beyond it wait in the engine."""
+    dtype: DType = "float32"
+    """Sampling precision: weights are published in it."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
+    in_flight: Literal["keep", "recompute", "drain"] = "keep"
+    """Running sequences at a policy update: go on with their KV cache, with a recomputed one, or finish first."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """vLLM only."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """vLLM only."""
+    enforce_eager: bool = False
+    """vLLM only: no CUDA graphs."""
+
+
+class ReferenceConfig(_Section):
+    dtype: DType = "bfloat16"
+    """Precision of the frozen reference model."""
+    device: str = "auto"
+    """As rollout.device."""
+    concurrency: int = Field(default=8, ge=1)
+    """Groups whose logprobs may be computed in one batch, per reference worker."""
+    max_batch_tokens: int = Field(default=32768, ge=1)
+    """Padded tokens of one forward pass."""
+
+
+class RewardFunction(_Section):
+    function: str
+    """Dotted path (`workers.rewards.MathReward`, `mypkg.rewards:brevity`) or file (`rewards.py:brevity`). A class is called with `kwargs`."""
+    name: str | None = None
+    """Name in metrics; none = the function's or class' own name."""
+    weight: float = 1.0
+    """Weight in a `sum`; refused with `mean`, where it would have no effect."""
+    kwargs: dict[str, Any] = {}
+    """Arguments of the class."""
+
+
+class RewardConfig(_Section):
+    functions: tuple[RewardFunction, ...] = Field(min_length=1)
+    """One or more reward functions."""
+    aggregation: Literal["mean", "sum"] = "mean"
+    """`mean`: unweighted mean of those that apply (the tutorial's rule); `sum`: weighted sum."""
+    time_limit_s: float = Field(default=10.0, gt=0)
+    """Seconds for scoring one group; over it the process is killed and the group retried."""
+    concurrency: int = Field(default=1, ge=1)
+    """Processes per reward worker."""
+
+    @model_validator(mode="after")
+    def _weights_have_an_effect(self) -> RewardConfig:
+        if self.aggregation == "mean" and any(f.weight != 1.0 for f in self.functions):
+            raise ValueError("weights have no effect with aggregation=mean: set reward.aggregation=sum")
+        return self
+
+
+class ReplayBufferConfig(_Section):
+    batch_size: int = Field(default=2, ge=1)
+    """Groups per data-parallel rank and optimizer step."""
+    dp_size: int = Field(default=1, ge=1)
+    """Data-parallel ranks."""
+    max_policy_age: int = Field(default=1, ge=0)
+    """A group is trained only while current version - its version <= this. 0 = strictly on-policy."""
+    max_resample_count: int | None = Field(default=0, ge=0)
+    """How often a group may be trained again; none = without limit until it is too old."""
+    max_bytes: int = Field(default=4 * 1024**3, ge=1)
+    """Admission stops while the run's groups hold more bytes of Redis memory than this."""
+
+
+class LossConfig(_Section):
+    """Policy loss; formulas and sources in docs/algorithms.md."""
+
+    loss: Literal["grpo"] = "grpo"
+    """PPO-clip on group advantages."""
+    clip_low: float = Field(default=0.2, ge=0.0)
+    """eps_low: the ratio is clipped below at 1 - eps_low."""
+    clip_high: float = Field(default=0.2, ge=0.0)
+    """eps_high: the ratio is clipped above at 1 + eps_high."""
+    dual_clip: float | None = Field(default=None, gt=1.0)
+    """delta: the unclipped ratio is capped here; none = off."""
+    cispo_cap: float = Field(default=5.0, gt=0.0)
+    """Ratio cap of `cispo`."""
+    sapo_tau_pos: float = Field(default=1.0, gt=0.0)
+    """Temperature of `sapo` for positive advantages."""
+    sapo_tau_neg: float = Field(default=1.05, gt=0.0)
+    """Temperature of `sapo` for the rest."""
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_horizon"] = "token_mean"
+    """How token losses become one number."""
+    horizon: int | None = Field(default=None, ge=1)
+    """L of `fixed_horizon`, in tokens."""
+    kl_beta: float = Field(default=0.0, ge=0.0)
+    """Weight of the KL to the reference; 0 = no reference task is sent at all."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL."""
+    off_policy: Literal["bypass", "decoupled"] = "bypass"
+    """Denominator of the ratio: the sampler's logprobs, or the trainer's own at the start of the step."""
+    is_weight: Literal["token_truncate", "token_mask"] | None = None
+    """Treatment of the importance weight pi_prox / pi_behav; `decoupled` only."""
+    is_low: float | None = Field(default=None, gt=0.0)
+    """Lower bound of `token_mask`."""
+    is_high: float = Field(default=2.0, gt=0.0)
+    """Cap of `token_truncate`, upper bound of `token_mask`."""
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> LossConfig:
+        if self.off_policy == "bypass" and self.is_weight is not None:
+            raise ValueError(
+                "double correction: with off_policy=bypass the ratio already corrects for the sampler; "
+                "drop is_weight or set off_policy=decoupled"
+            )
+        if self.is_weight == "token_mask" and self.is_low is None:
+            raise ValueError("is_weight=token_mask needs is_low (0.5 is usual)")
+        if self.is_low is not None and (self.is_weight != "token_mask" or self.is_low >= self.is_high):
+            raise ValueError("is_low is the lower bound of is_weight=token_mask and must be under is_high")
+        if (self.aggregation == "fixed_horizon") != (self.horizon is not None):
+            raise ValueError("aggregation=fixed_horizon and horizon belong together: set both or neither")
+        return self
+
+
+class TrainerConfig(_Section):
+    num_steps: int = Field(default=100, ge=1)
+    """Optimizer steps of the run."""
+    local_batch_size: int = Field(default=2, ge=1)
+    """Full-length sequences per micro-batch; with seq_len this is the token budget."""
+    seq_len: int = Field(default=2048, ge=2)
+    """Bound on prompt + completion, in tokens."""
+    device: str = "auto"
+    """As rollout.device."""
+    autocast: DType = "float32"
+    """Compute precision; master weights and optimizer state are float32 always."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    advantage: Literal["group", "none", "batch", "rloo"] = "group"
+    """Baseline and scale of the rewards; docs/algorithms.md."""
+    loss: LossConfig = LossConfig()
+    """Policy loss."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak AdamW learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW decoupled weight decay, on matrices only."""
+    warmup_steps: int = Field(default=1, ge=0)
+    """Linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up, down to 0 at num_steps."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled to at most this global norm."""
+    stall_report_s: float = Field(default=5.0, gt=0)
+    """While no batch is ready, the cause is logged this often, in seconds."""
+
+    @property
+    def max_tokens_per_microbatch(self) -> int:
+        """Padded tokens of one forward and backward pass."""
+        return self.local_batch_size * self.seq_len
+
+
+class CheckpointConfig(_Section):
+    every_steps: int = Field(default=10, ge=1)
+    """A durable checkpoint every so many steps, and one at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class PolicyStoreConfig(_Section):
+    transport: Literal["directory", "redis"] = "directory"
+    """`directory`: safetensors under `path`, shared by trainer and workers. `redis`: chunks in Redis, for machines without a shared folder."""
+    path: str | None = None
+    """Folder of the directory transport; none = /dev/shm/sluice (this machine only)."""
+    keep: int = Field(default=4, ge=2)
+    """Newest versions kept; the base version and versions an evaluation needs stay as well."""
+
+
+class EvalDataset(_Section):
+    name: str = "heldout"
+    """Name in metrics: eval/<name>/pass@1."""
+    dataset: DatasetConfig
+    """Where the prompts come from."""
+    num_prompts: int | None = Field(default=None, ge=1)
+    """First so many rows; none = all."""
+    num_samples: int = Field(default=0, ge=0)
+    """k of pass@k: samples per prompt beside the greedy one; 0 = greedy only."""
+    correct_if: float = 1.0
+    """A completion is correct when the reward function named in `function` gives at least this."""
+    function: str | None = None
+    """Name of the reward function that decides; none = the first."""
+
+
+class EvaluationConfig(_Section):
+    datasets: tuple[EvalDataset, ...] = ()
+    """Held-out sets; none = no evaluation."""
+    every_steps: int = Field(default=0, ge=0)
+    """Evaluate every so many steps, besides before and after training; 0 = only those two."""
+
+
+class LeaseConfig(_Section):
+    running_s: float = Field(default=15.0, gt=0)
+    """A claimed part that is not renewed for so long is given to another worker."""
+    queued_s: float = Field(default=30.0, gt=0)
+    """A sent part that nobody claimed is sent again after so long, doubling each time."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Claims of one part before the group is dead-lettered."""
+    shutdown_grace_s: float = Field(default=5.0, ge=0)
+    """SIGTERM: what cannot finish within this is handed back."""
+
+
+class ReplicasConfig(_Section):
+    """Worker processes that `sluice run` starts on this machine, per queue."""
+
+    dataset: int = Field(default=1, ge=0)
+    """Dataset workers (CPU)."""
+    rollout: int = Field(default=1, ge=0)
+    """Rollout workers (one per GPU)."""
+    reference: int = Field(default=1, ge=0)
+    """Reference workers; they idle when kl_beta is 0."""
+    reward: int = Field(default=1, ge=0)
+    """Reward workers (CPU)."""
+    eval: int = Field(default=1, ge=0)
+    """Evaluation workers; none is started where no evaluation set is configured."""
+
+
+class MetricsConfig(_Section):
+    stream_length: int = Field(default=100_000, ge=1)
+    """Trainer steps kept in the Redis metrics stream."""
+    samples_kept: int = Field(default=1000, ge=0)
+    """Trained groups kept for `sluice samples`."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run folder (extra `sluice[tensorboard]`)."""
+
+
+class Config(_Section):
+    """One run."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of the permutation, of sampling noise and of initialisation."""
+    output_dir: str = "runs"
+    """Run folders are made under it."""
+    model: ModelConfig
+    """The policy to train; also the frozen reference."""
+    dataset: DatasetConfig
+    """Training prompts."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How completions are drawn."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Rollout workers."""
+    reference: ReferenceConfig = ReferenceConfig()
+    """Reference workers."""
+    reward: RewardConfig
+    """Reward functions and workers."""
+    replay_buffer: ReplayBufferConfig = ReplayBufferConfig()
+    """Batching and the policy-age bound."""
+    trainer: TrainerConfig = TrainerConfig()
+    """Optimisation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Durable state of the trainer."""
+    policy_store: PolicyStoreConfig = PolicyStoreConfig()
+    """Where policies are published."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out evaluation."""
+    lease: LeaseConfig = LeaseConfig()
+    """Deadlines and retries."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """Worker processes per queue."""
+    metrics: MetricsConfig = MetricsConfig()
+    """Sinks."""
+
+    @property
+    def groups_per_step(self) -> int:
+        """Groups that one optimizer step consumes."""
+        return self.replay_buffer.batch_size * self.replay_buffer.dp_size
+
+    @property
+    def max_in_flight(self) -> int:
+        """Admission bound: groups whose policy version is not yet published."""
+        return (self.replay_buffer.max_policy_age + 1) * self.groups_per_step
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts a group needs after its rollout."""
+        return ("reward", "reference") if self.trainer.loss.kl_beta > 0 else ("reward",)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        longest = self.dataset.max_req_tokens + self.sampling.max_res_tokens
+        if longest > self.trainer.seq_len:
+            raise ValueError(
+                f"dataset.max_req_tokens + sampling.max_res_tokens = {longest} exceeds trainer.seq_len = {self.trainer.seq_len}: "
+                "raise seq_len or lower one of the two"
+            )
+        if self.sampling.group_size == 1 and self.trainer.advantage in ("group", "rloo", "batch", "none"):
+            raise ValueError(
+                "sampling.group_size=1 gives every completion an advantage of 0, nothing would be learnt: use 2 or more (8 is usual)"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature=0 makes all completions of a group equal, nothing would be learnt: use 1.0")
+        names = [e.name for e in self.evaluation.datasets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"evaluation.datasets: names must differ, got {names}")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved config, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_config(text: str, *, overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
+    """Config from YAML text and `dotted.key=value` overrides (values are YAML). Raises ConfigError with the nearest name."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} must be a mapping of sections, found {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Config from a YAML file. Raises ConfigError."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from None
+    return parse_config(text, overrides=overrides, source=str(path))
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        child = data.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {section} is not a section (lists are set whole, as YAML)")
+        data = child
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as a sentence a user can act on."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key {where!r}; {hint}"
+    if error["type"] == "missing":
+        return f"missing key {where!r}"
+    if error["type"] == "value_error":
+        return f"{where + ': ' if where else ''}{error['ctx']['error']}"
+    return f"{where} = {error['input']!r}: {error['msg']}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

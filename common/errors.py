@@ -1,0 +1,55 @@
+"""What a caller can act on.
+
+    SluiceError
+      ConfigError            a config key or value, or an input file, is wrong: say what, where, what to do (exit code 2)
+      ConnectionFailed       Redis cannot be reached, or is older than 6.2 (exit code 2)
+      SerializationError     bytes that are not ours, or of another schema version
+      PolicyError            a policy version cannot be published, found or verified
+        PolicyNotFound       no such version in the store
+        DigestMismatch       the bytes are not those that the manifest names
+      EngineError            an engine could not generate; the group is retried elsewhere
+        EngineClosed         the engine is shutting down; the group is handed back, no attempt is spent
+      RewardError            a reward function raised, ran out of time or returned nonsense: infrastructure, never a score
+"""
+
+from __future__ import annotations
+
+
+class SluiceError(Exception):
+    """Root of all errors that Sluice raises on purpose."""
+
+
+class ConfigError(SluiceError, ValueError):
+    """A config key or value, or an input that it names, is wrong."""
+
+
+class ConnectionFailed(SluiceError):
+    """Redis cannot be reached or used."""
+
+
+class SerializationError(SluiceError, ValueError):
+    """Bytes that cannot be decoded as a Sluice message."""
+
+
+class PolicyError(SluiceError):
+    """A policy version cannot be published, found or verified."""
+
+
+class PolicyNotFound(PolicyError):
+    """The store does not hold this version."""
+
+
+class DigestMismatch(PolicyError):
+    """The bytes read are not those that the manifest names."""
+
+
+class EngineError(SluiceError):
+    """The engine could not serve a request."""
+
+
+class EngineClosed(EngineError):
+    """The engine is shutting down; the request was not served."""
+
+
+class RewardError(SluiceError):
+    """A reward function failed: an infrastructure failure, never a score of 0."""

@@ -1,0 +1,70 @@
+"""Wire format: msgpack with one extension type for arrays and a schema version in front. No pickle anywhere.
+
+    b"SL" | schema version (1 byte) | msgpack body
+    array = ExtType(1, msgpack([dtype, shape, raw little-endian bytes]))
+
+Bounds on what is decoded: `MAX_BYTES` per message, and numeric dtypes only, so that a hostile message cannot allocate
+without end or smuggle objects.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from common.errors import SerializationError
+
+SCHEMA_VERSION = 1
+MAX_BYTES = 512 * 1024 * 1024  # Redis refuses larger values too
+_HEADER = b"SL" + bytes([SCHEMA_VERSION])
+_ARRAY = 1
+_DTYPES = frozenset("|b1 |u1 |i1 <u2 <i2 <f2 <u4 <i4 <f4 <u8 <i8 <f8".split())
+
+
+def encode(value: Any) -> bytes:
+    """Bytes of a value made of None, bool, int, float, str, bytes, list, tuple, dict with str keys, and numeric arrays."""
+    try:
+        return _HEADER + msgpack.packb(value, default=_encode_array, use_bin_type=True)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SerializationError(f"cannot encode a {type(value).__name__}: {error}") from error
+
+
+def decode(data: bytes) -> Any:
+    """Inverse of `encode`; tuples come back as lists. Raises SerializationError on anything that `encode` did not write."""
+    if data[:2] != _HEADER[:2]:
+        raise SerializationError(f"not a Sluice message: starts with {bytes(data[:8])!r}")
+    if data[2:3] != _HEADER[2:]:
+        raise SerializationError(f"schema version {data[2:3]!r}, this build reads {SCHEMA_VERSION}: upgrade the older role")
+    try:
+        return msgpack.unpackb(
+            memoryview(data)[3:], ext_hook=_decode_array, raw=False, strict_map_key=True, max_buffer_size=MAX_BYTES
+        )
+    except SerializationError:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise SerializationError(f"damaged message of {len(data)} bytes: {error}") from error
+
+
+def _encode_array(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"no wire form for {type(value).__name__}")
+    array = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
+    if array.dtype.str not in _DTYPES:
+        raise TypeError(f"no wire form for arrays of {value.dtype}")
+    return msgpack.ExtType(_ARRAY, msgpack.packb([array.dtype.str, value.shape, array.tobytes()]))
+
+
+def _decode_array(code: int, data: bytes) -> Any:
+    if code != _ARRAY:
+        raise SerializationError(f"unknown extension type {code}")
+    dtype, shape, raw = msgpack.unpackb(data, raw=False)
+    if dtype not in _DTYPES:
+        raise SerializationError(f"refused array dtype {dtype!r}")
+    if math.prod(shape) * np.dtype(dtype).itemsize != len(raw):
+        raise SerializationError(f"array of shape {shape} and dtype {dtype} does not fit {len(raw)} bytes")
+    return np.frombuffer(raw, dtype=dtype).reshape(shape)

@@ -1,0 +1,176 @@
+"""The data that travels: prompts, completions, scores, and the group that joins them.
+
+A *group* is `group_size` completions of one prompt. It is the unit of work, of admission, of normalisation and of
+accounting. Its parts are written by different roles and joined in Redis:
+
+    task       by the dataset role     what to generate (Task)
+    rollout    by the rollout role     the completions (Rollout)
+    reward     by the reward role      scores per completion (Scores)
+    reference  by the reference role   ref_logprobs per completion (list of float32 [T])
+
+Legend: T = tokens of one completion, G = group_size. Arrays are numpy, so that no role needs torch to read them.
+Masks come from lengths, never from comparing with a pad id; text is never re-tokenised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length", "abort"]
+VersionSpans = tuple[tuple[int, int], ...]
+"""Run-length (policy version, number of tokens), in order; the counts sum to T."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How one group is sampled."""
+
+    n: int
+    "completions per prompt"
+    max_tokens: int
+    "bound on T"
+    temperature: float = 1.0
+    "0 = greedy (logprobs are then those of temperature 1)"
+    top_p: float = 1.0
+    "nucleus mass kept, in (0, 1]"
+    top_k: int = 0
+    "0 = off"
+    seed: int = 0
+    "noise of this group alone: same seed and weights, same tokens, whatever else is in the batch"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What the dataset role asks the rollout role to generate."""
+
+    group_id: str
+    prompt_ids: NDArray[np.int32]
+    "[P]"
+    prompt: Any
+    "text, or a list of chat messages where the dataset is conversational"
+    target: str | None
+    "what the answer is compared with"
+    columns: dict[str, Any]
+    "the other dataset columns of this row, for reward functions"
+    sampling: SamplingParams
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "group_id": self.group_id,
+            "prompt_ids": self.prompt_ids,
+            "prompt": self.prompt,
+            "target": self.target,
+            "columns": self.columns,
+            "sampling": asdict(self.sampling),
+        }
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Task:
+        return cls(**{**wire, "sampling": SamplingParams(**wire["sampling"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One sampled continuation of a prompt, as the engine returns it."""
+
+    token_ids: NDArray[np.int32]
+    "[T], the stop token included"
+    rollout_logprobs: NDArray[np.float32]
+    "[T], of the distribution that was really sampled"
+    policy_versions: VersionSpans
+    "which version produced which token"
+    finish_reason: FinishReason
+    text: str = ""
+    "decoded, special tokens that are not end-of-sequence kept out; filled in by the rollout role"
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "token_ids": self.token_ids,
+            "rollout_logprobs": self.rollout_logprobs,
+            "policy_versions": [list(span) for span in self.policy_versions],
+            "finish_reason": self.finish_reason,
+            "text": self.text,
+        }
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Completion:
+        return cls(**{**wire, "policy_versions": tuple((int(v), int(n)) for v, n in wire["policy_versions"])})
+
+
+def oldest_version(completions: list[Completion]) -> int:
+    """The oldest policy version that produced any token of the group: the version the group is filed under."""
+    return min(version for completion in completions for version, _ in completion.policy_versions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What the reward role says of one group."""
+
+    reward: list[float | None]
+    "[G] total; None = unscorable (every function said None)"
+    by_function: dict[str, list[float | None]] = field(default_factory=dict)
+    "[G] per reward function"
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"reward": self.reward, "by_function": self.by_function}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Episode:
+    """One completion with everything the trainer needs."""
+
+    completion: Completion
+    reward: float | None
+    rewards: dict[str, float | None]
+    ref_logprobs: NDArray[np.float32] | None
+    "[T] or none when kl_beta is 0"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """All parts of one group, joined."""
+
+    group_id: str
+    policy_version: int
+    "the oldest version that produced any of its tokens"
+    prompt_ids: NDArray[np.int32]
+    prompt: Any
+    target: str | None
+    episodes: list[Episode]
+    timestamps: dict[str, float]
+    "stage -> seconds since the epoch, by Redis' clock"
+
+    @classmethod
+    def from_parts(
+        cls,
+        *,
+        task: dict[str, Any],
+        rollout: dict[str, Any],
+        reward: dict[str, Any],
+        reference: list[NDArray[np.float32]] | None,
+        policy_version: int,
+        timestamps: dict[str, float],
+    ) -> Group:
+        completions = [Completion.from_wire(wire) for wire in rollout["completions"]]
+        episodes = [
+            Episode(
+                completion=completion,
+                reward=reward["reward"][i],
+                rewards={name: values[i] for name, values in reward["by_function"].items()},
+                ref_logprobs=None if reference is None else reference[i],
+            )
+            for i, completion in enumerate(completions)
+        ]
+        return cls(
+            group_id=task["group_id"],
+            policy_version=policy_version,
+            prompt_ids=task["prompt_ids"],
+            prompt=task["prompt"],
+            target=task["target"],
+            episodes=episodes,
+            timestamps=timestamps,
+        )

@@ -1,0 +1,1 @@
+"""Read-only views over Redis. Imports `common` only, never torch."""

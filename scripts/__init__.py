@@ -1,0 +1,1 @@
+"""The commands a user types: thin, on top of the other floors."""

@@ -1,0 +1,1 @@
+"""The Celery side: message in, message out. One module per queue."""

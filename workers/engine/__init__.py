@@ -1,0 +1,85 @@
+"""The engine contract: token ids in, token ids out, with logprobs and the policy version of every token.
+
+    task threads --generate()--> [ pending ] --admit--> [ running rows ] --EOS or length--> futures resolve
+    policy thread --stage()----> [ staged policy ] --swapped in between two decode steps--> every later token has its version
+
+One engine per process, shared by all task threads; it batches whatever they submit. Two implementations stand behind
+one contract test: `torch_engine.TorchEngine` and (with the extra `sluice[vllm]`) `vllm_engine`.
+
+What every engine guarantees:
+* logprobs are those of the distribution really sampled (after temperature, top_p, top_k), in float32; greedy
+  (temperature 0) reports the logprob at temperature 1;
+* the end-of-sequence token is part of token_ids and has a logprob;
+* noise depends on `sampling.seed` and the completion's place in the group only, never on what else is in the batch;
+* a request waits inside `generate` until the engine serves `min_version` or newer (or exactly `pinned_version`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.types import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One group to generate."""
+
+    group_id: str
+    prompt_ids: NDArray[np.int32]
+    "[P]"
+    sampling: SamplingParams
+    min_version: int = 0
+    "the lowest policy version that may generate this group"
+    pinned_version: int | None = None
+    "exactly this version (evaluation); none = any from min_version on"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Counters since the engine started."""
+
+    generated_tokens: int
+    running_sequences: int
+    waiting_requests: int
+    busy_s: float
+    "seconds spent in prefill and decode"
+    num_updates: int
+    update_pause_s: float
+    "seconds that policy swaps took out of generation, in all"
+
+
+class Engine(Protocol):
+    """What a rollout worker needs of an engine."""
+
+    @property
+    def version(self) -> int:
+        """The policy version that produces the next token; -1 before the first policy."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the served policy, as its manifest names it."""
+
+    @property
+    def progress_at(self) -> float:
+        """`time.monotonic()` of the engine loop's last pass; a hung engine's stands still, an idle one's moves every second."""
+
+    def generate(self, request: GenerationRequest) -> list[Completion]:
+        """`sampling.n` completions in order; blocks. Thread-safe. Raises EngineError, or EngineClosed when it was not served."""
+
+    def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Hand over a verified policy; returns at once, the swap happens between two decode steps. A newer one replaces it."""
+
+    def stats(self) -> EngineStats:
+        """Counters for heartbeats and metrics."""
+
+    def close(self) -> None:
+        """Stop; requests still inside raise EngineClosed. Idempotent."""

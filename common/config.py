@@ -149,14 +149,15 @@ class ReplayBufferConfig(_Section):
 class LossConfig(_Section):
     """Policy loss; formulas and sources in docs/algorithms.md."""
 
-    loss: Literal["grpo"] = "grpo"
-    """PPO-clip on group advantages."""
+    loss: Literal["grpo", "gspo", "cispo", "sapo", "reinforce", "dppo"] = "grpo"
+    """`grpo`: PPO-clip on group advantages. `gspo`: the same on sequence ratios. `cispo`, `reinforce`: a capped weight
+    without gradient. `sapo`: a soft gate. `dppo`: tokens whose probability moved too far are dropped."""
     clip_low: float = Field(default=0.2, ge=0.0)
-    """eps_low: the ratio is clipped below at 1 - eps_low."""
+    """eps_low of `grpo`, `gspo`: the ratio is clipped below at 1 - eps_low; `dppo`: bound on a fall in probability."""
     clip_high: float = Field(default=0.2, ge=0.0)
-    """eps_high: the ratio is clipped above at 1 + eps_high."""
+    """eps_high of `grpo`, `gspo`: the ratio is clipped above at 1 + eps_high; `dppo`: bound on a rise in probability."""
     dual_clip: float | None = Field(default=None, gt=1.0)
-    """delta: the unclipped ratio is capped here; none = off."""
+    """delta of `grpo`, `gspo`: the unclipped ratio is capped here (3.0 is usual); none = off."""
     cispo_cap: float = Field(default=5.0, gt=0.0)
     """Ratio cap of `cispo`."""
     sapo_tau_pos: float = Field(default=1.0, gt=0.0)
@@ -173,12 +174,15 @@ class LossConfig(_Section):
     """Estimator of that KL."""
     off_policy: Literal["bypass", "decoupled"] = "bypass"
     """Denominator of the ratio: the sampler's logprobs, or the trainer's own at the start of the step."""
-    is_weight: Literal["token_truncate", "token_mask"] | None = None
-    """Treatment of the importance weight pi_prox / pi_behav; `decoupled` only."""
+    is_weight: (
+        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] | None
+    ) = None
+    """Treatment of the importance weight pi_prox / pi_behav, `decoupled` only; none = the weight as it is. Per token, or
+    per sequence (product of its ratios, or their geometric mean): capped at is_high, or 0 outside [is_low, is_high]."""
     is_low: float | None = Field(default=None, gt=0.0)
-    """Lower bound of `token_mask`."""
+    """Lower bound of the masks."""
     is_high: float = Field(default=2.0, gt=0.0)
-    """Cap of `token_truncate`, upper bound of `token_mask`."""
+    """Cap of the truncations and of `reinforce`'s weight, upper bound of the masks."""
 
     @model_validator(mode="after")
     def _choices_fit(self) -> LossConfig:
@@ -187,10 +191,17 @@ class LossConfig(_Section):
                 "double correction: with off_policy=bypass the ratio already corrects for the sampler; "
                 "drop is_weight or set off_policy=decoupled"
             )
-        if self.is_weight == "token_mask" and self.is_low is None:
-            raise ValueError("is_weight=token_mask needs is_low (0.5 is usual)")
-        if self.is_low is not None and (self.is_weight != "token_mask" or self.is_low >= self.is_high):
-            raise ValueError("is_low is the lower bound of is_weight=token_mask and must be under is_high")
+        if self.is_weight == "geometric_mask" and (self.is_low is None or "is_high" not in self.model_fields_set):
+            raise ValueError("is_weight=geometric_mask needs is_low and is_high (0.99 and 1.01 are usual)")
+        is_masked = self.is_weight is not None and self.is_weight.endswith("_mask")
+        if is_masked and self.is_low is None:
+            raise ValueError(f"is_weight={self.is_weight} needs is_low (0.5 is usual)")
+        if self.is_low is not None and (not is_masked or self.is_low >= self.is_high):
+            raise ValueError("is_low is the lower bound of an is_weight that masks and must be under is_high")
+        if self.loss == "dppo" and self.off_policy != "bypass":
+            raise ValueError("loss=dppo bounds the distance to the sampler itself: set off_policy=bypass")
+        if self.dual_clip is not None and (self.loss not in ("grpo", "gspo") or self.dual_clip <= 1 + self.clip_high):
+            raise ValueError("dual_clip belongs to loss=grpo or gspo and must be over 1 + clip_high")
         if (self.aggregation == "fixed_horizon") != (self.horizon is not None):
             raise ValueError("aggregation=fixed_horizon and horizon belong together: set both or neither")
         return self
@@ -209,7 +220,7 @@ class TrainerConfig(_Section):
     """Compute precision; master weights and optimizer state are float32 always."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    advantage: Literal["group", "none", "batch", "rloo"] = "group"
+    advantage: Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl"] = "group"
     """Baseline and scale of the rewards; docs/algorithms.md."""
     loss: LossConfig = LossConfig()
     """Policy loss."""

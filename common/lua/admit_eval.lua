@@ -1,0 +1,20 @@
+-- An evaluation of one version on one dataset: its groups enter the ledger under kind `eval`, never the buffer.
+-- ARGV: evaluation id, dataset, version, queued_ms, group, task payload, group, task payload, ...
+-- Returns the groups to send; a second call (the message was delivered twice) admits only what is missing.
+local id, dataset, version, queued_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local evaluation = key('eval:' .. id)
+local out, seconds = {}, now_s()
+for i = 5, #ARGV, 2 do
+  local group, payload = ARGV[i], ARGV[i + 1]
+  if redis.call('HSETNX', evaluation, 'admitted:' .. group, 1) == 1 then
+    redis.call('SADD', key('live:eval'), group)
+    redis.call('HINCRBY', key('counts:eval'), 'admitted', 1)
+    redis.call('HSET', key('g:' .. group), 'kind', 'eval', 'stage', 'admitted', 'eval', id, 'min_version', version,
+      'pinned', version, 'task', payload, 'bytes', #payload, 't:admitted', seconds)
+    redis.call('INCRBY', key('bytes'), #payload)
+    redis.call('ZADD', key('deadlines'), now_ms() + queued_ms, member(group, 'rollout'))
+    out[#out + 1] = group
+  end
+end
+redis.call('HSET', evaluation, 'dataset', dataset, 'version', version)
+return out

@@ -1,0 +1,19 @@
+-- A worker takes on one part of a group. A Celery message is only a hint; this decides.
+-- `holder` names the worker and this one claim, so that a message delivered twice to one worker runs once.
+-- ARGV: group, part, holder, lease_ms, field of the group to return, ...
+-- Returns {1, attempt, field values...} or {0, reason}
+local group, part, me, lease_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local g, owed = key('g:' .. group), member(group, part)
+
+local deadline = redis.call('ZSCORE', key('deadlines'), owed)
+if not deadline then return { 0, 'not_owed' } end
+local holder = redis.call('HGET', g, 'by:' .. part)
+local now = now_ms()
+if holder and holder ~= me and tonumber(deadline) > now then return { 0, 'held_by ' .. holder } end
+
+local attempt = redis.call('HINCRBY', g, 'n:' .. part, 1)
+redis.call('HSET', g, 'by:' .. part, me, 't:' .. part .. '_started', now_s())
+redis.call('ZADD', key('deadlines'), now + lease_ms, owed)
+local out = { 1, attempt }
+for i = 5, #ARGV do out[#out + 1] = redis.call('HGET', g, ARGV[i]) or false end
+return out

@@ -1,0 +1,134 @@
+-- Put in front of every script: the keys, and the few operations that all transitions share.
+-- KEYS[1] is the run's root, `sluice:{run}:`; the braces keep all keys of a run in one cluster slot.
+--
+--   run                hash     config, assets, status, created_at, incarnation, paused
+--   cursor             string   next dataset cursor
+--   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent; kind = train | eval
+--   live:<kind>        set      groups admitted and not yet settled: the ledger's in_flight
+--   credit             set      training groups that hold an admission credit
+--   g:<group>          hash     kind, stage, cursor, min_version, pinned, version, samples, bytes, eval,
+--                               payloads task|rollout|reward|reference, and per part: n:<part> claims, by:<part> worker,
+--                               s:<part> times sent again; t:<stage> seconds
+--   deadlines          zset     "<group>|<part>" -> ms: every part somebody owes us
+--   stream:<version>   stream   groups ready for training, filed under their oldest version; consumer group `trainer`
+--   versions           zset     versions that have a stream
+--   batch:<step>       list     manifest of a trainer step: "<version>|<entry>|<group>"
+--   batches            zset     steps that have a manifest
+--   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
+--   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at
+--   lineage            hash     version -> "<parent>:<trainer step>"
+--   events             stream   capped; policy published, dead letters, ...
+--   bytes              string   payload bytes held by groups
+--   dead               zset     dead-lettered groups -> ms; their hash is kept
+--   eval:<id>          hash     one evaluation: total, version, dataset, and a result per settled group
+--
+-- Every script is atomic and idempotent: a second call with the same arguments changes nothing. A failed script is not
+-- rolled back, so scripts check first and write after.
+
+local root = KEYS[1]
+
+local function key(name) return root .. name end
+
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+local function now_s()
+  local t = redis.call('TIME')
+  return string.format('%d.%06d', t[1], t[2])
+end
+
+local function member(group, part) return group .. '|' .. part end
+
+local function split(text)
+  local out = {}
+  for word in string.gmatch(text, '[^,]+') do out[#out + 1] = word end
+  return out
+end
+
+-- Age of version v seen from cur, in optimizer steps: the distance through their fork. 1e9 when v is not in the lineage.
+local function policy_age(v, cur)
+  local function node(version)
+    local value = redis.call('HGET', key('lineage'), version)
+    if not value then return nil end
+    local parent, step = string.match(value, '^(%-?%d+):(%d+)$')
+    return { version = tonumber(version), parent = tonumber(parent), step = tonumber(step) }
+  end
+  local from, to = node(v), node(cur)
+  if not from or not to then return 1e9 end
+  local a, b = from, to
+  while a.version ~= b.version do
+    if a.version > b.version then a = node(a.parent) else b = node(b.parent) end
+    if not a or not b then return 1e9 end
+  end
+  return (from.step - a.step) + (to.step - a.step)
+end
+
+-- Remove every trace of work still owed for a group.
+local function forget_work(group)
+  for _, part in ipairs({ 'task', 'rollout', 'reward', 'reference' }) do
+    redis.call('ZREM', key('deadlines'), member(group, part))
+  end
+  redis.call('SREM', key('credit'), group)
+end
+
+-- A group leaves the ledger's in_flight under `outcome`, once, and its payload is freed.
+local function settle(group, kind, outcome)
+  if redis.call('SREM', key('live:' .. kind), group) == 0 then return 0 end
+  redis.call('HINCRBY', key('counts:' .. kind), outcome, 1)
+  forget_work(group)
+  local bytes = tonumber(redis.call('HGET', key('g:' .. group), 'bytes') or '0')
+  if bytes > 0 then redis.call('DECRBY', key('bytes'), bytes) end
+  redis.call('UNLINK', key('g:' .. group))
+  return 1
+end
+
+-- As settle, but the payload stays for `sluice dead`.
+local function dead_letter(group, kind, reason, detail, worker)
+  if redis.call('SREM', key('live:' .. kind), group) == 0 then return 0 end
+  redis.call('HINCRBY', key('counts:' .. kind), 'dead:' .. reason, 1)
+  forget_work(group)
+  redis.call('ZADD', key('dead'), now_ms(), group)
+  redis.call('HSET', key('g:' .. group), 'stage', 'dead', 'dead_reason', reason, 'dead_detail', detail, 'dead_worker', worker)
+  redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'dead', 'group', group, 'reason', reason)
+  local evaluation = redis.call('HGET', key('g:' .. group), 'eval')
+  if evaluation then redis.call('HSET', key('eval:' .. evaluation), 'dead:' .. group, reason) end
+  return 1
+end
+
+-- Groups in the buffer that no batch holds.
+local function unread(version)
+  local stream = key('stream:' .. version)
+  if redis.call('EXISTS', stream) == 0 then return 0 end
+  return redis.call('XLEN', stream) - redis.call('XPENDING', stream, 'trainer')[1]
+end
+
+local function file_as_ready(group, version)
+  local stream = key('stream:' .. version)
+  if redis.call('EXISTS', stream) == 0 then
+    redis.call('XGROUP', 'CREATE', stream, 'trainer', '0', 'MKSTREAM')
+    redis.call('ZADD', key('versions'), version, version)
+  end
+  redis.call('XADD', stream, '*', 'group', group)
+  redis.call('HSET', key('g:' .. group), 'stage', 'ready')
+end
+
+local function discard_if_empty(version)
+  local stream = key('stream:' .. version)
+  if redis.call('XLEN', stream) == 0 then
+    redis.call('DEL', stream)
+    redis.call('ZREM', key('versions'), version)
+  end
+end
+
+-- Take up to `count` unread entries of a version's stream: list of {entry id, group}.
+local function read_entries(version, count)
+  local reply = redis.call('XREADGROUP', 'GROUP', 'trainer', 'trainer', 'COUNT', count, 'STREAMS', key('stream:' .. version), '>')
+  local out = {}
+  if not reply then return out end
+  local streams = reply[1]
+  if not streams then return out end
+  for _, entry in ipairs(streams[2]) do out[#out + 1] = { entry[1], entry[2][2] } end
+  return out
+end

@@ -1,0 +1,16 @@
+-- Move the policy pointer, last of all. Credits of the groups that made this version return here.
+-- ARGV: version, parent (-1 = none), trainer step, incarnation, digest, bytes
+-- Returns 1, or 0 when the served version is already this or a newer one (versions only grow).
+local version, parent, step = tonumber(ARGV[1]), ARGV[2], ARGV[3]
+local served = tonumber(redis.call('HGET', key('policy'), 'version') or '-1')
+if served >= version then return 0 end
+redis.call('HSET', key('lineage'), version, parent .. ':' .. step)
+redis.call('HSET', key('policy'), 'version', version, 'step', step, 'incarnation', ARGV[4], 'digest', ARGV[5], 'bytes', ARGV[6],
+  'published_at', now_s())
+redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'policy', 'version', version)
+for _, done in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), '-inf', step)) do
+  for _, line in ipairs(redis.call('LRANGE', key('batch:' .. done), 0, -1)) do
+    redis.call('SREM', key('credit'), string.match(line, '|([^|]+)$'))
+  end
+end
+return 1

@@ -1,0 +1,33 @@
+-- Overdue parts. One that a worker held (it died, hung or lost its network) spends an attempt; one that nobody claimed
+-- (its message was lost, or the queue is long) is only sent again, each time after twice as long.
+-- ARGV: max_attempts, queued_ms, most parts
+-- Returns {group, part, kind, group, part, kind, ...} to send
+local max_attempts, queued_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
+local now = now_ms()
+local out = {}
+for _, owed in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, ARGV[3])) do
+  local group, part = string.match(owed, '^(.+)|(%a+)$')
+  local g = key('g:' .. group)
+  local kind, holder = redis.call('HGET', g, 'kind'), redis.call('HGET', g, 'by:' .. part)
+  if not kind then
+    redis.call('ZREM', key('deadlines'), owed)
+  elseif holder and tonumber(redis.call('HGET', g, 'n:' .. part)) >= max_attempts then
+    local last = redis.call('HGET', g, 'last_error') or 'no error was reported'
+    dead_letter(group, kind, 'lease_expired', part .. ' held by ' .. holder .. ' was not renewed; before that: ' .. last, holder)
+  else
+    local wait = queued_ms
+    if holder then
+      redis.call('HDEL', g, 'by:' .. part)
+      redis.call('HINCRBY', key('counts:' .. kind), 'retried', 1)
+    else
+      local sends = redis.call('HINCRBY', g, 's:' .. part, 1)
+      redis.call('HINCRBY', key('counts:' .. kind), 'resent', 1)
+      wait = queued_ms * 2 ^ math.min(sends, 6)
+    end
+    redis.call('ZADD', key('deadlines'), now + wait, owed)
+    out[#out + 1] = group
+    out[#out + 1] = part
+    out[#out + 1] = kind
+  end
+end
+return out

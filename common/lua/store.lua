@@ -1,0 +1,51 @@
+-- A finished part arrives. The first result of a part wins, whichever attempt it came from; a later one is refused.
+-- ARGV: group, part, payload, policy version ('' unless part is rollout), queued_ms, parts that follow this one,
+--       parts that a complete group has (comma-separated)
+-- Returns {'refused'} | {'stored', part to send, ...} | {'waiting'} | {'ready'} | {'scored'}
+local group, part, payload, version = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local queued_ms, following, complete = tonumber(ARGV[5]), split(ARGV[6]), split(ARGV[7])
+local g, owed = key('g:' .. group), member(group, part)
+
+if not redis.call('ZSCORE', key('deadlines'), owed) then
+  local kind = string.sub(group, 1, 1) == 'e' and 'eval' or 'train'
+  redis.call('HINCRBY', key('counts:' .. kind), 'refused', 1)
+  return { 'refused' }
+end
+
+redis.call('ZREM', key('deadlines'), owed)
+redis.call('HSET', g, part, payload, 't:' .. part, now_s())
+redis.call('HDEL', g, 'by:' .. part)
+redis.call('HINCRBY', g, 'bytes', #payload)
+redis.call('INCRBY', key('bytes'), #payload)
+if version ~= '' then redis.call('HSET', g, 'version', version, 'stage', 'generated') end
+
+if #following > 0 then
+  local deadline = now_ms() + queued_ms
+  for _, name in ipairs(following) do redis.call('ZADD', key('deadlines'), deadline, member(group, name)) end
+  table.insert(following, 1, 'stored')
+  return following
+end
+
+for _, name in ipairs(complete) do
+  if redis.call('HEXISTS', g, name) == 0 then return { 'waiting' } end
+end
+
+if redis.call('HGET', g, 'kind') == 'eval' then
+  redis.call('HSET', key('eval:' .. redis.call('HGET', g, 'eval')), 'result:' .. group, redis.call('HGET', g, 'reward'))
+  settle(group, 'eval', 'scored')
+  return { 'scored' }
+end
+
+redis.call('HSET', g, 't:ready', now_s())
+file_as_ready(group, redis.call('HGET', g, 'version'))
+local want = redis.call('GET', key('want'))
+if want then
+  local ready = 0
+  for _, v in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do ready = ready + unread(v) end
+  if ready >= tonumber(want) then
+    redis.call('DEL', key('want'))
+    redis.call('RPUSH', key('wake'), 1)
+    redis.call('LTRIM', key('wake'), -1, -1)
+  end
+end
+return { 'ready' }

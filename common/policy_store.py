@@ -1,0 +1,241 @@
+"""Versioned weights: `publish(...)`, `latest()`, `fetch(version)`.
+
+    publish: write all tensors -> manifest (digest per tensor) -> move the pointer (one script) -> event
+    fetch:   manifest -> tensors -> verify every digest; what cannot be verified is never served
+
+Versions only grow. The manifest names (version, trainer step, incarnation, parent); the pointer lives in Redis, so all
+roles agree on it whichever transport carries the bytes:
+
+* DirectoryTransport: one safetensors file per version, written under a temporary name and renamed.
+* RedisTransport: the same bytes in 2 MiB chunks (larger ones are 2-7x slower), for machines without a shared folder.
+
+Digests are xxh3-128 per tensor; the manifest's own digest is the sha256 of all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import redis
+import safetensors
+import safetensors.torch
+import torch
+import xxhash
+
+from common.config import PolicyStoreConfig
+from common.errors import DigestMismatch, PolicyError, PolicyNotFound
+from common.keys import Keys
+from common.scripts import Scripts
+from common.serialization import decode, encode
+
+CHUNK_BYTES = 2 * 1024 * 1024
+DEFAULT_FOLDER = "/dev/shm/sluice"  # noqa: S108 - a memory file system; falls back to the temporary folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What one policy version is."""
+
+    version: int
+    step: int
+    "trainer step that made it; 0 is the base model"
+    incarnation: int
+    "of the trainer process, growing by one with each start"
+    parent: int
+    "version it was trained from; -1 for the base model"
+    num_bytes: int
+    digest: str
+    "sha256 over names and digests of all tensors"
+    tensors: dict[str, str]
+    "name -> xxh3-128"
+
+
+class Transport(Protocol):
+    """Carries the bytes of a version."""
+
+    def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Store all tensors of a version, replacing leftovers of a crash. Returns bytes."""
+
+    def read(self, version: int) -> dict[str, torch.Tensor]:
+        """All tensors, unverified. Raises PolicyNotFound."""
+
+    def delete(self, version: int) -> None:
+        """Free a version; nothing happens if there is none."""
+
+
+class DirectoryTransport:
+    """One safetensors file per version in a folder that trainer and workers share."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._path(version)
+        temporary = path.with_suffix(f".tmp{os.getpid()}")
+        safetensors.torch.save_file(dict(tensors), temporary)
+        temporary.rename(path)
+        return path.stat().st_size
+
+    def read(self, version: int) -> dict[str, torch.Tensor]:
+        path = self._path(version)
+        try:
+            # bytes, not mmap: a version may be deleted and its pages reused while an engine still copies from it
+            return safetensors.torch.load(path.read_bytes())
+        except FileNotFoundError:
+            raise PolicyNotFound(
+                f"policy version {version} is not at {path}: is policy_store.path shared with the trainer's machine? "
+                "If not, use policy_store.transport=redis"
+            ) from None
+        except safetensors.SafetensorError as error:
+            raise DigestMismatch(f"policy version {version} at {path} is damaged: {error}") from None
+
+    def delete(self, version: int) -> None:
+        self._path(version).unlink(missing_ok=True)
+
+    def remove_all(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, version: int) -> Path:
+        return self._folder / f"policy-{version:08d}.safetensors"
+
+
+class RedisTransport:
+    """The safetensors bytes of a version in chunks under `weights:<version>:<i>`."""
+
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+        self._client = client
+        self._keys = keys
+
+    def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
+        data = memoryview(safetensors.torch.save(dict(tensors)))
+        for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+            self._client.set(self._keys("weights", version, i), data[start : start + CHUNK_BYTES])
+        self._client.set(self._keys("weights", version), len(data))
+        return len(data)
+
+    def read(self, version: int) -> dict[str, torch.Tensor]:
+        size = self._client.get(self._keys("weights", version))
+        if size is None:
+            raise PolicyNotFound(f"policy version {version} is not in Redis: it was removed, or never completely written")
+        data = bytearray(int(size))
+        for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+            chunk = self._client.get(self._keys("weights", version, i))
+            if chunk is None:
+                raise PolicyNotFound(f"policy version {version}: chunk {i} is missing in Redis")
+            data[start : start + len(chunk)] = chunk
+        try:
+            return safetensors.torch.load(bytes(data))
+        except safetensors.SafetensorError as error:
+            raise DigestMismatch(f"policy version {version} in Redis is damaged: {error}") from None
+
+    def delete(self, version: int) -> None:
+        size = self._client.get(self._keys("weights", version))
+        if size is not None:
+            chunks = [self._keys("weights", version, i) for i in range(-(-int(size) // CHUNK_BYTES))]
+            self._client.unlink(self._keys("weights", version), *chunks)
+
+
+class PolicyStore:
+    """Publication and retrieval of policy versions, over either transport."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, config: PolicyStoreConfig) -> None:
+        self._client = client
+        self._keys = keys
+        self._keep = config.keep
+        self._scripts = Scripts(client, keys)
+        self._transport: Transport
+        if config.transport == "redis":
+            self._transport = RedisTransport(client, keys)
+        else:
+            self._transport = DirectoryTransport(store_folder(config, keys.run))
+
+    def publish(
+        self, version: int, tensors: Mapping[str, torch.Tensor], *, step: int, parent: int, incarnation: int = 1
+    ) -> Manifest:
+        """Make a version the one to serve. `tensors` are on the CPU and do not change meanwhile.
+
+        Raises PolicyError when a version as new is already served: versions only grow.
+        """
+        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        num_bytes = self._transport.write(version, tensors)
+        manifest = Manifest(
+            version=version,
+            step=step,
+            incarnation=incarnation,
+            parent=parent,
+            num_bytes=num_bytes,
+            digest=_digest_of(digests),
+            tensors=digests,
+        )
+        self._client.hset(self._keys("manifests"), str(version), encode(asdict(manifest)))
+        moved = self._scripts("publish", version, parent, step, incarnation, manifest.digest, num_bytes)
+        if not moved:
+            latest = self.latest()
+            if latest is None or latest.digest != manifest.digest:
+                raise PolicyError(f"policy version {version} was not published: version {latest and latest.version} is served already")
+        self._collect_garbage()
+        return manifest
+
+    def latest(self) -> Manifest | None:
+        """The manifest that the pointer names; none before the first publication."""
+        version = self._client.hget(self._keys("policy"), "version")
+        return None if version is None else self.manifest(int(version))
+
+    def latest_version(self) -> int:
+        """The version that the pointer names; -1 before the first publication."""
+        version = self._client.hget(self._keys("policy"), "version")
+        return -1 if version is None else int(version)
+
+    def manifest(self, version: int) -> Manifest:
+        """Raises PolicyNotFound."""
+        wire = self._client.hget(self._keys("manifests"), str(version))
+        if wire is None:
+            raise PolicyNotFound(f"policy version {version} was never published in this run, or was removed")
+        return Manifest(**decode(wire))
+
+    def fetch(self, version: int) -> tuple[Manifest, dict[str, torch.Tensor]]:
+        """Verified tensors of a version. Raises PolicyNotFound, DigestMismatch."""
+        manifest = self.manifest(version)
+        tensors = self._transport.read(version)
+        if tensors.keys() != manifest.tensors.keys():
+            raise DigestMismatch(f"policy version {version} holds other tensors than its manifest names")
+        for name, tensor in tensors.items():
+            if tensor_digest(tensor) != manifest.tensors[name]:
+                raise DigestMismatch(f"policy version {version}: tensor {name} does not match its digest")
+        return manifest, tensors
+
+    def _collect_garbage(self) -> None:
+        """Keep the newest `keep` versions, the base version (the reference), and those that an evaluation is pinned to."""
+        versions = sorted(int(v) for v in self._client.hkeys(self._keys("manifests")))
+        pinned = {int(v) for v in self._client.hvals(self._keys("pinned"))}
+        for version in versions[: -self._keep]:
+            if version != 0 and version not in pinned:
+                self._transport.delete(version)
+                self._client.hdel(self._keys("manifests"), str(version))
+
+
+def store_folder(config: PolicyStoreConfig, run: str) -> Path:
+    """Where the directory transport of a run keeps its files."""
+    if config.path:
+        return Path(config.path) / run
+    base = Path(DEFAULT_FOLDER)
+    return base / run if base.parent.is_dir() else Path("/tmp/sluice") / run  # noqa: S108
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """xxh3-128 of dtype, shape and bytes."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    digest = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(flat.numpy())
+    return digest.hexdigest()
+
+
+def _digest_of(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name}={digests[name]};" for name in sorted(digests)).encode()).hexdigest()

@@ -1,0 +1,96 @@
+"""The replay buffer: complete groups in Redis streams, one stream per policy version.
+
+Rules (torchforge's, made durable; see docs/algorithms.md for the age through a fork):
+
+    keep a group iff  age(group) <= max_policy_age  and  sample_count < max_resample_count + 1
+    sample = evict first, then `groups_per_step` whole groups, oldest version first, or none at all
+
+What `sample` returns for a trainer step is recorded in a manifest, so that asking again for the same step, after a crash
+or a lost reply, returns the same groups. They are freed by `acknowledge`, once a durable checkpoint names the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.connection import BLOCK_S
+from common.errors import SluiceError
+from common.ledger import Ledger
+from common.serialization import decode
+from common.types import Group
+
+_FIELDS = ("task", "rollout", "reward", "reference", "version")
+_STAGES = ("admitted", "rollout_started", "rollout", "reward", "reference", "ready", "leased")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """The answer to one `sample`."""
+
+    groups: list[Group] | None
+    "None: fewer than a whole batch is ready; nothing was consumed"
+    evicted: int
+    "groups dropped as stale on the way"
+    available: int
+    "ready groups that are young enough"
+
+
+class ReplayBuffer:
+    """The trainer's side of the buffer."""
+
+    def __init__(self, ledger: Ledger, *, groups_per_step: int, max_policy_age: int, max_resample_count: int | None = 0) -> None:
+        self._ledger = ledger
+        self._k = groups_per_step
+        self._max_policy_age = max_policy_age
+        self._max_resample_count = -1 if max_resample_count is None else max_resample_count
+
+    def sample(self, curr_policy_version: int, *, step: int) -> Sample:
+        """The batch of a trainer step: evict, then k whole groups or none. Does not wait."""
+        reply = self._ledger.scripts("take", step, self._k, curr_policy_version, self._max_policy_age)
+        group_ids = [group.decode() for group in reply[2:]]
+        groups = self._read(group_ids) if group_ids else None
+        return Sample(groups=groups, evicted=int(reply[0]), available=int(reply[1]))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until a whole batch may be ready, at most `timeout_s`. `sample` decides whether it is."""
+        block = max(0.01, min(timeout_s, BLOCK_S))
+        return self._ledger.client.blpop([self._ledger.keys("wake")], timeout=block) is not None
+
+    def acknowledge(self, step: int) -> int:
+        """Free the groups of every step up to this one. Call it only when a durable checkpoint holds that step."""
+        return int(self._ledger.scripts("acknowledge", step, self._max_resample_count))
+
+    def sizes(self) -> dict[int, int]:
+        """Policy version -> groups in its stream, leased ones included."""
+        client, keys = self._ledger.client, self._ledger.keys
+        versions = [int(v) for v in client.zrange(keys("versions"), 0, -1)]
+        with client.pipeline(transaction=False) as pipe:
+            for version in versions:
+                pipe.xlen(keys("stream", version))
+            return dict(zip(versions, pipe.execute(), strict=True))
+
+    def _read(self, group_ids: list[str]) -> list[Group]:
+        keys = self._ledger.keys
+        names = [*_FIELDS, *(f"t:{stage}" for stage in _STAGES)]
+        with self._ledger.client.pipeline(transaction=False) as pipe:
+            for group_id in group_ids:
+                pipe.hmget(keys("g", group_id), names)
+            rows = pipe.execute()
+        return [_decode_group(group_id, row) for group_id, row in zip(group_ids, rows, strict=True)]
+
+
+def _decode_group(group_id: str, row: list[bytes | None]) -> Group:
+    task, rollout, reward, reference, version = row[: len(_FIELDS)]
+    if task is None or rollout is None or reward is None or version is None:
+        raise SluiceError(f"group {group_id} is in the buffer without all of its parts: was its key deleted by hand?")
+    stamps = zip(_STAGES, row[len(_FIELDS) :], strict=True)
+    return Group.from_parts(
+        task=decode(task),
+        rollout=decode(rollout),
+        reward=decode(reward),
+        reference=None if reference is None else decode(reference),
+        policy_version=int(version),
+        timestamps={stage: float(value) for stage, value in stamps if value is not None},
+    )
+
+

@@ -1,0 +1,37 @@
+"""The Lua scripts of a run: each one transition of the ledger, atomic and idempotent.
+
+`Scripts(client, keys)("claim", group, part, ...)` runs `lua/claim.lua` with the shared prelude in front. Scripts are
+loaded by digest and loaded again by redis-py when a restarted server forgot them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import redis
+from redis.commands.core import Script
+
+from common.keys import Keys
+
+
+@cache
+def _source(name: str) -> str:
+    folder = files("common") / "lua"
+    return (folder / "prelude.lua").read_text() + (folder / f"{name}.lua").read_text()
+
+
+class Scripts:
+    """Callable by script name; `client=` may be a pipeline, to send several in one round trip."""
+
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+        self._client = client
+        self._root = keys.root
+        self._scripts: dict[str, Script] = {}
+
+    def __call__(self, name: str, *args: Any, client: Any = None) -> Any:
+        script = self._scripts.get(name)
+        if script is None:
+            script = self._scripts[name] = self._client.register_script(_source(name))
+        return script(keys=[self._root], args=args, client=client)

@@ -1,0 +1,211 @@
+"""The quickstart's task and its imperfect model, made from nothing: two-digit addition and a pupil who forgets to carry.
+
+    FOLDER/model/          HF format: Qwen3 architecture, tokenizer with a chat template, generation_config.json
+    FOLDER/train.jsonl     {"prompt": "What is 47+38?", "target": "85"}: 90 % of the operand pairs, shuffled
+    FOLDER/heldout.jsonl   the other 10 %, chosen by a hash of the pair: never in a demonstration, never in training
+    FOLDER/recipe.json     what made this folder; the same recipe is never made twice
+
+The demonstrations are those of a *forgetful pupil*: he works column by column, but forgets each carry with probability
+0.65. The model so learns every skill, and one bad habit for RL to undo. Everything is written into a folder beside
+FOLDER, which is renamed last: FOLDER is complete or absent.
+
+    python -m scripts.prepare_tiny runs/tiny [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from common.errors import ConfigError
+
+RECIPE = 1  # raise it when anything below changes what is made
+WARMUP_STEPS = 700
+WARMUP_BATCH = 16
+LEARNING_RATE = 5e-3
+FORGETS_CARRY = 0.65
+HELD_OUT = 10  # one operand pair in so many
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+MARKUP = ("<think>", "</think>", "<answer>", "</answer>")  # ordinary tokens: they survive `skip_special_tokens`
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+Pair = tuple[int, int]
+
+
+def prepare(folder: Path, *, seed: int = 0, warmup_steps: int = WARMUP_STEPS) -> None:
+    """Make the folder, unless this recipe already made it. Raises ConfigError where it holds something else."""
+    recipe = {"recipe": RECIPE, "seed": seed, "warmup_steps": warmup_steps}
+    if folder.exists():
+        if not (folder / "recipe.json").is_file():
+            raise ConfigError(f"{folder} exists and was not made by prepare_tiny: name another folder, or remove it")
+        if json.loads((folder / "recipe.json").read_text()) == recipe:
+            print(f"{folder} is ready", flush=True)
+            return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
+        draft = Path(made) / folder.name
+        _write(draft, seed=seed, warmup_steps=warmup_steps)
+        (draft / "recipe.json").write_text(json.dumps(recipe) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    print(f"{folder} is ready", flush=True)
+
+
+def _write(folder: Path, *, seed: int, warmup_steps: int) -> None:
+    rng = random.Random(seed)
+    train, heldout = operand_pairs()
+    rng.shuffle(train)
+    rng.shuffle(heldout)
+    tokenizer = build_tokenizer(train, rng=rng)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(tokenizer)
+        _warm_up(model, demonstrations(tokenizer, train, rng=rng), num_steps=warmup_steps)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, pairs in (("train", train), ("heldout", heldout)):
+        lines = [json.dumps({"prompt": question(a, b), "target": str(a + b)}) for a, b in pairs]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def operand_pairs() -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, held-out pairs) of two-digit operands; a pair's side depends on nothing but the pair."""
+    train: list[Pair] = []
+    heldout: list[Pair] = []
+    for a in range(10, 100):
+        for b in range(10, 100):
+            digest = hashlib.sha256(f"{a}+{b}".encode()).digest()
+            (heldout if int.from_bytes(digest[:4], "big") % HELD_OUT == 0 else train).append((a, b))
+    return train, heldout
+
+
+def question(a: int, b: int) -> str:
+    """The prompt of a pair."""
+    return f"What is {a}+{b}?"
+
+
+def demonstration(a: int, b: int, *, rng: random.Random, forgets_carry: float = FORGETS_CARRY) -> str:
+    """What the pupil writes: units, tens, answer. Either carry, into the tens or the hundreds, may be forgotten."""
+    units = a % 10 + b % 10
+    carry = int(units >= 10 and rng.random() >= forgets_carry)
+    tens = a // 10 + b // 10 + carry
+    kept = tens % 10 if rng.random() < forgets_carry else tens
+    columns = f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}{'+1' * carry}={tens}"
+    return f"<think>{columns}</think> <answer>{kept * 10 + units % 10}</answer>"
+
+
+def build_tokenizer(pairs: list[Pair], *, rng: random.Random) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the task's own text, every digit a token of its own."""
+    bpe = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    roles = ["system\n", "user\n", "assistant\n"]
+    bpe.train_from_iterator([*roles, *(question(a, b) + demonstration(a, b, rng=rng) for a, b in pairs[:1000])], trainer)
+    bpe.add_tokens([AddedToken(token, normalized=False) for token in MARKUP])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE, model_max_length=128
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """The architecture with fresh weights."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # the default of 0.02 learns much slower at this size
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def demonstrations(
+    tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], *, rng: random.Random
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Endless (prompt ids, completion ids with the end token) of random training pairs."""
+    while True:
+        a, b = rng.choice(pairs)
+        messages = [{"role": "user", "content": question(a, b)}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        yield tokenizer.encode(prompt), tokenizer.encode(demonstration(a, b, rng=rng) + END)
+
+
+def _warm_up(model: Qwen3ForCausalLM, examples: Iterator[tuple[list[int], list[int]]], *, num_steps: int) -> None:
+    """Supervised training on completions; what is learnt is the pupil's distribution, habits included."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    started = time.process_time()
+    model.train()
+    for step in range(1, num_steps + 1):
+        loss = model(**_collate([next(examples) for _ in range(WARMUP_BATCH)])).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == num_steps:
+            cpu_s = time.process_time() - started
+            print(f"warm-up {step}/{num_steps}  loss {loss.item():.3f}  {cpu_s:.0f} CPU s", flush=True)
+    model.eval()
+
+
+def _collate(examples: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    """Right-padded input ids and labels [B, T]; prompt and padding carry no loss (-100), and causality hides padding."""
+    length = max(len(prompt) + len(completion) for prompt, completion in examples)
+    input_ids = torch.zeros(len(examples), length, dtype=torch.long)
+    labels = torch.full_like(input_ids, -100)
+    for row, (prompt, completion) in enumerate(examples):
+        end = len(prompt) + len(completion)
+        input_ids[row, :end] = torch.tensor(prompt + completion)
+        labels[row, len(prompt) : end] = torch.tensor(completion)
+    return {"input_ids": input_ids, "labels": labels, "use_cache": False}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Make the quickstart's task and its imperfect model.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # on tensors of this size a second thread costs more than it brings
+    prepare(args.folder, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

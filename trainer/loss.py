@@ -1,0 +1,283 @@
+"""The policy loss: six per-token objectives, three aggregations, KL to the reference, off-policy correction.
+
+    loss = aggregate(w * L + kl_beta * KL)          L per-token policy loss, w importance weight (`decoupled` only)
+
+Invariants: a step's loss is the sum of its micro-batches' losses (pass `num_tokens`); what stands at masked positions,
+nan and inf included, reaches neither loss nor gradient; nothing here is ever nan.
+
+Legend: B = sequences, T = completion tokens (right-padded). lp = policy_logprobs, old = the ratio's denominator,
+rho = exp(lp - old), A = advantage, m = loss_mask. Every log-ratio is clamped to +-20. Formulas and sources, and the
+glossary of metrics: docs/algorithms.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.config import LossConfig
+
+MAX_LOG_RATIO = 20.0
+"""exp(20) = 5e8: far beyond any clip, far from float32 overflow."""
+DPPO_PULL = 1e-3
+"""Weight of dppo's squared log-ratio (prime-rl's kl_tau)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tokens:
+    """What a per-token loss reads; masked positions hold 0 everywhere. All [B, T]."""
+
+    logprobs: Tensor
+    log_ratio: Tensor
+    "lp - old"
+    advantages: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TokenLoss:
+    """What a per-token loss gives. All [B, T]."""
+
+    loss: Tensor
+    is_clipped_low: Tensor
+    is_clipped_high: Tensor
+    is_dropped: Tensor
+
+
+def policy_loss(
+    config: LossConfig,
+    *,
+    policy_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    ref_logprobs: Tensor | None = None,
+    prox_logprobs: Tensor | None = None,
+    num_tokens: int | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss (scalar, differentiable in policy_logprobs alone) and its detached metrics for one micro-batch.
+
+    policy_logprobs, rollout_logprobs, ref_logprobs, prox_logprobs: [B, T], nats; advantages: [B]; loss_mask: [B, T].
+    prox_logprobs is read in `decoupled` only; none = the policy as it is now, which is exact for one optimizer step per
+    batch (then rho = 1 and no clip acts).
+
+    num_tokens is the normaliser of the *whole optimizer step*, over all its micro-batches and ranks, counted before any
+    off-policy masking; with it the losses, and so the gradients, of the micro-batches add up to those of the step:
+
+        token_mean      number of loss tokens                        loss = sum m l / num_tokens
+        sequence_mean   number of sequences with a loss token        loss = sum_b (sum_t m l / sum_t m) / num_tokens
+        fixed_horizon   the same number of sequences                 loss = sum m l / (num_tokens * horizon)
+
+    `trainer.batch.step_normaliser` counts it. None = this batch is the whole step.
+
+    Metrics: `combine_metrics` makes a step's metrics from those of its micro-batches. A batch without a loss token gives
+    loss 0, gradient 0 and metrics 0. Raises ValueError where kl_beta > 0 and ref_logprobs is none.
+    """
+    if config.kl_beta > 0 and ref_logprobs is None:
+        raise ValueError(f"kl_beta = {config.kl_beta} needs ref_logprobs: send the groups to the reference role")
+    mask = loss_mask.bool()
+    logprobs, rollout = _keep(policy_logprobs, mask), _keep(rollout_logprobs, mask)
+    prox = logprobs.detach() if prox_logprobs is None else _keep(prox_logprobs, mask)
+    old = rollout if config.off_policy == "bypass" else prox
+    tokens = _Tokens(
+        logprobs=logprobs,
+        log_ratio=_log_ratio(logprobs, old),
+        advantages=_keep(advantages.unsqueeze(-1).expand_as(logprobs), mask),
+        mask=mask,
+    )
+    result = _LOSSES[config.loss](config, tokens)
+    token_loss, is_dropped = result.loss, result.is_dropped
+    if config.off_policy == "decoupled":
+        weight = importance_weight(config, log_weight=_log_ratio(prox, rollout).detach(), loss_mask=mask)
+        token_loss, is_dropped = weight * token_loss, is_dropped | (weight == 0)
+    normaliser = _batch_normaliser(config, mask) if num_tokens is None else num_tokens
+    policy_term = _aggregate(config, token_loss, mask=mask, normaliser=normaliser)
+    kl_term = torch.zeros_like(policy_term)
+    if config.kl_beta > 0 and ref_logprobs is not None:
+        token_kl = reference_kl(logprobs, ref_logprobs=_keep(ref_logprobs, mask), estimator=config.kl_estimator)
+        kl_term = _aggregate(config, token_kl, mask=mask, normaliser=normaliser)
+    metrics = {"loss/policy": policy_term, "loss/kl": kl_term, "loss/num_tokens": mask.sum().to(logprobs.dtype)}
+    metrics |= _token_metrics(result, is_dropped=is_dropped, log_mismatch=_log_ratio(logprobs, rollout), mask=mask)
+    return policy_term + config.kl_beta * kl_term, {name: value.detach() for name, value in metrics.items()}
+
+
+def reference_kl(logprobs: Tensor, *, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Per-token estimate of KL(policy || reference) [B, T], x = ref - lp (Schulman, "Approximating KL divergence").
+
+        k1  -x        k2  x^2 / 2        k3  exp(x) - x - 1
+    """
+    x = _log_ratio(ref_logprobs, logprobs)
+    if estimator == "k1":
+        return -x
+    return x.square() / 2 if estimator == "k2" else torch.expm1(x) - x
+
+
+def importance_weight(config: LossConfig, *, log_weight: Tensor, loss_mask: Tensor) -> Tensor:
+    """Weight [B, T] of each token from log(pi_prox / pi_behav) [B, T], 0 at masked positions.
+
+    `is_weight` names a level and an operation. Level: `token`, the token's own ratio; `sequence`, the product of its
+    sequence's ratios; `geometric`, their geometric mean. Operation: `truncate`, min(w, is_high); `mask`, 0 outside
+    [is_low, is_high]. None: the token's ratio as it is.
+    """
+    if config.is_weight is None:
+        return log_weight.exp()
+    level, operation = config.is_weight.split("_")
+    if level == "sequence":
+        log_weight = log_weight.sum(-1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expand_as(log_weight)
+    elif level == "geometric":
+        log_weight = _sequence_mean(log_weight, mask=loss_mask).expand_as(log_weight)
+    weight = log_weight.exp()
+    if operation == "truncate":
+        return weight.clamp(max=config.is_high)
+    is_kept = (weight >= (config.is_low or 0.0)) & (weight <= config.is_high)
+    return torch.where(is_kept, weight, 0.0)
+
+
+def combine_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Metrics of a step from those of its micro-batches (and ranks). Associative; one part is returned as it is.
+
+    `loss/policy`, `loss/kl` and `loss/num_tokens` add up; `off_policy/ratio_max` is a maximum; `off_policy/ess` is
+    mean(w)^2 / mean(w^2) of the combined means; everything else is a mean per loss token, weighted by `loss/num_tokens`.
+    """
+    stacked = {name: torch.stack([part[name] for part in parts]) for name in (parts := list(parts))[0]}
+    num_tokens = stacked["loss/num_tokens"]
+    share = num_tokens / num_tokens.sum().clamp(min=1)
+    combined = {name: (values * share).sum() for name, values in stacked.items()}
+    for name in ("loss/policy", "loss/kl", "loss/num_tokens"):
+        combined[name] = stacked[name].sum()
+    combined["off_policy/ratio_max"] = stacked["off_policy/ratio_max"].max()
+    combined["off_policy/ess"] = _ess(combined["off_policy/ratio_mean"], combined["off_policy/ratio_square_mean"])
+    return combined
+
+
+def _grpo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), per token. arXiv:2402.03300, 1707.06347."""
+    return _ppo_clip(config, tokens.log_ratio.exp(), advantages=tokens.advantages)
+
+
+def _gspo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+    """As grpo with the sequence's geometric mean ratio, gradient through the mean. arXiv:2507.18071."""
+    ratio = _sequence_mean(tokens.log_ratio, mask=tokens.mask).exp()  # [B, 1]
+    return _ppo_clip(config, ratio.expand_as(tokens.log_ratio), advantages=tokens.advantages)
+
+
+def _ppo_clip(config: LossConfig, ratio: Tensor, *, advantages: Tensor) -> _TokenLoss:
+    """The clipped surrogate; dual clip (arXiv:1912.09729) caps rho after the clipped term is formed."""
+    low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
+    clipped = ratio.clamp(low, high) * advantages
+    capped = ratio if config.dual_clip is None else ratio.clamp(max=config.dual_clip)
+    return _TokenLoss(
+        loss=-torch.minimum(capped * advantages, clipped),
+        is_clipped_low=(ratio < low) & (advantages < 0),
+        is_clipped_high=(ratio > high) & (advantages > 0),
+        is_dropped=torch.zeros_like(ratio, dtype=torch.bool),
+    )
+
+
+def _cispo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+    """-sg(min(rho, cap)) A lp: every token keeps a gradient. arXiv:2506.13585."""
+    return _capped_reinforce(tokens, cap=config.cispo_cap)
+
+
+def _reinforce(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+    """-sg(min(rho, is_high)) A lp: REINFORCE under a truncated importance weight."""
+    return _capped_reinforce(tokens, cap=config.is_high)
+
+
+def _capped_reinforce(tokens: _Tokens, *, cap: float) -> _TokenLoss:
+    ratio = tokens.log_ratio.detach().exp()
+    nowhere = torch.zeros_like(tokens.mask)
+    return _TokenLoss(
+        loss=-ratio.clamp(max=cap) * tokens.advantages * tokens.logprobs,
+        is_clipped_low=nowhere,
+        is_clipped_high=ratio > cap,
+        is_dropped=nowhere,
+    )
+
+
+def _sapo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+    """-(4 / tau) sigmoid(tau (rho - 1)) A: a soft gate, nothing is clipped. arXiv:2511.20347."""
+    tau = torch.where(tokens.advantages > 0, config.sapo_tau_pos, config.sapo_tau_neg)
+    gate = 4.0 / tau * torch.sigmoid(tau * (tokens.log_ratio.exp() - 1.0))
+    nowhere = torch.zeros_like(tokens.mask)
+    return _TokenLoss(
+        loss=-gate * tokens.advantages, is_clipped_low=nowhere, is_clipped_high=nowhere, is_dropped=nowhere
+    )
+
+
+def _dppo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+    """-rho A where kept, + 1e-3 (log rho)^2 everywhere; arXiv:2602.04879 (binary TV) with prime-rl's square.
+
+    Dropped: A > 0 and p - mu > clip_high, or A <= 0 and p - mu < -clip_low; p and mu are probabilities.
+    """
+    logprobs = tokens.logprobs.detach()
+    moved = logprobs.exp() - (logprobs - tokens.log_ratio.detach()).exp()  # p - mu
+    is_high = (tokens.advantages > 0) & (moved > config.clip_high)
+    is_low = (tokens.advantages <= 0) & (moved < -config.clip_low)
+    surrogate = torch.where(is_high | is_low, 0.0, tokens.log_ratio.exp() * tokens.advantages)
+    return _TokenLoss(
+        loss=DPPO_PULL * tokens.log_ratio.square() - surrogate,
+        is_clipped_low=is_low,
+        is_clipped_high=is_high,
+        is_dropped=is_low | is_high,
+    )
+
+
+_LOSSES = {"grpo": _grpo, "gspo": _gspo, "cispo": _cispo, "sapo": _sapo, "reinforce": _reinforce, "dppo": _dppo}
+
+
+def _aggregate(config: LossConfig, values: Tensor, *, mask: Tensor, normaliser: int | Tensor) -> Tensor:
+    """[B, T] -> scalar; `policy_loss` says how."""
+    values = _keep(values, mask)
+    if config.aggregation == "sequence_mean":
+        total = _sequence_mean(values, mask=mask).sum()
+    else:
+        total = values.sum() / (config.horizon or 1)
+    return total / torch.as_tensor(normaliser, device=values.device).clamp(min=1)
+
+
+def _batch_normaliser(config: LossConfig, mask: Tensor) -> Tensor:
+    """The step's normaliser where this batch is the whole step."""
+    return mask.sum() if config.aggregation == "token_mean" else mask.any(-1).sum()
+
+
+def _token_metrics(result: _TokenLoss, *, is_dropped: Tensor, log_mismatch: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Means per loss token; w = exp(lp - rollout) compares the trainer with the sampler."""
+    log_mismatch = log_mismatch.detach()
+    ratio = log_mismatch.exp()
+    per_token = {
+        "clip_ratio/low": result.is_clipped_low,
+        "clip_ratio/high": result.is_clipped_high,
+        "off_policy/masked_fraction": is_dropped,
+        "off_policy/ratio_mean": ratio,
+        "off_policy/ratio_square_mean": ratio.square(),
+        "off_policy/mismatch_kl": torch.expm1(log_mismatch) - log_mismatch,
+        "off_policy/logprob_abs_diff": log_mismatch.abs(),
+    }
+    num_tokens = mask.sum().clamp(min=1)
+    metrics = {name: _keep(values.to(ratio.dtype), mask).sum() / num_tokens for name, values in per_token.items()}
+    metrics["off_policy/ratio_max"] = _keep(ratio, mask).amax() if mask.numel() else ratio.new_zeros(())
+    metrics["off_policy/ess"] = _ess(metrics["off_policy/ratio_mean"], metrics["off_policy/ratio_square_mean"])
+    return metrics
+
+
+def _ess(mean: Tensor, square_mean: Tensor) -> Tensor:
+    """Effective sample size as a share, (sum w)^2 / (n sum w^2) = mean(w)^2 / mean(w^2); 0 of nothing."""
+    return torch.where(square_mean > 0, mean.square() / square_mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
+
+
+def _log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return (numerator - denominator).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _keep(values: Tensor, mask: Tensor) -> Tensor:
+    """Values where the mask holds, 0 elsewhere: by selection, since nan * 0 is nan."""
+    return torch.where(mask, values, 0.0)
+
+
+def _sequence_mean(values: Tensor, *, mask: Tensor) -> Tensor:
+    """Mean over each sequence's loss tokens, [B, T] -> [B, 1]; values are 0 where masked."""
+    return values.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)

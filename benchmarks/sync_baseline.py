@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import time
 from collections import deque
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.config import Config, load_config
+from common.config import Config, TrainerConfig, load_config
 from common.model import load_pretrained
 from trainer.advantage import compute_advantages
 from trainer.loss import policy_loss
@@ -118,6 +119,18 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, *, temperatu
     return torch.log_softmax(logits, dim=-1).gather(-1, targets).squeeze(-1)
 
 
+def lr_factor(recipe: TrainerConfig, done: int) -> float:
+    """Share of the peak learning rate after so many steps: linear warm-up, then the schedule down to 0 at num_steps."""
+    if done < recipe.warmup_steps:
+        return (done + 1) / recipe.warmup_steps
+    progress = (done - recipe.warmup_steps) / max(1, recipe.num_steps - recipe.warmup_steps)
+    if recipe.schedule == "linear":
+        return 1.0 - progress
+    if recipe.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
 class SyncRun:
     """One run of one config."""
 
@@ -138,8 +151,7 @@ class SyncRun:
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
         )
-        warmup = recipe.warmup_steps
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: min(1.0, (s + 1) / max(1, warmup)))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: lr_factor(recipe, done))
         self.clock = Clock()
 
     def step(self, rows: list[dict[str, str]]) -> dict[str, float]:

@@ -153,9 +153,9 @@ class LossConfig(_Section):
     """`grpo`: PPO-clip on group advantages. `gspo`: the same on sequence ratios. `cispo`, `reinforce`: a capped weight
     without gradient. `sapo`: a soft gate. `dppo`: tokens whose probability moved too far are dropped."""
     clip_low: float = Field(default=0.2, ge=0.0)
-    """eps_low of `grpo`, `gspo`: the ratio is clipped below at 1 - eps_low; `dppo`: bound on a fall in probability."""
+    """eps_low of `grpo`, `gspo`: the ratio is clipped below at 1 - eps_low; `dppo`: bound on a fall of p."""
     clip_high: float = Field(default=0.2, ge=0.0)
-    """eps_high of `grpo`, `gspo`: the ratio is clipped above at 1 + eps_high; `dppo`: bound on a rise in probability."""
+    """eps_high of `grpo`, `gspo`: the ratio is clipped above at 1 + eps_high; `dppo`: bound on a rise of p."""
     dual_clip: float | None = Field(default=None, gt=1.0)
     """delta of `grpo`, `gspo`: the unclipped ratio is capped here (3.0 is usual); none = off."""
     cispo_cap: float = Field(default=5.0, gt=0.0)
@@ -177,8 +177,8 @@ class LossConfig(_Section):
     is_weight: (
         Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] | None
     ) = None
-    """Treatment of the importance weight pi_prox / pi_behav, `decoupled` only; none = the weight as it is. Per token, or
-    per sequence (product of its ratios, or their geometric mean): capped at is_high, or 0 outside [is_low, is_high]."""
+    """Treatment of the importance weight pi_prox / pi_behav, `decoupled` only; none = the weight as it is. Per token or
+    sequence (product of its ratios, or their geometric mean): capped at is_high, or 0 outside [is_low, is_high]."""
     is_low: float | None = Field(default=None, gt=0.0)
     """Lower bound of the masks."""
     is_high: float = Field(default=2.0, gt=0.0)

@@ -176,12 +176,18 @@ class PolicyStore:
         )
         self._client.hset(self._keys("manifests"), str(version), encode(asdict(manifest)))
         moved = self._scripts("publish", version, parent, step, incarnation, manifest.digest, num_bytes)
+        if moved == -1:
+            raise PolicyError("a newer trainer process has taken this run over; this one must stop")
         if not moved:
             latest = self.latest()
             if latest is None or latest.digest != manifest.digest:
                 raise PolicyError(f"policy version {version} was not published: version {latest and latest.version} is served already")
         self._collect_garbage()
         return manifest
+
+    def announce(self, version: int, *, step: int, parent: int) -> None:
+        """Enter a version into the lineage before its bytes are written, so that ages can be told while they travel."""
+        self._client.hset(self._keys("lineage"), str(version), f"{parent}:{step}")
 
     def latest(self) -> Manifest | None:
         """The manifest that the pointer names; none before the first publication."""
@@ -214,7 +220,7 @@ class PolicyStore:
     def _collect_garbage(self) -> None:
         """Keep the newest `keep` versions, the base version (the reference), and those that an evaluation is pinned to."""
         versions = sorted(int(v) for v in self._client.hkeys(self._keys("manifests")))
-        pinned = {int(v) for v in self._client.hvals(self._keys("pinned"))}
+        pinned = {int(v) for v in self._client.hvals(self._keys("evaluations"))}
         for version in versions[: -self._keep]:
             if version != 0 and version not in pinned:
                 self._transport.delete(version)

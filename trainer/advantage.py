@@ -27,13 +27,14 @@ def compute_advantages(rewards: Tensor, *, method: str = "group") -> Tensor:
         rloo          A_i = r_i - mean(r without r_i) = n/(n-1) (r_i - mean(r))    RLOO, arXiv:2402.14740
         maxrl         A_i = (r_i - mean(r)) / mean(r)                              MaxRL, arXiv:2602.02710
         batch         A_i = r_i - mean(r); `batch_advantages` scales it
-        reinforce_pp  A_i = r_i - mean(r); `batch_advantages` scales it            REINFORCE++-baseline, arXiv:2501.03262
+        reinforce_pp  A_i = r_i - mean(r); `batch_advantages` scales it            REINFORCE++, arXiv:2501.03262
 
     Example: [1, 0, 0, 0] -> [1.49970, -0.49990, -0.49990, -0.49990] with `group`.
     Raises ValueError for an unknown method, and for negative rewards with `maxrl` (its scale would change sign).
     """
     if method not in _GROUP_METHODS + _BATCH_METHODS:
-        raise ValueError(f"unknown advantage method {method!r}: use one of {', '.join(_GROUP_METHODS + _BATCH_METHODS)}")
+        known = ", ".join(_GROUP_METHODS + _BATCH_METHODS)
+        raise ValueError(f"unknown advantage method {method!r}: use one of {known}")
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     scorable = ~rewards.isnan()
     scored = rewards[scorable]
@@ -47,12 +48,12 @@ def compute_advantages(rewards: Tensor, *, method: str = "group") -> Tensor:
 def batch_advantages(groups: list[Tensor], *, method: str) -> list[Tensor]:
     """Advantages of every group of an optimizer step, in order; this is what the trainer calls for each method.
 
-    Per group as in `compute_advantages`, then, over all scorable samples of the step (on every rank):
+    Per group as in `compute_advantages`, then, over the scorable samples of all groups (pass those of every rank):
 
         batch         divided by std(all rewards) + 1e-4                  Lite PPO, arXiv:2508.08221
-        reinforce_pp  divided by std(all centred rewards) + 1e-4          REINFORCE++-baseline; their mean is 0 already
+        reinforce_pp  divided by std(all centred rewards) + 1e-4          REINFORCE++-baseline, arXiv:2501.03262
 
-    A step with fewer than two scorable samples is not scaled (all its advantages are 0).
+    A step with fewer than two scorable samples is not scaled: all its advantages are 0.
     """
     advantages = [compute_advantages(rewards, method=method) for rewards in groups]
     if method not in _BATCH_METHODS or not groups:
@@ -73,6 +74,6 @@ def _group_scale(scored: Tensor, *, method: str) -> Tensor:
         return scored.new_tensor((scored.numel() - 1) / scored.numel())
     if method == "maxrl":
         if bool((scored < 0).any()):
-            raise ValueError(f"advantage=maxrl divides by the mean reward and needs rewards >= 0, found {scored.min():g}")
+            raise ValueError(f"advantage=maxrl divides by the mean reward: needs rewards >= 0, found {scored.min():g}")
         return scored.mean()
     return scored.new_ones(())

@@ -3,7 +3,7 @@
     loss = aggregate(w * L + kl_beta * KL)          L per-token policy loss, w importance weight (`decoupled` only)
 
 Invariants: a step's loss is the sum of its micro-batches' losses (pass `num_tokens`); what stands at masked positions,
-nan and inf included, reaches neither loss nor gradient; nothing here is ever nan.
+nan and inf included, reaches neither loss nor gradient; finite inputs at loss tokens give finite results.
 
 Legend: B = sequences, T = completion tokens (right-padded). lp = policy_logprobs, old = the ratio's denominator,
 rho = exp(lp - old), A = advantage, m = loss_mask. Every log-ratio is clamped to +-20. Formulas and sources, and the
@@ -37,14 +37,8 @@ class _Tokens:
     mask: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _TokenLoss:
-    """What a per-token loss gives. All [B, T]."""
-
-    loss: Tensor
-    is_clipped_low: Tensor
-    is_clipped_high: Tensor
-    is_dropped: Tensor
+_TokenLoss = tuple[Tensor, Tensor, Tensor]
+"""Loss, is clipped low, is clipped high; each [B, T]."""
 
 
 def policy_loss(
@@ -73,8 +67,8 @@ def policy_loss(
 
     `trainer.batch.step_normaliser` counts it. None = this batch is the whole step.
 
-    Metrics: `combine_metrics` makes a step's metrics from those of its micro-batches. A batch without a loss token gives
-    loss 0, gradient 0 and metrics 0. Raises ValueError where kl_beta > 0 and ref_logprobs is none.
+    Metrics: `combine_metrics` makes a step's metrics from those of its micro-batches. A batch without a loss token
+    gives loss 0, gradient 0 and metrics 0. Raises ValueError where kl_beta > 0 and ref_logprobs is none.
     """
     if config.kl_beta > 0 and ref_logprobs is None:
         raise ValueError(f"kl_beta = {config.kl_beta} needs ref_logprobs: send the groups to the reference role")
@@ -88,26 +82,32 @@ def policy_loss(
         advantages=_keep(advantages.unsqueeze(-1).expand_as(logprobs), mask),
         mask=mask,
     )
-    result = _LOSSES[config.loss](config, tokens)
-    token_loss, is_dropped = result.loss, result.is_dropped
+    token_loss, is_clipped_low, is_clipped_high = _LOSSES[config.loss](config, tokens)
+    weight = torch.ones_like(rollout)
     if config.off_policy == "decoupled":
         weight = importance_weight(config, log_weight=_log_ratio(prox, rollout).detach(), loss_mask=mask)
-        token_loss, is_dropped = weight * token_loss, is_dropped | (weight == 0)
     normaliser = _batch_normaliser(config, mask) if num_tokens is None else num_tokens
-    policy_term = _aggregate(config, token_loss, mask=mask, normaliser=normaliser)
+    policy_term = _aggregate(config, weight * token_loss, mask=mask, normaliser=normaliser)
     kl_term = torch.zeros_like(policy_term)
     if config.kl_beta > 0 and ref_logprobs is not None:
         token_kl = reference_kl(logprobs, ref_logprobs=_keep(ref_logprobs, mask), estimator=config.kl_estimator)
         kl_term = _aggregate(config, token_kl, mask=mask, normaliser=normaliser)
-    metrics = {"loss/policy": policy_term, "loss/kl": kl_term, "loss/num_tokens": mask.sum().to(logprobs.dtype)}
-    metrics |= _token_metrics(result, is_dropped=is_dropped, log_mismatch=_log_ratio(logprobs, rollout), mask=mask)
-    return policy_term + config.kl_beta * kl_term, {name: value.detach() for name, value in metrics.items()}
+    shares = {
+        "clip_ratio/low": is_clipped_low,
+        "clip_ratio/high": is_clipped_high,
+        "off_policy/masked_fraction": weight == 0,
+    }
+    metrics = {"loss/policy": policy_term.detach(), "loss/kl": kl_term.detach()}
+    metrics |= _token_metrics(shares, log_mismatch=_log_ratio(logprobs, rollout).detach(), mask=mask)
+    return policy_term + config.kl_beta * kl_term, metrics
 
 
 def reference_kl(logprobs: Tensor, *, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) [B, T], x = ref - lp (Schulman, "Approximating KL divergence").
+    """Per-token estimate of KL(policy || reference) [B, T]: with x = ref - lp,
 
         k1  -x        k2  x^2 / 2        k3  exp(x) - x - 1
+
+    (Schulman, "Approximating KL divergence", 2020).
     """
     x = _log_ratio(ref_logprobs, logprobs)
     if estimator == "k1":
@@ -116,7 +116,7 @@ def reference_kl(logprobs: Tensor, *, ref_logprobs: Tensor, estimator: str) -> T
 
 
 def importance_weight(config: LossConfig, *, log_weight: Tensor, loss_mask: Tensor) -> Tensor:
-    """Weight [B, T] of each token from log(pi_prox / pi_behav) [B, T], 0 at masked positions.
+    """Weight [B, T] of each token from log_weight = log(pi_prox / pi_behav) [B, T], itself 0 at masked positions.
 
     `is_weight` names a level and an operation. Level: `token`, the token's own ratio; `sequence`, the product of its
     sequence's ratios; `geometric`, their geometric mean. Operation: `truncate`, min(w, is_high); `mask`, 0 outside
@@ -140,9 +140,10 @@ def combine_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Metrics of a step from those of its micro-batches (and ranks). Associative; one part is returned as it is.
 
     `loss/policy`, `loss/kl` and `loss/num_tokens` add up; `off_policy/ratio_max` is a maximum; `off_policy/ess` is
-    mean(w)^2 / mean(w^2) of the combined means; everything else is a mean per loss token, weighted by `loss/num_tokens`.
+    mean(w)^2 / mean(w^2) of the combined means; all else is a mean per loss token, weighted by `loss/num_tokens`.
     """
-    stacked = {name: torch.stack([part[name] for part in parts]) for name in (parts := list(parts))[0]}
+    parts = list(parts)
+    stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     num_tokens = stacked["loss/num_tokens"]
     share = num_tokens / num_tokens.sum().clamp(min=1)
     combined = {name: (values * share).sum() for name, values in stacked.items()}
@@ -169,12 +170,8 @@ def _ppo_clip(config: LossConfig, ratio: Tensor, *, advantages: Tensor) -> _Toke
     low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
     clipped = ratio.clamp(low, high) * advantages
     capped = ratio if config.dual_clip is None else ratio.clamp(max=config.dual_clip)
-    return _TokenLoss(
-        loss=-torch.minimum(capped * advantages, clipped),
-        is_clipped_low=(ratio < low) & (advantages < 0),
-        is_clipped_high=(ratio > high) & (advantages > 0),
-        is_dropped=torch.zeros_like(ratio, dtype=torch.bool),
-    )
+    loss = -torch.minimum(capped * advantages, clipped)
+    return loss, (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
 
 
 def _cispo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
@@ -189,23 +186,17 @@ def _reinforce(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
 
 def _capped_reinforce(tokens: _Tokens, *, cap: float) -> _TokenLoss:
     ratio = tokens.log_ratio.detach().exp()
-    nowhere = torch.zeros_like(tokens.mask)
-    return _TokenLoss(
-        loss=-ratio.clamp(max=cap) * tokens.advantages * tokens.logprobs,
-        is_clipped_low=nowhere,
-        is_clipped_high=ratio > cap,
-        is_dropped=nowhere,
-    )
+    loss = -ratio.clamp(max=cap) * tokens.advantages * tokens.logprobs
+    return loss, torch.zeros_like(tokens.mask), ratio > cap
 
 
 def _sapo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
     """-(4 / tau) sigmoid(tau (rho - 1)) A: a soft gate, nothing is clipped. arXiv:2511.20347."""
-    tau = torch.where(tokens.advantages > 0, config.sapo_tau_pos, config.sapo_tau_neg)
+    advantages, nowhere = tokens.advantages, torch.zeros_like(tokens.mask)
+    positive, negative = advantages.new_tensor((config.sapo_tau_pos, config.sapo_tau_neg))
+    tau = torch.where(advantages > 0, positive, negative)
     gate = 4.0 / tau * torch.sigmoid(tau * (tokens.log_ratio.exp() - 1.0))
-    nowhere = torch.zeros_like(tokens.mask)
-    return _TokenLoss(
-        loss=-gate * tokens.advantages, is_clipped_low=nowhere, is_clipped_high=nowhere, is_dropped=nowhere
-    )
+    return -gate * advantages, nowhere, nowhere
 
 
 def _dppo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
@@ -218,12 +209,7 @@ def _dppo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
     is_high = (tokens.advantages > 0) & (moved > config.clip_high)
     is_low = (tokens.advantages <= 0) & (moved < -config.clip_low)
     surrogate = torch.where(is_high | is_low, 0.0, tokens.log_ratio.exp() * tokens.advantages)
-    return _TokenLoss(
-        loss=DPPO_PULL * tokens.log_ratio.square() - surrogate,
-        is_clipped_low=is_low,
-        is_clipped_high=is_high,
-        is_dropped=is_low | is_high,
-    )
+    return DPPO_PULL * tokens.log_ratio.square() - surrogate, is_low, is_high
 
 
 _LOSSES = {"grpo": _grpo, "gspo": _gspo, "cispo": _cispo, "sapo": _sapo, "reinforce": _reinforce, "dppo": _dppo}
@@ -244,22 +230,21 @@ def _batch_normaliser(config: LossConfig, mask: Tensor) -> Tensor:
     return mask.sum() if config.aggregation == "token_mean" else mask.any(-1).sum()
 
 
-def _token_metrics(result: _TokenLoss, *, is_dropped: Tensor, log_mismatch: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Means per loss token; w = exp(lp - rollout) compares the trainer with the sampler."""
-    log_mismatch = log_mismatch.detach()
+def _token_metrics(shares: dict[str, Tensor], *, log_mismatch: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Means per loss token of the shares and of the mismatch w = exp(lp - rollout), trainer against sampler."""
     ratio = log_mismatch.exp()
-    per_token = {
-        "clip_ratio/low": result.is_clipped_low,
-        "clip_ratio/high": result.is_clipped_high,
-        "off_policy/masked_fraction": is_dropped,
+    per_token = shares | {
         "off_policy/ratio_mean": ratio,
         "off_policy/ratio_square_mean": ratio.square(),
         "off_policy/mismatch_kl": torch.expm1(log_mismatch) - log_mismatch,
         "off_policy/logprob_abs_diff": log_mismatch.abs(),
     }
-    num_tokens = mask.sum().clamp(min=1)
-    metrics = {name: _keep(values.to(ratio.dtype), mask).sum() / num_tokens for name, values in per_token.items()}
-    metrics["off_policy/ratio_max"] = _keep(ratio, mask).amax() if mask.numel() else ratio.new_zeros(())
+    num_tokens = mask.sum().to(ratio.dtype)
+    metrics = {
+        name: _keep(values.to(ratio.dtype), mask).sum() / num_tokens.clamp(min=1) for name, values in per_token.items()
+    }
+    metrics["loss/num_tokens"] = num_tokens
+    metrics["off_policy/ratio_max"] = _keep(ratio, mask).amax() if mask.numel() else torch.zeros_like(num_tokens)
     metrics["off_policy/ess"] = _ess(metrics["off_policy/ratio_mean"], metrics["off_policy/ratio_square_mean"])
     return metrics
 

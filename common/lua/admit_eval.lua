@@ -4,6 +4,7 @@
 local id, dataset, version, queued_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local evaluation = key('eval:' .. id)
 local out, seconds = {}, now_s()
+redis.call('HSET', evaluation, 'dataset', dataset, 'version', version, 'total', (#ARGV - 4) / 2)
 for i = 5, #ARGV, 2 do
   local group, payload = ARGV[i], ARGV[i + 1]
   if redis.call('HSETNX', evaluation, 'admitted:' .. group, 1) == 1 then
@@ -16,5 +17,4 @@ for i = 5, #ARGV, 2 do
     out[#out + 1] = group
   end
 end
-redis.call('HSET', evaluation, 'dataset', dataset, 'version', version)
 return out

@@ -20,7 +20,8 @@
 --   events             stream   capped; policy published, dead letters, ...
 --   bytes              string   payload bytes held by groups
 --   dead               zset     dead-lettered groups -> ms; their hash is kept
---   eval:<id>          hash     one evaluation: total, version, dataset, and a result per settled group
+--   evaluations        hash     id -> version: evaluations asked for and not finished; their versions are kept
+--   eval:<id>          hash     one evaluation: dataset, version, total, done, and result:<group> or dead:<group>
 --
 -- Every script is atomic and idempotent: a second call with the same arguments changes nothing. A failed script is not
 -- rolled back, so scripts check first and write after.
@@ -65,6 +66,15 @@ local function policy_age(v, cur)
   return (from.step - a.step) + (to.step - a.step)
 end
 
+-- One group of an evaluation is settled; the last one releases the evaluation's policy version.
+local function record_evaluated(id, field, value)
+  local evaluation = key('eval:' .. id)
+  redis.call('HSET', evaluation, field, value)
+  if redis.call('HINCRBY', evaluation, 'done', 1) == tonumber(redis.call('HGET', evaluation, 'total')) then
+    redis.call('HDEL', key('evaluations'), id)
+  end
+end
+
 -- Remove every trace of work still owed for a group.
 local function forget_work(group)
   for _, part in ipairs({ 'task', 'rollout', 'reward', 'reference' }) do
@@ -92,8 +102,8 @@ local function dead_letter(group, kind, reason, detail, worker)
   redis.call('ZADD', key('dead'), now_ms(), group)
   redis.call('HSET', key('g:' .. group), 'stage', 'dead', 'dead_reason', reason, 'dead_detail', detail, 'dead_worker', worker)
   redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'dead', 'group', group, 'reason', reason)
-  local evaluation = redis.call('HGET', key('g:' .. group), 'eval')
-  if evaluation then redis.call('HSET', key('eval:' .. evaluation), 'dead:' .. group, reason) end
+  local id = redis.call('HGET', key('g:' .. group), 'eval')
+  if id then record_evaluated(id, 'dead:' .. group, reason) end
   return 1
 end
 

@@ -1,7 +1,9 @@
 -- Move the policy pointer, last of all. Credits of the groups that made this version return here.
 -- ARGV: version, parent (-1 = none), trainer step, incarnation, digest, bytes
--- Returns 1, or 0 when the served version is already this or a newer one (versions only grow).
+-- Returns 1; 0 when the served version is already this or a newer one (versions only grow); -1 when a newer incarnation
+-- of the trainer has taken the run over.
 local version, parent, step = tonumber(ARGV[1]), ARGV[2], ARGV[3]
+if tonumber(ARGV[4]) < tonumber(redis.call('HGET', key('run'), 'incarnation') or '0') then return -1 end
 local served = tonumber(redis.call('HGET', key('policy'), 'version') or '-1')
 if served >= version then return 0 end
 redis.call('HSET', key('lineage'), version, parent .. ':' .. step)

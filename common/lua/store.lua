@@ -31,7 +31,7 @@ for _, name in ipairs(complete) do
 end
 
 if redis.call('HGET', g, 'kind') == 'eval' then
-  redis.call('HSET', key('eval:' .. redis.call('HGET', g, 'eval')), 'result:' .. group, redis.call('HGET', g, 'reward'))
+  record_evaluated(redis.call('HGET', g, 'eval'), 'result:' .. group, redis.call('HGET', g, 'reward'))
   settle(group, 'eval', 'scored')
   return { 'scored' }
 end

@@ -1,0 +1,124 @@
+"""Logprobs of completions under a causal LM: one forward pass over right-padded rows, the output head in chunks.
+
+Rows are padded on the right and no attention mask is given: in a causal model a token never sees what follows it, so
+pads are invisible to every real token (tests prove it for values and gradients) and the fast unmasked attention runs.
+Logits are born only for positions that predict a completion token, `chunk_tokens` at a time, in float32: [B, S, V] is
+never held. The trainer calls this with gradients, the reference role without.
+
+Legend: B = sequences, P = prompt tokens, T = completion tokens, S = P + T padded, N = completion tokens of all rows,
+D = width of the hidden state, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+RECOMPUTE_ELEMENTS = 2**26
+"""Over this many logits (256 MiB in float32) a backward pass recomputes them chunk by chunk instead of keeping them."""
+
+_AFTER_HEAD = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "unpadded_vocab_size",
+)
+"""Config attributes by which transformers models (Gemma, Cohere, Granite, ...) change logits after the head."""
+
+
+def pad_sequences(
+    prompts: list[NDArray[np.int32]], completions: list[NDArray[np.int32]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids long [B, S], right-padded with 0; prompt_lengths long [B]; completion_lengths long [B].
+
+    Raises ValueError for an empty prompt: nothing would predict the first completion token.
+    """
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt has no tokens: check dataset.prompt_column and the chat template")
+    rows = [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
+    input_ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
+    for padded, row in zip(input_ids, rows, strict=True):
+        padded[: len(row)] = torch.from_numpy(row)
+    prompt_lengths, completion_lengths = (torch.tensor([len(x) for x in part]) for part in (prompts, completions))
+    return input_ids, prompt_lengths, completion_lengths
+
+
+def completion_logprobs(
+    model: Any,
+    input_ids: Tensor,
+    prompt_lengths: Tensor,
+    completion_lengths: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_tokens: int = 4096,
+) -> tuple[Tensor, Tensor | None]:
+    """Logprobs float32 [B, T] of every completion token, in nats, and the entropy [B, T] of its distribution, or none.
+
+        logprob_t = log softmax(logits_{t-1} / temperature)[token_t]         entropy_t = -sum_v p_v log p_v
+
+    model: a transformers causal LM. T is the longest completion; positions after a row's end hold 0. temperature 0
+    (greedy sampling) counts as 1. The entropy carries no gradient.
+    """
+    device = input_ids.device
+    width = int(completion_lengths.max())
+    is_completion = torch.arange(width, device=device) < completion_lengths.to(device).unsqueeze(-1)  # [B, T]
+    rows, columns = is_completion.nonzero(as_tuple=True)  # [N]
+    positions = prompt_lengths.to(device)[rows] + columns  # [N]; position p is predicted at p - 1
+    targets = input_ids[rows, positions]  # [N]
+    head = _plain_head(model)
+    if head is None:
+        inputs = model(input_ids=input_ids, use_cache=False).logits[rows, positions - 1]  # [N, V]
+        weight, bias, vocabulary = None, None, inputs.shape[-1]
+    else:
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, S, D]
+        inputs = hidden[rows, positions - 1]  # [N, D]
+        weight, bias, vocabulary = head.weight.float(), head.bias, head.weight.shape[0]
+    scored = []
+    for chunk, chunk_targets in zip(inputs.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        arguments = (chunk, chunk_targets, weight, bias, temperature or 1.0, with_entropy)
+        if torch.is_grad_enabled() and inputs.shape[0] * vocabulary > RECOMPUTE_ELEMENTS:
+            scored.append(checkpoint(_score, *arguments, use_reentrant=False))
+        else:
+            scored.append(_score(*arguments))
+    padded = torch.zeros(is_completion.shape, device=device)
+    logprobs = padded.index_put((rows, columns), torch.cat([logprobs for logprobs, _ in scored]))
+    entropy = padded.index_put((rows, columns), torch.cat([entropy for _, entropy in scored]))
+    return logprobs, entropy if with_entropy else None
+
+
+def _score(
+    inputs: Tensor, targets: Tensor, weight: Tensor | None, bias: Tensor | None, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Logprobs [N] and entropy [N] (0 where not asked for) of one chunk.
+
+    inputs: hidden states [N, D], or logits [N, V] where there is no weight.
+    """
+    with torch.autocast(inputs.device.type, enabled=False):
+        logits = inputs.float()
+        if weight is not None:
+            logits = torch.nn.functional.linear(logits, weight, None if bias is None else bias.float())
+        logits = logits / temperature
+        normaliser = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
+    entropy = torch.zeros_like(normaliser)
+    if with_entropy:
+        with torch.no_grad():
+            entropy = normaliser - ((logits - normaliser.unsqueeze(-1)).exp() * logits).sum(-1)
+    return logprobs, entropy
+
+
+def _plain_head(model: Any) -> torch.nn.Linear | None:
+    """The output head, where logits are its output and nothing else; none = use the model's own full forward."""
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    changes = [value for name in _AFTER_HEAD if (value := getattr(config, name, None)) not in (None, 1.0)]
+    return head if type(head) is torch.nn.Linear and model.base_model is not model and not changes else None

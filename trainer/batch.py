@@ -1,0 +1,135 @@
+"""Micro-batches of one optimizer step: padded tensors within a token budget, and the step's normaliser.
+
+Masks come from lengths, reward and finish reason, never from comparing with a pad id. The order is a function of the
+groups alone, longest sequences first: a micro-batch too large for the device fails at once, not an hour later.
+
+Legend: B = sequences, P = prompt tokens, T = completion tokens, S = padded length of prompt + completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.logprobs import pad_sequences
+from common.types import Episode, Group
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """What one forward and backward pass reads."""
+
+    input_ids: Tensor
+    "long [B, S], prompt then completion, right-padded with 0"
+    prompt_lengths: Tensor
+    "long [B]"
+    completion_lengths: Tensor
+    "long [B]"
+    rollout_logprobs: Tensor
+    "float32 [B, T]"
+    ref_logprobs: Tensor | None
+    "float32 [B, T], or none when kl_beta is 0"
+    advantages: Tensor
+    "float32 [B]"
+    loss_mask: Tensor
+    "bool [B, T]"
+
+    @property
+    def num_tokens(self) -> int:
+        """Padded tokens, B * S: what the pass costs."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    prompt_ids: NDArray[np.int32]
+    episode: Episode
+    advantage: Tensor
+    "scalar"
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.episode.completion.token_ids)
+
+
+def build_micro_batches(groups: list[Group], advantages: list[Tensor], *, max_tokens: int) -> list[MicroBatch]:
+    """Every episode of the groups once, packed so that B * S <= max_tokens; a longer sequence goes alone.
+
+    advantages: per group [G], in the order of its episodes. The loss mask holds on the completion tokens of episodes
+    that have a reward and were not aborted.
+    """
+    rows = [
+        _Row(prompt_ids=group.prompt_ids, episode=episode, advantage=advantage)
+        for group, group_advantages in zip(groups, advantages, strict=True)
+        for episode, advantage in zip(group.episodes, group_advantages, strict=True)
+    ]
+    rows.sort(key=lambda row: row.length, reverse=True)  # stable: equal lengths keep the groups' order
+    return [_collate(packed) for packed in _pack(rows, max_tokens=max_tokens)]
+
+
+def step_normaliser(micro_batches: Iterable[MicroBatch], *, aggregation: str) -> int:
+    """`num_tokens` of `policy_loss` for a step of these micro-batches; over ranks the counts add up."""
+    return num_loss_tokens(micro_batches) if aggregation == "token_mean" else num_sequences(micro_batches)
+
+
+def num_loss_tokens(micro_batches: Iterable[MicroBatch]) -> int:
+    """Tokens in the loss, before any off-policy masking."""
+    return sum(int(batch.loss_mask.sum()) for batch in micro_batches)
+
+
+def num_sequences(micro_batches: Iterable[MicroBatch]) -> int:
+    """Sequences with at least one token in the loss, before any off-policy masking."""
+    return sum(int(batch.loss_mask.any(-1).sum()) for batch in micro_batches)
+
+
+def _pack(rows: list[_Row], *, max_tokens: int) -> list[list[_Row]]:
+    """Greedy, in order; rows come longest first, so the first of a pack is its padded length."""
+    packs: list[list[_Row]] = []
+    for row in rows:
+        if packs and (len(packs[-1]) + 1) * packs[-1][0].length <= max_tokens:
+            packs[-1].append(row)
+        else:
+            packs.append([row])
+    return packs
+
+
+def _collate(rows: list[_Row]) -> MicroBatch:
+    completions = [row.episode.completion for row in rows]
+    input_ids, prompt_lengths, completion_lengths = pad_sequences(
+        [row.prompt_ids for row in rows], [completion.token_ids for completion in completions]
+    )
+    counts = [
+        row.episode.reward is not None and completion.finish_reason != "abort"
+        for row, completion in zip(rows, completions, strict=True)
+    ]
+    width = int(completion_lengths.max())
+    is_completion = torch.arange(width) < completion_lengths.unsqueeze(-1)  # [B, T]
+    references = [row.episode.ref_logprobs for row in rows if row.episode.ref_logprobs is not None]
+    assert len(references) in (0, len(rows)), "either every episode of a step has ref_logprobs or none has"
+    return MicroBatch(
+        input_ids=input_ids,
+        prompt_lengths=prompt_lengths,
+        completion_lengths=completion_lengths,
+        rollout_logprobs=_pad([completion.rollout_logprobs for completion in completions], width=width),
+        ref_logprobs=_pad(references, width=width) if references else None,
+        advantages=torch.stack([row.advantage for row in rows]).float(),
+        loss_mask=is_completion & torch.tensor(counts).unsqueeze(-1),
+    )
+
+
+def _pad(values: list[NDArray[np.float32]], *, width: int) -> Tensor:
+    """[B, width], right-padded with 0."""
+    padded = torch.zeros(len(values), width)
+    for row, value in zip(padded, values, strict=True):
+        row[: len(value)] = torch.from_numpy(value)
+    return padded

@@ -1,0 +1,83 @@
+"""The Celery app: `celery -A workers.app worker -Q rollout` (or dataset, reference, reward, eval).
+
+One queue per worker process. The queue decides pool and concurrency, so the plain command is right:
+
+    dataset    threads -c 1                     its tick thread admits groups and sends overdue parts again
+    rollout    threads -c rollout.concurrency   task threads feed one engine
+    eval       threads -c rollout.concurrency   the same engine, pinned to the version under evaluation
+    reference  threads -c reference.concurrency task threads feed one batched model
+    reward     prefork -c reward.concurrency    user code, with time limits; never imports torch
+
+Only SLUICE_REDIS_URL and SLUICE_RUN are needed; config, model config, tokenizer and weights come from the run.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+from celery.apps.worker import Worker
+
+from common.broker import make_app
+from common.config import QUEUES
+from common.connection import run_name
+from common.errors import ConfigError, ConnectionFailed
+
+
+class QueueWorker(Worker):
+    """A Celery worker that takes its pool, concurrency and tasks from its queue."""
+
+    def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
+        role = _one_queue(options.get("queues"))
+        try:
+            module = import_module(f"workers.{'rollout' if role == 'eval' else role}")
+            pool, concurrency = module.prepare(self.app, role)
+        except (ConfigError, ConnectionFailed) as error:
+            _refuse(str(error))
+        _refuse_other_pool(role, pool)
+        options["pool_cls"] = pool
+        options["concurrency"] = options.get("concurrency") or concurrency
+        options["without_gossip"] = options["without_mingle"] = True  # no worker needs to know another: starts faster
+        if hostname is None or hostname.startswith("celery@"):
+            hostname = f"{role}-{_random_suffix()}@%h"
+        super().__init__(app, _expand(hostname), **options)
+
+
+def _one_queue(queues: Any) -> str:
+    names = queues.split(",") if isinstance(queues, str) else list(queues or ())
+    if len(names) != 1 or names[0] not in QUEUES:
+        _refuse(f"name the one queue this worker serves: -Q followed by one of {', '.join(QUEUES)} (got {','.join(names) or 'none'})")
+    return str(names[0])
+
+
+def _refuse_other_pool(role: str, pool: str) -> None:
+    context = click.get_current_context(silent=True)
+    if context and context.get_parameter_source("pool_cls") == click.core.ParameterSource.COMMANDLINE:
+        _refuse(f"drop -P: a {role} worker runs on its own pool ({pool}), chosen by its queue")
+
+
+def _refuse(message: str) -> Any:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(2)
+
+
+def _random_suffix() -> str:
+    from secrets import token_hex
+
+    return token_hex(3)
+
+
+def _expand(hostname: str) -> str:
+    from celery.utils.nodenames import default_nodename, host_format
+
+    return str(host_format(default_nodename(hostname)))
+
+
+try:
+    app = make_app(run_name())
+except ConfigError as error:
+    _refuse(str(error))
+app.Worker = type("Worker", (QueueWorker,), {"app": app})
+app.set_current()

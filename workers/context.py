@@ -1,0 +1,155 @@
+"""What the tasks of one worker process share, and the one way they do a part: claim, work, store, send on.
+
+    message --> claim --refused--> nothing (done, or somebody else has it)
+                  |
+                 work --EngineClosed--> released: handed back, no attempt spent
+                  |   --other error---> failed: sent again, or dead-lettered with the traceback
+                 store --refused-----> nothing (another attempt was faster)
+                  |
+                 messages for the parts that follow
+
+The heart thread renews the leases of running parts while `is_alive` says that the process makes progress, and beats.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+from celery import Celery
+from celery.concurrency.thread import TaskPool
+
+from common.broker import send_part
+from common.connection import connect, run_name
+from common.errors import EngineClosed, SerializationError
+from common.ledger import Claim, Ledger
+from common.metrics import HEARTBEAT_S, beat, silence
+from common.run import Run, open_run, process_name
+
+log = logging.getLogger("sluice.worker")
+
+
+@dataclass(kw_only=True)
+class Context:
+    """One worker process: its run, its connections and the parts it is working on."""
+
+    role: str
+    app: Celery
+    client: redis.Redis
+    run: Run
+    ledger: Ledger
+    process: str
+    is_alive: Callable[[], bool] = lambda: True
+    "does the engine make progress? a hung one stops renewing its leases"
+    facts: Callable[[], dict[str, Any]] = dict
+    "what this process adds to its heartbeat"
+    started_at: float = field(default_factory=time.time)
+    num_done: int = 0
+    busy_s: float = 0.0
+    _claims: dict[str, Claim] = field(default_factory=dict)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _heart: threading.Thread | None = None
+
+    @classmethod
+    def open(cls, app: Celery, role: str) -> Context:
+        """Connect and read the run. Raises ConfigError, ConnectionFailed."""
+        client = connect()
+        run = open_run(client, run_name())
+        process = process_name(role)
+        ledger = Ledger(client, run.keys, run.config, worker=process)
+        return cls(role=role, app=app, client=client, run=run, ledger=ledger, process=process)
+
+    def perform(
+        self,
+        group_id: str,
+        part: str,
+        work: Callable[[Claim], tuple[bytes, int | None]],
+        *,
+        fields: tuple[str, ...],
+        lease_s: float | None = None,
+    ) -> None:
+        """Do one part of one group. `work` returns the payload and, for a rollout, the policy version."""
+        claim = self.ledger.claim(group_id, part, fields=fields, lease_s=lease_s)
+        if claim is None:
+            return
+        try:
+            with self._working_on(claim):
+                payload, version = work(claim)
+        except EngineClosed:
+            if self.ledger.release(claim):
+                send_part(self.app, group_id, part)
+            return
+        except Exception as error:  # the task boundary: whatever a part raises is accounted for, never lost
+            log.warning("%s of group %s failed on attempt %d: %r", part, group_id, claim.attempt, error)
+            detail = f"{error!r}\n{traceback.format_exc(limit=-8)}"
+            if self.ledger.fail(claim, reason=_reason(error), detail=detail):
+                send_part(self.app, group_id, part)
+            return
+        for following in self.ledger.store(group_id, part, payload, version=version) or ():
+            send_part(self.app, group_id, following)
+        self.num_done += 1
+
+    @contextmanager
+    def _working_on(self, claim: Claim) -> Iterator[None]:
+        started = time.monotonic()
+        self._claims[claim.holder] = claim
+        try:
+            yield
+        finally:
+            del self._claims[claim.holder]
+            self.busy_s += time.monotonic() - started
+
+    def start_heart(self) -> None:
+        """Begin to renew leases and to beat."""
+        self._heart = threading.Thread(target=self._beat_until_stopped, name="heart", daemon=True)
+        self._heart.start()
+
+    def _beat_until_stopped(self) -> None:
+        period = min(HEARTBEAT_S, self.run.config.lease.running_s / 3)
+        while not self._stop.wait(period):
+            try:
+                if self.is_alive():
+                    for lost in self.ledger.renew(list(self._claims.values())):
+                        log.warning("lost the lease of %s: it was taken over; a late result will be refused", lost)
+                beat(self.client, self.run.keys, self.process, self._facts())
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                log.warning("no heartbeat: %s", error)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "role": self.role,
+            "pid": int(self.process.rpartition(":")[2]),
+            "host": self.process.partition("@")[2].rpartition(":")[0],
+            "up_s": round(time.time() - self.started_at, 1),
+            "running": len(self._claims),
+            "done": self.num_done,
+            **self.facts(),
+        }
+
+    def close(self) -> None:
+        """Leave in good order."""
+        self._stop.set()
+        try:
+            silence(self.client, self.run.keys, self.process)
+        except redis.RedisError as error:
+            log.warning("could not sign off: %s", error)
+
+
+def _reason(error: BaseException) -> str:
+    return "undecodable" if isinstance(error, SerializationError) else type(error).__name__
+
+
+class CooperativePool(TaskPool):
+    """Threads that are asked to stop: SIGQUIT and revoke call `cancel` instead of raising NotImplementedError."""
+
+    cancel: Callable[[], None] = staticmethod(lambda: None)
+
+    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+        type(self).cancel()

@@ -1,0 +1,190 @@
+"""The `dataset` queue: admits groups while there is credit, prepares their prompts, sends overdue parts again.
+
+    dataset.fill             admit as many groups as there is credit for (sent by the trainer after each publication)
+    dataset.prepare(group)   the task part of one admitted group, when its first owner died
+    dataset.evaluate         admit the groups of evaluations that were asked for
+
+A tick thread does all of this once a second as well, so that a lost message costs a second, never a group. Any number of
+dataset workers may run: every step is one atomic script, and a lock lets one of them tick at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import redis
+import xxhash
+from celery import Celery, signals
+
+from common.broker import send_part
+from common.config import EvalDataset
+from common.errors import ConfigError
+from common.evaluation import evaluation_id
+from common.ledger import stored_parts
+from common.model import ModelAssets
+from common.serialization import encode
+from common.types import SamplingParams, Task
+from workers.context import Context, CooperativePool
+from workers.prompts import PromptSource, TooLong
+
+log = logging.getLogger("sluice.dataset")
+
+ADMIT_BATCH = 64
+TICK_S = 1.0
+_roles: list[DatasetRole] = []
+
+
+def prepare(app: Celery, role: str) -> tuple[Any, int]:
+    """Register the tasks of this queue; returns its pool and concurrency."""
+    host = DatasetRole(Context.open(app, role))
+    _roles.append(host)
+    app.task(host.fill, name="dataset.fill")
+    app.task(host.prepare_one, name="dataset.prepare")
+    app.task(host.evaluate, name="dataset.evaluate")
+    signals.worker_ready.connect(lambda **_: host.start(), weak=False)
+    signals.worker_shutting_down.connect(lambda **_: host.stop(), weak=False)
+    signals.worker_shutdown.connect(lambda **_: host.context.close(), weak=False)
+    return CooperativePool, 1
+
+
+class DatasetRole:
+    """Prompts in, rollout messages out."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._config = context.run.config
+        self._tokenizer = ModelAssets.from_wire(context.run.assets).tokenizer()
+        self._source = PromptSource(self._config.dataset, self._tokenizer, seed=self._config.seed)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        context.facts = lambda: {"stopped_by": self._stopped_by}
+        self._stopped_by = "starting"
+
+    def start(self) -> None:
+        self.context.start_heart()
+        threading.Thread(target=self._tick_until_stopped, name="tick", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def fill(self) -> None:
+        """Admit until there is no credit left."""
+        with self._lock:
+            while not self._stop.is_set():
+                admission = self.context.ledger.admit(ADMIT_BATCH)
+                self._stopped_by = admission.stopped_by
+                if not admission.cursors:
+                    return
+                self._prepare(admission.cursors)
+
+    def prepare_one(self, group_id: str) -> None:
+        """The task part of a group whose admitting worker died."""
+        claim = self.context.ledger.claim(group_id, "task", fields=("cursor",))
+        cursor = claim and claim.fields["cursor"]
+        if cursor:
+            with self._lock:
+                self._prepare([int(cursor)])
+
+    def _prepare(self, cursors: list[int]) -> None:
+        """Read the prompts, store all tasks in one round trip, send their rollout messages."""
+        tasks, too_long, unreadable = {}, [], []
+        for cursor in cursors:
+            group_id = f"t{cursor}"
+            try:
+                prompt = self._source.prompt_at(cursor)
+            except ConfigError as error:
+                log.error("prompt %d cannot be used: %s", cursor, error)
+                unreadable.append(group_id)
+                continue
+            if isinstance(prompt, TooLong):
+                too_long.append(group_id)
+                continue
+            tasks[group_id] = encode(self._task(group_id, prompt, self._train_sampling(group_id)).to_wire())
+        self.context.ledger.drop(too_long, reason="prompt_too_long")
+        self.context.ledger.drop(unreadable, reason="bad_row")
+        with self.context.client.pipeline(transaction=False) as pipe:
+            for group_id, payload in tasks.items():
+                self.context.ledger.store(group_id, "task", payload, client=pipe)
+            replies = pipe.execute()
+        for group_id, reply in zip(tasks, replies, strict=True):
+            for part in stored_parts(reply) or ():
+                send_part(self.context.app, group_id, part)
+        self.context.num_done += len(tasks)
+
+    def _task(self, group_id: str, prompt: Any, sampling: SamplingParams) -> Task:
+        return Task(
+            group_id=group_id,
+            prompt_ids=prompt.prompt_ids,
+            prompt=prompt.prompt,
+            target=prompt.target,
+            columns=prompt.columns,
+            sampling=sampling,
+        )
+
+    def _train_sampling(self, group_id: str) -> SamplingParams:
+        s = self._config.sampling
+        return SamplingParams(
+            n=s.group_size,
+            max_tokens=s.max_res_tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            seed=self._seed_of(group_id),
+        )
+
+    def _seed_of(self, group_id: str) -> int:
+        return xxhash.xxh3_64_intdigest(f"{self._config.seed}:{group_id}") >> 1
+
+    def evaluate(self) -> None:
+        """Admit every evaluation that was asked for and is not admitted yet."""
+        with self._lock:
+            client, keys = self.context.client, self.context.run.keys
+            for name, version in client.hgetall(keys("evaluations")).items():
+                if not client.hexists(keys("eval", name.decode()), "total"):
+                    self._admit_evaluation(name.decode(), int(version))
+
+    def _admit_evaluation(self, evaluation: str, version: int) -> None:
+        sets = {evaluation_id(version, d.name): d for d in self._config.evaluation.datasets}
+        if evaluation not in sets:
+            log.error("evaluation %s names no configured set; dropped", evaluation)
+            self.context.client.hdel(self.context.run.keys("evaluations"), evaluation)
+            return
+        dataset = sets[evaluation]
+        tasks = self._evaluation_tasks(evaluation, dataset)
+        for group_id in self.context.ledger.admit_eval(evaluation, dataset=dataset.name, version=version, tasks=tasks):
+            send_part(self.context.app, group_id, "rollout")
+
+    def _evaluation_tasks(self, evaluation: str, dataset: EvalDataset) -> dict[str, bytes]:
+        source = PromptSource(dataset.dataset.model_copy(update={"shuffle": False}), self._tokenizer, seed=0)
+        count = min(source.num_rows or dataset.num_prompts or 0, dataset.num_prompts or 10**9)
+        longest = self._config.sampling.max_res_tokens
+        tasks = {}
+        for i in range(count):
+            prompt = source.prompt_at(i)
+            if isinstance(prompt, TooLong):
+                continue
+            modes = {"g": SamplingParams(n=1, max_tokens=longest, temperature=0.0)}
+            if dataset.num_samples:
+                modes["s"] = SamplingParams(n=dataset.num_samples, max_tokens=longest, seed=self._seed_of(f"{evaluation}.{i}"))
+            for mode, sampling in modes.items():
+                group_id = f"e{evaluation}.{i}{mode}"
+                tasks[group_id] = encode(self._task(group_id, prompt, sampling).to_wire())
+        return tasks
+
+    def _tick_until_stopped(self) -> None:
+        while not self._stop.wait(TICK_S):
+            try:
+                if self.context.client.set(self.context.run.keys("tick"), self.context.process, nx=True, px=int(TICK_S * 900)):
+                    self._tick()
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                log.warning("tick: Redis is unreachable: %s", error)
+            except Exception:
+                log.exception("tick failed; the next one follows in %.0f s", TICK_S)
+
+    def _tick(self) -> None:
+        for group_id, part, _ in self.context.ledger.reap():
+            send_part(self.context.app, group_id, part)
+        self.fill()
+        self.evaluate()

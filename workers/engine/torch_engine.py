@@ -1,0 +1,323 @@
+"""The embedded engine: continuous batching over any full-attention transformers causal LM, on CPU or CUDA.
+
+    task threads --generate()--> pending --admit--> running --last token--> future
+    anyone       --stage()-----> staged  --swap---> version
+
+One thread owns the model and the batch. A pass of its loop: drop what was cancelled, swap the policy if one is staged
+and may be, admit what fits, decode one token for every running row.
+
+Invariants:
+* every request is resolved exactly once: with its completions, an EngineError, or EngineClosed;
+* admission is first come, first served among the requests that the served version may serve; one that waits for another
+  version holds nobody up, one that waits for room holds up all behind it;
+* nothing computed by an older version serves a request admitted later: there is no cache between requests. Running rows
+  keep theirs, get it recomputed, or finish before the swap, as `in_flight` says;
+* requests pinned to the served version run to their end before a swap: it waits for those running and those pending;
+* a failure costs the running requests, never the pending ones nor the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from common.errors import EngineClosed, EngineError
+from common.model import load_weights
+from common.types import Completion
+from workers.engine import EngineStats, GenerationRequest
+from workers.engine.batch import PREFILL_TOKENS, Group, RunningBatch
+
+log = logging.getLogger(__name__)
+
+_IDLE_PASS_S = 1.0
+"An idle loop passes this often, so that `progress_at` tells idle from hung."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Policy:
+    version: int
+    digest: str
+    tensors: Mapping[str, torch.Tensor]
+
+
+class TorchEngine:
+    """Implements `workers.engine.Engine`; serves nothing before the first `stage`.
+
+    model: in eval mode on its device, owned by the engine from now on; its weights may be uninitialised.
+    max_sequences: rows decoded together; a request with more completions runs alone.
+    max_model_len: bound on prompt + max_tokens.
+    in_flight: running rows at a policy swap go on with their cache ("keep"), with one recomputed by the new policy
+    ("recompute"), or finish first while nothing is admitted ("drain").
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Sequence[int],
+        max_sequences: int,
+        max_model_len: int,
+        in_flight: Literal["keep", "recompute", "drain"] = "keep",
+    ) -> None:
+        _check_architecture(model, max_model_len)
+        self._model = model
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._max_sequences = max_sequences
+        self._max_model_len = max_model_len
+        self._in_flight = in_flight
+        self._batch = self._new_batch()
+        self._version, self._digest = -1, ""
+        self._progress_at = time.monotonic()
+        self._last_error: str | None = None
+        self._generated_tokens = self._num_updates = 0
+        self._busy_s = self._update_pause_s = 0.0
+        self._condition = threading.Condition()  # guards all below
+        self._pending: list[Group] = []
+        self._running: list[Group] = []
+        self._staged: _Policy | None = None
+        self._has_news = False
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def version(self) -> int:
+        """The policy version that produces the next token; -1 before the first policy."""
+        return self._version
+
+    @property
+    def digest(self) -> str:
+        """Digest of the served policy."""
+        return self._digest
+
+    @property
+    def progress_at(self) -> float:
+        """`time.monotonic()` of the loop's last pass."""
+        return self._progress_at
+
+    @property
+    def last_error(self) -> str | None:
+        """The last failure of a step or of a policy swap, for people; none = there was none."""
+        return self._last_error
+
+    def generate(self, request: GenerationRequest) -> list[Completion]:
+        """`sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
+        self._check(request)
+        group = Group(request=request)
+        with self._condition:
+            if self._is_closed:
+                raise EngineClosed(f"group {request.group_id}: the engine is closed")
+            self._pending.append(group)
+            self._wake()
+        return group.future.result()
+
+    def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Serve this policy from the next decode step on that may swap; returns at once. Replaces one staged before.
+
+        Versions may go back (evaluation); the served version is a no-op. A policy that cannot be loaded is reported
+        in `last_error` and the log, and the served one stays.
+        """
+        with self._condition:
+            if version != self._version:
+                self._staged = _Policy(version=version, digest=digest, tensors=tensors)
+                self._wake()
+
+    def cancel(self, group_id: str) -> None:
+        """Give up a group: its `generate` raises EngineClosed now, its rows leave at the next step. Unknown ids are ignored."""
+        with self._condition:
+            for group in (*self._pending, *self._running):
+                if group.request.group_id == group_id:
+                    self._resolve(group, EngineClosed(f"group {group_id} was cancelled"))
+            self._wake()
+
+    def stats(self) -> EngineStats:
+        """Counters since the engine started."""
+        return EngineStats(
+            generated_tokens=self._generated_tokens,
+            running_sequences=len(self._batch.rows),
+            waiting_requests=len(self._pending),
+            busy_s=self._busy_s,
+            num_updates=self._num_updates,
+            update_pause_s=self._update_pause_s,
+        )
+
+    def close(self) -> None:
+        """Stop after the step in progress; requests still inside raise EngineClosed. Idempotent."""
+        with self._condition:
+            self._is_closed = True
+            self._wake()
+        self._thread.join()
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Refuse what could never run, before it can harm the requests beside it."""
+        sampling, prompt = request.sampling, np.asarray(request.prompt_ids)
+        total, vocab_size = len(prompt) + sampling.max_tokens, self._model.config.get_text_config().vocab_size
+        problem = None
+        if total > self._max_model_len:
+            problem = f"{len(prompt)} prompt + {sampling.max_tokens} new tokens = {total} > {self._max_model_len}, the engine's max_model_len"
+        elif min(len(prompt), sampling.max_tokens, sampling.n) < 1:
+            problem = f"needs a prompt, max_tokens and n of at least 1, found {len(prompt)}, {sampling.max_tokens} and {sampling.n}"
+        elif prompt.min() < 0 or prompt.max() >= vocab_size:
+            problem = f"prompt ids {prompt.min()}..{prompt.max()} are outside the vocabulary of {vocab_size}"
+        elif sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+            problem = f"temperature {sampling.temperature}, top_p {sampling.top_p} or top_k {sampling.top_k} is out of range"
+        if problem:
+            raise EngineError(f"group {request.group_id}: {problem}")
+
+    def _new_batch(self) -> RunningBatch:
+        return RunningBatch(
+            self._model,
+            eos_token_ids=self._eos_token_ids,
+            max_sequences=self._max_sequences,
+            max_model_len=self._max_model_len,
+        )
+
+    # The engine thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closed:
+                self._progress_at = time.monotonic()
+                try:
+                    self._pass()
+                except Exception as error:  # whatever a model, a kernel or the device may raise
+                    self._fail_running(error)
+        finally:
+            with self._condition:
+                self._is_closed = True
+                for group in (*self._pending, *self._running):
+                    self._resolve(group, EngineClosed(f"group {group.request.group_id}: the engine was closed"))
+
+    def _pass(self) -> None:
+        self._drop_cancelled()
+        self._swap()
+        started = time.monotonic()
+        with torch.inference_mode():
+            self._admit()
+            if not self._batch.rows:
+                self._wait_for_news()
+                return
+            self._decode()
+        self._busy_s += time.monotonic() - started
+
+    def _drop_cancelled(self) -> None:
+        with self._condition:
+            dropped = {group for group in self._running if group.future.done()}
+            self._pending = [group for group in self._pending if not group.future.done()]
+            self._running = [group for group in self._running if group not in dropped]
+        if dropped:
+            self._batch.discard(dropped)
+
+    def _swap(self) -> None:
+        """Load the staged policy, if it need not wait for running or pinned requests."""
+        with self._condition:
+            policy = self._staged
+            if policy is None or self._must_not_swap():
+                return
+            self._staged = None
+        started = time.monotonic()
+        try:
+            load_weights(self._model, policy.tensors)
+        except Exception as error:
+            self._last_error = f"policy version {policy.version} was not loaded: {type(error).__name__}: {error}"
+            log.warning("%s; serving version %d", self._last_error, self._version)
+            return
+        self._version, self._digest = policy.version, policy.digest
+        self._num_updates += 1
+        self._batch.mark(policy.version)
+        if self._in_flight == "recompute":
+            with torch.inference_mode():
+                for _ in self._batch.recompute():
+                    self._progress_at = time.monotonic()
+        self._update_pause_s += time.monotonic() - started
+
+    def _must_not_swap(self) -> bool:
+        if self._in_flight == "drain" and self._running:
+            return True
+        return any(group.request.pinned_version == self._version for group in (*self._pending, *self._running))
+
+    def _admit(self) -> None:
+        """Start pending requests, in order, up to `max_sequences` rows and one prefill pass."""
+        admitted: list[Group] = []
+        num_rows, longest = len(self._batch.rows), 0
+        with self._condition:
+            for group in filter(self._may_serve, self._pending):
+                num_rows += group.size
+                longest = max(longest, group.prompt_length)
+                is_first = not admitted and (not self._batch.rows or num_rows <= self._max_sequences)
+                if not is_first and (num_rows > self._max_sequences or longest * (len(admitted) + 1) > PREFILL_TOKENS):
+                    break
+                admitted.append(group)
+            self._running += admitted
+            self._pending = [group for group in self._pending if group not in admitted]
+        if admitted:
+            self._batch.admit(admitted, version=self._version)
+
+    def _may_serve(self, group: Group) -> bool:
+        if self._version < 0:
+            return False
+        if group.request.pinned_version is not None:
+            return group.request.pinned_version == self._version
+        is_draining = self._in_flight == "drain" and self._staged is not None
+        return self._version >= group.request.min_version and not is_draining
+
+    def _decode(self) -> None:
+        self._generated_tokens += len(self._batch.rows)
+        for row, completion in self._batch.step():
+            row.group.completions[row.index] = completion
+            if row.group.is_complete:
+                with self._condition:
+                    self._running.remove(row.group)
+                    self._resolve(row.group, [row.group.completions[i] for i in range(row.group.size)])
+
+    def _fail_running(self, error: Exception) -> None:
+        self._last_error = f"engine step failed: {type(error).__name__}: {error}"
+        log.exception("%s", self._last_error)
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
+        self._batch = self._new_batch()
+        with self._condition:
+            for group in self._running:
+                failure = EngineError(f"group {group.request.group_id}: {self._last_error}")
+                failure.__cause__ = error
+                self._resolve(group, failure)
+            self._running = []
+
+    def _wait_for_news(self) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: self._has_news, timeout=_IDLE_PASS_S)
+            self._has_news = False
+
+    # With the condition held.
+
+    def _wake(self) -> None:
+        self._has_news = True
+        self._condition.notify_all()
+
+    @staticmethod
+    def _resolve(group: Group, outcome: list[Completion] | EngineError) -> None:
+        if group.future.done():
+            return
+        if isinstance(outcome, EngineError):
+            group.future.set_exception(outcome)
+        else:
+            group.future.set_result(outcome)
+
+
+def _check_architecture(model: PreTrainedModel, max_model_len: int) -> None:
+    """The cache holds keys and values of all positions, and masks are built here: other attention would be silently wrong."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
+    if layers != {"full_attention"} or (window is not None and window < max_model_len):
+        raise ValueError(f"the torch engine serves full-attention models; {config.model_type} has {sorted(layers)}, window {window}")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"the torch engine needs attn_implementation sdpa or eager, found {config._attn_implementation}")

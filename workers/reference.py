@@ -1,0 +1,131 @@
+"""The `reference` queue: logprobs of finished completions under the frozen base model (policy version 0).
+
+Task threads hand their groups to one model; whoever finds it free computes everything that waits, in one batch. Nothing
+is sent to this queue when trainer.loss.kl_beta is 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+from celery import Celery, signals
+from numpy.typing import NDArray
+
+from common.ledger import Claim
+from common.logprobs import completion_logprobs, pad_sequences
+from common.model import ModelAssets, load_weights
+from common.policy_store import PolicyStore
+from common.serialization import decode, encode
+from workers.context import Context, CooperativePool
+
+log = logging.getLogger("sluice.reference")
+
+Sequence = tuple[NDArray[np.int32], NDArray[np.int32]]
+
+
+def prepare(app: Celery, role: str) -> tuple[Any, int]:
+    """Register the task of this queue; returns pool and concurrency."""
+    context = Context.open(app, role)
+    host = ReferenceRole(context)
+    app.task(host.score, name="reference.score")
+    signals.worker_ready.connect(lambda **_: context.start_heart(), weak=False)
+    signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
+    return CooperativePool, context.run.config.reference.concurrency
+
+
+class ReferenceRole:
+    """One frozen model, shared by the task threads."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._config = context.run.config
+        self._model: ReferenceModel | None = None
+        self._loading = threading.Lock()
+
+    def score(self, group_id: str) -> None:
+        """Task: the reference part of a group."""
+        self.context.perform(group_id, "reference", self._score, fields=("task", "rollout"))
+
+    def _score(self, claim: Claim) -> tuple[bytes, None]:
+        prompt_ids = decode(claim.fields["task"] or b"")["prompt_ids"]
+        completions = [c["token_ids"] for c in decode(claim.fields["rollout"] or b"")["completions"]]
+        logprobs = self._reference_model().forward([(prompt_ids, token_ids) for token_ids in completions])
+        return encode(logprobs), None
+
+    def _reference_model(self) -> ReferenceModel:
+        """Loaded at the first group: the base version is published after the workers may have started."""
+        with self._loading:
+            if self._model is None:
+                torch.set_num_threads(1)
+                config = self._config
+                _, tensors = PolicyStore(self.context.client, self.context.run.keys, config.policy_store).fetch(0)
+                model = ModelAssets.from_wire(self.context.run.assets).build(
+                    dtype=config.reference.dtype, device=config.reference.device
+                )
+                load_weights(model, tensors)
+                self._model = ReferenceModel(
+                    model, temperature=config.sampling.temperature, max_batch_tokens=config.reference.max_batch_tokens
+                )
+            return self._model
+
+
+class ReferenceModel:
+    """`forward(sequences)` from many threads, computed in common batches."""
+
+    def __init__(self, model: torch.nn.Module, *, temperature: float, max_batch_tokens: int) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._temperature = temperature
+        self._max_batch_tokens = max_batch_tokens
+        self._waiting: list[tuple[list[Sequence], Future[list[NDArray[np.float32]]]]] = []
+        self._queue_lock = threading.Lock()
+        self._model_lock = threading.Lock()
+
+    def forward(self, sequences: list[Sequence]) -> list[NDArray[np.float32]]:
+        """ref_logprobs, float32 [T] each, of (prompt_ids [P], token_ids [T])."""
+        future: Future[list[NDArray[np.float32]]] = Future()
+        with self._queue_lock:
+            self._waiting.append((sequences, future))
+        with self._model_lock:
+            if not future.done():
+                self._compute_waiting()
+        return future.result()
+
+    def _compute_waiting(self) -> None:
+        with self._queue_lock:
+            waiting, self._waiting = self._waiting, []
+        try:
+            results = iter(self._compute([s for sequences, _ in waiting for s in sequences]))
+        except Exception as error:
+            for _, future in waiting:
+                future.set_exception(error)
+            return
+        for sequences, future in waiting:
+            future.set_result([next(results) for _ in sequences])
+
+    @torch.no_grad()
+    def _compute(self, sequences: list[Sequence]) -> list[NDArray[np.float32]]:
+        """All logprobs, in batches of similar length under the token budget, in the order asked."""
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
+        out: list[Any] = [None] * len(sequences)
+        while order:
+            longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
+            size = max(1, self._max_batch_tokens // longest)
+            batch, order = order[-size:], order[:-size]
+            input_ids, prompts, lengths = pad_sequences([sequences[i][0] for i in batch], [sequences[i][1] for i in batch])
+            logprobs, _ = completion_logprobs(
+                self._model,
+                input_ids.to(self._device),
+                prompts.to(self._device),
+                lengths.to(self._device),
+                temperature=self._temperature,
+            )
+            rows = logprobs.float().cpu().numpy()
+            for row, i in enumerate(batch):
+                out[i] = rows[row, : len(sequences[i][1])].copy()
+        return out

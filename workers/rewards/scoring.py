@@ -1,0 +1,148 @@
+"""Scoring one group with the configured reward functions.
+
+A TRL function (`workers/rewards/loading.py` tells the two kinds) gets the arguments that it names, or all of them where
+it takes **kwargs; lists have one entry per completion. A conversational prompt (a list of messages) makes each
+completion `[{"role": "assistant", "content": text}]`, as in TRL. Async functions of a group are awaited together.
+
+`None` = this function does not apply to this sample. Whatever else is not a finite number, and whatever is raised, is a
+RewardError: an infrastructure failure, never a score of 0. Nothing here imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from numbers import Real
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from common.errors import RewardError
+from common.types import Scores
+from workers.rewards.loading import TRL_ARGUMENTS, LoadedReward, load_reward_functions
+
+__all__ = ["LoadedReward", "load_reward_functions", "score_group"]
+
+_NOT_COLUMNS = TRL_ARGUMENTS | {"prompt", "completion", "trainer_state"}
+
+
+def score_group(
+    rewards: Sequence[LoadedReward],
+    *,
+    aggregation: Literal["mean", "sum"],
+    prompt: Any,
+    completions: list[str],
+    completion_ids: list[list[int]],
+    target: str | None,
+    columns: dict[str, Any],
+    trainer_state: dict[str, Any],
+) -> Scores:
+    """Scores of the G completions of one prompt.
+
+    `mean` is the unweighted mean of the functions that apply, `sum` their weighted sum; where none applies the total is
+    None. `target` reaches TRL functions as the column `target`, `trainer_state` as an object with its keys as
+    attributes. Raises RewardError.
+    """
+    samples = [{"prompt": prompt, "response": text, "target": target} for text in completions]
+    group = _trl_arguments(prompt, completions, completion_ids, target, columns)
+    group["trainer_state"] = SimpleNamespace(**trainer_state)
+    calls = {reward.name: functools.partial(_call, reward, samples, group) for reward in rewards}
+    results = {reward.name: calls[reward.name]() for reward in rewards if not reward.is_async}
+    if pending := [reward.name for reward in rewards if reward.is_async]:
+        # One loop for all of them, and none around the synchronous ones, which may run a loop of their own.
+        results |= zip(pending, asyncio.run(_gather([calls[name] for name in pending])), strict=True)
+    by_function = {reward.name: _validated(reward.name, results[reward.name], len(completions)) for reward in rewards}
+    weights = [reward.weight for reward in rewards]
+    totals = [_total(scores, weights, aggregation) for scores in zip(*by_function.values(), strict=True)]
+    return Scores(reward=totals, by_function=by_function)
+
+
+def _total(scores: tuple[float | None, ...], weights: list[float], aggregation: str) -> float | None:
+    applying = [(score, weight) for score, weight in zip(scores, weights, strict=True) if score is not None]
+    if not applying:
+        return None
+    if aggregation == "sum":
+        return sum(score * weight for score, weight in applying)
+    return sum(score for score, _ in applying) / len(applying)
+
+
+def _trl_arguments(
+    prompt: Any, completions: list[str], completion_ids: list[list[int]], target: str | None, columns: dict[str, Any]
+) -> dict[str, Any]:
+    """Keyword arguments of a TRL function, each a list of G; `target` wins over a column of that name."""
+    conversational = isinstance(prompt, list)
+    rows = {name: value for name, value in columns.items() if name not in _NOT_COLUMNS}
+    if target is not None:
+        rows["target"] = target
+    return {
+        "prompts": [prompt] * len(completions),
+        "completions": [[{"role": "assistant", "content": c}] if conversational else c for c in completions],
+        "completion_ids": completion_ids,
+        **{name: [value] * len(completions) for name, value in rows.items()},
+    }
+
+
+def _call(reward: LoadedReward, samples: list[dict[str, Any]], group: dict[str, Any]) -> Any:
+    """The function's raw result for the group; an awaitable of it where the function is async."""
+
+    def accepted(arguments: dict[str, Any]) -> dict[str, Any]:
+        # A function may change what it is given; the next sample and the next function must not see that.
+        return {
+            name: [copy.deepcopy(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
+            for name, value in arguments.items()
+            if reward.accepts is None or name in reward.accepts
+        }
+
+    try:
+        if not reward.per_sample:
+            result = reward.function(**accepted(group))
+        else:
+            result = [reward.function(**accepted(sample)) for sample in samples]
+    except Exception as error:
+        raise _failed(reward.name, error) from error
+    return _awaited(reward, result) if reward.is_async else result
+
+
+async def _awaited(reward: LoadedReward, result: Any) -> Any:
+    try:
+        return list(await asyncio.gather(*result)) if reward.per_sample else await result
+    except Exception as error:
+        raise _failed(reward.name, error) from error
+
+
+async def _gather(calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
+    return await asyncio.gather(*(call() for call in calls))
+
+
+def _failed(name: str, error: Exception) -> RewardError:
+    return RewardError(f"reward function {name} raised {type(error).__name__}: {error}")
+
+
+def _validated(name: str, result: Any, num_completions: int) -> list[float | None]:
+    """One float or None per completion; arrays and tensors are taken as lists. Raises RewardError."""
+    values = result.tolist() if hasattr(result, "tolist") else result
+    if not isinstance(values, (list, tuple)):
+        raise RewardError(
+            f"reward function {name} returned {_short(result)}, expected a list of {num_completions} numbers"
+        )
+    if len(values) != num_completions:
+        raise RewardError(f"reward function {name} returned {len(values)} rewards for {num_completions} completions")
+    return [_number(name, value) for value in values]
+
+
+def _number(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    plain = value.item() if hasattr(value, "item") else value
+    if not isinstance(plain, Real):
+        raise RewardError(f"reward function {name} returned {_short(value)}, which is neither a number nor None")
+    if not math.isfinite(plain):
+        raise RewardError(f"reward function {name} returned {plain}: return None where it does not apply")
+    return float(plain)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

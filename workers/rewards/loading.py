@@ -3,7 +3,7 @@
 Two kinds of callables, told apart by the names of their parameters:
 
     per sample   fn(prompt, response, target) -> float | None
-    TRL          fn(prompts, completions, completion_ids, <dataset columns as lists>, trainer_state) -> list[float | None]
+    TRL          fn(prompts, completions, completion_ids, <each column as a list>, trainer_state) -> list[float | None]
 
 Either may be `async def`. Nothing here imports torch or transformers.
 """
@@ -65,7 +65,7 @@ def _load(entry: RewardFunction) -> LoadedReward:
     found = _find(entry.function, where)
     if not callable(found):
         raise ConfigError(f"{where} is of type {type(found).__name__}, not callable: name a function or a class")
-    name = entry.name or getattr(found, "__name__", type(found).__name__)
+    name = entry.name or str(getattr(found, "__name__", type(found).__name__))
     try:
         function = found(**entry.kwargs) if isinstance(found, type) else functools.partial(found, **entry.kwargs)
         parameters = inspect.signature(function).parameters
@@ -77,8 +77,8 @@ def _load(entry: RewardFunction) -> LoadedReward:
     per_sample = "response" in parameters and not TRL_ARGUMENTS & parameters.keys()
     if not per_sample and not takes_any and not TRL_ARGUMENTS & parameters.keys():
         raise ConfigError(
-            f"{where} takes ({', '.join(parameters)}): a reward function takes (prompt, response, target) for one sample, "
-            "or (prompts, completions, **kwargs) for all; name its parameters so"
+            f"{where} takes ({', '.join(parameters)}): name its parameters (prompt, response, target) to be called for "
+            "each sample, or (prompts, completions, **kwargs) to be called for all of a group"
         )
     return LoadedReward(
         name=name,
@@ -91,10 +91,8 @@ def _load(entry: RewardFunction) -> LoadedReward:
 
 
 def _is_async(found: Any) -> bool:
-    if not isinstance(found, type) and inspect.iscoroutinefunction(found):
-        return True
-    caller = found if isinstance(found, type) else type(found)
-    return inspect.iscoroutinefunction(caller.__call__)
+    caller = found if isinstance(found, type) else type(found)  # an instance is called through its class
+    return inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(caller.__call__)
 
 
 def _find(path: str, where: str) -> Any:

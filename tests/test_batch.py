@@ -1,0 +1,131 @@
+"""Micro-batches: every episode once, within the budget, with masks from lengths, reward and finish reason."""
+
+import numpy as np
+import pytest
+import torch
+
+from common.types import Completion, Episode, Group
+from trainer.batch import build_micro_batches, num_loss_tokens, num_sequences, step_normaliser
+
+
+def episode_of(length, *, first_token=1, reward=1.0, finish_reason="stop", with_reference=False):
+    tokens = np.arange(first_token, first_token + length, dtype=np.int32)
+    return Episode(
+        completion=Completion(
+            token_ids=tokens,
+            rollout_logprobs=-tokens.astype(np.float32),
+            policy_versions=((0, length),),
+            finish_reason=finish_reason,
+        ),
+        reward=reward,
+        rewards={},
+        ref_logprobs=-2 * tokens.astype(np.float32) if with_reference else None,
+    )
+
+
+def group_of(*episodes, prompt_length=3):
+    return Group(
+        group_id="g",
+        policy_version=0,
+        prompt_ids=np.full(prompt_length, 50, np.int32),
+        prompt="",
+        target=None,
+        episodes=list(episodes),
+        timestamps={},
+    )
+
+
+def build(*groups, max_tokens=64):
+    """Micro-batches with the advantages 0, 1, 2, ... over all episodes in order."""
+    first, advantages = 0, []
+    for group in groups:
+        advantages.append(torch.arange(first, first + len(group.episodes)).float())
+        first += len(group.episodes)
+    return build_micro_batches(list(groups), advantages, max_tokens=max_tokens)
+
+
+def random_groups(seed, *, num_groups=5):
+    draw = np.random.default_rng(seed)
+    return [
+        group_of(*(episode_of(int(t)) for t in draw.integers(0, 12, 4)), prompt_length=int(draw.integers(1, 9)))
+        for _ in range(num_groups)
+    ]
+
+
+def test_a_row_holds_its_episode():
+    (batch,) = build(group_of(episode_of(2, first_token=7, with_reference=True), episode_of(1, with_reference=True)))
+    assert batch.input_ids.tolist() == [[50, 50, 50, 7, 8], [50, 50, 50, 1, 0]]
+    assert (batch.prompt_lengths.tolist(), batch.completion_lengths.tolist()) == ([3, 3], [2, 1])
+    assert batch.rollout_logprobs.tolist() == [[-7.0, -8.0], [-1.0, 0.0]]
+    assert batch.ref_logprobs.tolist() == [[-14.0, -16.0], [-2.0, 0.0]]
+    assert batch.advantages.tolist() == [0.0, 1.0]
+    assert batch.loss_mask.tolist() == [[True, True], [True, False]]
+    assert batch.num_tokens == 10
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_episode_is_packed_once_within_the_budget(seed):
+    groups = random_groups(seed)
+    batches = build(*groups, max_tokens=40)
+    assert sorted(a for b in batches for a in b.advantages.tolist()) == list(range(20))
+    assert all(batch.num_tokens <= 40 for batch in batches)
+    for batch in batches:  # no column is pad in every row
+        assert batch.input_ids.shape[1] == int((batch.prompt_lengths + batch.completion_lengths).max())
+    assert num_loss_tokens(batches) == sum(len(e.completion.token_ids) for g in groups for e in g.episodes)
+
+
+def test_packing_is_greedy_and_longest_first():
+    # total lengths 9, 4, 4, 3, 3: [9], then [4, 4, 3] (3 rows of 4 = 12), then [3]
+    group = group_of(*(episode_of(t) for t in (1, 0, 6, 1, 0)))
+    shapes = [tuple(batch.input_ids.shape) for batch in build(group, max_tokens=12)]
+    assert shapes == [(1, 9), (3, 4), (1, 3)]
+
+
+def test_a_sequence_over_the_budget_goes_alone():
+    shapes = [tuple(batch.input_ids.shape) for batch in build(group_of(episode_of(9), episode_of(1)), max_tokens=8)]
+    assert shapes == [(1, 12), (1, 4)]
+
+
+def test_the_order_is_a_function_of_the_groups():
+    first, second = (build(*random_groups(3), max_tokens=40) for _ in range(2))
+    assert [b.advantages.tolist() for b in first] == [b.advantages.tolist() for b in second]
+    equal = build(group_of(episode_of(2), episode_of(2)), group_of(episode_of(2)))
+    assert equal[0].advantages.tolist() == [0.0, 1.0, 2.0]
+
+
+def test_unscorable_and_aborted_episodes_are_out_of_the_loss():
+    group = group_of(
+        episode_of(2),
+        episode_of(2, reward=None),
+        episode_of(2, finish_reason="abort"),
+        episode_of(2, finish_reason="length"),
+    )
+    (batch,) = build(group)
+    assert batch.loss_mask.any(-1).tolist() == [True, False, False, True]
+    assert (num_loss_tokens([batch]), num_sequences([batch])) == (4, 2)
+
+
+def test_a_token_equal_to_the_pad_stays_in_the_loss():
+    (batch,) = build(group_of(episode_of(3, first_token=-1), episode_of(1)))
+    assert batch.input_ids[0].tolist() == [50, 50, 50, -1, 0, 1]
+    assert batch.loss_mask[0].all()
+
+
+def test_the_normaliser_counts_what_the_aggregation_divides_by():
+    batches = build(group_of(episode_of(5), episode_of(2), episode_of(0)), max_tokens=8)
+    assert step_normaliser(batches, aggregation="token_mean") == 7
+    assert step_normaliser(batches, aggregation="sequence_mean") == 2
+    assert step_normaliser(batches, aggregation="fixed_horizon") == 2
+
+
+def test_no_reference_is_none_and_a_batch_moves_as_a_whole():
+    (batch,) = build(group_of(episode_of(2)))
+    assert batch.ref_logprobs is None
+    moved = batch.to("meta")
+    assert moved.ref_logprobs is None
+    assert moved.input_ids.device.type == moved.loss_mask.device.type == "meta"
+
+
+def test_advantages_that_do_not_match_the_episodes_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        build_micro_batches([group_of(episode_of(2))], [torch.zeros(2)], max_tokens=8)

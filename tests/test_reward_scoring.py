@@ -1,0 +1,310 @@
+"""Loading reward functions and scoring a group: ours and TRL's, sync and async, and every way they go wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import RewardFunction
+from common.errors import ConfigError, RewardError
+from common.types import Scores
+from workers.rewards.scoring import load_reward_functions, score_group
+
+FUNCTIONS = '''
+import asyncio
+import numpy as np
+
+# Three functions as TRL's documentation writes them, unmodified.
+def longer_ids(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+def matches_ground_truth(completions, ground_truth, **kwargs):
+    return [1.0 if c == gt else 0.0 for c, gt in zip(completions, ground_truth)]
+
+def content_length(completions, **kwargs):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+started = 0
+
+async def _both_started():
+    global started
+    started += 1
+    while started < 2:
+        await asyncio.sleep(0.001)
+
+async def first_async(prompts, completions, **kwargs):
+    await _both_started()
+    return [1.0 for _ in completions]
+
+async def second_async(prompts, completions, **kwargs):
+    await _both_started()
+    return [3.0 for _ in completions]
+
+async def async_per_sample(prompt, response, target):
+    await asyncio.sleep(0)
+    return float(response == target)
+
+def runs_its_own_loop(completions, **kwargs):
+    return asyncio.run(asyncio.sleep(0, [0.5 for _ in completions]))
+
+seen = {}
+def records(**kwargs):
+    seen.update(kwargs)
+    return [0.0 for _ in kwargs["completions"]]
+
+def strict(prompts, completions):
+    return [2.0, 2.0]
+
+def only_short(completions, **kwargs):
+    return [1.0 if len(c) < 3 else None for c in completions]
+
+def never(prompts, completions, **kwargs):
+    return [None] * len(completions)
+
+def spoils(prompts, completions, answers, **kwargs):
+    for prompt, answer in zip(prompts, answers):
+        prompt.append("spoilt")
+        answer.append("spoilt")
+    return [float(len(prompt) + len(answer)) for prompt, answer in zip(prompts, answers)]
+
+def arrays(completions, **kwargs):
+    return np.array([1, 2], dtype=np.float32)
+
+def scalars(completions, **kwargs):
+    return [np.float32(1.5), True]
+
+def by_step(completions, trainer_state, **kwargs):
+    return [float(trainer_state.global_step) for _ in completions]
+
+def scaled(prompt, response, target, scale=1.0):
+    return scale
+
+def fails(prompt, response, target):
+    raise ZeroDivisionError("no denominator")
+
+async def fails_async(completions, **kwargs):
+    raise ZeroDivisionError("no denominator")
+
+def too_few(completions, **kwargs): return [1.0]
+def text(completions, **kwargs): return ["good", 1.0]
+def not_a_number(completions, **kwargs): return [float("nan"), 1.0]
+def infinite(completions, **kwargs): return [1.0, float("-inf")]
+def a_number(completions, **kwargs): return 1.0
+def foreign(a, b): return 0.0
+constant = 3
+
+class Brevity:
+    def __init__(self, limit):
+        self.limit = limit
+    def __call__(self, prompt, response, target=None):
+        return float(len(response) <= self.limit)
+
+class AsyncBrevity(Brevity):
+    async def __call__(self, completions, **kwargs):
+        return [float(len(c) <= self.limit) for c in completions]
+'''
+
+
+@pytest.fixture
+def rewards_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file of reward functions in the working directory."""
+    (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    return "my_rewards.py"
+
+
+def score(*functions: str | RewardFunction, file: str = "", aggregation: Any = "mean", **group: Any) -> Scores:
+    entries = [f if isinstance(f, RewardFunction) else RewardFunction(function=f"{file}:{f}") for f in functions]
+    defaults: dict[str, Any] = {
+        "prompt": "2 + 2?",
+        "completions": ["4", "five"],
+        "completion_ids": [[7], [8, 9]],
+        "target": "4",
+        "columns": {"ground_truth": "4", "level": 3},
+        "trainer_state": {"global_step": 12},
+    }
+    return score_group(load_reward_functions(entries), aggregation=aggregation, **{**defaults, **group})
+
+
+def test_shipped_rewards_score_a_group() -> None:
+    scores = score(
+        RewardFunction(function="workers.rewards.MathReward"),
+        RewardFunction(function="workers.rewards:ThinkingReward", name="format"),
+        completions=["<think>2+2</think><answer>4</answer>", "4"],
+    )
+    assert scores.by_function == {"MathReward": [1.0, 0.1], "format": [1.0, 0.0]}
+    assert scores.reward == [1.0, 0.05]
+
+
+def test_functions_written_for_trl_run_unmodified(rewards_py: str) -> None:
+    scores = score("longer_ids", "matches_ground_truth", file=rewards_py)
+    assert scores.by_function == {"longer_ids": [1.0, 2.0], "matches_ground_truth": [1.0, 0.0]}
+
+
+def test_trl_functions_get_columns_as_lists(rewards_py: str) -> None:
+    score("records", file=rewards_py, columns={"level": 3, "answer": "so it is #### 4", "prompt": "not a column"})
+    seen = load_reward_functions([RewardFunction(function=f"{rewards_py}:records")])[0].function.func.__globals__["seen"]
+    assert seen.pop("trainer_state").global_step == 12
+    assert seen == {
+        "prompts": ["2 + 2?"] * 2,
+        "completions": ["4", "five"],
+        "completion_ids": [[7], [8, 9]],
+        "level": [3, 3],
+        "answer": ["so it is #### 4"] * 2,
+        "target": ["4", "4"],
+    }
+
+
+def test_the_target_column_is_passed_where_no_target_was_extracted(rewards_py: str) -> None:
+    score("records", file=rewards_py, target=None, columns={"target": [1, 2]})
+    seen = load_reward_functions([RewardFunction(function=f"{rewards_py}:records")])[0].function.func.__globals__["seen"]
+    assert seen["target"] == [[1, 2], [1, 2]]
+
+
+def test_conversational_prompts_make_conversational_completions(rewards_py: str) -> None:
+    messages = [{"role": "user", "content": "2 + 2?"}]
+    scores = score("content_length", "records", file=rewards_py, prompt=messages)
+    assert scores.by_function["content_length"] == [1.0, 4.0]
+    seen = load_reward_functions([RewardFunction(function=f"{rewards_py}:records")])[0].function.func.__globals__["seen"]
+    assert seen["prompts"] == [messages, messages]
+    assert seen["completions"][1] == [{"role": "assistant", "content": "five"}]
+
+
+def test_a_function_without_kwargs_gets_only_what_it_names(rewards_py: str) -> None:
+    assert score("strict", file=rewards_py).reward == [2.0, 2.0]
+
+
+def test_async_functions_of_a_group_run_together(rewards_py: str) -> None:
+    # each waits for the other to have started: one after the other would never end
+    assert score("first_async", "second_async", file=rewards_py).reward == [2.0, 2.0]
+
+
+def test_async_and_sync_mix(rewards_py: str) -> None:
+    scores = score("runs_its_own_loop", "async_per_sample", "strict", file=rewards_py, aggregation="sum")
+    assert list(scores.by_function) == ["runs_its_own_loop", "async_per_sample", "strict"]
+    assert scores.reward == [3.5, 2.5]
+
+
+def test_none_is_left_out_of_the_mean(rewards_py: str) -> None:
+    scores = score("only_short", "longer_ids", file=rewards_py)
+    assert scores.by_function["only_short"] == [1.0, None]
+    assert scores.reward == [1.0, 2.0]  # (1 + 1) / 2, and 2 alone
+
+
+def test_a_sample_to_which_nothing_applies_is_unscorable(rewards_py: str) -> None:
+    assert score("never", file=rewards_py).reward == [None, None]
+    assert score("never", "only_short", file=rewards_py, aggregation="sum").reward == [1.0, None]
+
+
+def test_sum_is_weighted(rewards_py: str) -> None:
+    entries = [
+        RewardFunction(function=f"{rewards_py}:longer_ids", weight=0.5),
+        RewardFunction(function=f"{rewards_py}:only_short", weight=-3.0),
+    ]
+    assert score(*entries, aggregation="sum").reward == [0.5 * 1 - 3.0 * 1, 0.5 * 2]
+
+
+def test_a_function_that_changes_its_arguments_spoils_nothing(rewards_py: str) -> None:
+    prompt, columns = [{"role": "user", "content": "?"}], {"answers": ["4"]}
+    again = RewardFunction(function=f"{rewards_py}:spoils", name="again")
+    scores = score("spoils", again, file=rewards_py, prompt=prompt, columns=columns)
+    assert scores.by_function == {"spoils": [4.0, 4.0], "again": [4.0, 4.0]}
+    assert (len(prompt), columns) == (1, {"answers": ["4"]})
+
+
+@pytest.mark.parametrize(("name", "expected"), [("arrays", [1.0, 2.0]), ("scalars", [1.5, 1.0]), ("by_step", [12.0, 12.0])])
+def test_number_like_results_become_floats(rewards_py: str, name: str, expected: list[float]) -> None:
+    scores = score(name, file=rewards_py)
+    assert scores.reward == expected
+    assert all(type(value) is float for value in scores.by_function[name])
+
+
+def test_kwargs_reach_classes_and_functions(rewards_py: str) -> None:
+    entries = [
+        RewardFunction(function=f"{rewards_py}:Brevity", kwargs={"limit": 1}),
+        RewardFunction(function=f"{rewards_py}:AsyncBrevity", kwargs={"limit": 4}),
+        RewardFunction(function=f"{rewards_py}:scaled", kwargs={"scale": 2.5}),
+    ]
+    expected = {"Brevity": [1.0, 0.0], "AsyncBrevity": [1.0, 1.0], "scaled": [2.5, 2.5]}
+    assert score(*entries).by_function == expected
+
+
+def test_modules_of_the_working_directory_are_importable(rewards_py: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert score(RewardFunction(function="my_rewards.strict")).reward == [2.0, 2.0]
+    sys.modules.pop("my_rewards")
+
+
+def test_a_file_is_loaded_once(rewards_py: str) -> None:
+    entries = [RewardFunction(function=f"{rewards_py}:{name}") for name in ("strict", "never")]
+    first, second = load_reward_functions(entries)
+    assert first.function.func.__globals__ is second.function.func.__globals__
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails", "fails raised ZeroDivisionError: no denominator"),
+        ("fails_async", "fails_async raised ZeroDivisionError: no denominator"),
+        ("too_few", "too_few returned 1 rewards for 2 completions"),
+        ("text", "text returned str 'good', which is neither"),
+        ("not_a_number", "not_a_number returned nan"),
+        ("infinite", "infinite returned -inf"),
+        ("a_number", "a_number returned float 1.0, expected a list of 2"),
+    ],
+)
+def test_a_failing_function_is_an_error_and_never_a_score(rewards_py: str, name: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message) as caught:
+        score("strict", name, file=rewards_py)
+    if "raised" in message:
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_column_that_the_function_needs_and_lacks_is_named(rewards_py: str) -> None:
+    with pytest.raises(RewardError, match="matches_ground_truth raised TypeError.*'ground_truth'"):
+        score("matches_ground_truth", file=rewards_py, columns={})
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("no_such_package.rewards.f", "importing no_such_package.rewards failed with ModuleNotFoundError"),
+        ("workers.rewards.MathRewards", "has no 'MathRewards'; did you mean 'MathReward'"),
+        ("elsewhere.py:f", "there is no file .*elsewhere.py: relative paths start where the process runs"),
+        ("broken.py:f", "importing broken.py failed with SyntaxError"),
+        ("my_rewards.py:constant", "is of type int, not callable"),
+        ("my_rewards.py:foreign", r"takes \(a, b\): name its parameters"),
+        ("my_rewards.py:Brevity", "cannot be set up with kwargs {}: TypeError.*'limit'"),
+        ("MathReward", "names no function"),
+        ("my_rewards.py:", "names no function"),
+    ],
+)
+def test_what_cannot_be_loaded_is_a_config_error(rewards_py: str, function: str, message: str) -> None:
+    Path("broken.py").write_text("def f(:\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_reward_functions([RewardFunction(function=function)])
+    assert "\n\n" not in str(caught.value)
+
+
+def test_kwargs_that_a_function_does_not_take_are_a_config_error(rewards_py: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be set up with kwargs {'weigth': 2}"):
+        load_reward_functions([RewardFunction(function=f"{rewards_py}:scaled", kwargs={"weigth": 2})])
+
+
+def test_equal_names_are_refused() -> None:
+    twice = [RewardFunction(function="workers.rewards.MathReward")] * 2
+    with pytest.raises(ConfigError, match="names must differ, got MathReward, MathReward"):
+        load_reward_functions(twice)
+
+
+def test_scoring_starts_without_torch_and_transformers() -> None:
+    code = (
+        "import sys; from common.config import RewardFunction; from workers.rewards.scoring import load_reward_functions;"
+        "load_reward_functions([RewardFunction(function='workers.rewards.MathReward')]);"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

@@ -1,0 +1,53 @@
+"""`python -m trainer`: the trainer daemon of the run that SLUICE_RUN names.
+
+SIGTERM and Ctrl-C finish the step, write a checkpoint and exit 0; a second signal exits at once. Started again, it goes on
+from the newest checkpoint by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from types import FrameType
+
+from common.connection import connect, run_name
+from common.errors import ConfigError, ConnectionFailed
+from common.run import open_run, set_status
+
+
+def main() -> int:
+    """Exit code 0: finished or stopped in good order; 2: the input is wrong; anything else: started again by a supervisor."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        client = connect()
+        run = open_run(client, run_name())
+        from trainer.loop import Trainer  # torch loads here, after the input was checked
+
+        import torch
+
+        torch.set_num_threads(1 if run.config.trainer.device == "cpu" else torch.get_num_threads())
+        trainer = Trainer(client, run)
+    except (ConfigError, ConnectionFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if trainer.stopping:
+            raise KeyboardInterrupt
+        logging.getLogger("sluice.trainer").info("%s: finishing the step", signal.Signals(number).name)
+        trainer.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    set_status(client, run.keys, "running")
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    set_status(client, run.keys, "stopped" if trainer.stopping else "finished")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Durable state of the trainer: everything that a fresh process needs to go on as if nothing had happened.
+
+    <run folder>/checkpoints/step-00000040/
+        model.safetensors       float32 master weights
+        optimizer.safetensors   AdamW moments
+        state.json              step, version, cursor, random state, groups trained since the checkpoint before
+
+Written into a temporary folder, fsynced, renamed; the `latest` file is moved last. A torn checkpoint is one that has no
+state.json under its final name, or does not load; the one before it is used then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import ConfigError
+
+log = logging.getLogger("sluice.checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerState:
+    """The small part of a checkpoint."""
+
+    step: int
+    "optimizer steps done"
+    version: int
+    "policy version of these weights"
+    cursor: int
+    "dataset cursor when it was written: where to go on if Redis has lost everything"
+    random_state: str
+    "hex of torch's CPU generator"
+    trained_groups: list[str] = field(default_factory=list)
+    "groups trained since the checkpoint before"
+    wall_s: float = 0.0
+    "seconds of training so far, all incarnations"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint read back."""
+
+    path: Path
+    state: TrainerState
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def save_checkpoint(
+    folder: Path, state: TrainerState, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], keep: int
+) -> Path:
+    """Write a checkpoint durably; it exists for readers only when complete. Older ones beyond `keep` are removed."""
+    final = folder / f"step-{state.step:08d}"
+    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(weights, temporary / "model.safetensors")
+    save_file(optimizer, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
+    for path in (*temporary.iterdir(), temporary):
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    pointer = folder / ".latest.tmp"
+    pointer.write_text(final.name)
+    _fsync(pointer)
+    pointer.rename(folder / "latest")
+    _fsync(folder)
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return final
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that loads; torn ones are skipped with a warning."""
+    for path in reversed(_complete(folder)):
+        try:
+            return read_checkpoint(path)
+        except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+            log.warning("checkpoint %s is damaged and skipped: %s", path, error)
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """One checkpoint. Raises OSError, ValueError or SafetensorError when it is damaged."""
+    return Checkpoint(
+        path=path,
+        state=TrainerState(**json.loads((path / "state.json").read_text())),
+        weights=load_file(path / "model.safetensors"),
+        optimizer=load_file(path / "optimizer.safetensors"),
+    )
+
+
+def checkpoint_at(folder: Path, step: int | None) -> Checkpoint:
+    """The checkpoint of a step, or the newest. Raises ConfigError when there is none."""
+    found = newest_checkpoint(folder) if step is None else None
+    path = folder / f"step-{step or 0:08d}"
+    if step is not None and (path / "state.json").is_file():
+        found = read_checkpoint(path)
+    if found is None:
+        known = ", ".join(str(int(p.name.removeprefix("step-"))) for p in _complete(folder)) or "none"
+        raise ConfigError(f"no checkpoint of step {step or 'any'} in {folder} (steps there: {known})")
+    return found
+
+
+def random_state() -> str:
+    return bytes(torch.get_rng_state().numpy()).hex()
+
+
+def restore_random_state(state: str) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,240 @@
+"""The training loop: one optimizer step per batch of whole groups, one policy version per step.
+
+    sample -> advantages -> micro-batches -> loss -> clip -> step -> publish (overlapped) -> metrics
+           -> every few steps: checkpoint, then acknowledge
+
+What it waits for: a whole batch young enough to train on (woken by the script that files the last group; the cause is
+logged while it waits), and the publication before the one it starts. What ends it: the last step, SIGTERM (finish the
+step, checkpoint, exit 0), or an error (the supervisor starts it again from the newest checkpoint).
+
+A batch is freed only after a durable checkpoint names its step. After a crash the manifests in Redis give the same
+groups for the same steps again, and training goes on under a new version whose parent is the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import redis
+import torch
+
+from common import evaluation
+from common.broker import make_app
+from common.config import QUEUES
+from common.diagnosis import explain_stall
+from common.ledger import Ledger
+from common.lineage import policy_ages
+from common.metrics import beat, silence
+from common.model import load_pretrained
+from common.policy_store import PolicyStore
+from common.replay_buffer import ReplayBuffer
+from common.run import Run, process_name
+from common.types import Group
+from trainer.advantage import batch_advantages
+from trainer.batch import build_micro_batches
+from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, restore_random_state, save_checkpoint
+from trainer.policy import TrainedPolicy
+from trainer.publish import Publisher
+from trainer.report import Reporter, batch_metrics, flow_metrics
+
+log = logging.getLogger("sluice.trainer")
+
+EVALUATION_WAIT_S = 300.0
+"""At the end, how long the trainer waits for evaluations still running."""
+
+
+class Trainer:
+    """One trainer process of one run."""
+
+    def __init__(self, client: redis.Redis, run: Run) -> None:
+        self.client, self.run, self.config = client, run, run.config
+        self.folder = Path(run.folder)
+        self.stopping = False
+        self.incarnation = int(client.hincrby(run.keys("run"), "incarnation", 1))
+        self.store = PolicyStore(client, run.keys, self.config.policy_store)
+        self.ledger = Ledger(client, run.keys, self.config)
+        buffer = self.config.replay_buffer
+        self.buffer = ReplayBuffer(
+            self.ledger,
+            groups_per_step=self.config.groups_per_step,
+            max_policy_age=buffer.max_policy_age,
+            max_resample_count=buffer.max_resample_count,
+        )
+        self.publisher = Publisher(self.store, make_app(run.name), run, client, incarnation=self.incarnation)
+        self.reporter = Reporter(client, run)
+        self.process = process_name("trainer")
+        self.sampling_dtype = getattr(torch, self.config.rollout.dtype)
+        self.step, self.version, self.wall_s = 0, 0, 0.0
+        self.trained_groups: list[str] = []
+        self.evaluating: set[tuple[str, int]] = set()
+
+    def train(self) -> None:
+        """From wherever the run is to its last step, or to SIGTERM."""
+        torch.manual_seed(self.config.seed)
+        self.policy = TrainedPolicy(self._base_model(), self.config)
+        self._resume_or_begin()
+        started = time.monotonic() - self.wall_s
+        while self.step < self.config.trainer.num_steps and not self.stopping:
+            began = time.monotonic()
+            groups = self._next_batch()
+            if groups is None:
+                break
+            waited = time.monotonic() - began
+            metrics = self._train_on(groups)
+            self.wall_s = time.monotonic() - started
+            metrics["time/wait_for_batch"] = waited
+            metrics["time/step"] = time.monotonic() - began
+            metrics["idle_fraction/trainer"] = waited / metrics["time/step"]
+            metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
+            metrics |= flow_metrics(self.client, self.run, queues=QUEUES) | self._finished_evaluations()
+            self.reporter.report(self.step, self.version, metrics)
+            self._log(metrics)
+            if self.step % self.config.checkpoint.every_steps == 0:
+                self.checkpoint()
+        self._finish()
+
+    def _train_on(self, groups: list[Group]) -> dict[str, float]:
+        """One optimizer step and the publication of its policy."""
+        ages = policy_ages(self.client, self.run.keys, [g.policy_version for g in groups], current=self.version)
+        metrics = batch_metrics(groups, ages)
+        rewards = [torch.tensor([_nan_if_none(e.reward) for e in group.episodes]) for group in groups]
+        advantages = batch_advantages(rewards, method=self.config.trainer.advantage)
+        micro_batches = build_micro_batches(groups, advantages, max_tokens=self.config.trainer.max_tokens_per_microbatch)
+        began = time.monotonic()
+        metrics |= self.policy.optimize(micro_batches, step=self.step + 1)
+        metrics["time/forward_backward"] = time.monotonic() - began
+        self.step += 1
+        self.trained_groups += [group.group_id for group in groups]
+        began = time.monotonic()
+        self._publish(parent=self.version)
+        metrics["time/publish_pause"] = time.monotonic() - began
+        metrics["time/publish"] = self.publisher.last_publish_s
+        self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages])
+        return metrics
+
+    def _next_batch(self) -> list[Group] | None:
+        """The groups of the next step; None when told to stop while waiting."""
+        waiting_since = reported_at = time.monotonic()
+        while not self.stopping:
+            sample = self.buffer.sample(self.version, step=self.step + 1)
+            if sample.groups is not None:
+                return sample.groups
+            self.buffer.wait(1.0)
+            self._beat(waiting_s=time.monotonic() - waiting_since)
+            if time.monotonic() - reported_at >= self.config.trainer.stall_report_s:
+                reported_at = time.monotonic()
+                cause = explain_stall(self.client, self.run)
+                log.warning("trainer has waited %.0f s for a batch: %s", reported_at - waiting_since, cause)
+        return None
+
+    def _publish(self, *, parent: int) -> None:
+        self.version += 1
+        every = self.config.evaluation.every_steps
+        is_due = self.step in (0, self.config.trainer.num_steps) or (every > 0 and self.step % every == 0)
+        evaluate = self.config.evaluation.datasets if is_due else ()
+        self.publisher.publish(
+            self.version, self.policy.snapshot(self.sampling_dtype), step=self.step, parent=parent, evaluate=evaluate
+        )
+        self.evaluating |= {(dataset.name, self.version) for dataset in evaluate}
+        self._beat(waiting_s=0.0)
+
+    def checkpoint(self) -> None:
+        """Make this step durable, then free its groups."""
+        self.publisher.wait()  # a checkpoint never names a version that does not exist
+        state = TrainerState(
+            step=self.step,
+            version=self.version,
+            cursor=int(self.client.get(self.run.keys("cursor")) or 0),
+            random_state=random_state(),
+            trained_groups=self.trained_groups,
+            wall_s=self.wall_s,
+        )
+        save_checkpoint(
+            self.folder / "checkpoints",
+            state,
+            weights=self.policy.snapshot(torch.float32),
+            optimizer=self.policy.optimizer_tensors(),
+            keep=self.config.checkpoint.keep,
+        )
+        self.buffer.acknowledge(self.step)
+        self.trained_groups = []
+
+    def _resume_or_begin(self) -> None:
+        """From the newest checkpoint, under a new version; or from the base model, which is version 0."""
+        newest = self.store.latest_version()
+        found = newest_checkpoint(self.folder / "checkpoints")
+        if found is None:
+            self.version = newest  # -1 on a fresh run: the base model becomes version 0
+            self._publish(parent=-1)
+        else:
+            self.policy.restore(found.weights, found.optimizer)
+            restore_random_state(found.state.random_state)
+            self.step, self.version, self.wall_s = found.state.step, found.state.version, found.state.wall_s
+            self.client.set(self.run.keys("cursor"), found.state.cursor, nx=True)
+            self.buffer.acknowledge(self.step)
+            log.info("resumed at step %d from %s", self.step, found.path)
+            parent, self.version = self.version, max(newest, self.version)
+            self._publish(parent=parent)
+        self.publisher.wait()
+
+    def _base_model(self) -> torch.nn.Module:
+        """The model of the run with the weights of model.path."""
+        model, _ = load_pretrained(self.config.model.path, revision=self.config.model.revision)
+        return model
+
+    def _finished_evaluations(self) -> dict[str, float]:
+        """Metrics of evaluations that finished since the last step."""
+        metrics = {}
+        sets = {dataset.name: dataset for dataset in self.config.evaluation.datasets}
+        for name, version in sorted(self.evaluating):
+            found = evaluation.result(self.client, self.run.keys, sets[name], version=version)
+            if found is None:
+                continue
+            self.evaluating.discard((name, version))
+            metrics[f"eval/{name}/version"] = float(version)
+            metrics[f"eval/{name}/pass@1"] = found.pass_at_1
+            if found.pass_at_k is not None:
+                metrics[f"eval/{name}/pass@{found.k}"] = found.pass_at_k
+            log.info("evaluation of version %d on %s: pass@1 %.3f", version, name, found.pass_at_1)
+        return metrics
+
+    def _finish(self) -> None:
+        """The last step is saved, its groups are freed, and its evaluation is awaited."""
+        self.checkpoint()
+        deadline = time.monotonic() + EVALUATION_WAIT_S
+        while self.evaluating and not self.stopping and time.monotonic() < deadline:
+            if metrics := self._finished_evaluations():
+                self.reporter.report(self.step, self.version, metrics)
+            self._beat(waiting_s=0.0)
+            time.sleep(0.1)
+        if self.evaluating and not self.stopping:
+            log.error("evaluations %s did not finish within %.0f s", sorted(self.evaluating), EVALUATION_WAIT_S)
+        log.info("%s at step %d", "stopped" if self.stopping else "finished", self.step)
+
+    def close(self) -> None:
+        """In order: publisher, sinks, heartbeat."""
+        self.publisher.close()
+        self.reporter.close()
+        silence(self.client, self.run.keys, self.process)
+
+    def _beat(self, *, waiting_s: float) -> None:
+        facts = {"role": "trainer", "step": self.step, "version": self.version, "waiting_s": round(waiting_s, 1)}
+        beat(self.client, self.run.keys, self.process, facts)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        log.info(
+            "step %d/%d reward %.3f loss %.4f grad_norm %.2f age %.2f waited %.2f s",
+            self.step,
+            self.config.trainer.num_steps,
+            metrics["reward/mean"],
+            metrics["loss/policy"],
+            metrics["grad_norm"],
+            metrics["staleness/mean"],
+            metrics["time/wait_for_batch"],
+        )
+
+
+def _nan_if_none(reward: float | None) -> float:
+    return float("nan") if reward is None else reward

@@ -1,0 +1,65 @@
+"""Publication beside training: a snapshot is taken in line, written, announced and followed up in a thread.
+
+    trainer thread:    snapshot --> announce in the lineage --> next step ...
+    publisher thread:  write tensors --> move the pointer --> evaluations --> message dataset.fill
+
+One publication at a time: a new one waits for the one before it, and raises what went wrong there.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import redis
+from celery import Celery
+from torch import Tensor
+
+from common import evaluation
+from common.broker import send
+from common.config import EvalDataset
+from common.policy_store import PolicyStore
+from common.run import Run
+
+
+class Publisher:
+    """Publishes versions in order, overlapped with training."""
+
+    def __init__(self, store: PolicyStore, app: Celery, run: Run, client: redis.Redis, *, incarnation: int) -> None:
+        self._store = store
+        self._app = app
+        self._run = run
+        self._client = client
+        self._incarnation = incarnation
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._running: Future[None] | None = None
+        self.last_publish_s = 0.0
+
+    def publish(
+        self, version: int, tensors: dict[str, Tensor], *, step: int, parent: int, evaluate: tuple[EvalDataset, ...] = ()
+    ) -> None:
+        """Begin to publish a version; returns when the one before it is out and this one is in the lineage."""
+        self.wait()
+        self._store.announce(version, step=step, parent=parent)
+        self._running = self._thread.submit(self._publish, version, tensors, step, parent, evaluate)
+
+    def wait(self) -> None:
+        """Until the running publication is out. Raises what it raised."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def _publish(
+        self, version: int, tensors: dict[str, Tensor], step: int, parent: int, evaluate: tuple[EvalDataset, ...]
+    ) -> None:
+        started = time.monotonic()
+        self._store.publish(version, tensors, step=step, parent=parent, incarnation=self._incarnation)
+        for dataset in evaluate:
+            evaluation.request(self._client, self._run.keys, dataset, version=version)
+        send(self._app, "dataset.fill", "dataset")
+        if evaluate:
+            send(self._app, "dataset.evaluate", "dataset")
+        self.last_publish_s = time.monotonic() - started

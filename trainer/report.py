@@ -1,0 +1,142 @@
+"""What a trainer step says of itself: metrics to Redis and JSONL (and TensorBoard), samples for people to read.
+
+The glossary with formulas is in docs/algorithms.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import redis
+
+from common.ledger import read_account
+from common.metrics import write_metrics
+from common.run import Run
+from common.serialization import encode
+from common.types import Group
+
+SAMPLES_PER_STEP = 2
+
+
+class Reporter:
+    """Writes one line per step to every sink."""
+
+    def __init__(self, client: redis.Redis, run: Run) -> None:
+        self._client = client
+        self._run = run
+        folder = Path(run.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._board = _tensorboard(folder) if run.config.metrics.tensorboard else None
+
+    def report(self, step: int, version: int, metrics: dict[str, float]) -> None:
+        """One trainer step."""
+        line = {"step": step, "version": version, "time": time.time(), **metrics}
+        write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
+        self._file.write(json.dumps({k: v for k, v in line.items() if math.isfinite(v)}) + "\n")
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def keep_samples(self, step: int, groups: list[Group], advantages: list[list[float]]) -> None:
+        """The first groups of the step, for `sluice samples`."""
+        kept = self._run.config.metrics.samples_kept
+        if not kept:
+            return
+        with self._client.pipeline(transaction=False) as pipe:
+            for group, values in list(zip(groups, advantages, strict=True))[:SAMPLES_PER_STEP]:
+                pipe.xadd(self._run.keys("samples"), {"sample": encode(_sample(step, group, values))}, maxlen=kept)
+            pipe.execute()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _sample(step: int, group: Group, advantages: list[float]) -> dict[str, object]:
+    return {
+        "step": step,
+        "group": group.group_id,
+        "version": group.policy_version,
+        "prompt": group.prompt,
+        "target": group.target,
+        "completions": [
+            {
+                "text": episode.completion.text,
+                "reward": episode.reward,
+                "rewards": episode.rewards,
+                "advantage": advantage,
+                "finish_reason": episode.completion.finish_reason,
+                "tokens": len(episode.completion.token_ids),
+            }
+            for episode, advantage in zip(group.episodes, advantages, strict=True)
+        ],
+    }
+
+
+def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
+    """Rewards, lengths and ages of one batch."""
+    episodes = [episode for group in groups for episode in group.episodes]
+    rewards = [e.reward for e in episodes if e.reward is not None]
+    lengths = [len(e.completion.token_ids) for e in episodes]
+    metrics = {
+        "reward/mean": fmean(rewards) if rewards else math.nan,
+        "reward/std": pstdev(rewards) if rewards else math.nan,
+        "frac_reward_zero_std": fmean(len({e.reward for e in g.episodes}) == 1 for g in groups),
+        "completions/mean_length": fmean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": fmean(e.completion.finish_reason == "length" for e in episodes),
+        "staleness/mean": fmean(ages),
+        "staleness/max": max(ages),
+        "staleness/in_queue": fmean(_seconds_in_queue(group) for group in groups),
+        "num_episodes": len(episodes),
+        "num_tokens": sum(lengths),
+    }
+    for name in episodes[0].rewards:
+        scores = [s for e in episodes if (s := e.rewards[name]) is not None]
+        metrics[f"reward/{name}/mean"] = fmean(scores) if scores else math.nan
+    for age, count in Counter(ages).items():
+        metrics[f"policy_age/{age}"] = count
+    return metrics
+
+
+def _seconds_in_queue(group: Group) -> float:
+    """From ready to taken."""
+    return group.timestamps.get("leased", 0.0) - group.timestamps.get("ready", 0.0)
+
+
+def flow_metrics(client: redis.Redis, run: Run, *, queues: tuple[str, ...]) -> dict[str, float]:
+    """Buffer, queues and ledger, read in one round trip each."""
+    with client.pipeline(transaction=False) as pipe:
+        pipe.get(run.keys("bytes"))
+        for queue in queues:
+            pipe.llen(run.keys.celery_prefix + queue)
+        held, *depths = pipe.execute()
+    account = read_account(client, run.keys)
+    metrics = {f"queue/{queue}/depth": float(depth) for queue, depth in zip(queues, depths, strict=True)}
+    return {
+        **metrics,
+        "buffer/groups": float(account.in_flight),
+        "buffer/bytes": float(held or 0),
+        "staleness/dropped": float(account.dropped.get("stale", 0)),
+        "ledger/admitted": float(account.admitted),
+        "ledger/retried": float(account.retried),
+        "ledger/dead": float(sum(account.dead.values())),
+    }
+
+
+def _tensorboard(folder: Path):  # type: ignore[no-untyped-def]
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        from common.errors import ConfigError
+
+        raise ConfigError("metrics.tensorboard=true needs the extra: pip install 'sluice[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -2,14 +2,14 @@
 
 The like-for-like baseline of `benchmarks/`: same model, prompts, rewards, advantages, loss and optimizer as the system,
 and the place where the values of config/quickstart.yaml were found. It asks two things of the data that the system does
-not: all prompts have one length, and a batch fits one forward pass. `--policy-age N` samples every batch with the weights
-of N steps before, which is what an asynchronous run does at worst.
+not: all prompts have one length, and a batch fits one forward pass. `--policy-age N` samples every batch with the
+weights of N steps before, which is what an asynchronous run does at worst.
 
     python -m scripts.prepare_tiny runs/tiny
     python -m benchmarks.sync_baseline config/quickstart.yaml [key=value ...] [--policy-age 1] [--json out.json]
 
-JSON: the settings, and per evaluation the step, greedy and sampled accuracy, and CPU seconds, wall seconds and generated
-tokens of training so far (evaluations are timed apart, in eval_cpu_s).
+JSON: the settings, and per evaluation the step, greedy and sampled accuracy, and CPU seconds, wall seconds and
+generated tokens of training so far (evaluations are timed apart, in eval_cpu_s).
 
 Legend: N prompts, B = N * group_size sequences, P prompt tokens, T completion tokens, V vocabulary.
 """
@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.config import Config, TrainerConfig, load_config
-from common.model import load_pretrained
+from common.model import load_pretrained, read_assets
 from trainer.advantage import compute_advantages
 from trainer.loss import policy_loss
 from workers.rewards import MathReward, ThinkingReward
@@ -137,11 +137,11 @@ class SyncRun:
     def __init__(self, config: Config, *, policy_age: int) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.model, assets = load_pretrained(config.model.path, revision=config.model.revision)
+        self.model = load_pretrained(config.model.path, revision=config.model.revision)
         self.sampler = copy.deepcopy(self.model).eval()
         self.reference = copy.deepcopy(self.model).eval() if config.trainer.loss.kl_beta > 0 else None
         self.history: deque[dict[str, Tensor]] = deque(maxlen=policy_age + 1)
-        self.tokenizer: PreTrainedTokenizerBase = assets.tokenizer()
+        self.tokenizer: PreTrainedTokenizerBase = read_assets(config.model.path).tokenizer()
         self.eos = int(self.tokenizer.eos_token_id)
         recipe = config.trainer
         self.optimizer = torch.optim.AdamW(
@@ -192,9 +192,7 @@ class SyncRun:
         rollouts = self._generate(rows, n=sampling.group_size, temperature=sampling.temperature, model=self.sampler)
         return rollouts, self._score(rows, rollouts)
 
-    def _generate(
-        self, rows: list[dict[str, str]], *, n: int, temperature: float, model: PreTrainedModel
-    ) -> Rollouts:
+    def _generate(self, rows: list[dict[str, str]], *, n: int, temperature: float, model: PreTrainedModel) -> Rollouts:
         prompts = torch.tensor(
             [
                 self.tokenizer.apply_chat_template(

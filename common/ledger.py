@@ -137,9 +137,9 @@ class Ledger:
         return [lost.decode() for lost in self.scripts("renew", _ms(self._config.lease.running_s), *flat)]
 
     def store(
-        self, group_id: str, part: str, payload: bytes, *, version: int | None = None, client: Any = None
+        self, group_id: str, part: str, payload: bytes, *, version: int | None = None, num_tokens: int = 0, client: Any = None
     ) -> list[str] | None:
-        """Hand in a finished part. Returns the parts to send next, or None when the result was refused (too late).
+        """Hand in a finished part; a rollout names its oldest version and its tokens. Returns the parts to send next, or None when the result was refused (too late).
 
         With a pipeline as `client` the reply comes from its `execute`; read it with `stored_parts`.
         """
@@ -154,6 +154,7 @@ class Ledger:
             self._queued_ms,
             ",".join(following),
             ",".join(complete),
+            num_tokens,
             client=client,
         )
         return None if client is not None else stored_parts(reply)

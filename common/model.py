@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common.errors import ConfigError, DigestMismatch
 
@@ -61,32 +69,42 @@ class ModelAssets:
         return model.to(resolve_device(device)).eval()
 
 
-def load_pretrained(path: str, *, revision: str | None = None) -> tuple[PreTrainedModel, ModelAssets]:
-    """A float32 model and its assets from a folder or a hub id. Raises ConfigError."""
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"model.path = {path!r} is not a model folder: it holds no config.json")
-    try:
+def load_pretrained(path: str, *, revision: str | None = None) -> PreTrainedModel:
+    """The model of a folder or a hub id, in float32. Raises ConfigError."""
+    with _explained(path):
+        return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32)
+
+
+def read_assets(path: str, *, revision: str | None = None) -> ModelAssets:
+    """Config and tokenizer of a folder or a hub id, without the weights. Raises ConfigError."""
+    with _explained(path):
+        config = AutoConfig.from_pretrained(path, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path = {path!r} cannot be loaded as a causal LM with a tokenizer: {reason}") from None
-    return model, _assets_of(model, tokenizer)
-
-
-def _assets_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelAssets:
+        try:
+            ends = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+        except OSError:  # generation_config.json is optional
+            ends = config.eos_token_id
+    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if not eos:
+        raise ConfigError(f"model.path = {path!r} has no end-of-sequence token: set eos_token_id in its generation_config.json")
     with tempfile.TemporaryDirectory(prefix="sluice-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name.startswith(_TOKENIZER_FILES)}
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    if not isinstance(tokenizer.eos_token_id, int) and not ends:
-        raise ConfigError("the model has no end-of-sequence token: set eos_token_id in its generation_config.json or tokenizer")
-    if isinstance(tokenizer.eos_token_id, int):
-        ends.append(tokenizer.eos_token_id)
-    config = model.config.to_dict()
-    config.pop("dtype", None)  # the role decides
-    return ModelAssets(config=config, tokenizer_files=files, eos_token_ids=tuple(sorted(set(ends))))
+    plain = config.to_dict()
+    plain.pop("dtype", None)  # the role decides
+    return ModelAssets(config=plain, tokenizer_files=files, eos_token_ids=tuple(sorted(eos)))
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """What goes wrong while reading a model folder, as a ConfigError in one paragraph."""
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"model.path = {path!r} is not a model folder: it holds no config.json")
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ConfigError(f"model.path = {path!r} cannot be loaded as a causal LM with a tokenizer: {reason}") from None
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The quickstart's task and its imperfect model, made from nothing: two-digit addition and a pupil who forgets to carry.
+"""The quickstart's task and its imperfect model, made from nothing: two-digit sums, and a pupil who forgets to carry.
 
     FOLDER/model/          HF format: Qwen3 architecture, tokenizer with a chat template, generation_config.json
     FOLDER/train.jsonl     {"prompt": "What is 47+38?", "target": "85"}: 90 % of the operand pairs, shuffled
@@ -33,8 +33,8 @@ from common.errors import ConfigError
 
 RECIPE = 1  # raise it when anything below changes what is made
 WARMUP_STEPS = 700
-WARMUP_BATCH = 16
-LEARNING_RATE = 5e-3
+WARMUP_BATCH = 24
+LEARNING_RATE = 3e-3
 FORGETS_CARRY = 0.65
 HELD_OUT = 10  # one operand pair in so many
 
@@ -125,8 +125,9 @@ def build_tokenizer(pairs: list[Pair], *, rng: random.Random) -> PreTrainedToken
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    roles = ["system\n", "user\n", "assistant\n"]
-    bpe.train_from_iterator([*roles, *(question(a, b) + demonstration(a, b, rng=rng) for a, b in pairs[:1000])], trainer)
+    texts = ["system\n", "user\n", "assistant\n"]
+    texts += [question(a, b) + demonstration(a, b, rng=rng) for a, b in pairs[:1000]]
+    bpe.train_from_iterator(texts, trainer)
     bpe.add_tokens([AddedToken(token, normalized=False) for token in MARKUP])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE, model_max_length=128
@@ -186,7 +187,7 @@ def _warm_up(model: Qwen3ForCausalLM, examples: Iterator[tuple[list[int], list[i
 
 
 def _collate(examples: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-    """Right-padded input ids and labels [B, T]; prompt and padding carry no loss (-100), and causality hides padding."""
+    """Right-padded input ids and labels [B, T]; prompt and padding carry no loss (-100)."""
     length = max(len(prompt) + len(completion) for prompt, completion in examples)
     input_ids = torch.zeros(len(examples), length, dtype=torch.long)
     labels = torch.full_like(input_ids, -100)

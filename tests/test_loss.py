@@ -69,11 +69,11 @@ def naive_token_loss(config, *, lp, old, advantage, sequence_log_ratio):
         return -min(rho * advantage, clipped)
     if config.loss in ("cispo", "reinforce"):
         cap = config.cispo_cap if config.loss == "cispo" else config.is_high
-        return -min(float(rho), cap) * advantage * lp
+        return -min(rho.item(), cap) * advantage * lp
     if config.loss == "sapo":
         tau = config.sapo_tau_pos if advantage > 0 else config.sapo_tau_neg
         return -(4 / tau) / (1 + torch.exp(-tau * (rho - 1))) * advantage
-    moved = math.exp(float(lp)) - math.exp(float(old))
+    moved = math.exp(lp.item()) - math.exp(old.item())
     is_dropped = moved > config.clip_high if advantage > 0 else moved < -config.clip_low
     return 1e-3 * (lp - old) ** 2 - (0.0 if is_dropped else rho * advantage)
 
@@ -133,7 +133,8 @@ def assert_matches_naive(config, batch):
 def test_every_loss_is_the_loop_over_tokens(loss, aggregation):
     for seed, spread in ((0, 0.1), (1, 0.8)):
         batch = batch_of(4, 0, 7, 1, seed=seed, spread=spread)
-        assert_matches_naive(config_of(loss=loss, aggregation=aggregation, is_high=1.3, cispo_cap=1.2), batch)
+        config = config_of(loss=loss, aggregation=aggregation, clip_low=0.1, clip_high=0.3, is_high=1.3, cispo_cap=1.2)
+        assert_matches_naive(config, batch)
 
 
 @pytest.mark.parametrize(("loss", "is_weight"), every(sorted(set(LOSSES) - {"dppo"}), BANDS))
@@ -164,6 +165,23 @@ def test_dual_clip_bounds_what_a_bad_token_can_cost():
         assert_matches_naive(config_of(loss=loss_name, dual_clip=1.5), batch_of(4, 7, spread=0.8))
 
 
+def test_dppo_drops_by_probability_not_by_ratio():
+    # sampler probability 0.5 -> trainer 0.75, 0.25, 0.65; then 0.001 -> 0.1, a ratio of 100 but a move of only 0.099
+    moved = torch.tensor([[0.75, 0.25, 0.65, 0.1]])
+    batch = {
+        "policy_logprobs": moved.log(),
+        "rollout_logprobs": torch.tensor([[0.5, 0.5, 0.5, 0.001]]).log(),
+        "advantages": torch.ones(1),
+        "loss_mask": torch.ones(1, 4, dtype=torch.bool),
+    }
+    for advantage, kept in ((1.0, [0, 0.5, 1.3, 100]), (-1.0, [1.5, 0, 1.3, 100])):
+        loss, _, metrics = run(config_of(loss="dppo"), batch | {"advantages": torch.tensor([advantage])})
+        square = sum(math.log(ratio) ** 2 for ratio in (1.5, 0.5, 1.3, 100))
+        assert float(loss) == pytest.approx((-advantage * sum(kept) + 1e-3 * square) / 4, rel=1e-5)
+        dropped = (float(metrics["clip_ratio/low"]), float(metrics["clip_ratio/high"]))
+        assert dropped == ((0.0, 0.25) if advantage > 0 else (0.25, 0.0))
+
+
 def test_torchforges_value():
     # ratio = exp(lp - sg(lp)) = 1, k3 = 0: -(1 * 1) + 0.1 * 0 = -1, gradient -A / (T B) per token
     zeros = torch.zeros(2, 3)
@@ -179,6 +197,16 @@ def test_torchforges_value():
         loss, gradient, _ = run(config, batch)
         assert float(loss) == -1.0
         torch.testing.assert_close(gradient, torch.full((2, 3), -1 / 6))
+
+
+def test_only_the_policy_has_a_gradient():
+    policy = batch_of(4, 2)["policy_logprobs"].requires_grad_()  # also given as sampler, prox and reference
+    batch = batch_of(4, 2) | {f"{name}_logprobs": policy for name in ("policy", "rollout", "prox", "ref")}
+    for off_policy in ("bypass", "decoupled"):
+        policy.grad = None
+        policy_loss(config_of(off_policy=off_policy, kl_beta=0.1), **batch)[0].backward()
+        expected = -torch.where(batch["loss_mask"], batch["advantages"].unsqueeze(-1), 0.0) / 6  # rho = 1, k3 is flat
+        torch.testing.assert_close(policy.grad, expected)
 
 
 def test_gspo_gradient_goes_through_the_mean():

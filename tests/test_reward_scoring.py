@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from common.errors import ConfigError, RewardError
 from common.types import Scores
 from workers.rewards.scoring import load_reward_functions, score_group
 
-FUNCTIONS = '''
+FUNCTIONS = """
 import asyncio
 import numpy as np
 
@@ -106,7 +107,7 @@ class Brevity:
 class AsyncBrevity(Brevity):
     async def __call__(self, completions, **kwargs):
         return [float(len(c) <= self.limit) for c in completions]
-'''
+"""
 
 
 @pytest.fixture
@@ -130,6 +131,13 @@ def score(*functions: str | RewardFunction, file: str = "", aggregation: Any = "
     return score_group(load_reward_functions(entries), aggregation=aggregation, **{**defaults, **group})
 
 
+def globals_of(file: str) -> dict[str, Any]:
+    """The module of a file of reward functions."""
+    (reward,) = load_reward_functions([RewardFunction(function=f"{file}:strict")])
+    assert isinstance(reward.function, functools.partial)
+    return reward.function.func.__globals__
+
+
 def test_shipped_rewards_score_a_group() -> None:
     scores = score(
         RewardFunction(function="workers.rewards.MathReward"),
@@ -147,7 +155,7 @@ def test_functions_written_for_trl_run_unmodified(rewards_py: str) -> None:
 
 def test_trl_functions_get_columns_as_lists(rewards_py: str) -> None:
     score("records", file=rewards_py, columns={"level": 3, "answer": "so it is #### 4", "prompt": "not a column"})
-    seen = load_reward_functions([RewardFunction(function=f"{rewards_py}:records")])[0].function.func.__globals__["seen"]
+    seen = globals_of(rewards_py)["seen"]
     assert seen.pop("trainer_state").global_step == 12
     assert seen == {
         "prompts": ["2 + 2?"] * 2,
@@ -161,7 +169,7 @@ def test_trl_functions_get_columns_as_lists(rewards_py: str) -> None:
 
 def test_the_target_column_is_passed_where_no_target_was_extracted(rewards_py: str) -> None:
     score("records", file=rewards_py, target=None, columns={"target": [1, 2]})
-    seen = load_reward_functions([RewardFunction(function=f"{rewards_py}:records")])[0].function.func.__globals__["seen"]
+    seen = globals_of(rewards_py)["seen"]
     assert seen["target"] == [[1, 2], [1, 2]]
 
 
@@ -169,7 +177,7 @@ def test_conversational_prompts_make_conversational_completions(rewards_py: str)
     messages = [{"role": "user", "content": "2 + 2?"}]
     scores = score("content_length", "records", file=rewards_py, prompt=messages)
     assert scores.by_function["content_length"] == [1.0, 4.0]
-    seen = load_reward_functions([RewardFunction(function=f"{rewards_py}:records")])[0].function.func.__globals__["seen"]
+    seen = globals_of(rewards_py)["seen"]
     assert seen["prompts"] == [messages, messages]
     assert seen["completions"][1] == [{"role": "assistant", "content": "five"}]
 
@@ -216,7 +224,9 @@ def test_a_function_that_changes_its_arguments_spoils_nothing(rewards_py: str) -
     assert (len(prompt), columns) == (1, {"answers": ["4"]})
 
 
-@pytest.mark.parametrize(("name", "expected"), [("arrays", [1.0, 2.0]), ("scalars", [1.5, 1.0]), ("by_step", [12.0, 12.0])])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("arrays", [1.0, 2.0]), ("scalars", [1.5, 1.0]), ("by_step", [12.0, 12.0])]
+)
 def test_number_like_results_become_floats(rewards_py: str, name: str, expected: list[float]) -> None:
     scores = score(name, file=rewards_py)
     assert scores.reward == expected
@@ -233,6 +243,11 @@ def test_kwargs_reach_classes_and_functions(rewards_py: str) -> None:
     assert score(*entries).by_function == expected
 
 
+def test_configured_kwargs_win_over_columns(rewards_py: str) -> None:
+    entry = RewardFunction(function=f"{rewards_py}:matches_ground_truth", kwargs={"ground_truth": ["4", "five"]})
+    assert score(entry, columns={"ground_truth": "x"}).reward == [1.0, 1.0]
+
+
 def test_modules_of_the_working_directory_are_importable(rewards_py: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert score(RewardFunction(function="my_rewards.strict")).reward == [2.0, 2.0]
@@ -240,9 +255,7 @@ def test_modules_of_the_working_directory_are_importable(rewards_py: str, monkey
 
 
 def test_a_file_is_loaded_once(rewards_py: str) -> None:
-    entries = [RewardFunction(function=f"{rewards_py}:{name}") for name in ("strict", "never")]
-    first, second = load_reward_functions(entries)
-    assert first.function.func.__globals__ is second.function.func.__globals__
+    assert globals_of(rewards_py) is globals_of(rewards_py)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +278,7 @@ def test_a_failing_function_is_an_error_and_never_a_score(rewards_py: str, name:
 
 
 def test_a_column_that_the_function_needs_and_lacks_is_named(rewards_py: str) -> None:
-    with pytest.raises(RewardError, match="matches_ground_truth raised TypeError.*'ground_truth'"):
+    with pytest.raises(RewardError, match=r"matches_ground_truth raised TypeError.*'ground_truth'"):
         score("matches_ground_truth", file=rewards_py, columns={})
 
 
@@ -291,7 +304,7 @@ def test_what_cannot_be_loaded_is_a_config_error(rewards_py: str, function: str,
 
 
 def test_kwargs_that_a_function_does_not_take_are_a_config_error(rewards_py: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be set up with kwargs {'weigth': 2}"):
+    with pytest.raises(ConfigError, match=r"cannot be set up with kwargs {'weigth': 2}"):
         load_reward_functions([RewardFunction(function=f"{rewards_py}:scaled", kwargs={"weigth": 2})])
 
 
@@ -303,7 +316,8 @@ def test_equal_names_are_refused() -> None:
 
 def test_scoring_starts_without_torch_and_transformers() -> None:
     code = (
-        "import sys; from common.config import RewardFunction; from workers.rewards.scoring import load_reward_functions;"
+        "import sys; from common.config import RewardFunction;"
+        "from workers.rewards.scoring import load_reward_functions;"
         "load_reward_functions([RewardFunction(function='workers.rewards.MathReward')]);"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )

@@ -166,8 +166,8 @@ class Trainer:
         newest = self.store.latest_version()
         found = newest_checkpoint(self.folder / "checkpoints")
         if found is None:
-            self.version = newest  # -1 on a fresh run: the base model becomes version 0
-            self._publish(parent=-1)
+            self.version = newest  # -1 on a fresh run: the base model becomes version 0, and 0 has no parent
+            self._publish(parent=min(newest, 0))
         else:
             self.policy.restore(found.weights, found.optimizer)
             restore_random_state(found.state.random_state)
@@ -181,8 +181,7 @@ class Trainer:
 
     def _base_model(self) -> torch.nn.Module:
         """The model of the run with the weights of model.path."""
-        model, _ = load_pretrained(self.config.model.path, revision=self.config.model.revision)
-        return model
+        return load_pretrained(self.config.model.path, revision=self.config.model.revision)
 
     def _finished_evaluations(self) -> dict[str, float]:
         """Metrics of evaluations that finished since the last step."""

@@ -73,8 +73,8 @@ def policy_loss(
     if config.kl_beta > 0 and ref_logprobs is None:
         raise ValueError(f"kl_beta = {config.kl_beta} needs ref_logprobs: send the groups to the reference role")
     mask = loss_mask.bool()
-    logprobs, rollout = _keep(policy_logprobs, mask), _keep(rollout_logprobs, mask)
-    prox = logprobs.detach() if prox_logprobs is None else _keep(prox_logprobs, mask)
+    logprobs, rollout = _keep(policy_logprobs, mask), _keep(rollout_logprobs, mask).detach()
+    prox = (logprobs if prox_logprobs is None else _keep(prox_logprobs, mask)).detach()
     old = rollout if config.off_policy == "bypass" else prox
     tokens = _Tokens(
         logprobs=logprobs,
@@ -85,12 +85,13 @@ def policy_loss(
     token_loss, is_clipped_low, is_clipped_high = _LOSSES[config.loss](config, tokens)
     weight = torch.ones_like(rollout)
     if config.off_policy == "decoupled":
-        weight = importance_weight(config, log_weight=_log_ratio(prox, rollout).detach(), loss_mask=mask)
+        weight = importance_weight(config, log_weight=_log_ratio(prox, rollout), loss_mask=mask)
     normaliser = _batch_normaliser(config, mask) if num_tokens is None else num_tokens
     policy_term = _aggregate(config, weight * token_loss, mask=mask, normaliser=normaliser)
     kl_term = torch.zeros_like(policy_term)
     if config.kl_beta > 0 and ref_logprobs is not None:
-        token_kl = reference_kl(logprobs, ref_logprobs=_keep(ref_logprobs, mask), estimator=config.kl_estimator)
+        ref = _keep(ref_logprobs, mask).detach()
+        token_kl = reference_kl(logprobs, ref_logprobs=ref, estimator=config.kl_estimator)
         kl_term = _aggregate(config, token_kl, mask=mask, normaliser=normaliser)
     shares = {
         "clip_ratio/low": is_clipped_low,

@@ -36,6 +36,17 @@ from common.run import Run, open_run, process_name
 log = logging.getLogger("sluice.worker")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """A finished part."""
+
+    payload: bytes
+    version: int | None = None
+    "rollout only: the oldest policy version of its tokens"
+    num_tokens: int = 0
+    "rollout only"
+
+
 @dataclass(kw_only=True)
 class Context:
     """One worker process: its run, its connections and the parts it is working on."""
@@ -70,18 +81,18 @@ class Context:
         self,
         group_id: str,
         part: str,
-        work: Callable[[Claim], tuple[bytes, int | None]],
+        work: Callable[[Claim], Result],
         *,
         fields: tuple[str, ...],
         lease_s: float | None = None,
     ) -> None:
-        """Do one part of one group. `work` returns the payload and, for a rollout, the policy version."""
+        """Do one part of one group."""
         claim = self.ledger.claim(group_id, part, fields=fields, lease_s=lease_s)
         if claim is None:
             return
         try:
             with self._working_on(claim):
-                payload, version = work(claim)
+                result = work(claim)
         except EngineClosed:
             if self.ledger.release(claim):
                 send_part(self.app, group_id, part)
@@ -92,9 +103,14 @@ class Context:
             if self.ledger.fail(claim, reason=_reason(error), detail=detail):
                 send_part(self.app, group_id, part)
             return
-        for following in self.ledger.store(group_id, part, payload, version=version) or ():
+        for following in self._store(claim, result) or ():
             send_part(self.app, group_id, following)
         self.num_done += 1
+
+    def _store(self, claim: Claim, result: Result) -> list[str] | None:
+        return self.ledger.store(
+            claim.group_id, claim.part, result.payload, version=result.version, num_tokens=result.num_tokens
+        )
 
     @contextmanager
     def _working_on(self, claim: Claim) -> Iterator[None]:

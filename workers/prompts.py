@@ -80,6 +80,10 @@ class PromptSource:
             columns={name: _plain(value) for name, value in row.items() if name != self._config.prompt_column},
         )
 
+    def close(self) -> None:
+        """Let go of a stream's open file: a Parquet stream still open at interpreter exit prints a traceback."""
+        self._rows.close()
+
     def _cell(self, row: dict[str, Any], key: str, where: str) -> Any:
         """Value of the column that the config key names; never None."""
         column = getattr(self._config, key)

@@ -21,7 +21,7 @@ from common.logprobs import completion_logprobs, pad_sequences
 from common.model import ModelAssets, load_weights
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
-from workers.context import Context, CooperativePool
+from workers.context import Context, CooperativePool, Result
 
 log = logging.getLogger("sluice.reference")
 
@@ -51,11 +51,11 @@ class ReferenceRole:
         """Task: the reference part of a group."""
         self.context.perform(group_id, "reference", self._score, fields=("task", "rollout"))
 
-    def _score(self, claim: Claim) -> tuple[bytes, None]:
+    def _score(self, claim: Claim) -> Result:
         prompt_ids = decode(claim.fields["task"] or b"")["prompt_ids"]
         completions = [c["token_ids"] for c in decode(claim.fields["rollout"] or b"")["completions"]]
         logprobs = self._reference_model().forward([(prompt_ids, token_ids) for token_ids in completions])
-        return encode(logprobs), None
+        return Result(payload=encode(logprobs))
 
     def _reference_model(self) -> ReferenceModel:
         """Loaded at the first group: the base version is published after the workers may have started."""

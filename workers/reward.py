@@ -13,7 +13,7 @@ from celery import Celery, signals
 
 from common.ledger import Claim
 from common.serialization import decode, encode
-from workers.context import Context
+from workers.context import Context, Result
 from workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
 
 log = logging.getLogger("sluice.reward")
@@ -56,7 +56,7 @@ class RewardRole:
         lease_s = max(config.lease.running_s, config.reward.time_limit_s + 2 * _KILL_AFTER_S)
         self.context.perform(group_id, "reward", self._score, fields=("task", "rollout", "version"), lease_s=lease_s)
 
-    def _score(self, claim: Claim) -> tuple[bytes, None]:
+    def _score(self, claim: Claim) -> Result:
         task = decode(claim.fields["task"] or b"")
         completions = decode(claim.fields["rollout"] or b"")["completions"]
         scores = score_group(
@@ -69,4 +69,4 @@ class RewardRole:
             columns=task["columns"],
             trainer_state={"global_step": int(claim.fields["version"] or 0)},
         )
-        return encode(scores.to_wire()), None
+        return Result(payload=encode(scores.to_wire()))

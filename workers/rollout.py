@@ -27,7 +27,7 @@ from common.model import ModelAssets
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
 from common.types import Completion, Task, oldest_version
-from workers.context import Context, CooperativePool
+from workers.context import Context, CooperativePool, Result
 from workers.engine import Engine, GenerationRequest
 
 log = logging.getLogger("sluice.rollout")
@@ -91,7 +91,7 @@ class RolloutRole:
         """Task: the rollout part of a group."""
         self.context.perform(group_id, "rollout", self._generate, fields=_FIELDS)
 
-    def _generate(self, claim: Claim) -> tuple[bytes, int]:
+    def _generate(self, claim: Claim) -> Result:
         task = Task.from_wire(decode(claim.fields["task"] or b""))
         pinned = claim.fields["pinned"]
         request = GenerationRequest(
@@ -109,7 +109,11 @@ class RolloutRole:
                     self._stage(request.pinned_version)
                 completions = self.engine.generate(request)
         wire = [self._with_text(completion).to_wire() for completion in completions]
-        return encode({"completions": wire, "worker": self.context.process}), oldest_version(completions)
+        return Result(
+            payload=encode({"completions": wire, "worker": self.context.process}),
+            version=oldest_version(completions),
+            num_tokens=sum(len(completion.token_ids) for completion in completions),
+        )
 
     def _with_text(self, completion: Completion) -> Completion:
         ids = [token for token in completion.token_ids.tolist() if token not in self._eos]

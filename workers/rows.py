@@ -8,13 +8,16 @@ exactly:
     stream   epoch and i likewise, once the end of the first epoch has been met; epoch 0 and i = cursor before. The row
              is number i of the stream, shuffled in a window with (seed, epoch). It is reached by reading on from where
              this worker stands, over rows that others took; a lower i starts the stream again.
+
+The window is our own: the order of IterableDataset.shuffle changes between versions of datasets, and 5.2 sleeps 5 s
+whenever a shuffled Parquet stream ends. Shards are read in the order in which they are listed.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from common.errors import ConfigError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What datasets 5.2 says of a JSON or CSV file, and of a Parquet file, without rows.
+_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")
 _log = logging.getLogger(__name__)
 
 
@@ -34,11 +39,10 @@ def open_rows(config: DatasetConfig, *, seed: int, section: str) -> Table | Stre
     """The configured dataset; errors name the config `section`. Raises ConfigError: not found, unreadable, empty."""
     source = f"{section}.path = {config.path!r}"
     rows = _load(config, section)
-    if not config.streaming:
-        return Table(rows, source=source, seed=seed if config.shuffle else None)
-    if config.shuffle:
-        rows = rows.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
-    return Stream(rows, source=source)
+    order = seed if config.shuffle else None
+    if config.streaming:
+        return Stream(rows, source=source, seed=order, window=config.shuffle_buffer)
+    return Table(rows, source=source, seed=order)
 
 
 class Table:
@@ -64,15 +68,20 @@ class Table:
             index = int(self._order[1][index])
         return self._rows[index], f"row {index}"
 
+    def close(self) -> None:
+        """Nothing is held open."""
+
 
 class Stream:
     """Rows in order only; see the module's docstring for how a cursor is found."""
 
     num_rows = None
 
-    def __init__(self, rows: Any, *, source: str) -> None:
+    def __init__(self, rows: Iterable[dict[str, Any]], *, source: str, seed: int | None, window: int) -> None:
         self._rows = rows
         self._source = source
+        self._seed = seed
+        self._window = window
         self._iterator: Iterator[dict[str, Any]] = iter(())
         self._epoch = -1
         self._position = 0
@@ -83,19 +92,29 @@ class Stream:
         return 0 if self._length is None else cursor // self._length
 
     def row_at(self, cursor: int) -> tuple[dict[str, Any], str]:
-        """The row, and in words where it is. Raises what the reader raises; the next call then starts the stream again."""
+        """The row, and in words where it is. Raises what the reader raises; the stream then starts again."""
         while True:
             epoch = self.epoch_of(cursor)
             index = cursor - epoch * (self._length or 0)
             if epoch != self._epoch or index < self._position:
-                self._rows.set_epoch(epoch)
-                self._iterator, self._epoch, self._position = iter(self._rows), epoch, 0
+                self._start(epoch)
             row = self._read_up_to(index)
             if row is not None:
                 return row, f"row {index} of epoch {epoch} of the stream"
             if self._position == 0:
                 raise _empty(self._source)
             self._length = self._position  # the end of the epoch: the cursor lies in a later one
+
+    def close(self) -> None:
+        """Let go of the open file; `row_at` opens it again."""
+        self._iterator, self._epoch = iter(()), -1
+
+    def _start(self, epoch: int) -> None:
+        self._iterator, self._epoch, self._position = iter(self._rows), epoch, 0
+        if self._seed is not None:
+            self._iterator = _window_shuffle(
+                self._iterator, window=self._window, rng=np.random.default_rng([self._seed, epoch])
+            )
 
     def _read_up_to(self, index: int) -> dict[str, Any] | None:
         """Row `index` of the current epoch, or None where it ends before."""
@@ -111,6 +130,22 @@ class Stream:
                 raise
             raise _unreadable(self._source, error) from None
         return None
+
+
+def _window_shuffle(
+    rows: Iterator[dict[str, Any]], *, window: int, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    """Each row pushes a random one out of the window; what is left at the end comes in random order."""
+    held: list[dict[str, Any]] = []
+    for row in rows:
+        if len(held) < window:
+            held.append(row)
+        else:
+            i = int(rng.integers(window))
+            yield held[i]
+            held[i] = row
+    for i in rng.permutation(len(held)):
+        yield held[i]
 
 
 def _load(config: DatasetConfig, section: str) -> Any:
@@ -157,7 +192,7 @@ def _empty(source: str) -> ConfigError:
 
 def _unreadable(source: str, error: Exception) -> ConfigError:
     reason = short_reason(error)
-    if "BatchSize must be greater than 0" in reason:  # datasets 5.2 on a Parquet file without rows
+    if isinstance(error, StopIteration) or any(sign in reason for sign in _NO_ROWS):
         return _empty(source)
     return ConfigError(f"{source} cannot be read: {reason} (check path, name, revision and split)")
 

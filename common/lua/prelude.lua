@@ -4,6 +4,7 @@
 --   run                hash     config, assets, status, created_at, incarnation, paused
 --   cursor             string   next dataset cursor
 --   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent; kind = train | eval
+--   totals             hash     generated_tokens, of every stored rollout
 --   live:<kind>        set      groups admitted and not yet settled: the ledger's in_flight
 --   credit             set      training groups that hold an admission credit
 --   g:<group>          hash     kind, stage, cursor, min_version, pinned, version, samples, bytes, eval,

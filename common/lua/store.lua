@@ -1,6 +1,6 @@
 -- A finished part arrives. The first result of a part wins, whichever attempt it came from; a later one is refused.
 -- ARGV: group, part, payload, policy version ('' unless part is rollout), queued_ms, parts that follow this one,
---       parts that a complete group has (comma-separated)
+--       parts that a complete group has (comma-separated), generated tokens
 -- Returns {'refused'} | {'stored', part to send, ...} | {'waiting'} | {'ready'} | {'scored'}
 local group, part, payload, version = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local queued_ms, following, complete = tonumber(ARGV[5]), split(ARGV[6]), split(ARGV[7])
@@ -17,7 +17,10 @@ redis.call('HSET', g, part, payload, 't:' .. part, now_s())
 redis.call('HDEL', g, 'by:' .. part)
 redis.call('HINCRBY', g, 'bytes', #payload)
 redis.call('INCRBY', key('bytes'), #payload)
-if version ~= '' then redis.call('HSET', g, 'version', version, 'stage', 'generated') end
+if version ~= '' then
+  redis.call('HSET', g, 'version', version, 'stage', 'generated')
+  redis.call('HINCRBY', key('totals'), 'generated_tokens', ARGV[8])
+end
 
 if #following > 0 then
   local deadline = now_ms() + queued_ms

@@ -76,7 +76,7 @@ class RunningBatch:
     ) -> None:
         self.rows: list[Row] = []
         self._model = model
-        self._device = model.device
+        self._device, self._dtype = model.device, model.dtype
         self._max_sequences = max_sequences
         self._cache = SlotCache(max_rows=max_sequences, max_length=max_model_len)
         self._num_steps = 0
@@ -159,8 +159,11 @@ class RunningBatch:
             yield
 
     def _prefill(self, sequences: Tensor, *, first_row: int, source: Tensor) -> None:
-        """Cache `sequences` [G, P], row first_row + i from sequence source[i]. Padding is on the right, where the causal
-        mask keeps it from the tokens before it and where decoding overwrites it before it is attended."""
+        """Cache `sequences` [G, P]; row first_row + i takes sequence source[i].
+
+        Padding is on the right: the causal mask keeps it from the tokens before it, decoding overwrites it before it
+        is attended.
+        """
         if sequences.shape[1] == 0:
             return
         prefilled = DynamicCache()
@@ -181,7 +184,7 @@ class RunningBatch:
         last = lengths - 1  # [n]
         self._cache.begin_step(positions=last, span=span)
         hidden = self._positions[:span] >= lengths[:, None]  # [n, S]
-        mask = torch.zeros(n, span, dtype=self._model.dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+        mask = torch.zeros(n, span, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
         output = self._model(
             input_ids=self._tokens[:n].gather(1, last[:, None]),
             position_ids=last[:, None],
@@ -201,12 +204,17 @@ class RunningBatch:
             completion = slice(row.group.prompt_length, length)
             if not np.isfinite(logprobs[i, completion]).all():
                 raise EngineError(f"policy version {row.marks[-1][0]} gives logprobs that are not finite")
-            results.append((row, Completion(
-                token_ids=tokens[i, completion].copy(),
-                rollout_logprobs=logprobs[i, completion].copy(),
-                policy_versions=_spans(row.marks, end=length),
-                finish_reason="stop" if is_eos[tokens[i, length - 1]] else "length",
-            )))
+            results.append(
+                (
+                    row,
+                    Completion(
+                        token_ids=tokens[i, completion].copy(),
+                        rollout_logprobs=logprobs[i, completion].copy(),
+                        policy_versions=_spans(row.marks, end=length),
+                        finish_reason="stop" if is_eos[tokens[i, length - 1]] else "length",
+                    ),
+                )
+            )
         return results
 
     def _remove(self, done: list[int]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 POSITION_STEP = 16
 "Attended positions are rounded up to this: few distinct shapes, and masks aligned as CUDA kernels want them."
@@ -29,7 +29,7 @@ def round_up(length: int, step: int = POSITION_STEP) -> int:
 
 
 class SlotCache(Cache):
-    """A transformers cache whose rows have different lengths. Decodes only: prefill runs on a DynamicCache, see `fill`."""
+    """A transformers cache whose rows differ in length. Decodes only: prefill runs on a DynamicCache, see `fill`."""
 
     def __init__(self, *, max_rows: int, max_length: int) -> None:
         super().__init__(layers=[])
@@ -58,7 +58,7 @@ class SlotCache(Cache):
     def fill(self, prefilled: DynamicCache, *, first_row: int, source: Tensor) -> None:
         """Copy prefilled [G, H, P, D] into rows first_row.. : row first_row + i takes prompt source[i]."""
         for layer, states in enumerate(prefilled.layers):
-            assert states.keys is not None and states.values is not None
+            assert isinstance(states, DynamicLayer) and states.keys is not None and states.values is not None
             self._add_layer(layer, states.keys.transpose(1, 2), states.values.transpose(1, 2))
             for ours, theirs in ((self._keys[layer], states.keys), (self._values[layer], states.values)):
                 rows = slice(first_row, first_row + len(source))

@@ -48,11 +48,11 @@ def sample(
 
 
 def truncate(logits: Tensor, *, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Logits [n, V] with -inf outside the top_k likeliest and, of those renormalised, outside the smallest set of mass top_p.
+    """Logits [n, V], -inf outside the top_k likeliest and, of those, outside the smallest set that has mass top_p.
 
-    top_k [n] (0 = off) and top_p [n] (1 = off). The likeliest token always stays; of equal logits the lower id goes first.
+    top_k [n] (0 = off) and top_p [n] (1 = off). The likeliest token always stays; of equal logits the lower id does.
     """
-    ordered, order = logits.sort(-1, descending=True, stable=True)  # [n, V] both
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # [n, V] both
     rank = torch.arange(logits.shape[-1], device=logits.device)  # [V]
     dropped = (rank >= top_k[:, None]) & (top_k[:, None] > 0)
     probs = ordered.masked_fill_(dropped, -torch.inf).softmax(-1)

@@ -4,7 +4,7 @@
     anyone       --stage()-----> staged  --swap---> version
 
 One thread owns the model and the batch. A pass of its loop: drop what was cancelled, swap the policy if one is staged
-and may be, admit what fits, decode one token for every running row.
+and may be, admit what fits (every few passes), decode one token for every running row.
 
 Invariants:
 * every request is resolved exactly once: with its completions, an EngineError, or EngineClosed;
@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -35,11 +34,14 @@ from common.model import load_weights
 from common.types import Completion
 from workers.engine import EngineStats, GenerationRequest
 from workers.engine.batch import PREFILL_TOKENS, Group, RunningBatch
+from workers.engine.limits import check_model, check_request
 
 log = logging.getLogger(__name__)
 
 _IDLE_PASS_S = 1.0
 "An idle loop passes this often, so that `progress_at` tells idle from hung."
+_ADMISSION_PERIOD = 4
+"Decode steps between admissions: a prefill pass costs about a step whatever its size, so a few arrivals share one."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +70,7 @@ class TorchEngine:
         max_model_len: int,
         in_flight: Literal["keep", "recompute", "drain"] = "keep",
     ) -> None:
-        _check_architecture(model, max_model_len)
+        check_model(model, max_model_len=max_model_len)
         self._model = model
         self._eos_token_ids = tuple(eos_token_ids)
         self._max_sequences = max_sequences
@@ -78,7 +80,7 @@ class TorchEngine:
         self._version, self._digest = -1, ""
         self._progress_at = time.monotonic()
         self._last_error: str | None = None
-        self._generated_tokens = self._num_updates = 0
+        self._num_passes = self._generated_tokens = self._num_updates = 0
         self._busy_s = self._update_pause_s = 0.0
         self._condition = threading.Condition()  # guards all below
         self._pending: list[Group] = []
@@ -111,7 +113,8 @@ class TorchEngine:
 
     def generate(self, request: GenerationRequest) -> list[Completion]:
         """`sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
-        self._check(request)
+        vocab_size = self._model.config.get_text_config().vocab_size
+        check_request(request, max_model_len=self._max_model_len, vocab_size=vocab_size)
         group = Group(request=request)
         with self._condition:
             if self._is_closed:
@@ -132,7 +135,7 @@ class TorchEngine:
                 self._wake()
 
     def cancel(self, group_id: str) -> None:
-        """Give up a group: its `generate` raises EngineClosed now, its rows leave at the next step. Unknown ids are ignored."""
+        """Give up a group, if it is here: its `generate` raises EngineClosed, its rows leave at the next step."""
         with self._condition:
             for group in (*self._pending, *self._running):
                 if group.request.group_id == group_id:
@@ -157,22 +160,6 @@ class TorchEngine:
             self._wake()
         self._thread.join()
 
-    def _check(self, request: GenerationRequest) -> None:
-        """Refuse what could never run, before it can harm the requests beside it."""
-        sampling, prompt = request.sampling, np.asarray(request.prompt_ids)
-        total, vocab_size = len(prompt) + sampling.max_tokens, self._model.config.get_text_config().vocab_size
-        problem = None
-        if total > self._max_model_len:
-            problem = f"{len(prompt)} prompt + {sampling.max_tokens} new tokens = {total} > {self._max_model_len}, the engine's max_model_len"
-        elif min(len(prompt), sampling.max_tokens, sampling.n) < 1:
-            problem = f"needs a prompt, max_tokens and n of at least 1, found {len(prompt)}, {sampling.max_tokens} and {sampling.n}"
-        elif prompt.min() < 0 or prompt.max() >= vocab_size:
-            problem = f"prompt ids {prompt.min()}..{prompt.max()} are outside the vocabulary of {vocab_size}"
-        elif sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-            problem = f"temperature {sampling.temperature}, top_p {sampling.top_p} or top_k {sampling.top_k} is out of range"
-        if problem:
-            raise EngineError(f"group {request.group_id}: {problem}")
-
     def _new_batch(self) -> RunningBatch:
         return RunningBatch(
             self._model,
@@ -183,6 +170,7 @@ class TorchEngine:
 
     # The engine thread.
 
+    @torch.inference_mode()
     def _run(self) -> None:
         try:
             while not self._is_closed:
@@ -201,13 +189,14 @@ class TorchEngine:
         self._drop_cancelled()
         self._swap()
         started = time.monotonic()
-        with torch.inference_mode():
+        self._num_passes += 1
+        if not self._batch.rows or self._num_passes % _ADMISSION_PERIOD == 0:
             self._admit()
-            if not self._batch.rows:
-                self._wait_for_news()
-                return
+        if self._batch.rows:
             self._decode()
-        self._busy_s += time.monotonic() - started
+            self._busy_s += time.monotonic() - started
+        else:
+            self._wait_for_news()
 
     def _drop_cancelled(self) -> None:
         with self._condition:
@@ -235,9 +224,8 @@ class TorchEngine:
         self._num_updates += 1
         self._batch.mark(policy.version)
         if self._in_flight == "recompute":
-            with torch.inference_mode():
-                for _ in self._batch.recompute():
-                    self._progress_at = time.monotonic()
+            for _ in self._batch.recompute():
+                self._progress_at = time.monotonic()
         self._update_pause_s += time.monotonic() - started
 
     def _must_not_swap(self) -> bool:
@@ -253,8 +241,9 @@ class TorchEngine:
             for group in filter(self._may_serve, self._pending):
                 num_rows += group.size
                 longest = max(longest, group.prompt_length)
-                is_first = not admitted and (not self._batch.rows or num_rows <= self._max_sequences)
-                if not is_first and (num_rows > self._max_sequences or longest * (len(admitted) + 1) > PREFILL_TOKENS):
+                is_one_pass = not admitted or longest * (len(admitted) + 1) <= PREFILL_TOKENS
+                runs_alone = num_rows == group.size
+                if not runs_alone and (num_rows > self._max_sequences or not is_one_pass):
                     break
                 admitted.append(group)
             self._running += admitted
@@ -271,8 +260,10 @@ class TorchEngine:
         return self._version >= group.request.min_version and not is_draining
 
     def _decode(self) -> None:
-        self._generated_tokens += len(self._batch.rows)
-        for row, completion in self._batch.step():
+        num_tokens = len(self._batch.rows)
+        finished = self._batch.step()
+        self._generated_tokens += num_tokens
+        for row, completion in finished:
             row.group.completions[row.index] = completion
             if row.group.is_complete:
                 with self._condition:
@@ -310,14 +301,3 @@ class TorchEngine:
             group.future.set_exception(outcome)
         else:
             group.future.set_result(outcome)
-
-
-def _check_architecture(model: PreTrainedModel, max_model_len: int) -> None:
-    """The cache holds keys and values of all positions, and masks are built here: other attention would be silently wrong."""
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
-    if layers != {"full_attention"} or (window is not None and window < max_model_len):
-        raise ValueError(f"the torch engine serves full-attention models; {config.model_type} has {sorted(layers)}, window {window}")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"the torch engine needs attn_implementation sdpa or eager, found {config._attn_implementation}")

@@ -87,12 +87,14 @@ def _trl_arguments(
 def _call(reward: LoadedReward, samples: list[dict[str, Any]], group: dict[str, Any]) -> Any:
     """The function's raw result for the group; an awaitable of it where the function is async."""
 
+    fixed = getattr(reward.function, "keywords", {})  # configured kwargs win over columns of the same name
+
     def accepted(arguments: dict[str, Any]) -> dict[str, Any]:
         # A function may change what it is given; the next sample and the next function must not see that.
         return {
             name: [copy.deepcopy(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
             for name, value in arguments.items()
-            if reward.accepts is None or name in reward.accepts
+            if (reward.accepts is None or name in reward.accepts) and name not in fixed
         }
 
     try:

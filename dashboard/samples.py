@@ -1,0 +1,42 @@
+"""Trained groups for people to read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from common.keys import Keys
+from common.serialization import decode
+
+
+def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | None = None) -> list[dict[str, Any]]:
+    """The newest kept groups, newest first; of one trainer step where that is given."""
+    found: list[dict[str, Any]] = []
+    for _, fields in client.xrevrange(keys("samples"), count=None if step is not None else count):
+        sample = decode(fields[b"sample"])
+        if step is None or sample["step"] == step:
+            found.append(sample)
+    return found[:count]
+
+
+def render_sample(sample: dict[str, Any]) -> RenderableType:
+    """One group as a table."""
+    head = Text(f"step {sample['step']}  group {sample['group']}  policy version {sample['version']}  target {sample['target']}", style="bold")
+    table = Table()
+    for name in ("reward", "advantage", "by function", "tokens", "end", "completion"):
+        table.add_column(name, overflow="fold")
+    for completion in sample["completions"]:
+        by_function = " ".join(f"{name}={score}" for name, score in completion["rewards"].items())
+        table.add_row(
+            str(completion["reward"]),
+            f"{completion['advantage']:+.3f}",
+            by_function,
+            str(completion["tokens"]),
+            completion["finish_reason"],
+            Text(completion["text"]),
+        )
+    return Group(head, Text(str(sample["prompt"])), table)

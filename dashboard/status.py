@@ -1,0 +1,94 @@
+"""The state of a run, read from Redis: one dictionary, and how a terminal shows it.
+
+`sluice status`, `sluice status --json` and the coming web page show the same reading.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import redis
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from common.config import QUEUES
+from common.diagnosis import explain_stall, queue_depths
+from common.ledger import read_account
+from common.metrics import last_metrics, read_heartbeats
+from common.run import Run
+
+STALLED_AFTER_S = 5.0
+
+
+def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
+    """Everything `sluice status` shows; plain data."""
+    record = client.hgetall(run.keys("run"))
+    policy = {k.decode(): v.decode() for k, v in client.hgetall(run.keys("policy")).items()}
+    metrics = last_metrics(client, run.keys)
+    beats = read_heartbeats(client, run.keys)
+    status = record.get(b"status", b"?").decode()
+    trainer = next((facts for facts in beats.values() if facts["role"] == "trainer"), None)
+    stalled = status == "running" and (trainer is None or trainer["waiting_s"] > STALLED_AFTER_S)
+    return {
+        "run": run.name,
+        "status": status,
+        "step": int(metrics.get("step", 0)),
+        "num_steps": run.config.trainer.num_steps,
+        "policy": {name: policy.get(name) for name in ("version", "step", "digest", "published_at")},
+        "reward": metrics.get("reward/mean"),
+        "policy_age": metrics.get("staleness/mean"),
+        "trained_tokens_per_s": metrics.get("throughput/trained_tokens_per_s"),
+        "age_of_last_step_s": round(time.time() - metrics["time"], 1) if "time" in metrics else None,
+        "queues": queue_depths(client, run, QUEUES),
+        "ledger": {kind: read_account(client, run.keys, kind).to_dict() for kind in ("train", "eval")},  # type: ignore[arg-type]
+        "processes": beats,
+        "stalled_by": (explain_stall(client, run) if trainer else "no trainer is running") if stalled else None,
+    }
+
+
+def render(status: dict[str, Any]) -> RenderableType:
+    """A screen for `sluice status`."""
+    title = Text(f"{status['run']}: {status['status']}, step {status['step']}/{status['num_steps']}", style="bold")
+    title.append(f", policy version {status['policy']['version']}", style="default")
+    if status["stalled_by"]:
+        title.append(f"\nstalled: {status['stalled_by']}", style="bold red")
+    return Group(title, _numbers(status), _flow(status), _processes(status))
+
+
+def _numbers(status: dict[str, Any]) -> Text:
+    shown = [
+        ("reward", status["reward"], "{:.3f}"),
+        ("policy age", status["policy_age"], "{:.2f}"),
+        ("trained tokens/s", status["trained_tokens_per_s"], "{:,.0f}"),
+        ("last step", status["age_of_last_step_s"], "{:.1f} s ago"),
+    ]
+    return Text("   ".join(f"{name} {form.format(value)}" for name, value, form in shown if value is not None))
+
+
+def _flow(status: dict[str, Any]) -> Table:
+    account = status["ledger"]["train"]
+    table = Table(title="ledger", title_justify="left")
+    columns = ["admitted", "trained", "in_flight", "dropped", "dead", "retried", "resent", "refused", "identity"]
+    for name in columns:
+        table.add_column(name, justify="right")
+    values = [str(sum(account[n].values()) if isinstance(account[n], dict) else account[n]) for n in columns[:-1]]
+    table.add_row(*values, "holds" if account["holds"] else "BROKEN")
+    return table
+
+
+def _processes(status: dict[str, Any]) -> Table:
+    table = Table(title="queues and processes", title_justify="left")
+    for name in ("role", "queued", "process", "running", "done", "version", "digest", "up", "note"):
+        table.add_column(name)
+    for queue in (*QUEUES, "trainer"):
+        depth = str(status["queues"].get(queue, ""))
+        mine = {name: facts for name, facts in status["processes"].items() if facts["role"] == queue}
+        if not mine:
+            table.add_row(queue, depth, "-")
+        for name, facts in mine.items():
+            cells = [str(facts.get(key, "")) for key in ("running", "done", "version", "digest", "up_s")]
+            table.add_row(queue, depth, name, *cells, str(facts.get("alarm") or ""))
+            depth = ""
+    return table

@@ -1,0 +1,205 @@
+"""The `sluice` command. Bad input is one paragraph and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from common.config import QUEUES
+from common.errors import SluiceError
+from common.ledger import read_account
+
+RunName = click.argument("name", required=False, metavar="[RUN]")
+_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="sluice")
+def cli() -> None:
+    """Asynchronous RL post-training for language models on Celery and Redis.
+
+    SLUICE_REDIS_URL names the Redis server, SLUICE_RUN the run; commands that read a run take the newest one otherwise.
+    """
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--name", help="Name of the run; default: the config's name and the time.")
+@click.option("--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Go on with a run; default: the newest of this config.")
+def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
+    """Everything on this machine: Redis if none is given, one worker per queue and replica, the trainer, live progress."""
+    from scripts.launch import run_to_the_end
+    from scripts.supervisor import RunFailed
+
+    try:
+        sys.exit(run_to_the_end(config, list(overrides), name=name, resume=resume))
+    except RunFailed as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--name", help="Name of the run; default: the config's name and the time.")
+def create(config: str, overrides: tuple[str, ...], name: str | None) -> None:
+    """Store a new run in Redis, for roles that are started one by one (on many machines)."""
+    from scripts.launch import create as create_run
+
+    made = create_run(config, list(overrides), name=name)
+    click.echo(f"export SLUICE_RUN={made.name}")
+
+
+@cli.command()
+@click.argument("queue", type=click.Choice(QUEUES))
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def worker(queue: str, options: tuple[str, ...]) -> None:
+    """One Celery worker for a queue of SLUICE_RUN: short for `celery -A workers.app worker -Q QUEUE`."""
+    argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queue, "--loglevel", "INFO", *options]
+    os.execv(sys.executable, argv)
+
+
+@cli.command()
+def train() -> None:
+    """The trainer of SLUICE_RUN: short for `python -m trainer`."""
+    os.execv(sys.executable, [sys.executable, "-m", "trainer"])
+
+
+@cli.command()
+@RunName
+@click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
+@_JSON
+def status(name: str | None, watch: bool, as_json: bool) -> None:
+    """Where the run is: step, reward, queues, processes, and what it waits for."""
+    from dashboard.status import collect_status, render
+    from scripts.launch import opened_run
+
+    with opened_run(name) as (client, opened):
+        reading = collect_status(client, opened)
+        if as_json:
+            click.echo(json.dumps(reading))
+        elif not watch:
+            Console().print(render(reading))
+        else:
+            with Live(render(reading), refresh_per_second=4) as live:
+                while True:
+                    time.sleep(1.0)
+                    live.update(render(collect_status(client, opened)))
+
+
+@cli.command()
+@RunName
+@_JSON
+def ledger(name: str | None, as_json: bool) -> None:
+    """The accounting identity: admitted = trained + dropped + dead + in flight. Exit code 1 when it does not hold."""
+    from scripts.launch import opened_run
+    from scripts.summary import ledger_text
+
+    with opened_run(name) as (client, opened):
+        accounts = [read_account(client, opened.keys, "train"), read_account(client, opened.keys, "eval")]
+    holds = all(account.holds for account in accounts)
+    if as_json:
+        train, evals = (account.to_dict() for account in accounts)
+        click.echo(json.dumps({"run": opened.name, **train, "eval": evals, "holds": holds}))
+    else:
+        for account in accounts:
+            click.echo(f"{account.kind:5}  {ledger_text(account)}")
+            click.echo(f"       retried {account.retried}, sent again {account.resent}, late results refused {account.refused}")
+    sys.exit(0 if holds else 1)
+
+
+@cli.command()
+@RunName
+@click.option("-n", "count", default=3, show_default=True, help="Groups to show, newest first.")
+@click.option("--step", type=int, help="Only groups of this trainer step.")
+@_JSON
+def samples(name: str | None, count: int, step: int | None, as_json: bool) -> None:
+    """Prompts and completions that were trained on, with rewards and advantages."""
+    from dashboard.samples import read_samples, render_sample
+    from scripts.launch import opened_run
+
+    with opened_run(name) as (client, opened):
+        found = read_samples(client, opened.keys, count=count, step=step)
+    if as_json:
+        click.echo(json.dumps({"samples": found}))
+        return
+    console = Console()
+    for sample in found:
+        console.print(render_sample(sample))
+    if not found:
+        click.echo("no samples yet", err=True)
+
+
+@cli.command("eval")
+@RunName
+@click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Seconds to wait for the result.")
+@_JSON
+def evaluate(name: str | None, timeout_s: float, as_json: bool) -> None:
+    """Evaluate the newest policy of a running run on its held-out sets, beside training."""
+    from scripts.evaluate import evaluate_latest
+    from scripts.launch import opened_run
+
+    with opened_run(name) as (client, opened):
+        results = evaluate_latest(client, opened, timeout_s=timeout_s)
+    if as_json:
+        click.echo(json.dumps({"evaluations": results}))
+    for result in () if as_json else results:
+        click.echo("  ".join(f"{key} {value}" for key, value in result.items()))
+
+
+@cli.command()
+@click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--step", type=int, help="Checkpoint to export; default: the newest.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+def export(run_folder: Path, target: Path, step: int | None, dtype: str) -> None:
+    """A checkpoint as a Hugging Face model folder that `transformers` loads."""
+    from trainer.export import export_checkpoint
+
+    exported = export_checkpoint(run_folder, target, step=step, dtype=dtype)
+    click.echo(f"step {exported} of {run_folder.name} is in {target}")
+
+
+@cli.command()
+def runs() -> None:
+    """Runs on the Redis of SLUICE_REDIS_URL, else the run folders here."""
+    from scripts.doctor import list_runs
+
+    for line in list_runs():
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("config", required=False, type=click.Path())
+def doctor(config: str | None) -> None:
+    """Check this machine, Redis and (if given) a config; says what to do about each finding. Exit code 1 on a problem."""
+    from scripts.doctor import examine
+
+    findings = examine(config)
+    for finding in findings:
+        click.echo(f"{finding.level:8} {finding.text}")
+    sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Entry point: Sluice's own errors become one paragraph and exit code 2."""
+    try:
+        return cli.main(args=argv, prog_name="sluice")
+    except SluiceError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""`sluice doctor` and `sluice runs`: what is here, and what stands in the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from common.config import load_config
+from common.connection import connect, without_password
+from common.errors import SluiceError
+from common.keys import RUNS, Keys
+from scripts.redis_server import find_server, running_url
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report: ok, note or problem."""
+
+    level: str
+    text: str
+
+
+def examine(config_path: str | None) -> list[Finding]:
+    """Check machine, Redis and config."""
+    return [*_machine(), *_redis(), *(_config(config_path) if config_path else [])]
+
+
+def _machine() -> list[Finding]:
+    import torch
+
+    memory = psutil.virtual_memory().available / 2**30
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    findings = [
+        Finding("ok", f"{os.cpu_count()} CPU cores, {memory:.1f} GiB memory free, torch {torch.__version__}"),
+        Finding("ok", "GPUs: " + ", ".join(devices)) if devices else Finding("note", "no CUDA device: everything runs on the CPU"),
+        Finding("ok", "vLLM is installed") if find_spec("vllm") else Finding("note", "vLLM is not installed: rollout.engine=torch is available"),
+    ]
+    free = shutil.disk_usage(".").free / 2**30
+    findings.append(Finding("ok" if free > 5 else "problem", f"{free:.1f} GiB free on this disk (checkpoints, logs, Redis' append-only file)"))
+    return findings
+
+
+def _redis() -> list[Finding]:
+    url = os.environ.get("SLUICE_REDIS_URL")
+    try:
+        if not url:
+            return [Finding("ok", f"SLUICE_REDIS_URL is not set: `sluice run` starts its own server, {find_server()}")]
+        client = connect(url)
+    except SluiceError as error:
+        return [Finding("problem", str(error))]
+    info = client.info()
+    findings = [Finding("ok", f"Redis {info['redis_version']} at {without_password(url)}")]
+    if not info.get("aof_enabled"):
+        findings.append(Finding("note", "Redis keeps no append-only file: a server crash loses every group in flight (set appendonly yes)"))
+    if info.get("maxmemory"):
+        text = "Redis has maxmemory set: Celery workers exit when a broker reaches it; use replay_buffer.max_bytes, or a second server as SLUICE_BROKER_URL"
+        findings.append(Finding("note", text))
+    return findings
+
+
+def _config(path: str) -> list[Finding]:
+    from scripts.launch import preflight, with_absolute_paths
+
+    try:
+        preflight(with_absolute_paths(load_config(path)))
+    except SluiceError as error:
+        return [Finding("problem", str(error))]
+    return [Finding("ok", f"{path}: config, model, datasets and reward functions load")]
+
+
+def list_runs() -> list[str]:
+    """One line per run."""
+    if os.environ.get("SLUICE_REDIS_URL"):
+        client = connect()
+        found = {name.decode(): float(created) for name, created in client.hgetall(RUNS).items()}
+        return [
+            f"{name}  created {datetime.fromtimestamp(created):%Y-%m-%d %H:%M:%S}  {(client.hget(Keys(name)('run'), 'status') or b'?').decode()}"
+            for name, created in sorted(found.items(), key=lambda item: item[1])
+        ] or ["no runs on this Redis"]
+    folders = sorted(Path("runs").glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
+    return [f"{p.parent.name}  {'running' if running_url(p.parent / 'redis') else 'ended'}  {p.parent}" for p in folders] or ["no runs here"]

@@ -1,0 +1,219 @@
+"""Creating a run and driving it to its end: what `sluice create` and `sluice run` do.
+
+    preflight (nothing is started or stored yet: every bad input ends here, exit code 2)
+      --> redis --> run record --> supervisor: workers, trainer --> progress until the trainer is done
+      --> summary.json, report --> everything stopped, in order
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+
+import redis
+
+from common.config import Config, load_config
+from common.connection import connect
+from common.errors import ConfigError
+from common.run import Run, create_run, open_run, set_status
+from scripts.progress import Progress
+from scripts.redis_server import reading_server, running_url, start_server
+from scripts.summary import write_summary
+from scripts.supervisor import Supervisor
+
+POLL_S = 0.1
+
+
+def preflight(config: Config) -> dict[str, object]:
+    """Check everything that a run will need; returns the model's assets. Raises ConfigError."""
+    from common.model import read_assets
+    from workers.prompts import PromptSource
+    from workers.rewards.loading import load_reward_functions
+
+    if config.rollout.engine == "vllm" and config.replicas.rollout:
+        from importlib.util import find_spec
+
+        if find_spec("vllm") is None:
+            raise ConfigError("rollout.engine=vllm needs vLLM: pip install 'sluice[vllm]' on a CUDA machine, or set rollout.engine=torch")
+    load_reward_functions(config.reward.functions)
+    assets = read_assets(config.model.path, revision=config.model.revision)
+    tokenizer = assets.tokenizer()
+    for dataset in (config.dataset, *(e.dataset for e in config.evaluation.datasets)):
+        PromptSource(dataset, tokenizer, seed=config.seed).prompt_at(0)
+    return assets.to_wire()
+
+
+def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
+    """Store a new run in the Redis of SLUICE_REDIS_URL, for roles started one by one."""
+    config = with_absolute_paths(load_config(config_path, overrides))
+    client = connect()
+    name = name or default_name(config_path)
+    run = create_run(client, name, config, assets=preflight(config), folder=str(run_folder(config, name)))
+    write_config(run)
+    return run
+
+
+def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, resume: str | None) -> int:
+    """`sluice run`. Returns the exit code."""
+    config = with_absolute_paths(load_config(config_path, overrides))
+    if resume is not None:
+        name = resume or newest_run(config, prefix=Path(config_path).stem)
+    assets = None if resume is not None else preflight(config)
+    name = name or default_name(config_path)
+    folder = run_folder(config, name)
+    if resume is not None and not folder.is_dir():
+        raise ConfigError(f"--resume {name}: there is no run folder {folder}")
+    with interrupted_by_signals() as interrupted, _redis_for(folder) as url:
+        client = connect(url)
+        if assets is None:
+            run = open_run(client, name)
+        else:
+            run = create_run(client, name, config, assets=assets, folder=str(folder))
+            write_config(run)
+        return _drive(client, run, url, interrupted)
+
+
+def _drive(client: redis.Redis, run: Run, url: str, interrupted: Callable[[], bool]) -> int:
+    """Start every role and watch until the trainer has finished."""
+    folder = Path(run.folder)
+    progress = Progress(client, run)
+    supervisor = Supervisor(run.config, run=run.name, url=url, folder=folder)
+    started = time.monotonic()
+    progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
+    try:
+        supervisor.start()
+        with progress:
+            while supervisor.poll() and not interrupted():
+                progress.update()
+                time.sleep(POLL_S)
+            progress.update()
+    finally:
+        was_interrupted = interrupted()
+        if was_interrupted:
+            progress.say("stopping: the trainer finishes its step and writes a checkpoint")
+        supervisor.stop()
+    if was_interrupted:
+        set_status(client, run.keys, "stopped")
+    summary = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
+    progress.say(summary.text)
+    if was_interrupted:
+        progress.say(f"stopped; go on with: sluice run CONFIG --resume {run.name}")
+        return 130
+    return 0 if summary.holds else 1
+
+
+@contextmanager
+def _redis_for(folder: Path) -> Iterator[str]:
+    """The server of SLUICE_REDIS_URL, or an embedded one that ends with the run."""
+    if url := os.environ.get("SLUICE_REDIS_URL"):
+        yield url
+        return
+    if running_url(folder / "redis"):
+        raise ConfigError(f"run {folder.name} is in progress: its Redis is alive (sluice status {folder.name})")
+    server = start_server(folder / "redis")
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM set a flag; a second one interrupts whatever runs."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run]]:
+    """An existing run for reading: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
+    if url := os.environ.get("SLUICE_REDIS_URL"):
+        client = connect(url)
+        yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client))
+        return
+    folder = _existing_folder(name or os.environ.get("SLUICE_RUN"))
+    with reading_server(folder / "redis") as url:
+        client = connect(url)
+        yield client, open_run(client, folder.name)
+        client.close()
+
+
+def _newest_name(client: redis.Redis) -> str:
+    from common.keys import RUNS
+
+    runs = {name.decode(): float(created) for name, created in client.hgetall(RUNS).items()}
+    if not runs:
+        raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
+    return max(runs, key=lambda name: runs[name])
+
+
+def _existing_folder(name: str | None) -> Path:
+    base = Path("runs")
+    if name:
+        if (base / name / "redis").is_dir():
+            return base / name
+        raise ConfigError(f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in?")
+    folders = sorted((p.parent for p in base.glob("*/redis")), key=lambda p: (p / "redis").stat().st_ctime)
+    if not folders:
+        raise ConfigError("there is no run here: set SLUICE_REDIS_URL, or change to the folder that holds runs/")
+    return folders[-1]
+
+
+def default_name(config_path: str) -> str:
+    return f"{Path(config_path).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def newest_run(config: Config, *, prefix: str) -> str:
+    """Name of the newest run of a config. Raises ConfigError."""
+    folders = sorted(Path(config.output_dir).glob(f"{prefix}-*/config.yaml"), key=lambda p: p.stat().st_mtime)
+    if not folders:
+        raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}")
+    return folders[-1].parent.name
+
+
+def run_folder(config: Config, name: str) -> Path:
+    return Path(config.output_dir).resolve() / name
+
+
+def write_config(run: Run) -> None:
+    """The resolved config, for people, beside everything else of the run."""
+    folder = Path(run.folder)
+    with suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(run.config.to_yaml())
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Local paths made absolute, so that roles started in any folder find them; hub ids stay as they are."""
+
+    def absolute(path: str) -> str:
+        file, colon, attribute = path.partition(":")
+        return f"{Path(file).resolve()}{colon}{attribute}" if Path(file).exists() else path
+
+    data = config.model_dump()
+    data["model"]["path"] = absolute(data["model"]["path"])
+    for section in (data["dataset"], *(e["dataset"] for e in data["evaluation"]["datasets"])):
+        section["path"] = absolute(section["path"])
+    for function in data["reward"]["functions"]:
+        function["function"] = absolute(function["function"])
+    data["output_dir"] = str(Path(data["output_dir"]).resolve())
+    if data["policy_store"]["path"]:
+        data["policy_store"]["path"] = str(Path(data["policy_store"]["path"]).resolve())
+    return Config.model_validate(data)

@@ -1,0 +1,48 @@
+"""Child processes that never outlive their parent, whatever ends it.
+
+Each child leads a process group of its own (so Ctrl-C in the terminal reaches only the supervisor, which ends its
+children in order) and asks the kernel for SIGTERM when its parent dies, also by SIGKILL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def spawn(argv: list[str], *, log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a child whose output is appended to `log`; `env` is added to ours. Call it from the main thread."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.getpid()
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **env},
+            process_group=0,
+            preexec_fn=lambda: _die_with(parent),
+        )
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+
+def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """To the child and everything it started."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        pass

@@ -1,0 +1,135 @@
+"""docker-compose.yml: what Compose would start, checked without Docker and without a network.
+
+Structure is checked against the part of the Compose specification that the file uses (compose-spec.io); interpolation
+`${NAME:-default}` is resolved here with the defaults, as `docker compose config` would with an empty environment.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.config import QUEUES, load_config
+
+ROOT = Path(__file__).parent.parent
+COMPOSE = ROOT / "docker-compose.yml"
+VARIABLE = re.compile(r"\$\{(?P<name>[A-Z_]+):-(?P<default>[^}]*)\}")
+TUTORIAL_REPLICAS = {"dataset": 2, "rollout": 8, "reference": 1, "reward": 16, "eval": 1}
+
+# Keys of the Compose specification that this file may use; a misspelt key is refused by Compose, and here.
+SERVICE_KEYS = {
+    *("image", "build", "init", "restart", "stop_grace_period", "environment", "volumes", "depends_on"),
+    *("command", "deploy", "ports", "healthcheck"),
+}
+CONDITIONS = {"service_started", "service_healthy", "service_completed_successfully"}
+DURATION = re.compile(r"(\d+(us|ms|s|m|h))+")
+
+
+def resolved() -> dict[str, Any]:
+    """The file with every default filled in and anchors merged."""
+    return yaml.safe_load(VARIABLE.sub(lambda match: match["default"], COMPOSE.read_text()))
+
+
+def services() -> dict[str, dict[str, Any]]:
+    return resolved()["services"]
+
+
+def command(name: str) -> list[str]:
+    return shlex.split(services()[name]["command"])
+
+
+def test_only_known_top_level_and_service_keys() -> None:
+    document = resolved()
+    assert {key for key in document if not key.startswith("x-")} <= {"services", "volumes", "networks"}
+    for name, service in document["services"].items():
+        assert set(service) <= SERVICE_KEYS, name
+        assert isinstance(service["command"], str), name
+
+
+@pytest.mark.parametrize("name", services())
+def test_durations_and_restart_policies_are_valid(name: str) -> None:
+    service = services()[name]
+    health = service.get("healthcheck", {})
+    for duration in (service.get("stop_grace_period", "1s"), health.get("interval", "1s"), health.get("timeout", "1s")):
+        assert DURATION.fullmatch(duration)
+    assert service["restart"] in ("no", "always", "on-failure", "unless-stopped")
+
+
+@pytest.mark.parametrize("name", services())
+def test_dependencies_exist_with_valid_conditions(name: str) -> None:
+    for dependency, how in services()[name].get("depends_on", {}).items():
+        assert dependency in services()
+        assert how["condition"] in CONDITIONS
+
+
+@pytest.mark.parametrize("name", services())
+def test_named_volumes_are_declared_and_mounted_at_absolute_paths(name: str) -> None:
+    for mount in services()[name].get("volumes", []):
+        source, target = mount.split(":")
+        assert source in resolved()["volumes"]
+        assert target.startswith("/")
+
+
+def test_replicas_default_to_the_tutorials_numbers() -> None:
+    replicas = {name: service["deploy"]["replicas"] for name, service in services().items() if "deploy" in service}
+    assert replicas == TUTORIAL_REPLICAS
+    assert "deploy" not in services()["trainer"]  # one trainer per run, whatever its number of ranks
+
+
+def test_replicas_agree_with_the_shipped_config() -> None:
+    config = load_config(ROOT / "config" / "gsm8k_qwen3_1.7b.yaml")
+    assert config.replicas.model_dump() == TUTORIAL_REPLICAS
+
+
+def test_every_queue_has_one_service_and_every_worker_a_known_queue() -> None:
+    prefix = ["celery", "-A", "workers.app", "worker", "-Q"]
+    workers = {name: command(name) for name in services() if command(name)[0] == "celery"}
+    assert set(workers) == set(QUEUES)
+    for name, line in workers.items():
+        assert line == [*prefix, name]
+
+
+def test_numbers_are_set_by_variables_whose_defaults_are_integers() -> None:
+    defaults = {match["name"]: match["default"] for match in VARIABLE.finditer(COMPOSE.read_text())}
+    numbers = {f"{queue.upper()}_REPLICAS" for queue in QUEUES} | {"REDIS_PORT", "POLICY_STORE_GIB", "SLUICE_GPU"}
+    assert numbers <= set(defaults)
+    assert all(defaults[name].isdecimal() for name in numbers)
+    assert "${" not in VARIABLE.sub("", COMPOSE.read_text())  # none without a default
+
+
+def test_run_is_created_once_before_any_worker_starts() -> None:
+    assert command("create") == ["sluice", "create", "config/gsm8k_qwen3_1.7b.yaml", "--name", "gsm8k"]
+    assert services()["create"]["restart"] == "no"
+    for name in (*QUEUES, "trainer"):
+        assert services()[name]["depends_on"]["create"] == {"condition": "service_completed_successfully"}
+        assert services()[name]["environment"]["SLUICE_RUN"] == "gsm8k"
+
+
+def test_trainer_is_the_standalone_daemon() -> None:
+    assert command("trainer") == ["python", "-m", "trainer"]
+
+
+def test_redis_is_durable_healthy_and_reachable_from_this_machine_only() -> None:
+    redis = services()["redis"]
+    assert command("redis") == ["redis-server", "--appendonly", "yes", "--appendfsync", "everysec"]
+    assert redis["ports"] == ["127.0.0.1:6379:6379"]
+    assert redis["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
+    for name in ("create", *QUEUES, "trainer"):
+        assert services()[name]["depends_on"]["redis"] == {"condition": "service_healthy"}
+
+
+def test_every_process_with_a_policy_shares_the_policy_store() -> None:
+    for name in ("create", "rollout", "reference", "eval", "trainer"):
+        assert "policies:/dev/shm/sluice" in services()[name]["volumes"]
+
+
+def test_image_runs_as_an_unprivileged_user_who_owns_the_policy_store() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert "USER sluice" in dockerfile
+    assert "--uid 1000" in dockerfile
+    assert "uid=1000" in resolved()["volumes"]["policies"]["driver_opts"]["o"]

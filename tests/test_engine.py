@@ -1,0 +1,459 @@
+"""The torch engine against plain forward passes of the same weights (a real tiny Qwen3, fp32)."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from common.errors import EngineClosed, EngineError
+from common.model import load_weights, named_weights
+from common.types import Completion, SamplingParams
+from workers.engine import GenerationRequest
+from workers.engine.sampling import sample, truncate
+from workers.engine.torch_engine import TorchEngine
+
+VOCAB = 48
+EOS = (1, 2)
+WAIT_S = 30.0
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {
+        "head_dim": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+    }
+    config = Qwen3Config(**{**shape, **heads, "tie_word_embeddings": True, "initializer_range": 0.2, **changes})
+    return Qwen3ForCausalLM(config).eval()
+
+
+scratch_model = functools.cache(build_model)
+
+
+@functools.cache
+def policy(seed: int) -> Weights:
+    return {name: weight.detach().clone() for name, weight in named_weights(build_model(seed)).items()}
+
+
+def request(prompt: int | list[int] = 7, **settings: Any) -> GenerationRequest:
+    """`prompt`: token ids, or the length of a prompt drawn by that seed."""
+    if isinstance(prompt, int):
+        prompt = np.random.default_rng(prompt).integers(3, VOCAB, prompt).tolist()
+    ours = {name: settings.pop(name) for name in ("group_id", "min_version", "pinned_version") if name in settings}
+    sampling = SamplingParams(**{"n": 4, "max_tokens": 20, "seed": 1, **settings})
+    ids = np.array(prompt, dtype=np.int32)
+    return GenerationRequest(prompt_ids=ids, sampling=sampling, **{"group_id": "g", **ours})
+
+
+class Served:
+    """An engine, threads that call it, and a hook on its decode steps."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.model = build_model(seed=99)
+        self.num_steps = 0
+        self.rows_per_step: list[int] = []
+        self.at_step: dict[int, Callable[[], object]] = {}
+        self.model.register_forward_pre_hook(self._before_step, with_kwargs=True)
+        defaults: dict[str, Any] = {"eos_token_ids": EOS, "max_sequences": 64, "max_model_len": 256}
+        self.engine = TorchEngine(self.model, **{**defaults, **settings})
+        self.threads = ThreadPoolExecutor(max_workers=32)
+
+    def _before_step(self, _: Any, __: Any, inputs: dict[str, Any]) -> None:
+        self.num_steps += 1
+        self.rows_per_step.append(len(inputs["input_ids"]))
+        self.at_step.pop(self.num_steps, lambda: None)()
+
+    def stage(self, version: int, seed: int | None = None) -> Weights:
+        weights = policy(version if seed is None else seed)
+        self.engine.stage(version, f"digest-{version}", weights)
+        return weights
+
+    def submit(self, what: GenerationRequest) -> Future[list[Completion]]:
+        return self.threads.submit(self.engine.generate, what)
+
+    def together(self, requests: list[GenerationRequest], *, version: int = 0) -> list[Future[list[Completion]]]:
+        """Submit before the first policy is there, so that all are admitted at once."""
+        futures = []
+        for waiting, what in enumerate(requests, start=1):
+            futures.append(self.submit(what))
+            eventually(lambda expected=waiting: self.engine.stats().waiting_requests == expected)  # type: ignore[misc]
+        self.stage(version)
+        return futures
+
+    def run(self, requests: list[GenerationRequest], *, version: int = 0) -> list[list[Completion]]:
+        return [future.result(WAIT_S) for future in self.together(requests, version=version)]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Served]]:
+    started: list[Served] = []
+
+    def start(**settings: Any) -> Served:
+        started.append(Served(**settings))
+        return started[-1]
+
+    yield start
+    for served in started:
+        served.engine.close()
+        served.threads.shutdown()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        time.sleep(0.001)
+
+
+@torch.no_grad()
+def logits_under(weights: Weights, tokens: np.ndarray, *, old: Weights | None = None, split: int = 0) -> torch.Tensor:
+    """[T, V] of one sequence; with `old`, the first `split` tokens' keys and values are those of the old weights."""
+    model, cache = scratch_model(), DynamicCache()
+    ids = torch.from_numpy(tokens).long()[None]
+    parts = []
+    if old is not None:
+        load_weights(model, old)
+        parts.append(model(ids[:, :split], past_key_values=cache, use_cache=True).logits[0])
+    load_weights(model, weights)
+    parts.append(model(ids[:, split:], past_key_values=cache, use_cache=True).logits[0])
+    return torch.cat(parts)
+
+
+def expected_logprobs(logits: torch.Tensor, what: GenerationRequest, completion: Completion) -> np.ndarray:
+    """Of the completion's tokens, from logits [P + T, V]; temperature only."""
+    rows = logits[len(what.prompt_ids) - 1 : -1] / (what.sampling.temperature or 1.0)
+    tokens = torch.from_numpy(completion.token_ids).long()
+    return rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0].numpy()
+
+
+def sequence(what: GenerationRequest, completion: Completion) -> np.ndarray:
+    return np.concatenate([what.prompt_ids, completion.token_ids])
+
+
+def test_completions_have_the_promised_shapes_lengths_and_reasons(serve: Callable[..., Served]) -> None:
+    groups = serve().run([request(length, group_id=str(length), n=length, seed=length) for length in (1, 2, 5, 13)])
+    reasons = set()
+    for length, group in zip((1, 2, 5, 13), groups, strict=True):
+        assert len(group) == length
+        for completion in group:
+            tokens = completion.token_ids
+            assert tokens.dtype == np.int32 and completion.rollout_logprobs.dtype == np.float32
+            assert tokens.shape == completion.rollout_logprobs.shape and 1 <= len(tokens) <= 20
+            assert completion.policy_versions == ((0, len(tokens)),)
+            assert (completion.finish_reason == "stop") == (tokens[-1] in EOS)
+            assert not np.isin(tokens[:-1], EOS).any()
+            assert completion.finish_reason == "stop" or len(tokens) == 20
+            reasons.add(completion.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_greedy_equals_transformers_generate(serve: Callable[..., Served]) -> None:
+    requests = [request(length, group_id=str(length), n=2, temperature=0.0) for length in (1, 4, 9)]
+    groups = serve().run(requests)
+    model: Any = build_model()
+    for what, group in zip(requests, groups, strict=True):
+        ids = torch.from_numpy(what.prompt_ids).long()[None]
+        theirs = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=20,
+            eos_token_id=list(EOS),
+            pad_token_id=0,
+        )[0, ids.shape[1] :]
+        logits = logits_under(policy(0), sequence(what, group[0]))
+        for completion in group:
+            assert completion.token_ids.tolist() == theirs.tolist()
+            np.testing.assert_allclose(
+                completion.rollout_logprobs, expected_logprobs(logits, what, completion), atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_equal_a_fresh_forward_pass(serve: Callable[..., Served], temperature: float) -> None:
+    requests = [request(length, group_id=str(length), temperature=temperature) for length in (1, 3, 8, 30)]
+    for what, group in zip(requests, serve().run(requests), strict=True):
+        for completion in group:
+            logits = logits_under(policy(0), sequence(what, completion))
+            np.testing.assert_allclose(
+                completion.rollout_logprobs, expected_logprobs(logits, what, completion), atol=1e-4
+            )
+
+
+def naive_truncation(logits: torch.Tensor, *, top_k: int, top_p: float) -> list[float]:
+    """Logprobs [V] of the renormalised distribution, -inf where cut, by walking down from the likeliest."""
+    order = sorted(range(len(logits)), key=lambda token: -float(logits[token]))[: top_k or None]
+    mass = logits[order].double().softmax(-1).tolist()
+    kept: list[int] = []
+    while order and sum(mass[: len(kept)]) < top_p:
+        kept.append(order.pop(0))
+    result = torch.full((len(logits),), -torch.inf, dtype=torch.double)
+    result[kept] = logits[kept].double().log_softmax(-1)
+    return result.tolist()
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 5}, {"top_k": 10, "top_p": 0.5}])
+def test_truncated_sampling_reports_the_renormalised_distribution(
+    serve: Callable[..., Served], cut: dict[str, Any]
+) -> None:
+    what = request(6, n=8, temperature=0.9, **cut)
+    untouched = request(6, n=8, group_id="beside")
+    group, beside = serve().run([what, untouched])
+    [alone] = serve().run([untouched])
+    assert [c.token_ids.tolist() for c in beside] == [c.token_ids.tolist() for c in alone]
+    for completion in group:
+        rows = logits_under(policy(0), sequence(what, completion))[len(what.prompt_ids) - 1 : -1] / 0.9
+        expected = [
+            naive_truncation(row, **{"top_k": 0, "top_p": 1.0, **cut})[token]
+            for row, token in zip(rows, completion.token_ids, strict=True)
+        ]
+        np.testing.assert_allclose(completion.rollout_logprobs, expected, atol=1e-4)
+
+
+def test_noise_does_not_depend_on_the_batch(serve: Callable[..., Served]) -> None:
+    what = request(9, group_id="same", seed=5)
+    others = [request(k, group_id=str(k), seed=k, n=k, max_tokens=3 * k) for k in range(1, 9)]
+    [alone] = serve().run([what])
+    crowded = serve().run([*others, what])[-1]
+    late = serve(max_sequences=4).run([*others, what])[-1]
+    for group in (crowded, late):
+        assert [c.token_ids.tolist() for c in group] == [c.token_ids.tolist() for c in alone]
+    assert len({tuple(c.token_ids) for c in alone}) == len(alone), "completions of a group differ"
+
+
+def test_first_token_follows_the_model_distribution(serve: Callable[..., Served]) -> None:
+    what = request(5, n=4000, max_tokens=1, seed=3)
+    [group] = serve().run([what])
+    probs = logits_under(policy(0), what.prompt_ids)[-1].double().softmax(-1).numpy()
+    observed = np.bincount([c.token_ids[0] for c in group], minlength=VOCAB)
+    common = probs * 4000 >= 5
+    expected = np.append(probs[common], probs[~common].sum()) * 4000
+    counts = np.append(observed[common], observed[~common].sum())
+    chi_square, freedom = ((counts - expected) ** 2 / expected).sum(), common.sum()
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_many_threads_get_their_own_completions(serve: Callable[..., Served]) -> None:
+    served = serve(max_sequences=12)
+    served.stage(0)
+    requests = [request(1 + k % 17, group_id=str(k), n=1 + k % 5, max_tokens=1 + k % 23, seed=k) for k in range(60)]
+    futures = [served.submit(what) for what in requests]
+    for what, future in zip(requests, futures, strict=True):
+        group = future.result(WAIT_S)
+        assert len(group) == what.sampling.n
+        for completion in group:
+            assert len(completion.token_ids) <= what.sampling.max_tokens
+            logits = logits_under(policy(0), sequence(what, completion))
+            np.testing.assert_allclose(
+                completion.rollout_logprobs, expected_logprobs(logits, what, completion), atol=1e-4
+            )
+    assert max(served.rows_per_step) <= 12
+    stats = served.engine.stats()
+    assert (stats.running_sequences, stats.waiting_requests, stats.num_updates) == (0, 0, 1)
+    assert stats.generated_tokens == sum(len(c.token_ids) for f in futures for c in f.result())
+    assert stats.busy_s > 0
+
+
+def test_a_group_larger_than_max_sequences_runs_alone(serve: Callable[..., Served]) -> None:
+    served = serve(max_sequences=3)
+    groups = served.run([request(4, n=2, group_id="a"), request(4, n=7, group_id="b"), request(4, n=3, group_id="c")])
+    assert [len(group) for group in groups] == [2, 7, 3]
+    assert max(served.rows_per_step) == 7 and served.rows_per_step.index(7) > 0
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "recompute"])
+def test_policy_swapped_in_flight_stamps_and_scores_every_token(serve: Callable[..., Served], in_flight: str) -> None:
+    served = serve(in_flight=in_flight, eos_token_ids=())
+    swapped_after = 6
+    served.at_step[swapped_after] = lambda: served.stage(1)
+    requests = [request(length, group_id=str(length), n=3, max_tokens=12 + length) for length in (1, 5, 11)]
+    old, new = policy(0), policy(1)
+    for what, group in zip(requests, served.run(requests), strict=True):
+        for completion in group:
+            tokens = sequence(what, completion)
+            assert completion.policy_versions == ((0, swapped_after), (1, len(completion.token_ids) - swapped_after))
+            cached = len(what.prompt_ids) + swapped_after - 1
+            before = expected_logprobs(logits_under(old, tokens), what, completion)[:swapped_after]
+            after_logits = (
+                logits_under(new, tokens, old=old, split=cached) if in_flight == "keep" else logits_under(new, tokens)
+            )
+            after = expected_logprobs(after_logits, what, completion)[swapped_after:]
+            np.testing.assert_allclose(completion.rollout_logprobs, np.concatenate([before, after]), atol=1e-4)
+    assert (served.engine.version, served.engine.digest) == (1, "digest-1")
+    assert served.engine.stats().num_updates == 2 and served.engine.stats().update_pause_s > 0
+
+
+def test_a_group_admitted_after_a_swap_sees_only_the_new_policy(serve: Callable[..., Served]) -> None:
+    served = serve()
+    what = request(9)
+    served.run([what])
+    served.stage(1)
+    [group] = [served.submit(request(9, min_version=1)).result(WAIT_S)]
+    for completion in group:
+        logits = logits_under(policy(1), sequence(what, completion))
+        np.testing.assert_allclose(completion.rollout_logprobs, expected_logprobs(logits, what, completion), atol=1e-4)
+
+
+def test_drain_finishes_running_rows_before_the_swap(serve: Callable[..., Served]) -> None:
+    served = serve(in_flight="drain", eos_token_ids=(), max_sequences=8)
+    served.at_step[2] = lambda: served.stage(1)
+    running = [request(5, group_id="a", max_tokens=10), request(3, group_id="b", max_tokens=25)]
+    late = request(4, group_id="late", max_tokens=5)
+    first, second, third = served.run([*running, late])
+    assert all(c.policy_versions == ((0, 10),) for c in first)
+    assert all(c.policy_versions == ((0, 25),) for c in second)
+    assert all(c.policy_versions == ((1, 5),) for c in third), "room was free after 10 steps, but nothing is admitted"
+
+
+def test_min_version_waits_without_holding_up_others(serve: Callable[..., Served]) -> None:
+    served = serve()
+    demanding = request(5, group_id="demanding", min_version=2)
+    waiting, other = served.together([demanding, request(5, group_id="other")], version=1)
+    assert other.result(WAIT_S)[0].policy_versions[0][0] == 1
+    assert not waiting.done()
+    served.stage(2)
+    assert {c.policy_versions[0][0] for c in waiting.result(WAIT_S)} == {2}
+
+
+def test_pinned_requests_run_at_exactly_their_version(serve: Callable[..., Served]) -> None:
+    served = serve(eos_token_ids=())
+    pinned = [served.submit(request(5, group_id=str(version), pinned_version=version)) for version in (5, 4)]
+    eventually(lambda: served.engine.stats().waiting_requests == 2)
+    served.stage(6)
+    assert served.submit(request(3)).result(WAIT_S)[0].policy_versions == ((6, 20),)
+    assert served.engine.stats().waiting_requests == 2
+    at_five = served.num_steps + 3
+    served.at_step[at_five] = lambda: served.stage(7)
+    served.stage(5)
+    assert {c.policy_versions for c in pinned[0].result(WAIT_S)} == {((5, 20),)}, "the swap waited"
+    eventually(lambda: served.engine.version == 7)
+    served.stage(4)
+    assert {c.policy_versions for c in pinned[1].result(WAIT_S)} == {((4, 20),)}
+
+
+def test_a_request_that_can_never_run_is_refused_alone(serve: Callable[..., Served]) -> None:
+    served = serve(max_model_len=32)
+    served.stage(0)
+    with pytest.raises(EngineError, match=r"13 prompt \+ 20 new tokens = 33 > 32"):
+        served.engine.generate(request(13))
+    with pytest.raises(EngineError, match="outside the vocabulary"):
+        served.engine.generate(request([5, VOCAB]))
+    with pytest.raises(EngineError, match="at least 1"):
+        served.engine.generate(request([]))
+    assert len(served.engine.generate(request(12))) == 4
+
+
+def test_cancel_removes_one_group_and_leaves_the_others(serve: Callable[..., Served]) -> None:
+    def cancel_some() -> None:
+        for name in ("running", "waiting", "unknown"):
+            served.engine.cancel(name)
+
+    served = serve(eos_token_ids=(), max_sequences=8)
+    served.at_step[3] = cancel_some
+    requests = [request(5, group_id=name) for name in ("running", "stays", "waiting")]
+    running, stays, waiting = served.together(requests)
+    for cancelled in (running, waiting):
+        with pytest.raises(EngineClosed, match="cancelled"):
+            cancelled.result(WAIT_S)
+    for completion in stays.result(WAIT_S):
+        logits = logits_under(policy(0), sequence(requests[1], completion))
+        np.testing.assert_allclose(
+            completion.rollout_logprobs, expected_logprobs(logits, requests[1], completion), atol=1e-4
+        )
+    assert served.rows_per_step == [8] * 3 + [4] * 17
+
+
+def test_close_releases_running_and_waiting_requests(serve: Callable[..., Served]) -> None:
+    served = serve(eos_token_ids=(), max_sequences=4, max_model_len=1024)
+    reached = threading.Event()
+    served.at_step[2] = reached.set
+    futures = served.together([request(5, group_id=name, max_tokens=1000) for name in ("running", "waiting")])
+    assert reached.wait(WAIT_S)
+    served.engine.close()
+    served.engine.close()
+    for future in futures:
+        with pytest.raises(EngineClosed):
+            future.result(WAIT_S)
+    with pytest.raises(EngineClosed):
+        served.engine.generate(request(5))
+
+
+def test_a_failed_step_costs_the_running_requests_only(serve: Callable[..., Served]) -> None:
+    def explode() -> None:
+        raise RuntimeError("out of memory, say")
+
+    served = serve(max_sequences=4)
+    served.at_step[3] = explode
+    running, waiting = served.together([request(5, group_id="running"), request(6, group_id="waiting")])
+    with pytest.raises(EngineError, match="out of memory, say") as caught:
+        running.result(WAIT_S)
+    assert isinstance(caught.value.__cause__, RuntimeError) and not isinstance(caught.value, EngineClosed)
+    assert len(waiting.result(WAIT_S)) == 4
+    assert "out of memory" in (served.engine.last_error or "")
+
+
+def test_a_policy_of_nan_fails_its_requests_and_the_next_policy_serves(serve: Callable[..., Served]) -> None:
+    served = serve()
+    served.engine.stage(0, "nan", {name: torch.full_like(weight, torch.nan) for name, weight in policy(0).items()})
+    with pytest.raises(EngineError, match="not finite"):
+        served.engine.generate(request(5))
+    served.stage(1)
+    assert all(np.isfinite(c.rollout_logprobs).all() for c in served.engine.generate(request(5, min_version=1)))
+
+
+def test_a_policy_that_does_not_fit_leaves_the_old_one_serving(serve: Callable[..., Served]) -> None:
+    served = serve()
+    served.stage(0)
+    served.engine.generate(request(5))
+    served.engine.stage(1, "bad", {"no.such.weight": torch.zeros(1)})
+    eventually(lambda: served.engine.last_error is not None)
+    assert "version 1" in (served.engine.last_error or "")
+    assert (served.engine.version, served.engine.digest) == (0, "digest-0")
+    assert served.engine.generate(request(5))[0].policy_versions[0][0] == 0
+
+
+def test_an_idle_engine_shows_progress(serve: Callable[..., Served]) -> None:
+    engine = serve().engine
+    seen = engine.progress_at
+    eventually(lambda: engine.progress_at > seen)
+    assert engine.version == -1
+
+
+def test_sliding_window_models_are_refused() -> None:
+    model = build_model(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    with pytest.raises(ValueError, match="full-attention"):
+        TorchEngine(model, eos_token_ids=EOS, max_sequences=4, max_model_len=64)
+
+
+def test_extreme_uniforms_never_draw_a_token_of_probability_zero() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
+    tokens, logprobs = sample(logits, uniforms=torch.tensor([0.0, 1 - 2**-24]))
+    assert tokens.tolist() == [1, 2]
+    assert logprobs.tolist() == pytest.approx([np.log(0.5)] * 2)
+
+
+def test_ties_and_tiny_top_p_keep_one_token() -> None:
+    kept = truncate(torch.zeros(2, 4), top_k=torch.tensor([1, 0]), top_p=torch.tensor([1.0, 1e-6]))
+    assert torch.isfinite(kept).tolist() == [[True, False, False, False]] * 2

@@ -2,14 +2,14 @@
 
 The like-for-like baseline of `benchmarks/`: same model, prompts, rewards, advantages, loss and optimizer as the system,
 and the place where the values of config/quickstart.yaml were found. It asks two things of the data that the system does
-not: all prompts have one length, and a batch fits one forward pass. `--policy-age N` samples every batch with the
-weights of N steps before, which is what an asynchronous run does at worst.
+not: all prompts have one length, and a batch fits one forward pass; and it draws from the whole vocabulary (no top_p).
+`--policy-age N` samples every batch with the weights of N steps before: an asynchronous run at its worst.
 
     python -m scripts.prepare_tiny runs/tiny
     python -m benchmarks.sync_baseline config/quickstart.yaml [key=value ...] [--policy-age 1] [--json out.json]
 
-JSON: the settings, and per evaluation the step, greedy and sampled accuracy, and CPU seconds, wall seconds and
-generated tokens of training so far (evaluations are timed apart, in eval_cpu_s).
+JSON: the settings, the mean reward of each step, and per evaluation the step, greedy and sampled accuracy, and CPU
+seconds, wall seconds and generated tokens of training so far (evaluations are timed apart, in eval_cpu_s).
 
 Legend: N prompts, B = N * group_size sequences, P prompt tokens, T completion tokens, V vocabulary.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import random
 import time
 from collections import deque
@@ -32,10 +31,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.config import Config, TrainerConfig, load_config
+from common.config import Config, load_config
 from common.model import load_pretrained, read_assets
 from trainer.advantage import compute_advantages
 from trainer.loss import policy_loss
+from trainer.policy import schedule_factor
 from workers.rewards import MathReward, ThinkingReward
 
 REWARDS = (MathReward(), ThinkingReward())  # the quickstart's; their unweighted mean is the reward
@@ -69,6 +69,8 @@ class Report:
     """What is written as JSON."""
 
     settings: dict[str, Any]
+    rewards: list[float] = field(default_factory=list)
+    "mean reward of each step's batch"
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -119,18 +121,6 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, *, temperatu
     return torch.log_softmax(logits, dim=-1).gather(-1, targets).squeeze(-1)
 
 
-def lr_factor(recipe: TrainerConfig, done: int) -> float:
-    """Share of the peak learning rate after so many steps: linear warm-up, then the schedule down to 0 at num_steps."""
-    if done < recipe.warmup_steps:
-        return (done + 1) / recipe.warmup_steps
-    progress = (done - recipe.warmup_steps) / max(1, recipe.num_steps - recipe.warmup_steps)
-    if recipe.schedule == "linear":
-        return 1.0 - progress
-    if recipe.schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0
-
-
 class SyncRun:
     """One run of one config."""
 
@@ -151,11 +141,13 @@ class SyncRun:
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: lr_factor(recipe, done))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda done: schedule_factor(config, done + 1)
+        )
         self.clock = Clock()
 
-    def step(self, rows: list[dict[str, str]]) -> dict[str, float]:
-        """Sample, score, and take one optimizer step."""
+    def step(self, rows: list[dict[str, str]]) -> float:
+        """Sample, score, and take one optimizer step; the mean reward."""
         cpu, wall = time.process_time(), time.perf_counter()
         rollouts, scores = self._rollouts(rows)  # scores: [B, functions]
         self.clock.generate_cpu_s += time.process_time() - cpu
@@ -182,7 +174,7 @@ class SyncRun:
         self.clock.cpu_s += time.process_time() - cpu
         self.clock.wall_s += time.perf_counter() - wall
         self.clock.generated_tokens += int(rollouts.mask.sum())
-        return {"reward": scores.mean().item(), "correct": (scores[:, 0] == 1).float().mean().item()}
+        return scores.mean().item()
 
     def _rollouts(self, rows: list[dict[str, str]]) -> tuple[Rollouts, Tensor]:
         """Completions by the policy of `policy_age` steps ago, and their scores."""
@@ -225,7 +217,7 @@ class SyncRun:
         cpu = time.process_time()
         self.model.eval()
         accuracy = {}
-        for name, n, temperature in (("greedy", 1, 0.0), ("sampled", num_samples, 1.0)):
+        for name, n, temperature in (("greedy", 1, 0.0), ("sampled", num_samples, self.config.sampling.temperature)):
             if n > 0:
                 rollouts = self._generate(rows, n=n, temperature=temperature, model=self.model)
                 accuracy[name] = (self._score(rows, rollouts)[:, 0] == 1).float().mean().item()
@@ -257,7 +249,7 @@ def run(config: Config, *, policy_age: int = 0) -> Report:
             shown = "  ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
             print(f"step {step}  {shown}  {job.clock.cpu_s:.1f} CPU s", flush=True)
         if step < num_steps:
-            job.step(next(train))
+            report.rewards.append(job.step(next(train)))
     return report
 
 

@@ -379,7 +379,7 @@ class Config(_Section):
                 f"dataset.max_req_tokens + sampling.max_res_tokens = {longest} exceeds trainer.seq_len = {self.trainer.seq_len}: "
                 "raise seq_len or lower one of the two"
             )
-        if self.sampling.group_size == 1 and self.trainer.advantage in ("group", "rloo", "batch", "none"):
+        if self.sampling.group_size == 1:
             raise ValueError(
                 "sampling.group_size=1 gives every completion an advantage of 0, nothing would be learnt: use 2 or more (8 is usual)"
             )

@@ -38,10 +38,10 @@ def decode(data: bytes) -> Any:
         raise SerializationError(f"not a Sluice message: starts with {bytes(data[:8])!r}")
     if data[2:3] != _HEADER[2:]:
         raise SerializationError(f"schema version {data[2:3]!r}, this build reads {SCHEMA_VERSION}: upgrade the older role")
+    if len(data) > MAX_BYTES:
+        raise SerializationError(f"message of {len(data)} bytes, more than {MAX_BYTES}")
     try:
-        return msgpack.unpackb(
-            memoryview(data)[3:], ext_hook=_decode_array, raw=False, strict_map_key=True, max_buffer_size=MAX_BYTES
-        )
+        return msgpack.unpackb(memoryview(data)[3:], ext_hook=_decode_array, raw=False, strict_map_key=True)
     except SerializationError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:

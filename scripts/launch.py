@@ -44,8 +44,12 @@ def preflight(config: Config) -> dict[str, object]:
     load_reward_functions(config.reward.functions)
     assets = read_assets(config.model.path, revision=config.model.revision)
     tokenizer = assets.tokenizer()
-    for dataset in (config.dataset, *(e.dataset for e in config.evaluation.datasets)):
-        PromptSource(dataset, tokenizer, seed=config.seed).prompt_at(0)
+    sections = {"dataset": config.dataset}
+    sections |= {f"evaluation.datasets[{e.name}].dataset": e.dataset for e in config.evaluation.datasets}
+    for section, dataset in sections.items():
+        source = PromptSource(dataset, tokenizer, seed=config.seed, section=section)
+        source.prompt_at(0)
+        source.close()
     return assets.to_wire()
 
 

@@ -305,6 +305,34 @@ def test_policy_swapped_in_flight_stamps_and_scores_every_token(serve: Callable[
     assert served.engine.stats().num_updates == 2 and served.engine.stats().update_pause_s > 0
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_traffic_under_many_swaps_keeps_every_token_exact(serve: Callable[..., Served], seed: int) -> None:
+    """Rows come, go and move while policies change: each token must still be scored by the version stamped on it."""
+    rng = np.random.default_rng(seed)
+    served = serve(in_flight="recompute", max_sequences=16)
+    for version, step in enumerate(sorted(rng.choice(np.arange(3, 60), 5, replace=False).tolist()), start=1):
+        served.at_step[step] = functools.partial(served.stage, version)
+    requests = [
+        request(
+            int(rng.integers(1, 30)), group_id=str(k), n=int(rng.integers(1, 6)), max_tokens=int(rng.integers(1, 40)),
+            seed=k, temperature=float(rng.choice([0.0, 0.6, 1.0])),
+        )
+        for k in range(30)
+    ]  # fmt: skip
+    num_spans = 0
+    for what, group in zip(requests, served.run(requests), strict=True):
+        for completion in group:
+            start, tokens = 0, sequence(what, completion)
+            for version, count in completion.policy_versions:
+                expected = expected_logprobs(logits_under(policy(version), tokens), what, completion)
+                span = slice(start, start + count)
+                np.testing.assert_allclose(completion.rollout_logprobs[span], expected[span], atol=1e-4)
+                start += count
+                num_spans += 1
+            assert start == len(completion.token_ids)
+    assert num_spans > sum(what.sampling.n for what in requests), "some completion saw a swap"
+
+
 def test_a_group_admitted_after_a_swap_sees_only_the_new_policy(serve: Callable[..., Served]) -> None:
     served = serve()
     what = request(9)

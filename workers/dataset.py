@@ -45,7 +45,7 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
     app.task(host.evaluate, name="dataset.evaluate")
     signals.worker_ready.connect(lambda **_: host.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: host.stop(), weak=False)
-    signals.worker_shutdown.connect(lambda **_: host.context.close(), weak=False)
+    signals.worker_shutdown.connect(lambda **_: host.close(), weak=False)
     return CooperativePool, 1
 
 
@@ -68,6 +68,10 @@ class DatasetRole:
 
     def stop(self) -> None:
         self._stop.set()
+
+    def close(self) -> None:
+        self._source.close()
+        self.context.close()
 
     def fill(self) -> None:
         """Admit until there is no credit left."""
@@ -135,7 +139,7 @@ class DatasetRole:
         )
 
     def _seed_of(self, group_id: str) -> int:
-        return xxhash.xxh3_64_intdigest(f"{self._config.seed}:{group_id}") >> 1
+        return xxhash.xxh3_64_intdigest(f"{self._config.seed}:{group_id}".encode()) >> 1
 
     def evaluate(self) -> None:
         """Admit every evaluation that was asked for and is not admitted yet."""
@@ -157,7 +161,8 @@ class DatasetRole:
             send_part(self.context.app, group_id, "rollout")
 
     def _evaluation_tasks(self, evaluation: str, dataset: EvalDataset) -> dict[str, bytes]:
-        source = PromptSource(dataset.dataset.model_copy(update={"shuffle": False}), self._tokenizer, seed=0)
+        ordered = dataset.dataset.model_copy(update={"shuffle": False})
+        source = PromptSource(ordered, self._tokenizer, seed=0, section=f"evaluation.datasets[{dataset.name}].dataset")
         count = min(source.num_rows or dataset.num_prompts or 0, dataset.num_prompts or 10**9)
         longest = self._config.sampling.max_res_tokens
         tasks = {}

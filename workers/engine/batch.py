@@ -83,6 +83,7 @@ class RunningBatch:
         self._longest_offset = 0
         self._sampling: dict[str, Any] = {}
         self._positions = torch.arange(round_up(max_model_len), device=self._device)  # [max S]
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._is_eos = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=self._device)
         self._is_eos[list(eos_token_ids)] = True  # [V]
         self._tokens = self._empty(0, 0, dtype=torch.long)  # [R, W]
@@ -113,9 +114,12 @@ class RunningBatch:
         self._limits[new] = (lengths + max_tokens).to(self._device)[source]
         self._prefill(prompts[:, :-1], first_row=first, source=source)
         for group in groups:
-            offset, marks = group.prompt_length - self._num_steps, [(version, group.prompt_length)]
-            self.rows += [Row(group=group, index=i, offset=offset, marks=list(marks)) for i in range(group.size)]
-        self._recompose()
+            start = group.prompt_length
+            self.rows += [
+                Row(group=group, index=i, offset=start - self._num_steps, marks=[(version, start)])
+                for i in range(group.size)
+            ]
+        self._recompose(came=True)
 
     def step(self) -> list[tuple[Row, Completion]]:
         """One more token for every row; returns the rows that this token finished, in no order."""
@@ -195,26 +199,22 @@ class RunningBatch:
         return output.logits[:, -1]
 
     def _completions(self, finished: Tensor, rows: list[Row]) -> list[tuple[Row, Completion]]:
+        """What the rows at indices `finished` have become. Raises EngineError where a logprob is not finite."""
         tokens = self._tokens[finished].int().cpu().numpy()  # [finished, W]
         logprobs = self._logprobs[finished].cpu().numpy()  # [finished, W]
-        is_eos = self._is_eos.cpu()
         results = []
         for i, row in enumerate(rows):
             length = row.offset + self._num_steps
-            completion = slice(row.group.prompt_length, length)
-            if not np.isfinite(logprobs[i, completion]).all():
+            part = slice(row.group.prompt_length, length)
+            if not np.isfinite(logprobs[i, part]).all():
                 raise EngineError(f"policy version {row.marks[-1][0]} gives logprobs that are not finite")
-            results.append(
-                (
-                    row,
-                    Completion(
-                        token_ids=tokens[i, completion].copy(),
-                        rollout_logprobs=logprobs[i, completion].copy(),
-                        policy_versions=_spans(row.marks, end=length),
-                        finish_reason="stop" if is_eos[tokens[i, length - 1]] else "length",
-                    ),
-                )
+            completion = Completion(
+                token_ids=tokens[i, part].copy(),
+                rollout_logprobs=logprobs[i, part].copy(),
+                policy_versions=_spans(row.marks, end=length),
+                finish_reason="stop" if int(tokens[i, length - 1]) in self._eos_token_ids else "length",
             )
+            results.append((row, completion))
         return results
 
     def _remove(self, done: list[int]) -> None:
@@ -232,11 +232,13 @@ class RunningBatch:
             for target, source in zip(targets, sources, strict=True):
                 self.rows[target] = self.rows[source]
         del self.rows[kept:]
-        self._recompose()
+        self._recompose(came=False)
 
-    def _recompose(self) -> None:
+    def _recompose(self, *, came: bool) -> None:
         """After rows came or went: the longest row, and the sampling arguments that some row asks for."""
         self._longest_offset = max((row.offset for row in self.rows), default=0)
+        if not came and not self._sampling:
+            return  # fewer rows ask for no more than nothing
         asked = [row.group.request.sampling for row in self.rows]
         self._sampling = {}
         if any(s.temperature == 0 for s in asked):

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 _IDLE_PASS_S = 1.0
 "An idle loop passes this often, so that `progress_at` tells idle from hung."
+_JOIN_S = 10.0
+"`close` waits so long for the step in progress; a hung device must not hang the shutdown."
 _ADMISSION_PERIOD = 4
 "Decode steps between admissions: a prefill pass costs about a step whatever its size, so a few arrivals share one."
 
@@ -154,11 +156,13 @@ class TorchEngine:
         )
 
     def close(self) -> None:
-        """Stop after the step in progress; requests still inside raise EngineClosed. Idempotent."""
-        with self._condition:
-            self._is_closed = True
-            self._wake()
-        self._thread.join()
+        """Release everyone inside with EngineClosed, and stop after the step in progress. Idempotent."""
+        self._release_all()
+        self._thread.join(_JOIN_S)
+        if self._thread.is_alive():
+            log.warning(
+                "the engine's step has not ended within %.0f s; its thread is left to the process exit", _JOIN_S
+            )
 
     def _new_batch(self) -> RunningBatch:
         return RunningBatch(
@@ -180,10 +184,7 @@ class TorchEngine:
                 except Exception as error:  # whatever a model, a kernel or the device may raise
                     self._fail_running(error)
         finally:
-            with self._condition:
-                self._is_closed = True
-                for group in (*self._pending, *self._running):
-                    self._resolve(group, EngineClosed(f"group {group.request.group_id}: the engine was closed"))
+            self._release_all()
 
     def _pass(self) -> None:
         self._drop_cancelled()
@@ -281,6 +282,13 @@ class TorchEngine:
                 failure.__cause__ = error
                 self._resolve(group, failure)
             self._running = []
+
+    def _release_all(self) -> None:
+        with self._condition:
+            self._is_closed = True
+            for group in (*self._pending, *self._running):
+                self._resolve(group, EngineClosed(f"group {group.request.group_id}: the engine was closed"))
+            self._wake()
 
     def _wait_for_news(self) -> None:
         with self._condition:

@@ -384,7 +384,9 @@ class Config(_Section):
                 "sampling.group_size=1 gives every completion an advantage of 0, nothing would be learnt: use 2 or more (8 is usual)"
             )
         if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature=0 makes all completions of a group equal, nothing would be learnt: use 1.0")
+            raise ValueError(
+                "sampling.temperature=0 makes all completions of a group equal, nothing would be learnt: use 1.0"
+            )
         names = [e.name for e in self.evaluation.datasets]
         if len(set(names)) != len(names):
             raise ValueError(f"evaluation.datasets: names must differ, got {names}")

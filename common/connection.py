@@ -25,7 +25,9 @@ def redis_url() -> str:
     """The data server's URL. Raises ConfigError when it is not named."""
     url = os.environ.get("SLUICE_REDIS_URL")
     if not url:
-        raise ConfigError("SLUICE_REDIS_URL is not set: name the Redis server, e.g. SLUICE_REDIS_URL=redis://127.0.0.1:6379/0")
+        raise ConfigError(
+            "SLUICE_REDIS_URL is not set: name the Redis server, e.g. SLUICE_REDIS_URL=redis://127.0.0.1:6379/0"
+        )
     return url
 
 
@@ -75,11 +77,15 @@ def connect(url: str | None = None, **options: Any) -> redis.Redis:
 
 
 def _check_server(url: str) -> None:
-    probe = redis.Redis.from_url(url, socket_timeout=5.0, socket_connect_timeout=5.0, protocol=2, retry=Retry(ExponentialBackoff(), 1))
+    probe = redis.Redis.from_url(
+        url, socket_timeout=5.0, socket_connect_timeout=5.0, protocol=2, retry=Retry(ExponentialBackoff(), 1)
+    )
     try:
         version = str(probe.info("server")["redis_version"])
     except redis.AuthenticationError:
-        raise ConnectionFailed(f"Redis at {without_password(url)} refused the password: check the URL's user and password") from None
+        raise ConnectionFailed(
+            f"Redis at {without_password(url)} refused the password: check the URL's user and password"
+        ) from None
     except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
         raise ConnectionFailed(
             f"cannot reach Redis at {without_password(url)}: {error}. Start it, or set SLUICE_REDIS_URL to the server to use"

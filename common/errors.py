@@ -1,15 +1,15 @@
 """What a caller can act on.
 
-    SluiceError
-      ConfigError            a config key or value, or an input file, is wrong: say what, where, what to do (exit code 2)
-      ConnectionFailed       Redis cannot be reached, or is older than 6.2 (exit code 2)
-      SerializationError     bytes that are not ours, or of another schema version
-      PolicyError            a policy version cannot be published, found or verified
-        PolicyNotFound       no such version in the store
-        DigestMismatch       the bytes are not those that the manifest names
-      EngineError            an engine could not generate; the group is retried elsewhere
-        EngineClosed         the engine is shutting down; the group is handed back, no attempt is spent
-      RewardError            a reward function raised, ran out of time or returned nonsense: infrastructure, never a score
+SluiceError
+  ConfigError            a config key or value, or an input file, is wrong: say what, where, what to do (exit code 2)
+  ConnectionFailed       Redis cannot be reached, or is older than 6.2 (exit code 2)
+  SerializationError     bytes that are not ours, or of another schema version
+  PolicyError            a policy version cannot be published, found or verified
+    PolicyNotFound       no such version in the store
+    DigestMismatch       the bytes are not those that the manifest names
+  EngineError            an engine could not generate; the group is retried elsewhere
+    EngineClosed         the engine is shutting down; the group is handed back, no attempt is spent
+  RewardError            a reward function raised, ran out of time or returned nonsense: infrastructure, never a score
 """
 
 from __future__ import annotations

@@ -72,7 +72,9 @@ def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: in
         num_prompts=len(greedy),
         num_dead=dead,
         pass_at_1=_mean([float(c[0]) for c in greedy.values()]),
-        pass_at_k=_mean([pass_at_k(c, k=dataset.num_samples) for c in sampled.values()]) if dataset.num_samples else None,
+        pass_at_k=_mean([pass_at_k(c, k=dataset.num_samples) for c in sampled.values()])
+        if dataset.num_samples
+        else None,
         k=dataset.num_samples,
     )
 

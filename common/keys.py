@@ -25,7 +25,9 @@ class Keys:
 
     def __post_init__(self) -> None:
         if not _RUN_NAME.fullmatch(self.run):
-            raise ConfigError(f"run name {self.run!r}: use letters, digits, '.', '_' and '-', at most 100, starting with a letter or digit")
+            raise ConfigError(
+                f"run name {self.run!r}: use letters, digits, '.', '_' and '-', at most 100, starting with a letter or digit"
+            )
 
     @property
     def root(self) -> str:

@@ -82,7 +82,18 @@ class Account:
         return self.admitted == self.settled + self.in_flight
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("admitted", "trained", "scored", "dropped", "dead", "in_flight", "retried", "resent", "refused", "holds")
+        names = (
+            "admitted",
+            "trained",
+            "scored",
+            "dropped",
+            "dead",
+            "in_flight",
+            "retried",
+            "resent",
+            "refused",
+            "holds",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -137,7 +148,14 @@ class Ledger:
         return [lost.decode() for lost in self.scripts("renew", _ms(self._config.lease.running_s), *flat)]
 
     def store(
-        self, group_id: str, part: str, payload: bytes, *, version: int | None = None, num_tokens: int = 0, client: Any = None
+        self,
+        group_id: str,
+        part: str,
+        payload: bytes,
+        *,
+        version: int | None = None,
+        num_tokens: int = 0,
+        client: Any = None,
     ) -> list[str] | None:
         """Hand in a finished part; a rollout names its oldest version and its tokens. Returns the parts to send next, or None when the result was refused (too late).
 

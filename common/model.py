@@ -81,12 +81,14 @@ def read_assets(path: str, *, revision: str | None = None) -> ModelAssets:
         config = AutoConfig.from_pretrained(path, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         try:
-            ends = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+            ends = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
         except OSError:  # generation_config.json is optional
             ends = config.eos_token_id
     eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if not eos:
-        raise ConfigError(f"model.path = {path!r} has no end-of-sequence token: set eos_token_id in its generation_config.json")
+        raise ConfigError(
+            f"model.path = {path!r} has no end-of-sequence token: set eos_token_id in its generation_config.json"
+        )
     with tempfile.TemporaryDirectory(prefix="sluice-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name.startswith(_TOKENIZER_FILES)}
@@ -122,9 +124,13 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
     if weights.keys() != tensors.keys():
         odd = sorted(weights.keys() ^ tensors.keys())[:5]
         raise DigestMismatch(f"policy and model differ in {len(weights.keys() ^ tensors.keys())} tensors, e.g. {odd}")
-    for name, weight in weights.items():
+    for (
+        name,
+        weight,
+    ) in weights.items():  # all are checked before the first is written: a refused policy changes nothing
         if weight.shape != tensors[name].shape:
             raise DigestMismatch(f"{name}: policy has shape {tuple(tensors[name].shape)}, model {tuple(weight.shape)}")
+    for name, weight in weights.items():
         weight.copy_(tensors[name])
 
 

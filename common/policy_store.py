@@ -123,7 +123,9 @@ class RedisTransport:
     def read(self, version: int) -> dict[str, torch.Tensor]:
         size = self._client.get(self._keys("weights", version))
         if size is None:
-            raise PolicyNotFound(f"policy version {version} is not in Redis: it was removed, or never completely written")
+            raise PolicyNotFound(
+                f"policy version {version} is not in Redis: it was removed, or never completely written"
+            )
         data = bytearray(int(size))
         for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
             chunk = self._client.get(self._keys("weights", version, i))
@@ -181,7 +183,9 @@ class PolicyStore:
         if not moved:
             latest = self.latest()
             if latest is None or latest.digest != manifest.digest:
-                raise PolicyError(f"policy version {version} was not published: version {latest and latest.version} is served already")
+                raise PolicyError(
+                    f"policy version {version} was not published: version {latest and latest.version} is served already"
+                )
         self._collect_garbage()
         return manifest
 

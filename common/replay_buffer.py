@@ -38,7 +38,9 @@ class Sample:
 class ReplayBuffer:
     """The trainer's side of the buffer."""
 
-    def __init__(self, ledger: Ledger, *, groups_per_step: int, max_policy_age: int, max_resample_count: int | None = 0) -> None:
+    def __init__(
+        self, ledger: Ledger, *, groups_per_step: int, max_policy_age: int, max_resample_count: int | None = 0
+    ) -> None:
         self._ledger = ledger
         self._k = groups_per_step
         self._max_policy_age = max_policy_age
@@ -92,5 +94,3 @@ def _decode_group(group_id: str, row: list[bytes | None]) -> Group:
         policy_version=int(version),
         timestamps={stage: float(value) for stage, value in stamps if value is not None},
     )
-
-

@@ -37,7 +37,9 @@ def decode(data: bytes) -> Any:
     if data[:2] != _HEADER[:2]:
         raise SerializationError(f"not a Sluice message: starts with {bytes(data[:8])!r}")
     if data[2:3] != _HEADER[2:]:
-        raise SerializationError(f"schema version {data[2:3]!r}, this build reads {SCHEMA_VERSION}: upgrade the older role")
+        raise SerializationError(
+            f"schema version {data[2:3]!r}, this build reads {SCHEMA_VERSION}: upgrade the older role"
+        )
     if len(data) > MAX_BYTES:
         raise SerializationError(f"message of {len(data)} bytes, more than {MAX_BYTES}")
     try:
@@ -67,4 +69,4 @@ def _decode_array(code: int, data: bytes) -> Any:
         raise SerializationError(f"refused array dtype {dtype!r}")
     if math.prod(shape) * np.dtype(dtype).itemsize != len(raw):
         raise SerializationError(f"array of shape {shape} and dtype {dtype} does not fit {len(raw)} bytes")
-    return np.frombuffer(raw, dtype=dtype).reshape(shape)
+    return np.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)  # a copy: torch wants writable memory

@@ -25,7 +25,10 @@ def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | Non
 
 def render_sample(sample: dict[str, Any]) -> RenderableType:
     """One group as a table."""
-    head = Text(f"step {sample['step']}  group {sample['group']}  policy version {sample['version']}  target {sample['target']}", style="bold")
+    head = Text(
+        f"step {sample['step']}  group {sample['group']}  policy version {sample['version']}  target {sample['target']}",
+        style="bold",
+    )
     table = Table()
     for name in ("reward", "advantage", "by function", "tokens", "end", "completion"):
         table.add_column(name, overflow="fold")

@@ -34,7 +34,13 @@ def cli() -> None:
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--name", help="Name of the run; default: the config's name and the time.")
-@click.option("--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Go on with a run; default: the newest of this config.")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="",
+    metavar="[RUN]",
+    help="Go on with a run; default: the newest of this config.",
+)
 def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
     """Everything on this machine: Redis if none is given, one worker per queue and replica, the trainer, live progress."""
     from scripts.launch import run_to_the_end
@@ -113,7 +119,9 @@ def ledger(name: str | None, as_json: bool) -> None:
     else:
         for account in accounts:
             click.echo(f"{account.kind:5}  {ledger_text(account)}")
-            click.echo(f"       retried {account.retried}, sent again {account.resent}, late results refused {account.refused}")
+            click.echo(
+                f"       retried {account.retried}, sent again {account.resent}, late results refused {account.refused}"
+            )
     sys.exit(0 if holds else 1)
 
 

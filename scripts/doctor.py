@@ -38,11 +38,20 @@ def _machine() -> list[Finding]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     findings = [
         Finding("ok", f"{os.cpu_count()} CPU cores, {memory:.1f} GiB memory free, torch {torch.__version__}"),
-        Finding("ok", "GPUs: " + ", ".join(devices)) if devices else Finding("note", "no CUDA device: everything runs on the CPU"),
-        Finding("ok", "vLLM is installed") if find_spec("vllm") else Finding("note", "vLLM is not installed: rollout.engine=torch is available"),
+        Finding("ok", "GPUs: " + ", ".join(devices))
+        if devices
+        else Finding("note", "no CUDA device: everything runs on the CPU"),
+        Finding("ok", "vLLM is installed")
+        if find_spec("vllm")
+        else Finding("note", "vLLM is not installed: rollout.engine=torch is available"),
     ]
     free = shutil.disk_usage(".").free / 2**30
-    findings.append(Finding("ok" if free > 5 else "problem", f"{free:.1f} GiB free on this disk (checkpoints, logs, Redis' append-only file)"))
+    findings.append(
+        Finding(
+            "ok" if free > 5 else "problem",
+            f"{free:.1f} GiB free on this disk (checkpoints, logs, Redis' append-only file)",
+        )
+    )
     return findings
 
 
@@ -57,7 +66,12 @@ def _redis() -> list[Finding]:
     info = client.info()
     findings = [Finding("ok", f"Redis {info['redis_version']} at {without_password(url)}")]
     if not info.get("aof_enabled"):
-        findings.append(Finding("note", "Redis keeps no append-only file: a server crash loses every group in flight (set appendonly yes)"))
+        findings.append(
+            Finding(
+                "note",
+                "Redis keeps no append-only file: a server crash loses every group in flight (set appendonly yes)",
+            )
+        )
     if info.get("maxmemory"):
         text = "Redis has maxmemory set: Celery workers exit when a broker reaches it; use replay_buffer.max_bytes, or a second server as SLUICE_BROKER_URL"
         findings.append(Finding("note", text))
@@ -84,4 +98,6 @@ def list_runs() -> list[str]:
             for name, created in sorted(found.items(), key=lambda item: item[1])
         ] or ["no runs on this Redis"]
     folders = sorted(Path("runs").glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
-    return [f"{p.parent.name}  {'running' if running_url(p.parent / 'redis') else 'ended'}  {p.parent}" for p in folders] or ["no runs here"]
+    return [
+        f"{p.parent.name}  {'running' if running_url(p.parent / 'redis') else 'ended'}  {p.parent}" for p in folders
+    ] or ["no runs here"]

@@ -21,7 +21,9 @@ def evaluate_latest(client: redis.Redis, run: Run, *, timeout_s: float) -> list[
         raise ConfigError(f"run {run.name} has no evaluation.datasets in its config")
     roles = {facts["role"] for facts in read_heartbeats(client, run.keys).values()}
     if missing := {"dataset", "eval", "reward"} - roles:
-        raise ConfigError(f"an evaluation needs workers on {', '.join(sorted(missing))}: start them with `sluice worker QUEUE`")
+        raise ConfigError(
+            f"an evaluation needs workers on {', '.join(sorted(missing))}: start them with `sluice worker QUEUE`"
+        )
     version = int(client.hget(run.keys("policy"), "version") or -1)
     for dataset in run.config.evaluation.datasets:
         evaluation.request(client, run.keys, dataset, version=version)
@@ -31,7 +33,16 @@ def evaluate_latest(client: redis.Redis, run: Run, *, timeout_s: float) -> list[
     for dataset in run.config.evaluation.datasets:
         while (found := evaluation.result(client, run.keys, dataset, version=version)) is None:
             if time.monotonic() > deadline:
-                raise SluiceError(f"the evaluation did not finish within {timeout_s:.0f} s: {explain_stall(client, run)}")
+                raise SluiceError(
+                    f"the evaluation did not finish within {timeout_s:.0f} s: {explain_stall(client, run)}"
+                )
             time.sleep(0.2)
-        results.append({"dataset": found.dataset, "version": version, "pass@1": found.pass_at_1, f"pass@{found.k}": found.pass_at_k})
+        results.append(
+            {
+                "dataset": found.dataset,
+                "version": version,
+                "pass@1": found.pass_at_1,
+                f"pass@{found.k}": found.pass_at_k,
+            }
+        )
     return results

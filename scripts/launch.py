@@ -1,8 +1,8 @@
 """Creating a run and driving it to its end: what `sluice create` and `sluice run` do.
 
-    preflight (nothing is started or stored yet: every bad input ends here, exit code 2)
-      --> redis --> run record --> supervisor: workers, trainer --> progress until the trainer is done
-      --> summary.json, report --> everything stopped, in order
+preflight (nothing is started or stored yet: every bad input ends here, exit code 2)
+  --> redis --> run record --> supervisor: workers, trainer --> progress until the trainer is done
+  --> summary.json, report --> everything stopped, in order
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def preflight(config: Config) -> dict[str, object]:
         from importlib.util import find_spec
 
         if find_spec("vllm") is None:
-            raise ConfigError("rollout.engine=vllm needs vLLM: pip install 'sluice[vllm]' on a CUDA machine, or set rollout.engine=torch")
+            raise ConfigError(
+                "rollout.engine=vllm needs vLLM: pip install 'sluice[vllm]' on a CUDA machine, or set rollout.engine=torch"
+            )
     load_reward_functions(config.reward.functions)
     assets = read_assets(config.model.path, revision=config.model.revision)
     tokenizer = assets.tokenizer()
@@ -173,7 +175,9 @@ def _existing_folder(name: str | None) -> Path:
     if name:
         if (base / name / "redis").is_dir():
             return base / name
-        raise ConfigError(f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in?")
+        raise ConfigError(
+            f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in?"
+        )
     folders = sorted((p.parent for p in base.glob("*/redis")), key=lambda p: (p / "redis").stat().st_ctime)
     if not folders:
         raise ConfigError("there is no run here: set SLUICE_REDIS_URL, or change to the folder that holds runs/")

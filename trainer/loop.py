@@ -101,7 +101,9 @@ class Trainer:
         metrics = batch_metrics(groups, ages)
         rewards = [torch.tensor([_nan_if_none(e.reward) for e in group.episodes]) for group in groups]
         advantages = batch_advantages(rewards, method=self.config.trainer.advantage)
-        micro_batches = build_micro_batches(groups, advantages, max_tokens=self.config.trainer.max_tokens_per_microbatch)
+        micro_batches = build_micro_batches(
+            groups, advantages, max_tokens=self.config.trainer.max_tokens_per_microbatch
+        )
         began = time.monotonic()
         metrics |= self.policy.optimize(micro_batches, step=self.step + 1)
         metrics["time/forward_backward"] = time.monotonic() - began

@@ -54,7 +54,9 @@ class TrainedPolicy:
     def _accumulate(self, batch: MicroBatch, normaliser: int) -> dict[str, Tensor]:
         config = self._config
         with torch.autocast(
-            self.device.type, dtype=getattr(torch, config.trainer.autocast), enabled=config.trainer.autocast != "float32"
+            self.device.type,
+            dtype=getattr(torch, config.trainer.autocast),
+            enabled=config.trainer.autocast != "float32",
         ):
             logprobs, entropy = completion_logprobs(
                 self.model,
@@ -82,7 +84,9 @@ class TrainedPolicy:
     def snapshot(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """A copy of the weights on the CPU, in the sampling precision; training may go on while it travels."""
         return {
-            name: weight.detach().to("cpu", dtype=dtype if weight.is_floating_point() else weight.dtype, copy=True).contiguous()
+            name: weight.detach()
+            .to("cpu", dtype=dtype if weight.is_floating_point() else weight.dtype, copy=True)
+            .contiguous()
             for name, weight in named_weights(self.model).items()
         }
 

@@ -36,7 +36,13 @@ class Publisher:
         self.last_publish_s = 0.0
 
     def publish(
-        self, version: int, tensors: dict[str, Tensor], *, step: int, parent: int, evaluate: tuple[EvalDataset, ...] = ()
+        self,
+        version: int,
+        tensors: dict[str, Tensor],
+        *,
+        step: int,
+        parent: int,
+        evaluate: tuple[EvalDataset, ...] = (),
     ) -> None:
         """Begin to publish a version; returns when the one before it is out and this one is in the lineage."""
         self.wait()

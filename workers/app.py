@@ -37,7 +37,7 @@ class QueueWorker(Worker):
         except (ConfigError, ConnectionFailed) as error:
             _refuse(str(error))
         _refuse_other_pool(role, pool)
-        options["pool_cls"] = pool
+        options["pool"] = pool
         options["concurrency"] = options.get("concurrency") or concurrency
         options["without_gossip"] = options["without_mingle"] = True  # no worker needs to know another: starts faster
         if hostname is None or hostname.startswith("celery@"):
@@ -48,13 +48,15 @@ class QueueWorker(Worker):
 def _one_queue(queues: Any) -> str:
     names = queues.split(",") if isinstance(queues, str) else list(queues or ())
     if len(names) != 1 or names[0] not in QUEUES:
-        _refuse(f"name the one queue this worker serves: -Q followed by one of {', '.join(QUEUES)} (got {','.join(names) or 'none'})")
+        _refuse(
+            f"name the one queue this worker serves: -Q followed by one of {', '.join(QUEUES)} (got {','.join(names) or 'none'})"
+        )
     return str(names[0])
 
 
 def _refuse_other_pool(role: str, pool: str) -> None:
     context = click.get_current_context(silent=True)
-    if context and context.get_parameter_source("pool_cls") == click.core.ParameterSource.COMMANDLINE:
+    if context and context.get_parameter_source("pool") == click.core.ParameterSource.COMMANDLINE:
         _refuse(f"drop -P: a {role} worker runs on its own pool ({pool}), chosen by its queue")
 
 

@@ -172,7 +172,9 @@ class DatasetRole:
                 continue
             modes = {"g": SamplingParams(n=1, max_tokens=longest, temperature=0.0)}
             if dataset.num_samples:
-                modes["s"] = SamplingParams(n=dataset.num_samples, max_tokens=longest, seed=self._seed_of(f"{evaluation}.{i}"))
+                modes["s"] = SamplingParams(
+                    n=dataset.num_samples, max_tokens=longest, seed=self._seed_of(f"{evaluation}.{i}")
+                )
             for mode, sampling in modes.items():
                 group_id = f"e{evaluation}.{i}{mode}"
                 tasks[group_id] = encode(self._task(group_id, prompt, sampling).to_wire())
@@ -181,7 +183,9 @@ class DatasetRole:
     def _tick_until_stopped(self) -> None:
         while not self._stop.wait(TICK_S):
             try:
-                if self.context.client.set(self.context.run.keys("tick"), self.context.process, nx=True, px=int(TICK_S * 900)):
+                if self.context.client.set(
+                    self.context.run.keys("tick"), self.context.process, nx=True, px=int(TICK_S * 900)
+                ):
                     self._tick()
             except (redis.ConnectionError, redis.TimeoutError) as error:
                 log.warning("tick: Redis is unreachable: %s", error)

@@ -117,7 +117,9 @@ class ReferenceModel:
             longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
             size = max(1, self._max_batch_tokens // longest)
             batch, order = order[-size:], order[:-size]
-            input_ids, prompts, lengths = pad_sequences([sequences[i][0] for i in batch], [sequences[i][1] for i in batch])
+            input_ids, prompts, lengths = pad_sequences(
+                [sequences[i][0] for i in batch], [sequences[i][1] for i in batch]
+            )
             logprobs, _ = completion_logprobs(
                 self._model,
                 input_ids.to(self._device),

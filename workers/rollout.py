@@ -50,7 +50,9 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
 def make_engine(config: Config, assets: ModelAssets) -> Engine:
     """The engine that the config names, without weights. Raises ConfigError."""
     if config.rollout.engine == "vllm":
-        raise ConfigError("rollout.engine=vllm: the vLLM adapter is not part of this release yet; use rollout.engine=torch")
+        raise ConfigError(
+            "rollout.engine=vllm: the vLLM adapter is not part of this release yet; use rollout.engine=torch"
+        )
     import torch
 
     from workers.engine.torch_engine import TorchEngine

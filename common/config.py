@@ -107,13 +107,13 @@ class ReferenceConfig(_Section):
 
 class RewardFunction(_Section):
     function: str
-    """Dotted path (`workers.rewards.MathReward`, `mypkg.rewards:brevity`) or file (`rewards.py:brevity`). A class is called with `kwargs`."""
+    """Dotted path (`workers.rewards.MathReward`, `mypkg.rewards:brevity`) or file (`rewards.py:brevity`)."""
     name: str | None = None
     """Name in metrics; none = the function's or class' own name."""
     weight: float = 1.0
     """Weight in a `sum`; refused with `mean`, where it would have no effect."""
     kwargs: dict[str, Any] = {}
-    """Arguments of the class."""
+    """Arguments of a class, which is called once; of a function, with every call."""
 
 
 class RewardConfig(_Section):
@@ -256,7 +256,7 @@ class CheckpointConfig(_Section):
 
 class PolicyStoreConfig(_Section):
     transport: Literal["directory", "redis"] = "directory"
-    """`directory`: safetensors under `path`, shared by trainer and workers. `redis`: chunks in Redis, for machines without a shared folder."""
+    """`directory`: safetensors under `path`, which trainer and workers share. `redis`: chunks in Redis, where they cannot."""
     path: str | None = None
     """Folder of the directory transport; none = /dev/shm/sluice (this machine only)."""
     keep: int = Field(default=4, ge=2)
@@ -381,7 +381,8 @@ class Config(_Section):
             )
         if self.sampling.group_size == 1:
             raise ValueError(
-                "sampling.group_size=1 gives every completion an advantage of 0, nothing would be learnt: use 2 or more (8 is usual)"
+                "sampling.group_size=1 gives every completion an advantage of 0, nothing would be learnt: "
+                "use 2 or more (8 is usual)"
             )
         if self.sampling.temperature == 0:
             raise ValueError(

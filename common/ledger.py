@@ -157,7 +157,9 @@ class Ledger:
         num_tokens: int = 0,
         client: Any = None,
     ) -> list[str] | None:
-        """Hand in a finished part; a rollout names its oldest version and its tokens. Returns the parts to send next, or None when the result was refused (too late).
+        """Hand in a finished part; a rollout names its oldest version and its tokens.
+
+        Returns the parts to send next, or None when the result was refused (too late).
 
         With a pipeline as `client` the reply comes from its `execute`; read it with `stored_parts`.
         """
@@ -203,7 +205,7 @@ class Ledger:
         """Overdue parts to send again: (group, part, kind)."""
         reply = self.scripts("reap", self._config.lease.max_attempts, self._queued_ms, most)
         flat = [item.decode() for item in reply]
-        return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))  # type: ignore[arg-type]
+        return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
 
     def drop(self, group_ids: list[str], *, reason: str, kind: Kind = "train") -> int:
         """Settle groups that will never be trained."""
@@ -240,7 +242,8 @@ def read_account(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Accou
             reasons[outcome][reason] = value
         else:
             plain[name] = value
-    return Account(kind=kind, in_flight=in_flight, admitted=plain.pop("admitted", 0), **plain, **reasons)
+    known: dict[str, Any] = {**plain, **reasons}
+    return Account(kind=kind, in_flight=in_flight, **{"admitted": 0, **known})
 
 
 def stored_parts(reply: list[bytes]) -> list[str] | None:

@@ -35,7 +35,7 @@ from common.scripts import Scripts
 from common.serialization import decode, encode
 
 CHUNK_BYTES = 2 * 1024 * 1024
-DEFAULT_FOLDER = "/dev/shm/sluice"  # noqa: S108 - a memory file system; falls back to the temporary folder
+DEFAULT_FOLDER = "/dev/shm/sluice"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,14 +236,14 @@ def store_folder(config: PolicyStoreConfig, run: str) -> Path:
     if config.path:
         return Path(config.path) / run
     base = Path(DEFAULT_FOLDER)
-    return base / run if base.parent.is_dir() else Path("/tmp/sluice") / run  # noqa: S108
+    return base / run if base.parent.is_dir() else Path("/tmp/sluice") / run
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """xxh3-128 of dtype, shape and bytes."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     digest = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(flat.numpy())
+    digest.update(memoryview(flat.numpy()))
     return digest.hexdigest()
 
 

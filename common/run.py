@@ -53,7 +53,8 @@ def open_run(client: redis.Redis, name: str) -> Run:
     if config is None or assets is None or folder is None:
         known = ", ".join(sorted(run.decode() for run in client.hkeys(RUNS))) or "none"
         raise ConfigError(
-            f"there is no run {name!r} on this Redis (runs: {known}). Create it with `sluice create CONFIG --name {name}` or `sluice run CONFIG`"
+            f"there is no run {name!r} on this Redis (runs: {known}). "
+            f"Create it with `sluice create CONFIG --name {name}` or `sluice run CONFIG`"
         )
     return Run(
         name=name,

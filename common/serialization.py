@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 MAX_BYTES = 512 * 1024 * 1024  # Redis refuses larger values too
 _HEADER = b"SL" + bytes([SCHEMA_VERSION])
 _ARRAY = 1
-_DTYPES = frozenset("|b1 |u1 |i1 <u2 <i2 <f2 <u4 <i4 <f4 <u8 <i8 <f8".split())
+_DTYPES = frozenset(["|b1", "|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", "<u8", "<i8", "<f8"])
 
 
 def encode(value: Any) -> bytes:

@@ -42,7 +42,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "trained_tokens_per_s": metrics.get("throughput/trained_tokens_per_s"),
         "age_of_last_step_s": round(time.time() - metrics["time"], 1) if "time" in metrics else None,
         "queues": queue_depths(client, run, QUEUES),
-        "ledger": {kind: read_account(client, run.keys, kind).to_dict() for kind in ("train", "eval")},  # type: ignore[arg-type]
+        "ledger": {kind: read_account(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
         "processes": beats,
         "stalled_by": (explain_stall(client, run) if trainer else "no trainer is running") if stalled else None,
     }

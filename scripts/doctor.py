@@ -73,7 +73,10 @@ def _redis() -> list[Finding]:
             )
         )
     if info.get("maxmemory"):
-        text = "Redis has maxmemory set: Celery workers exit when a broker reaches it; use replay_buffer.max_bytes, or a second server as SLUICE_BROKER_URL"
+        text = (
+            "Redis has maxmemory set: Celery workers exit when a broker reaches it; "
+            "use replay_buffer.max_bytes, or a second server as SLUICE_BROKER_URL"
+        )
         findings.append(Finding("note", text))
     return findings
 
@@ -89,15 +92,16 @@ def _config(path: str) -> list[Finding]:
 
 
 def list_runs() -> list[str]:
-    """One line per run."""
-    if os.environ.get("SLUICE_REDIS_URL"):
-        client = connect()
-        found = {name.decode(): float(created) for name, created in client.hgetall(RUNS).items()}
-        return [
-            f"{name}  created {datetime.fromtimestamp(created):%Y-%m-%d %H:%M:%S}  {(client.hget(Keys(name)('run'), 'status') or b'?').decode()}"
-            for name, created in sorted(found.items(), key=lambda item: item[1])
-        ] or ["no runs on this Redis"]
-    folders = sorted(Path("runs").glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
-    return [
-        f"{p.parent.name}  {'running' if running_url(p.parent / 'redis') else 'ended'}  {p.parent}" for p in folders
-    ] or ["no runs here"]
+    """One line per run, oldest first."""
+    if not os.environ.get("SLUICE_REDIS_URL"):
+        folders = sorted(Path("runs").glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
+        states = ["running" if running_url(path.parent / "redis") else "ended" for path in folders]
+        return [f"{path.parent.name}  {state}" for path, state in zip(folders, states, strict=True)] or ["no runs here"]
+    client = connect()
+    lines = []
+    for name, created in sorted(client.hgetall(RUNS).items(), key=lambda item: float(item[1])):
+        status = client.hget(Keys(name.decode())("run"), "status") or b"?"
+        lines.append(
+            f"{name.decode()}  {status.decode()}  created {datetime.fromtimestamp(float(created)):%Y-%m-%d %H:%M:%S}"
+        )
+    return lines or ["no runs on this Redis"]

@@ -1,5 +1,5 @@
 # Sourced by scripts/quickstart, scripts/test and scripts/check: makes the environment once, then activates it.
-# EXTRAS names the optional dependencies to have ("test"); torch comes as the CPU build where there is no NVIDIA driver.
+# EXTRAS names the optional dependencies to have ("test"); SLUICE_TORCH is the torch version to install.
 venv="${SLUICE_VENV:-.venv}"
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -12,9 +12,8 @@ if [ ! -f "$stamp" ]; then
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --upgrade pip >&2
   if ! "$venv/bin/python" -c 'import torch' 2>/dev/null && ! command -v nvidia-smi >/dev/null; then
-    # the plain wheel brings gigabytes of CUDA; where an index offers the CPU build under this version, it is taken
-    "$venv/bin/python" -m pip install --quiet "torch==${SLUICE_TORCH:-2.13.0}" --extra-index-url https://download.pytorch.org/whl/cpu >&2 \
-      || "$venv/bin/python" -m pip install --quiet "torch==${SLUICE_TORCH:-2.13.0}" >&2
+    # where plain torch brings gigabytes of CUDA, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds
+    "$venv/bin/python" -m pip install --quiet "torch==${SLUICE_TORCH:-2.13.0}" >&2
   fi
   "$venv/bin/python" -m pip install --quiet --editable ".${EXTRAS:+[$EXTRAS]}" >&2
   touch "$stamp"

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -42,7 +43,5 @@ def _die_with(parent: int) -> None:
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     """To the child and everything it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import redis
@@ -31,6 +32,8 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
     steps = [metrics for _, metrics in read_metrics(client, run.keys) if "reward/mean" in metrics]
     latest = {int(metrics["step"]): metrics for metrics in steps}  # a step trained again after a crash counts once
     rewards = [latest[step]["reward/mean"] for step in sorted(latest)]
+    # not the very first batch: the groups that finish first are those with short, easy completions
+    ends = min(10, max(1, len(rewards) // 10))
     account, evals = read_account(client, run.keys), _evaluations(client, run)
     first, last = (evals[0], evals[-1]) if evals else (None, None)
     wall_s = max(wall_s, _training_wall_s(run))
@@ -40,8 +43,8 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
         "eval_before": first and first["pass@1"],
         "eval_after": last["pass@1"] if last and len(evals) > 1 else None,
         "evaluations": evals,
-        "reward_first": rewards[0] if rewards else None,
-        "reward_last": rewards[-1] if rewards else None,
+        "reward_first": fmean(rewards[:ends]) if rewards else None,
+        "reward_last": fmean(rewards[-ends:]) if rewards else None,
         "wall_s": round(wall_s, 2),
         "generated_tokens": int(client.hget(run.keys("totals"), "generated_tokens") or 0),
         "trained_tokens": int(sum(metrics["num_tokens"] for metrics in latest.values())),

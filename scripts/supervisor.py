@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,8 +83,8 @@ class Supervisor:
         child.crashes = [t for t in child.crashes if now - t < CRASH_WINDOW_S] + [now]
         if len(child.crashes) >= MAX_CRASHES:
             raise RunFailed(
-                f"{child.name} died {len(child.crashes)} times within {CRASH_WINDOW_S:.0f} s (last exit code {code}); its log {child.log} ends:\n"
-                + _tail(child.log)
+                f"{child.name} died {len(child.crashes)} times within {CRASH_WINDOW_S:.0f} s (last exit code {code}); "
+                f"its log {child.log} ends:\n{_tail(child.log)}"
             )
         child.start_at = now + 0.5 * 2 ** (len(child.crashes) - 1)
 
@@ -94,10 +95,8 @@ class Supervisor:
             process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_S
         for process in alive:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
         for child in self._children:
             if child.process:
                 signal_group(child.process, signal.SIGKILL)  # prefork children of a worker that had to be killed

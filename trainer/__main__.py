@@ -22,9 +22,9 @@ def main() -> int:
     try:
         client = connect()
         run = open_run(client, run_name())
-        from trainer.loop import Trainer  # torch loads here, after the input was checked
-
         import torch
+
+        from trainer.loop import Trainer  # torch loads here, after the input was checked
 
         torch.set_num_threads(1 if run.config.trainer.device == "cpu" else torch.get_num_threads())
         trainer = Trainer(client, run)

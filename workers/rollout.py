@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import redis
@@ -120,13 +121,7 @@ class RolloutRole:
     def _with_text(self, completion: Completion) -> Completion:
         ids = [token for token in completion.token_ids.tolist() if token not in self._eos]
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return Completion(
-            token_ids=completion.token_ids,
-            rollout_logprobs=completion.rollout_logprobs,
-            policy_versions=completion.policy_versions,
-            finish_reason=completion.finish_reason,
-            text=text,
-        )
+        return replace(completion, text=str(text))
 
     def _stage(self, version: int) -> None:
         manifest, tensors = self._store.fetch(version)

@@ -35,9 +35,9 @@ def read_metrics(
 
 
 def last_metrics(client: redis.Redis, keys: Keys) -> dict[str, float]:
-    """The newest step; empty before the first."""
-    entries = client.xrevrange(keys("metrics"), count=1)
-    return _floats(entries[0][1]) if entries else {}
+    """The newest value of every metric of the last entries; empty before the first."""
+    entries = client.xrevrange(keys("metrics"), count=5)
+    return {name: value for _, fields in reversed(entries) for name, value in _floats(fields).items()}
 
 
 def _floats(fields: Mapping[bytes, bytes]) -> dict[str, float]:

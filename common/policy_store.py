@@ -243,7 +243,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """xxh3-128 of dtype, shape and bytes."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     digest = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(memoryview(flat.numpy()))
+    digest.update(flat.numpy().data)
     return digest.hexdigest()
 
 

@@ -28,15 +28,19 @@ class Run:
     keys: Keys
     config: Config
     assets: dict[str, Any]
-    "wire form of common.model.ModelAssets"
+    "wire form of common.assets.ModelAssets"
     folder: str
     "absolute path of the run folder on the machine that created the run"
 
 
-def create_run(client: redis.Redis, name: str, config: Config, *, assets: dict[str, Any], folder: str) -> Run:
-    """Store a new run. Raises ConfigError when the name is in use."""
+def create_run(
+    client: redis.Redis, name: str, config: Config, *, assets: dict[str, Any], folder: str, may_exist: bool = False
+) -> Run:
+    """Store a new run. Raises ConfigError when the name is in use; `may_exist`: unless by the very same config."""
     keys = Keys(name)
     if not client.hsetnx(keys("run"), "created_at", time.time()):
+        if may_exist and client.hget(keys("run"), "config") == config.to_yaml().encode():
+            return open_run(client, name)
         raise ConfigError(
             f"run name {name!r} is in use on this Redis: choose another with --name, or continue it with --resume {name}"
         )

@@ -94,7 +94,7 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(reading))
         elif not watch:
-            Console().print(render(reading))
+            _console().print(render(reading))
         else:
             with Live(render(reading), refresh_per_second=4) as live:
                 while True:
@@ -140,7 +140,7 @@ def samples(name: str | None, count: int, step: int | None, as_json: bool) -> No
     if as_json:
         click.echo(json.dumps({"samples": found}))
         return
-    console = Console()
+    console = _console()
     for sample in found:
         console.print(render_sample(sample))
     if not found:
@@ -196,6 +196,12 @@ def doctor(config: str | None) -> None:
     for finding in findings:
         click.echo(f"{finding.level:8} {finding.text}")
     sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
+
+
+def _console() -> Console:
+    """As wide as the terminal; elsewhere wide enough that no column is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -32,7 +32,7 @@ POLL_S = 0.1
 
 def preflight(config: Config) -> dict[str, object]:
     """Check everything that a run will need; returns the model's assets. Raises ConfigError."""
-    from common.model import read_assets
+    from common.assets import read_assets
     from workers.prompts import PromptSource
     from workers.rewards.loading import load_reward_functions
 
@@ -60,7 +60,8 @@ def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
     config = with_absolute_paths(load_config(config_path, overrides))
     client = connect()
     name = name or default_name(config_path)
-    run = create_run(client, name, config, assets=preflight(config), folder=str(run_folder(config, name)))
+    folder = str(run_folder(config, name))
+    run = create_run(client, name, config, assets=preflight(config), folder=folder, may_exist=True)
     write_config(run)
     return run
 

@@ -105,9 +105,8 @@ def _text(summary: dict[str, Any], rewards: list[float], account: Account, folde
     if summary["eval_after"] is not None:
         lines.append(f"  held-out greedy accuracy  {summary['eval_before']:.3f} -> {summary['eval_after']:.3f}")
     if rewards:
-        lines.append(
-            f"  reward     {rewards[0]:.3f} {sparkline(rewards)} {rewards[-1]:.3f}   ({folder / 'reward.png'})"
-        )
+        ends = f"{summary['reward_first']:.3f} {sparkline(rewards)} {summary['reward_last']:.3f}"
+        lines.append(f"  reward     {ends}   (ends: means over a tenth of the steps; {folder / 'reward.png'})")
     total = sum(summary["policy_age"].values())
     ages = "  ".join(f"{age}: {count} ({count / total:.0%})" for age, count in summary["policy_age"].items())
     lines.append(f"  policy age {ages or '-'}   (groups trained at each age, in optimizer steps)")

@@ -11,7 +11,8 @@ import pytest
 
 from common.config import load_config
 from common.errors import ConfigError
-from common.model import load_pretrained, read_assets
+from common.assets import read_assets
+from common.model import load_pretrained
 from scripts.prepare_tiny import FORGETS_CARRY, demonstration, operand_pairs, prepare, question
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,8 @@ import torch
 
 from common.config import parse_config
 from common.errors import ConfigError
-from common.model import load_pretrained, load_weights, read_assets
+from common.assets import read_assets
+from common.model import load_pretrained, load_weights
 from trainer.checkpoint import checkpoint_at
 
 

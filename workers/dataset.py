@@ -23,7 +23,7 @@ from common.config import EvalDataset
 from common.errors import ConfigError
 from common.evaluation import evaluation_id
 from common.ledger import stored_parts
-from common.model import ModelAssets
+from common.assets import ModelAssets
 from common.serialization import encode
 from common.types import SamplingParams, Task
 from workers.context import Context, CooperativePool

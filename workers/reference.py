@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from common.ledger import Claim
 from common.logprobs import completion_logprobs, pad_sequences
-from common.model import ModelAssets, load_weights
+from common.assets import ModelAssets
+from common.model import build_model, load_weights
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
 from workers.context import Context, CooperativePool, Result
@@ -64,8 +65,10 @@ class ReferenceRole:
                 torch.set_num_threads(1)
                 config = self._config
                 _, tensors = PolicyStore(self.context.client, self.context.run.keys, config.policy_store).fetch(0)
-                model = ModelAssets.from_wire(self.context.run.assets).build(
-                    dtype=config.reference.dtype, device=config.reference.device
+                model = build_model(
+                    ModelAssets.from_wire(self.context.run.assets),
+                    dtype=config.reference.dtype,
+                    device=config.reference.device,
                 )
                 load_weights(model, tensors)
                 self._model = ReferenceModel(

@@ -7,6 +7,7 @@ dead-lettered. It is never turned into a reward of 0.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from typing import Any
 
 from celery import Celery, signals
@@ -45,6 +46,8 @@ class RewardRole:
     def __init__(self, context: Context, functions: list[LoadedReward]) -> None:
         self.context = context
         self._functions = functions
+        self._num_done = multiprocessing.Value("q", 0)  # shared with the children
+        context.facts = lambda: {"done": self._num_done.value}
 
     def reopen(self, app: Celery, role: str) -> None:
         """In a fresh child: connections of its own, and its own name in claims."""
@@ -55,6 +58,8 @@ class RewardRole:
         config = self.context.run.config
         lease_s = max(config.lease.running_s, config.reward.time_limit_s + 2 * _KILL_AFTER_S)
         self.context.perform(group_id, "reward", self._score, fields=("task", "rollout", "version"), lease_s=lease_s)
+        with self._num_done.get_lock():
+            self._num_done.value += 1
 
     def _score(self, claim: Claim) -> Result:
         task = decode(claim.fields["task"] or b"")

@@ -24,7 +24,7 @@ from common.config import Config
 from common.connection import BLOCK_S
 from common.errors import ConfigError, PolicyError
 from common.ledger import Claim
-from common.model import ModelAssets
+from common.assets import ModelAssets
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
 from common.types import Completion, Task, oldest_version
@@ -56,11 +56,12 @@ def make_engine(config: Config, assets: ModelAssets) -> Engine:
         )
     import torch
 
+    from common.model import build_model
     from workers.engine.torch_engine import TorchEngine
 
     torch.set_num_threads(1)  # two OpenMP threads under load are slower than one; scale by processes
     return TorchEngine(
-        assets.build(dtype=config.rollout.dtype, device=config.rollout.device),
+        build_model(assets, dtype=config.rollout.dtype, device=config.rollout.device),
         eos_token_ids=assets.eos_token_ids,
         max_sequences=config.rollout.max_sequences,
         max_model_len=config.trainer.seq_len,

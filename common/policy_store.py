@@ -78,6 +78,8 @@ class DirectoryTransport:
     def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._path(version)
+        for leftover in self._folder.glob(f"{path.stem}.tmp*"):  # of a trainer killed while it wrote this version
+            leftover.unlink(missing_ok=True)
         temporary = path.with_suffix(f".tmp{os.getpid()}")
         safetensors.torch.save_file(dict(tensors), temporary)
         temporary.rename(path)
@@ -166,6 +168,7 @@ class PolicyStore:
         Raises PolicyError when a version as new is already served: versions only grow.
         """
         digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        self._refuse_outdated(version, _digest_of(digests), incarnation=incarnation)
         num_bytes = self._transport.write(version, tensors)
         manifest = Manifest(
             version=version,
@@ -178,16 +181,20 @@ class PolicyStore:
         )
         self._client.hset(self._keys("manifests"), str(version), encode(asdict(manifest)))
         moved = self._scripts("publish", version, parent, step, incarnation, manifest.digest, num_bytes)
-        if moved == -1:
-            raise PolicyError("a newer trainer process has taken this run over; this one must stop")
-        if not moved:
-            latest = self.latest()
-            if latest is None or latest.digest != manifest.digest:
-                raise PolicyError(
-                    f"policy version {version} was not published: version {latest and latest.version} is served already"
-                )
+        if moved != 1:
+            self._refuse_outdated(version, manifest.digest, incarnation=incarnation)
         self._collect_garbage()
         return manifest
+
+    def _refuse_outdated(self, version: int, digest: str, *, incarnation: int) -> None:
+        """Asked before anything is written as well, so that a trainer that was replaced cannot damage a served version."""
+        newest = int(self._client.hget(self._keys("run"), "incarnation") or 0)
+        if incarnation < newest:
+            raise PolicyError("a newer trainer process has taken this run over; this one must stop")
+        served = self.latest_version()
+        is_same = served == version and self._client.hget(self._keys("policy"), "digest") == digest.encode()
+        if served >= version and not is_same:
+            raise PolicyError(f"policy version {version} was not published: version {served} is served already")
 
     def announce(self, version: int, *, step: int, parent: int) -> None:
         """Enter a version into the lineage before its bytes are written, so that ages can be told while they travel."""

@@ -43,7 +43,10 @@ def decode(data: bytes) -> Any:
     if len(data) > MAX_BYTES:
         raise SerializationError(f"message of {len(data)} bytes, more than {MAX_BYTES}")
     try:
-        return msgpack.unpackb(memoryview(data)[3:], ext_hook=_decode_array, raw=False, strict_map_key=True)
+        # timestamp=1: msgpack's own extension type never reaches ext_hook; as a float it is at least no object
+        return msgpack.unpackb(
+            memoryview(data)[3:], ext_hook=_decode_array, raw=False, strict_map_key=True, timestamp=1
+        )
     except SerializationError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
@@ -67,6 +70,6 @@ def _decode_array(code: int, data: bytes) -> Any:
     dtype, shape, raw = msgpack.unpackb(data, raw=False)
     if dtype not in _DTYPES:
         raise SerializationError(f"refused array dtype {dtype!r}")
-    if math.prod(shape) * np.dtype(dtype).itemsize != len(raw):
-        raise SerializationError(f"array of shape {shape} and dtype {dtype} does not fit {len(raw)} bytes")
+    if not isinstance(raw, bytes) or math.prod(shape) * np.dtype(dtype).itemsize != len(raw):
+        raise SerializationError(f"array of shape {shape} and dtype {dtype} does not fit its {len(raw)} bytes")
     return np.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)  # a copy: torch wants writable memory

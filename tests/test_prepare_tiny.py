@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from common.assets import read_assets
 from common.config import load_config
 from common.errors import ConfigError
-from common.assets import read_assets
 from common.model import load_pretrained
 from scripts.prepare_tiny import FORGETS_CARRY, demonstration, operand_pairs, prepare, question
 

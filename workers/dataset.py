@@ -18,12 +18,12 @@ import redis
 import xxhash
 from celery import Celery, signals
 
+from common.assets import ModelAssets
 from common.broker import send_part
 from common.config import EvalDataset
 from common.errors import ConfigError
 from common.evaluation import evaluation_id
 from common.ledger import stored_parts
-from common.assets import ModelAssets
 from common.serialization import encode
 from common.types import SamplingParams, Task
 from workers.context import Context, CooperativePool

@@ -16,9 +16,9 @@ import torch
 from celery import Celery, signals
 from numpy.typing import NDArray
 
+from common.assets import ModelAssets
 from common.ledger import Claim
 from common.logprobs import completion_logprobs, pad_sequences
-from common.assets import ModelAssets
 from common.model import build_model, load_weights
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode

@@ -20,11 +20,11 @@ from typing import Any
 import redis
 from celery import Celery, signals
 
+from common.assets import ModelAssets
 from common.config import Config
 from common.connection import BLOCK_S
 from common.errors import ConfigError, PolicyError
 from common.ledger import Claim
-from common.assets import ModelAssets
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
 from common.types import Completion, Task, oldest_version

@@ -5,6 +5,7 @@ local id, dataset, version, queued_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV
 local evaluation = key('eval:' .. id)
 local out, seconds = {}, now_s()
 redis.call('HSET', evaluation, 'dataset', dataset, 'version', version, 'total', (#ARGV - 4) / 2)
+if #ARGV == 4 then redis.call('HDEL', key('evaluations'), id) end -- no prompt can be used: it is finished already
 for i = 5, #ARGV, 2 do
   local group, payload = ARGV[i], ARGV[i + 1]
   if redis.call('HSETNX', evaluation, 'admitted:' .. group, 1) == 1 then

@@ -11,7 +11,8 @@ local holder = redis.call('HGET', g, 'by:' .. part)
 local now = now_ms()
 if holder and holder ~= me and tonumber(deadline) > now then return { 0, 'held_by ' .. holder } end
 
-local attempt = redis.call('HINCRBY', g, 'n:' .. part, 1)
+-- the same claim again is one whose reply was lost: it spends no second attempt
+local attempt = holder == me and tonumber(redis.call('HGET', g, 'n:' .. part)) or redis.call('HINCRBY', g, 'n:' .. part, 1)
 redis.call('HSET', g, 'by:' .. part, me, 't:' .. part .. '_started', now_s())
 redis.call('ZADD', key('deadlines'), now + lease_ms, owed)
 local out = { 1, attempt }

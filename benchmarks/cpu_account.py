@@ -1,0 +1,194 @@
+"""Where the CPU seconds of a `sluice run` go: its process tree watched from outside, its functions by benchmarks/probe.
+
+    watcher = Watcher(pid, probe=folder, redis_url_file=...)   # a thread that takes a Reading several times a second
+    account(watcher.readings, since, until)                    # seconds by kind of work between two moments
+
+Every CPU second of the tree is in exactly one line: what the probe measured by its kind; of the rest, the main threads of
+Celery workers (and the reward worker's parent) as `celery_consume`, other threads and prefork children as `celery_task`,
+what remains of the trainer as `trainer_rest`, the server as `redis`, `sluice run` itself as `supervisor`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import redis
+
+from benchmarks.probe import sitecustomize as probe
+
+PERIOD_S = 0.25
+MODEL_WORK = ("generation", "evaluation", "reference", "training")
+USER_WORK = ("reward_functions", "prompts")
+"""What the user's own code and data cost: not ours, but not the model either; reported inside everything else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Process:
+    """Cumulative CPU seconds of one process."""
+
+    role: str
+    is_prefork_child: bool
+    cpu_s: float
+    main_thread_s: float
+    probed: dict[str, tuple[float, int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """The whole tree at one moment; processes that have ended keep their last values."""
+
+    at: float
+    processes: dict[int, Process]
+    commands: dict[str, tuple[int, float]]
+    "Redis command -> (calls, seconds inside it)"
+
+
+class Watcher:
+    """Reads the tree under `sluice run` until stopped."""
+
+    def __init__(self, pid: int, *, probe_folder: Path, find_redis_url: Callable[[], str | None]) -> None:
+        self.readings: list[Reading] = []
+        self._root = psutil.Process(pid)
+        self._probe_folder = probe_folder
+        self._find_redis_url = find_redis_url
+        self._client: redis.Redis | None = None
+        self._roles: dict[int, tuple[str, bool]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(PERIOD_S):
+            last = self.readings[-1] if self.readings else None
+            processes = {**(last.processes if last else {}), **self._processes()}
+            commands = self._commands() or (last.commands if last else {})
+            self.readings.append(Reading(at=time.time(), processes=processes, commands=commands))
+
+    def _processes(self) -> dict[int, Process]:
+        found = {}
+        probed = probe.read(self._probe_folder)
+        try:
+            tree = [self._root, *self._root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return found
+        for process in tree:
+            try:
+                role, is_child = self._role(process)
+                times = process.cpu_times()
+                main = next((t for t in process.threads() if t.id == process.pid), None)
+                found[process.pid] = Process(
+                    role=role,
+                    is_prefork_child=is_child,
+                    cpu_s=times.user + times.system,
+                    main_thread_s=main.user_time + main.system_time if main else 0.0,
+                    probed=probed.get(process.pid, {}),
+                )
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def _role(self, process: psutil.Process) -> tuple[str, bool]:
+        """(dataset | rollout | reference | reward | eval | trainer | redis | supervisor | other, prefork child?)"""
+        if process.pid not in self._roles:
+            words = process.cmdline()
+            is_child = process.pid != self._root.pid and process.ppid() != self._root.pid
+            if process.pid == self._root.pid:
+                role = "supervisor"
+            elif "-Q" in words:
+                role = words[words.index("-Q") + 1]
+            elif words[1:3] == ["-m", "trainer"]:
+                role = "trainer"
+            elif words and any(name in words[0] for name in ("redis", "valkey")):
+                role = "redis"
+            else:
+                return "other", is_child  # between fork and exec: asked again next time
+            self._roles[process.pid] = role, is_child
+        return self._roles[process.pid]
+
+    def _commands(self) -> dict[str, tuple[int, float]]:
+        try:
+            if self._client is None:
+                url = self._find_redis_url()
+                self._client = redis.Redis.from_url(url) if url else None
+            if self._client is None:
+                return {}
+            stats: dict[str, Any] = self._client.info("commandstats")
+        except (redis.RedisError, OSError):
+            return {}
+        return {
+            name.removeprefix("cmdstat_"): (int(value["calls"]), value["usec"] / 1e6) for name, value in stats.items()
+        }
+
+
+def account(readings: Sequence[Reading], since: float, until: float) -> dict[str, Any]:
+    """CPU seconds between two moments: in all, by kind, by role, and what Redis says of itself."""
+    first, last = (min(readings, key=lambda r: abs(r.at - moment)) for moment in (since, until))
+    kinds: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    roles: dict[str, float] = defaultdict(float)
+    by_role: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for pid, after in last.processes.items():
+        before = first.processes.get(pid)
+        lines, counts = _lines(before, after)
+        for kind, seconds in lines.items():
+            kinds[kind] += seconds
+            by_role[after.role][kind] += seconds
+        for kind, count in counts.items():
+            calls[kind] += count
+        roles[after.role] += after.cpu_s - (before.cpu_s if before else 0.0)
+    return {
+        "wall_s": last.at - first.at,
+        "cpu_s": sum(roles.values()),
+        "by_kind": _sorted(kinds),
+        "by_role": {role: _sorted(by_role[role]) for role in sorted(by_role)},
+        "calls": dict(calls),
+        "redis_commands": _command_deltas(first, last),
+    }
+
+
+def _lines(before: Process | None, after: Process) -> tuple[dict[str, float], dict[str, int]]:
+    """One process' seconds by kind, adding up to its CPU time, and the probe's calls."""
+    cpu_s = after.cpu_s - (before.cpu_s if before else 0.0)
+    main_s = after.main_thread_s - (before.main_thread_s if before else 0.0)
+    lines, counts = {}, {}
+    for kind, (seconds, count) in after.probed.items():
+        earlier = before.probed.get(kind, (0.0, 0)) if before else (0.0, 0)
+        name = "evaluation" if kind == "generation" and after.role == "eval" else kind
+        if seconds > earlier[0]:
+            lines[name], counts[name] = seconds - earlier[0], count - earlier[1]
+    rest = max(0.0, cpu_s - sum(lines.values()))
+    if after.role in ("redis", "supervisor", "other"):
+        lines[after.role] = rest
+    elif after.role == "trainer":
+        lines["trainer_rest"] = rest
+    elif after.is_prefork_child:
+        lines["celery_task"] = rest
+    else:
+        lines["celery_consume"] = min(rest, main_s)
+        lines["celery_task"] = rest - lines["celery_consume"]
+    return lines, counts
+
+
+def _command_deltas(first: Reading, last: Reading) -> dict[str, dict[str, float]]:
+    """Redis command -> calls and seconds, those that took longest first."""
+    deltas = {}
+    for name, (calls, seconds) in last.commands.items():
+        before = first.commands.get(name, (0, 0.0))
+        if calls > before[0]:
+            deltas[name] = {"calls": calls - before[0], "s": round(seconds - before[1], 4)}
+    return dict(sorted(deltas.items(), key=lambda item: -item[1]["s"]))
+
+
+def _sorted(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(s, 3) for name, s in sorted(values.items(), key=lambda item: -item[1]) if s >= 0.0005}

@@ -1,0 +1,137 @@
+"""Small builders with keyword arguments: a config, a ledger, payloads, and a group pushed through all its stages."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import redis
+
+from common.config import Config
+from common.keys import Keys
+from common.ledger import Ledger
+from common.scripts import Scripts
+from common.serialization import encode
+from common.types import Completion, SamplingParams, Scores, Task
+
+_MINIMAL: dict[str, Any] = {
+    "model": {"path": "model"},
+    "dataset": {"path": "train.jsonl", "max_req_tokens": 8},
+    "sampling": {"group_size": 2, "max_res_tokens": 8},
+    "reward": {"functions": [{"function": "workers.rewards.MathReward"}]},
+    "trainer": {"seq_len": 16, "num_steps": 1_000_000},
+}
+
+
+def make_config(**sections: Any) -> Config:
+    """A small valid config; a keyword replaces keys of one section: make_config(replay_buffer={"batch_size": 4})."""
+    data = {name: dict(value) for name, value in _MINIMAL.items()}
+    for name, value in sections.items():
+        data[name] = {**data.get(name, {}), **value} if isinstance(value, dict) else value
+    return Config.model_validate(data)
+
+
+def make_ledger(client: redis.Redis, keys: Keys, *, worker: str = "w", **sections: Any) -> Ledger:
+    """A ledger over `make_config(**sections)`."""
+    return Ledger(client, keys, make_config(**sections), worker=worker)
+
+
+def publish_policy(
+    client: redis.Redis,
+    keys: Keys,
+    version: int,
+    *,
+    parent: int | None = None,
+    step: int | None = None,
+    incarnation: int = 1,
+) -> int:
+    """Move the policy pointer without weights; by default version n was trained in step n from version n - 1."""
+    parent = version - 1 if parent is None else parent
+    step = version if step is None else step
+    return int(Scripts(client, keys)("publish", version, parent, step, incarnation, f"digest-{version}", 0))
+
+
+def task_payload(group_id: str, *, group_size: int = 2) -> bytes:
+    task = Task(
+        group_id=group_id,
+        prompt_ids=np.array([5, 6], np.int32),
+        prompt="1+1",
+        target="2",
+        columns={"level": 1},
+        sampling=SamplingParams(n=group_size, max_tokens=8),
+    )
+    return encode(task.to_wire())
+
+
+def make_completion(*, version: int = 0, length: int = 3) -> Completion:
+    return Completion(
+        token_ids=np.arange(length, dtype=np.int32),
+        rollout_logprobs=np.full(length, -0.5, np.float32),
+        policy_versions=((version, length),),
+        finish_reason="stop",
+        text="2",
+    )
+
+
+def rollout_payload(*, version: int = 0, group_size: int = 2) -> bytes:
+    return encode({"completions": [make_completion(version=version).to_wire()] * group_size, "worker": "w"})
+
+
+def reward_payload(*, rewards: tuple[float | None, ...] = (1.0, 0.0), name: str = "MathReward") -> bytes:
+    return encode(Scores(reward=list(rewards), by_function={name: list(rewards)}).to_wire())
+
+
+def reference_payload(*, group_size: int = 2, length: int = 3) -> bytes:
+    return encode([np.full(length, -0.25, np.float32)] * group_size)
+
+
+def part_payload(group_id: str, part: str, *, version: int = 0) -> bytes:
+    """What a worker would hand in for one part."""
+    match part:
+        case "task":
+            return task_payload(group_id)
+        case "rollout":
+            return rollout_payload(version=version)
+        case "reward":
+            return reward_payload()
+        case _:
+            return reference_payload()
+
+
+def admit_one(ledger: Ledger) -> str:
+    """Admit one group; fails when there is no credit."""
+    admission = ledger.admit(1)
+    assert admission.cursors, f"nothing admitted: {admission.stopped_by}"
+    return f"t{admission.cursors[0]}"
+
+
+def push_group(ledger: Ledger, *, version: int = 0, until: str = "ready", group_id: str | None = None) -> str:
+    """Admit a group (unless one is given) and store its parts up to and including stage `until`: task, rollout or ready."""
+    group_id = group_id or admit_one(ledger)
+    assert ledger.store(group_id, "task", task_payload(group_id)) == ["rollout"]
+    if until == "task":
+        return group_id
+    following = ledger.store(group_id, "rollout", rollout_payload(version=version), version=version)
+    assert following is not None
+    if until == "rollout":
+        return group_id
+    for part in following:
+        assert ledger.store(group_id, part, part_payload(group_id, part)) == []
+    return group_id
+
+
+_cursors = itertools.count()
+
+
+def file_groups(ledger: Ledger, versions: list[int]) -> list[str]:
+    """Ready groups of the given versions, however many: admission without a bound, and few round trips."""
+    reply = ledger.scripts("admit", len(versions), 10**9, 10**12, 0, 60_000, f"files/{next(_cursors)}")
+    group_ids = [f"t{int(cursor)}" for cursor in reply[2:]]
+    with ledger.client.pipeline(transaction=False) as pipe:
+        for group_id, version in zip(group_ids, versions, strict=True):
+            ledger.store(group_id, "task", task_payload(group_id), client=pipe)
+            ledger.store(group_id, "rollout", rollout_payload(version=version), version=version, client=pipe)
+            ledger.store(group_id, "reward", reward_payload(), client=pipe)
+        pipe.execute()
+    return group_ids

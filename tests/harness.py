@@ -1,0 +1,150 @@
+"""Real runs for tests: the quickstart's model and task, the real `sluice` command, real processes, real signals."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from scripts.prepare_tiny import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@cache
+def tiny_folder(warmup_steps: int = 700) -> Path:
+    """The quickstart's model and data, made once per test session (warm-up: 35 CPU seconds)."""
+    folder = Path(tempfile.mkdtemp(prefix="sluice-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    prepare(folder / "tiny", warmup_steps=warmup_steps)
+    return folder / "tiny"
+
+
+def quickstart_config(folder: Path, *, tiny: Path, **overrides: Any) -> Path:
+    """config/quickstart.yaml with the paths of `tiny`, and `section__key=value` overrides, as a file in `folder`."""
+    config = yaml.safe_load((ROOT / "config" / "quickstart.yaml").read_text())
+    config["model"]["path"] = str(tiny / "model")
+    config["dataset"]["path"] = str(tiny / "train.jsonl")
+    for dataset in config["evaluation"]["datasets"]:
+        dataset["dataset"]["path"] = str(tiny / "heldout.jsonl")
+    config["policy_store"] = {"path": str(folder / "policies")}
+    for key, value in overrides.items():
+        section, _, name = key.partition("__")
+        config.setdefault(section, {})[name] = value
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Our environment without anything that names a Redis or a run."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
+
+
+def sluice(*arguments: str, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    argv = [sys.executable, "-m", "scripts.cli", *arguments]
+    where = environment(PYTHONPATH=str(ROOT), **env)
+    return subprocess.run(argv, cwd=cwd, env=where, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@contextlib.contextmanager
+def running(argv: list[str], *, cwd: Path, log: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is killed with all it started when the block ends."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env=environment(PYTHONPATH=str(ROOT), **env),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        family = children(process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait(10)
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+@contextlib.contextmanager
+def running_sluice(*arguments: str, cwd: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`sluice ...` in the background; its output is in cwd/output.log."""
+    with running([sys.executable, "-m", "scripts.cli", *arguments], cwd=cwd, log=cwd / "output.log", **env) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def worker(queue: str, *, cwd: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker started with the plain Celery command, in a folder that is not the project's."""
+    argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queue, "--loglevel", "INFO"]
+    with running(argv, cwd=cwd, log=cwd / f"{queue}.log", **env) as process:
+        yield process
+
+
+def children(pid: int) -> list[psutil.Process]:
+    """Every process that a process started, and theirs."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def alive(processes: list[psutil.Process]) -> list[str]:
+    """Command lines of those that still live."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def wait_for(condition: Callable[[], Any], *, timeout: float, what: str) -> Any:
+    """Poll until the condition is true; fail with what was waited for."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"waited {timeout:.0f} s for {what}")
+
+
+def terminate(process: subprocess.Popen[bytes], *, number: int = signal.SIGTERM, timeout: float = 30) -> int:
+    """Send a signal and wait for the exit code."""
+    process.send_signal(number)
+    return process.wait(timeout)
+
+
+def metrics_of(run_folder: Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl that describe a trainer step."""
+    path = run_folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if "reward/mean" in line]
+
+
+def only_run(folder: Path) -> Path:
+    """The one run folder under runs/."""
+    (found,) = [path.parent for path in (folder / "runs").glob("*/config.yaml")]
+    return found

@@ -1,0 +1,84 @@
+"""Ctrl-C, resumption, and no orphans, also when the supervisor itself is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+from harness import (
+    alive,
+    children,
+    metrics_of,
+    only_run,
+    quickstart_config,
+    running_sluice,
+    sluice,
+    tiny_folder,
+    wait_for,
+)
+
+
+def some_steps(folder: Path, count: int) -> bool:
+    runs = list((folder / "runs").glob("*/metrics.jsonl"))
+    return bool(runs) and len(metrics_of(runs[0].parent)) >= count
+
+
+def test_ctrl_c_ends_everything_within_ten_seconds_and_resume_goes_on(tmp_path: Path) -> None:
+    steps = 14
+    config = quickstart_config(tmp_path, tiny=tiny_folder(), trainer__num_steps=steps, evaluation__datasets=[])
+    with running_sluice("run", str(config), "checkpoint.every_steps=4", cwd=tmp_path) as process:
+        wait_for(lambda: some_steps(tmp_path, 5), timeout=100, what="five steps")
+        family = children(process.pid)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 130
+        assert time.monotonic() - began < 10
+        assert alive(family) == []
+    run = only_run(tmp_path)
+    assert "--resume" in (tmp_path / "output.log").read_text()
+    assert json.loads((run / "summary.json").read_text())["ledger_holds"]
+
+    assert (run / "checkpoints" / "latest").is_file()
+    done = sluice("run", str(config), "--resume", cwd=tmp_path, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert only_run(tmp_path) == run  # the same run, not a fresh one
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == steps
+    assert summary["ledger_holds"]
+    assert summary["ledger"]["trained"] == steps * 8
+    assert summary["ledger"]["in_flight"] == 0
+    trained = [metrics["step"] for metrics in metrics_of(run)]
+    assert trained == list(range(1, steps + 1))  # SIGTERM saved the last step: none was trained twice
+
+
+def test_nothing_survives_a_killed_supervisor(tmp_path: Path) -> None:
+    config = quickstart_config(tmp_path, tiny=tiny_folder(), trainer__num_steps=1000, evaluation__datasets=[])
+    with running_sluice("run", str(config), cwd=tmp_path) as process:
+        wait_for(lambda: some_steps(tmp_path, 1), timeout=100, what="a step")
+        family = children(process.pid)
+        assert len(family) >= 6  # redis, four workers, trainer
+        process.kill()
+        wait_for(lambda: not alive(family), timeout=20, what=f"the end of {alive(family)}")
+
+
+def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
+    config = quickstart_config(
+        tmp_path, tiny=tiny_folder(), trainer__num_steps=16, evaluation__datasets=[], lease__running_s=2.0
+    )
+    with running_sluice("run", str(config), cwd=tmp_path) as process:
+        wait_for(lambda: some_steps(tmp_path, 2), timeout=100, what="two steps")
+        for queue in ("reward", "rollout"):
+            victims = [
+                child
+                for child in children(process.pid)
+                if child.is_running() and f" -Q {queue} " in " ".join(child.cmdline()) + " "
+            ]
+            victims[0].kill()
+        assert process.wait(150) == 0
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["restarts"] == {"reward-0": 1, "rollout-0": 1}
+    assert summary["steps"] == 16
+    assert summary["ledger_holds"]
+    assert summary["ledger"]["trained"] == 16 * 8

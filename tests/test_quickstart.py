@@ -1,0 +1,95 @@
+"""The main job as a user runs it: one command, real processes, and the reward rises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from harness import metrics_of, only_run, quickstart_config, sluice, tiny_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STEPS = 24
+GROUPS_PER_STEP = 8
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run of the quickstart, shortened; the folder it was started in and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    config = quickstart_config(folder, tiny=tiny_folder(), trainer__num_steps=STEPS)
+    done = sluice("run", str(config), cwd=folder, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stderr
+
+
+def test_held_out_accuracy_rises(finished: tuple[Path, str]) -> None:
+    summary = json.loads((only_run(finished[0]) / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["eval_before"] < 0.5  # an imperfect start, or nothing is shown
+    assert summary["eval_after"] > 0.85
+    assert summary["reward_last"] > summary["reward_first"]
+
+
+def test_every_group_is_accounted_for(finished: tuple[Path, str]) -> None:
+    summary = json.loads((only_run(finished[0]) / "summary.json").read_text())
+    ledger = summary["ledger"]
+    assert summary["ledger_holds"]
+    assert ledger["trained"] == STEPS * GROUPS_PER_STEP
+    assert ledger["dead"] == {}
+    assert ledger["in_flight"] == 0
+    assert ledger["admitted"] == ledger["trained"] + sum(ledger["dropped"].values())
+    assert sum(summary["policy_age"].values()) == STEPS * GROUPS_PER_STEP
+    assert max(int(age) for age in summary["policy_age"]) <= 1  # config: max_policy_age
+    assert summary["generated_tokens"] >= summary["trained_tokens"] > 0
+    assert not summary["restarts"]
+
+
+def test_what_is_printed_names_the_result(finished: tuple[Path, str]) -> None:
+    for expected in ("held-out greedy accuracy", "reward", "policy age", "tokens", "in_flight 0: holds"):
+        assert expected in finished[1]
+
+
+def test_trainer_and_sampler_agree(finished: tuple[Path, str]) -> None:
+    """What the engine says it sampled with is what the trainer computes, one policy version later at most."""
+    for metrics in metrics_of(only_run(finished[0])):
+        if metrics["staleness/max"] == 0:
+            assert metrics["off_policy/logprob_abs_diff"] < 1e-4
+        assert metrics["off_policy/mismatch_kl"] < 0.015
+        assert metrics["off_policy/ess"] > 0.9
+
+
+def test_the_reference_is_in_the_loss(finished: tuple[Path, str]) -> None:
+    steps = metrics_of(only_run(finished[0]))
+    assert steps[0]["loss/kl"] == pytest.approx(0.0, abs=1e-6)  # the policy is the reference
+    assert steps[-1]["loss/kl"] > 1e-3
+
+
+def test_commands_read_the_ended_run(finished: tuple[Path, str]) -> None:
+    folder = finished[0]
+    ledger = sluice("ledger", "--json", cwd=folder)
+    assert ledger.returncode == 0, ledger.stderr
+    assert json.loads(ledger.stdout)["trained"] == STEPS * GROUPS_PER_STEP
+    status = json.loads(sluice("status", "--json", cwd=folder).stdout)
+    assert (status["step"], status["status"], status["stalled_by"]) == (STEPS, "finished", None)
+    samples = json.loads(sluice("samples", "-n", "2", "--json", cwd=folder).stdout)["samples"]
+    assert [sample["step"] for sample in samples] == [STEPS, STEPS]
+    assert "<answer>" in samples[0]["completions"][0]["text"]
+
+
+def test_the_export_loads_in_transformers_and_answers(finished: tuple[Path, str]) -> None:
+    folder = finished[0]
+    done = sluice("export", str(only_run(folder)), str(folder / "exported"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(folder / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "exported")
+    chat = [{"role": "user", "content": "What is 47+38?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    assert "<answer>85</answer>" in tokenizer.decode(answer[0])
+
+
+def test_the_curve_is_drawn(finished: tuple[Path, str]) -> None:
+    assert (only_run(finished[0]) / "reward.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,147 @@
+"""Each role by itself, as on many machines: plain Celery commands in another folder, workers that come, go and die."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import metrics_of, quickstart_config, running, sluice, terminate, tiny_folder, wait_for, worker
+
+from common.connection import connect
+from common.ledger import read_account
+from common.metrics import read_heartbeats
+from common.run import open_run
+from scripts.redis_server import start_server
+
+LEASE = {"running_s": 3.0, "queued_s": 3.0, "shutdown_grace_s": 0.5}
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    server = start_server(tmp_path / "redis")
+    yield server.url
+    server.stop()
+
+
+def create(folder: Path, url: str, **overrides: object) -> dict[str, str]:
+    """A run in Redis; the environment its roles need."""
+    settings = {"evaluation__datasets": [], "lease__running_s": 3.0, "lease": LEASE, **overrides}
+    settings.pop("lease")
+    for name, value in LEASE.items():
+        settings[f"lease__{name}"] = value
+    config = quickstart_config(folder, tiny=tiny_folder(), **settings)
+    done = sluice("create", str(config), "--name", "roles", cwd=folder, SLUICE_REDIS_URL=url)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "export SLUICE_RUN=roles\n"
+    return {"SLUICE_REDIS_URL": url, "SLUICE_RUN": "roles"}
+
+
+@contextlib.contextmanager
+def trainer(folder: Path, env: dict[str, str]) -> Iterator[object]:
+    with running([sys.executable, "-m", "trainer"], cwd=folder, log=folder / "trainer.log", **env) as process:
+        yield process
+
+
+def beats(url: str, role: str) -> dict[str, dict[str, object]]:
+    client = connect(url)
+    found = read_heartbeats(client, open_run(client, "roles").keys)
+    client.close()
+    return {name: facts for name, facts in found.items() if facts["role"] == role}
+
+
+def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path, redis_url: str) -> None:
+    steps = 30
+    env = create(tmp_path, redis_url, trainer__num_steps=steps, checkpoint__every_steps=5)
+    with contextlib.ExitStack() as stack:
+        for queue in ("dataset", "reward", "reference"):
+            stack.enter_context(worker(queue, cwd=tmp_path, **env))
+        first = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
+        daemon = stack.enter_context(trainer(tmp_path, env))
+        folder = tmp_path / "runs" / "roles"
+        wait_for(lambda: len(metrics_of(folder)) >= 3, timeout=90, what="three steps with one rollout worker")
+
+        second = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
+        wait_for(
+            lambda: (
+                len(beats(redis_url, "rollout")) == 2 and all(f["done"] for f in beats(redis_url, "rollout").values())
+            ),
+            timeout=60,
+            what="a second rollout worker to share the load",
+        )
+        first.kill()  # SIGKILL: its groups are taken over when their leases end
+        at_kill = len(metrics_of(folder))
+        wait_for(
+            lambda: len(metrics_of(folder)) >= at_kill + 2,
+            timeout=60,
+            what="two steps after a rollout worker was killed",
+        )
+
+        daemon.kill()  # type: ignore[attr-defined]
+        daemon.wait()  # type: ignore[attr-defined]
+        again = stack.enter_context(trainer(tmp_path, env))
+        third = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
+        wait_for(lambda: len(beats(redis_url, "rollout")) >= 2, timeout=60, what="a third rollout worker")
+        assert terminate(second, timeout=15) == 0  # hands back what it cannot finish
+        assert again.wait(120) == 0  # type: ignore[attr-defined]
+        assert third.poll() is None
+
+    client = connect(redis_url)
+    account = read_account(client, open_run(client, "roles").keys)
+    client.close()
+    assert account.holds, account
+    assert account.in_flight == 0
+    assert account.dead == {}
+    assert account.trained == steps * 8
+    assert_trained_once(folder, steps)
+
+
+def assert_trained_once(folder: Path, steps: int) -> None:
+    """From the surviving lineage: every step has one last record, and the version grew with each."""
+    latest = {int(metrics["step"]): metrics for metrics in metrics_of(folder)}
+    assert sorted(latest) == list(range(1, steps + 1))
+    versions = [latest[step]["version"] for step in sorted(latest)]
+    assert versions == sorted(set(versions))
+
+
+def test_a_worker_with_wrong_options_says_what_to_pass(tmp_path: Path, redis_url: str) -> None:
+    env = create(tmp_path, redis_url, trainer__num_steps=1)
+    for options, expected in [
+        ([], "-Q followed by one of dataset, rollout, reference, reward, eval"),
+        (["-Q", "rollout,reward"], "-Q followed by one of"),
+        (["-Q", "rolout"], "-Q followed by one of"),
+        (["-Q", "reward", "-P", "solo"], "drop -P"),
+    ]:
+        argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", *options]
+        with running(argv, cwd=tmp_path, log=tmp_path / "wrong.log", **env) as process:
+            assert process.wait(30) == 2
+        text = (tmp_path / "wrong.log").read_text()
+        assert expected in text
+        assert "Traceback" not in text
+        (tmp_path / "wrong.log").unlink()
+
+
+def test_sigterm_makes_the_trainer_checkpoint_and_exit_0(tmp_path: Path, redis_url: str) -> None:
+    env = create(
+        tmp_path, redis_url, trainer__num_steps=1000, checkpoint__every_steps=1000, trainer__loss={"kl_beta": 0.0}
+    )
+    folder = tmp_path / "runs" / "roles"
+    with contextlib.ExitStack() as stack:
+        for queue in ("dataset", "reward", "rollout"):
+            stack.enter_context(worker(queue, cwd=tmp_path, **env))
+        daemon = stack.enter_context(trainer(tmp_path, env))
+        wait_for(lambda: len(metrics_of(folder)) >= 2, timeout=90, what="two steps")
+        assert terminate(daemon, number=signal.SIGTERM) == 0  # type: ignore[arg-type]
+        done = len(metrics_of(folder))
+        state = json.loads((folder / "checkpoints" / f"step-{done:08d}" / "state.json").read_text())
+        assert state["step"] == done
+        assert (folder / "checkpoints" / "latest").read_text() == f"step-{done:08d}"
+        client = connect(redis_url)
+        account = read_account(client, open_run(client, "roles").keys)
+        client.close()
+        assert account.holds
+        assert account.trained == done * 8

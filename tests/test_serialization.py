@@ -1,0 +1,316 @@
+"""The wire format: what goes in comes out, and damaged or hostile bytes raise one error."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from common.errors import SerializationError
+from common.serialization import SCHEMA_VERSION, decode, encode
+from common.types import Completion, Group, SamplingParams, Scores, Task, oldest_version
+
+from builders import make_completion
+
+settings.register_profile(
+    "sluice",
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.too_slow],
+    database=None,
+)
+settings.load_profile("sluice")
+
+DTYPES = ["?", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8"]
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+    | st.binary(max_size=20)
+)
+ARRAYS = st.sampled_from(DTYPES).flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
+)
+NESTED = st.recursive(
+    PLAIN | ARRAYS,
+    lambda child: st.lists(child, max_size=4) | st.dictionaries(st.text("abcé", max_size=4), child, max_size=4),
+    max_leaves=15,
+)
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, np.ndarray):
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert_same(a[name], b[name])
+    elif isinstance(a, float) and math.isnan(a):
+        assert math.isnan(b)
+    else:
+        assert a == b
+
+
+def array_message(dtype, shape, raw):
+    """A message that holds one array of chosen, perhaps impossible, fields."""
+    body = msgpack.packb([dtype, shape, raw])
+    return b"SL" + bytes([SCHEMA_VERSION]) + msgpack.packb(msgpack.ExtType(1, body))
+
+
+@given(NESTED)
+def test_nested_values_come_back_as_they_were(value):
+    assert_same(decode(encode(value)), value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (0, 5), (2, 0, 3), (2, 3), (1, 1, 1, 1)])
+def test_every_dtype_and_shape_round_trips(dtype, shape):
+    array = np.arange(math.prod(shape)).reshape(shape).astype(dtype)
+    assert_same(decode(encode(array)), array)
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">i4", ">f4", ">f8", ">i8", ">f2"])
+def test_big_endian_arrays_keep_their_values_and_become_little_endian(dtype):
+    array = np.array([[1, 2, 3], [250, 5, 6]], dtype)
+    back = decode(encode(array))
+    assert back.dtype == array.dtype.newbyteorder("<")
+    assert back.dtype.byteorder in "=<"
+    np.testing.assert_array_equal(back, array)
+
+
+@pytest.mark.parametrize("view", [np.s_[::2], np.s_[::-1], np.s_[:, 1:3], np.s_[:, ::-2]])
+def test_views_without_contiguous_memory_keep_their_values(view):
+    array = np.arange(24, dtype=np.int32).reshape(4, 6)
+    for strided in (array[view], array.T[view], np.asfortranarray(array)[view]):
+        np.testing.assert_array_equal(decode(encode(strided)), strided)
+
+
+def test_decoded_arrays_are_writable_and_own_their_memory():
+    message = encode(np.zeros(3, np.float32))
+    first = decode(message)
+    first[:] = 7
+    assert decode(message).tolist() == [0, 0, 0]
+
+
+def test_nan_payloads_and_signed_zeros_keep_their_bits():
+    bits = np.array([0x7FC00001, 0x80000000, 0xFF800000], np.uint32)
+    assert decode(encode(bits.view(np.float32))).tobytes() == bits.tobytes()
+
+
+def test_numpy_scalars_become_plain_numbers_and_tuples_lists():
+    assert decode(encode({"a": np.float32(0.5), "b": np.int64(3), "c": (1, (2,)), "d": np.bool_(True)})) == {
+        "a": 0.5,
+        "b": 3,
+        "c": [1, [2]],
+        "d": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        {1, 2},
+        1 + 2j,
+        2**64,
+        "\ud800",
+        np.array([object()]),
+        np.array(["text"]),
+        np.array([1j]),
+        np.array(["2026-01-01"], "datetime64[D]"),
+        np.zeros(1, [("a", "i4")]),
+        np.longdouble(1),
+    ],
+    ids=repr,
+)
+def test_what_has_no_wire_form_is_refused_by_name(value):
+    with pytest.raises(SerializationError, match="cannot encode a"):
+        encode({"nested": value} if not isinstance(value, np.ndarray) else value)
+
+
+def test_values_nested_without_end_are_refused():
+    value: list = []
+    value.append(value)
+    with pytest.raises(SerializationError):
+        encode(value)
+    with pytest.raises(SerializationError):
+        decode(b"SL\x01" + b"\x91" * 100_000 + b"\xc0")
+
+
+def test_another_schema_version_is_named_with_what_to_do():
+    message = b"SL" + bytes([SCHEMA_VERSION + 1]) + b"\xc0"
+    with pytest.raises(
+        SerializationError, match=r"schema version b'\\x02', this build reads 1: upgrade the older role"
+    ):
+        decode(message)
+
+
+@pytest.mark.parametrize("message", [b"", b"S", b"SX\x01\xc0", b"\x80\x04}.", b"{}", b"cos\nsystem\n"])
+def test_foreign_bytes_are_not_a_sluice_message(message):
+    with pytest.raises(SerializationError, match="not a Sluice message"):
+        decode(message)
+
+
+@pytest.mark.parametrize("message", [b"SL", b"SL\x01", b"SL\x01\xc0\xc0", b"SL\x01\xc1", b"SL\x01\x81\x01\x02"])
+def test_incomplete_trailing_or_reserved_bytes_are_refused(message):
+    with pytest.raises(SerializationError):
+        decode(message)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "raw"),
+    [
+        ("|O", [1], b"12345678"),
+        ("<U4", [1], b"\0" * 16),
+        ("|V8", [1], b"\0" * 8),
+        (">f4", [1], b"\0" * 4),
+        (["<f4"], [1], b"\0" * 4),
+        (None, [1], b"\0" * 4),
+        ("<f4", [2], b"\0" * 4),
+        ("<f4", [-1], b"\0" * 4),
+        ("<f4", [-1, -1], b"\0" * 4),
+        ("<f4", [-2, -2], b"\0" * 16),
+        ("<f4", [1.0], b"\0" * 4),
+        ("<f4", [0, 2**63], b""),
+        ("<f4", [0, 2**64 - 1], b""),
+        ("<f4", [2**62, 2**62], b""),
+        ("<f4", [0, 2**62, 2**62], b""),
+        ("<f4", [1] * 100, b"\0" * 4),
+        ("<f4", 1, b"\0" * 4),
+        ("<f4", "1", b"\0" * 4),
+        ("<f4", None, b"\0" * 4),
+        ("<f4", [[1]], b"\0" * 4),
+        ("<f4", ["1"], b"\0" * 4),
+        ("<f4", [1], "text"),
+        ("<f4", [4], 4),
+        ("<f4", [1], [1, 2, 3, 4]),
+        ("<f4", [1], [1000, 2, 3, 4]),
+        ("<f4", [1], None),
+    ],
+)
+def test_hostile_array_headers_are_refused(dtype, shape, raw):
+    with pytest.raises(SerializationError):
+        decode(array_message(dtype, shape, raw))
+
+
+def test_unknown_extension_types_are_refused():
+    with pytest.raises(SerializationError, match="unknown extension type 7"):
+        decode(b"SL\x01" + msgpack.packb(msgpack.ExtType(7, b"x")))
+    with pytest.raises(SerializationError):
+        decode(b"SL\x01" + msgpack.packb(msgpack.ExtType(1, b"x")))
+
+
+def test_a_foreign_timestamp_comes_back_as_a_number_never_as_an_object():
+    assert decode(b"SL\x01" + msgpack.packb(msgpack.Timestamp(5, 0))) == 5.0
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_raise_only_serialization_errors(data):
+    for message in (data, b"SL\x01" + data, b"SL\x01" + msgpack.packb(msgpack.ExtType(1, data))):
+        try:
+            decode(message)
+        except SerializationError:
+            pass
+
+
+def test_mutated_messages_raise_only_serialization_errors():
+    seed = 20260731
+    draw = random.Random(seed)
+    value = {"ids": np.arange(6, dtype=np.int32).reshape(2, 3), "x": [1, None, "é", 2.5, b"\0"], "e": np.zeros((0, 2))}
+    original = encode(value)
+    for _ in range(5000):
+        data = bytearray(original)
+        for _ in range(draw.randint(1, 4)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        if draw.random() < 0.3:
+            del data[draw.randrange(len(data)) :]
+        try:
+            decode(bytes(data))
+        except SerializationError:
+            pass
+
+
+def test_every_truncation_of_a_message_is_refused():
+    message = encode({"a": np.arange(5), "b": ["text", 1.5]})
+    for length in range(len(message)):
+        with pytest.raises(SerializationError):
+            decode(message[:length])
+
+
+def test_tasks_round_trip():
+    task = Task(
+        group_id="t7",
+        prompt_ids=np.array([1, 2, 3], np.int32),
+        prompt=[{"role": "user", "content": "1+1"}],
+        target=None,
+        columns={"level": 3, "tags": ["a"]},
+        sampling=SamplingParams(n=8, max_tokens=40, temperature=0.7, top_p=0.9, top_k=5, seed=2**62),
+    )
+    back = Task.from_wire(decode(encode(task.to_wire())))
+    assert_same(back.prompt_ids, task.prompt_ids)
+    names = ("group_id", "prompt", "target", "columns", "sampling")
+    assert [getattr(back, name) for name in names] == [getattr(task, name) for name in names]
+
+
+def test_completions_round_trip():
+    completion = Completion(
+        token_ids=np.array([4, 5, 6], np.int32),
+        rollout_logprobs=np.array([-0.1, -np.inf, 0.0], np.float32),
+        policy_versions=((3, 1), (5, 2)),
+        finish_reason="length",
+        text="<answer>4</answer>",
+    )
+    back = Completion.from_wire(decode(encode(completion.to_wire())))
+    assert_same(back.token_ids, completion.token_ids)
+    assert_same(back.rollout_logprobs, completion.rollout_logprobs)
+    assert back.policy_versions == ((3, 1), (5, 2))
+    assert (back.finish_reason, back.text) == ("length", "<answer>4</answer>")
+
+
+def test_scores_round_trip_with_unscorable_completions():
+    scores = Scores(reward=[1.0, None], by_function={"MathReward": [1.0, None]})
+    assert Scores(**decode(encode(scores.to_wire()))) == scores
+
+
+def test_groups_are_joined_from_their_decoded_parts():
+    completions = [make_completion(version=2), make_completion(version=1, length=5)]
+    reference = [np.full(3, -1, np.float32), np.full(5, -2, np.float32)]
+    task = Task(
+        group_id="t1",
+        prompt_ids=np.array([9], np.int32),
+        prompt="q",
+        target="a",
+        columns={},
+        sampling=SamplingParams(n=2, max_tokens=8),
+    )
+    scores = Scores(reward=[0.5, None], by_function={"f": [0.5, None], "g": [0.5, None]})
+
+    def wired(value):
+        return decode(encode(value))
+
+    group = Group.from_parts(
+        task=wired(task.to_wire()),
+        rollout=wired({"completions": [c.to_wire() for c in completions]}),
+        reward=wired(scores.to_wire()),
+        reference=wired(reference),
+        policy_version=oldest_version(completions),
+        timestamps={"ready": 1.0},
+    )
+    assert (group.group_id, group.policy_version, group.prompt, group.target) == ("t1", 1, "q", "a")
+    assert [e.reward for e in group.episodes] == [0.5, None]
+    assert group.episodes[0].rewards == {"f": 0.5, "g": 0.5}
+    assert_same(group.episodes[1].ref_logprobs, reference[1])
+    assert_same(group.episodes[1].completion.token_ids, completions[1].token_ids)

@@ -133,6 +133,8 @@ class RedisTransport:
             chunk = self._client.get(self._keys("weights", version, i))
             if chunk is None:
                 raise PolicyNotFound(f"policy version {version}: chunk {i} is missing in Redis")
+            if len(chunk) != min(CHUNK_BYTES, len(data) - start):
+                raise DigestMismatch(f"policy version {version}: chunk {i} in Redis has {len(chunk)} bytes")
             data[start : start + len(chunk)] = chunk
         try:
             return safetensors.torch.load(bytes(data))

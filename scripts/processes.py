@@ -1,7 +1,8 @@
 """Child processes that never outlive their parent, whatever ends it.
 
 Each child leads a process group of its own (so Ctrl-C in the terminal reaches only the supervisor, which ends its
-children in order) and asks the kernel for SIGTERM when its parent dies, also by SIGKILL.
+children in order) and asks the kernel for a signal when its parent dies, also by SIGKILL. That signal is SIGKILL for a
+role: whatever it was doing is in Redis or in a checkpoint, and a Redis that dies with it must not be waited for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 
 
-def spawn(argv: list[str], *, log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def spawn(
+    argv: list[str], *, log: Path, env: Mapping[str, str], at_parents_death: int = signal.SIGKILL
+) -> subprocess.Popen[bytes]:
     """Start a child whose output is appended to `log`; `env` is added to ours. Call it from the main thread."""
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
@@ -30,13 +33,13 @@ def spawn(argv: list[str], *, log: Path, env: Mapping[str, str]) -> subprocess.P
             stderr=subprocess.STDOUT,
             env={**os.environ, **env},
             process_group=0,
-            preexec_fn=lambda: _die_with(parent),
+            preexec_fn=lambda: _die_with(parent, at_parents_death),
         )
 
 
-def _die_with(parent: int) -> None:
+def _die_with(parent: int, number: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it died before we asked
             os._exit(1)
 

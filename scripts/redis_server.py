@@ -66,7 +66,7 @@ def start_server(folder: Path) -> EmbeddedServer:
     config = folder / "redis.conf"
     config.touch(mode=0o600)
     config.write_text(_CONFIG.format(port=port, password=password, folder=folder))
-    process = spawn([binary, str(config)], log=folder / "redis.out", env={})
+    process = spawn([binary, str(config)], log=folder / "redis.out", env={}, at_parents_death=signal.SIGTERM)
     url = f"redis://:{password}@127.0.0.1:{port}/0"
     address = folder / "url"
     address.touch(mode=0o600)

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import make_config
 from pydantic import ValidationError
 
-from builders import make_config
 from common.config import Config, LossConfig, load_config, parse_config
 from common.errors import ConfigError
 
@@ -112,7 +112,7 @@ def test_malformed_overrides_are_refused(override, message):
         ("trainer.lerning_rate=5", "unknown key 'trainer.lerning_rate'; did you mean 'learning_rate'?"),
         ("sampling.grup_size=5", "unknown key 'sampling.grup_size'; did you mean 'group_size'?"),
         ("trainer.loss.kl_betta=5", "unknown key 'trainer.loss.kl_betta'; did you mean 'kl_beta'?"),
-        ("replay_buffer.max_age=5", "did you mean 'max_bytes'?"),
+        ("replay_buffer.max_age=5", "did you mean 'max_policy_age'?"),
         ("checkpoint.zzz=1", "unknown key 'checkpoint.zzz'; known keys: every_steps, keep"),
         ("reward.functions=[{function: f, wieght: 2}]", "did you mean 'weight'?"),
         (
@@ -224,13 +224,13 @@ def test_several_mistakes_are_reported_at_once():
 def test_missing_keys_and_what_is_not_a_mapping_are_named():
     with pytest.raises(ConfigError, match=r"missing key 'model'.*missing key 'dataset'.*missing key 'reward'"):
         parse_config("{}")
-    with pytest.raises(ConfigError, match="missing key 'reward.functions.0.function'"):
+    with pytest.raises(ConfigError, match=r"missing key 'reward\.functions\.0\.function'"):
         parse_config(MINIMAL, overrides=["reward.functions=[{name: x}]"])
     with pytest.raises(ConfigError, match="must be a mapping of sections, found list"):
         parse_config("[1]")
     with pytest.raises(ConfigError, match="must be a mapping of sections, found NoneType"):
         parse_config("")
-    with pytest.raises(ConfigError, match="x.yaml is not valid YAML"):
+    with pytest.raises(ConfigError, match=r"x\.yaml is not valid YAML"):
         parse_config("a: [", source="x.yaml")
 
 

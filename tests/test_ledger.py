@@ -1,0 +1,876 @@
+"""The ledger on both server flavours: each transition, and the identity under random interleavings of all of them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from builders import (
+    admit_one,
+    make_ledger,
+    part_payload,
+    publish_policy,
+    push_group,
+    reward_payload,
+    rollout_payload,
+    task_payload,
+)
+
+from common import evaluation
+from common.config import EvalDataset
+from common.connection import connect
+from common.ledger import Ledger
+from common.replay_buffer import ReplayBuffer
+
+PARTS = ("task", "rollout", "reward", "reference")
+KL = {"loss": {"kl_beta": 0.1}, "num_steps": 1_000_000, "seq_len": 16}
+FIXED = {
+    "run", "cursor", "counts:train", "counts:eval", "totals", "live:train", "live:eval", "credit", "deadlines", "versions",
+    "batches", "want", "wake", "policy", "lineage", "events", "bytes", "dead", "evaluations",
+}  # fmt: skip
+
+
+@pytest.fixture
+def client(server_flavours):
+    connection = connect(server_flavours)
+    yield connection
+    connection.close()
+
+
+def until(condition, *, timeout_s=5.0):
+    """Poll a condition; fail when it does not come true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.002)
+    return value
+
+
+def reap_until(ledger, expected):
+    """Reap until a part is overdue."""
+    return until(lambda: [(g, p) for g, p, _ in ledger.reap() if (g, p) == expected])
+
+
+def deadline_in(ledger, group_id, part):
+    """Milliseconds until a part is overdue."""
+    seconds, micros = ledger.client.time()
+    return ledger.client.zscore(ledger.keys("deadlines"), f"{group_id}|{part}") - (seconds * 1000 + micros // 1000)
+
+
+def buffer_of(ledger, *, k=2, max_policy_age=1, **options):
+    return ReplayBuffer(ledger, groups_per_step=k, max_policy_age=max_policy_age, **options)
+
+
+# Admission
+
+
+def test_nothing_is_admitted_before_the_first_policy(client, keys):
+    admission = make_ledger(client, keys).admit(5)
+    assert (admission.stopped_by, admission.policy_version, admission.cursors) == ("no_policy", -1, [])
+
+
+@pytest.mark.parametrize(("max_policy_age", "bound"), [(0, 3), (1, 6), (3, 12)])
+def test_admission_stops_at_the_in_flight_bound(client, keys, max_policy_age, bound):
+    ledger = make_ledger(client, keys, replay_buffer={"batch_size": 3, "max_policy_age": max_policy_age})
+    publish_policy(client, keys, 0)
+    first = ledger.admit(2)
+    assert (first.stopped_by, first.cursors) == ("most", [0, 1])
+    rest = ledger.admit(100)
+    assert (rest.stopped_by, len(rest.cursors)) == ("no_credit", bound - 2)
+    assert ledger.admit(1).cursors == []
+    assert ledger.account().in_flight == ledger.account().admitted == bound
+
+
+def test_admission_stops_when_the_run_has_all_the_groups_it_needs(client, keys):
+    ledger = make_ledger(client, keys, trainer={"num_steps": 3}, replay_buffer={"batch_size": 1, "max_policy_age": 5})
+    publish_policy(client, keys, 0)
+    admission = ledger.admit(100)
+    assert (admission.stopped_by, len(admission.cursors)) == ("run_complete", 3)
+    ledger.drop(["t1"], reason="prompt_too_long")
+    assert ledger.admit(100).cursors == [3], "a dropped group is replaced"
+
+
+def test_admission_stops_while_groups_hold_too_many_bytes(client, keys):
+    ledger = make_ledger(client, keys, replay_buffer={"max_bytes": 100})
+    publish_policy(client, keys, 0)
+    group_id = admit_one(ledger)
+    ledger.store(group_id, "task", b"x" * 100)
+    assert ledger.admit(1).stopped_by == "max_bytes"
+    ledger.drop([group_id], reason="bad_row")
+    assert ledger.admit(1).cursors == [1]
+
+
+def test_a_paused_run_admits_nothing(client, keys):
+    ledger = make_ledger(client, keys)
+    publish_policy(client, keys, 0)
+    client.hset(keys("run"), "paused", 1)
+    assert ledger.admit(1).stopped_by == "paused"
+    client.hdel(keys("run"), "paused")
+    assert ledger.admit(1).cursors == [0]
+
+
+def test_a_group_carries_the_lowest_version_that_may_generate_it(client, keys):
+    ledger = make_ledger(client, keys)
+    publish_policy(client, keys, 0)
+    push_group(ledger, until="task")
+    publish_policy(client, keys, 1)
+    group_id = push_group(ledger, until="task")
+    first = ledger.claim("t0", "rollout", fields=("min_version", "task"))
+    second = ledger.claim(group_id, "rollout", fields=("min_version", "pinned"))
+    assert first.fields == {"min_version": b"0", "task": task_payload("t0")}
+    assert second.fields == {"min_version": b"1", "pinned": None}
+
+
+def test_many_admitters_never_repeat_or_skip_a_cursor(client, keys, server_flavours):
+    publish_policy(client, keys, 0)
+    bound = 2 * 300
+    cursors: list[list[int]] = [[] for _ in range(8)]
+
+    def admit(mine, number):
+        connection = connect(server_flavours)
+        ledger = make_ledger(connection, keys, worker=f"d{number}", replay_buffer={"batch_size": 300})
+        while got := ledger.admit(1 + number % 3).cursors:
+            mine += got
+        connection.close()
+
+    threads = [threading.Thread(target=admit, args=(mine, i)) for i, mine in enumerate(cursors)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(itertools.chain(*cursors)) == list(range(bound))
+    assert sum(bool(mine) for mine in cursors) > 1, "only one thread got through: this tested nothing"
+    assert make_ledger(client, keys).account().admitted == bound
+
+
+# Claims and leases
+
+
+def test_a_part_is_claimed_by_one_worker_only(client, keys):
+    publish_policy(client, keys, 0)
+    a, b = make_ledger(client, keys, worker="a"), make_ledger(client, keys, worker="b")
+    group_id = push_group(a, until="task")
+    claim = a.claim(group_id, "rollout", fields=())
+    assert claim is not None and claim.attempt == 1
+    assert b.claim(group_id, "rollout", fields=()) is None
+    assert a.claim(group_id, "rollout", fields=()) is None, "the same message delivered twice to one worker"
+
+
+def test_what_is_not_owed_cannot_be_claimed(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys)
+    group_id = push_group(ledger, until="task")
+    assert ledger.claim(group_id, "reward", fields=()) is None, "its rollout is not there"
+    assert ledger.claim(group_id, "task", fields=()) is None, "done already"
+    assert ledger.claim("t99", "rollout", fields=()) is None, "never admitted"
+
+
+def test_a_claim_whose_reply_was_lost_spends_one_attempt(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys)
+    group_id = push_group(ledger, until="task")
+    replies = [ledger.scripts("claim", group_id, "rollout", "w/77", 60_000) for _ in range(3)]
+    assert replies == [[1, 1]] * 3
+
+
+def test_concurrent_claims_have_one_winner(client, keys, server_flavours):
+    publish_policy(client, keys, 0)
+    group_ids = [push_group(make_ledger(client, keys), until="task") for _ in range(4)]
+    won: list[list[str]] = [[] for _ in range(4)]
+    barrier = threading.Barrier(4, timeout=10)
+
+    def work(mine, number):
+        connection = connect(server_flavours)
+        ledger = make_ledger(connection, keys, worker=f"w{number}")
+        for group_id in group_ids:
+            barrier.wait()
+            if ledger.claim(group_id, "rollout", fields=()):
+                mine.append(group_id)
+        connection.close()
+
+    threads = [threading.Thread(target=work, args=(mine, i)) for i, mine in enumerate(won)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert sorted(itertools.chain(*won)) == sorted(group_ids)
+
+
+def test_an_expired_lease_can_be_claimed_by_another_worker(client, keys):
+    publish_policy(client, keys, 0)
+    a, b = make_ledger(client, keys, worker="a"), make_ledger(client, keys, worker="b")
+    group_id = push_group(a, until="task")
+    first = a.claim(group_id, "rollout", fields=(), lease_s=0.02)
+    second = until(lambda: b.claim(group_id, "rollout", fields=()))
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert a.renew([first]) == [f"{group_id}|rollout"], "the first worker is told that it lost the part"
+    assert a.fail(first, reason="x", detail="") is False and a.release(first) is False
+    assert b.renew([second]) == []
+
+
+def test_a_renewed_lease_is_not_reaped(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, lease={"running_s": 60.0})
+    group_id = push_group(ledger, until="task")
+    claim = ledger.claim(group_id, "rollout", fields=(), lease_s=0.01)
+    until(lambda: deadline_in(ledger, group_id, "rollout") <= 0)
+    assert ledger.renew([claim]) == []
+    assert ledger.reap() == []
+    assert 50_000 < deadline_in(ledger, group_id, "rollout") <= 60_000
+    assert ledger.renew([]) == []
+
+
+@pytest.mark.parametrize("late_first", [True, False])
+def test_of_a_late_and_a_new_result_exactly_one_is_used(client, keys, late_first):
+    publish_policy(client, keys, 0)
+    slow, fast = make_ledger(client, keys, worker="slow"), make_ledger(client, keys, worker="fast")
+    group_id = push_group(slow, until="task")
+    slow.claim(group_id, "rollout", fields=(), lease_s=0.01)
+    until(lambda: fast.claim(group_id, "rollout", fields=()))
+    order = (slow, fast) if late_first else (fast, slow)
+    replies = [
+        ledger.store(group_id, "rollout", rollout_payload(version=i), version=i, num_tokens=6)
+        for i, ledger in enumerate(order)
+    ]
+    assert replies == [["reward"], None]
+    assert client.hget(keys("g", group_id), "rollout") == rollout_payload(version=0), "the first one that arrived"
+    assert client.hget(keys("totals"), "generated_tokens") == b"6"
+    assert fast.account().refused == 1
+
+
+def test_every_part_is_stored_once(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, trainer=KL)
+    group_id = push_group(ledger)
+    held = int(client.get(keys("bytes")))
+    for part in PARTS:
+        assert (
+            ledger.store(group_id, part, part_payload(group_id, part), version=0 if part == "rollout" else None) is None
+        )
+    assert ledger.account().refused == 4
+    assert int(client.get(keys("bytes"))) == held
+    assert client.xlen(keys("stream", 0)) == 1
+
+
+@pytest.mark.parametrize("order", [("reward", "reference"), ("reference", "reward")])
+def test_a_group_is_ready_when_its_last_part_arrives_whichever_that_is(client, keys, order):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, trainer=KL)
+    group_id = push_group(ledger, until="rollout")
+    assert client.zcard(keys("deadlines")) == 2
+    ledger.store(group_id, order[0], part_payload(group_id, order[0]))
+    assert client.exists(keys("stream", 0)) == 0
+    ledger.store(group_id, order[1], part_payload(group_id, order[1]))
+    assert client.xlen(keys("stream", 0)) == 1
+    assert client.zcard(keys("deadlines")) == 0
+
+
+def test_without_kl_no_reference_part_is_owed(client, keys):
+    publish_policy(client, keys, 0)
+    group_id = push_group(make_ledger(client, keys), until="rollout")
+    assert client.zrange(keys("deadlines"), 0, -1) == [f"{group_id}|reward".encode()]
+
+
+# Failure
+
+
+def test_a_failing_part_is_retried_then_dead_with_reason_and_payload(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, lease={"max_attempts": 3})
+    group_id = push_group(ledger, until="rollout")
+    for attempt in (1, 2):
+        claim = ledger.claim(group_id, "reward", fields=("rollout",))
+        assert claim.attempt == attempt
+        assert ledger.fail(claim, reason="RewardError", detail="boom") is True
+    assert ledger.fail(ledger.claim(group_id, "reward", fields=()), reason="RewardError", detail="last boom") is False
+    account = ledger.account()
+    assert (account.dead, account.retried, account.in_flight) == ({"RewardError": 1}, 2, 0)
+    kept = client.hgetall(keys("g", group_id))
+    assert (kept[b"stage"], kept[b"dead_reason"], kept[b"dead_detail"]) == (b"dead", b"RewardError", b"last boom")
+    assert kept[b"task"] == task_payload(group_id) and kept[b"rollout"] == rollout_payload(version=0)
+    assert client.zrange(keys("dead"), 0, -1) == [group_id.encode()]
+    assert client.zcard(keys("deadlines")) == client.scard(keys("credit")) == 0
+    assert ledger.claim(group_id, "reward", fields=()) is None
+    assert ledger.store(group_id, "reward", reward_payload()) is None, "a late result does not bring it back"
+    assert_consistent(client, keys)
+
+
+def test_a_dead_part_takes_the_others_of_its_group_with_it(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, trainer=KL, lease={"max_attempts": 1})
+    group_id = push_group(ledger, until="rollout")
+    running = ledger.claim(group_id, "reference", fields=())
+    ledger.fail(ledger.claim(group_id, "reward", fields=()), reason="x", detail="")
+    assert ledger.renew([running]) == [f"{group_id}|reference"]
+    assert ledger.store(group_id, "reference", b"late") is None
+    assert_consistent(client, keys)
+
+
+def test_a_released_part_spends_no_attempt(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, lease={"max_attempts": 1})
+    group_id = push_group(ledger, until="task")
+    for _ in range(5):
+        claim = ledger.claim(group_id, "rollout", fields=())
+        assert claim.attempt == 1
+        assert ledger.release(claim) is True
+        assert ledger.release(claim) is False, "once"
+    assert ledger.account().retried == 0 and ledger.account().in_flight == 1
+
+
+def test_a_failure_reported_twice_spends_one_attempt(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys)
+    group_id = push_group(ledger, until="task")
+    claim = ledger.claim(group_id, "rollout", fields=())
+    assert [ledger.fail(claim, reason="x", detail="") for _ in range(3)] == [True, False, False]
+    assert ledger.account().retried == 1
+    assert ledger.claim(group_id, "rollout", fields=()).attempt == 2
+
+
+def test_an_unclaimed_part_is_sent_again_with_doubling_intervals(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, lease={"queued_s": 20.0})
+    group_id = push_group(ledger, until="task")
+    assert ledger.reap() == []
+    for times in (2, 4, 8, 16, 32, 64, 64):
+        client.zadd(keys("deadlines"), {f"{group_id}|rollout": 1})  # as if the interval had passed
+        assert ledger.reap() == [(group_id, "rollout", "train")]
+        assert deadline_in(ledger, group_id, "rollout") == pytest.approx(20_000 * times, abs=1500)
+    account = ledger.account()
+    assert (account.resent, account.retried) == (7, 0)
+    assert ledger.claim(group_id, "rollout", fields=()).attempt == 1, "nobody held it: no attempt is spent"
+
+
+def test_an_abandoned_claim_is_retried_then_dead(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, worker="rollout@host:7", lease={"running_s": 0.01, "max_attempts": 2})
+    group_id = push_group(ledger, until="task")
+    ledger.claim(group_id, "rollout", fields=())
+    assert reap_until(ledger, (group_id, "rollout"))
+    assert ledger.claim(group_id, "rollout", fields=()).attempt == 2
+    until(lambda: ledger.reap() == [] and ledger.account().in_flight == 0)
+    account = ledger.account()
+    assert (account.dead, account.retried, account.resent) == ({"lease_expired": 1}, 1, 0)
+    assert b"rollout@host:7" in client.hget(keys("g", group_id), "dead_worker")
+    assert b"was not renewed" in client.hget(keys("g", group_id), "dead_detail")
+
+
+def test_the_task_of_a_dataset_worker_that_died_is_prepared_by_another(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, lease={"running_s": 0.01})
+    group_id = admit_one(ledger)
+    assert reap_until(ledger, (group_id, "task"))
+    other = make_ledger(client, keys, worker="other")
+    claim = other.claim(group_id, "task", fields=("cursor",))
+    assert claim.fields == {"cursor": b"0"} and claim.attempt == 2
+    assert other.store(group_id, "task", task_payload(group_id)) == ["rollout"]
+
+
+def test_the_reaper_takes_a_bounded_number_at_a_time(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, replay_buffer={"batch_size": 5}, lease={"running_s": 0.001})
+    assert len(ledger.admit(10).cursors) == 10
+    until(lambda: client.zcount(keys("deadlines"), "-inf", _server_ms(client)) == 10)
+    assert [len(ledger.reap(most=4)) for _ in range(4)] == [4, 4, 2, 0]
+
+
+def _server_ms(client):
+    seconds, micros = client.time()
+    return seconds * 1000 + micros // 1000
+
+
+# Credit and settlement
+
+
+def test_credit_returns_when_the_version_a_group_helped_to_make_is_published_and_not_before(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, replay_buffer={"batch_size": 2, "max_policy_age": 1})
+    for _ in range(4):
+        push_group(ledger)
+    buffer = buffer_of(ledger)
+    assert ledger.admit(1).stopped_by == "no_credit"
+    assert len(buffer.sample(0, step=1).groups) == 2
+    assert ledger.admit(1).stopped_by == "no_credit", "sampled, and not yet published"
+    publish_policy(client, keys, 1)
+    assert len(ledger.admit(10).cursors) == 2
+    buffer.acknowledge(1)
+    assert ledger.admit(1).stopped_by == "no_credit", (
+        "the checkpoint frees the payload; the credit was returned already"
+    )
+    assert ledger.account().trained == 2 and ledger.account().holds
+
+
+def test_strictly_on_policy_admits_one_batch_per_version(client, keys):
+    ledger = make_ledger(client, keys, replay_buffer={"batch_size": 2, "max_policy_age": 0})
+    buffer = buffer_of(ledger, max_policy_age=0)
+    for version in range(5):
+        publish_policy(client, keys, version)
+        admission = ledger.admit(100)
+        assert (len(admission.cursors), admission.policy_version) == (2, version)
+        for cursor in admission.cursors:
+            push_group(ledger, version=version, group_id=f"t{cursor}")
+        assert len(buffer.sample(version, step=version + 1).groups) == 2
+    assert buffer.acknowledge(5) == 10
+    assert ledger.account().to_dict()["dropped"] == {}
+
+
+@pytest.mark.parametrize("stage", ["admitted", "task", "rollout"])
+def test_a_dropped_group_is_counted_under_its_reason_and_freed(client, keys, stage):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, trainer=KL)
+    group_id = admit_one(ledger)
+    if stage != "admitted":
+        push_group(ledger, until=stage, group_id=group_id)
+    assert ledger.drop([group_id, "t99"], reason="prompt_too_long") == 1
+    assert ledger.drop([group_id], reason="bad_row") == 0, "once"
+    assert ledger.drop([], reason="bad_row") == 0
+    account = ledger.account()
+    assert (account.dropped, account.in_flight, account.holds) == ({"prompt_too_long": 1}, 0, True)
+    assert client.exists(keys("g", group_id)) == 0 and int(client.get(keys("bytes")) or 0) == 0
+    assert client.scard(keys("credit")) == client.zcard(keys("deadlines")) == 0
+    assert ledger.store(group_id, "rollout", b"late", version=0) is None
+    assert_consistent(client, keys)
+
+
+def test_a_group_in_the_buffer_is_never_dropped_from_outside(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys)
+    buffer = buffer_of(ledger)
+    group_ids = [push_group(ledger), push_group(ledger)]
+    assert ledger.drop(group_ids, reason="bad_row") == 0
+    assert [g.group_id for g in buffer.sample(0, step=1).groups] == group_ids
+    assert ledger.drop(group_ids, reason="bad_row") == 0
+    assert buffer.acknowledge(1) == 2
+
+
+def test_an_account_that_does_not_add_up_says_so(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys)
+    admit_one(ledger)
+    account = ledger.account()
+    assert account.holds and account.to_dict()["holds"] is True
+    assert not replace(account, in_flight=0).holds
+    assert not replace(account, trained=1).holds
+
+
+def test_versions_only_grow_and_an_older_incarnation_is_refused(client, keys):
+    assert publish_policy(client, keys, 3, parent=-1, step=0) == 1
+    assert publish_policy(client, keys, 3) == 0 and publish_policy(client, keys, 2) == 0
+    client.hset(keys("run"), "incarnation", 2)
+    assert publish_policy(client, keys, 4, incarnation=1) == -1
+    assert publish_policy(client, keys, 4, incarnation=2) == 1
+    assert client.hget(keys("policy"), "version") == b"4"
+    assert client.hkeys(keys("lineage")) == [b"3", b"4"]
+
+
+# Evaluation
+
+
+HELDOUT = EvalDataset.model_validate({"name": "heldout", "dataset": {"path": "x"}, "num_samples": 4, "function": "M"})
+
+
+def eval_tasks(version, prompts, *, modes="gs"):
+    return {f"e{version}.heldout.{i}{m}": task_payload(f"e{i}{m}") for i in range(prompts) for m in modes}
+
+
+def test_an_evaluation_is_scored_and_never_enters_the_buffer(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, trainer=KL)
+    evaluation.request(client, keys, HELDOUT, version=0)
+    evaluation.request(client, keys, HELDOUT, version=0)
+    assert evaluation.pending(client, keys) == ["0.heldout"]
+    tasks = eval_tasks(0, 2)
+    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=tasks) == list(tasks)
+    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=tasks) == [], "the message came twice"
+    rewards = {
+        "e0.heldout.0g": (1.0,),
+        "e0.heldout.1g": (0.2,),
+        "e0.heldout.0s": (1.0, 0.0, None, 0.9),
+        "e0.heldout.1s": (0.0,) * 4,
+    }
+    for group_id, scores in rewards.items():
+        assert evaluation.result(client, keys, HELDOUT, version=0) is None
+        claim = ledger.claim(group_id, "rollout", fields=("pinned", "min_version", "task"))
+        assert claim.fields == {"pinned": b"0", "min_version": b"0", "task": tasks[group_id]}
+        assert ledger.store(group_id, "rollout", rollout_payload(), version=0) == ["reward"], "no reference part"
+        assert ledger.store(group_id, "reward", reward_payload(rewards=scores, name="M")) == []
+    result = evaluation.result(client, keys, HELDOUT, version=0)
+    assert (result.num_prompts, result.num_dead, result.k) == (2, 0, 4)
+    assert result.pass_at_1 == 0.5, "greedy: one of two prompts"
+    assert result.pass_at_k == 0.5, "of four samples one is right for the first prompt, none for the second"
+    assert evaluation.pending(client, keys) == []
+    account = ledger.account("eval")
+    assert (account.scored, account.in_flight, account.holds) == (4, 0, True)
+    assert ledger.account("train").admitted == 0
+    assert client.zcard(keys("versions")) == 0 and int(client.get(keys("bytes"))) == 0
+    evaluation.request(client, keys, HELDOUT, version=0)
+    assert evaluation.pending(client, keys) == [], "it is known already"
+    assert_consistent(client, keys)
+
+
+def test_an_evaluation_ends_although_one_of_its_groups_died(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, lease={"max_attempts": 1})
+    evaluation.request(client, keys, HELDOUT, version=0)
+    ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=eval_tasks(0, 2, modes="g"))
+    claim = ledger.claim("e0.heldout.0g", "rollout", fields=())
+    assert ledger.fail(claim, reason="EngineError", detail="x") is False
+    ledger.store("e0.heldout.1g", "rollout", rollout_payload(), version=0)
+    ledger.store("e0.heldout.1g", "reward", reward_payload(rewards=(1.0,), name="M"))
+    result = evaluation.result(client, keys, HELDOUT, version=0)
+    assert (result.num_prompts, result.num_dead, result.pass_at_1) == (1, 1, 1.0)
+    assert evaluation.pending(client, keys) == []
+    assert ledger.account("eval").to_dict()["dead"] == {"EngineError": 1}
+    assert_consistent(client, keys)
+
+
+def test_an_evaluation_without_a_usable_prompt_is_finished_at_once(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys)
+    evaluation.request(client, keys, HELDOUT, version=0)
+    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks={}) == []
+    assert evaluation.pending(client, keys) == []
+    assert evaluation.result(client, keys, HELDOUT, version=0).num_prompts == 0
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
+    for correct, k in itertools.product(itertools.product([False, True], repeat=n), range(1, n + 1)):
+        subsets = list(itertools.combinations(correct, k))
+        expected = sum(any(subset) for subset in subsets) / len(subsets)
+        assert evaluation.pass_at_k(list(correct), k=k) == pytest.approx(expected)
+
+
+# Random interleavings
+
+
+def assert_consistent(client, keys):
+    """Everything under the prefix is accounted for: one place per group, no orphan, bytes that add up. Nothing may run."""
+    names = {key.decode().removeprefix(keys.root) for key in client.scan_iter(match=keys.root + "*", count=1000)}
+    members = {kind: {g.decode() for g in client.smembers(keys("live", kind))} for kind in ("train", "eval")}
+    live = members["train"] | members["eval"]
+    dead = {g.decode() for g in client.zrange(keys("dead"), 0, -1)}
+    assert not live & dead
+    assert not members["train"] & members["eval"]
+    owed = {line.decode().rpartition("|")[0] for line in client.zrange(keys("deadlines"), 0, -1)}
+    assert owed <= live, "a deadline of a settled group"
+    assert {g.decode() for g in client.smembers(keys("credit"))} <= members["train"]
+
+    versions = [int(v) for v in client.zrange(keys("versions"), 0, -1)]
+    steps = [int(s) for s in client.zrange(keys("batches"), 0, -1)]
+    entries = [
+        (str(v), entry.decode(), fields[b"group"].decode())
+        for v in versions
+        for entry, fields in client.xrange(keys("stream", v))
+    ]
+    leased = [tuple(line.decode().split("|")) for s in steps for line in client.lrange(keys("batch", s), 0, -1)]
+    pending = [
+        (str(v), item["message_id"].decode())
+        for v in versions
+        for item in client.xpending_range(keys("stream", v), "trainer", "-", "+", 100_000)
+    ]
+    in_stream = Counter(group for _, _, group in entries)
+    assert max(in_stream.values(), default=1) == 1, "a group stands twice in the buffer"
+    assert len({group for _, _, group in leased}) == len(leased), "a group is leased by two steps"
+    assert set(leased) <= set(entries)
+    assert sorted((v, e) for v, e, _ in leased) == sorted(pending), "pending entries are those that a manifest names"
+    assert set(in_stream) <= members["train"]
+    assert live == owed | set(in_stream), "a group that nobody owes us anything for, and that is not in the buffer"
+    assert not owed & set(in_stream)
+
+    groups = {name[2:] for name in names if name.startswith("g:")}
+    assert groups == live | dead
+    held = {group: client.hgetall(keys("g", group)) for group in groups}
+    total = sum(len(h.get(part.encode(), b"")) for h in held.values() for part in PARTS)
+    assert total == int(client.get(keys("bytes")) or 0)
+    for group in groups:
+        assert sum(len(held[group].get(p.encode(), b"")) for p in PARTS) == int(held[group].get(b"bytes", 0))
+    by_place = dict.fromkeys(in_stream, "ready") | {group: "leased" for _, _, group in leased}
+    assert {g: held[g][b"stage"].decode() for g in by_place} == by_place
+
+    known = FIXED | {f"g:{g}" for g in groups} | {f"stream:{v}" for v in versions} | {f"batch:{s}" for s in steps}
+    evaluations = {name for name in names if name.startswith("eval:")}
+    assert names <= known | evaluations, names - known - evaluations
+    for kind in ("train", "eval"):
+        account = make_ledger(client, keys).account(kind)
+        assert account.holds, account
+        assert account.in_flight == len(members[kind])
+    assert sum(sum(make_ledger(client, keys).account(k).dead.values()) for k in ("train", "eval")) == len(dead)
+
+
+LEASES = {"running_s": 0.01, "queued_s": 0.02, "max_attempts": 2}
+WORKER_ACTIONS = {
+    "admit": 8, "claim": 26, "finish": 24, "fail": 2, "release": 2, "abandon": 2, "renew": 3, "late": 3, "reap": 8,
+    "drop": 0.3, "evaluate": 0.7,
+}  # fmt: skip
+TRAINER_ACTIONS = {"take": 4, "take_again": 2, "publish": 4, "acknowledge": 2}
+"""Action -> how often, among the others."""
+
+
+class Actors:
+    """All roles of a run in one place, doing one random thing at a time with tiny leases, and forgetting half of it."""
+
+    K = 4
+    AGE = 2
+
+    def __init__(self, client, keys, *, seed, resample=0):
+        self.client, self.keys = client, keys
+        self.draw = random.Random(seed)
+        self.ledger: Ledger = make_ledger(
+            client,
+            keys,
+            worker=f"seed{seed}",
+            trainer=KL,
+            lease=LEASES,
+            replay_buffer={"batch_size": self.K, "max_policy_age": self.AGE},
+        )
+        self.buffer = buffer_of(self.ledger, k=self.K, max_policy_age=self.AGE, max_resample_count=resample)
+        self.messages: list[tuple[str, str]] = []
+        self.claims = []
+        self.old_claims = []
+        self.evaluations = 0
+        self.step = self.version = self.acknowledged = 0
+        self.taken: dict[int, list[str]] = {}
+        self.trained: Counter[str] = Counter()
+        self.dropped: set[str] = set()
+        self.num_stored = self.num_evicted = 0
+
+    def admit(self):
+        for cursor in self.ledger.admit(self.draw.randint(1, 4)).cursors:
+            if self.draw.random() < 0.8:
+                self.store_as(f"t{cursor}", "task")
+
+    def store_as(self, group_id, part):
+        versions = [v for v in range(self.version - 3, self.version + 1) if v >= 0]
+        version = self.draw.choice(versions[-1:] * 4 + versions)
+        size = self.draw.randint(0, 30)
+        payload = bytes(size) if part != "reward" else reward_payload(rewards=(1.0,) * (1 + size % 3))
+        for _ in range(self.draw.choice([1, 1, 1, 2])):  # sometimes the reply is lost and the call repeated
+            following = self.ledger.store(
+                group_id, part, payload, version=version if part == "rollout" else None, num_tokens=size
+            )
+            self.num_stored += following is not None
+            self.messages += [(group_id, following_part) for following_part in following or ()]
+
+    def pick(self, items):
+        return items.pop(self.draw.randrange(len(items))) if items else None
+
+    def claim(self):
+        if (message := self.pick(self.messages)) is None:
+            return
+        if self.draw.random() < 0.1:
+            return  # the message is lost
+        if self.draw.random() < 0.1:
+            self.messages.append(message)  # and this one is delivered twice
+        if claim := self.ledger.claim(*message, fields=("task", "cursor")):
+            self.claims.append(claim)
+
+    def finish(self):
+        if claim := self.pick(self.claims):
+            self.store_as(claim.group_id, claim.part)
+            self.old_claims.append(claim)
+
+    def fail(self):
+        if (claim := self.pick(self.claims)) and self.ledger.fail(claim, reason=self.draw.choice("ab"), detail="d"):
+            self.messages.append((claim.group_id, claim.part))
+
+    def release(self):
+        if (claim := self.pick(self.claims)) and self.ledger.release(claim):
+            self.messages.append((claim.group_id, claim.part))
+
+    def abandon(self):
+        if claim := self.pick(self.claims):
+            self.old_claims.append(claim)
+
+    def renew(self):
+        self.ledger.renew(self.claims[:5] + self.old_claims[-2:])
+
+    def late(self):
+        """A worker that lost its lease long ago reports."""
+        if claim := self.pick(self.old_claims):
+            match self.draw.randrange(3):
+                case 0:
+                    self.store_as(claim.group_id, claim.part)
+                case 1:
+                    self.ledger.fail(claim, reason="late", detail="")
+                case _:
+                    self.ledger.release(claim)
+
+    def reap(self):
+        self.messages += [(group_id, part) for group_id, part, _ in self.ledger.reap(self.draw.choice([1, 200]))]
+
+    def drop(self):
+        live = [g.decode() for g in self.client.srandmember(self.keys("live", "train"), 1)]
+        if live and self.ledger.drop(live, reason=self.draw.choice(["prompt_too_long", "bad_row"])):
+            assert live[0] not in self.dropped
+            self.dropped.add(live[0])
+
+    def evaluate(self):
+        name = f"{self.version}.s{self.evaluations}"
+        self.evaluations += 1
+        self.client.hset(self.keys("evaluations"), name, self.version)
+        tasks = {f"e{name}.{i}g": b"task" for i in range(self.draw.randint(1, 3))}
+        for _ in range(self.draw.choice([1, 2])):
+            sent = self.ledger.admit_eval(name, dataset="s", version=self.version, tasks=tasks)
+            self.messages += [(group_id, "rollout") for group_id in sent]
+
+    def take(self, step=None):
+        step = step or self.step + 1
+        reply = self.ledger.scripts("take", step, self.K, self.version, self.AGE)
+        self.num_evicted += int(reply[0])
+        group_ids = [g.decode() for g in reply[2:]]
+        if step in self.taken:
+            assert group_ids == self.taken[step], "a retried take returned another batch"
+        elif group_ids:
+            assert len(set(group_ids)) == self.K
+            self.taken[step] = group_ids
+            self.step = step
+        return group_ids
+
+    def take_again(self):
+        if self.taken:
+            self.take(self.draw.choice(list(self.taken)))
+
+    def publish(self):
+        if self.version < self.step:
+            self.version += 1
+            for _ in range(self.draw.choice([1, 2])):
+                publish_policy(self.client, self.keys, self.version)
+            assert publish_policy(self.client, self.keys, self.version - 1) == 0
+
+    def acknowledge(self):
+        if self.version > self.acknowledged:  # a checkpoint never names a step whose version is not out
+            step = self.draw.randint(self.acknowledged + 1, self.version)
+            settled = self.buffer.acknowledge(step)
+            done = [g for s in list(self.taken) if s <= step for g in self.taken.pop(s)]
+            self.trained.update(done)
+            assert settled == len(done)
+            assert self.buffer.acknowledge(step) == 0
+            self.acknowledged = step
+
+    def act(self, actions):
+        name = self.draw.choices(list(actions), list(actions.values()))[0]
+        getattr(self, name)()
+        return name
+
+    def drain(self):
+        """No new groups: everything that is owed is done or dies, every whole batch is trained."""
+        self.claims.clear()
+        deadline = time.monotonic() + 20
+        while self.client.zcard(self.keys("deadlines")):
+            assert time.monotonic() < deadline
+            self.reap()
+            self.claim()
+            self.finish()
+        while self.take():
+            self.publish()
+        while self.acknowledged < self.version:
+            self.acknowledge()
+
+
+def check_identity(ledger):
+    """One MULTI for both kinds."""
+    for kind in ("train", "eval"):
+        account = ledger.account(kind)
+        assert account.holds, account
+
+
+def check_places(actors):
+    """At the end every group ever admitted is in exactly one place."""
+    client, keys = actors.client, actors.keys
+    assert_consistent(client, keys)
+    everyone = {f"t{i}" for i in range(int(client.get(keys("cursor"))))}
+    live = {g.decode() for g in client.smembers(keys("live", "train"))}
+    dead = {g.decode() for g in client.zrange(keys("dead"), 0, -1) if g.startswith(b"t")}
+    assert max(actors.trained.values()) == 1, "trained twice"
+    places = [set(actors.trained), actors.dropped, live, dead]
+    for a, b in itertools.combinations(places, 2):
+        assert not a & b
+    stale = everyone - set().union(*places)
+    account = actors.ledger.account()
+    assert account.admitted == len(everyone)
+    assert account.trained == len(actors.trained)
+    assert len(stale) == account.dropped.get("stale", 0) == actors.num_evicted
+    assert sum(account.dropped.values()) == len(stale) + len(actors.dropped)
+    assert account.in_flight == len(live)
+    assert sum(account.dead.values()) == len(dead)
+
+
+def test_the_identity_holds_after_each_of_5000_random_transitions(client, keys):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    actors = Actors(client, keys, seed=seed)
+    publish_policy(client, keys, 0)
+    done = Counter()
+    for i in range(5000):
+        done[actors.act(WORKER_ACTIONS | TRAINER_ACTIONS)] += 1
+        check_identity(actors.ledger)
+        if i % 250 == 0:
+            assert_consistent(client, keys)
+    actors.drain()
+    check_places(actors)
+    assert set(done) == set(WORKER_ACTIONS | TRAINER_ACTIONS)
+    account = actors.ledger.account()
+    reached = (account.trained, account.dropped, account.dead, account.retried, account.resent, account.refused)
+    assert all(reached), f"some transition never happened: {account}"
+    assert actors.ledger.account("eval").in_flight == 0
+    assert evaluation.pending(client, keys) == []
+
+
+def test_the_identity_holds_at_every_reading_while_threads_race(client, keys, server_flavours):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    publish_policy(client, keys, 0)
+    errors: list[BaseException] = []
+    stop = threading.Event()
+    shared: list[tuple[str, str]] = []  # one message queue for all threads: the same part reaches several workers
+
+    def run(number, actions, times):
+        connection = connect(server_flavours)
+        try:
+            actors = Actors(connection, keys, seed=seed + number)
+            actors.messages = shared
+            for _ in range(times):
+                actors.version = int(connection.hget(keys("policy"), "version"))
+                actors.act(actions)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            connection.close()
+
+    def train():
+        connection = connect(server_flavours)
+        try:
+            actors = Actors(connection, keys, seed=seed + 100)
+            while not stop.is_set():
+                actors.act(TRAINER_ACTIONS)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            trained.update(actors.trained)
+            connection.close()
+
+    trained: Counter[str] = Counter()
+    without_drop = {name: weight for name, weight in WORKER_ACTIONS.items() if name != "evaluate"}
+    workers = [threading.Thread(target=run, args=(i, without_drop, 500)) for i in range(3)]
+    trainer = threading.Thread(target=train)
+    for thread in (*workers, trainer):
+        thread.start()
+    ledger = make_ledger(client, keys)
+    readings = 0
+    while any(thread.is_alive() for thread in workers):
+        assert ledger.account().holds
+        readings += 1
+    stop.set()
+    for thread in (*workers, trainer):
+        thread.join(timeout=20)
+    assert errors == []
+    assert readings > 50
+    assert max(trained.values(), default=1) == 1
+    assert_consistent(client, keys)

@@ -1,0 +1,433 @@
+"""The replay buffer against a plain Python model of its rules, and each rule on its own."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+
+import pytest
+from builders import file_groups, make_ledger, publish_policy, push_group
+
+from common.connection import connect
+from common.errors import PolicyNotFound, SluiceError
+from common.lineage import policy_ages
+from common.replay_buffer import ReplayBuffer
+
+
+def make_buffer(client, keys, *, k=2, max_policy_age=1, max_resample_count=0):
+    ledger = make_ledger(client, keys)
+    buffer = ReplayBuffer(
+        ledger, groups_per_step=k, max_policy_age=max_policy_age, max_resample_count=max_resample_count
+    )
+    return ledger, buffer
+
+
+def publish_up_to(client, keys, version):
+    for v in range(version + 1):
+        publish_policy(client, keys, v)
+
+
+def ids(sample):
+    return [group.group_id for group in sample.groups]
+
+
+# Rules, one by one
+
+
+@pytest.mark.parametrize("max_policy_age", [0, 1, 2, 3])
+def test_age_equal_to_the_bound_is_kept_and_one_more_is_dropped(client, keys, max_policy_age):
+    publish_up_to(client, keys, 5)
+    ledger, buffer = make_buffer(client, keys, k=1, max_policy_age=max_policy_age)
+    oldest_kept, too_old = 5 - max_policy_age, 4 - max_policy_age
+    stale, kept = file_groups(ledger, [too_old, oldest_kept])
+    sample = buffer.sample(5, step=6)
+    assert ids(sample) == [kept]
+    assert (sample.evicted, sample.available) == (1, 1)
+    assert ledger.account().dropped == {"stale": 1}
+    assert client.exists(keys("g", stale), keys("stream", too_old)) == 0
+
+
+def test_stale_groups_are_never_returned_although_nothing_else_is_there(client, keys):
+    publish_up_to(client, keys, 3)
+    ledger, buffer = make_buffer(client, keys, k=1)
+    file_groups(ledger, [0, 1, 1, 0])
+    sample = buffer.sample(3, step=4)
+    assert (sample.groups, sample.evicted, sample.available) == (None, 4, 0)
+    assert buffer.sizes() == {}
+
+
+def test_strictly_on_policy_trains_what_the_current_version_made(client, keys):
+    ledger, buffer = make_buffer(client, keys, max_policy_age=0)
+    for version in range(4):
+        publish_policy(client, keys, version)
+        wanted = file_groups(ledger, [version, version])
+        assert ids(buffer.sample(version, step=version + 1)) == wanted
+
+
+def test_nothing_is_consumed_when_fewer_than_a_batch_is_ready(client, keys):
+    publish_up_to(client, keys, 1)
+    ledger, buffer = make_buffer(client, keys, k=3)
+    held = file_groups(ledger, [0, 1])
+    for _ in range(3):
+        sample = buffer.sample(1, step=2)
+        assert (sample.groups, sample.evicted, sample.available) == (None, 0, 2)
+    assert client.zcard(keys("batches")) == 0
+    assert client.xpending(keys("stream", 0), "trainer")["pending"] == 0
+    held += file_groups(ledger, [1])
+    assert sorted(ids(buffer.sample(1, step=2))) == sorted(held)
+
+
+def test_the_oldest_version_is_taken_first_and_within_it_the_first_ready(client, keys):
+    publish_up_to(client, keys, 10)
+    ledger, buffer = make_buffer(client, keys, k=4, max_policy_age=2)
+    a, b, c, d, e = file_groups(ledger, [10, 9, 8, 10, 9])
+    assert ids(buffer.sample(10, step=11)) == [c, b, e, a]
+    assert buffer.sizes() == {8: 1, 9: 2, 10: 2}, "leased entries stay until they are acknowledged"
+    f, g, h = file_groups(ledger, [9, 10, 10])
+    assert ids(buffer.sample(10, step=12)) == [f, d, g, h]
+
+
+def test_the_same_step_gives_the_same_batch_also_to_another_process(client, keys, redis_url):
+    publish_up_to(client, keys, 1)
+    ledger, buffer = make_buffer(client, keys)
+    file_groups(ledger, [0, 1, 1, 0])
+    first = ids(buffer.sample(1, step=2))
+    publish_policy(client, keys, 2)
+    publish_policy(client, keys, 3)
+    other = connect(redis_url)
+    _, after_crash = make_buffer(other, keys)
+    assert ids(after_crash.sample(3, step=2)) == first, "it was dealt out for this step, whatever its age is by now"
+    other.close()
+    assert set(first).isdisjoint(ids(buffer.sample(2, step=3)))
+
+
+def test_a_sampled_group_carries_all_that_was_stored(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, trainer={"loss": {"kl_beta": 0.1}})
+    buffer = ReplayBuffer(ledger, groups_per_step=1, max_policy_age=0)
+    group_id = push_group(ledger)
+    (group,) = buffer.sample(0, step=1).groups
+    assert (group.group_id, group.policy_version, group.prompt, group.target) == (group_id, 0, "1+1", "2")
+    assert [e.reward for e in group.episodes] == [1.0, 0.0]
+    assert group.episodes[0].rewards == {"MathReward": 1.0}
+    assert group.episodes[1].completion.token_ids.tolist() == [0, 1, 2]
+    assert group.episodes[1].ref_logprobs.tolist() == [-0.25] * 3
+    order = [group.timestamps[name] for name in ("admitted", "rollout", "reward", "reference", "ready", "leased")]
+    assert order == sorted(order)
+
+
+def test_after_the_acknowledgement_nothing_of_a_group_is_left_in_redis(client, keys):
+    publish_policy(client, keys, 0)
+    ledger, buffer = make_buffer(client, keys)
+    group_ids = file_groups(ledger, [0, 0])
+    buffer.sample(0, step=1)
+    publish_policy(client, keys, 1)
+    assert int(client.get(keys("bytes"))) > 0
+    assert (buffer.acknowledge(1), buffer.acknowledge(1)) == (2, 0)
+    left = {key.decode().removeprefix(keys.root) for key in client.scan_iter(match=keys.root + "*", count=1000)}
+    assert left == {"cursor", "counts:train", "totals", "policy", "lineage", "events", "bytes"}
+    assert client.get(keys("bytes")) == b"0"
+    assert not any(client.exists(keys("g", group_id)) for group_id in group_ids)
+    assert ledger.account().trained == 2
+
+
+def test_an_acknowledgement_covers_every_step_up_to_it_and_none_after(client, keys):
+    publish_policy(client, keys, 0)
+    ledger, buffer = make_buffer(client, keys, k=1)
+    file_groups(ledger, [0] * 11)
+    for step in range(1, 12):  # past ten, so that steps are compared as numbers
+        buffer.sample(0, step=step)
+    assert buffer.acknowledge(9) == 9
+    assert [int(step) for step in client.zrange(keys("batches"), 0, -1)] == [10, 11]
+    assert ledger.account().trained == 9
+
+
+@pytest.mark.parametrize(("max_resample_count", "times"), [(0, 1), (1, 2), (3, 4)])
+def test_a_group_is_trained_max_resample_count_times_more(client, keys, max_resample_count, times):
+    publish_policy(client, keys, 0)
+    ledger, buffer = make_buffer(client, keys, max_resample_count=max_resample_count)
+    wanted = file_groups(ledger, [0, 0])
+    for step in range(1, times + 1):
+        assert ids(buffer.sample(0, step=step)) == wanted
+        assert buffer.acknowledge(step) == (2 if step == times else 0)
+    assert buffer.sample(0, step=times + 1).groups is None
+    assert (ledger.account().trained, ledger.account().in_flight) == (2, 0)
+
+
+def test_without_a_resample_limit_a_group_is_trained_until_it_is_too_old_and_then_counts_as_trained(client, keys):
+    publish_policy(client, keys, 0)
+    ledger, buffer = make_buffer(client, keys, k=1, max_resample_count=None)
+    wanted = file_groups(ledger, [0])
+    for step in range(1, 6):
+        assert ids(buffer.sample(0, step=step)) == wanted
+        buffer.acknowledge(step)
+    publish_up_to(client, keys, 2)
+    sample = buffer.sample(2, step=6)
+    assert (sample.groups, sample.evicted) == (None, 0)
+    account = ledger.account()
+    assert (account.trained, account.dropped, account.in_flight, account.holds) == (1, {}, 0, True)
+
+
+def test_a_group_without_its_parts_is_named(client, keys):
+    publish_policy(client, keys, 0)
+    ledger, buffer = make_buffer(client, keys, k=1)
+    (group_id,) = file_groups(ledger, [0])
+    client.hdel(keys("g", group_id), "rollout")
+    with pytest.raises(SluiceError, match=f"group {group_id} is in the buffer without all of its parts"):
+        buffer.sample(0, step=1)
+
+
+# Waiting
+
+
+def test_the_trainer_wakes_when_a_whole_batch_is_ready_and_not_before(client, keys, redis_url):
+    publish_policy(client, keys, 0)
+    ledger, buffer = make_buffer(client, keys, k=3)
+    assert buffer.sample(0, step=1).groups is None
+    woken, result = threading.Event(), []
+    waiting = connect(redis_url)
+
+    def wait():
+        _, own = make_buffer(waiting, keys, k=3)
+        result.append(own.wait(5.0))
+        woken.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    file_groups(ledger, [0])
+    file_groups(ledger, [0])
+    assert not woken.wait(0.15), "woken with two of three groups"
+    file_groups(ledger, [0])
+    assert woken.wait(2.0)
+    thread.join(timeout=5)
+    waiting.close()
+    assert result == [True]
+    assert len(buffer.sample(0, step=1).groups) == 3
+    assert client.exists(keys("wake"), keys("want")) == 0
+
+
+def test_a_wait_ends_by_itself(client, keys):
+    publish_policy(client, keys, 0)
+    _, buffer = make_buffer(client, keys)
+    buffer.sample(0, step=1)
+    assert buffer.wait(0.05) is False
+
+
+def test_a_batch_that_completes_between_sample_and_wait_wakes_at_once(client, keys):
+    publish_policy(client, keys, 0)
+    ledger, buffer = make_buffer(client, keys)
+    buffer.sample(0, step=1)
+    file_groups(ledger, [0] * 6)
+    assert client.llen(keys("wake")) == 1, "one wake-up, however many groups"
+    assert buffer.wait(1.0) is True
+
+
+# Ages through a fork
+
+#   v0 - v1 - v2 - v3 - v4      died after v4 (step 4), resumed from the checkpoint of step 2 as v5
+#              \
+#               v5 - v6 - v9   v6 (step 3) went on; died, resumed from v6 as v9 (step 3)
+#                     \
+#                      v7 - v8
+FORK = {0: (-1, 0), 1: (0, 1), 2: (1, 2), 3: (2, 3), 4: (3, 4), 5: (2, 2), 6: (5, 3), 7: (6, 4), 8: (7, 5), 9: (6, 3)}
+AGES = [
+    # version, seen from, age
+    (4, 4, 0),
+    (0, 4, 4),
+    (2, 5, 0),  # the same weights under another name
+    (3, 5, 1),  # one step on the abandoned branch
+    (4, 5, 2),
+    (4, 6, 3),  # 4 -> 2 on the old branch, 2 -> 3 on the new one
+    (3, 8, 4),
+    (1, 8, 4),
+    (8, 9, 2),
+    (7, 9, 1),
+    (6, 9, 0),
+    (4, 9, 3),
+    (0, 9, 3),
+]
+
+
+def write_fork(client, keys):
+    for version, (parent, step) in FORK.items():
+        publish_policy(client, keys, version, parent=parent, step=step)
+
+
+@pytest.mark.parametrize(("version", "current", "age"), AGES)
+def test_the_age_through_a_fork_is_the_same_in_lua_and_in_python(client, keys, version, current, age):
+    write_fork(client, keys)
+    assert policy_ages(client, keys, [version, current], current=current) == [age, 0]
+    ledger, keeps = make_buffer(client, keys, k=9, max_policy_age=age)
+    file_groups(ledger, [version])
+    assert (keeps.sample(current, step=1).evicted, keeps.sizes()) == (0, {version: 1})
+    if age > 0:
+        _, drops = make_buffer(client, keys, k=9, max_policy_age=age - 1)
+        assert (drops.sample(current, step=1).evicted, drops.sizes()) == (1, {})
+
+
+def test_a_version_outside_the_lineage_is_too_old_for_any_bound(client, keys):
+    write_fork(client, keys)
+    with pytest.raises(PolicyNotFound, match="policy version 77 is not in the lineage"):
+        policy_ages(client, keys, [77], current=9)
+    ledger, buffer = make_buffer(client, keys, k=1, max_policy_age=1000)
+    file_groups(ledger, [77])
+    assert buffer.sample(9, step=1).evicted == 1
+
+
+# The whole buffer against a model
+
+
+class Model:
+    """The rules in plain Python: lists per version, ages by walking a tree."""
+
+    def __init__(self, *, k, max_policy_age, max_resample_count):
+        self.k, self.max_age, self.limit = k, max_policy_age, max_resample_count
+        self.parent, self.step_of = {0: None}, {0: 0}
+        self.unread: dict[int, list[str]] = {}
+        self.batches: dict[int, list[tuple[str, int]]] = {}
+        self.times: Counter[str] = Counter()
+        self.trained = self.stale = self.added = 0
+
+    def publish(self, version, *, parent):
+        self.parent[version], self.step_of[version] = parent, self.step_of[parent] + 1
+
+    def line(self, version):
+        found = []
+        while version is not None:
+            found.append(version)
+            version = self.parent[version]
+        return found
+
+    def age(self, version, current):
+        fork = next(v for v in self.line(version) if v in set(self.line(current)))
+        return self.step_of[version] + self.step_of[current] - 2 * self.step_of[fork]
+
+    def add(self, group_id, version):
+        self.unread.setdefault(version, []).append(group_id)
+        self.added += 1
+
+    def sample(self, current, step):
+        """(groups or None, evicted, available)."""
+        if step in self.batches:
+            return [group_id for group_id, _ in self.batches[step]], 0, self.k
+        evicted = 0
+        for version in [v for v in self.unread if self.age(v, current) > self.max_age]:
+            for group_id in self.unread.pop(version):
+                if self.times[group_id]:
+                    self.trained += 1
+                else:
+                    evicted += 1
+        self.stale += evicted
+        available = sum(len(groups) for groups in self.unread.values())
+        if available < self.k:
+            return None, evicted, available
+        batch = [(g, version) for version in sorted(self.unread) for g in self.unread[version]][: self.k]
+        for group_id, version in batch:
+            self.unread[version].remove(group_id)
+            self.times[group_id] += 1
+        self.batches[step] = batch
+        return [group_id for group_id, _ in batch], evicted, available
+
+    def acknowledge(self, step):
+        settled = 0
+        for done in sorted(s for s in self.batches if s <= step):
+            for group_id, version in self.batches.pop(done):
+                if self.limit is None or self.times[group_id] < self.limit + 1:
+                    self.unread.setdefault(version, []).append(group_id)
+                else:
+                    settled += 1
+        self.trained += settled
+        return settled
+
+    def sizes(self):
+        found = Counter(version for batch in self.batches.values() for _, version in batch)
+        for version, groups in self.unread.items():
+            found[version] += len(groups)
+        return {version: count for version, count in found.items() if count}
+
+
+def run_against_model(client, keys, *, num_operations, max_policy_age, max_resample_count, seed):
+    draw = random.Random(seed)
+    k = draw.choice([1, 2, 3, 5])
+    ledger, buffer = make_buffer(
+        client, keys, k=k, max_policy_age=max_policy_age, max_resample_count=max_resample_count
+    )
+    model = Model(k=k, max_policy_age=max_policy_age, max_resample_count=max_resample_count)
+    publish_policy(client, keys, 0, parent=-1)
+    current = newest = step = 0
+    for _ in range(num_operations):
+        match draw.choices(["add", "sample", "again", "acknowledge", "publish", "fork"], [40, 25, 8, 8, 18, 1])[0]:
+            case "add":
+                versions = [draw.randint(max(0, newest - 4), newest) for _ in range(draw.randint(1, 3))]
+                for group_id, version in zip(file_groups(ledger, versions), versions, strict=True):
+                    model.add(group_id, version)
+            case "sample":
+                step += check_sample(buffer, model, current, step + 1)
+            case "again":
+                if model.batches:
+                    check_sample(buffer, model, current, draw.choice(list(model.batches)))
+            case "acknowledge":
+                done = draw.randint(max(0, step - 3), step)
+                assert buffer.acknowledge(done) == model.acknowledge(done)
+            case kind:
+                parent = current if kind == "publish" else draw.choice(model.line(current)[:4])
+                current = newest = newest + 1
+                model.publish(current, parent=parent)
+                publish_policy(client, keys, current, parent=parent, step=model.step_of[current])
+        account = ledger.account()
+        assert account.holds
+        assert (account.admitted, account.trained, account.dropped.get("stale", 0)) == (
+            model.added,
+            model.trained,
+            model.stale,
+        )
+        assert buffer.sizes() == model.sizes()
+    return model
+
+
+def check_sample(buffer, model, current, step):
+    sample = buffer.sample(current, step=step)
+    wanted, evicted, available = model.sample(current, step)
+    assert (sample.groups and ids(sample)) == wanted
+    assert (sample.evicted, sample.available) == (evicted, available)
+    if wanted is None:
+        return False
+    assert [group.policy_version for group in sample.groups] == [version for _, version in model.batches[step]]
+    return True
+
+
+@pytest.mark.parametrize("max_resample_count", [0, 1, None])
+@pytest.mark.parametrize("max_policy_age", [0, 1, 2, 3])
+def test_the_buffer_agrees_with_its_model_over_10000_random_operations(
+    client, keys, max_policy_age, max_resample_count
+):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    model = run_against_model(
+        client,
+        keys,
+        num_operations=840,  # in each of the twelve cases
+        max_policy_age=max_policy_age,
+        max_resample_count=max_resample_count,
+        seed=seed,
+    )
+    assert model.trained and model.stale, "nothing trained or nothing dropped: this tested too little"
+
+
+@pytest.mark.parametrize(("max_policy_age", "max_resample_count"), [(0, 0), (1, 1), (2, 0), (3, None)])
+def test_the_buffer_agrees_with_its_model_on_every_server_flavour(
+    server_flavours, keys, max_policy_age, max_resample_count
+):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    connection = connect(server_flavours)
+    run_against_model(
+        connection,
+        keys,
+        num_operations=500,
+        max_policy_age=max_policy_age,
+        max_resample_count=max_resample_count,
+        seed=seed,
+    )
+    connection.close()

@@ -25,11 +25,11 @@ PART_TASKS = {
 """Part of a group -> (Celery task, queue)."""
 
 
-def make_app(run: str) -> Celery:
-    """A Celery app bound to one run's queues. Does not connect."""
+def make_app(run: str, *, url: str | None = None) -> Celery:
+    """A Celery app bound to one run's queues, on the broker of the environment unless `url` names it. Does not connect."""
     app = Celery("sluice", set_as_current=False)
     app.conf.update(
-        broker_url=broker_url(),
+        broker_url=url or broker_url(),
         result_backend=None,
         task_ignore_result=True,
         task_serializer="msgpack",

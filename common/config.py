@@ -258,7 +258,7 @@ class PolicyStoreConfig(_Section):
     transport: Literal["directory", "redis"] = "directory"
     """`directory`: safetensors under `path`, which trainer and workers share. `redis`: chunks in Redis, where they cannot."""
     path: str | None = None
-    """Folder of the directory transport; none = /dev/shm/sluice (this machine only)."""
+    """Folder of the directory transport; none = /dev/shm/sluice-<user id> (this machine only)."""
     keep: int = Field(default=4, ge=2)
     """Newest versions kept; the base version and versions an evaluation needs stay as well."""
 
@@ -271,7 +271,7 @@ class EvalDataset(_Section):
     num_prompts: int | None = Field(default=None, ge=1)
     """First so many rows; none = all."""
     num_samples: int = Field(default=0, ge=0)
-    """k of pass@k: samples per prompt beside the greedy one; 0 = greedy only."""
+    """k of pass@k: samples per prompt beside the greedy one, drawn as `sampling` says; 0 = greedy only."""
     correct_if: float = 1.0
     """A completion is correct when the reward function named in `function` gives at least this."""
     function: str | None = None
@@ -388,6 +388,8 @@ class Config(_Section):
             raise ValueError(
                 "sampling.temperature=0 makes all completions of a group equal, nothing would be learnt: use 1.0"
             )
+        if endless := [e.name for e in self.evaluation.datasets if e.dataset.streaming and e.num_prompts is None]:
+            raise ValueError(f"evaluation.datasets {endless}: a streaming set needs num_prompts")
         names = [e.name for e in self.evaluation.datasets]
         if len(set(names)) != len(names):
             raise ValueError(f"evaluation.datasets: names must differ, got {names}")

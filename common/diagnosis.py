@@ -5,16 +5,31 @@ Read from heartbeats, queues and the ledger alone, so that `sluice status`, the 
 
 from __future__ import annotations
 
+import os
+from functools import cache
+
 import redis
 
+from common.connection import connect
 from common.ledger import read_account
 from common.metrics import read_heartbeats
 from common.run import Run
 
 
+def broker_client(client: redis.Redis) -> redis.Redis:
+    """The server that holds Celery's queues: SLUICE_BROKER_URL's, else the data server that `client` speaks to."""
+    url = os.environ.get("SLUICE_BROKER_URL")
+    return _connect_once(url) if url else client
+
+
+@cache
+def _connect_once(url: str) -> redis.Redis:
+    return connect(url)
+
+
 def queue_depths(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[str, int]:
-    """Messages waiting per queue."""
-    with client.pipeline(transaction=False) as pipe:
+    """Messages waiting per queue, on the broker where it is another server than the data's."""
+    with broker_client(client).pipeline(transaction=False) as pipe:
         for queue in queues:
             pipe.llen(run.keys.celery_prefix + queue)
         return dict(zip(queues, pipe.execute(), strict=True))
@@ -29,8 +44,6 @@ def explain_stall(client: redis.Redis, run: Run) -> str:
     for queue in needed:
         if queue not in roles:
             return f"0 workers on `{queue}`, {depths[queue]} messages queued"
-    if client.hexists(run.keys("run"), "paused"):
-        return "the run is paused: `sluice resume` lets it go on"
     if alarms := [f"{name}: {facts['alarm']}" for name, facts in beats.items() if facts.get("alarm")]:
         return "; ".join(alarms)
     account = read_account(client, run.keys)

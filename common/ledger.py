@@ -51,7 +51,7 @@ class Admission:
     """Groups handed out by `admit`; the caller holds the claim on their task part."""
 
     stopped_by: str
-    "most | no_credit | run_complete | max_bytes | paused | no_policy"
+    "most | no_credit | run_complete | max_bytes | no_policy"
     policy_version: int
     cursors: list[int]
     holder: str
@@ -117,7 +117,8 @@ class Ledger:
             most,
             config.max_in_flight,
             config.replay_buffer.max_bytes,
-            config.trainer.num_steps * config.groups_per_step,
+            config.trainer.num_steps,
+            config.groups_per_step,
             _ms(config.lease.running_s),
             holder,
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +35,6 @@ from common.scripts import Scripts
 from common.serialization import decode, encode
 
 CHUNK_BYTES = 2 * 1024 * 1024
-DEFAULT_FOLDER = "/dev/shm/sluice"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,9 +99,6 @@ class DirectoryTransport:
 
     def delete(self, version: int) -> None:
         self._path(version).unlink(missing_ok=True)
-
-    def remove_all(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, version: int) -> Path:
         return self._folder / f"policy-{version:08d}.safetensors"
@@ -202,6 +198,18 @@ class PolicyStore:
         """Enter a version into the lineage before its bytes are written, so that ages can be told while they travel."""
         self._client.hset(self._keys("lineage"), str(version), f"{parent}:{step}")
 
+    def restore(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the bytes of a published version again where they were lost. Raises DigestMismatch for other bytes."""
+        manifest = self.manifest(version)
+        try:
+            self.fetch(version)
+        except PolicyError:
+            if _digest_of({name: tensor_digest(tensor) for name, tensor in tensors.items()}) != manifest.digest:
+                raise DigestMismatch(
+                    f"policy version {version} is lost, and these weights are not it: was model.path changed?"
+                ) from None
+            self._transport.write(version, tensors)
+
     def latest(self) -> Manifest | None:
         """The manifest that the pointer names; none before the first publication."""
         version = self._client.hget(self._keys("policy"), "version")
@@ -244,8 +252,9 @@ def store_folder(config: PolicyStoreConfig, run: str) -> Path:
     """Where the directory transport of a run keeps its files."""
     if config.path:
         return Path(config.path) / run
-    base = Path(DEFAULT_FOLDER)
-    return base / run if base.parent.is_dir() else Path("/tmp/sluice") / run
+    memory = Path("/dev/shm")
+    base = memory if memory.is_dir() else Path(tempfile.gettempdir())
+    return base / f"sluice-{os.getuid()}" / run
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:

@@ -1,7 +1,7 @@
 """The run record: what a role needs besides Redis' address and the run's name.
 
 `create_run` stores the resolved config and the model's assets under the run's prefix; `open_run` reads them. A run
-name is taken once; `attach` marks which supervisor drives it.
+name is taken once.
 """
 
 from __future__ import annotations

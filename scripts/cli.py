@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ def create(config: str, overrides: tuple[str, ...], name: str | None) -> None:
     click.echo(f"export SLUICE_RUN={made.name}")
 
 
-@cli.command()
+@cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("queue", type=click.Choice(QUEUES))
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def worker(queue: str, options: tuple[str, ...]) -> None:
-    """One Celery worker for a queue of SLUICE_RUN: short for `celery -A workers.app worker -Q QUEUE`."""
+    """One Celery worker for a queue of SLUICE_RUN: short for `celery -A workers.app worker -Q QUEUE [OPTIONS]`."""
     argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queue, "--loglevel", "INFO", *options]
     os.execv(sys.executable, argv)
 
@@ -89,14 +90,14 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
     from dashboard.status import collect_status, render
     from scripts.launch import opened_run
 
-    with opened_run(name) as (client, opened):
+    with opened_run(name) as (client, opened, _):
         reading = collect_status(client, opened)
         if as_json:
             click.echo(json.dumps(reading))
         elif not watch:
             _console().print(render(reading))
         else:
-            with Live(render(reading), refresh_per_second=4) as live:
+            with suppress(KeyboardInterrupt), Live(render(reading), refresh_per_second=4) as live:
                 while True:
                     time.sleep(1.0)
                     live.update(render(collect_status(client, opened)))
@@ -110,7 +111,7 @@ def ledger(name: str | None, as_json: bool) -> None:
     from scripts.launch import opened_run
     from scripts.summary import ledger_text
 
-    with opened_run(name) as (client, opened):
+    with opened_run(name) as (client, opened, _):
         accounts = [read_account(client, opened.keys, "train"), read_account(client, opened.keys, "eval")]
     holds = all(account.holds for account in accounts)
     if as_json:
@@ -135,7 +136,7 @@ def samples(name: str | None, count: int, step: int | None, as_json: bool) -> No
     from dashboard.samples import read_samples, render_sample
     from scripts.launch import opened_run
 
-    with opened_run(name) as (client, opened):
+    with opened_run(name) as (client, opened, _):
         found = read_samples(client, opened.keys, count=count, step=step)
     if as_json:
         click.echo(json.dumps({"samples": found}))
@@ -156,8 +157,8 @@ def evaluate(name: str | None, timeout_s: float, as_json: bool) -> None:
     from scripts.evaluate import evaluate_latest
     from scripts.launch import opened_run
 
-    with opened_run(name) as (client, opened):
-        results = evaluate_latest(client, opened, timeout_s=timeout_s)
+    with opened_run(name) as (client, opened, url):
+        results = evaluate_latest(client, opened, url=url, timeout_s=timeout_s)
     if as_json:
         click.echo(json.dumps({"evaluations": results}))
     for result in () if as_json else results:

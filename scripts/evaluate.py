@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.metrics import read_heartbeats
 from common.run import Run
 
 
-def evaluate_latest(client: redis.Redis, run: Run, *, timeout_s: float) -> list[dict[str, Any]]:
+def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float) -> list[dict[str, Any]]:
     """Results on every configured set. Raises ConfigError, and SluiceError when it does not finish in time."""
     if not run.config.evaluation.datasets:
         raise ConfigError(f"run {run.name} has no evaluation.datasets in its config")
@@ -24,10 +25,13 @@ def evaluate_latest(client: redis.Redis, run: Run, *, timeout_s: float) -> list[
         raise ConfigError(
             f"an evaluation needs workers on {', '.join(sorted(missing))}: start them with `sluice worker QUEUE`"
         )
-    version = int(client.hget(run.keys("policy"), "version") or -1)
+    newest = client.hget(run.keys("policy"), "version")
+    if newest is None:
+        raise ConfigError(f"run {run.name} has published no policy yet: is its trainer running?")
+    version = int(newest)
     for dataset in run.config.evaluation.datasets:
         evaluation.request(client, run.keys, dataset, version=version)
-    send(make_app(run.name), "dataset.evaluate", "dataset")
+    send(make_app(run.name, url=os.environ.get("SLUICE_BROKER_URL") or url), "dataset.evaluate", "dataset")
     deadline = time.monotonic() + timeout_s
     results = []
     for dataset in run.config.evaluation.datasets:

@@ -8,6 +8,7 @@ preflight (nothing is started or stored yet: every bad input ends here, exit cod
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from common.run import Run, create_run, open_run, set_status
 from scripts.progress import Progress
 from scripts.redis_server import reading_server, running_url, start_server
 from scripts.summary import write_summary
-from scripts.supervisor import Supervisor
+from scripts.supervisor import RunFailed, Supervisor
 
 POLL_S = 0.1
 
@@ -36,13 +37,10 @@ def preflight(config: Config) -> dict[str, object]:
     from workers.prompts import PromptSource
     from workers.rewards.loading import load_reward_functions
 
-    if config.rollout.engine == "vllm" and config.replicas.rollout:
-        from importlib.util import find_spec
-
-        if find_spec("vllm") is None:
-            raise ConfigError(
-                "rollout.engine=vllm needs vLLM: pip install 'sluice[vllm]' on a CUDA machine, or set rollout.engine=torch"
-            )
+    if config.rollout.engine == "vllm":
+        raise ConfigError(
+            "rollout.engine=vllm: the vLLM adapter is not part of this release yet; use rollout.engine=torch"
+        )
     load_reward_functions(config.reward.functions)
     assets = read_assets(config.model.path, revision=config.model.revision)
     tokenizer = assets.tokenizer()
@@ -70,6 +68,8 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
     """`sluice run`. Returns the exit code."""
     config = with_absolute_paths(load_config(config_path, overrides))
     if resume is not None:
+        if overrides or "=" in resume:
+            raise ConfigError("--resume goes on with the config that is stored with the run: give no key=value with it")
         name = resume or newest_run(config, prefix=Path(config_path).stem)
     assets = None if resume is not None else preflight(config)
     name = name or default_name(config_path)
@@ -83,7 +83,13 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         else:
             run = create_run(client, name, config, assets=assets, folder=str(folder))
             write_config(run)
-        return _drive(client, run, url, interrupted)
+        try:
+            return _drive(client, run, url, interrupted)
+        finally:
+            from common.policy_store import store_folder
+
+            if run.config.policy_store.path is None:  # published policies lie in memory; checkpoints bring them back
+                shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
 
 
 def _drive(client: redis.Redis, run: Run, url: str, interrupted: Callable[[], bool]) -> int:
@@ -100,6 +106,9 @@ def _drive(client: redis.Redis, run: Run, url: str, interrupted: Callable[[], bo
                 progress.update()
                 time.sleep(POLL_S)
             progress.update()
+    except RunFailed:
+        set_status(client, run.keys, "failed")
+        raise
     finally:
         was_interrupted = interrupted()
         if was_interrupted:
@@ -149,16 +158,16 @@ def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run]]:
-    """An existing run for reading: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
+def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
+    """An existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
     if url := os.environ.get("SLUICE_REDIS_URL"):
         client = connect(url)
-        yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client))
+        yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client)), url
         return
     folder = _existing_folder(name or os.environ.get("SLUICE_RUN"))
     with reading_server(folder / "redis") as url:
         client = connect(url)
-        yield client, open_run(client, folder.name)
+        yield client, open_run(client, folder.name), url
         client.close()
 
 

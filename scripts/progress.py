@@ -76,7 +76,11 @@ class Progress:
                 self._show(steps[-1], now)
         elif now - max(self._moved_at, self._reported_at) > STALLED_AFTER_S:
             self._reported_at = now
-            self.say(f"no step for {now - self._moved_at:.0f} s: {explain_stall(self._client, self._run)}")
+            self.say(f"{self._waiting(now)}: {explain_stall(self._client, self._run)}")
+
+    def _waiting(self, now: float) -> str:
+        waited = f"{now - self._moved_at:.0f} s"
+        return f"no step for {waited}" if self._first_step is not None else f"starting, {waited} so far"
 
     def _say_evaluation(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -89,7 +93,7 @@ class Progress:
             self._first_step, self._started_at = step, now
         text = (
             f"reward {metrics['reward/mean']:.3f}  age {metrics['staleness/mean']:.1f}  "
-            f"{metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s  in flight {metrics['buffer/groups']:.0f}"
+            f"{metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s  in flight {metrics['admission/credits']:.0f}"
         )
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)

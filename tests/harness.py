@@ -111,6 +111,16 @@ def children(pid: int) -> list[psutil.Process]:
         return []
 
 
+def serving(pid: int, queue: str) -> list[psutil.Process]:
+    """Children of a process that are workers of a queue; the worker itself before its pool children."""
+    found = []
+    for child in children(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile, or not yet reaped
+            if f" -Q {queue} " in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 def alive(processes: list[psutil.Process]) -> list[str]:
     """Command lines of those that still live."""
     found = []

@@ -14,6 +14,7 @@ from harness import (
     only_run,
     quickstart_config,
     running_sluice,
+    serving,
     sluice,
     tiny_folder,
     wait_for,
@@ -70,12 +71,7 @@ def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
     with running_sluice("run", str(config), cwd=tmp_path) as process:
         wait_for(lambda: some_steps(tmp_path, 2), timeout=100, what="two steps")
         for queue in ("reward", "rollout"):
-            victims = [
-                child
-                for child in children(process.pid)
-                if child.is_running() and f" -Q {queue} " in " ".join(child.cmdline()) + " "
-            ]
-            victims[0].kill()
+            serving(process.pid, queue)[0].kill()
         assert process.wait(150) == 0
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
     assert summary["restarts"] == {"reward-0": 1, "rollout-0": 1}

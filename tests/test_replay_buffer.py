@@ -223,6 +223,15 @@ def test_a_batch_that_completes_between_sample_and_wait_wakes_at_once(client, ke
     assert buffer.wait(1.0) is True
 
 
+def test_a_batch_taken_without_waiting_leaves_no_wake_up_behind(client, keys):
+    publish_policy(client, keys, 0)
+    ledger, buffer = make_buffer(client, keys)
+    buffer.sample(0, step=1)
+    file_groups(ledger, [0, 0])
+    assert len(buffer.sample(0, step=1).groups) == 2
+    assert buffer.wait(0.05) is False
+
+
 # Ages through a fork
 
 #   v0 - v1 - v2 - v3 - v4      died after v4 (step 4), resumed from the checkpoint of step 2 as v5

@@ -22,7 +22,6 @@ import torch
 
 from common import evaluation
 from common.broker import make_app
-from common.config import QUEUES
 from common.diagnosis import explain_stall
 from common.ledger import Ledger
 from common.lineage import policy_ages
@@ -67,6 +66,8 @@ class Trainer:
         self.process = process_name("trainer")
         self.sampling_dtype = getattr(torch, self.config.rollout.dtype)
         self.step, self.version, self.wall_s = 0, 0, 0.0
+        self.available = 0
+        self.generated_tokens = float(client.hget(run.keys("totals"), "generated_tokens") or 0)
         self.trained_groups: list[str] = []
         self.evaluating: set[tuple[str, int]] = set()
 
@@ -88,7 +89,7 @@ class Trainer:
             metrics["time/step"] = time.monotonic() - began
             metrics["idle_fraction/trainer"] = waited / metrics["time/step"]
             metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
-            metrics |= flow_metrics(self.client, self.run, queues=QUEUES) | self._finished_evaluations()
+            metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations()
             self.reporter.report(self.step, self.version, metrics)
             self._log(metrics)
             if self.step % self.config.checkpoint.every_steps == 0:
@@ -122,6 +123,7 @@ class Trainer:
         while not self.stopping:
             sample = self.buffer.sample(self.version, step=self.step + 1)
             if sample.groups is not None:
+                self.available = sample.available - len(sample.groups)
                 return sample.groups
             self.buffer.wait(1.0)
             self._beat(waiting_s=time.monotonic() - waiting_since)
@@ -166,6 +168,8 @@ class Trainer:
     def _resume_or_begin(self) -> None:
         """From the newest checkpoint, under a new version; or from the base model, which is version 0."""
         newest = self.store.latest_version()
+        if newest >= 0:  # the store may be a memory file system: the reference role needs the base version back
+            self.store.restore(0, self.policy.snapshot(self.sampling_dtype))
         found = newest_checkpoint(self.folder / "checkpoints")
         if found is None:
             self.version = newest  # -1 on a fresh run: the base model becomes version 0, and 0 has no parent
@@ -184,6 +188,17 @@ class Trainer:
     def _base_model(self) -> torch.nn.Module:
         """The model of the run with the weights of model.path."""
         return load_pretrained(self.config.model.path, revision=self.config.model.revision)
+
+    def _flow(self, step_s: float) -> dict[str, float]:
+        """Queues, buffer and ledger now, and what was generated since the last step."""
+        metrics = flow_metrics(self.client, self.run, generated_before=self.generated_tokens)
+        generated = metrics.pop("num_generated_tokens")
+        self.generated_tokens += generated
+        return {
+            **metrics,
+            "buffer/groups": float(self.available),
+            "throughput/generated_tokens_per_s": generated / step_s,
+        }
 
     def _finished_evaluations(self) -> dict[str, float]:
         """Metrics of evaluations that finished since the last step."""

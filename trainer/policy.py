@@ -6,6 +6,7 @@ Legend: B = sequences, T = completion tokens.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,6 +43,7 @@ class TrainedPolicy:
         config = self._config.trainer
         normaliser = step_normaliser(micro_batches, aggregation=config.loss.aggregation)
         parts = [self._accumulate(batch.to(self.device), normaliser) for batch in micro_batches]
+        began = time.monotonic()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         learning_rate = config.learning_rate * schedule_factor(self._config, step)
         for group in self.optimizer.param_groups:
@@ -49,6 +51,7 @@ class TrainedPolicy:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {name: float(value) for name, value in combine_metrics(parts).items()}
+        metrics["time/optimizer"] = time.monotonic() - began
         return {**metrics, "grad_norm": float(grad_norm), "learning_rate": learning_rate}
 
     def _accumulate(self, batch: MicroBatch, normaliser: int) -> dict[str, Tensor]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean, pstdev
 
 import redis
 
+from common.config import QUEUES
+from common.diagnosis import queue_depths
 from common.ledger import read_account
-from common.metrics import write_metrics
+from common.metrics import read_heartbeats, write_metrics
 from common.run import Run
 from common.serialization import encode
 from common.types import Group
@@ -112,21 +114,28 @@ def _seconds_in_queue(group: Group) -> float:
     return group.timestamps.get("leased", 0.0) - group.timestamps.get("ready", 0.0)
 
 
-def flow_metrics(client: redis.Redis, run: Run, *, queues: tuple[str, ...]) -> dict[str, float]:
-    """Buffer, queues and ledger, read in one round trip each."""
+def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> dict[str, float]:
+    """Buffer, queues, ledger and how busy the workers are."""
     with client.pipeline(transaction=False) as pipe:
         pipe.get(run.keys("bytes"))
-        for queue in queues:
-            pipe.llen(run.keys.celery_prefix + queue)
-        held, *depths = pipe.execute()
+        pipe.scard(run.keys("credit"))
+        pipe.hget(run.keys("totals"), "generated_tokens")
+        held, credits, generated = pipe.execute()
     account = read_account(client, run.keys)
-    metrics = {f"queue/{queue}/depth": float(depth) for queue, depth in zip(queues, depths, strict=True)}
+    metrics = {f"queue/{queue}/depth": float(depth) for queue, depth in queue_depths(client, run, QUEUES).items()}
+    shares: dict[str, list[float]] = defaultdict(list)
+    for facts in read_heartbeats(client, run.keys).values():
+        if "idle_fraction" in facts:
+            shares[facts["role"]].append(facts["idle_fraction"])
+    metrics |= {f"idle_fraction/{role}": fmean(values) for role, values in shares.items()}
     return {
         **metrics,
-        "buffer/groups": float(account.in_flight),
         "buffer/bytes": float(held or 0),
+        "admission/credits": float(credits),
+        "num_generated_tokens": float(generated or 0) - generated_before,
         "staleness/dropped": float(account.dropped.get("stale", 0)),
         "ledger/admitted": float(account.admitted),
+        "ledger/in_flight": float(account.in_flight),
         "ledger/retried": float(account.retried),
         "ledger/dead": float(sum(account.dead.values())),
     }

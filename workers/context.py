@@ -61,9 +61,12 @@ class Context:
     "does the engine make progress? a hung one stops renewing its leases"
     facts: Callable[[], dict[str, Any]] = dict
     "what this process adds to its heartbeat"
+    busy_s: Callable[[], float] = lambda: 0.0
+    "seconds of work so far, of whatever the process has one of: an engine, a model, a reader"
     started_at: float = field(default_factory=time.time)
     num_done: int = 0
-    busy_s: float = 0.0
+    _beat_at: float = field(default_factory=time.monotonic)
+    _beat_busy_s: float = 0.0
     _claims: dict[str, Claim] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _heart: threading.Thread | None = None
@@ -114,13 +117,11 @@ class Context:
 
     @contextmanager
     def _working_on(self, claim: Claim) -> Iterator[None]:
-        started = time.monotonic()
         self._claims[claim.holder] = claim
         try:
             yield
         finally:
             del self._claims[claim.holder]
-            self.busy_s += time.monotonic() - started
 
     def start_heart(self) -> None:
         """Begin to renew leases and to beat."""
@@ -139,7 +140,11 @@ class Context:
                 log.warning("no heartbeat: %s", error)
 
     def _facts(self) -> dict[str, Any]:
+        now, busy_s = time.monotonic(), self.busy_s()
+        idle = 1.0 - (busy_s - self._beat_busy_s) / max(now - self._beat_at, 1e-9)
+        self._beat_at, self._beat_busy_s = now, busy_s
         return {
+            "idle_fraction": round(min(1.0, max(0.0, idle)), 3),
             "role": self.role,
             "pid": int(self.process.rpartition(":")[2]),
             "host": self.process.partition("@")[2].rpartition(":")[0],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Any
 
 import redis
@@ -61,6 +62,8 @@ class DatasetRole:
         self._stop = threading.Event()
         context.facts = lambda: {"stopped_by": self._stopped_by}
         self._stopped_by = "starting"
+        self._busy_s = 0.0
+        context.busy_s = lambda: self._busy_s
 
     def start(self) -> None:
         self.context.start_heart()
@@ -93,6 +96,7 @@ class DatasetRole:
 
     def _prepare(self, cursors: list[int]) -> None:
         """Read the prompts, store all tasks in one round trip, send their rollout messages."""
+        started = time.monotonic()
         tasks, too_long, unreadable = {}, [], []
         for cursor in cursors:
             group_id = f"t{cursor}"
@@ -105,7 +109,9 @@ class DatasetRole:
             if isinstance(prompt, TooLong):
                 too_long.append(group_id)
                 continue
-            tasks[group_id] = encode(self._task(group_id, prompt, self._train_sampling(group_id)).to_wire())
+            tasks[group_id] = encode(
+                self._task(group_id, prompt, self._sampling(group_id, n=self._config.sampling.group_size)).to_wire()
+            )
         self.context.ledger.drop(too_long, reason="prompt_too_long")
         self.context.ledger.drop(unreadable, reason="bad_row")
         with self.context.client.pipeline(transaction=False) as pipe:
@@ -116,6 +122,7 @@ class DatasetRole:
             for part in stored_parts(reply) or ():
                 send_part(self.context.app, group_id, part)
         self.context.num_done += len(tasks)
+        self._busy_s += time.monotonic() - started
 
     def _task(self, group_id: str, prompt: Any, sampling: SamplingParams) -> Task:
         return Task(
@@ -127,10 +134,10 @@ class DatasetRole:
             sampling=sampling,
         )
 
-    def _train_sampling(self, group_id: str) -> SamplingParams:
+    def _sampling(self, group_id: str, *, n: int) -> SamplingParams:
         s = self._config.sampling
         return SamplingParams(
-            n=s.group_size,
+            n=n,
             max_tokens=s.max_res_tokens,
             temperature=s.temperature,
             top_p=s.top_p,
@@ -167,14 +174,14 @@ class DatasetRole:
         longest = self._config.sampling.max_res_tokens
         tasks = {}
         for i in range(count):
+            if source.epoch_of(i) > 0:
+                break  # a stream that is shorter than num_prompts
             prompt = source.prompt_at(i)
             if isinstance(prompt, TooLong):
                 continue
             modes = {"g": SamplingParams(n=1, max_tokens=longest, temperature=0.0)}
             if dataset.num_samples:
-                modes["s"] = SamplingParams(
-                    n=dataset.num_samples, max_tokens=longest, seed=self._seed_of(f"{evaluation}.{i}")
-                )
+                modes["s"] = self._sampling(f"{evaluation}.{i}", n=dataset.num_samples)
             for mode, sampling in modes.items():
                 group_id = f"e{evaluation}.{i}{mode}"
                 tasks[group_id] = encode(self._task(group_id, prompt, sampling).to_wire())

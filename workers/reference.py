@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -46,6 +47,7 @@ class ReferenceRole:
         self.context = context
         self._config = context.run.config
         self._model: ReferenceModel | None = None
+        context.busy_s = lambda: self._model.busy_s if self._model else 0.0
         self._loading = threading.Lock()
 
     def score(self, group_id: str) -> None:
@@ -86,6 +88,7 @@ class ReferenceModel:
         self._temperature = temperature
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[tuple[list[Sequence], Future[list[NDArray[np.float32]]]]] = []
+        self.busy_s = 0.0
         self._queue_lock = threading.Lock()
         self._model_lock = threading.Lock()
 
@@ -102,12 +105,14 @@ class ReferenceModel:
     def _compute_waiting(self) -> None:
         with self._queue_lock:
             waiting, self._waiting = self._waiting, []
+        started = time.monotonic()
         try:
             results = iter(self._compute([s for sequences, _ in waiting for s in sequences]))
         except Exception as error:
             for _, future in waiting:
                 future.set_exception(error)
             return
+        self.busy_s += time.monotonic() - started
         for sequences, future in waiting:
             future.set_result([next(results) for _ in sequences])
 

@@ -84,6 +84,7 @@ class RolloutRole:
         self._alarm = ""
         context.is_alive = self._engine_makes_progress
         context.facts = self._facts
+        context.busy_s = lambda: self.engine.stats().busy_s
 
     def start(self) -> None:
         """The worker is connected: follow the policy, renew leases, beat."""
@@ -158,7 +159,6 @@ class RolloutRole:
             "alarm": self._alarm,
             "generated_tokens": stats.generated_tokens,
             "sequences": stats.running_sequences,
-            "busy_s": round(stats.busy_s, 3),
             "updates": stats.num_updates,
             "update_pause_s": round(stats.update_pause_s, 4),
         }

@@ -1,22 +1,19 @@
 -- Admission: hand out dataset cursors while there is credit. The caller holds the claim on each group's `task` part.
--- ARGV: most groups, max_in_flight, max_bytes, groups the whole run needs (0 = no end), lease_ms, holder
+-- ARGV: most groups, max_in_flight, max_bytes, trainer steps of the run, groups per step, lease_ms, holder
 -- Returns {reason it stopped, policy version, cursor, cursor, ...}
 local most, bound, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local total, lease_ms, holder = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local num_steps, groups_per_step, lease_ms, holder = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 local version = redis.call('HGET', key('policy'), 'version')
 
 if not version then return { 'no_policy', -1 } end
-if redis.call('HGET', key('run'), 'paused') then return { 'paused', tonumber(version) } end
 if tonumber(redis.call('GET', key('bytes')) or '0') >= max_bytes then return { 'max_bytes', tonumber(version) } end
 
 local reason = 'most'
-local free = bound - redis.call('SCARD', key('credit'))
-if free < most then most, reason = free, 'no_credit' end
-if total > 0 then
-  local trained = tonumber(redis.call('HGET', key('counts:train'), 'trained') or '0')
-  local needed = total - trained - redis.call('SCARD', key('live:train'))
-  if needed < most then most, reason = needed, 'run_complete' end
-end
+local held = redis.call('SCARD', key('credit'))
+if bound - held < most then most, reason = bound - held, 'no_credit' end
+-- what the steps still to be published need; a group keeps its credit until its step is
+local needed = (num_steps - tonumber(redis.call('HGET', key('policy'), 'step'))) * groups_per_step - held
+if needed < most then most, reason = needed, 'run_complete' end
 
 local out = { reason, tonumber(version) }
 local deadline, seconds = now_ms() + lease_ms, now_s()

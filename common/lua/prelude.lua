@@ -1,7 +1,7 @@
 -- Put in front of every script: the keys, and the few operations that all transitions share.
 -- KEYS[1] is the run's root, `sluice:{run}:`; the braces keep all keys of a run in one cluster slot.
 --
---   run                hash     config, assets, status, created_at, incarnation, paused
+--   run                hash     config, assets, status, created_at, incarnation
 --   cursor             string   next dataset cursor
 --   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent; kind = train | eval
 --   totals             hash     generated_tokens, of every stored rollout

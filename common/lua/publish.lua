@@ -1,4 +1,5 @@
--- Move the policy pointer, last of all. Credits of the groups that made this version return here.
+-- Move the policy pointer, last of all. Credits of the groups that made this version return here; those of batches beyond
+-- its step are held again (the trainer went back to a checkpoint and will train them once more).
 -- ARGV: version, parent (-1 = none), trainer step, incarnation, digest, bytes
 -- Returns 1; 0 when the served version is already this or a newer one (versions only grow); -1 when a newer incarnation
 -- of the trainer has taken the run over.
@@ -10,9 +11,10 @@ redis.call('HSET', key('lineage'), version, parent .. ':' .. step)
 redis.call('HSET', key('policy'), 'version', version, 'step', step, 'incarnation', ARGV[4], 'digest', ARGV[5], 'bytes', ARGV[6],
   'published_at', now_s())
 redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'policy', 'version', version)
-for _, done in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), '-inf', step)) do
-  for _, line in ipairs(redis.call('LRANGE', key('batch:' .. done), 0, -1)) do
-    redis.call('SREM', key('credit'), string.match(line, '|([^|]+)$'))
+for _, taken in ipairs(redis.call('ZRANGE', key('batches'), 0, -1)) do
+  local command = tonumber(taken) <= tonumber(step) and 'SREM' or 'SADD'
+  for _, line in ipairs(redis.call('LRANGE', key('batch:' .. taken), 0, -1)) do
+    redis.call(command, key('credit'), string.match(line, '|([^|]+)$'))
   end
 end
 return 1

@@ -131,9 +131,10 @@ class Watcher:
         }
 
 
-def account(readings: Sequence[Reading], since: float, until: float) -> dict[str, Any]:
-    """CPU seconds between two moments: in all, by kind, by role, and what Redis says of itself."""
-    first, last = (min(readings, key=lambda r: abs(r.at - moment)) for moment in (since, until))
+def account(readings: Sequence[Reading], since: float | None, until: float) -> dict[str, Any]:
+    """CPU seconds between two moments (none = the beginning): in all, by kind, by role, and what Redis says of itself."""
+    last = _nearest(readings, until)
+    first = Reading(at=readings[0].at, processes={}, commands={}) if since is None else _nearest(readings, since)
     kinds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     roles: dict[str, float] = defaultdict(float)
@@ -150,11 +151,16 @@ def account(readings: Sequence[Reading], since: float, until: float) -> dict[str
     return {
         "wall_s": last.at - first.at,
         "cpu_s": sum(roles.values()),
+        "cpu_s_by_role": _sorted(roles),
         "by_kind": _sorted(kinds),
         "by_role": {role: _sorted(by_role[role]) for role in sorted(by_role)},
         "calls": dict(calls),
         "redis_commands": _command_deltas(first, last),
     }
+
+
+def _nearest(readings: Sequence[Reading], moment: float) -> Reading:
+    return min(readings, key=lambda reading: abs(reading.at - moment))
 
 
 def _lines(before: Process | None, after: Process) -> tuple[dict[str, float], dict[str, int]]:

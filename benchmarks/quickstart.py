@@ -134,16 +134,17 @@ def _result(run: Path, watcher: Watcher, *, started: float, until: float) -> dic
     summary = json.loads((run / "summary.json").read_text())
     began = steps[0]["time"] - steps[0]["time/step"]
     steady = account(watcher.readings, began, lines[-1]["time"])
-    whole = account(watcher.readings, started - 60, until)  # before the first process there is nothing to subtract
+    whole, start_up = (account(watcher.readings, None, moment) for moment in (until, began))
     groups = sum(summary["ledger"][outcome] for outcome in ("trained", "scored"))
     return {
         "wall_s": round(until - started, 2),
         "start_up_s": round(began - started, 2),
-        "cpu_s": round(watcher.readings[-1] and whole["cpu_s"], 2),
+        "cpu_s": round(whole["cpu_s"], 2),
         "summary": {name: summary[name] for name in ("eval_before", "eval_after", "reward_first", "reward_last")},
         "restarts": summary["restarts"],
         "steady": {**steady, **shares(steady, num_groups=groups + summary["ledger_eval"]["scored"])},
-        "start_up_cpu_s": round(account(watcher.readings, started - 60, began)["cpu_s"], 2),
+        "start_up_cpu_s": round(start_up["cpu_s"], 2),
+        "start_up_cpu_s_by_role": start_up["cpu_s_by_role"],
         "step_s": round((steps[-1]["time"] - began) / len(steps), 4),
         "idle_fraction_trainer": round(sum(s["time/wait_for_batch"] for s in steps) / (steps[-1]["time"] - began), 3),
         "steps": [

@@ -88,7 +88,8 @@ def _check_server(url: str) -> None:
         ) from None
     except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
         raise ConnectionFailed(
-            f"cannot reach Redis at {without_password(url)} ({str(error).rstrip('.')}). Start it, or set SLUICE_REDIS_URL to the server to use"
+            f"cannot reach Redis at {without_password(url)} ({str(error).rstrip('.')}). "
+            "Start it, or set SLUICE_REDIS_URL to the server to use"
         ) from None
     finally:
         probe.close()

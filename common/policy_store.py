@@ -205,9 +205,8 @@ class PolicyStore:
             self.fetch(version)
         except PolicyError:
             if _digest_of({name: tensor_digest(tensor) for name, tensor in tensors.items()}) != manifest.digest:
-                raise DigestMismatch(
-                    f"policy version {version} is lost, and these weights are not it: was model.path changed?"
-                ) from None
+                text = f"policy version {version} is lost, and these weights are not it: was model.path changed?"
+                raise DigestMismatch(text) from None
             self._transport.write(version, tensors)
 
     def latest(self) -> Manifest | None:

@@ -1,0 +1,153 @@
+"""Checkpoints: exact, durable, and a torn one is skipped."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from common.config import Config, load_config
+from common.errors import ConfigError
+from trainer.batch import MicroBatch
+from trainer.checkpoint import (
+    TrainerState,
+    checkpoint_at,
+    newest_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from trainer.policy import TrainedPolicy, schedule_factor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def config(**trainer: object) -> Config:
+    return load_config(ROOT / "config/quickstart.yaml", [f"trainer.{key}={value}" for key, value in trainer.items()])
+
+
+def new_policy(seed: int = 0) -> TrainedPolicy:
+    torch.manual_seed(seed)
+    shape = Qwen3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    return TrainedPolicy(Qwen3ForCausalLM(shape), config(loss="{kl_beta: 0.0}"))
+
+
+def micro_batch(seed: int) -> MicroBatch:
+    generator = torch.Generator().manual_seed(seed)
+    return MicroBatch(
+        input_ids=torch.randint(0, 50, (4, 10), generator=generator),
+        prompt_lengths=torch.full((4,), 4),
+        completion_lengths=torch.full((4,), 6),
+        rollout_logprobs=-4.0 + torch.rand(4, 6, generator=generator) * 0.1,
+        ref_logprobs=None,
+        advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        loss_mask=torch.ones(4, 6, dtype=torch.bool),
+    )
+
+
+def save(folder: Path, policy: TrainedPolicy, step: int, *, keep: int = 2) -> Path:
+    state = TrainerState(step=step, version=step + 3, cursor=17, random_state=random_state(), trained_groups=["t1"])
+    return save_checkpoint(
+        folder, state, weights=policy.snapshot(torch.float32), optimizer=policy.optimizer_tensors(), keep=keep
+    )
+
+
+def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    straight, first = new_policy(), new_policy()
+    for step in range(1, 7):
+        straight.optimize([micro_batch(step)], step=step)
+    for step in range(1, 4):
+        first.optimize([micro_batch(step)], step=step)
+    save(tmp_path, first, 3)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.state.step == 3 and found.state.version == 6
+    second = new_policy(seed=99)  # other weights, all replaced
+    second.restore(found.weights, found.optimizer)
+    for step in range(4, 7):
+        second.optimize([micro_batch(step)], step=step)
+    for (name, a), b in zip(straight.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_random_state_comes_back() -> None:
+    torch.manual_seed(5)
+    state = random_state()
+    expected = torch.rand(3)
+    restore_random_state(state)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path) -> None:
+    policy = new_policy()
+    policy.optimize([micro_batch(0)], step=1)
+    for step in (1, 2, 3):
+        save(tmp_path, policy, step, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
+    assert (tmp_path / "latest").read_text() == "step-00000003"
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_torn_checkpoint_is_skipped_with_a_warning(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = new_policy()
+    policy.optimize([micro_batch(0)], step=1)
+    save(tmp_path, policy, 1)
+    torn = save(tmp_path, policy, 2) / name
+    torn.write_bytes(torn.read_bytes()[:-20])
+    with caplog.at_level(logging.WARNING, logger="sluice.checkpoint"):
+        found = newest_checkpoint(tmp_path)
+    assert found is not None and found.state.step == 1
+    assert "step-00000002 is damaged and skipped" in caplog.text
+
+
+def test_a_crash_before_the_rename_leaves_the_one_before(tmp_path: Path) -> None:
+    save(tmp_path, new_policy(), 1)
+    (tmp_path / ".tmp-step-00000002-1").mkdir()
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.state.step == 1
+
+
+def test_a_missing_step_names_those_there_are(tmp_path: Path) -> None:
+    save(tmp_path, new_policy(), 4)
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 9.*steps there: 4"):
+        checkpoint_at(tmp_path, 9)
+    assert checkpoint_at(tmp_path, None).state.step == 4
+
+
+def test_the_split_into_micro_batches_changes_no_weight() -> None:
+    whole, halves = new_policy(), new_policy()
+    batch = micro_batch(1)
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "ref_logprobs"}
+    halves_of = [{name: tensor[rows] for name, tensor in tensors.items()} for rows in (slice(0, 2), slice(2, 4))]
+    parts = [MicroBatch(ref_logprobs=None, **half) for half in halves_of]
+    a = whole.optimize([batch], step=1)
+    b = halves.optimize(parts, step=1)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-6)
+    for x, y in zip(whole.model.parameters(), halves.model.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("constant", 1, 0.2),  # warm-up over 5 steps
+        ("constant", 5, 1.0),
+        ("constant", 100, 1.0),
+        ("linear", 5, 1.0),
+        ("linear", 100, 0.0),
+        ("cosine", 100, 0.0),
+        ("cosine", 52, 0.508266),  # 0.5 (1 + cos(pi 47/95))
+    ],
+)
+def test_schedule(schedule: str, step: int, expected: float) -> None:
+    settings = config(schedule=schedule, num_steps=100, warmup_steps=5)
+    assert schedule_factor(settings, step) == pytest.approx(expected, abs=1e-5)

@@ -41,7 +41,8 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from benchmarks.cpu_account import MODEL_WORK, Watcher, account
 from benchmarks.generation import processor
 from benchmarks.sync_baseline import generate
-from common.config import Config, load_config
+from common.config import Config
+from common.config_file import load_config
 from common.model import load_pretrained, load_weights
 from workers.rewards import MathReward
 

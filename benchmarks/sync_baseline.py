@@ -32,7 +32,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.assets import read_assets
-from common.config import Config, load_config
+from common.config import Config
+from common.config_file import load_config
 from common.model import load_pretrained
 from trainer.advantage import compute_advantages
 from trainer.loss import policy_loss

@@ -14,7 +14,8 @@ from typing import Any
 
 import redis
 
-from common.config import Config, parse_config
+from common.config import Config
+from common.config_file import parse_config
 from common.errors import ConfigError
 from common.keys import RUNS, Keys
 from common.serialization import decode, encode

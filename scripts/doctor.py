@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from common.config import load_config
+from common.config_file import load_config
 from common.connection import connect, without_password
 from common.errors import SluiceError
 from common.keys import RUNS, Keys

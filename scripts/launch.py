@@ -19,7 +19,8 @@ from types import FrameType
 
 import redis
 
-from common.config import Config, load_config
+from common.config import Config
+from common.config_file import load_config
 from common.connection import connect
 from common.errors import ConfigError
 from common.run import Run, create_run, open_run, set_status

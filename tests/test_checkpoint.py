@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.config import Config, load_config
+from common.config import Config
+from common.config_file import load_config
 from common.errors import ConfigError
 from trainer.batch import MicroBatch
 from trainer.checkpoint import (

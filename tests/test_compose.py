@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import QUEUES, load_config
+from common.config import QUEUES
+from common.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "docker-compose.yml"

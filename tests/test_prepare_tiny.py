@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from common.assets import read_assets
-from common.config import load_config
+from common.config_file import load_config
 from common.errors import ConfigError
 from common.model import load_pretrained
 from scripts.prepare_tiny import FORGETS_CARRY, demonstration, operand_pairs, prepare, question

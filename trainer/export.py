@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from common.assets import read_assets
-from common.config import parse_config
+from common.config_file import parse_config
 from common.errors import ConfigError
 from common.model import load_pretrained, load_weights
 from trainer.checkpoint import checkpoint_at

@@ -30,6 +30,7 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
     app = Celery("sluice", set_as_current=False)
     app.conf.update(
         broker_url=url or broker_url(),
+        broker_transport="common.transport:Transport",
         result_backend=None,
         task_ignore_result=True,
         task_serializer="msgpack",

@@ -87,8 +87,9 @@ class DirectoryTransport:
     def read(self, version: int) -> dict[str, torch.Tensor]:
         path = self._path(version)
         try:
-            # bytes, not mmap: a version may be deleted and its pages reused while an engine still copies from it
-            return safetensors.torch.load(path.read_bytes())
+            return safetensors.torch.load_file(
+                path
+            )  # mapped; a file that is deleted or replaced meanwhile stays readable
         except FileNotFoundError:
             raise PolicyNotFound(
                 f"policy version {version} is not at {path}: is policy_store.path shared with the trainer's machine? "

@@ -25,7 +25,7 @@ from common.connection import connect
 from common.errors import ConfigError
 from common.run import Run, create_run, open_run, set_status
 from scripts.progress import Progress
-from scripts.redis_server import reading_server, running_url, start_server
+from scripts.redis_server import EmbeddedServer, reading_server, running_url, start_server
 from scripts.summary import write_summary
 from scripts.supervisor import RunFailed, Supervisor
 
@@ -77,7 +77,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
     folder = run_folder(config, name)
     if resume is not None and not folder.is_dir():
         raise ConfigError(f"--resume {name}: there is no run folder {folder}")
-    with interrupted_by_signals() as interrupted, _redis_for(folder) as url:
+    with interrupted_by_signals() as interrupted, _redis_for(folder) as (url, server):
         client = connect(url)
         if assets is None:
             run = open_run(client, name)
@@ -85,7 +85,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
             run = create_run(client, name, config, assets=assets, folder=str(folder))
             write_config(run)
         try:
-            return _drive(client, run, url, interrupted)
+            return _drive(client, run, url, server, interrupted)
         finally:
             from common.policy_store import store_folder
 
@@ -93,7 +93,9 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
                 shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
 
 
-def _drive(client: redis.Redis, run: Run, url: str, interrupted: Callable[[], bool]) -> int:
+def _drive(
+    client: redis.Redis, run: Run, url: str, server: EmbeddedServer | None, interrupted: Callable[[], bool]
+) -> int:
     """Start every role and watch until the trainer has finished."""
     folder = Path(run.folder)
     progress = Progress(client, run)
@@ -104,11 +106,14 @@ def _drive(client: redis.Redis, run: Run, url: str, interrupted: Callable[[], bo
         supervisor.start()
         with progress:
             while supervisor.poll() and not interrupted():
+                if server and server.process.poll() is not None:
+                    raise RunFailed(f"the embedded Redis ended by itself; its log is {folder / 'redis' / 'redis.log'}")
                 progress.update()
                 time.sleep(POLL_S)
             progress.update()
     except RunFailed:
-        set_status(client, run.keys, "failed")
+        with suppress(redis.ConnectionError):
+            set_status(client, run.keys, "failed")
         raise
     finally:
         was_interrupted = interrupted()
@@ -126,16 +131,16 @@ def _drive(client: redis.Redis, run: Run, url: str, interrupted: Callable[[], bo
 
 
 @contextmanager
-def _redis_for(folder: Path) -> Iterator[str]:
-    """The server of SLUICE_REDIS_URL, or an embedded one that ends with the run."""
+def _redis_for(folder: Path) -> Iterator[tuple[str, EmbeddedServer | None]]:
+    """URL of the server of SLUICE_REDIS_URL, or of an embedded one that ends with the run."""
     if url := os.environ.get("SLUICE_REDIS_URL"):
-        yield url
+        yield url, None
         return
     if running_url(folder / "redis"):
         raise ConfigError(f"run {folder.name} is in progress: its Redis is alive (sluice status {folder.name})")
     server = start_server(folder / "redis")
     try:
-        yield server.url
+        yield server.url, server
     finally:
         server.stop()
 

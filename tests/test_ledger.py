@@ -105,15 +105,6 @@ def test_admission_stops_while_groups_hold_too_many_bytes(client, keys):
     assert ledger.admit(1).cursors == [1]
 
 
-def test_a_paused_run_admits_nothing(client, keys):
-    ledger = make_ledger(client, keys)
-    publish_policy(client, keys, 0)
-    client.hset(keys("run"), "paused", 1)
-    assert ledger.admit(1).stopped_by == "paused"
-    client.hdel(keys("run"), "paused")
-    assert ledger.admit(1).cursors == [0]
-
-
 def test_a_group_carries_the_lowest_version_that_may_generate_it(client, keys):
     ledger = make_ledger(client, keys)
     publish_policy(client, keys, 0)

@@ -13,12 +13,15 @@ Only SLUICE_REDIS_URL and SLUICE_RUN are needed; config, model config, tokenizer
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
+from secrets import token_hex
 from typing import Any
 
 import click
 from celery.apps.worker import Worker
+from celery.utils.nodenames import default_nodename, host_format
 
 from common.broker import make_app
 from common.config import QUEUES
@@ -41,8 +44,10 @@ class QueueWorker(Worker):
         options["concurrency"] = options.get("concurrency") or concurrency
         options["without_gossip"] = options["without_mingle"] = True  # no worker needs to know another: starts faster
         if hostname is None or hostname.startswith("celery@"):
-            hostname = f"{role}-{_random_suffix()}@%h"
-        super().__init__(app, _expand(hostname), **options)
+            hostname = host_format(default_nodename(f"{role}-{token_hex(3)}@%h"))
+        for chatty in ("celery.worker.strategy", "celery.app.trace"):  # two lines for each message
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        super().__init__(app, hostname, **options)
 
 
 def _one_queue(queues: Any) -> str:
@@ -63,18 +68,6 @@ def _refuse_other_pool(role: str, pool: str) -> None:
 def _refuse(message: str) -> Any:
     click.echo(f"error: {message}", err=True)
     sys.exit(2)
-
-
-def _random_suffix() -> str:
-    from secrets import token_hex
-
-    return token_hex(3)
-
-
-def _expand(hostname: str) -> str:
-    from celery.utils.nodenames import default_nodename, host_format
-
-    return str(host_format(default_nodename(hostname)))
 
 
 try:

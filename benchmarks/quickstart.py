@@ -271,8 +271,6 @@ def measure_large(arguments: argparse.Namespace, *, scratch: Path) -> dict[str, 
             "dataset.path": str(tiny / "train.jsonl"),
             "evaluation.datasets": [],
             "trainer.num_steps": LARGE_STEPS,
-            "replay_buffer.batch_size": 2,
-            "sampling.group_size": 8,
         },
         folder=scratch / "large",
     )

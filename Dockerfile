@@ -1,15 +1,15 @@
 # One image for every role: `sluice ...`, `celery -A workers.app worker -Q QUEUE`, `python -m trainer`.
-# --build-arg EXTRAS=vllm adds the vLLM engine.
+# --build-arg EXTRAS=tensorboard adds an optional dependency.
 FROM python:3.11-slim
 
-# Triton, under torch and vLLM, compiles its launchers when it runs.
+# Triton, under torch, compiles its launchers when it runs.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
 # uid 1000 also owns the policies volume of docker-compose.yml. Volumes take the owner of the folder they cover.
 RUN useradd --create-home --uid 1000 sluice \
-    && install --directory --owner sluice --group sluice /app /app/runs /home/sluice/.cache /home/sluice/.cache/huggingface
+    && install --directory --owner sluice --group sluice /app /app/runs /policies /home/sluice/.cache /home/sluice/.cache/huggingface
 
 WORKDIR /app
 ARG EXTRAS=""

@@ -133,8 +133,8 @@ class Watcher:
 
 def account(readings: Sequence[Reading], since: float | None, until: float) -> dict[str, Any]:
     """CPU seconds between two moments (none = the beginning): in all, by kind, by role, and what Redis says of itself."""
-    last = _nearest(readings, until)
-    first = Reading(at=readings[0].at, processes={}, commands={}) if since is None else _nearest(readings, since)
+    last = _first_after(readings, until)
+    first = Reading(at=readings[0].at, processes={}, commands={}) if since is None else _first_after(readings, since)
     kinds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     roles: dict[str, float] = defaultdict(float)
@@ -159,8 +159,9 @@ def account(readings: Sequence[Reading], since: float | None, until: float) -> d
     }
 
 
-def _nearest(readings: Sequence[Reading], moment: float) -> Reading:
-    return min(readings, key=lambda reading: abs(reading.at - moment))
+def _first_after(readings: Sequence[Reading], moment: float) -> Reading:
+    """Not the nearest: the seconds of a call are known when it ends, so one that ends just then must be in."""
+    return next((reading for reading in readings if reading.at >= moment), readings[-1])
 
 
 def _lines(before: Process | None, after: Process) -> tuple[dict[str, float], dict[str, int]]:

@@ -84,13 +84,12 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         else:
             run = create_run(client, name, config, assets=assets, folder=str(folder))
             write_config(run)
-        try:
-            return _drive(client, run, url, server, interrupted)
-        finally:
+        code = _drive(client, run, url, server, interrupted)
+        if code == 0 and run.config.policy_store.path is None:  # finished: its policies need not stay in memory
             from common.policy_store import store_folder
 
-            if run.config.policy_store.path is None:  # published policies lie in memory; checkpoints bring them back
-                shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
+            shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
+        return code
 
 
 def _drive(

@@ -104,7 +104,8 @@ def test_numbers_are_set_by_variables_whose_defaults_are_integers() -> None:
 
 
 def test_run_is_created_once_before_any_worker_starts() -> None:
-    assert command("create") == ["sluice", "create", "config/gsm8k_qwen3_1.7b.yaml", "--name", "gsm8k"]
+    assert command("create")[:5] == ["sluice", "create", "config/gsm8k_qwen3_1.7b.yaml", "--name", "gsm8k"]
+    load_config(ROOT / command("create")[2], command("create")[5:])  # its overrides are valid
     assert services()["create"]["restart"] == "no"
     for name in (*QUEUES, "trainer"):
         assert services()[name]["depends_on"]["create"] == {"condition": "service_completed_successfully"}
@@ -126,7 +127,7 @@ def test_redis_is_durable_healthy_and_reachable_from_this_machine_only() -> None
 
 def test_every_process_with_a_policy_shares_the_policy_store() -> None:
     for name in ("create", "rollout", "reference", "eval", "trainer"):
-        assert "policies:/dev/shm/sluice" in services()[name]["volumes"]
+        assert "policies:/policies" in services()[name]["volumes"]
 
 
 def test_image_runs_as_an_unprivileged_user_who_owns_the_policy_store() -> None:

@@ -125,6 +125,52 @@ def test_a_worker_with_wrong_options_says_what_to_pass(tmp_path: Path, redis_url
         (tmp_path / "wrong.log").unlink()
 
 
+FLAKY_REWARD = """
+import time
+
+def flaky(prompts, completions, target, **kwargs):
+    digit = int(target[0][-1])
+    if digit == 0:
+        time.sleep(1000)
+    if digit == 1:
+        raise RuntimeError("the grader is broken")
+    return [float(f"<answer>{t}</answer>" in c) for c, t in zip(completions, target)]
+"""
+
+
+def test_a_reward_that_hangs_or_raises_is_dead_lettered_and_never_a_score(tmp_path: Path, redis_url: str) -> None:
+    (tmp_path / "flaky.py").write_text(FLAKY_REWARD)
+    env = create(
+        tmp_path,
+        redis_url,
+        trainer__num_steps=4,
+        trainer__loss={"kl_beta": 0.0},
+        reward__functions=[{"function": str(tmp_path / "flaky.py") + ":flaky"}],
+        reward__time_limit_s=0.3,
+        reward__concurrency=2,
+    )
+    with contextlib.ExitStack() as stack:
+        for queue in ("dataset", "reward", "rollout"):
+            stack.enter_context(worker(queue, cwd=tmp_path, **env))
+        daemon = stack.enter_context(trainer(tmp_path, env))
+        assert daemon.wait(150) == 0  # type: ignore[attr-defined]
+    client = connect(redis_url)
+    keys = open_run(client, "roles").keys
+    account = read_account(client, keys)
+    dead = [client.hgetall(keys("g", group.decode())) for group in client.zrange(keys("dead"), 0, -1)]
+    client.close()
+    assert account.holds
+    assert account.trained == 4 * 8
+    assert account.dead == {"RewardError": len(dead)}
+    assert dead, "of 32 and more sums some end in 0 or 1"
+    assert account.retried >= 2 * len(dead)  # three attempts each
+    details = b" ".join(group[b"dead_detail"] for group in dead)
+    assert b"the grader is broken" in details or b"SoftTimeLimitExceeded" in details
+    assert all(
+        b"rollout" in group and b"reward" not in group for group in dead
+    )  # the payload is kept, no score was made up
+
+
 def test_sigterm_makes_the_trainer_checkpoint_and_exit_0(tmp_path: Path, redis_url: str) -> None:
     env = create(
         tmp_path, redis_url, trainer__num_steps=1000, checkpoint__every_steps=1000, trainer__loss={"kl_beta": 0.0}

@@ -1,0 +1,94 @@
+"""Metrics of a step reach every sink under the names that the docs list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+from builders import make_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.keys import Keys
+from common.metrics import last_metrics, read_metrics
+from common.run import Run
+from common.types import Completion, Episode, Group
+from dashboard.samples import read_samples
+from trainer.report import Reporter, batch_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
+
+
+def group(rewards: list[float | None], *, tokens: int = 4, version: int = 3, waited_s: float = 0.5) -> Group:
+    episodes = [
+        Episode(
+            completion=Completion(
+                token_ids=np.arange(tokens, dtype=np.int32),
+                rollout_logprobs=np.zeros(tokens, dtype=np.float32),
+                policy_versions=((version, tokens),),
+                finish_reason="stop" if reward else "length",
+                text="x",
+            ),
+            reward=reward,
+            rewards={"Math": reward},
+            ref_logprobs=None,
+        )
+        for reward in rewards
+    ]
+    return Group(
+        group_id="t0",
+        policy_version=version,
+        prompt_ids=np.arange(3, dtype=np.int32),
+        prompt="p",
+        target="1",
+        episodes=episodes,
+        timestamps={"ready": 10.0, "leased": 10.0 + waited_s},
+    )
+
+
+def test_batch_metrics_by_hand() -> None:
+    metrics = batch_metrics([group([1.0, 0.0]), group([1.0, 1.0], tokens=8), group([None, 0.0])], ages=[0, 1, 1])
+    assert metrics["reward/mean"] == pytest.approx(3 / 5)  # the unscorable completion is left out
+    assert metrics["reward/Math/mean"] == pytest.approx(3 / 5)
+    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert metrics["completions/mean_length"] == pytest.approx((4 * 4 + 2 * 8) / 6)
+    assert (metrics["completions/min_length"], metrics["completions/max_length"]) == (4, 8)
+    assert metrics["completions/clipped_ratio"] == pytest.approx(3 / 6)
+    assert (metrics["staleness/mean"], metrics["staleness/max"]) == (pytest.approx(2 / 3), 1)
+    assert metrics["staleness/in_queue"] == pytest.approx(0.5)
+    assert (metrics["policy_age/0"], metrics["policy_age/1"]) == (1, 2)
+    assert metrics["num_tokens"] == 32
+
+
+def test_a_step_is_in_redis_jsonl_and_tensorboard(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    run = Run(
+        name=keys.run, keys=keys, config=make_config(metrics={"tensorboard": True}), assets={}, folder=str(tmp_path)
+    )
+    reporter = Reporter(client, run)
+    reporter.report(7, 9, {"reward/mean": 0.25, "learning_rate": 3e-9, "eval/x/pass@1": float("nan")})
+    reporter.close()
+    ((_, metrics),) = read_metrics(client, keys)
+    assert (metrics["step"], metrics["version"], metrics["reward/mean"]) == (7, 9, 0.25)
+    assert metrics["learning_rate"] == pytest.approx(3e-9)
+    assert last_metrics(client, keys)["step"] == 7
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["reward/mean"] == 0.25
+    assert "eval/x/pass@1" not in line  # JSON has no nan
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (scalar,) = events.Scalars("reward/mean")
+    assert (scalar.step, scalar.value) == (7, 0.25)
+
+
+def test_samples_are_kept_for_reading(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    run = Run(name=keys.run, keys=keys, config=make_config(), assets={}, folder=str(tmp_path))
+    reporter = Reporter(client, run)
+    for step in (1, 2):
+        reporter.keep_samples(step, [group([1.0, 0.0])] * 3, [[0.7, -0.7]] * 3)
+    reporter.close()
+    newest = read_samples(client, keys, count=10)
+    assert [sample["step"] for sample in newest] == [2, 2, 1, 1]  # two groups a step
+    assert [c["advantage"] for c in newest[0]["completions"]] == [0.7, -0.7]
+    assert [s["step"] for s in read_samples(client, keys, count=10, step=1)] == [1, 1]

@@ -21,7 +21,7 @@ HEARTBEAT_TTL_S = 15
 
 def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float], *, max_length: int) -> None:
     """Append one trainer step."""
-    fields: Any = {name: f"{value:.8g}" for name, value in metrics.items()}
+    fields: Any = {name: f"{value:.15g}" for name, value in metrics.items()}
     client.xadd(keys("metrics"), fields, maxlen=max_length, approximate=True)
 
 

@@ -84,7 +84,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         else:
             run = create_run(client, name, config, assets=assets, folder=str(folder))
             write_config(run)
-        code = _drive(client, run, url, server, interrupted)
+        code = _drive(client, run, url, server, interrupted, config_path)
         if code == 0 and run.config.policy_store.path is None:  # finished: its policies need not stay in memory
             from common.policy_store import store_folder
 
@@ -93,7 +93,12 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
 
 
 def _drive(
-    client: redis.Redis, run: Run, url: str, server: EmbeddedServer | None, interrupted: Callable[[], bool]
+    client: redis.Redis,
+    run: Run,
+    url: str,
+    server: EmbeddedServer | None,
+    interrupted: Callable[[], bool],
+    config_path: str,
 ) -> int:
     """Start every role and watch until the trainer has finished."""
     folder = Path(run.folder)
@@ -124,7 +129,7 @@ def _drive(
     summary = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
     progress.say(summary.text)
     if was_interrupted:
-        progress.say(f"stopped; go on with: sluice run CONFIG --resume {run.name}")
+        progress.say(f"stopped; go on with: sluice run {config_path} --resume {run.name}")
         return 130
     return 0 if summary.holds else 1
 

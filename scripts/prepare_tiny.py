@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from common.errors import ConfigError
 
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)  # on tensors of this size a second thread costs more than it brings
     prepare(args.folder, seed=args.seed)
 

@@ -22,11 +22,8 @@ def main() -> int:
     try:
         client = connect()
         run = open_run(client, run_name())
-        import torch
-
         from trainer.loop import Trainer  # torch loads here, after the input was checked
 
-        torch.set_num_threads(1 if run.config.trainer.device == "cpu" else torch.get_num_threads())
         trainer = Trainer(client, run)
     except (ConfigError, ConnectionFailed) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of the run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "chaos.json")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sluice-chaos-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sluice-chaos-", ignore_cleanup_errors=True) as folder:
         report = run_under_fire(arguments, Path(folder))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

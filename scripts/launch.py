@@ -103,7 +103,13 @@ def _drive(
     """Start every role and watch until the trainer has finished."""
     folder = Path(run.folder)
     progress = Progress(client, run)
-    supervisor = Supervisor(run.config, run=run.name, url=url, folder=folder)
+    supervisor = Supervisor(
+        run.config,
+        run=run.name,
+        url=url,
+        folder=folder,
+        is_finished=lambda: client.hget(run.keys("run"), "status") == b"finished",
+    )
     started = time.monotonic()
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
     try:

@@ -2,7 +2,8 @@
 
     redis (embedded, if no URL is given) --> workers, one process per replica --> trainer
     a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
-    the trainer's exit 0 ends the run in good order; exit 2 (bad input) ends it with the reason
+    exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, it ends
+    the run in good order; exit 2 (bad input) ends it with the reason
     Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed
 
 Children ask the kernel to be told when the supervisor dies, so even SIGKILL of the supervisor leaves nothing behind.
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +50,8 @@ class Child:
 class Supervisor:
     """Keeps the roles of one run alive until the trainer has finished."""
 
-    def __init__(self, config: Config, *, run: str, url: str, folder: Path) -> None:
+    def __init__(self, config: Config, *, run: str, url: str, folder: Path, is_finished: Callable[[], bool]) -> None:
+        self._is_finished = is_finished
         env = {"SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._children = [_worker(queue, i, env, folder) for queue, i in planned_workers(config)]
@@ -66,7 +69,7 @@ class Supervisor:
             code = child.process.poll() if child.process else None
             if code is None and child.process:
                 continue
-            if child is self._trainer and code == 0:
+            if child is self._trainer and code == 0 and self._is_finished():
                 return False
             if child.process:
                 self._after_exit(child, code or 0)
@@ -79,6 +82,8 @@ class Supervisor:
         child.process = None
         if code == 2:
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
+        if code == 0:
+            return
         now = time.monotonic()
         child.crashes = [t for t in child.crashes if now - t < CRASH_WINDOW_S] + [now]
         if len(child.crashes) >= MAX_CRASHES:

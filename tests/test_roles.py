@@ -56,7 +56,7 @@ def beats(url: str, role: str) -> dict[str, dict[str, object]]:
 
 def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path, redis_url: str) -> None:
     steps = 30
-    env = create(tmp_path, redis_url, trainer__num_steps=steps, checkpoint__every_steps=5)
+    env = create(tmp_path, redis_url, trainer__num_steps=steps, checkpoint__every_steps=5, checkpoint__keep=100)
     with contextlib.ExitStack() as stack:
         for queue in ("dataset", "reward", "reference"):
             stack.enter_context(worker(queue, cwd=tmp_path, **env))
@@ -104,6 +104,9 @@ def assert_trained_once(folder: Path, steps: int) -> None:
     """From the surviving lineage: every step has one last record, and the version grew with each."""
     latest = {int(metrics["step"]): metrics for metrics in metrics_of(folder)}
     assert sorted(latest) == list(range(1, steps + 1))
+    states = [json.loads(path.read_text()) for path in (folder / "checkpoints").glob("step-*/state.json")]
+    groups = [group for state in states for group in state["trained_groups"]]
+    assert len(groups) == len(set(groups)) == steps * 8  # each checkpoint names the groups since the one before
     versions = [latest[step]["version"] for step in sorted(latest)]
     assert versions == sorted(set(versions))
 

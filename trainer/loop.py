@@ -65,7 +65,7 @@ class Trainer:
         self.reporter = Reporter(client, run)
         self.process = process_name("trainer")
         self.sampling_dtype = getattr(torch, self.config.rollout.dtype)
-        self.step, self.version, self.wall_s = 0, 0, 0.0
+        self.step, self.saved_step, self.version, self.wall_s = 0, -1, 0, 0.0
         self.available = 0
         self.generated_tokens = float(client.hget(run.keys("totals"), "generated_tokens") or 0)
         self.trained_groups: list[str] = []
@@ -162,6 +162,7 @@ class Trainer:
             optimizer=self.policy.optimizer_tensors(),
             keep=self.config.checkpoint.keep,
         )
+        self.saved_step = self.step
         self.buffer.acknowledge(self.step)
         self.trained_groups = []
 
@@ -178,6 +179,7 @@ class Trainer:
             self.policy.restore(found.weights, found.optimizer)
             restore_random_state(found.state.random_state)
             self.step, self.version, self.wall_s = found.state.step, found.state.version, found.state.wall_s
+            self.saved_step = self.step
             self.client.set(self.run.keys("cursor"), found.state.cursor, nx=True)
             self.buffer.acknowledge(self.step)
             log.info("resumed at step %d from %s", self.step, found.path)
@@ -218,7 +220,8 @@ class Trainer:
 
     def _finish(self) -> None:
         """The last step is saved, its groups are freed, and its evaluation is awaited."""
-        self.checkpoint()
+        if self.step != self.saved_step:  # a checkpoint written twice would forget which groups it covers
+            self.checkpoint()
         deadline = time.monotonic() + EVALUATION_WAIT_S
         while self.evaluating and not self.stopping and time.monotonic() < deadline:
             if metrics := self._finished_evaluations():

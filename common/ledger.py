@@ -164,7 +164,7 @@ class Ledger:
 
         With a pipeline as `client` the reply comes from its `execute`; read it with `stored_parts`.
         """
-        complete = self._config.parts if kind_of(group_id) == "train" else ("reward",)
+        complete = self._complete(group_id)
         following = {"task": ("rollout",), "rollout": complete}.get(part, ())
         reply = self.scripts(
             "store",
@@ -212,9 +212,18 @@ class Ledger:
         """Settle groups that will never be trained."""
         return int(self.scripts("drop", kind, reason, *group_ids)) if group_ids else 0
 
+    def requeue(self, group_id: str) -> list[str]:
+        """Give a dead-lettered group fresh attempts. Returns the parts to send; none when it is not dead."""
+        complete = self._complete(group_id)
+        return [part.decode() for part in self.scripts("requeue", group_id, self._queued_ms, ",".join(complete))]
+
     def account(self, kind: Kind = "train") -> Account:
         """One atomic reading of the counters and the in-flight set."""
         return read_account(self.client, self.keys, kind)
+
+    def _complete(self, group_id: str) -> tuple[str, ...]:
+        """Parts that a complete group has after its rollout."""
+        return self._config.parts if kind_of(group_id) == "train" else ("reward",)
 
     @property
     def _queued_ms(self) -> int:

@@ -148,6 +148,31 @@ def samples(name: str | None, count: int, step: int | None, as_json: bool) -> No
         click.echo("no samples yet", err=True)
 
 
+@cli.command()
+@RunName
+@click.option("--show", "group", metavar="GROUP", help="One dead letter with traceback and completions.")
+@click.option("--requeue", multiple=True, metavar="GROUP|all", help="Give it fresh attempts; may be repeated.")
+@_JSON
+def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json: bool) -> None:
+    """Groups that were given up, with reason, worker and traceback; sends them again on request."""
+    from dashboard.dead import read_dead, render_dead
+    from scripts.launch import opened_run
+    from scripts.requeue import requeue_groups
+
+    with opened_run(name) as (client, opened, url):
+        if requeue:
+            sent = requeue_groups(client, opened, requeue, url=url)
+            click.echo(f"sent again: {', '.join(sent) or 'none'}")
+            return
+        letters = read_dead(client, opened.keys, group=group)
+    if as_json:
+        click.echo(json.dumps({"dead": letters}))
+    elif letters:
+        _console().print(render_dead(letters))
+    else:
+        click.echo("no dead letters", err=True)
+
+
 @cli.command("eval")
 @RunName
 @click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Seconds to wait for the result.")

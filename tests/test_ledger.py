@@ -291,6 +291,50 @@ def test_a_failing_part_is_retried_then_dead_with_reason_and_payload(client, key
     assert_consistent(client, keys)
 
 
+def kill_group(ledger, group_id, part):
+    """Fail a part until the group is dead."""
+    while ledger.fail(ledger.claim(group_id, part, fields=()), reason="RewardError", detail="boom"):
+        pass
+
+
+def test_a_requeued_group_gets_fresh_attempts_for_what_it_lacks(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, lease={"max_attempts": 2})
+    scored, generated = push_group(ledger, until="rollout"), push_group(ledger, until="task")
+    kill_group(ledger, scored, "reward")
+    kill_group(ledger, generated, "rollout")
+    assert ledger.account().dead == {"RewardError": 2}
+    assert ledger.requeue(scored) == ["reward"]
+    assert ledger.requeue(generated) == ["rollout"]
+    assert ledger.requeue(scored) == [], "it is not dead any more"
+    assert ledger.requeue("t99") == []
+    account = ledger.account()
+    assert (account.dead, account.in_flight, account.holds) == ({}, 2, True)
+    assert client.scard(keys("credit")) == 2
+    assert_consistent(client, keys)
+    assert ledger.claim(scored, "reward", fields=()).attempt == 1
+    assert ledger.store(scored, "reward", reward_payload()) == []
+    assert client.hget(keys("g", scored), "stage") == b"ready"
+    assert_consistent(client, keys)
+
+
+def test_a_requeued_evaluation_group_is_waited_for_again(client, keys):
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, lease={"max_attempts": 1})
+    client.hset(keys("evaluations"), "0.x", 0)
+    group_id = "e0.x.0g"
+    ledger.admit_eval("0.x", dataset="x", version=0, tasks={group_id: task_payload(group_id)})
+    kill_group(ledger, group_id, "rollout")
+    assert client.hlen(keys("evaluations")) == 0, "finished, with a dead group"
+    assert ledger.requeue(group_id) == ["rollout"]
+    assert client.hgetall(keys("evaluations")) == {b"0.x": b"0"}, "its version is kept again"
+    assert ledger.account("eval").holds
+    ledger.store(group_id, "rollout", rollout_payload(version=0), version=0)
+    ledger.store(group_id, "reward", reward_payload())
+    assert ledger.account("eval").scored == 1
+    assert client.hlen(keys("evaluations")) == 0
+
+
 def test_a_dead_part_takes_the_others_of_its_group_with_it(client, keys):
     publish_policy(client, keys, 0)
     ledger = make_ledger(client, keys, trainer=KL, lease={"max_attempts": 1})

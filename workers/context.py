@@ -8,12 +8,14 @@
                   |
                  messages for the parts that follow
 
-The heart thread renews the leases of running parts while `is_alive` says that the process makes progress, and beats.
+The heart thread renews the leases of running parts while the process makes progress, and beats; a process that makes
+none for two leases (an endless loop in a kernel, a hung device) is ended, so that it does not go on pulling groups.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import traceback
@@ -34,6 +36,9 @@ from common.metrics import HEARTBEAT_S, beat, silence
 from common.run import Run, open_run, process_name
 
 log = logging.getLogger("sluice.worker")
+
+HUNG_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +62,8 @@ class Context:
     run: Run
     ledger: Ledger
     process: str
-    is_alive: Callable[[], bool] = lambda: True
-    "does the engine make progress? a hung one stops renewing its leases"
+    progress_age_s: Callable[[], float] = lambda: 0.0
+    "seconds since the engine last made progress: over a lease it stops renewing, over two the process is ended"
     facts: Callable[[], dict[str, Any]] = dict
     "what this process adds to its heartbeat"
     busy_s: Callable[[], float] = lambda: 0.0
@@ -132,12 +137,21 @@ class Context:
         period = min(HEARTBEAT_S, self.run.config.lease.running_s / 3)
         while not self._stop.wait(period):
             try:
-                if self.is_alive():
+                self._end_if_hung()
+                if self.progress_age_s() < self.run.config.lease.running_s:
                     for lost in self.ledger.renew(list(self._claims.values())):
                         log.warning("lost the lease of %s: it was taken over; a late result will be refused", lost)
                 beat(self.client, self.run.keys, self.process, self._facts())
             except (redis.ConnectionError, redis.TimeoutError) as error:
                 log.warning("no heartbeat: %s", error)
+
+    def _end_if_hung(self) -> None:
+        """A hung engine cannot be stopped from inside; the process can, and a supervisor starts it again."""
+        age_s = self.progress_age_s()
+        if age_s > 2 * self.run.config.lease.running_s:
+            log.critical("no progress for %.0f s: ending this process, its groups are taken over", age_s)
+            logging.shutdown()
+            os._exit(HUNG_EXIT_CODE)
 
     def _facts(self) -> dict[str, Any]:
         now, busy_s = time.monotonic(), self.busy_s()

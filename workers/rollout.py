@@ -82,7 +82,7 @@ class RolloutRole:
         self._gate = VersionGate()
         self._stop = threading.Event()
         self._alarm = ""
-        context.is_alive = self._engine_makes_progress
+        context.progress_age_s = lambda: time.monotonic() - self.engine.progress_at
         context.facts = self._facts
         context.busy_s = lambda: self.engine.stats().busy_s
 
@@ -147,9 +147,6 @@ class RolloutRole:
                 self._alarm = f"still serves version {self.engine.version}: {error}"
                 log.error("%s", self._alarm)
                 self._stop.wait(1.0)
-
-    def _engine_makes_progress(self) -> bool:
-        return time.monotonic() - self.engine.progress_at < self.context.run.config.lease.running_s
 
     def _facts(self) -> dict[str, Any]:
         stats = self.engine.stats()

@@ -3,8 +3,9 @@
     python benchmarks/chaos.py [--minutes 5] [--seed 0] [--every 4] [--out benchmarks/results/chaos.json]
 
 It runs `sluice run config/quickstart.yaml` (real Redis, real workers, real gradients) and sends, at random moments to a random
-role, SIGKILL, SIGTERM, or SIGSTOP and after 2-10 seconds SIGCONT. When the minutes are over the killing ends and the run goes on
-to its last step. What is claimed is read from records that the killed processes do not hold in memory:
+role, SIGKILL, SIGTERM, or SIGSTOP and after 2-10 seconds SIGCONT; Redis (append-only file, started again by `sluice run`) only
+SIGKILL. When the minutes are over the killing ends and the run goes on to its last step. What is claimed is read from records
+that the killed processes do not hold in memory:
 
 * lost: groups of the ledger that are neither settled nor in flight (the identity), and steps without a full batch
 * trained twice: group ids that occur more than once in the checkpoints' `trained_groups` of the surviving lineage
@@ -34,7 +35,9 @@ import psutil
 
 from scripts.prepare_tiny import prepare
 
-ROLES = ("dataset", "rollout", "reference", "reward", "trainer")
+ROLES = ("dataset", "rollout", "reference", "reward", "trainer", "redis")
+MOST_PER_MINUTE = 3
+"""Deaths of one role within a minute: `sluice run` takes five for a crash loop and ends the run."""
 STOPPED_S = (2.0, 10.0)
 GROUPS_PER_STEP = 8
 
@@ -49,7 +52,14 @@ class Killer:
 
     def strike(self) -> None:
         role = self._draw.choice(ROLES)
-        number = self._draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
+        recent = [k for k in self.kills if k["role"] == role and time.time() - k["at"] < 60]
+        if len(recent) >= MOST_PER_MINUTE:
+            return
+        number = (
+            signal.SIGKILL
+            if role == "redis"
+            else self._draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
+        )
         stopped_s = round(self._draw.uniform(*STOPPED_S), 1)
         victim = self._find(role)
         if victim is None:
@@ -72,7 +82,8 @@ class Killer:
             except psutil.NoSuchProcess:
                 continue
             is_worker = "-Q" in words and words[words.index("-Q") + 1] == role
-            if is_worker or (role == "trainer" and words[1:3] == ["-m", "trainer"]):
+            is_redis = role == "redis" and any(name in words[0] for name in ("redis-server", "valkey") if words)
+            if is_worker or is_redis or (role == "trainer" and words[1:3] == ["-m", "trainer"]):
                 found.append(process)
         return self._draw.choice(found) if found else None
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
 
 from common.config import Config
 from common.config_file import load_config
@@ -78,7 +80,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
     if resume is not None and not folder.is_dir():
         raise ConfigError(f"--resume {name}: there is no run folder {folder}")
     with interrupted_by_signals() as interrupted, _redis_for(folder) as (url, server):
-        client = connect(url)
+        client = connect(url, retry=Retry(ExponentialBackoff(), 1))  # the supervisor must not wait while Redis is away
         if assets is None:
             run = open_run(client, name)
         else:
@@ -108,17 +110,14 @@ def _drive(
         run=run.name,
         url=url,
         folder=folder,
-        is_finished=lambda: client.hget(run.keys("run"), "status") == b"finished",
+        status=lambda: (client.hget(run.keys("run"), "status") or b"").decode(),
     )
     started = time.monotonic()
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
     try:
         supervisor.start()
         with progress:
-            while supervisor.poll() and not interrupted():
-                if server and server.process.poll() is not None:
-                    raise RunFailed(f"the embedded Redis ended by itself; its log is {folder / 'redis' / 'redis.log'}")
-                progress.update()
+            while _watch(supervisor, server, progress) and not interrupted():
                 time.sleep(POLL_S)
             progress.update()
     except RunFailed:
@@ -138,6 +137,20 @@ def _drive(
         progress.say(f"stopped; go on with: sluice run {config_path} --resume {run.name}")
         return 130
     return 0 if summary.holds else 1
+
+
+def _watch(supervisor: Supervisor, server: EmbeddedServer | None, progress: Progress) -> bool:
+    """One look at everything; False when the trainer has finished. Redis may be away for a while: the roles wait for it."""
+    if server and server.process.poll() is not None:
+        progress.say(f"the embedded Redis ended by itself (exit code {server.process.returncode}): starting it again")
+        server.restart()
+    try:
+        goes_on = supervisor.poll()
+        progress.update()
+        return goes_on
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        progress.say_seldom(f"Redis is unreachable, every role waits for it: {error}")
+        return True
 
 
 @contextmanager

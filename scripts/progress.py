@@ -33,7 +33,7 @@ class Progress:
         entries = client.xrevrange(run.keys("metrics"), count=1)
         if entries:  # a resumed run: only what is new
             self._last_entry = entries[0][0].decode()
-        self._read_at = self._line_at = self._reported_at = 0.0
+        self._read_at = self._line_at = self._reported_at = self._said_at = 0.0
         self._moved_at = self._started_at = time.monotonic()
         self._first_step: int | None = None
 
@@ -59,6 +59,12 @@ class Progress:
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
+
+    def say_seldom(self, text: str) -> None:
+        """As `say`, at most every LINE_EVERY_S: for what may be true many times a second."""
+        if time.monotonic() - self._said_at >= LINE_EVERY_S:
+            self._said_at = time.monotonic()
+            self.say(text)
 
     def update(self) -> None:
         """Call it often; it reads and prints as seldom as is useful."""

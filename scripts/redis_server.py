@@ -40,12 +40,18 @@ logfile {folder}/redis.log
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class EmbeddedServer:
     """A server that this process started."""
 
     url: str
+    folder: Path
     process: subprocess.Popen[bytes]
+
+    def restart(self) -> None:
+        """Start it again on the same port and data, after it died. Raises ConnectionFailed."""
+        self.process = _spawn(self.folder)
+        _await_ready(self.url, self.process, log=self.folder / "redis.log")
 
     def stop(self) -> None:
         """SIGTERM makes it flush its append-only file and exit."""
@@ -61,18 +67,22 @@ def start_server(folder: Path) -> EmbeddedServer:
     """Start a server on the data in `folder` (made if missing). Raises ConnectionFailed."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    binary = find_server()
     port, password = _free_port(), secrets.token_urlsafe(24)
     config = folder / "redis.conf"
     config.touch(mode=0o600)
     config.write_text(_CONFIG.format(port=port, password=password, folder=folder))
-    process = spawn([binary, str(config)], log=folder / "redis.out", env={}, at_parents_death=signal.SIGTERM)
+    process = _spawn(folder)
     url = f"redis://:{password}@127.0.0.1:{port}/0"
     address = folder / "url"
     address.touch(mode=0o600)
     address.write_text(url)
     _await_ready(url, process, log=folder / "redis.log")
-    return EmbeddedServer(url=url, process=process)
+    return EmbeddedServer(url=url, folder=folder, process=process)
+
+
+def _spawn(folder: Path) -> subprocess.Popen[bytes]:
+    argv = [find_server(), str(folder / "redis.conf")]
+    return spawn(argv, log=folder / "redis.out", env={}, at_parents_death=signal.SIGTERM)
 
 
 def find_server() -> str:

@@ -3,7 +3,7 @@
     redis (embedded, if no URL is given) --> workers, one process per replica --> trainer
     a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
     exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, it ends
-    the run in good order; exit 2 (bad input) ends it with the reason
+    the run in good order; exit 2 (bad input) at the first start ends it with the reason
     Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed
 
 Children ask the kernel to be told when the supervisor dies, so even SIGKILL of the supervisor leaves nothing behind.
@@ -50,8 +50,9 @@ class Child:
 class Supervisor:
     """Keeps the roles of one run alive until the trainer has finished."""
 
-    def __init__(self, config: Config, *, run: str, url: str, folder: Path, is_finished: Callable[[], bool]) -> None:
-        self._is_finished = is_finished
+    def __init__(self, config: Config, *, run: str, url: str, folder: Path, status: Callable[[], str]) -> None:
+        """`status` reads the run's; while Redis is away it raises its ConnectionError, and so does `poll` then."""
+        self._status = status
         env = {"SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._children = [_worker(queue, i, env, folder) for queue, i in planned_workers(config)]
@@ -69,7 +70,7 @@ class Supervisor:
             code = child.process.poll() if child.process else None
             if code is None and child.process:
                 continue
-            if child is self._trainer and code == 0 and self._is_finished():
+            if child is self._trainer and code == 0 and self._status() == "finished":
                 return False
             if child.process:
                 self._after_exit(child, code or 0)
@@ -80,7 +81,7 @@ class Supervisor:
 
     def _after_exit(self, child: Child, code: int) -> None:
         child.process = None
-        if code == 2:
+        if code == 2 and child.num_restarts == 0:  # later ones are Redis being away: they count as crashes
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
         if code == 0:
             return

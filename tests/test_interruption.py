@@ -78,3 +78,22 @@ def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
     assert summary["steps"] == 16
     assert summary["ledger_holds"]
     assert summary["ledger"]["trained"] == 16 * 8
+
+
+def test_a_killed_redis_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
+    steps = 24
+    config = quickstart_config(tmp_path, tiny=tiny_folder(), trainer__num_steps=steps, evaluation__datasets=[])
+    with running_sluice("run", str(config), "lease.running_s=3", "lease.queued_s=3", cwd=tmp_path) as process:
+        wait_for(lambda: some_steps(tmp_path, 3), timeout=100, what="three steps")
+        (server,) = [child for child in children(process.pid) if child.name() in ("redis-server", "valkey-server")]
+        server.kill()
+        assert process.wait(150) == 0
+    run = only_run(tmp_path)
+    assert (
+        "the embedded Redis ended by itself (exit code -9): starting it again" in (tmp_path / "output.log").read_text()
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == steps
+    assert summary["ledger_holds"]
+    assert summary["ledger"]["trained"] == steps * 8
+    assert summary["ledger"]["in_flight"] == 0

@@ -14,6 +14,7 @@ groups for the same steps again, and training goes on under a new version whose 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from common.broker import make_app
 from common.diagnosis import explain_stall
 from common.ledger import Ledger
 from common.lineage import policy_ages
-from common.metrics import beat, silence
+from common.metrics import HEARTBEAT_S, beat, silence
 from common.model import load_pretrained
 from common.policy_store import PolicyStore
 from common.replay_buffer import ReplayBuffer
@@ -70,6 +71,9 @@ class Trainer:
         self.generated_tokens = float(client.hget(run.keys("totals"), "generated_tokens") or 0)
         self.trained_groups: list[str] = []
         self.evaluating: set[tuple[str, int]] = set()
+        self.waiting_since: float | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._beat_until_closed, name="heart", daemon=True).start()
 
     def train(self) -> None:
         """From wherever the run is to its last step, or to SIGTERM."""
@@ -119,18 +123,18 @@ class Trainer:
 
     def _next_batch(self) -> list[Group] | None:
         """The groups of the next step; None when told to stop while waiting."""
-        waiting_since = reported_at = time.monotonic()
+        self.waiting_since = reported_at = time.monotonic()
         while not self.stopping:
             sample = self.buffer.sample(self.version, step=self.step + 1)
             if sample.groups is not None:
                 self.available = sample.available - len(sample.groups)
+                self.waiting_since = None
                 return sample.groups
             self.buffer.wait(1.0)
-            self._beat(waiting_s=time.monotonic() - waiting_since)
             if time.monotonic() - reported_at >= self.config.trainer.stall_report_s:
                 reported_at = time.monotonic()
                 cause = explain_stall(self.client, self.run)
-                log.warning("trainer has waited %.0f s for a batch: %s", reported_at - waiting_since, cause)
+                log.warning("trainer has waited %.0f s for a batch: %s", reported_at - self.waiting_since, cause)
         return None
 
     def _publish(self, *, parent: int) -> None:
@@ -142,7 +146,6 @@ class Trainer:
             self.version, self.policy.snapshot(self.sampling_dtype), step=self.step, parent=parent, evaluate=evaluate
         )
         self.evaluating |= {(dataset.name, self.version) for dataset in evaluate}
-        self._beat(waiting_s=0.0)
 
     def checkpoint(self) -> None:
         """Make this step durable, then free its groups."""
@@ -226,7 +229,6 @@ class Trainer:
         while self.evaluating and not self.stopping and time.monotonic() < deadline:
             if metrics := self._finished_evaluations():
                 self.reporter.report(self.step, self.version, metrics)
-            self._beat(waiting_s=0.0)
             time.sleep(0.1)
         if self.evaluating and not self.stopping:
             log.error("evaluations %s did not finish within %.0f s", sorted(self.evaluating), EVALUATION_WAIT_S)
@@ -234,13 +236,23 @@ class Trainer:
 
     def close(self) -> None:
         """In order: publisher, sinks, heartbeat."""
+        self._closed.set()
         self.publisher.close()
         self.reporter.close()
         silence(self.client, self.run.keys, self.process)
 
-    def _beat(self, *, waiting_s: float) -> None:
-        facts = {"role": "trainer", "step": self.step, "version": self.version, "waiting_s": round(waiting_s, 1)}
-        beat(self.client, self.run.keys, self.process, facts)
+    def _beat_until_closed(self) -> None:
+        """Also through a long optimizer step."""
+        while True:
+            since = self.waiting_since
+            waiting_s = 0.0 if since is None else round(time.monotonic() - since, 1)
+            facts = {"role": "trainer", "step": self.step, "version": self.version, "waiting_s": waiting_s}
+            try:
+                beat(self.client, self.run.keys, self.process, facts)
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                log.warning("no heartbeat: %s", error)
+            if self._closed.wait(HEARTBEAT_S):
+                return
 
     def _log(self, metrics: dict[str, float]) -> None:
         log.info(

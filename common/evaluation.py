@@ -52,9 +52,13 @@ def pending(client: redis.Redis, keys: Keys) -> list[str]:
 
 def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> EvalResult | None:
     """The result, or None while it is not finished."""
-    fields = {k.decode(): v for k, v in client.hgetall(keys("eval", evaluation_id(version, dataset.name))).items()}
-    if "total" not in fields or int(fields.get("done", 0)) < int(fields["total"]):
+    evaluation = keys("eval", evaluation_id(version, dataset.name))
+    total, done = client.hmget(
+        evaluation, ["total", "done"]
+    )  # the trainer asks at every step; most answers are "not yet"
+    if total is None or int(done or 0) < int(total):
         return None
+    fields = {name.decode(): value for name, value in client.hgetall(evaluation).items()}
     greedy: dict[str, list[bool]] = {}
     sampled: dict[str, list[bool]] = {}
     dead = 0

@@ -208,9 +208,9 @@ class Ledger:
         flat = [item.decode() for item in reply]
         return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
 
-    def drop(self, group_ids: list[str], *, reason: str, kind: Kind = "train") -> int:
-        """Settle groups that will never be trained."""
-        return int(self.scripts("drop", kind, reason, *group_ids)) if group_ids else 0
+    def drop(self, group_ids: list[str], *, reason: str) -> int:
+        """Settle training groups that will never be trained."""
+        return int(self.scripts("drop", reason, *group_ids)) if group_ids else 0
 
     def requeue(self, group_id: str) -> list[str]:
         """Give a dead-lettered group fresh attempts. Returns the parts to send; none when it is not dead."""

@@ -87,9 +87,8 @@ class DirectoryTransport:
     def read(self, version: int) -> dict[str, torch.Tensor]:
         path = self._path(version)
         try:
-            return safetensors.torch.load_file(
-                path
-            )  # mapped; a file that is deleted or replaced meanwhile stays readable
+            # mapped; a file that is deleted or replaced meanwhile stays readable
+            return safetensors.torch.load_file(path)
         except FileNotFoundError:
             raise PolicyNotFound(
                 f"policy version {version} is not at {path}: is policy_store.path shared with the trainer's machine? "

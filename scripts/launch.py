@@ -37,13 +37,11 @@ POLL_S = 0.1
 def preflight(config: Config) -> dict[str, object]:
     """Check everything that a run will need; returns the model's assets. Raises ConfigError."""
     from common.assets import read_assets
+    from workers.engine import check_engine
     from workers.prompts import PromptSource
     from workers.rewards.loading import load_reward_functions
 
-    if config.rollout.engine == "vllm":
-        raise ConfigError(
-            "rollout.engine=vllm: the vLLM adapter is not part of this release yet; use rollout.engine=torch"
-        )
+    check_engine(config.rollout.engine)
     load_reward_functions(config.reward.functions)
     assets = read_assets(config.model.path, revision=config.model.revision)
     tokenizer = assets.tokenizer()

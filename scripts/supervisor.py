@@ -109,10 +109,6 @@ class Supervisor:
                 child.process.wait()
 
     @property
-    def trainer_alive(self) -> bool:
-        return self._trainer.process is not None and self._trainer.process.poll() is None
-
-    @property
     def restarts(self) -> dict[str, int]:
         """Roles that had to be started again."""
         return {child.name: child.num_restarts for child in self._children if child.num_restarts}

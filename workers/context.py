@@ -74,7 +74,6 @@ class Context:
     _beat_busy_s: float = 0.0
     _claims: dict[str, Claim] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
-    _heart: threading.Thread | None = None
 
     @classmethod
     def open(cls, app: Celery, role: str) -> Context:
@@ -130,8 +129,7 @@ class Context:
 
     def start_heart(self) -> None:
         """Begin to renew leases and to beat."""
-        self._heart = threading.Thread(target=self._beat_until_stopped, name="heart", daemon=True)
-        self._heart.start()
+        threading.Thread(target=self._beat_until_stopped, name="heart", daemon=True).start()
 
     def _beat_until_stopped(self) -> None:
         period = min(HEARTBEAT_S, self.run.config.lease.running_s / 3)

@@ -34,13 +34,11 @@ log = logging.getLogger("sluice.dataset")
 
 ADMIT_BATCH = 64
 TICK_S = 1.0
-_roles: list[DatasetRole] = []
 
 
 def prepare(app: Celery, role: str) -> tuple[Any, int]:
     """Register the tasks of this queue; returns its pool and concurrency."""
     host = DatasetRole(Context.open(app, role))
-    _roles.append(host)
     app.task(host.fill, name="dataset.fill")
     app.task(host.prepare_one, name="dataset.prepare")
     app.task(host.evaluate, name="dataset.evaluate")
@@ -185,6 +183,7 @@ class DatasetRole:
             for mode, sampling in modes.items():
                 group_id = f"e{evaluation}.{i}{mode}"
                 tasks[group_id] = encode(self._task(group_id, prompt, sampling).to_wire())
+        source.close()
         return tasks
 
     def _tick_until_stopped(self) -> None:

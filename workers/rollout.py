@@ -23,13 +23,13 @@ from celery import Celery, signals
 from common.assets import ModelAssets
 from common.config import Config
 from common.connection import BLOCK_S
-from common.errors import ConfigError, PolicyError
+from common.errors import PolicyError
 from common.ledger import Claim
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
 from common.types import Completion, Task, oldest_version
 from workers.context import Context, CooperativePool, Result
-from workers.engine import Engine, GenerationRequest
+from workers.engine import Engine, GenerationRequest, check_engine
 
 log = logging.getLogger("sluice.rollout")
 
@@ -50,10 +50,7 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
 
 def make_engine(config: Config, assets: ModelAssets) -> Engine:
     """The engine that the config names, without weights. Raises ConfigError."""
-    if config.rollout.engine == "vllm":
-        raise ConfigError(
-            "rollout.engine=vllm: the vLLM adapter is not part of this release yet; use rollout.engine=torch"
-        )
+    check_engine(config.rollout.engine)
     import torch
 
     from common.model import build_model

@@ -1,8 +1,8 @@
--- Groups that will never be trained, with the reason. ARGV: kind, reason, group, ...   Returns how many were dropped.
+-- Training groups that will never be trained, with the reason. ARGV: reason, group, ...   Returns how many were dropped.
 -- A group in the buffer is left alone: its stream entry or manifest names it, and the trainer would find it hollow.
 local dropped = 0
-for i = 3, #ARGV do
+for i = 2, #ARGV do
   local stage = redis.call('HGET', key('g:' .. ARGV[i]), 'stage')
-  if stage ~= 'ready' and stage ~= 'leased' then dropped = dropped + settle(ARGV[i], ARGV[1], 'dropped:' .. ARGV[2]) end
+  if stage ~= 'ready' and stage ~= 'leased' then dropped = dropped + settle(ARGV[i], 'train', 'dropped:' .. ARGV[1]) end
 end
 return dropped

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import ConfigError
 from common.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -83,3 +84,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop; requests still inside raise EngineClosed. Idempotent."""
+
+
+def check_engine(name: str) -> None:
+    """Refuse an engine that this release lacks, before anything starts. Raises ConfigError."""
+    if name != "torch":
+        raise ConfigError(
+            f"rollout.engine={name}: this adapter is not part of this release yet; use rollout.engine=torch"
+        )

@@ -6,6 +6,7 @@ Read from heartbeats, queues and the ledger alone, so that `sluice status`, the 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cache
 
 import redis
@@ -33,6 +34,18 @@ def queue_depths(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict
         for queue in queues:
             pipe.llen(run.keys.celery_prefix + queue)
         return dict(zip(queues, pipe.execute(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a run does not move."""
+
+    kind: str
+    text: str
+
+
+def diagnose(client: redis.Redis, run: Run) -> Cause:
+    return Cause("working", explain_stall(client, run))
 
 
 def explain_stall(client: redis.Redis, run: Run) -> str:

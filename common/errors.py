@@ -9,6 +9,8 @@ SluiceError
     DigestMismatch       the bytes are not those that the manifest names
   EngineError            an engine could not generate; the group is retried elsewhere
     EngineClosed         the engine is shutting down; the group is handed back, no attempt is spent
+  StateLost              Redis has lost the trainer's last writes: it was restarted, or another server took over
+  DiskFull               a file could not be written: the trainer pauses until there is room
   RewardError            a reward function raised, ran out of time or returned nonsense: infrastructure, never a score
 """
 
@@ -49,6 +51,14 @@ class EngineError(SluiceError):
 
 class EngineClosed(EngineError):
     """The engine is shutting down; the request was not served."""
+
+
+class StateLost(SluiceError):
+    """Redis has lost writes that this process made."""
+
+
+class DiskFull(SluiceError):
+    """There is no room for a file; nothing that was there before is harmed."""
 
 
 class RewardError(SluiceError):

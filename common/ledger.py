@@ -3,7 +3,9 @@
      admitted --task--> rollout --> reward, reference --> ready --> leased --> trained
         |                                                  |
         |  any part: lease expired or failed -> sent again; after max_attempts -> dead(reason)
-        +--> dropped(prompt_too_long)                      +--> dropped(stale)
+        +--> dropped(prompt_too_long, bad_row)             +--> dropped(stale)
+
+A trained group of which no readable checkpoint is left counts as dropped(rolled_back).
 
 Invariant, at every instant and for both kinds of group (train, eval):
 
@@ -71,6 +73,8 @@ class Account:
     retried: int = 0
     resent: int = 0
     refused: int = 0
+    reconciled: int = 0
+    "groups that Redis had forgotten it dealt out for training, settled by the checkpoint that names them"
 
     @property
     def settled(self) -> int:
@@ -92,6 +96,7 @@ class Account:
             "retried",
             "resent",
             "refused",
+            "reconciled",
             "holds",
         )
         return {name: getattr(self, name) for name in names}

@@ -4,6 +4,7 @@
          \\--- v8 (step 5) --- v9         as v8: the age of v7 seen from v9 is 2 (7 to 5) + 1 (5 to 6) = 3
 
 Versions only grow, so a parent is always smaller than its child; the same rule stands in lua/prelude.lua for eviction.
+Should v9 come out bit for bit as v6 (training is deterministic, and the batch was the same), its parent is v6 at no distance.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current
             value = client.hget(keys("lineage"), str(version))
             if value is None:
                 raise PolicyNotFound(f"policy version {version} is not in the lineage of run {keys.run}")
-            parent, step = value.decode().split(":")
+            parent, step = value.decode().split(":")[:2]
             known[version] = int(parent), int(step)
         return known[version]
 
@@ -35,3 +36,13 @@ def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current
 
     ages = {version: age(version) for version in set(versions)}
     return [ages[version] for version in versions]
+
+
+def abandoned_versions(client: redis.Redis, keys: Keys, *, after_step: int) -> dict[int, dict[str, int]]:
+    """What a trainer that went back to `after_step` leaves behind: trainer step -> digest -> published version."""
+    found: dict[int, dict[str, int]] = {}
+    for version, value in client.hgetall(keys("lineage")).items():
+        _, step, *digest = value.decode().split(":")
+        if digest and int(step) > after_step:
+            found.setdefault(int(step), {})[digest[0]] = int(version)
+    return found

@@ -29,6 +29,7 @@ import torch
 import xxhash
 
 from common.config import PolicyStoreConfig
+from common.disk import needing_room
 from common.errors import DigestMismatch, PolicyError, PolicyNotFound
 from common.keys import Keys
 from common.scripts import Scripts
@@ -59,7 +60,7 @@ class Transport(Protocol):
     """Carries the bytes of a version."""
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Store all tensors of a version, replacing leftovers of a crash. Returns bytes."""
+        """Store all tensors of a version, replacing leftovers of a crash. Returns bytes. Raises DiskFull."""
 
     def read(self, version: int) -> dict[str, torch.Tensor]:
         """All tensors, unverified. Raises PolicyNotFound."""
@@ -80,7 +81,12 @@ class DirectoryTransport:
         for leftover in self._folder.glob(f"{path.stem}.tmp*"):  # of a trainer killed while it wrote this version
             leftover.unlink(missing_ok=True)
         temporary = path.with_suffix(f".tmp{os.getpid()}")
-        safetensors.torch.save_file(dict(tensors), temporary)
+        with needing_room(self._folder, what=f"policy version {version}"):
+            try:
+                safetensors.torch.save_file(dict(tensors), temporary)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         temporary.rename(path)
         return path.stat().st_size
 
@@ -152,6 +158,7 @@ class PolicyStore:
         self._keys = keys
         self._keep = config.keep
         self._scripts = Scripts(client, keys)
+        self._announced: dict[int, str] = {}
         self._transport: Transport
         if config.transport == "redis":
             self._transport = RedisTransport(client, keys)
@@ -166,7 +173,7 @@ class PolicyStore:
         Raises PolicyError when a version as new is already served: versions only grow.
         """
         digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-        self._refuse_outdated(version, _digest_of(digests), incarnation=incarnation)
+        self._refuse_outdated(version, policy_digest(digests), incarnation=incarnation)
         num_bytes = self._transport.write(version, tensors)
         manifest = Manifest(
             version=version,
@@ -174,7 +181,7 @@ class PolicyStore:
             incarnation=incarnation,
             parent=parent,
             num_bytes=num_bytes,
-            digest=_digest_of(digests),
+            digest=policy_digest(digests),
             tensors=digests,
         )
         self._client.hset(self._keys("manifests"), str(version), encode(asdict(manifest)))
@@ -196,7 +203,15 @@ class PolicyStore:
 
     def announce(self, version: int, *, step: int, parent: int) -> None:
         """Enter a version into the lineage before its bytes are written, so that ages can be told while they travel."""
-        self._client.hset(self._keys("lineage"), str(version), f"{parent}:{step}")
+        self._announced[version] = f"{parent}:{step}"
+        self._client.hset(self._keys("lineage"), str(version), self._announced[version])
+
+    def announce_again(self, *, incarnation: int) -> None:
+        """Restore what this process announced, and its incarnation, in a Redis that has forgotten some of it."""
+        for version, entry in self._announced.items():
+            self._client.hsetnx(self._keys("lineage"), str(version), entry)
+        if int(self._client.hget(self._keys("run"), "incarnation") or 0) < incarnation:
+            self._client.hset(self._keys("run"), "incarnation", incarnation)
 
     def restore(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write the bytes of a published version again where they were lost. Raises DigestMismatch for other bytes."""
@@ -204,7 +219,7 @@ class PolicyStore:
         try:
             self.fetch(version)
         except PolicyError:
-            if _digest_of({name: tensor_digest(tensor) for name, tensor in tensors.items()}) != manifest.digest:
+            if policy_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()}) != manifest.digest:
                 text = f"policy version {version} is lost, and these weights are not it: was model.path changed?"
                 raise DigestMismatch(text) from None
             self._transport.write(version, tensors)
@@ -264,5 +279,6 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _digest_of(digests: Mapping[str, str]) -> str:
+def policy_digest(digests: Mapping[str, str]) -> str:
+    """Digest of a whole policy, from those of its tensors."""
     return hashlib.sha256("".join(f"{name}={digests[name]};" for name in sorted(digests)).encode()).hexdigest()

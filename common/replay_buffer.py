@@ -7,14 +7,18 @@ Rules (torchforge's, made durable; see docs/algorithms.md for the age through a 
 
 What `sample` returns for a trainer step is recorded in a manifest, so that asking again for the same step, after a crash
 or a lost reply, returns the same groups. They are freed by `acknowledge`, once a durable checkpoint names the step.
+
+The bound is a guarantee, also for a batch that was dealt out before a roll-back: one that holds a group too old for the
+branch that the trainer is on now is dissolved (the stale are dropped, the others may be taken again), and so are those after it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.connection import BLOCK_S
-from common.errors import SluiceError
+from common.errors import SluiceError, StateLost
 from common.ledger import Ledger
 from common.serialization import decode
 from common.types import Group
@@ -46,9 +50,17 @@ class ReplayBuffer:
         self._max_policy_age = max_policy_age
         self._max_resample_count = -1 if max_resample_count is None else max_resample_count
 
-    def sample(self, curr_policy_version: int, *, step: int) -> Sample:
-        """The batch of a trainer step: evict, then k whole groups or none. Does not wait."""
-        reply = self._ledger.scripts("take", step, self._k, curr_policy_version, self._max_policy_age)
+    def sample(self, curr_policy_version: int, *, step: int, published: int = -1, saved_step: int = -1) -> Sample:
+        """The batch of a trainer step: evict, then k whole groups or none. Does not wait.
+
+        `published` and `saved_step` are the newest version that the trainer has seen published and the step of its newest
+        checkpoint (-1: not known). Raises StateLost when Redis knows less than that, or lacks the manifest of a step in between.
+        """
+        reply = self._ledger.scripts(
+            "take", step, self._k, curr_policy_version, self._max_policy_age, published, saved_step
+        )
+        if int(reply[0]) < 0:
+            raise StateLost("Redis has lost the trainer's last writes: it was restarted, or another server took over")
         group_ids = [group.decode() for group in reply[2:]]
         groups = self._read(group_ids) if group_ids else None
         return Sample(groups=groups, evicted=int(reply[0]), available=int(reply[1]))
@@ -58,9 +70,16 @@ class ReplayBuffer:
         block = max(0.01, min(timeout_s, BLOCK_S))
         return self._ledger.client.blpop([self._ledger.keys("wake")], timeout=block) is not None
 
-    def acknowledge(self, step: int) -> int:
-        """Free the groups of every step up to this one. Call it only when a durable checkpoint holds that step."""
-        return int(self._ledger.scripts("acknowledge", step, self._max_resample_count))
+    def acknowledge(self, step: int, *, trained: Sequence[str] = ()) -> int:
+        """Free the groups of every step up to this one. Call it only when a durable checkpoint holds that step.
+
+        `trained` are the groups that the checkpoint names: one that Redis has forgotten it dealt out is settled too.
+        """
+        return int(self._ledger.scripts("acknowledge", step, self._max_resample_count, *trained))
+
+    def roll_back(self, step: int) -> int:
+        """The newest checkpoint that can be read is of this step: what was acknowledged after it counts as dropped."""
+        return int(self._ledger.scripts("roll_back", step))
 
     def sizes(self) -> dict[int, int]:
         """Policy version -> groups in its stream, leased ones included."""

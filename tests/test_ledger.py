@@ -32,6 +32,7 @@ KL = {"loss": {"kl_beta": 0.1}, "num_steps": 1_000_000, "seq_len": 16}
 FIXED = {
     "run", "cursor", "counts:train", "counts:eval", "totals", "live:train", "live:eval", "credit", "deadlines", "versions",
     "batches", "want", "wake", "policy", "lineage", "events", "bytes", "dead", "evaluations",
+    "settled", "ahead",
 }  # fmt: skip
 
 
@@ -644,7 +645,7 @@ WORKER_ACTIONS = {
     "admit": 8, "claim": 26, "finish": 24, "fail": 2, "release": 2, "abandon": 2, "renew": 3, "late": 3, "reap": 8,
     "drop": 0.3, "evaluate": 0.7,
 }  # fmt: skip
-TRAINER_ACTIONS = {"take": 4, "take_again": 2, "publish": 4, "acknowledge": 2}
+TRAINER_ACTIONS = {"take": 4, "take_again": 2, "publish": 4, "acknowledge": 2, "roll_back": 0.2}
 """Action -> how often, among the others."""
 
 
@@ -670,8 +671,10 @@ class Actors:
         self.claims = []
         self.old_claims = []
         self.evaluations = 0
-        self.step = self.version = self.acknowledged = 0
+        self.step = self.published = self.version = self.newest = self.acknowledged = 0
+        self.version_at = {0: 0}
         self.taken: dict[int, list[str]] = {}
+        self.taken_under: dict[int, int] = {}
         self.trained: Counter[str] = Counter()
         self.dropped: set[str] = set()
         self.num_stored = self.num_evicted = 0
@@ -757,14 +760,15 @@ class Actors:
 
     def take(self, step=None):
         step = step or self.step + 1
-        reply = self.ledger.scripts("take", step, self.K, self.version, self.AGE)
+        version = self.taken_under.setdefault(step, self.version) if step in self.taken else self.version
+        reply = self.ledger.scripts("take", step, self.K, version, self.AGE, -1, -1)
         self.num_evicted += int(reply[0])
         group_ids = [g.decode() for g in reply[2:]]
         if step in self.taken:
             assert group_ids == self.taken[step], "a retried take returned another batch"
         elif group_ids:
             assert len(set(group_ids)) == self.K
-            self.taken[step] = group_ids
+            self.taken[step], self.taken_under[step] = group_ids, version
             self.step = step
         return group_ids
 
@@ -773,21 +777,32 @@ class Actors:
             self.take(self.draw.choice(list(self.taken)))
 
     def publish(self):
-        if self.version < self.step:
-            self.version += 1
-            for _ in range(self.draw.choice([1, 2])):
-                publish_policy(self.client, self.keys, self.version)
+        if self.published < self.step:
+            self.published += 1
+            self.publish_next(parent=self.version)
             assert publish_policy(self.client, self.keys, self.version - 1) == 0
 
+    def publish_next(self, *, parent):
+        self.newest += 1
+        self.version = self.version_at[self.published] = self.newest
+        for _ in range(self.draw.choice([1, 2])):
+            publish_policy(self.client, self.keys, self.version, parent=parent, step=self.published)
+
     def acknowledge(self):
-        if self.version > self.acknowledged:  # a checkpoint never names a step whose version is not out
-            step = self.draw.randint(self.acknowledged + 1, self.version)
-            settled = self.buffer.acknowledge(step)
+        if self.published > self.acknowledged:  # a checkpoint never names a step whose version is not out
+            step = self.draw.randint(self.acknowledged + 1, self.published)
             done = [g for s in list(self.taken) if s <= step for g in self.taken.pop(s)]
+            settled = self.buffer.acknowledge(step, trained=done)
             self.trained.update(done)
             assert settled == len(done)
-            assert self.buffer.acknowledge(step) == 0
+            assert self.buffer.acknowledge(step, trained=done) == 0
             self.acknowledged = step
+
+    def roll_back(self):
+        """The trainer dies and goes on from its checkpoint: what it took since then is taken again, or dissolved."""
+        self.step = self.published = self.acknowledged
+        self.taken.clear()
+        self.publish_next(parent=self.version_at[self.published])
 
     def act(self, actions):
         name = self.draw.choices(list(actions), list(actions.values()))[0]
@@ -805,7 +820,7 @@ class Actors:
             self.finish()
         while self.take():
             self.publish()
-        while self.acknowledged < self.version:
+        while self.acknowledged < self.published:
             self.acknowledge()
 
 

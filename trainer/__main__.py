@@ -12,7 +12,7 @@ import sys
 from types import FrameType
 
 from common.connection import connect, run_name
-from common.errors import ConfigError, ConnectionFailed
+from common.errors import ConfigError, ConnectionFailed, DiskFull
 from common.run import open_run, set_status
 
 
@@ -40,6 +40,12 @@ def main() -> int:
     set_status(client, run.keys, "running")
     try:
         trainer.train()
+    except ConfigError as error:  # of a model that does not load, or a run that Redis has lost
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DiskFull as error:
+        print(f"error: stopped without a checkpoint of step {trainer.step}: {error}", file=sys.stderr)
+        return 1
     finally:
         trainer.close()
     set_status(client, run.keys, "stopped" if trainer.stopping else "finished")

@@ -3,10 +3,10 @@
     <run folder>/checkpoints/step-00000040/
         model.safetensors       float32 master weights
         optimizer.safetensors   AdamW moments
-        state.json              step, version, cursor, random state, groups trained since the checkpoint before
+        state.json              step, version, cursor, random state, groups trained since the checkpoint before, digests
 
-Written into a temporary folder, fsynced, renamed; the `latest` file is moved last. A torn checkpoint is one that has no
-state.json under its final name, or does not load; the one before it is used then.
+Written into a temporary folder, fsynced, renamed; the `latest` file is moved last. A damaged checkpoint is one that has no
+state.json under its final name, or whose files do not have the digests that state.json names; the one before it is used then.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.disk import needing_room
 from common.errors import ConfigError
 
 log = logging.getLogger("sluice.checkpoint")
@@ -42,6 +47,8 @@ class TrainerState:
     "hex of torch's CPU generator"
     trained_groups: list[str] = field(default_factory=list)
     "groups trained since the checkpoint before"
+    recent_groups: list[str] = field(default_factory=list)
+    "groups trained not long before that as well: those that a restarted Redis may have forgotten about"
     wall_s: float = 0.0
     "seconds of training so far, all incarnations"
 
@@ -59,28 +66,42 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, state: TrainerState, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], keep: int
 ) -> Path:
-    """Write a checkpoint durably; it exists for readers only when complete. Older ones beyond `keep` are removed."""
+    """Write a checkpoint durably; it exists for readers only when complete. Older ones beyond `keep` are removed.
+
+    Raises DiskFull; nothing of it is left then, and the one before is as it was.
+    """
     final = folder / f"step-{state.step:08d}"
+    for leftover in folder.glob(".tmp-*"):  # of a trainer that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(weights, temporary / "model.safetensors")
-    save_file(optimizer, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
-    for path in (*temporary.iterdir(), temporary):
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    pointer = folder / ".latest.tmp"
-    pointer.write_text(final.name)
-    _fsync(pointer)
-    pointer.rename(folder / "latest")
-    _fsync(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with needing_room(folder, what=f"the checkpoint of step {state.step}"), _removed_on_failure(temporary):
+        temporary.mkdir()
+        save_file(weights, temporary / "model.safetensors")
+        save_file(optimizer, temporary / "optimizer.safetensors")
+        digests = {path.name: _digest(path) for path in temporary.iterdir()}
+        (temporary / "state.json").write_text(_sealed({**asdict(state), "files": digests}))
+        for path in (*temporary.iterdir(), temporary):
+            _fsync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        pointer = folder / ".latest.tmp"
+        pointer.write_text(final.name)
+        _fsync(pointer)
+        pointer.rename(folder / "latest")
+        _fsync(folder)
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old)
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     return final
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -94,10 +115,14 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """One checkpoint. Raises OSError, ValueError or SafetensorError when it is damaged."""
+    """One checkpoint. Raises OSError, ValueError, TypeError or SafetensorError when it is damaged."""
+    fields = _opened((path / "state.json").read_text())
+    for name, digest in fields.pop("files").items():
+        if _digest(path / name) != digest:
+            raise ValueError(f"{name} does not have the digest that state.json names")
     return Checkpoint(
         path=path,
-        state=TrainerState(**json.loads((path / "state.json").read_text())),
+        state=TrainerState(**fields),
         weights=load_file(path / "model.safetensors"),
         optimizer=load_file(path / "optimizer.safetensors"),
     )
@@ -125,6 +150,32 @@ def restore_random_state(state: str) -> None:
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def _sealed(fields: dict[str, Any]) -> str:
+    """JSON with a digest of itself."""
+    return json.dumps({**fields, "digest": _text_digest(fields)}, indent=1)
+
+
+def _opened(text: str) -> dict[str, Any]:
+    """The inverse of `_sealed`. Raises ValueError."""
+    fields = json.loads(text)
+    if not isinstance(fields, dict) or fields.pop("digest", None) != _text_digest(fields):
+        raise ValueError("state.json does not have the digest that it names")
+    return fields
+
+
+def _text_digest(fields: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(fields).encode())
+
+
+def _digest(path: Path) -> str:
+    """xxh3-128, read in pieces."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

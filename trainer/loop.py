@@ -8,27 +8,33 @@ logged while it waits), and the publication before the one it starts. What ends 
 step, checkpoint, exit 0), or an error (the supervisor starts it again from the newest checkpoint).
 
 A batch is freed only after a durable checkpoint names its step. After a crash the manifests in Redis give the same
-groups for the same steps again, and training goes on under a new version whose parent is the checkpoint's.
+groups for the same steps again, and training goes on under a new version whose parent is the checkpoint's. A version that
+comes out bit for bit as one of the abandoned branch is entered as its child, at a distance of no step: the groups that one
+made are as young as they were.
+
+Should Redis come back with an older state (its last second is not durable), this process and its checkpoints know better:
+what they have trained is settled by name, and the policy is published again under a new version.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import redis
 import torch
+from torch import Tensor
 
 from common import evaluation
 from common.broker import make_app
-from common.diagnosis import explain_stall
+from common.errors import ConfigError, DiskFull, StateLost
 from common.ledger import Ledger
-from common.lineage import policy_ages
-from common.metrics import HEARTBEAT_S, beat, silence
+from common.lineage import abandoned_versions, policy_ages
 from common.model import load_pretrained
-from common.policy_store import PolicyStore
+from common.policy_store import PolicyStore, policy_digest, tensor_digest
 from common.replay_buffer import ReplayBuffer
 from common.run import Run, process_name
 from common.types import Group
@@ -38,11 +44,16 @@ from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, re
 from trainer.policy import TrainedPolicy
 from trainer.publish import Publisher
 from trainer.report import Reporter, batch_metrics, flow_metrics
+from trainer.watch import Watch
 
 log = logging.getLogger("sluice.trainer")
 
 EVALUATION_WAIT_S = 300.0
 """At the end, how long the trainer waits for evaluations still running."""
+DISK_RETRY_S = 3.0
+"""While a disk is full, how often the trainer tries again."""
+REMEMBERED_S = 120.0
+"""How long a trained group is remembered by name: well over the seconds that a restarted Redis may have lost."""
 
 
 class Trainer:
@@ -62,18 +73,26 @@ class Trainer:
             max_policy_age=buffer.max_policy_age,
             max_resample_count=buffer.max_resample_count,
         )
-        self.publisher = Publisher(self.store, make_app(run.name), run, client, incarnation=self.incarnation)
+        self.publisher = Publisher(
+            self.store,
+            make_app(run.name),
+            run,
+            client,
+            incarnation=self.incarnation,
+            when_there_is_room=self._when_there_is_room,
+        )
         self.reporter = Reporter(client, run)
-        self.process = process_name("trainer")
         self.sampling_dtype = getattr(torch, self.config.rollout.dtype)
-        self.step, self.saved_step, self.version, self.wall_s = 0, -1, 0, 0.0
+        self.step, self.saved_step, self.version, self.wall_s = 0, 0, 0, 0.0
         self.available = 0
         self.generated_tokens = float(client.hget(run.keys("totals"), "generated_tokens") or 0)
         self.trained_groups: list[str] = []
+        self._remembered: deque[tuple[float, str]] = deque()
+        self._abandoned: dict[int, dict[str, int]] = {}
         self.evaluating: set[tuple[str, int]] = set()
-        self.waiting_since: float | None = None
-        self._closed = threading.Event()
-        threading.Thread(target=self._beat_until_closed, name="heart", daemon=True).start()
+        facts = lambda: {"step": self.step, "version": self.version}  # noqa: E731
+        self.watch = Watch(run, process=process_name("trainer"), facts=facts)
+        self.watch.report = lambda cause, waited_s: self.reporter.report_stall(self.step, cause, waited_s)
 
     def train(self) -> None:
         """From wherever the run is to its last step, or to SIGTERM."""
@@ -113,7 +132,7 @@ class Trainer:
         metrics |= self.policy.optimize(micro_batches, step=self.step + 1)
         metrics["time/forward_backward"] = time.monotonic() - began
         self.step += 1
-        self.trained_groups += [group.group_id for group in groups]
+        self._remember([group.group_id for group in groups])
         began = time.monotonic()
         self._publish(parent=self.version)
         metrics["time/publish_pause"] = time.monotonic() - began
@@ -122,19 +141,24 @@ class Trainer:
         return metrics
 
     def _next_batch(self) -> list[Group] | None:
-        """The groups of the next step; None when told to stop while waiting."""
-        self.waiting_since = reported_at = time.monotonic()
+        """The groups of the next step, in the order of their cursors; None when told to stop while waiting."""
+        self.watch.waits()
         while not self.stopping:
-            sample = self.buffer.sample(self.version, step=self.step + 1)
+            try:
+                sample = self.buffer.sample(
+                    self.version,
+                    step=self.step + 1,
+                    published=self.publisher.published,
+                    saved_step=self.saved_step,
+                )
+            except StateLost as lost:
+                self._tell_redis_again(lost)
+                continue
             if sample.groups is not None:
                 self.available = sample.available - len(sample.groups)
-                self.waiting_since = None
-                return sample.groups
+                self.watch.moves()
+                return sorted(sample.groups, key=lambda group: int(group.group_id[1:]))
             self.buffer.wait(1.0)
-            if time.monotonic() - reported_at >= self.config.trainer.stall_report_s:
-                reported_at = time.monotonic()
-                cause = explain_stall(self.client, self.run)
-                log.warning("trainer has waited %.0f s for a batch: %s", reported_at - self.waiting_since, cause)
         return None
 
     def _publish(self, *, parent: int) -> None:
@@ -142,10 +166,17 @@ class Trainer:
         every = self.config.evaluation.every_steps
         is_due = self.step in (0, self.config.trainer.num_steps) or (every > 0 and self.step % every == 0)
         evaluate = self.config.evaluation.datasets if is_due else ()
-        self.publisher.publish(
-            self.version, self.policy.snapshot(self.sampling_dtype), step=self.step, parent=parent, evaluate=evaluate
-        )
+        weights = self.policy.snapshot(self.sampling_dtype)
+        parent = self._twin_of(weights, otherwise=parent)
+        self.publisher.publish(self.version, weights, step=self.step, parent=parent, evaluate=evaluate)
         self.evaluating |= {(dataset.name, self.version) for dataset in evaluate}
+
+    def _twin_of(self, weights: dict[str, Tensor], *, otherwise: int) -> int:
+        """The version of the abandoned branch at this step that is bit for bit the same policy, if there is one."""
+        versions = self._abandoned.get(self.step)
+        if not versions:
+            return otherwise
+        return versions.get(policy_digest({name: tensor_digest(weight) for name, weight in weights.items()}), otherwise)
 
     def checkpoint(self) -> None:
         """Make this step durable, then free its groups."""
@@ -156,18 +187,44 @@ class Trainer:
             cursor=int(self.client.get(self.run.keys("cursor")) or 0),
             random_state=random_state(),
             trained_groups=self.trained_groups,
+            recent_groups=[group for _, group in self._remembered],
             wall_s=self.wall_s,
         )
-        save_checkpoint(
-            self.folder / "checkpoints",
-            state,
-            weights=self.policy.snapshot(torch.float32),
-            optimizer=self.policy.optimizer_tensors(),
-            keep=self.config.checkpoint.keep,
-        )
+
+        def save() -> None:
+            save_checkpoint(
+                self.folder / "checkpoints",
+                state,
+                weights=self.policy.snapshot(torch.float32),
+                optimizer=self.policy.optimizer_tensors(),
+                keep=self.config.checkpoint.keep,
+            )
+
+        self._when_there_is_room(save)
         self.saved_step = self.step
-        self.buffer.acknowledge(self.step)
         self.trained_groups = []
+        self.buffer.acknowledge(self.step, trained=list(dict.fromkeys(state.trained_groups + state.recent_groups)))
+
+    def _remember(self, group_ids: list[str]) -> None:
+        now = time.monotonic()
+        self.trained_groups += group_ids
+        self._remembered += [(now, group_id) for group_id in group_ids]
+        while self._remembered[0][0] < now - REMEMBERED_S:
+            self._remembered.popleft()
+
+    def _when_there_is_room(self, write: Callable[[], None]) -> None:
+        """Do what writes a file; while the disk is full training pauses. Raises DiskFull when told to stop meanwhile."""
+        while True:
+            try:
+                write()
+            except DiskFull as error:
+                self.watch.raise_alarm(f"training pauses: {error}")
+                if self.stopping:
+                    raise
+                time.sleep(DISK_RETRY_S)
+            else:
+                self.watch.clear_alarm()
+                return
 
     def _resume_or_begin(self) -> None:
         """From the newest checkpoint, under a new version; or from the base model, which is version 0."""
@@ -176,6 +233,7 @@ class Trainer:
             self.store.restore(0, self.policy.snapshot(self.sampling_dtype))
         found = newest_checkpoint(self.folder / "checkpoints")
         if found is None:
+            self.buffer.roll_back(0)
             self.version = newest  # -1 on a fresh run: the base model becomes version 0, and 0 has no parent
             self._publish(parent=min(newest, 0))
         else:
@@ -183,11 +241,35 @@ class Trainer:
             restore_random_state(found.state.random_state)
             self.step, self.version, self.wall_s = found.state.step, found.state.version, found.state.wall_s
             self.saved_step = self.step
+            self._remember([*found.state.recent_groups, *found.state.trained_groups])
+            self.trained_groups = []
             self.client.set(self.run.keys("cursor"), found.state.cursor, nx=True)
-            self.buffer.acknowledge(self.step)
+            self.buffer.acknowledge(self.step, trained=[group for _, group in self._remembered])
+            if lost := self.buffer.roll_back(self.step):
+                log.error("%d groups were trained after step %d and are lost: dropped(rolled_back)", lost, self.step)
             log.info("resumed at step %d from %s", self.step, found.path)
-            parent, self.version = self.version, max(newest, self.version)
+            self._abandoned = abandoned_versions(self.client, self.run.keys, after_step=self.step)
+            parent, self.version = self.version, max(newest, self.version, self.reporter.last_version)
             self._publish(parent=parent)
+        self.publisher.wait()
+
+    def _tell_redis_again(self, lost: StateLost) -> None:
+        """Redis came back with an older state: settle what was trained, and publish under a version of its own."""
+        keys = self.run.keys
+        if not self.client.hexists(keys("run"), "config"):
+            raise ConfigError(
+                f"Redis has lost run {self.run.name}: was it restarted without its append-only file? Its groups and its "
+                f"record are gone. `sluice export {self.folder} TARGET` saves the policy of the newest checkpoint; "
+                "start a new run with model.path=TARGET"
+            )
+        log.error("%s; settling %d groups by name", lost, len(self._remembered))
+        self.publisher.wait()
+        self.store.announce_again(incarnation=self.incarnation)
+        if self.step > self.saved_step:
+            self.checkpoint()
+        else:
+            self.buffer.acknowledge(self.step, trained=[group for _, group in self._remembered])
+        self._publish(parent=self.version)
         self.publisher.wait()
 
     def _base_model(self) -> torch.nn.Module:
@@ -236,23 +318,9 @@ class Trainer:
 
     def close(self) -> None:
         """In order: publisher, sinks, heartbeat."""
-        self._closed.set()
         self.publisher.close()
+        self.watch.close()
         self.reporter.close()
-        silence(self.client, self.run.keys, self.process)
-
-    def _beat_until_closed(self) -> None:
-        """Also through a long optimizer step."""
-        while True:
-            since = self.waiting_since
-            waiting_s = 0.0 if since is None else round(time.monotonic() - since, 1)
-            facts = {"role": "trainer", "step": self.step, "version": self.version, "waiting_s": waiting_s}
-            try:
-                beat(self.client, self.run.keys, self.process, facts)
-            except (redis.ConnectionError, redis.TimeoutError) as error:
-                log.warning("no heartbeat: %s", error)
-            if self._closed.wait(HEARTBEAT_S):
-                return
 
     def _log(self, metrics: dict[str, float]) -> None:
         log.info(

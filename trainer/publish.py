@@ -9,6 +9,7 @@ One publication at a time: a new one waits for the one before it, and raises wha
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import redis
@@ -25,8 +26,19 @@ from common.run import Run
 class Publisher:
     """Publishes versions in order, overlapped with training."""
 
-    def __init__(self, store: PolicyStore, app: Celery, run: Run, client: redis.Redis, *, incarnation: int) -> None:
+    def __init__(
+        self,
+        store: PolicyStore,
+        app: Celery,
+        run: Run,
+        client: redis.Redis,
+        *,
+        incarnation: int,
+        when_there_is_room: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """`when_there_is_room` runs what writes to a disk, again and again while that is full."""
         self._store = store
+        self._when_there_is_room = when_there_is_room
         self._app = app
         self._run = run
         self._client = client
@@ -34,6 +46,8 @@ class Publisher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._running: Future[None] | None = None
         self.last_publish_s = 0.0
+        self.published = -1
+        "newest version that this process has published"
 
     def publish(
         self,
@@ -62,7 +76,12 @@ class Publisher:
         self, version: int, tensors: dict[str, Tensor], step: int, parent: int, evaluate: tuple[EvalDataset, ...]
     ) -> None:
         started = time.monotonic()
-        self._store.publish(version, tensors, step=step, parent=parent, incarnation=self._incarnation)
+
+        def write() -> None:
+            self._store.publish(version, tensors, step=step, parent=parent, incarnation=self._incarnation)
+
+        self._when_there_is_room(write)
+        self.published = version
         for dataset in evaluate:
             evaluation.request(self._client, self._run.keys, dataset, version=version)
         send(self._app, "dataset.fill", "dataset")

@@ -6,21 +6,28 @@ The glossary with formulas is in docs/algorithms.md.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Any
 
 import redis
 
 from common.config import QUEUES
-from common.diagnosis import queue_depths
+from common.diagnosis import Cause, queue_depths
 from common.ledger import read_account
 from common.metrics import read_heartbeats, write_metrics
 from common.run import Run
 from common.serialization import encode
 from common.types import Group
+
+log = logging.getLogger("sluice.trainer")
 
 SAMPLES_PER_STEP = 2
 
@@ -33,17 +40,36 @@ class Reporter:
         self._run = run
         folder = Path(run.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._path = folder / "metrics.jsonl"
+        self.last_version = _last_version(self._path)
+        "newest policy version that an earlier process has reported; -1 when there was none"
         self._board = _tensorboard(folder) if run.config.metrics.tensorboard else None
 
     def report(self, step: int, version: int, metrics: dict[str, float]) -> None:
         """One trainer step."""
         line = {"step": step, "version": version, "time": time.time(), **metrics}
         write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
-        self._file.write(json.dumps({k: v for k, v in line.items() if math.isfinite(v)}) + "\n")
+        self._append({name: value for name, value in line.items() if math.isfinite(value)})
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
+
+    def report_stall(self, step: int, cause: Cause, waited_s: float) -> None:
+        """A line of metrics.jsonl while the trainer does not move: for how long, and why. Needs no Redis."""
+        self._append(
+            {"step": step, "time": time.time(), "stall": cause.kind, "cause": cause.text, "waited_s": waited_s}
+        )
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        """One line, whole or not at all: a full disk costs lines of this file, never the run."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log.error("%s was not written to: %s", self._path, error)
+            with suppress(OSError):
+                os.truncate(self._path, size)
 
     def keep_samples(self, step: int, groups: list[Group], advantages: list[list[float]]) -> None:
         """The first groups of the step, for `sluice samples`."""
@@ -56,9 +82,22 @@ class Reporter:
             pipe.execute()
 
     def close(self) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _last_version(path: Path) -> int:
+    """Of the last line that names one; a torn last line is passed over."""
+    if not path.exists():
+        return -1
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        with suppress(ValueError):
+            if "version" in (fields := json.loads(line)):
+                return int(fields["version"])
+    return -1
 
 
 def _sample(step: int, group: Group, advantages: list[float]) -> dict[str, object]:

@@ -1,23 +1,59 @@
 -- A durable checkpoint names every step up to this one: their groups are trained, once and for all.
--- ARGV: step, max_resample_count (-1 = no limit)   Returns how many groups left the ledger.
-local limit, settled = tonumber(ARGV[2]), 0
-for _, step in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), '-inf', ARGV[1])) do
-  local again, touched = {}, {}
-  for _, line in ipairs(redis.call('LRANGE', key('batch:' .. step), 0, -1)) do
-    local version, entry, group = string.match(line, '^(%d+)|([^|]+)|(.+)$')
-    redis.call('XACK', key('stream:' .. version), 'trainer', entry)
-    redis.call('XDEL', key('stream:' .. version), entry)
-    touched[version] = true
-    local samples = tonumber(redis.call('HGET', key('g:' .. group), 'samples') or '0')
+-- ARGV: step, max_resample_count (-1 = no limit), group, ... (those that the trainer has trained since its last checkpoints)
+-- A named group that no manifest holds is one whose taking Redis has lost (a restart lost the last writes): it is settled
+-- wherever it stands now, also before the cursor reaches it again, so that it is never trained a second time.
+-- Returns how many groups left the ledger.
+local upto, limit, settled, known = tonumber(ARGV[1]), tonumber(ARGV[2]), 0, {}
+
+for _, step in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), '-inf', upto)) do
+  local again, touched, count = {}, {}, 0
+  for _, line in ipairs(batch_lines(step)) do
+    redis.call('XACK', key('stream:' .. line.version), 'trainer', line.entry)
+    redis.call('XDEL', key('stream:' .. line.version), line.entry)
+    touched[line.version], known[line.group] = true, true
+    local samples = tonumber(redis.call('HGET', key('g:' .. line.group), 'samples') or '0')
     if limit < 0 or samples < limit + 1 then
-      again[#again + 1] = { group, version }
+      again[#again + 1] = line
     else
-      settled = settled + settle(group, 'train', 'trained')
+      count = count + settle(line.group, 'train', 'trained')
     end
   end
-  for _, item in ipairs(again) do file_as_ready(item[1], item[2]) end
+  for _, line in ipairs(again) do file_as_ready(line.group, line.version) end
   for version in pairs(touched) do discard_if_empty(version) end
-  redis.call('DEL', key('batch:' .. step))
-  redis.call('ZREM', key('batches'), step)
+  forget_batch(step)
+  if count > 0 then redis.call('HINCRBY', key('settled'), step, count) end
+  settled = settled + count
 end
-return settled
+
+local function remove_from_buffer(group)
+  local version = redis.call('HGET', key('g:' .. group), 'version')
+  for _, entry in ipairs(redis.call('XRANGE', key('stream:' .. version), '-', '+')) do
+    if entry[2][2] == group then redis.call('XDEL', key('stream:' .. version), entry[1]) end
+  end
+  discard_if_empty(version)
+end
+
+local reconciled, cursor = 0, tonumber(redis.call('GET', key('cursor')) or '0')
+for i = 3, #ARGV do
+  local group = ARGV[i]
+  local number = tonumber(string.sub(group, 2))
+  if not known[group] and redis.call('SISMEMBER', key('live:train'), group) == 1 then
+    -- one that was sampled before is in the buffer by right
+    if not redis.call('HGET', key('g:' .. group), 'samples') then
+      if redis.call('HGET', key('g:' .. group), 'stage') == 'ready' then remove_from_buffer(group) end
+      reconciled = reconciled + settle(group, 'train', 'trained')
+    end
+  elseif not known[group] and number >= cursor and redis.call('SADD', key('ahead'), group) == 1 then
+    redis.call('HINCRBY', key('counts:train'), 'admitted', 1)
+    redis.call('HINCRBY', key('counts:train'), 'trained', 1)
+    reconciled = reconciled + 1
+  end
+end
+if reconciled > 0 then
+  redis.call('HINCRBY', key('counts:train'), 'reconciled', reconciled)
+  redis.call('HINCRBY', key('settled'), upto, reconciled)
+end
+if upto > tonumber(redis.call('HGET', key('run'), 'acknowledged') or '-1') then
+  redis.call('HSET', key('run'), 'acknowledged', upto)
+end
+return settled + reconciled

@@ -17,8 +17,13 @@ if needed < most then most, reason = needed, 'run_complete' end
 
 local out = { reason, tonumber(version) }
 local deadline, seconds = now_ms() + lease_ms, now_s()
+local function next_cursor()
+  local cursor
+  repeat cursor = redis.call('INCR', key('cursor')) - 1 until redis.call('SREM', key('ahead'), 't' .. cursor) == 0
+  return cursor
+end
 for _ = 1, most do
-  local cursor = redis.call('INCR', key('cursor')) - 1
+  local cursor = next_cursor()
   local group = 't' .. cursor
   redis.call('SADD', key('live:train'), group)
   redis.call('SADD', key('credit'), group)

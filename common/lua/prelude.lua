@@ -1,9 +1,12 @@
 -- Put in front of every script: the keys, and the few operations that all transitions share.
 -- KEYS[1] is the run's root, `sluice:{run}:`; the braces keep all keys of a run in one cluster slot.
 --
---   run                hash     config, assets, status, created_at, incarnation
+--   run                hash     config, assets, status, created_at, incarnation; acknowledged: newest step that a checkpoint names
 --   cursor             string   next dataset cursor
---   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent; kind = train | eval
+--   ahead              set      groups beyond the cursor that are settled already (Redis lost their admission, see acknowledge)
+--   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent, reconciled;
+--                               kind = train | eval
+--   settled            hash     trainer step -> groups that its acknowledgement settled as trained
 --   totals             hash     generated_tokens, of every stored rollout
 --   live:<kind>        set      groups admitted and not yet settled: the ledger's in_flight
 --   credit             set      training groups that hold an admission credit
@@ -17,7 +20,7 @@
 --   batches            zset     steps that have a manifest
 --   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
 --   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at
---   lineage            hash     version -> "<parent>:<trainer step>"
+--   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
 --   events             stream   capped; policy published, dead letters, ...
 --   bytes              string   payload bytes held by groups
 --   dead               zset     dead-lettered groups -> ms; their hash is kept
@@ -26,10 +29,20 @@
 --
 -- Every script is atomic and idempotent: a second call with the same arguments changes nothing. A failed script is not
 -- rolled back, so scripts check first and write after.
+--
+-- At `maxmemory` Redis refuses a write that may need memory if it is the first one of a script, and none after it. What
+-- brings payloads in asks first and is refused as a whole; everything else must go on, or nothing would ever be freed
+-- (common/scripts.py says which is which).
 
 local root = KEYS[1]
 
 local function key(name) return root .. name end
+
+-- An empty write: changes nothing, is not replicated, and is refused at maxmemory.
+local function refuse_when_full() redis.call('SETRANGE', key('full'), 0, '') end
+
+-- A first write that needs no memory opens the way for all others of this script.
+local function write_when_full() redis.call('DEL', key('full')) end
 
 local function now_ms()
   local t = redis.call('TIME')
@@ -54,7 +67,7 @@ local function policy_age(v, cur)
   local function node(version)
     local value = redis.call('HGET', key('lineage'), version)
     if not value then return nil end
-    local parent, step = string.match(value, '^(%-?%d+):(%d+)$')
+    local parent, step = string.match(value, '^(%-?%d+):(%d+)')
     return { version = tonumber(version), parent = tonumber(parent), step = tonumber(step) }
   end
   local from, to = node(v), node(cur)
@@ -131,6 +144,29 @@ local function discard_if_empty(version)
     redis.call('DEL', stream)
     redis.call('ZREM', key('versions'), version)
   end
+end
+
+-- An entry of the buffer that a batch holds goes back to the unread ones: it was not trained after all.
+local function give_back(group, version, entry)
+  redis.call('XACK', key('stream:' .. version), 'trainer', entry)
+  redis.call('XDEL', key('stream:' .. version), entry)
+  if redis.call('HINCRBY', key('g:' .. group), 'samples', -1) <= 0 then redis.call('HDEL', key('g:' .. group), 'samples') end
+  file_as_ready(group, version)
+end
+
+-- Lines of a manifest as {version, entry, group}.
+local function batch_lines(step)
+  local out = {}
+  for _, line in ipairs(redis.call('LRANGE', key('batch:' .. step), 0, -1)) do
+    local version, entry, group = string.match(line, '^(%d+)|([^|]+)|(.+)$')
+    out[#out + 1] = { version = version, entry = entry, group = group }
+  end
+  return out
+end
+
+local function forget_batch(step)
+  redis.call('DEL', key('batch:' .. step))
+  redis.call('ZREM', key('batches'), step)
 end
 
 -- Take up to `count` unread entries of a version's stream: list of {entry id, group}.

@@ -7,14 +7,12 @@ local version, parent, step = tonumber(ARGV[1]), ARGV[2], ARGV[3]
 if tonumber(ARGV[4]) < tonumber(redis.call('HGET', key('run'), 'incarnation') or '0') then return -1 end
 local served = tonumber(redis.call('HGET', key('policy'), 'version') or '-1')
 if served >= version then return 0 end
-redis.call('HSET', key('lineage'), version, parent .. ':' .. step)
+redis.call('HSET', key('lineage'), version, parent .. ':' .. step .. ':' .. ARGV[5])
 redis.call('HSET', key('policy'), 'version', version, 'step', step, 'incarnation', ARGV[4], 'digest', ARGV[5], 'bytes', ARGV[6],
   'published_at', now_s())
 redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'policy', 'version', version)
 for _, taken in ipairs(redis.call('ZRANGE', key('batches'), 0, -1)) do
   local command = tonumber(taken) <= tonumber(step) and 'SREM' or 'SADD'
-  for _, line in ipairs(redis.call('LRANGE', key('batch:' .. taken), 0, -1)) do
-    redis.call(command, key('credit'), string.match(line, '|([^|]+)$'))
-  end
+  for _, line in ipairs(batch_lines(taken)) do redis.call(command, key('credit'), line.group) end
 end
 return 1

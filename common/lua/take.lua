@@ -1,20 +1,49 @@
 -- Evict what is too old, then take k whole groups for a trainer step, oldest version first, or none.
--- The manifest makes a repeated take of the same step return the same groups.
--- ARGV: step, k, current policy version, max_policy_age
--- Returns {evicted, available, group, group, ...}; fewer than k available -> no groups, and the trainer is woken at k.
-local step, k, current, max_age = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
-local batch = key('batch:' .. step)
+-- The manifest makes a repeated take of the same step return the same groups, as long as they are young enough: after a
+-- roll-back they may be seen from another branch. Then they are dropped or given back, and so are the batches after them.
+-- ARGV: step, k, current policy version, max_policy_age, newest version that this trainer has seen published,
+--       step of its newest checkpoint (-1 = not known)
+-- Returns {evicted, available, group, group, ...}; fewer than k available -> no groups, and the trainer is woken at k;
+-- {-1, 0} when Redis has lost writes of this trainer (it was restarted, or another server took over)
+local step, k, current, max_age = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local published, saved = tonumber(ARGV[5]), tonumber(ARGV[6])
 
-local out = { 0, k }
-local held = redis.call('LRANGE', batch, 0, -1)
-if #held > 0 then
-  for _, line in ipairs(held) do out[#out + 1] = string.match(line, '|([^|]+)$') end
-  return out
+local function is_behind()
+  if redis.call('HEXISTS', key('lineage'), current) == 0 then return true end
+  if tonumber(redis.call('HGET', key('policy'), 'version') or '-1') < published then return true end
+  if saved < 0 then return false end
+  if tonumber(redis.call('HGET', key('run'), 'acknowledged') or '0') < saved then return true end
+  for trained = saved + 1, step - 1 do
+    if redis.call('EXISTS', key('batch:' .. trained)) == 0 then return true end
+  end
+  return false
 end
 
-local evicted, available, fresh = 0, 0, {}
+local function is_stale(version) return policy_age(version, current) > max_age end
+
+local function drop_stale(group) return settle(group, 'train', 'dropped:stale') end
+
+if is_behind() then return { -1, 0 } end
+
+local evicted, available, fresh, touched = 0, 0, {}, {}
+local held, is_too_old = batch_lines(step), false
+for _, line in ipairs(held) do is_too_old = is_too_old or is_stale(line.version) end
+if #held > 0 and not is_too_old then
+  local out = { 0, k }
+  for _, line in ipairs(held) do out[#out + 1] = line.group end
+  return out
+end
+if is_too_old then
+  for _, taken in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), step, '+inf')) do
+    for _, line in ipairs(batch_lines(taken)) do
+      give_back(line.group, line.version, line.entry)
+    end
+    forget_batch(taken)
+  end
+end
+
 for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do
-  if policy_age(version, current) > max_age then
+  if is_stale(version) then
     local entries = read_entries(version, 1000)
     while #entries > 0 do
       for _, entry in ipairs(entries) do
@@ -24,7 +53,7 @@ for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do
         if redis.call('HGET', key('g:' .. entry[2]), 'samples') then
           settle(entry[2], 'train', 'trained')
         else
-          evicted = evicted + settle(entry[2], 'train', 'dropped:stale')
+          evicted = evicted + drop_stale(entry[2])
         end
       end
       entries = read_entries(version, 1000)
@@ -35,7 +64,7 @@ for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do
     available = available + unread(version)
   end
 end
-out[1], out[2] = evicted, available
+local out = { evicted, available }
 if available < k then
   redis.call('SET', key('want'), k)
   return out
@@ -46,7 +75,7 @@ for _, version in ipairs(fresh) do
   if missing == 0 then break end
   for _, entry in ipairs(read_entries(version, missing)) do
     local group = entry[2]
-    redis.call('RPUSH', batch, version .. '|' .. entry[1] .. '|' .. group)
+    redis.call('RPUSH', key('batch:' .. step), version .. '|' .. entry[1] .. '|' .. group)
     redis.call('HSET', key('g:' .. group), 'stage', 'leased', 't:leased', seconds)
     redis.call('HINCRBY', key('g:' .. group), 'samples', 1)
     out[#out + 1] = group

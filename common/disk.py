@@ -1,0 +1,25 @@
+"""A full disk as an error that a caller can wait out."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import DiskFull
+
+
+@contextmanager
+def needing_room(folder: Path, *, what: str) -> Iterator[None]:
+    """Whatever is written inside: raises DiskFull where `folder` has no room for it, and other errors as they are."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports the operating system's error as text only
+        code = getattr(error, "errno", None)
+        if code not in (errno.ENOSPC, errno.EDQUOT) and f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
+        raise DiskFull(f"the disk is full: no room for {what} in {folder} ({free:.1f} MiB free)") from error

@@ -54,10 +54,16 @@ def refusal(error: BaseException) -> str | None:
     return _REFUSALS[found[1]] if found else None
 
 
+class RefusesWrites(redis.ConnectionError):
+    """A refusal, in words, for callers that only know lost connections (Celery)."""
+
+
 def _trouble(error: BaseException) -> str | None:
     """What to wait for, as a predicate of "Redis at ..."; None when waiting is of no use."""
     if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError)):
         return None
+    if isinstance(error, RefusesWrites):
+        return str(error)
     if words := refusal(error):
         return words
     if isinstance(error, (redis.TimeoutError, TimeoutError)):
@@ -137,7 +143,8 @@ class Patience(Retry):
                     since = began if isinstance(error, (redis.TimeoutError, TimeoutError)) else now
                 self._note(since, trouble)
                 if failures > 1 and now - since >= self.limit_s:
-                    log.error("Redis at %s %s: given up after %.0f s", self.server, trouble, now - since)
+                    what = trouble.rpartition(":")[0]
+                    log.error("Redis at %s %s: no longer waited for after %.0f s", self.server, what, now - since)
                     raise
                 time.sleep(self._backoff.compute(min(failures, 10)))
             else:

@@ -43,7 +43,7 @@ def wild(prompts, completions, target, **kwargs):
 """
 EXPECTED = {
     "sleeps": ("RewardError", "SoftTimeLimitExceeded"),
-    "sleeps on": ("TimeLimitExceeded", "the scoring process ignored its time limit and was killed"),
+    "sleeps on": ("TimeLimitExceeded", "gave no answer within its time limit and was killed"),
     "raises": ("RewardError", "the grader is broken"),
     "leaves": ("WorkerLostError", "the scoring process ended by itself"),
     "exits": ("WorkerLostError", "the scoring process ended by itself"),
@@ -59,11 +59,11 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
     config = make_config(
         reward={
             "functions": [{"function": f"{tmp_path / 'wild.py'}:wild"}],
-            "time_limit_s": 0.5,
+            "time_limit_s": 3.2,  # killed 2 s later; Celery looks for dead children every 5 s at least
             "memory_limit_mib": 512,
-            "concurrency": 2,
+            "concurrency": 3,
         },
-        lease={"running_s": 60.0, "queued_s": 60.0},  # nothing here waits for a lease to end
+        lease={"running_s": 60.0, "queued_s": 60.0, "max_attempts": 2},  # nothing here waits for a lease to end
         trainer={"loss": {"kl_beta": 0.0}},
     )
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
@@ -90,20 +90,20 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
             account = ledger.account()
             return sum(account.dead.values()) == len(EXPECTED) and client.xlen(keys("stream", 0)) == 4
 
-        wait_for(is_settled, timeout=45, what="three attempts at every bad group, and one at the others")
+        wait_for(is_settled, timeout=45, what="two attempts at every bad group, and one at the others")
         assert process.poll() is None, "the worker itself lives"
-        wait_for(lambda: len(alive(children(process.pid))) >= 2, timeout=10, what="both scoring processes to be back")
+        wait_for(lambda: len(alive(children(process.pid))) >= 3, timeout=10, what="all scoring processes to be back")
 
     groups = {kind: client.hgetall(keys("g", group_id)) for group_id, kind in kinds.items()}
     for kind, (reason, detail) in EXPECTED.items():
         group = groups[kind]
         assert group[b"dead_reason"].decode() == reason, kind
         assert detail in group[b"dead_detail"].decode(), kind
-        assert group[b"n:reward"] == b"3", kind
+        assert group[b"n:reward"] == b"2", kind
         assert b"rollout" in group, "the payload is kept"
         assert b"reward" not in group, "no score was made up"
     account = ledger.account()
-    assert account.retried == 2 * len(EXPECTED)
+    assert account.retried == len(EXPECTED)
     assert account.holds
 
 

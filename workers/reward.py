@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import re
 import resource
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class RewardRole:
     def __init__(self, context: Context, functions: list[LoadedReward]) -> None:
         self.context = context
         self._functions = functions
-        self._last_lost = ""
+        self._reported: deque[str] = deque(maxlen=1000)
         self._num_done = multiprocessing.Value("q", 0)  # shared with the children
         context.facts = lambda: {"done": self._num_done.value}
 
@@ -69,9 +70,9 @@ class RewardRole:
 
     def report_lost_child(self, *, exception: BaseException, task_id: str, args: Any, **_: Any) -> None:
         """In the parent, when a child was killed or killed itself: what it held has failed, now and not a lease later."""
-        if not isinstance(exception, (WorkerLostError, TimeLimitExceeded)) or task_id == self._last_lost:
+        if not isinstance(exception, (WorkerLostError, TimeLimitExceeded)) or task_id in self._reported:
             return
-        self._last_lost = task_id  # Celery tells of a hard time limit twice
+        self._reported.append(task_id)  # Celery tells of a hard time limit twice, and of the child's death besides
         (group_id,), ledger, context = args, self.context.urgent, self.context
         what = _how_it_ended(exception)
         log.warning("group %s: %s", group_id, what)
@@ -111,7 +112,7 @@ class RewardRole:
 
 def _how_it_ended(exception: BaseException) -> str:
     if isinstance(exception, TimeLimitExceeded):
-        return "the scoring process ignored its time limit and was killed"
+        return "the scoring process gave no answer within its time limit and was killed"
     signal = re.search(r"signal (\d+)", str(exception))
     how = f"was killed by signal {signal[1]}" if signal else "ended by itself"
     return f"the scoring process {how}: {exception}"

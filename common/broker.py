@@ -2,19 +2,32 @@
 
 Every setting here was measured (see docs/operations.md): the defaults hang for ever on a half-open connection, redeliver
 after up to 100 s, or end the worker. A message is a hint, the ledger is the truth: acknowledging late keeps a
-message visible while it is worked on, and a message delivered twice is refused by `claim`.
+message visible while it is worked on, a message delivered twice is refused by `claim`, and a message that cannot be sent is
+given up with a warning: the ledger sends what is owed again.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import redis
 from celery import Celery
 from kombu import Queue
+from kombu.exceptions import OperationalError
 
+from common import sentinel
 from common.config import QUEUES
 from common.connection import broker_url
 from common.keys import Keys
+
+log = logging.getLogger("sluice.broker")
+
+SEND_PAUSE_S = 5.0
+"""After a message could not be sent, no other is tried for so long: a role must not spend its time on a dead broker."""
 
 PART_TASKS = {
     "task": ("dataset.prepare", "dataset"),
@@ -28,9 +41,10 @@ PART_TASKS = {
 def make_app(run: str, *, url: str | None = None) -> Celery:
     """A Celery app bound to one run's queues, on the broker of the environment unless `url` names it. Does not connect."""
     app = Celery("sluice", set_as_current=False)
+    where, transport, options = _broker(url or broker_url())
     app.conf.update(
-        broker_url=url or broker_url(),
-        broker_transport="common.transport:Transport",
+        broker_url=where,
+        broker_transport=transport,
         result_backend=None,
         task_ignore_result=True,
         task_serializer="msgpack",
@@ -44,6 +58,7 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        task_publish_retry=False,  # the transport has waited already
         worker_proc_alive_timeout=600,
         worker_hijack_root_logger=True,
         worker_redirect_stdouts=False,
@@ -54,14 +69,26 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
             "unacked_restore_interval": 5,
             "unacked_restore_throttle": 1,
             "unacked_mutex_expire": 15,
-            "socket_timeout": 10,
+            # a connection that died silently is found within 12 s: BRPOP is overdue after 6 s, looked at every 5 s
+            "socket_timeout": 5,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
             "retry_on_timeout": True,
-            "health_check_interval": 10,
+            "health_check_interval": 5,
+            "max_retries": 1,  # of a producer's connection: for ever by default
+            **options,
         },
     )
     return app
+
+
+def _broker(url: str) -> tuple[str, str, dict[str, str]]:
+    """Celery's broker URL, transport and transport options for one of our URLs."""
+    if not sentinel.is_sentinel(url):
+        return url, "common.transport:Transport", {}
+    address = sentinel.parse(url)
+    host, port = address.sentinels[0]  # only shown: the transport asks the sentinels of its option
+    return f"sentinel://{host}:{port}/{address.database}", "common.transport:SentinelTransport", {"sentinel_url": url}
 
 
 def send_part(app: Celery, group_id: str, part: str) -> None:
@@ -72,6 +99,30 @@ def send_part(app: Celery, group_id: str, part: str) -> None:
     send(app, name, queue, group_id)
 
 
-def send(app: Celery, name: str, queue: str, *args: Any) -> None:
-    """Send a task by name; the arguments are ids, never payloads."""
-    app.send_task(name, args=args, queue=queue, argsrepr=repr(args)[:100], ignore_result=True)
+@dataclass(slots=True)
+class _Pause:
+    until: float = 0.0
+    num_skipped: int = 0
+
+
+_pauses: WeakKeyDictionary[Celery, _Pause] = WeakKeyDictionary()
+
+
+def send(app: Celery, name: str, queue: str, *args: Any) -> bool:
+    """Send a task by name; the arguments are ids, never payloads. False: the broker does not take it now."""
+    pause = _pauses.setdefault(app, _Pause())
+    if time.monotonic() < pause.until:
+        pause.num_skipped += 1
+        return False
+    try:
+        app.send_task(name, args=args, queue=queue, argsrepr=repr(args)[:100], ignore_result=True)
+    except (OperationalError, redis.RedisError, OSError) as error:
+        log.warning("%s%r was not sent (%s): the ledger sends it again when it is overdue", name, args, error)
+        pause.until = time.monotonic() + SEND_PAUSE_S
+        return False
+    if pause.num_skipped:
+        log.warning(
+            "%d messages were not sent while the broker was away; the ledger sends them again", pause.num_skipped
+        )
+        pause.num_skipped = 0
+    return True

@@ -1,22 +1,32 @@
 """Connections to Redis: one place for time-outs, retries and the message when it cannot be reached.
 
 `SLUICE_REDIS_URL` names the data server, `SLUICE_BROKER_URL` the Celery broker where it is another one, `SLUICE_RUN` the run.
+Both may be a `sentinel://` URL (see sentinel.py).
+
+Every client that `connect` makes waits out an outage (see patience.py); the first connection does not, so that a wrong URL
+is said at once. A connection that died silently costs one time-out: a reply that does not come within SOCKET_TIMEOUT_S is
+asked for again on a new connection.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import ExponentialBackoff
+from redis.client import Pipeline
 from redis.retry import Retry
 
+from common import sentinel
 from common.errors import ConfigError, ConnectionFailed
+from common.patience import Patience
 
-SOCKET_TIMEOUT_S = 15.0
-BLOCK_S = 5.0
+SOCKET_TIMEOUT_S = 8.0
+BLOCK_S = 4.0
 """Longest blocking read: shorter than the socket time-out, or every idle wait would look like a dead server."""
 _OLDEST_SERVER = (6, 2)
 
@@ -47,39 +57,99 @@ def run_name() -> str:
 def without_password(url: str) -> str:
     """The URL as it may be logged."""
     parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+    parts = parts._replace(query=re.sub(r"(password=)[^&]*", r"\1***", parts.query))
+    if parts.password is not None:
+        host = parts.netloc.rpartition("@")[2]
+        parts = parts._replace(netloc=f"{parts.username or ''}:***@{host}")
+    return urlunsplit(parts)
+
+
+class Client(redis.Redis):
+    """A client whose pipelines survive a server that forgot its scripts (a restart, a fail-over) while they waited."""
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class _Pipeline(Pipeline):
+    def _execute_pipeline(self, *args: Any) -> list[Any]:
+        return self._with_scripts(super()._execute_pipeline, *args)
+
+    def _execute_transaction(self, *args: Any) -> list[Any]:
+        return self._with_scripts(super()._execute_transaction, *args)
+
+    def _with_scripts(self, execute: Callable[..., list[Any]], *args: Any) -> list[Any]:
+        try:
+            return execute(*args)
+        except redis.exceptions.NoScriptError:
+            self.load_scripts()
+            return execute(*args)
 
 
 def connect(url: str | None = None, **options: Any) -> redis.Redis:
-    """A checked client. Replies are bytes, RESP2. Raises ConnectionFailed when the server is unreachable or too old.
+    """A checked client. Replies are bytes, RESP2. Raises ConfigError, and ConnectionFailed when the server is unreachable,
+    refuses the password or is too old.
 
-    redis-py 8 retries every command 10 times by default, writes included; all our writes are idempotent, so retrying is
-    safe, and a server restart of a few seconds passes unnoticed.
+    Its commands wait for a server that is away or refuses writes, at most OUTAGE_S, unless `retry` says otherwise.
     """
     url = url or redis_url()
     settings: dict[str, Any] = {
         "socket_timeout": SOCKET_TIMEOUT_S,
         "socket_connect_timeout": 5.0,
         "socket_keepalive": True,
-        "health_check_interval": 10,
+        "health_check_interval": 5,
         "protocol": 2,
-        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), 30),
+        "retry": Patience(without_password(url)),
     }
-    try:
-        client = redis.Redis.from_url(url, **{**settings, **options})
-    except ValueError as error:
-        raise ConfigError(f"{without_password(url)!r} is not a Redis URL: {error}") from None
+    client = _open(url, **{**settings, **options})
     _check_server(url)
     return client
 
 
-def _check_server(url: str) -> None:
-    probe = redis.Redis.from_url(
-        url, socket_timeout=5.0, socket_connect_timeout=5.0, protocol=2, retry=Retry(ExponentialBackoff(), 1)
+def _open(url: str, **options: Any) -> redis.Redis:
+    if sentinel.is_sentinel(url):
+        address = sentinel.parse(url)
+        manager = address.manager(connection_class=sentinel.MasterConnection, **options)
+        master: redis.Redis = manager.master_for(address.master, redis_class=Client)
+        return master
+    try:
+        return Client.from_url(url, **options)
+    except ValueError as error:
+        raise ConfigError(f"{without_password(url)!r} is not a Redis URL: {error}") from None
+
+
+def _patience(client: redis.Redis) -> Patience | None:
+    policy = client.get_retry()
+    return policy if isinstance(policy, Patience) else None
+
+
+def outage(client: redis.Redis) -> str | None:
+    """What a call of this client waits for at this moment, in a sentence; None when none waits. Asks no server."""
+    policy = _patience(client)
+    return policy and policy.outage
+
+
+def give_up_after(client: redis.Redis, seconds: float) -> None:
+    """From now on wait for an outage at most so long: a process that is asked to stop must not hang on a server that is away."""
+    policy = _patience(client)
+    if policy:
+        policy.limit_s = seconds
+
+
+def persistence_warning(client: redis.Redis) -> str | None:
+    """One sentence when a crash of the server would lose the run; None when it keeps an append-only file."""
+    if client.info("persistence").get("aof_enabled"):
+        return None
+    return (
+        "Redis keeps no append-only file: if the server dies, every group in flight and the run itself are lost "
+        "(set `appendonly yes` on the server)"
     )
+
+
+def _check_server(url: str) -> None:
+    if sentinel.is_sentinel(url):
+        sentinel.parse(url).master_address()
+    probe = _open(url, socket_timeout=5.0, socket_connect_timeout=5.0, protocol=2, retry=Retry(ExponentialBackoff(), 1))
     try:
         version = str(probe.info("server")["redis_version"])
     except redis.AuthenticationError:

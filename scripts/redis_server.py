@@ -67,7 +67,7 @@ def start_server(folder: Path) -> EmbeddedServer:
     """Start a server on the data in `folder` (made if missing). Raises ConnectionFailed."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    port, password = _free_port(), secrets.token_urlsafe(24)
+    port, password = free_port(), secrets.token_urlsafe(24)
     config = folder / "redis.conf"
     config.touch(mode=0o600)
     config.write_text(_CONFIG.format(port=port, password=password, folder=folder))
@@ -136,7 +136,8 @@ def reading_server(folder: Path) -> Iterator[str]:
         server.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

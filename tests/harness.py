@@ -20,8 +20,18 @@ from typing import Any
 import psutil
 import yaml
 
+from common.connection import connect
+from common.ledger import Account, read_account
+from common.run import open_run
 from scripts.prepare_tiny import prepare
 
+SMALL = {
+    "sampling__group_size": 4,
+    "replay_buffer__batch_size": 4,
+    "trainer__loss": {"kl_beta": 0.0},
+    "checkpoint__keep": 100,
+}
+"""Overrides of `create_run`: small steps, and every checkpoint kept as a record."""
 ROOT = Path(__file__).resolve().parent.parent
 LEASE = {"running_s": 3.0, "queued_s": 3.0, "shutdown_grace_s": 0.5}
 
@@ -125,6 +135,22 @@ def create_run(folder: Path, url: str, *, name: str = "roles", **overrides: Any)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"export SLUICE_RUN={name}\n"
     return {"SLUICE_REDIS_URL": url, "SLUICE_RUN": name}
+
+
+@contextlib.contextmanager
+def workers(folder: Path, env: dict[str, str], *queues: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One worker per queue; by default what a run without a reference needs."""
+    with contextlib.ExitStack() as stack:
+        names = queues or ("dataset", "rollout", "reward")
+        yield [stack.enter_context(worker(queue, cwd=folder, **env)) for queue in names]
+
+
+def account_of(env: dict[str, str]) -> Account:
+    """The training account of a run."""
+    client = connect(env["SLUICE_REDIS_URL"])
+    account = read_account(client, open_run(client, env["SLUICE_RUN"]).keys)
+    client.close()
+    return account
 
 
 def assert_trained_once(run_folder: Path, steps: int, *, groups_per_step: int = 8) -> None:

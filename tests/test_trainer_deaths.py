@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
-from harness import assert_trained_once, create_run, metrics_of, trainer, worker
+from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, trainer, workers
 
-from common.connection import connect
-from common.ledger import Account, read_account
-from common.run import open_run
 from scripts.redis_server import EmbeddedServer
 from trainer.checkpoint import checkpoint_at, newest_checkpoint
-
-SMALL = {
-    "sampling__group_size": 4,
-    "checkpoint__keep": 100,
-    "trainer__loss": {"kl_beta": 0.0},
-    "replay_buffer__batch_size": 4,
-}
-
-
-@contextlib.contextmanager
-def workers(folder: Path, env: dict[str, str]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for queue in ("dataset", "rollout", "reward"):
-            stack.enter_context(worker(queue, cwd=folder, **env))
-        yield
-
-
-def account_of(env: dict[str, str]) -> Account:
-    client = connect(env["SLUICE_REDIS_URL"])
-    account = read_account(client, open_run(client, env["SLUICE_RUN"]).keys)
-    client.close()
-    return account
-
 
 KILLS = [
     ("trainer.policy:TrainedPolicy.optimize", "after", 2),  # between optimizer step and publication

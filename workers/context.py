@@ -35,7 +35,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from common.broker import send_part
-from common.connection import connect, run_name
+from common.connection import connect, give_up_after, run_name
 from common.errors import EngineClosed, SerializationError
 from common.ledger import Claim, Ledger
 from common.metrics import HEARTBEAT_S, beat, silence
@@ -213,6 +213,7 @@ class Context:
     def close(self) -> None:
         """Leave in good order."""
         self._stop.set()
+        give_up_after(self.client, 2.0)
         try:
             silence(self.urgent.client, self.run.keys, self.process)
         except redis.RedisError as error:

@@ -1,0 +1,221 @@
+"""The broker transport under a real Celery worker: foreign elements, a dead broker, a broker that refuses writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+from harness import running, wait_for
+from kombu import Connection, Queue
+
+from common.broker import make_app, send, send_part
+from common.connection import connect
+from common.transport import MAX_REJECTED, MAX_REJECTED_BYTES
+from scripts.redis_server import EmbeddedServer, start_server
+
+PREFIX = "sluice:{tiny}:mq:"
+
+APP = """
+import os
+from common.broker import make_app
+from common.connection import connect
+
+app = make_app("tiny")
+done = connect()
+
+@app.task(name="rollout.generate")
+def generate(group):
+    done.rpush("done", group)
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    found = start_server(tmp_path / "redis")
+    yield found
+    if found.process.poll() is None:
+        found.stop()
+
+
+@pytest.fixture
+def client(server: EmbeddedServer) -> Iterator[redis.Redis]:
+    found = connect(server.url)
+    yield found
+    found.close()
+
+
+@contextmanager
+def tiny_worker(folder: Path, url: str) -> Iterator[object]:
+    """A plain worker of one task on our transport; it notes each group in the list `done`."""
+    (folder / "tinyapp.py").write_text(APP)
+    argv = [sys.executable, "-m", "celery", "-A", "tinyapp", "worker", "-Q", "rollout", "-P", "threads", "-c", "2"]
+    argv += ["--without-gossip", "--without-mingle", "--loglevel", "INFO"]
+    with running(argv, cwd=folder, log=folder / "worker.log", SLUICE_REDIS_URL=url) as process:
+        yield process
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "worker.log").read_text()
+
+
+def is_done(client: redis.Redis, group: str) -> bool:
+    return group.encode() in client.lrange("done", 0, -1)
+
+
+def message(**changes) -> dict:
+    """A message of ours as it lies in a queue, with changes by path."""
+    whole = {
+        "body": "W1sidDEiXSwge30sIHt9XQ==",
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {"task": "rollout.generate", "id": "x", "lang": "py", "root_id": "x", "parent_id": None},
+        "properties": {
+            "delivery_tag": "x",
+            "delivery_info": {"exchange": "", "routing_key": "rollout"},
+            "body_encoding": "base64",
+            "priority": 0,
+        },
+    }
+    for path, value in changes.items():
+        *above, last = path.split("__")
+        part = whole
+        for name in above:
+            part = part[name]
+        part[last] = value
+    return whole
+
+
+FOREIGN = [
+    b"not json",
+    b"\xff\xfe\x00",
+    b"[]",
+    b"{}",
+    b"5",
+    b"null",
+    b'"text"',
+    b"[" * 100_000,
+    json.dumps({"properties": None}).encode(),
+    json.dumps(message(properties__delivery_info={})).encode(),
+    json.dumps(message(properties__delivery_tag=None)).encode(),
+    json.dumps(message(headers=[1])).encode(),
+    json.dumps(message(headers={"task": "rollout.generate"})).encode(),
+    json.dumps(message(headers__task=["rollout.generate"])).encode(),
+    json.dumps(message(body="=")).encode(),  # empty
+    json.dumps(message(body="AAAA")).encode(),  # no JSON
+    json.dumps(message(body="NQ==")).encode(),  # 5 instead of (args, kwargs, embed)
+    json.dumps(message(**{"content-type": "application/x-python-serialize"})).encode(),
+]
+DROPPED_BY_CELERY = [
+    message(headers__task="no.such.task"),
+    message(headers={}),
+]
+
+
+def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, server, client):
+    app = make_app("tiny", url=server.url)
+    for element in FOREIGN:
+        client.lpush(PREFIX + "rollout", element)
+    for i, element in enumerate(DROPPED_BY_CELERY):
+        element["properties"]["delivery_tag"] = f"tag{i}"
+        client.lpush(PREFIX + "rollout", json.dumps(element))
+    send_part(app, "t1", "rollout")
+    with tiny_worker(tmp_path, server.url) as process:
+        wait_for(lambda: is_done(client, "t1"), timeout=20, what="the message behind the foreign elements")
+        records = [json.loads(record) for record in client.lrange(PREFIX + "rejected", 0, -1)]
+        assert len(records) == len(FOREIGN), log_of(tmp_path)
+        assert {record["queue"] for record in records} == {"rollout"}
+        assert all(len(record["element"]) <= 4 * MAX_REJECTED_BYTES for record in records)
+        assert "an element of queue `rollout` is no message and was set aside" in log_of(tmp_path)
+        assert "b'not json'" in log_of(tmp_path)
+        assert "Received unregistered task of type 'no.such.task'" in log_of(tmp_path)
+        for i in range(MAX_REJECTED):
+            client.lpush(PREFIX + "rollout", f"rubbish {i}")
+        send_part(app, "t2", "rollout")
+        wait_for(lambda: is_done(client, "t2"), timeout=20, what="the message behind more of them")
+        assert client.llen(PREFIX + "rejected") == MAX_REJECTED
+        assert process.poll() is None
+        assert client.llen(PREFIX + "rollout") == 0
+        wait_for(lambda: client.hlen(PREFIX + "unacked") == 0, timeout=5, what="nothing to circulate")
+
+
+@pytest.mark.parametrize("trouble", ["maxmemory", "readonly"])
+def test_a_broker_that_refuses_writes_pauses_the_worker(tmp_path, server, client, trouble):
+    app = make_app("tiny", url=server.url)
+    with tiny_worker(tmp_path, server.url) as process:
+        send_part(app, "t1", "rollout")
+        wait_for(lambda: is_done(client, "t1"), timeout=20, what="the first message")
+        for i in range(20):
+            client.lpush(PREFIX + "rollout", json.dumps(message(properties__delivery_tag=f"tag{i}")))
+        if trouble == "maxmemory":
+            client.config_set("maxmemory", 1)
+            words = "out of memory (maxmemory)"
+        else:
+            client.replicaof("127.0.0.1", "1")
+            words = "read-only replica"
+        wait_for(lambda: words in log_of(tmp_path), timeout=20, what="the worker to say what it waits for")
+        began = time.monotonic()
+        assert not send(make_app("tiny", url=server.url), "rollout.generate", "rollout", "t2")
+        assert time.monotonic() - began < 8
+        assert process.poll() is None
+        assert log_of(tmp_path).count("Connection to broker lost") <= 4, "reconnections are paced"
+        if trouble == "maxmemory":
+            client.config_set("maxmemory", 0)
+        else:
+            client.replicaof("NO", "ONE")
+        send_part(app, "t3", "rollout")
+        wait_for(lambda: is_done(client, "t3"), timeout=30, what="a message after the broker was cured")
+        assert process.poll() is None
+        assert "Unrecoverable" not in log_of(tmp_path)
+
+
+def test_a_killed_broker_does_not_end_a_worker_with_messages_in_hand(tmp_path, server):
+    """kombu 5.7 ends here with "'NoneType' object has no attribute 'hostname'": the broker dies, the closing of the first
+    channel fails and leaves the second open, without its transport, until somebody closes that one too."""
+    url = server.url
+    connection = Connection(
+        url,
+        transport="common.transport:Transport",
+        transport_options={"global_keyprefix": "close:", "socket_timeout": 1},
+    )
+    channels = [connection.channel(), connection.channel()]
+    queue = Queue("q")
+    for channel in channels:
+        queue(channel).declare()
+        with connection.Producer() as producer:
+            producer.publish("text", routing_key="q")
+        assert queue(channel).get() is not None  # taken, not acknowledged
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait(10)
+    began = time.monotonic()
+    connection.collect()
+    for channel in channels:
+        connection.maybe_close_channel(
+            channel
+        )  # what Celery's consumer does next; only connection errors are tolerated
+    with pytest.raises(connection.connection_errors):
+        channels[1].basic_ack("late")  # as a task that ends after the connection
+    assert time.monotonic() - began < 4
+
+
+def test_a_message_that_cannot_be_sent_costs_seconds_and_no_exception(server, client, caplog):
+    app = make_app("tiny", url=server.url)
+    assert send(app, "rollout.generate", "rollout", "t1")
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait(10)
+    began = time.monotonic()
+    for _ in range(50):
+        send_part(app, "t2", "rollout")
+    assert time.monotonic() - began < 8
+    assert "was not sent" in caplog.text and "the ledger sends it again" in caplog.text
+    server.restart()
+    wait_for(lambda: send(app, "rollout.generate", "rollout", "t3"), timeout=8, what="sending again")
+    assert "messages were not sent while the broker was away" in caplog.text
+    assert client.llen(PREFIX + "rollout") == 2

@@ -34,6 +34,8 @@ from common.run import Run
 from common.serialization import decode
 
 _NEARLY_FULL = 0.9
+_FULL = 0.99
+"""At the limit the server hovers around it: what is refused leaves its buffers free again."""
 Beats = dict[str, dict[str, Any]]
 
 
@@ -101,7 +103,7 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
     serving = {facts["role"] for facts in beats.values()}
     on_path = {name: facts for name, facts in beats.items() if facts["role"] in (*needed, "trainer")}
     causes = [
-        *_memory(client, over=1.0),
+        *_memory(client, over=_FULL),
         *(
             Cause("no_workers", f"0 workers on `{queue}`, {depths[queue]} messages queued")
             for queue in needed
@@ -120,7 +122,7 @@ def _memory(client: redis.Redis, *, over: float) -> list[Cause]:
     found = []
     if most and used >= over * most:
         text = f"Redis is full: {used >> 20} MiB of maxmemory {most >> 20} MiB used"
-        found.append(Cause("redis_full", text if used >= most else text.replace("full", "nearly full")))
+        found.append(Cause("redis_full", text if used >= _FULL * most else text.replace("full", "nearly full")))
     if info.get("aof_last_write_status", "ok") != "ok":
         text = "Redis cannot write its append-only file (its disk is full?) and refuses writes"
         found.append(Cause("redis_full", text))

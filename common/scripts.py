@@ -15,14 +15,15 @@ from redis.commands.core import Script
 
 from common.keys import Keys
 
-_BRINGS_PAYLOADS = frozenset(["admit", "admit_eval", "requeue", "store"])
-"""Refused as a whole while Redis is at maxmemory; every other script works then too, or nothing would be freed again."""
+_WAITS_WHEN_FULL = frozenset(["admit", "admit_eval", "claim", "reap", "requeue", "store"])
+"""Refused as a whole while Redis is at maxmemory: what brings payloads in, and what begins work or judges its deadlines.
+Every other script works then too, or nothing would be freed again."""
 
 
 @cache
 def _source(name: str) -> str:
     folder = files("common") / "lua"
-    guard = "refuse_when_full()" if name in _BRINGS_PAYLOADS else "write_when_full()"
+    guard = "refuse_when_full()" if name in _WAITS_WHEN_FULL else "write_when_full()"
     return f"{(folder / 'prelude.lua').read_text()}\n{guard}\n{(folder / f'{name}.lua').read_text()}"
 
 

@@ -135,21 +135,22 @@ class Context:
         claim = self.ledger.claim(group_id, part, fields=fields, lease_s=lease_s)
         if claim is None:
             return
-        try:
-            with self._working_on(claim):
+        with self._working_on(claim):
+            try:
                 result = work(claim)
-        except EngineClosed:
-            if self.ledger.release(claim):
-                send_part(self.app, group_id, part)
-            return
-        except Exception as error:  # the task boundary: whatever a part raises is accounted for, never lost
-            log.warning("%s of group %s failed on attempt %d: %r", part, group_id, claim.attempt, error)
-            detail = f"{error!r}\n{traceback.format_exc(limit=-8)}"
-            if self.ledger.fail(claim, reason=_reason(error), detail=detail):
-                send_part(self.app, group_id, part)
-            return
-        for following in self._store(claim, result) or ():
-            send_part(self.app, group_id, following)
+            except EngineClosed:
+                if self.ledger.release(claim):
+                    send_part(self.app, group_id, part)
+                return
+            except Exception as error:  # the task boundary: whatever a part raises is accounted for, never lost
+                log.warning("%s of group %s failed on attempt %d: %r", part, group_id, claim.attempt, error)
+                detail = f"{error!r}\n{traceback.format_exc(limit=-8)}"
+                if self.ledger.fail(claim, reason=_reason(error), detail=detail):
+                    send_part(self.app, group_id, part)
+                return
+            following = self._store(claim, result)  # may wait for Redis; the lease is kept meanwhile
+        for name in following or ():
+            send_part(self.app, group_id, name)
         self.num_done += 1
 
     def _store(self, claim: Claim, result: Result) -> list[str] | None:

@@ -34,6 +34,10 @@ log = logging.getLogger("sluice.dataset")
 
 ADMIT_BATCH = 64
 TICK_S = 1.0
+AWAY_S = 4.0
+"""A gap between two ticks that is no load any more."""
+RENEWAL_S = 3.0
+"""Over a heartbeat and a reconnection: an outage must not cost every running part an attempt."""
 ADMIT_BELOW = 0.85
 """Share of Redis' maxmemory over which no group is admitted."""
 
@@ -63,6 +67,7 @@ class DatasetRole:
         context.facts = lambda: {"stopped_by": self._stopped_by}
         self._stopped_by = "starting"
         self._busy_s = 0.0
+        self._ticked_at = self._reap_from = 0.0
         context.busy_s = lambda: self._busy_s
 
     def start(self) -> None:
@@ -210,9 +215,15 @@ class DatasetRole:
                 log.warning("tick: Redis: %s", error)
             except Exception:
                 log.exception("tick failed; the next one follows in %.0f s", TICK_S)
+            else:
+                self._ticked_at = time.monotonic()
 
     def _tick(self) -> None:
-        for group_id, part, _ in self.context.ledger.reap():
-            send_part(self.context.app, group_id, part)
+        now = time.monotonic()
+        if now - self._ticked_at > AWAY_S:  # Redis, or this process, was away: who lives gets time to renew its leases
+            self._reap_from = now + RENEWAL_S
+        if now >= self._reap_from:
+            for group_id, part, _ in self.context.ledger.reap():
+                send_part(self.context.app, group_id, part)
         self.fill()
         self.evaluate()

@@ -33,8 +33,8 @@
 -- rolled back, so scripts check first and write after.
 --
 -- At `maxmemory` Redis refuses a write that may need memory if it is the first one of a script, and none after it. What
--- brings payloads in asks first and is refused as a whole; everything else must go on, or nothing would ever be freed
--- (common/scripts.py says which is which).
+-- brings payloads in, and what begins work, asks first and is refused as a whole; everything else must go on, or nothing
+-- would ever be freed (common/scripts.py says which is which).
 
 local root = KEYS[1]
 

@@ -15,7 +15,6 @@ from common.connection import connect, give_up_after, persistence_warning, run_n
 from common.errors import ConfigError, ConnectionFailed, DiskFull
 from common.run import open_run, set_status
 
-
 STOP_WITHOUT_REDIS_S = 30.0
 """Told to stop, the trainer waits so long at most for a Redis that is away; then it ends without a checkpoint of its step."""
 

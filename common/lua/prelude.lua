@@ -1,7 +1,7 @@
 -- Put in front of every script: the keys, and the few operations that all transitions share.
 -- KEYS[1] is the run's root, `sluice:{run}:`; the braces keep all keys of a run in one cluster slot.
 --
---   run                hash     config, assets, status, created_at, incarnation; acknowledged: newest step that a checkpoint names
+--   run                hash     config, assets, status, created_at, incarnation; mark of the batch dealt out last
 --   cursor             string   next dataset cursor
 --   ahead              set      groups beyond the cursor that are settled already (Redis lost their admission, see acknowledge)
 --   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent, reconciled;

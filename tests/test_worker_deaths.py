@@ -23,12 +23,14 @@ from harness import running, tiny_folder, wait_for, worker
 
 from common.assets import read_assets
 from common.broker import make_app, send_part
+from common.config import Config
 from common.keys import Keys
 from common.ledger import Ledger
 from common.metrics import read_heartbeats
 from common.model import load_pretrained, named_weights
 from common.policy_store import PolicyStore
 from common.run import create_run
+from workers.context import HUNG_EXIT_CODE
 
 LEASE_S = 2.0
 ODD_WORKER = """
@@ -52,6 +54,7 @@ TorchEngine.generate = odd
 class Fleet:
     """A run without a trainer: its groups are admitted by the test."""
 
+    config: Config
     ledger: Ledger
     app: Any
     env: dict[str, str]
@@ -110,8 +113,8 @@ def make_fleet(client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path) 
         tiny = tiny_folder(3)
         config = make_config(
             model={"path": str(tiny / "model")},
-            dataset={"path": str(tiny / "train.jsonl")},
-            policy_store={"path": str(tmp_path / "policies")},
+            dataset={"path": str(tiny / "train.jsonl"), **sections.pop("dataset", {})},
+            policy_store={"path": str(tmp_path / "policies"), **sections.pop("policy_store", {})},
             **{"lease": {"running_s": LEASE_S, "queued_s": 2.0}, "rollout": {"concurrency": 4}, **sections},
         )
         create_run(client, keys.run, config, assets=read_assets(str(tiny / "model")).to_wire(), folder=str(tmp_path))
@@ -120,7 +123,7 @@ def make_fleet(client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path) 
         }
         PolicyStore(client, keys, config.policy_store).publish(0, weights, step=0, parent=-1)
         env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}
-        return Fleet(Ledger(client, keys, config), make_app(keys.run, url=redis_url), env, tmp_path)
+        return Fleet(config, Ledger(client, keys, config), make_app(keys.run, url=redis_url), env, tmp_path)
 
     return make
 
@@ -178,4 +181,67 @@ def test_a_stopped_worker_is_taken_over_and_its_late_results_are_refused(make_fl
     account = fleet.ledger.account()
     assert account.refused == len(group_ids)
     assert (account.admitted, account.in_flight, account.dead) == (3, 3, {})
+    assert account.holds
+
+
+def test_an_engine_in_an_endless_loop_is_taken_over_and_its_process_ends(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet()
+    patch = "from workers.engine.torch_engine import TorchEngine\n"
+    patch += "def endless(self):\n    while True: pass\nTorchEngine._decode = endless"
+    group_ids = fleet.admit(2)
+    with fleet.odd("rollout", patch=patch) as hung:
+        wait_for(lambda: fleet.has(group_ids, "by:rollout"), timeout=30, what="the groups to be in its hands")
+        claimed_at = time.monotonic()
+        fleet.tick_until(lambda: fleet.ledger.account().retried == 2, timeout=30, what="its leases to end")
+        assert time.monotonic() - claimed_at < 2 * LEASE_S
+        assert hung.wait(20) == HUNG_EXIT_CODE
+    with fleet.sound("rollout"):
+        fleet.tick_until(lambda: fleet.has(group_ids, "rollout"), timeout=30, what="another worker to do its groups")
+    assert fleet.ledger.account().holds
+
+
+def test_prompts_of_a_dataset_worker_that_died_after_admission_are_prepared_by_another(
+    make_fleet: Callable[..., Fleet],
+) -> None:
+    fleet = make_fleet(dataset={"max_req_tokens": 32}, trainer={"seq_len": 64})
+    patch = "from workers.prompts import PromptSource\nPromptSource.prompt_at = lambda self, cursor: os._exit(9)"
+    with fleet.odd("dataset", patch=patch) as killed:
+        assert killed.wait(30) == 9
+    num_admitted = fleet.ledger.account().admitted
+    assert num_admitted == fleet.ledger.account().in_flight > 0
+    group_ids = [f"t{cursor}" for cursor in range(num_admitted)]
+    assert not any(fleet.has([group_id], "task") for group_id in group_ids)
+    with fleet.sound("dataset"):  # its own tick reaps and sends
+        wait_for(lambda: fleet.has(group_ids, "task"), timeout=30, what="the tasks of the dead worker's groups")
+    account = fleet.ledger.account()
+    assert (account.admitted, account.dropped, account.retried) == (num_admitted, {}, num_admitted)
+    assert account.holds
+    assert fleet.ledger.client.llen(fleet.messages("rollout")) == num_admitted
+
+
+def test_groups_of_a_killed_reference_worker_are_scored_by_another(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet(trainer={"loss": {"kl_beta": 0.1}})
+    patch = "from workers.reference import ReferenceModel\n"
+    patch += "ReferenceModel.forward = lambda self, sequences: os.kill(os.getpid(), 9)"
+    group_ids = fleet.admit(3, until="rollout")
+    with fleet.odd("reference", patch=patch) as killed:
+        assert killed.wait(30) == -signal.SIGKILL
+    held = [group_id for group_id in group_ids if fleet.has([group_id], "by:reference")]
+    assert held
+    with fleet.sound("reference"):
+        fleet.tick_until(lambda: fleet.has(group_ids, "reference"), timeout=30, what="all groups to be scored")
+    assert fleet.ledger.account().retried == len(held)
+    assert fleet.ledger.account().holds
+
+
+def test_messages_that_vanish_from_the_broker_are_sent_again(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet(lease={"running_s": LEASE_S, "queued_s": 0.5}, trainer={"loss": {"kl_beta": 0.0}})
+    group_ids = fleet.admit(3, until="rollout")
+    assert fleet.ledger.client.llen(fleet.messages("reward")) == 3
+    fleet.ledger.client.delete(fleet.messages("reward"))
+    with fleet.sound("reward"):
+        fleet.tick_until(lambda: fleet.has(group_ids, "reward"), timeout=30, what="all groups to be scored")
+    account = fleet.ledger.account()
+    assert account.resent >= 3
+    assert (account.retried, account.dead) == (0, {})
     assert account.holds

@@ -121,6 +121,8 @@ class RewardConfig(_Section):
     """Seconds for scoring one group; over it the process is killed and the group retried."""
     concurrency: int = Field(default=1, ge=1)
     """Processes per reward worker."""
+    memory_limit_mib: int | None = Field(default=4096, ge=128)
+    """MiB that a scoring process may allocate (RLIMIT_DATA); none = no limit."""
 
     @model_validator(mode="after")
     def _weights_have_an_effect(self) -> RewardConfig:
@@ -257,6 +259,8 @@ class PolicyStoreConfig(_Section):
     """Folder of the directory transport; none = /dev/shm/sluice-<user id> (this machine only)."""
     keep: int = Field(default=4, ge=2)
     """Newest versions kept; the base version and versions an evaluation needs stay as well."""
+    pickup_alarm_s: float = Field(default=60.0, gt=0)
+    """A published version that no rollout worker serves after so many seconds raises an alarm."""
 
 
 class EvalDataset(_Section):
@@ -284,7 +288,7 @@ class EvaluationConfig(_Section):
 class LeaseConfig(_Section):
     running_s: float = Field(default=15.0, gt=0)
     """A claimed part that is not renewed for so long is given to another worker."""
-    queued_s: float = Field(default=30.0, gt=0)
+    queued_s: float = Field(default=10.0, gt=0)
     """A sent part that nobody claimed is sent again after so long, doubling each time."""
     max_attempts: int = Field(default=3, ge=1)
     """Claims of one part before the group is dead-lettered."""

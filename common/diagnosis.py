@@ -1,6 +1,18 @@
-"""Why nothing moves: the first cause that explains why the trainer has no batch, in words.
+"""Why nothing moves: the first cause that explains why the trainer has no batch; and what is wrong anyhow.
 
-Read from heartbeats, queues and the ledger alone, so that `sluice status`, the trainer's log and the dashboard say the same.
+Read from heartbeats, queues, the ledger and the server's own word, so that `sluice status`, the trainer's log and the
+dashboard say the same. Kinds of cause, in the order in which they are looked for:
+
+    redis_unreachable   the data server, or the broker, does not answer
+    redis_full          at maxmemory, or its append-only file cannot be written
+    no_workers          nobody serves a queue that the run needs
+    silent_worker       a process on such a queue has stopped beating
+    alarm               what a process says of itself: disk full, policy not verified
+    not_picked_up       no rollout worker serves the published policy
+    admission           no group is in flight
+    stale_drops         groups were dropped as too old since the last step
+    queue_backed_up     half of what is in flight waits in one queue
+    working             none of these: groups are being worked on
 """
 
 from __future__ import annotations
@@ -8,13 +20,29 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from common.connection import connect
+from common.errors import ConnectionFailed
 from common.ledger import read_account
-from common.metrics import read_heartbeats
+from common.metrics import is_silent, last_metrics, read_heartbeats
 from common.run import Run
+from common.serialization import decode
+
+_NEARLY_FULL = 0.9
+Beats = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a run does not move, or what is wrong with it."""
+
+    kind: str
+    text: str
 
 
 def broker_client(client: redis.Redis) -> redis.Redis:
@@ -25,7 +53,7 @@ def broker_client(client: redis.Redis) -> redis.Redis:
 
 @cache
 def _connect_once(url: str) -> redis.Redis:
-    return connect(url)
+    return connect(url, retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
 
 
 def queue_depths(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[str, int]:
@@ -36,36 +64,130 @@ def queue_depths(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict
         return dict(zip(queues, pipe.execute(), strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """Why a run does not move."""
-
-    kind: str
-    text: str
+def explain_stall(client: redis.Redis, run: Run) -> str:
+    """One sentence: what the run is waiting for."""
+    return diagnose(client, run).text
 
 
 def diagnose(client: redis.Redis, run: Run) -> Cause:
-    return Cause("working", explain_stall(client, run))
+    """The first cause that explains a stall. `client` should give up quickly: what it raises is a cause too."""
+    try:
+        return _first_cause(client, run)
+    except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
+        return _unreachable(error)
 
 
-def explain_stall(client: redis.Redis, run: Run) -> str:
-    """One sentence: what the run is waiting for."""
+def alarms(client: redis.Redis, run: Run) -> list[Cause]:
+    """What is wrong, whether or not training stalls."""
+    try:
+        beats = read_heartbeats(client, run.keys)
+        found = [*_silent(beats), *_reported(beats), *_not_picked_up(client, run, beats)]
+        found += [*_other_digests(client, run, beats), *_memory(client, over=_NEARLY_FULL)]
+        if rejected := broker_client(client).llen(run.keys.celery_prefix + "rejected"):
+            found.append(Cause("rejected_messages", f"{rejected} broker messages could not be read and were set aside"))
+    except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
+        return [_unreachable(error)]
+    return found
+
+
+def _unreachable(error: Exception) -> Cause:
+    return Cause("redis_unreachable", f"Redis cannot be reached: {error}")
+
+
+def _first_cause(client: redis.Redis, run: Run) -> Cause:
     needed = ("dataset", "rollout", *run.config.parts)
     beats = read_heartbeats(client, run.keys)
-    roles = [facts["role"] for facts in beats.values()]
     depths = queue_depths(client, run, needed)
-    for queue in needed:
-        if queue not in roles:
-            return f"0 workers on `{queue}`, {depths[queue]} messages queued"
-    if alarms := [f"{name}: {facts['alarm']}" for name, facts in beats.items() if facts.get("alarm")]:
-        return "; ".join(alarms)
+    serving = {facts["role"] for facts in beats.values()}
+    on_path = {name: facts for name, facts in beats.items() if facts["role"] in (*needed, "trainer")}
+    causes = [
+        *_memory(client, over=1.0),
+        *(
+            Cause("no_workers", f"0 workers on `{queue}`, {depths[queue]} messages queued")
+            for queue in needed
+            if queue not in serving
+        ),
+        *_silent(on_path),
+        *_reported(on_path),
+        *_not_picked_up(client, run, beats),
+    ]
+    return causes[0] if causes else _from_flow(client, run, beats, depths)
+
+
+def _memory(client: redis.Redis, *, over: float) -> list[Cause]:
+    info = client.info("memory") | client.info("persistence")
+    used, most = int(info["used_memory"]), int(info.get("maxmemory", 0))
+    found = []
+    if most and used >= over * most:
+        text = f"Redis is full: {used >> 20} MiB of maxmemory {most >> 20} MiB used"
+        found.append(Cause("redis_full", text if used >= most else text.replace("full", "nearly full")))
+    if info.get("aof_last_write_status", "ok") != "ok":
+        text = "Redis cannot write its append-only file (its disk is full?) and refuses writes"
+        found.append(Cause("redis_full", text))
+    return found
+
+
+def _silent(beats: Beats) -> list[Cause]:
+    return [
+        Cause("silent_worker", f"{name} has been silent for {facts['silent_s']:.0f} s: dead, stopped or cut off")
+        for name, facts in beats.items()
+        if is_silent(facts)
+    ]
+
+
+def _reported(beats: Beats) -> list[Cause]:
+    return [Cause("alarm", f"{name}: {facts['alarm']}") for name, facts in beats.items() if facts.get("alarm")]
+
+
+def _not_picked_up(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
+    """Whether the newest policy has been out for too long without a live rollout worker that serves it."""
+    version, published_at = client.hmget(run.keys("policy"), ["version", "published_at"])
+    if version is None or published_at is None:
+        return []
+    seconds, microseconds = client.time()
+    out_s = seconds + microseconds / 1e6 - float(published_at)
+    served = [f["version"] for f in beats.values() if f["role"] == "rollout" and "version" in f and not is_silent(f)]
+    if out_s <= run.config.policy_store.pickup_alarm_s or max(served, default=-1) >= int(version):
+        return []
+    serving = f"the newest that one serves is {max(served)}" if served else "none is there"
+    text = f"no rollout worker has picked up policy version {int(version)}, published {out_s:.0f} s ago: {serving}"
+    return [Cause("not_picked_up", text)]
+
+
+def _other_digests(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
+    """Workers that serve other weights than the manifest of their version names."""
+    found = []
+    for name, facts in beats.items():
+        if not facts.get("digest"):
+            continue
+        wire = client.hget(run.keys("manifests"), str(facts["version"]))
+        if wire is not None and not decode(wire)["digest"].startswith(facts["digest"]):
+            text = (
+                f"{name} serves policy version {facts['version']} with digest {facts['digest']}, not the published one"
+            )
+            found.append(Cause("digest_mismatch", text))
+    return found
+
+
+def _from_flow(client: redis.Redis, run: Run, beats: Beats, depths: dict[str, int]) -> Cause:
+    """Everybody is there: where the groups are."""
     account = read_account(client, run.keys)
     if account.in_flight == 0:
         stopped = {facts.get("stopped_by", "?") for facts in beats.values() if facts["role"] == "dataset"}
-        return f"no group is in flight; admission stopped by {', '.join(sorted(stopped))}"
-    deepest = max(needed, key=lambda queue: depths[queue])
-    running = {q: sum(f.get("running", 0) for f in beats.values() if f["role"] == q) for q in needed}
+        return Cause("admission", f"no group is in flight; admission stopped by {', '.join(sorted(stopped))}")
+    last = last_metrics(client, run.keys)
+    stale = account.dropped.get("stale", 0) - int(last.get("staleness/dropped", 0))
+    if stale > 0:
+        text = f"{stale} groups were dropped as stale since step {int(last.get('step', 0))}; "
+        return Cause("stale_drops", text + f"{account.in_flight} in flight")
+    running = {queue: sum(f.get("running", 0) for f in beats.values() if f["role"] == queue) for queue in depths}
     busy = ", ".join(f"{count} on {queue}" for queue, count in running.items() if count) or "none"
-    note = f"; {account.dropped['stale']} groups were dropped as stale so far" if account.dropped.get("stale") else ""
+    deepest = max(depths, key=lambda queue: depths[queue])
+    if 2 * depths[deepest] >= account.in_flight:
+        workers = sum(facts["role"] == deepest for facts in beats.values())
+        text = f"queue `{deepest}` is backed up: {depths[deepest]} messages for {workers} workers"
+        return Cause("queue_backed_up", f"{text}; {account.in_flight} groups in flight, being worked on: {busy}")
     queued = f"; longest queue: {depths[deepest]} on `{deepest}`" if depths[deepest] else ""
-    return f"{account.in_flight} groups in flight, being worked on: {busy}{queued}{note}"
+    if "redis_memory" in (held := " ".join(str(f.get("stopped_by", "")) for f in beats.values())):
+        queued += f"; admission stopped by {held.strip()}"
+    return Cause("working", f"{account.in_flight} groups in flight, being worked on: {busy}{queued}")

@@ -146,12 +146,13 @@ class Ledger:
         values = dict(zip(fields, reply[2:], strict=True))
         return Claim(group_id=group_id, part=part, holder=holder, attempt=int(reply[1]), fields=values)
 
-    def renew(self, claims: list[Claim]) -> list[str]:
-        """Extend leases. Returns the "group|part" that were taken over in the meantime."""
+    def renew(self, claims: list[Claim], *, lease_s: float | None = None) -> list[str]:
+        """Let leases end so long from now. Returns the "group|part" that were taken over in the meantime."""
         if not claims:
             return []
+        lease_s = lease_s or self._config.lease.running_s
         flat = itertools.chain.from_iterable((c.group_id, c.part, c.holder) for c in claims)
-        return [lost.decode() for lost in self.scripts("renew", _ms(self._config.lease.running_s), *flat)]
+        return [lost.decode() for lost in self.scripts("renew", _ms(lease_s), *flat)]
 
     def store(
         self,

@@ -1,22 +1,25 @@
 """Numbers about the run: a capped Redis stream (one entry per trainer step), and heartbeats of every process.
 
 Metric names are those that users of TRL, verl and torchforge already read (docs/algorithms.md lists them with formulas).
-A heartbeat is a hash with a time to live: a process that stops beating disappears from `sluice status` by itself.
+A heartbeat is a record with a time to live, stamped with Redis' clock: a process that stops beating is called silent after
+SILENT_AFTER_S, and disappears from `sluice status` by itself.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import redis
 
 from common.keys import Keys
+from common.scripts import Scripts
 
-HEARTBEAT_S = 3.0
+HEARTBEAT_S = 1.0
 HEARTBEAT_TTL_S = 15
+SILENT_AFTER_S = 4.0
+"""Three beats missed: dead, stopped or cut off."""
 
 
 def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float], *, max_length: int) -> None:
@@ -45,11 +48,8 @@ def _floats(fields: Mapping[bytes, bytes]) -> dict[str, float]:
 
 
 def beat(client: redis.Redis, keys: Keys, process: str, facts: Mapping[str, Any]) -> None:
-    """Say that a process is alive, and what it is doing."""
-    with client.pipeline(transaction=False) as pipe:
-        pipe.zadd(keys("processes"), {process: time.time()})
-        pipe.set(keys("process", process), json.dumps(facts), ex=HEARTBEAT_TTL_S)
-        pipe.execute()
+    """Say that a process is alive, and what it is doing. Works while Redis is full, too."""
+    Scripts(client, keys)("beat", process, json.dumps(facts), HEARTBEAT_TTL_S)
 
 
 def silence(client: redis.Redis, keys: Keys, process: str) -> None:
@@ -59,10 +59,20 @@ def silence(client: redis.Redis, keys: Keys, process: str) -> None:
 
 
 def read_heartbeats(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:
-    """Process -> facts, for those that beat within the time to live."""
-    names = [name.decode() for name in client.zrange(keys("processes"), 0, -1)]
-    values = client.mget([keys("process", name) for name in names]) if names else []
-    gone = [name for name, value in zip(names, values, strict=True) if value is None]
-    if gone:
-        client.zremrangebyscore(keys("processes"), "-inf", time.time() - 10 * HEARTBEAT_TTL_S)
-    return {name: json.loads(value) for name, value in zip(names, values, strict=True) if value is not None}
+    """Process -> facts, for those that beat within the time to live; `silent_s` is the age of the last beat."""
+    with client.pipeline(transaction=False) as pipe:
+        pipe.time()
+        pipe.zrange(keys("processes"), 0, -1, withscores=True)
+        (seconds, microseconds), beaten = pipe.execute()
+    values = client.mget([keys("process", name.decode()) for name, _ in beaten]) if beaten else []
+    now = seconds + microseconds / 1e6
+    return {
+        name.decode(): {**json.loads(value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
+        for (name, at_ms), value in zip(beaten, values, strict=True)
+        if value is not None
+    }
+
+
+def is_silent(facts: Mapping[str, Any]) -> bool:
+    """Whether a process of `read_heartbeats` has missed several beats."""
+    return bool(facts["silent_s"] > SILENT_AFTER_S)

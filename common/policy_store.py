@@ -10,16 +10,22 @@ roles agree on it whichever transport carries the bytes:
 * RedisTransport: the same bytes in 2 MiB chunks (larger ones are 2-7x slower), for machines without a shared folder.
 
 Digests are xxh3-128 per tensor; the manifest's own digest is the sha256 of all of them.
+
+A process that fetches a version is entered in `readers` meanwhile, and versions with readers are not collected.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Protocol
 
 import redis
@@ -32,10 +38,13 @@ from common.config import PolicyStoreConfig
 from common.disk import needing_room
 from common.errors import DigestMismatch, PolicyError, PolicyNotFound
 from common.keys import Keys
+from common.run import process_name
 from common.scripts import Scripts
 from common.serialization import decode, encode
 
 CHUNK_BYTES = 2 * 1024 * 1024
+READER_S = 120.0
+"""A reader that says nothing for so long is taken for dead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +71,8 @@ class Transport(Protocol):
     def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
         """Store all tensors of a version, replacing leftovers of a crash. Returns bytes. Raises DiskFull."""
 
-    def read(self, version: int) -> dict[str, torch.Tensor]:
-        """All tensors, unverified. Raises PolicyNotFound."""
+    def read(self, version: int, *, go_on: Callable[[], None]) -> dict[str, torch.Tensor]:
+        """All tensors, unverified; calls `go_on` between pieces. Raises PolicyNotFound, DigestMismatch."""
 
     def delete(self, version: int) -> None:
         """Free a version; nothing happens if there is none."""
@@ -90,7 +99,7 @@ class DirectoryTransport:
         temporary.rename(path)
         return path.stat().st_size
 
-    def read(self, version: int) -> dict[str, torch.Tensor]:
+    def read(self, version: int, *, go_on: Callable[[], None]) -> dict[str, torch.Tensor]:
         path = self._path(version)
         try:
             # mapped; a file that is deleted or replaced meanwhile stays readable
@@ -124,7 +133,7 @@ class RedisTransport:
         self._client.set(self._keys("weights", version), len(data))
         return len(data)
 
-    def read(self, version: int) -> dict[str, torch.Tensor]:
+    def read(self, version: int, *, go_on: Callable[[], None]) -> dict[str, torch.Tensor]:
         size = self._client.get(self._keys("weights", version))
         if size is None:
             raise PolicyNotFound(
@@ -138,6 +147,7 @@ class RedisTransport:
             if len(chunk) != min(CHUNK_BYTES, len(data) - start):
                 raise DigestMismatch(f"policy version {version}: chunk {i} in Redis has {len(chunk)} bytes")
             data[start : start + len(chunk)] = chunk
+            go_on()
         try:
             return safetensors.torch.load(bytes(data))
         except safetensors.SafetensorError as error:
@@ -243,8 +253,9 @@ class PolicyStore:
 
     def fetch(self, version: int) -> tuple[Manifest, dict[str, torch.Tensor]]:
         """Verified tensors of a version. Raises PolicyNotFound, DigestMismatch."""
-        manifest = self.manifest(version)
-        tensors = self._transport.read(version)
+        with self._reading(version) as go_on:
+            manifest = self.manifest(version)
+            tensors = self._transport.read(version, go_on=go_on)
         if tensors.keys() != manifest.tensors.keys():
             raise DigestMismatch(f"policy version {version} holds other tensors than its manifest names")
         for name, tensor in tensors.items():
@@ -252,12 +263,37 @@ class PolicyStore:
                 raise DigestMismatch(f"policy version {version}: tensor {name} does not match its digest")
         return manifest, tensors
 
+    @contextmanager
+    def _reading(self, version: int) -> Iterator[Callable[[], None]]:
+        """Be a reader of a version; calling what this yields keeps it so."""
+        entry = f"{version}|{process_name('reader')}/{token_hex(3)}"
+        said_at = -math.inf
+
+        def say() -> None:
+            nonlocal said_at
+            if time.monotonic() - said_at > READER_S / 4:
+                self._scripts("reader", entry, round(READER_S * 1000))
+                said_at = time.monotonic()
+
+        say()
+        try:
+            yield say
+        finally:
+            self._scripts("reader", entry, 0)
+
+    def _readers(self) -> set[int]:
+        """Versions that somebody is fetching."""
+        seconds, microseconds = self._client.time()
+        now_ms = seconds * 1000 + microseconds // 1000
+        self._client.zremrangebyscore(self._keys("readers"), "-inf", now_ms)
+        return {int(entry.partition(b"|")[0]) for entry in self._client.zrange(self._keys("readers"), 0, -1)}
+
     def _collect_garbage(self) -> None:
-        """Keep the newest `keep` versions, the base version (the reference), and those that an evaluation is pinned to."""
+        """Keep the newest `keep` versions, the base version (the reference), and those that an evaluation or a reader needs."""
         versions = sorted(int(v) for v in self._client.hkeys(self._keys("manifests")))
-        pinned = {int(v) for v in self._client.hvals(self._keys("evaluations"))}
+        needed = {0, *(int(v) for v in self._client.hvals(self._keys("evaluations"))), *self._readers()}
         for version in versions[: -self._keep]:
-            if version != 0 and version not in pinned:
+            if version not in needed:
                 self._transport.delete(version)
                 self._client.hdel(self._keys("manifests"), str(version))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from secrets import token_hex
 
 from common.connection import BLOCK_S
 from common.errors import SluiceError, StateLost
@@ -46,23 +47,27 @@ class ReplayBuffer:
         self, ledger: Ledger, *, groups_per_step: int, max_policy_age: int, max_resample_count: int | None = 0
     ) -> None:
         self._ledger = ledger
+        self._mark = ""
         self._k = groups_per_step
         self._max_policy_age = max_policy_age
         self._max_resample_count = -1 if max_resample_count is None else max_resample_count
 
-    def sample(self, curr_policy_version: int, *, step: int, published: int = -1, saved_step: int = -1) -> Sample:
+    def sample(self, curr_policy_version: int, *, step: int, published: int = -1) -> Sample:
         """The batch of a trainer step: evict, then k whole groups or none. Does not wait.
 
-        `published` and `saved_step` are the newest version that the trainer has seen published and the step of its newest
-        checkpoint (-1: not known). Raises StateLost when Redis knows less than that, or lacks the manifest of a step in between.
+        `published` is the newest version that the trainer has seen published. Raises StateLost when Redis does not know of
+        it, of the current version, or of the batch that this buffer was given last.
         """
+        mark = token_hex(8)
         reply = self._ledger.scripts(
-            "take", step, self._k, curr_policy_version, self._max_policy_age, published, saved_step
+            "take", step, self._k, curr_policy_version, self._max_policy_age, published, self._mark, mark
         )
         if int(reply[0]) < 0:
+            self._mark = ""
             raise StateLost("Redis has lost the trainer's last writes: it was restarted, or another server took over")
         group_ids = [group.decode() for group in reply[2:]]
         groups = self._read(group_ids) if group_ids else None
+        self._mark = mark if group_ids else self._mark
         return Sample(groups=groups, evicted=int(reply[0]), available=int(reply[1]))
 
     def wait(self, timeout_s: float) -> bool:

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import QUEUES
-from common.diagnosis import explain_stall, queue_depths
+from common.diagnosis import Cause, alarms, diagnose, queue_depths
 from common.ledger import read_account
-from common.metrics import last_metrics, read_heartbeats
+from common.metrics import is_silent, last_metrics, read_heartbeats
 from common.run import Run
 
 STALLED_AFTER_S = 5.0
@@ -29,8 +29,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
     metrics = last_metrics(client, run.keys)
     beats = read_heartbeats(client, run.keys)
     status = record.get(b"status", b"?").decode()
-    trainer = next((facts for facts in beats.values() if facts["role"] == "trainer"), None)
-    stalled = status == "running" and (trainer is None or trainer["waiting_s"] > STALLED_AFTER_S)
+    cause = _stall_cause(client, run, beats) if status == "running" else None
     return {
         "run": run.name,
         "status": status,
@@ -44,8 +43,21 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "queues": queue_depths(client, run, QUEUES),
         "ledger": {kind: read_account(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
         "processes": beats,
-        "stalled_by": (explain_stall(client, run) if trainer else "no trainer is running") if stalled else None,
+        "stalled_by": cause and cause.text,
+        "stall_kind": cause and cause.kind,
+        "alarms": [alarm.text for alarm in alarms(client, run)] if status == "running" else [],
     }
+
+
+def _stall_cause(client: redis.Redis, run: Run, beats: dict[str, dict[str, Any]]) -> Cause | None:
+    """Why no step is made; none where one is being made."""
+    trainer = next((facts for facts in beats.values() if facts["role"] == "trainer"), None)
+    if trainer is None:
+        return Cause("no_trainer", "no trainer is running")
+    if is_silent(trainer):
+        text = f"the trainer has been silent for {trainer['silent_s']:.0f} s: dead, stopped or cut off"
+        return Cause("silent_trainer", text)
+    return diagnose(client, run) if trainer["waiting_s"] > STALLED_AFTER_S else None
 
 
 def render(status: dict[str, Any]) -> RenderableType:
@@ -54,6 +66,8 @@ def render(status: dict[str, Any]) -> RenderableType:
     title.append(f", policy version {status['policy']['version']}", style="default")
     if status["stalled_by"]:
         title.append(f"\nstalled: {status['stalled_by']}", style="bold red")
+    for alarm in status["alarms"]:
+        title.append(f"\nalarm: {alarm}", style="red")
     return Group(title, _numbers(status), _flow(status), _processes(status))
 
 

@@ -2,6 +2,7 @@
 
     redis (embedded, if no URL is given) --> workers, one process per replica --> trainer
     a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
+    while Redis is away nothing is started, and who died of that dies once
     exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, it ends
     the run in good order; exit 2 (bad input) at the first start ends it with the reason
     Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed
@@ -70,7 +71,10 @@ class Supervisor:
             code = child.process.poll() if child.process else None
             if code is None and child.process:
                 continue
-            if child is self._trainer and code == 0 and self._status() == "finished":
+            status = (
+                self._status()
+            )  # while Redis is away no death is judged, and nothing is started that could not work
+            if child is self._trainer and code == 0 and status == "finished":
                 return False
             if child.process:
                 self._after_exit(child, code or 0)
@@ -81,7 +85,7 @@ class Supervisor:
 
     def _after_exit(self, child: Child, code: int) -> None:
         child.process = None
-        if code == 2 and child.num_restarts == 0:  # later ones are Redis being away: they count as crashes
+        if code == 2 and child.num_restarts == 0:  # a later one may have been refused for what is going on around it
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
         if code == 0:
             return

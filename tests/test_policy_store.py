@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from builders import make_config
 from common import evaluation
 from common.config import EvalDataset, PolicyStoreConfig
 from common.errors import DigestMismatch, PolicyError, PolicyNotFound
-from common.policy_store import CHUNK_BYTES, PolicyStore, tensor_digest
+from common.policy_store import CHUNK_BYTES, READER_S, PolicyStore, tensor_digest
 from common.scripts import Scripts
 
 
@@ -351,3 +352,49 @@ def test_runs_do_not_see_each_others_versions(client, keys, tmp_path, transport,
 def test_fewer_than_two_kept_versions_are_refused():
     with pytest.raises(ValueError, match="keep"):
         PolicyStoreConfig(keep=1)
+
+
+# Readers
+
+
+def test_a_version_that_somebody_is_reading_is_not_collected(store, client, keys):
+    publish(store, 0)
+    publish(store, 1)
+    with store._reading(1):
+        for version in (2, 3, 4):
+            publish(store, version)
+        assert store.fetch(1)[0].version == 1
+        with pytest.raises(PolicyNotFound):
+            store.fetch(2)
+    publish(store, 5)
+    with pytest.raises(PolicyNotFound):
+        store.fetch(1)
+    assert client.zcard(keys("readers")) == 0
+
+
+def test_a_reader_that_died_keeps_its_version_until_its_time_is_over(store, client, keys):
+    publish(store, 0)
+    publish(store, 1)
+    seconds, _ = client.time()
+    client.zadd(keys("readers"), {"1|dead": (seconds + 100) * 1000})
+    for version in (2, 3):
+        publish(store, version)
+    assert store.fetch(1)[0].version == 1
+    client.zadd(keys("readers"), {"1|dead": (seconds - 1) * 1000})
+    publish(store, 4)
+    with pytest.raises(PolicyNotFound):
+        store.fetch(1)
+    assert client.zcard(keys("readers")) == 0
+
+
+def test_a_long_fetch_stays_entered(store, client, keys, monkeypatch):
+    publish(store, 0)
+    now = time.monotonic()
+    with store._reading(0) as go_on:
+        (entry,) = client.zrange(keys("readers"), 0, -1)
+        client.zadd(keys("readers"), {entry: 1})
+        go_on()
+        assert client.zscore(keys("readers"), entry) == 1, "said only so often"
+        monkeypatch.setattr(time, "monotonic", lambda: now + READER_S / 2)
+        go_on()
+        assert client.zscore(keys("readers"), entry) > 1

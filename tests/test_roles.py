@@ -6,45 +6,21 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import metrics_of, quickstart_config, running, sluice, terminate, tiny_folder, wait_for, worker
+from harness import assert_trained_once, create_run, metrics_of, running, terminate, trainer, wait_for, worker
 
 from common.connection import connect
 from common.ledger import read_account
 from common.metrics import read_heartbeats
 from common.run import open_run
-from scripts.redis_server import start_server
-
-LEASE = {"running_s": 3.0, "queued_s": 3.0, "shutdown_grace_s": 0.5}
+from scripts.redis_server import EmbeddedServer
 
 
 @pytest.fixture
-def redis_url(tmp_path: Path) -> Iterator[str]:
-    server = start_server(tmp_path / "redis")
-    yield server.url
-    server.stop()
-
-
-def create(folder: Path, url: str, **overrides: object) -> dict[str, str]:
-    """A run in Redis; the environment its roles need."""
-    settings = {"evaluation__datasets": [], "lease__running_s": 3.0, "lease": LEASE, **overrides}
-    settings.pop("lease")
-    for name, value in LEASE.items():
-        settings[f"lease__{name}"] = value
-    config = quickstart_config(folder, tiny=tiny_folder(), **settings)
-    done = sluice("create", str(config), "--name", "roles", cwd=folder, SLUICE_REDIS_URL=url)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "export SLUICE_RUN=roles\n"
-    return {"SLUICE_REDIS_URL": url, "SLUICE_RUN": "roles"}
-
-
-@contextlib.contextmanager
-def trainer(folder: Path, env: dict[str, str]) -> Iterator[object]:
-    with running([sys.executable, "-m", "trainer"], cwd=folder, log=folder / "trainer.log", **env) as process:
-        yield process
+def redis_url(own_redis: EmbeddedServer) -> str:
+    return own_redis.url
 
 
 def beats(url: str, role: str) -> dict[str, dict[str, object]]:
@@ -56,7 +32,7 @@ def beats(url: str, role: str) -> dict[str, dict[str, object]]:
 
 def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path, redis_url: str) -> None:
     steps = 30
-    env = create(tmp_path, redis_url, trainer__num_steps=steps, checkpoint__every_steps=5, checkpoint__keep=100)
+    env = create_run(tmp_path, redis_url, trainer__num_steps=steps, checkpoint__every_steps=5, checkpoint__keep=100)
     with contextlib.ExitStack() as stack:
         for queue in ("dataset", "reward", "reference"):
             stack.enter_context(worker(queue, cwd=tmp_path, **env))
@@ -81,13 +57,13 @@ def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path,
             what="two steps after a rollout worker was killed",
         )
 
-        daemon.kill()  # type: ignore[attr-defined]
-        daemon.wait()  # type: ignore[attr-defined]
+        daemon.kill()
+        daemon.wait()
         again = stack.enter_context(trainer(tmp_path, env))
         third = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
         wait_for(lambda: len(beats(redis_url, "rollout")) >= 2, timeout=60, what="a third rollout worker")
         assert terminate(second, timeout=15) == 0  # hands back what it cannot finish
-        assert again.wait(120) == 0  # type: ignore[attr-defined]
+        assert again.wait(120) == 0
         assert third.poll() is None
 
     client = connect(redis_url)
@@ -100,19 +76,8 @@ def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path,
     assert_trained_once(folder, steps)
 
 
-def assert_trained_once(folder: Path, steps: int) -> None:
-    """From the surviving lineage: every step has one last record, and the version grew with each."""
-    latest = {int(metrics["step"]): metrics for metrics in metrics_of(folder)}
-    assert sorted(latest) == list(range(1, steps + 1))
-    states = [json.loads(path.read_text()) for path in (folder / "checkpoints").glob("step-*/state.json")]
-    groups = [group for state in states for group in state["trained_groups"]]
-    assert len(groups) == len(set(groups)) == steps * 8  # each checkpoint names the groups since the one before
-    versions = [latest[step]["version"] for step in sorted(latest)]
-    assert versions == sorted(set(versions))
-
-
 def test_a_worker_with_wrong_options_says_what_to_pass(tmp_path: Path, redis_url: str) -> None:
-    env = create(tmp_path, redis_url, trainer__num_steps=1)
+    env = create_run(tmp_path, redis_url, trainer__num_steps=1)
     for options, expected in [
         ([], "-Q followed by one of dataset, rollout, reference, reward, eval"),
         (["-Q", "rollout,reward"], "-Q followed by one of"),
@@ -143,7 +108,7 @@ def flaky(prompts, completions, target, **kwargs):
 
 def test_a_reward_that_hangs_or_raises_is_dead_lettered_and_never_a_score(tmp_path: Path, redis_url: str) -> None:
     (tmp_path / "flaky.py").write_text(FLAKY_REWARD)
-    env = create(
+    env = create_run(
         tmp_path,
         redis_url,
         trainer__num_steps=4,
@@ -156,7 +121,7 @@ def test_a_reward_that_hangs_or_raises_is_dead_lettered_and_never_a_score(tmp_pa
         for queue in ("dataset", "reward", "rollout"):
             stack.enter_context(worker(queue, cwd=tmp_path, **env))
         daemon = stack.enter_context(trainer(tmp_path, env))
-        assert daemon.wait(150) == 0  # type: ignore[attr-defined]
+        assert daemon.wait(150) == 0
     client = connect(redis_url)
     keys = open_run(client, "roles").keys
     account = read_account(client, keys)
@@ -175,7 +140,7 @@ def test_a_reward_that_hangs_or_raises_is_dead_lettered_and_never_a_score(tmp_pa
 
 
 def test_sigterm_makes_the_trainer_checkpoint_and_exit_0(tmp_path: Path, redis_url: str) -> None:
-    env = create(
+    env = create_run(
         tmp_path, redis_url, trainer__num_steps=1000, checkpoint__every_steps=1000, trainer__loss={"kl_beta": 0.0}
     )
     folder = tmp_path / "runs" / "roles"
@@ -184,7 +149,7 @@ def test_sigterm_makes_the_trainer_checkpoint_and_exit_0(tmp_path: Path, redis_u
             stack.enter_context(worker(queue, cwd=tmp_path, **env))
         daemon = stack.enter_context(trainer(tmp_path, env))
         wait_for(lambda: len(metrics_of(folder)) >= 2, timeout=90, what="two steps")
-        assert terminate(daemon, number=signal.SIGTERM) == 0  # type: ignore[arg-type]
+        assert terminate(daemon, number=signal.SIGTERM) == 0
         done = len(metrics_of(folder))
         state = json.loads((folder / "checkpoints" / f"step-{done:08d}" / "state.json").read_text())
         assert state["step"] == done

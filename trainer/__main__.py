@@ -11,9 +11,12 @@ import signal
 import sys
 from types import FrameType
 
-from common.connection import connect, run_name
+from common.connection import connect, give_up_after, persistence_warning, run_name
 from common.errors import ConfigError, ConnectionFailed, DiskFull
 from common.run import open_run, set_status
+
+STOP_WITHOUT_REDIS_S = 30.0
+"""Told to stop, the trainer waits so long at most for a Redis that is away; then it ends without a checkpoint of its step."""
 
 
 def main() -> int:
@@ -34,9 +37,12 @@ def main() -> int:
             raise KeyboardInterrupt
         logging.getLogger("sluice.trainer").info("%s: finishing the step", signal.Signals(number).name)
         trainer.stopping = True
+        give_up_after(client, STOP_WITHOUT_REDIS_S)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    if warning := persistence_warning(client):
+        logging.getLogger("sluice.trainer").warning("%s", warning)
     set_status(client, run.keys, "running")
     try:
         trainer.train()

@@ -145,12 +145,7 @@ class Trainer:
         self.watch.waits()
         while not self.stopping:
             try:
-                sample = self.buffer.sample(
-                    self.version,
-                    step=self.step + 1,
-                    published=self.publisher.published,
-                    saved_step=self.saved_step,
-                )
+                sample = self.buffer.sample(self.version, step=self.step + 1, published=self.publisher.published)
             except StateLost as lost:
                 self._tell_redis_again(lost)
                 continue

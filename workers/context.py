@@ -8,8 +8,11 @@
                   |
                  messages for the parts that follow
 
-The heart thread renews the leases of running parts while the process makes progress, and beats; a process that makes
-none for two leases (an endless loop in a kernel, a hung device) is ended, so that it does not go on pulling groups.
+The heart thread beats, and renews the leases of running parts up to one lease after the last progress; a process that
+makes none for two leases (an endless loop in a kernel, a hung device) is ended, so that it does not go on pulling groups.
+
+A part on its last attempt is worked on alone in its process. If it kills the process (a poison prompt) it takes nobody
+with it, and one that was only beside a poison prompt gets an attempt that nobody else can spoil.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import redis
 from celery import Celery
 from celery.concurrency.thread import TaskPool
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from common.broker import send_part
 from common.connection import connect, give_up_after, run_name
@@ -34,6 +40,7 @@ from common.errors import EngineClosed, SerializationError
 from common.ledger import Claim, Ledger
 from common.metrics import HEARTBEAT_S, beat, silence
 from common.run import Run, open_run, process_name
+from workers.room import Room
 
 log = logging.getLogger("sluice.worker")
 
@@ -61,9 +68,11 @@ class Context:
     client: redis.Redis
     run: Run
     ledger: Ledger
+    urgent: Ledger
+    "over a connection that gives up within seconds: for the heart, and for event loops, which must not hang in a command"
     process: str
     progress_age_s: Callable[[], float] = lambda: 0.0
-    "seconds since the engine last made progress: over a lease it stops renewing, over two the process is ended"
+    "seconds since the engine last made progress: leases end one lease after it, the process after two"
     facts: Callable[[], dict[str, Any]] = dict
     "what this process adds to its heartbeat"
     busy_s: Callable[[], float] = lambda: 0.0
@@ -73,6 +82,8 @@ class Context:
     _beat_at: float = field(default_factory=time.monotonic)
     _beat_busy_s: float = 0.0
     _claims: dict[str, Claim] = field(default_factory=dict)
+    _room: Room = field(default_factory=Room)
+    _was_hung: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -82,7 +93,9 @@ class Context:
         run = open_run(client, run_name())
         process = process_name(role)
         ledger = Ledger(client, run.keys, run.config, worker=process)
-        return cls(role=role, app=app, client=client, run=run, ledger=ledger, process=process)
+        quick = connect(retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
+        urgent = Ledger(quick, run.keys, run.config, worker=process)
+        return cls(role=role, app=app, client=client, run=run, ledger=ledger, urgent=urgent, process=process)
 
     def perform(
         self,
@@ -93,7 +106,32 @@ class Context:
         fields: tuple[str, ...],
         lease_s: float | None = None,
     ) -> None:
-        """Do one part of one group."""
+        """Do one part of one group, beside others unless this is its last attempt."""
+        do = partial(self._perform, group_id, part, work, fields=fields, lease_s=lease_s)
+        with self._room.shared() as is_in:
+            is_last = self._is_last_attempt(group_id, part)
+            if is_in and not is_last:
+                do()
+        if is_last:
+            with self._room.alone() as is_in:
+                if is_in:
+                    do()
+
+    def _is_last_attempt(self, group_id: str, part: str) -> bool:
+        """Asked before the claim: a claim that waits would spend the attempt if its process were killed."""
+        most = self.run.config.lease.max_attempts
+        spent = int(self.client.hget(self.run.keys("g", group_id), f"n:{part}") or 0)
+        return spent + 1 >= most > 1
+
+    def _perform(
+        self,
+        group_id: str,
+        part: str,
+        work: Callable[[Claim], Result],
+        *,
+        fields: tuple[str, ...],
+        lease_s: float | None,
+    ) -> None:
         claim = self.ledger.claim(group_id, part, fields=fields, lease_s=lease_s)
         if claim is None:
             return
@@ -136,20 +174,26 @@ class Context:
         while not self._stop.wait(period):
             try:
                 self._end_if_hung()
-                if self.progress_age_s() < self.run.config.lease.running_s:
-                    for lost in self.ledger.renew(list(self._claims.values())):
+                left_s = self.run.config.lease.running_s - self.progress_age_s()
+                if left_s > 0:
+                    for lost in self.urgent.renew(list(self._claims.values()), lease_s=left_s):
                         log.warning("lost the lease of %s: it was taken over; a late result will be refused", lost)
-                beat(self.client, self.run.keys, self.process, self._facts())
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+                beat(self.urgent.client, self.run.keys, self.process, self._facts())
+            except redis.RedisError as error:
                 log.warning("no heartbeat: %s", error)
 
     def _end_if_hung(self) -> None:
-        """A hung engine cannot be stopped from inside; the process can, and a supervisor starts it again."""
+        """A hung engine cannot be stopped from inside; the process can, and a supervisor starts it again.
+
+        Seen at two beats in a row: after a pause of the whole process (SIGSTOP) the engine gets one beat to move again.
+        """
         age_s = self.progress_age_s()
-        if age_s > 2 * self.run.config.lease.running_s:
+        is_hung = age_s > 2 * self.run.config.lease.running_s
+        if is_hung and self._was_hung:
             log.critical("no progress for %.0f s: ending this process, its groups are taken over", age_s)
             logging.shutdown()
             os._exit(HUNG_EXIT_CODE)
+        self._was_hung = is_hung
 
     def _facts(self) -> dict[str, Any]:
         now, busy_s = time.monotonic(), self.busy_s()
@@ -171,7 +215,7 @@ class Context:
         self._stop.set()
         give_up_after(self.client, 2.0)
         try:
-            silence(self.client, self.run.keys, self.process)
+            silence(self.urgent.client, self.run.keys, self.process)
         except redis.RedisError as error:
             log.warning("could not sign off: %s", error)
 

@@ -34,6 +34,8 @@ log = logging.getLogger("sluice.dataset")
 
 ADMIT_BATCH = 64
 TICK_S = 1.0
+ADMIT_BELOW = 0.85
+"""Share of Redis' maxmemory over which no group is admitted."""
 
 
 def prepare(app: Celery, role: str) -> tuple[Any, int]:
@@ -78,11 +80,22 @@ class DatasetRole:
         """Admit until there is no credit left."""
         with self._lock:
             while not self._stop.is_set():
+                if full := self._full_memory():
+                    self._stopped_by = full
+                    return
                 admission = self.context.ledger.admit(ADMIT_BATCH)
                 self._stopped_by = admission.stopped_by
                 if not admission.cursors:
                     return
                 self._prepare(admission.cursors)
+
+    def _full_memory(self) -> str:
+        """Why nothing is admitted while Redis is nearly full: what is in flight needs the rest to finish."""
+        memory = self.context.client.info("memory")
+        used, most = int(memory["used_memory"]), int(memory.get("maxmemory", 0))
+        if not most or used <= ADMIT_BELOW * most:
+            return ""
+        return f"redis_memory: {used >> 20} MiB of maxmemory {most >> 20} MiB used"
 
     def prepare_one(self, group_id: str) -> None:
         """The task part of a group whose admitting worker died."""
@@ -193,8 +206,8 @@ class DatasetRole:
                     self.context.run.keys("tick"), self.context.process, nx=True, px=int(TICK_S * 900)
                 ):
                     self._tick()
-            except (redis.ConnectionError, redis.TimeoutError) as error:
-                log.warning("tick: Redis is unreachable: %s", error)
+            except redis.RedisError as error:
+                log.warning("tick: Redis: %s", error)
             except Exception:
                 log.exception("tick failed; the next one follows in %.0f s", TICK_S)
 

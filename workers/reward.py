@@ -1,17 +1,25 @@
 """The `reward` queue: user code, in prefork children with a time limit. Never imports torch.
 
-A reward that raises, sleeps for ever or kills its process is an infrastructure failure: the group is scored again, then
-dead-lettered. It is never turned into a reward of 0.
+A reward that raises, sleeps for ever, allocates without end or kills its process is an infrastructure failure: the group
+is scored again, then dead-lettered. It is never turned into a reward of 0. A child that died cannot say so: its parent does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
+import re
+import resource
+from collections import deque
+from pathlib import Path
 from typing import Any
 
+import redis
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, signals
 
+from common.broker import send_part
 from common.ledger import Claim
 from common.serialization import decode, encode
 from workers.context import Context, Result
@@ -36,6 +44,7 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
     )
     signals.worker_ready.connect(lambda **_: context.start_heart(), weak=False)
     signals.worker_process_init.connect(lambda **_: host.reopen(app, role), weak=False)
+    signals.task_failure.connect(host.report_lost_child, weak=False)
     signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
     return "prefork", config.concurrency
 
@@ -46,12 +55,36 @@ class RewardRole:
     def __init__(self, context: Context, functions: list[LoadedReward]) -> None:
         self.context = context
         self._functions = functions
+        self._reported: deque[str] = deque(maxlen=1000)
         self._num_done = multiprocessing.Value("q", 0)  # shared with the children
         context.facts = lambda: {"done": self._num_done.value}
 
     def reopen(self, app: Celery, role: str) -> None:
-        """In a fresh child: connections of its own, and its own name in claims."""
+        """In a fresh child: connections of its own, its own name in claims, and less memory than the machine has."""
         self.context = Context.open(app, role)
+        limit_mib = self.context.run.config.reward.memory_limit_mib
+        if limit_mib is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit_mib << 20, limit_mib << 20))
+        with contextlib.suppress(OSError):  # where the kernel has it: it kills this child before anything else
+            Path("/proc/self/oom_score_adj").write_text("1000")
+
+    def report_lost_child(self, *, exception: BaseException, task_id: str, args: Any, **_: Any) -> None:
+        """In the parent, when a child was killed or killed itself: what it held has failed, now and not a lease later."""
+        if not isinstance(exception, (WorkerLostError, TimeLimitExceeded)) or task_id in self._reported:
+            return
+        self._reported.append(task_id)  # Celery tells of a hard time limit twice, and of the child's death besides
+        (group_id,), ledger, context = args, self.context.urgent, self.context
+        what = _how_it_ended(exception)
+        log.warning("group %s: %s", group_id, what)
+        try:
+            holder = (ledger.client.hget(ledger.keys("g", group_id), "by:reward") or b"").decode()
+            if not holder.startswith(context.process.rpartition(":")[0] + ":"):
+                return  # it died before it claimed the part, or the part was taken over
+            claim = Claim(group_id=group_id, part="reward", holder=holder, attempt=0, fields={})
+            if ledger.fail(claim, reason=type(exception).__name__, detail=what):
+                send_part(context.app, group_id, "reward")
+        except redis.RedisError as error:
+            log.warning("group %s is scored again when its lease ends: %s", group_id, error)
 
     def score(self, group_id: str) -> None:
         """Task: the reward part of a group."""
@@ -75,3 +108,11 @@ class RewardRole:
             trainer_state={"global_step": int(claim.fields["version"] or 0)},
         )
         return Result(payload=encode(scores.to_wire()))
+
+
+def _how_it_ended(exception: BaseException) -> str:
+    if isinstance(exception, TimeLimitExceeded):
+        return "the scoring process gave no answer within its time limit and was killed"
+    signal = re.search(r"signal (\d+)", str(exception))
+    how = f"was killed by signal {signal[1]}" if signal else "ended by itself"
+    return f"the scoring process {how}: {exception}"

@@ -53,7 +53,4 @@ if reconciled > 0 then
   redis.call('HINCRBY', key('counts:train'), 'reconciled', reconciled)
   redis.call('HINCRBY', key('settled'), upto, reconciled)
 end
-if upto > tonumber(redis.call('HGET', key('run'), 'acknowledged') or '-1') then
-  redis.call('HSET', key('run'), 'acknowledged', upto)
-end
 return settled + reconciled

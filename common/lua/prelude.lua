@@ -1,7 +1,7 @@
 -- Put in front of every script: the keys, and the few operations that all transitions share.
 -- KEYS[1] is the run's root, `sluice:{run}:`; the braces keep all keys of a run in one cluster slot.
 --
---   run                hash     config, assets, status, created_at, incarnation; acknowledged: newest step that a checkpoint names
+--   run                hash     config, assets, status, created_at, incarnation; mark of the batch dealt out last
 --   cursor             string   next dataset cursor
 --   ahead              set      groups beyond the cursor that are settled already (Redis lost their admission, see acknowledge)
 --   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent, reconciled;
@@ -19,6 +19,8 @@
 --   batch:<step>       list     manifest of a trainer step: "<version>|<entry>|<group>"
 --   batches            zset     steps that have a manifest
 --   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
+--   readers            zset     "<version>|<reader>" -> ms until which a process that fetches a version keeps it
+--   processes          zset     process -> ms of its last heartbeat; process:<process> string: its facts, with a time to live
 --   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at
 --   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
 --   events             stream   capped; policy published, dead letters, ...

@@ -12,5 +12,4 @@ if lost > 0 then
   redis.call('HINCRBY', key('counts:train'), 'trained', -lost)
   redis.call('HINCRBY', key('counts:train'), 'dropped:rolled_back', lost)
 end
-redis.call('HSET', key('run'), 'acknowledged', ARGV[1])
 return lost

@@ -2,21 +2,17 @@
 -- The manifest makes a repeated take of the same step return the same groups, as long as they are young enough: after a
 -- roll-back they may be seen from another branch. Then they are dropped or given back, and so are the batches after them.
 -- ARGV: step, k, current policy version, max_policy_age, newest version that this trainer has seen published,
---       step of its newest checkpoint (-1 = not known)
+--       mark of its last batch ('' = none yet), mark of this one
 -- Returns {evicted, available, group, group, ...}; fewer than k available -> no groups, and the trainer is woken at k;
 -- {-1, 0} when Redis has lost writes of this trainer (it was restarted, or another server took over)
 local step, k, current, max_age = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
-local published, saved = tonumber(ARGV[5]), tonumber(ARGV[6])
+local published, last_mark, new_mark = tonumber(ARGV[5]), ARGV[6], ARGV[7]
 
 local function is_behind()
-  if redis.call('HEXISTS', key('lineage'), current) == 0 then return true end
-  if tonumber(redis.call('HGET', key('policy'), 'version') or '-1') < published then return true end
-  if saved < 0 then return false end
-  if tonumber(redis.call('HGET', key('run'), 'acknowledged') or '0') < saved then return true end
-  for trained = saved + 1, step - 1 do
-    if redis.call('EXISTS', key('batch:' .. trained)) == 0 then return true end
-  end
-  return false
+  local mark = redis.call('HGET', key('run'), 'mark')
+  if last_mark ~= '' and mark ~= last_mark and mark ~= new_mark then return true end
+  return redis.call('HEXISTS', key('lineage'), current) == 0
+    or tonumber(redis.call('HGET', key('policy'), 'version') or '-1') < published
 end
 
 local function is_stale(version) return policy_age(version, current) > max_age end
@@ -31,6 +27,7 @@ for _, line in ipairs(held) do is_too_old = is_too_old or is_stale(line.version)
 if #held > 0 and not is_too_old then
   local out = { 0, k }
   for _, line in ipairs(held) do out[#out + 1] = line.group end
+  redis.call('HSET', key('run'), 'mark', new_mark)
   return out
 end
 if is_too_old then
@@ -83,5 +80,6 @@ for _, version in ipairs(fresh) do
   end
 end
 redis.call('ZADD', key('batches'), step, step)
+redis.call('HSET', key('run'), 'mark', new_mark)
 redis.call('DEL', key('want'), key('wake'))
 return out

@@ -1,0 +1,104 @@
+"""A full disk pauses training and says so; nothing that was there before is harmed, and with room again it goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, sluice, trainer, wait_for, workers
+
+from scripts.redis_server import EmbeddedServer
+from trainer.checkpoint import newest_checkpoint
+
+MIB = 2**20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 MiB; a checkpoint of the tiny model has 4 MiB, a policy 1.3."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path, *, leave: int) -> Path:
+    """Use up a file system but for `leave` bytes."""
+    filler = folder / "filler"
+    free = subprocess.check_output(["stat", "-f", "-c", "%a %S", folder], text=True).split()
+    filler.write_bytes(bytes(int(free[0]) * int(free[1]) - leave))
+    return filler
+
+
+@pytest.mark.parametrize("full", ["checkpoints", "policies"])
+def test_training_pauses_while_a_disk_is_full(
+    tmp_path: Path, own_redis: EmbeddedServer, small_disk: Path, full: str
+) -> None:
+    where = {"output_dir": str(small_disk)} if full == "checkpoints" else {"policy_store__path": str(small_disk)}
+    settings = {
+        "trainer__num_steps": 16,
+        "trainer__stall_report_s": 1.0,
+        "checkpoint__every_steps": 4,
+        **SMALL,
+        **where,
+    }
+    env = create_run(tmp_path, own_redis.url, **settings)  # type: ignore[arg-type]
+    run_folder = (small_disk if full == "checkpoints" else tmp_path / "runs") / "roles"
+    with workers(tmp_path, env), trainer(tmp_path, env) as daemon:
+        wait_for(lambda: (run_folder / "checkpoints" / "latest").exists(), timeout=90, what="the first checkpoint")
+        filler = fill(small_disk, leave=MIB)
+        told = lambda: (text := sluice("status", cwd=tmp_path, **env).stdout) and "stalled: " in text and text  # noqa: E731
+        reading = wait_for(told, timeout=60, what="`sluice status` to name the stall")
+        assert "the disk is full: no room for" in reading
+        found = newest_checkpoint(run_folder / "checkpoints")
+        assert found is not None and found.state.step >= 4, "the checkpoint before is as good as it was"
+        assert not list((run_folder / "checkpoints").glob(".tmp-*"))
+        assert daemon.poll() is None
+        wait_for(
+            lambda: "trainer has waited" in (tmp_path / "trainer.log").read_text(), timeout=10, what="a word in the log"
+        )
+        filler.unlink()
+        assert daemon.wait(120) == 0
+    account = account_of(env)
+    assert (account.holds, account.trained, account.in_flight) == (True, 64, 0)
+    if full == "policies":
+        assert_trained_once(run_folder, 16, groups_per_step=4)
+        assert any("the disk is full" in line.get("cause", "") for line in stalls_of(run_folder))
+
+
+def stalls_of(run_folder: Path) -> list[dict[str, str]]:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "stall" in line]
+
+
+def test_a_trainer_stopped_while_the_disk_is_full_keeps_the_checkpoint_before(
+    tmp_path: Path, own_redis: EmbeddedServer, small_disk: Path
+) -> None:
+    settings = {"trainer__num_steps": 1000, "checkpoint__every_steps": 4, "output_dir": str(small_disk), **SMALL}
+    env = create_run(tmp_path, own_redis.url, **{**settings, "checkpoint__keep": 1})  # type: ignore[arg-type]
+    checkpoints = small_disk / "roles" / "checkpoints"
+    with workers(tmp_path, env):
+        with trainer(tmp_path, env) as daemon:
+            wait_for(lambda: (checkpoints / "latest").exists(), timeout=90, what="the first checkpoint")
+            filler = fill(small_disk, leave=MIB)
+            log = tmp_path / "trainer.log"
+            wait_for(lambda: "the disk is full" in log.read_text(), timeout=60, what="the trainer to notice")
+            daemon.terminate()
+            assert daemon.wait(20) == 1
+        assert "error: stopped without a checkpoint of step" in log.read_text()
+        found = newest_checkpoint(checkpoints)
+        assert found is not None
+        filler.unlink()
+        with trainer(tmp_path, env) as daemon:
+            wait_for(lambda: f"resumed at step {found.state.step}" in log.read_text(), timeout=60, what="it to go on")
+            before = len(metrics_of(small_disk / "roles"))
+            wait_for(lambda: len(metrics_of(small_disk / "roles")) > before, timeout=60, what="a step")
+    assert account_of(env).holds

@@ -1,0 +1,126 @@
+"""A reward that misbehaves in every way that takes a process down: groups are retried, then dead, and never scored 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import redis
+from builders import make_config, publish_policy, rollout_payload
+from harness import alive, children, wait_for, worker
+
+from common.broker import make_app, send_part
+from common.keys import Keys
+from common.ledger import Ledger
+from common.run import create_run
+from common.serialization import encode
+from common.types import SamplingParams, Task
+
+REWARD = """
+import os, signal, sys, time
+
+def wild(prompts, completions, target, **kwargs):
+    kind = target[0]
+    if kind == "sleeps":
+        time.sleep(1000)
+    if kind == "sleeps on":
+        while True:
+            try:
+                time.sleep(1000)
+            except BaseException:
+                pass
+    if kind == "raises":
+        raise RuntimeError("the grader is broken")
+    if kind == "leaves":
+        os._exit(3)
+    if kind == "exits":
+        sys.exit(4)
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "allocates":
+        hoard = [bytearray(200 << 20) for _ in range(1000)]
+    return [1.0 for _ in completions]
+"""
+EXPECTED = {
+    "sleeps": ("RewardError", "SoftTimeLimitExceeded"),
+    "sleeps on": ("TimeLimitExceeded", "gave no answer within its time limit and was killed"),
+    "raises": ("RewardError", "the grader is broken"),
+    "leaves": ("WorkerLostError", "the scoring process ended by itself"),
+    "exits": ("WorkerLostError", "the scoring process ended by itself"),
+    "killed": ("WorkerLostError", "the scoring process was killed by signal 9"),
+    "allocates": ("RewardError", "MemoryError"),
+}
+
+
+def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score(
+    client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "wild.py").write_text(REWARD)
+    config = make_config(
+        reward={
+            "functions": [{"function": f"{tmp_path / 'wild.py'}:wild"}],
+            "time_limit_s": 3.2,  # killed 2 s later; Celery looks for dead children every 5 s at least
+            "memory_limit_mib": 512,
+            "concurrency": 3,
+        },
+        lease={"running_s": 60.0, "queued_s": 60.0, "max_attempts": 2},  # nothing here waits for a lease to end
+        trainer={"loss": {"kl_beta": 0.0}},
+    )
+    create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    ledger, app = Ledger(client, keys, config), make_app(keys.run, url=redis_url)
+    publish_policy(client, keys, 0)
+    bad_and_sound = [*EXPECTED, *["sound"] * 4]
+    kinds = dict(zip(admit(ledger, len(bad_and_sound)), bad_and_sound, strict=True))
+    for group_id, kind in kinds.items():
+        task = Task(
+            group_id=group_id,
+            prompt_ids=np.array([5, 6], np.int32),
+            prompt="1+1",
+            target=kind,
+            columns={},
+            sampling=SamplingParams(n=2, max_tokens=8),
+        )
+        ledger.store(group_id, "task", encode(task.to_wire()))
+        ledger.store(group_id, "rollout", rollout_payload(), version=0)
+        send_part(app, group_id, "reward")
+    env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}
+    with worker("reward", cwd=tmp_path, **env) as process:
+
+        def is_settled() -> bool:
+            account = ledger.account()
+            return sum(account.dead.values()) == len(EXPECTED) and client.xlen(keys("stream", 0)) == 4
+
+        wait_for(is_settled, timeout=45, what="two attempts at every bad group, and one at the others")
+        assert process.poll() is None, "the worker itself lives"
+        wait_for(lambda: len(alive(children(process.pid))) >= 3, timeout=10, what="all scoring processes to be back")
+
+    groups = {kind: client.hgetall(keys("g", group_id)) for group_id, kind in kinds.items()}
+    for kind, (reason, detail) in EXPECTED.items():
+        group = groups[kind]
+        assert group[b"dead_reason"].decode() == reason, kind
+        assert detail in group[b"dead_detail"].decode(), kind
+        assert group[b"n:reward"] == b"2", kind
+        assert b"rollout" in group, "the payload is kept"
+        assert b"reward" not in group, "no score was made up"
+    account = ledger.account()
+    assert account.retried == len(EXPECTED)
+    assert account.holds
+
+
+def test_children_are_the_first_that_the_kernel_kills(
+    client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path
+) -> None:
+    config = make_config()
+    create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    with worker("reward", cwd=tmp_path, SLUICE_REDIS_URL=redis_url, SLUICE_RUN=keys.run) as process:
+
+        def scores() -> list[int]:
+            return [int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) for child in children(process.pid)]
+
+        wait_for(lambda: 1000 in scores(), timeout=20, what="a scoring process that offers itself")
+        assert int(Path(f"/proc/{process.pid}/oom_score_adj").read_text()) < 1000
+
+
+def admit(ledger: Ledger, num_groups: int) -> list[str]:
+    reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, "test")
+    return [f"t{int(cursor)}" for cursor in reply[2:]]

@@ -1,0 +1,77 @@
+"""`sluice run` keeps its roles alive, and knows when that is in vain."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from harness import (
+    SMALL,
+    alive,
+    children,
+    metrics_of,
+    only_run,
+    quickstart_config,
+    running_sluice,
+    serving,
+    tiny_folder,
+    wait_for,
+)
+
+from scripts.redis_server import EmbeddedServer
+
+UNLICENSED = """
+import os, sys
+
+if "worker" in sys.argv:
+    print("the grader's licence has run out", flush=True)
+    os._exit(9)
+
+def grade(completions, **kwargs):
+    return [1.0] * len(completions)
+"""
+
+
+def test_a_crash_loop_ends_the_run_with_the_reason_and_the_tail_of_the_log(tmp_path: Path) -> None:
+    (tmp_path / "unlicensed.py").write_text(UNLICENSED)
+    grader = [{"function": f"{tmp_path / 'unlicensed.py'}:grade"}]
+    config = quickstart_config(tmp_path, tiny=tiny_folder(), evaluation__datasets=[], reward__functions=grader)
+    with running_sluice("run", str(config), cwd=tmp_path) as process:
+        wait_for(lambda: len(children(process.pid)) >= 6, timeout=60, what="the roles")
+        family = children(process.pid)
+        assert process.wait(90) == 1
+        assert alive(family) == []
+    output = (tmp_path / "output.log").read_text()
+    assert "reward-0 died 5 times within 60 s (last exit code 9)" in output
+    assert "the grader's licence has run out" in output
+    assert "Traceback" not in output
+
+
+def test_a_role_that_dies_while_redis_is_away_is_started_when_it_is_back(
+    tmp_path: Path, own_redis: EmbeddedServer
+) -> None:
+    steps = 20
+    config = quickstart_config(tmp_path, tiny=tiny_folder(), evaluation__datasets=[], trainer__num_steps=steps, **SMALL)
+    leases = ("lease.running_s=3", "lease.queued_s=3")
+    with running_sluice("run", str(config), *leases, cwd=tmp_path, SLUICE_REDIS_URL=own_redis.url) as process:
+        wait_for(
+            lambda: list(tmp_path.glob("runs/*/metrics.jsonl")) and len(metrics_of(only_run(tmp_path))) >= 2,
+            timeout=90,
+            what="two steps",
+        )
+        own_redis.process.kill()
+        own_redis.process.wait()
+        serving(process.pid, "rollout")[0].kill()
+        away_since = time.monotonic()
+        output = tmp_path / "output.log"
+        wait_for(
+            lambda: "every role waits for it" in output.read_text(), timeout=20, what="the word that Redis is away"
+        )
+        wait_for(lambda: time.monotonic() - away_since > 10, timeout=20, what="five restarts' worth of time")
+        assert serving(process.pid, "rollout") == []
+        own_redis.restart()
+        assert process.wait(120) == 0
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["restarts"]["rollout-0"] == 1
+    assert (summary["ledger_holds"], summary["ledger"]["trained"]) == (True, steps * 4)

@@ -1,0 +1,78 @@
+"""The trainer dies at every place where it matters; what it trained is trained once, and the run ends as if it had not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, trainer, workers
+
+from scripts.redis_server import EmbeddedServer
+from trainer.checkpoint import checkpoint_at, newest_checkpoint
+
+KILLS = [
+    ("trainer.policy:TrainedPolicy.optimize", "after", 2),  # between optimizer step and publication
+    ("common.replay_buffer:ReplayBuffer.sample", "after", 3),  # a batch is dealt out, nothing else happened
+    ("common.policy_store:DirectoryTransport.write", "after", 3),  # tensors written, the pointer not moved
+    ("common.policy_store:PolicyStore._collect_garbage", "before", 3),  # the pointer moved, nobody told
+    ("trainer.checkpoint:save_file", "after", 1),  # weights written, no optimizer state
+    ("trainer.checkpoint:_fsync", "before", 5),  # everything in place but the `latest` pointer
+    ("common.replay_buffer:ReplayBuffer.acknowledge", "before", 2),  # between checkpoint and acknowledgement
+    ("common.replay_buffer:ReplayBuffer.acknowledge", "after", 2),
+]
+
+
+def test_a_trainer_killed_at_any_point_goes_on_and_trains_every_group_once(
+    tmp_path: Path, own_redis: EmbeddedServer
+) -> None:
+    steps = 30
+    env = create_run(tmp_path, own_redis.url, trainer__num_steps=steps, checkpoint__every_steps=3, **SMALL)
+    run_folder = tmp_path / "runs" / "roles"
+    with workers(tmp_path, env):
+        for place in KILLS:
+            with trainer(tmp_path, env, kill_at=place) as process:
+                assert process.wait(60) == -9, f"{place} was never reached"
+            assert account_of(env).holds
+        assert len(metrics_of(run_folder)) > 0 and max(m["step"] for m in metrics_of(run_folder)) < steps
+        with trainer(tmp_path, env) as process:
+            assert process.wait(120) == 0
+    account = account_of(env)
+    assert account.holds
+    assert (account.in_flight, account.dead) == (0, {})
+    assert account.trained == steps * 4
+    assert_trained_once(run_folder, steps, groups_per_step=4)
+
+
+def test_ten_steps_are_five_a_kill_and_five_bit_for_bit(tmp_path: Path, own_redis: EmbeddedServer) -> None:
+    synchronous = {
+        **SMALL,
+        "replay_buffer__max_policy_age": 0,
+        "rollout__concurrency": 1,  # one group at a time: the same shapes, so the same last bits
+        "trainer__num_steps": 10,
+        "checkpoint__every_steps": 5,
+        "seed": 7,
+    }
+    results = {}
+    for name, place in [("straight", None), ("killed", ("trainer.policy:TrainedPolicy.optimize", "after", 7))]:
+        folder = tmp_path / name
+        folder.mkdir()
+        env = create_run(folder, own_redis.url, name=name, **synchronous)
+        with workers(folder, env):
+            if place:
+                with trainer(folder, env, kill_at=place) as process:
+                    assert process.wait(60) == -9
+                found = newest_checkpoint(folder / "runs" / name / "checkpoints")
+                assert found is not None and found.state.step == 5
+            with trainer(folder, env) as process:
+                assert process.wait(60) == 0
+        assert account_of(env).to_dict() | {"retried": 0, "resent": 0, "refused": 0} == {
+            "admitted": 40, "trained": 40, "scored": 0, "dropped": {}, "dead": {}, "in_flight": 0,
+            "retried": 0, "resent": 0, "refused": 0, "reconciled": 0, "holds": True,
+        }  # fmt: skip
+        results[name] = checkpoint_at(folder / "runs" / name / "checkpoints", 10)
+    straight, killed = results["straight"], results["killed"]
+    assert killed.state.version > straight.state.version
+    for kind in ("weights", "optimizer"):
+        a, b = getattr(straight, kind), getattr(killed, kind)
+        assert a.keys() == b.keys()
+        assert [name for name in a if not a[name].equal(b[name])] == []
+    assert straight.state.random_state == killed.state.random_state

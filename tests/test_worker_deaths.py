@@ -1,0 +1,181 @@
+"""Workers that die, stop or hang while they hold groups: the groups are taken over, and no result counts twice.
+
+The workers are real Celery processes on a small real model; some are started through `python -c`, which makes one group
+deadly, slow or endless first. The test itself plays the dataset worker's tick: it sends what the reaper finds overdue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from builders import make_config, rollout_payload, task_payload
+from harness import running, tiny_folder, wait_for, worker
+
+from common.assets import read_assets
+from common.broker import make_app, send_part
+from common.keys import Keys
+from common.ledger import Ledger
+from common.metrics import read_heartbeats
+from common.model import load_pretrained, named_weights
+from common.policy_store import PolicyStore
+from common.run import create_run
+
+LEASE_S = 2.0
+ODD_WORKER = """
+import os, sys, threading, time
+{patch}
+from celery.__main__ import main
+sys.argv = ["celery", "-A", "workers.app", "worker", "-Q", "{queue}"]
+main()
+"""
+ROLLOUT = """
+from workers.engine.torch_engine import TorchEngine
+generate = TorchEngine.generate
+def odd(self, request):
+    {behaviour}
+    return generate(self, request)
+TorchEngine.generate = odd
+"""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A run without a trainer: its groups are admitted by the test."""
+
+    ledger: Ledger
+    app: Any
+    env: dict[str, str]
+    folder: Path
+
+    def admit(self, num_groups: int, *, until: str = "task") -> list[str]:
+        """Groups with their parts stored up to `until`; messages for what follows are sent."""
+        reply = self.ledger.scripts(
+            "admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, f"test/{time.monotonic()}"
+        )
+        group_ids = [f"t{int(cursor)}" for cursor in reply[2:]]
+        for group_id in group_ids:
+            following = self.ledger.store(group_id, "task", task_payload(group_id))
+            if until == "rollout":
+                following = self.ledger.store(group_id, "rollout", rollout_payload(), version=0)
+            for part in following or ():
+                send_part(self.app, group_id, part)
+        return group_ids
+
+    def tick_until(self, condition: Callable[[], Any], *, timeout: float, what: str) -> Any:
+        """What the dataset worker's tick does, until something is so."""
+
+        def ticked() -> Any:
+            for group_id, part, _ in self.ledger.reap():
+                send_part(self.app, group_id, part)
+            return condition()
+
+        return wait_for(ticked, timeout=timeout, what=what)
+
+    def field(self, group_id: str, name: str) -> str:
+        return (self.ledger.client.hget(self.ledger.keys("g", group_id), name) or b"").decode()
+
+    def has(self, group_ids: list[str], name: str) -> bool:
+        return all(self.ledger.client.hexists(self.ledger.keys("g", group_id), name) for group_id in group_ids)
+
+    def messages(self, queue: str) -> str:
+        """Name of the broker's list of a queue."""
+        return self.ledger.keys.celery_prefix + queue
+
+    @contextlib.contextmanager
+    def odd(self, queue: str, *, patch: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A worker of a queue that behaves otherwise."""
+        argv = [sys.executable, "-c", ODD_WORKER.format(patch=patch, queue=queue)]
+        with running(argv, cwd=self.folder, log=self.folder / f"odd-{queue}.log", **self.env) as process:
+            yield process
+
+    @contextlib.contextmanager
+    def sound(self, queue: str) -> Iterator[subprocess.Popen[bytes]]:
+        with worker(queue, cwd=self.folder, **self.env) as process:
+            yield process
+
+
+@pytest.fixture
+def make_fleet(client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path) -> Callable[..., Fleet]:
+    def make(**sections: Any) -> Fleet:
+        tiny = tiny_folder(3)
+        config = make_config(
+            model={"path": str(tiny / "model")},
+            dataset={"path": str(tiny / "train.jsonl")},
+            policy_store={"path": str(tmp_path / "policies")},
+            **{"lease": {"running_s": LEASE_S, "queued_s": 2.0}, "rollout": {"concurrency": 4}, **sections},
+        )
+        create_run(client, keys.run, config, assets=read_assets(str(tiny / "model")).to_wire(), folder=str(tmp_path))
+        weights = {
+            name: tensor.detach() for name, tensor in named_weights(load_pretrained(str(tiny / "model"))).items()
+        }
+        PolicyStore(client, keys, config.policy_store).publish(0, weights, step=0, parent=-1)
+        env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}
+        return Fleet(Ledger(client, keys, config), make_app(keys.run, url=redis_url), env, tmp_path)
+
+    return make
+
+
+def test_a_poison_prompt_dies_alone_and_takes_no_innocent_with_it(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet(lease={"running_s": LEASE_S, "queued_s": 2.0, "max_attempts": 2})
+    poison, *others = fleet.admit(5)
+    # everybody who is beside the poison prompt when it kills the process is still at work then
+    behaviour = f"time.sleep(0.8 if request.group_id == '{poison}' else 1.2)\n"
+    behaviour += f"    if request.group_id == '{poison}': os._exit(9)"
+    num_deaths = 0
+    settled = lambda: fleet.has(others, "rollout") and fleet.field(poison, "stage") == "dead"  # noqa: E731
+    while not settled():
+        assert num_deaths <= 2
+        with fleet.odd("rollout", patch=ROLLOUT.format(behaviour=behaviour)) as process:
+            over = lambda: process.poll() is not None or settled()  # noqa: E731
+            fleet.tick_until(over, timeout=30, what="the poison prompt to kill a worker, or to be dead")
+            num_deaths += process.poll() is not None
+    account = fleet.ledger.account()
+    assert num_deaths == 2, "as many as lease.max_attempts"
+    assert account.dead == {"lease_expired": 1}
+    assert "rollout held by" in fleet.field(poison, "dead_detail")
+    assert max(int(fleet.field(group_id, "n:rollout")) for group_id in others) == 2, "somebody was beside it"
+    assert account.holds
+
+
+def test_a_stopped_worker_is_taken_over_and_its_late_results_are_refused(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet()
+    with fleet.odd("rollout", patch=ROLLOUT.format(behaviour="time.sleep(1.0)")) as stopped:
+        beats = lambda: read_heartbeats(fleet.ledger.client, fleet.ledger.keys)  # noqa: E731
+        wait_for(lambda: any(f["version"] == 0 for f in beats().values()), timeout=30, what="a worker that serves")
+        group_ids = fleet.admit(3)
+        wait_for(lambda: fleet.has(group_ids, "by:rollout"), timeout=10, what="the groups to be in its hands")
+        stopped.send_signal(signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        holders = [fleet.field(group_id, "by:rollout") for group_id in group_ids]
+
+        def taken_over() -> bool:
+            return fleet.ledger.account().retried == len(group_ids)
+
+        fleet.tick_until(taken_over, timeout=30, what="the leases of a stopped worker to end")
+        assert time.monotonic() - stopped_at < 2 * LEASE_S
+        with fleet.sound("rollout"):
+            fleet.tick_until(
+                lambda: fleet.has(group_ids, "rollout"), timeout=30, what="another worker to do its groups"
+            )
+            payloads = [fleet.field(group_id, "by:rollout") for group_id in group_ids]
+            assert not set(payloads) & set(holders)
+            stopped.send_signal(signal.SIGCONT)
+            wait_for(
+                lambda: fleet.ledger.account().refused == len(group_ids) or stopped.poll() is not None,
+                timeout=20,
+                what="its late results to be refused",
+            )
+    account = fleet.ledger.account()
+    assert account.refused == len(group_ids)
+    assert (account.admitted, account.in_flight, account.dead) == (3, 3, {})
+    assert account.holds

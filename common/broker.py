@@ -70,7 +70,7 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
             "unacked_restore_throttle": 1,
             "unacked_mutex_expire": 15,
             # a connection that died silently is found within 12 s: BRPOP is overdue after 6 s, looked at every 5 s
-            "socket_timeout": 5,
+            "socket_timeout": 3,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
             "retry_on_timeout": True,

@@ -25,8 +25,8 @@ from common import sentinel
 from common.errors import ConfigError, ConnectionFailed
 from common.patience import Patience
 
-SOCKET_TIMEOUT_S = 8.0
-BLOCK_S = 4.0
+SOCKET_TIMEOUT_S = 5.0
+BLOCK_S = 2.0
 """Longest blocking read: shorter than the socket time-out, or every idle wait would look like a dead server."""
 _OLDEST_SERVER = (6, 2)
 

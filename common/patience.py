@@ -144,7 +144,8 @@ class Patience(Retry):
                 self._note(since, trouble)
                 if failures > 1 and now - since >= self.limit_s:
                     what = trouble.rpartition(":")[0]
-                    log.error("Redis at %s %s: no longer waited for after %.0f s", self.server, what, now - since)
+                    level = logging.ERROR if now - since >= FIRST_REPORT_S else logging.DEBUG
+                    log.log(level, "Redis at %s %s: no longer waited for after %.0f s", self.server, what, now - since)
                     raise
                 time.sleep(self._backoff.compute(min(failures, 10)))
             else:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from common import sentinel
 from common.config_file import load_config
-from common.connection import connect, without_password
+from common.connection import connect, persistence_warning, without_password
 from common.errors import SluiceError
 from common.keys import RUNS, Keys
 from scripts.redis_server import find_server, running_url
@@ -20,7 +22,7 @@ from scripts.redis_server import find_server, running_url
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report: ok, note or problem."""
+    """One line of the report: ok, note, warning or problem."""
 
     level: str
     text: str
@@ -28,7 +30,7 @@ class Finding:
 
 def examine(config_path: str | None) -> list[Finding]:
     """Check machine, Redis and config."""
-    return [*_machine(), *_redis(), *(_config(config_path) if config_path else [])]
+    return [*_machine(), *examine_redis(), *(_config(config_path) if config_path else [])]
 
 
 def _machine() -> list[Finding]:
@@ -55,7 +57,8 @@ def _machine() -> list[Finding]:
     return findings
 
 
-def _redis() -> list[Finding]:
+def examine_redis() -> list[Finding]:
+    """The Redis of SLUICE_REDIS_URL: is it there, and may it lose what a run keeps in it."""
     url = os.environ.get("SLUICE_REDIS_URL")
     try:
         if not url:
@@ -65,20 +68,32 @@ def _redis() -> list[Finding]:
         return [Finding("problem", str(error))]
     info = client.info()
     findings = [Finding("ok", f"Redis {info['redis_version']} at {without_password(url)}")]
-    if not info.get("aof_enabled"):
+    if sentinel.is_sentinel(url):
+        host, port = sentinel.parse(url).master_address()
         findings.append(
-            Finding(
-                "note",
-                "Redis keeps no append-only file: a server crash loses every group in flight (set appendonly yes)",
-            )
+            Finding("ok", f"Sentinel names {host}:{port} as the master, {info['connected_slaves']} replicas")
         )
+    if warning := persistence_warning(client):
+        findings.append(Finding("warning", warning))
     if info.get("maxmemory"):
-        text = (
-            "Redis has maxmemory set: Celery workers exit when a broker reaches it; "
-            "use replay_buffer.max_bytes, or a second server as SLUICE_BROKER_URL"
-        )
-        findings.append(Finding("note", text))
+        findings.append(_memory_bound(info))
     return findings
+
+
+def _memory_bound(info: dict[str, Any]) -> Finding:
+    policy = info.get("maxmemory_policy", "noeviction")
+    bound = f"{info['maxmemory'] / 2**20:.0f} MiB"
+    if policy != "noeviction":
+        text = (
+            f"Redis evicts keys when it reaches maxmemory ({bound}, policy {policy}): groups would be lost without a trace. "
+            "Set maxmemory-policy noeviction"
+        )
+        return Finding("problem", text)
+    text = (
+        f"Redis refuses writes when it reaches maxmemory ({bound}): every role pauses until there is room; "
+        "replay_buffer.max_bytes stops admission before"
+    )
+    return Finding("note", text)
 
 
 def _config(path: str) -> list[Finding]:

@@ -27,6 +27,7 @@ from common.connection import (
     without_password,
 )
 from common.errors import ConnectionFailed
+from scripts.doctor import examine_redis
 from scripts.redis_server import EmbeddedServer, start_server
 
 
@@ -226,7 +227,7 @@ def test_a_wrong_address_or_password_is_said_at_once(server):
 
 
 def test_a_blocking_read_ends_before_the_socket_gives_up():
-    assert BLOCK_S + 2 < SOCKET_TIMEOUT_S
+    assert BLOCK_S + 2 <= SOCKET_TIMEOUT_S
 
 
 def test_only_a_server_without_an_append_only_file_is_warned_of(patient):
@@ -239,3 +240,16 @@ def test_no_password_is_shown():
     assert without_password("redis://u:secret@h:1/0") == "redis://u:***@h:1/0"
     shown = without_password("sentinel://:secret@a:1,b:2/mymaster/0?sentinel_password=other")
     assert shown == "sentinel://:***@a:1,b:2/mymaster/0?sentinel_password=***"
+
+
+def test_doctor_warns_of_a_server_that_may_lose_groups(monkeypatch, server, patient):
+    monkeypatch.setenv("SLUICE_REDIS_URL", server.url)
+    assert [finding.level for finding in examine_redis()] == ["ok"]
+    patient.config_set("appendonly", "no")
+    patient.config_set("maxmemory", "512mb")
+    levels = {finding.level: finding.text for finding in examine_redis()}
+    assert "append-only file" in levels["warning"]
+    assert "every role pauses" in levels["note"]
+    patient.config_set("maxmemory-policy", "allkeys-lru")
+    levels = {finding.level: finding.text for finding in examine_redis()}
+    assert "evicts keys" in levels["problem"] and "512 MiB" in levels["problem"]

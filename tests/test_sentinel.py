@@ -22,6 +22,7 @@ from common.broker import make_app, send
 from common.connection import connect
 from common.errors import ConfigError, ConnectionFailed
 from common.sentinel import parse
+from scripts.doctor import examine_redis
 from scripts.redis_server import find_server, free_port
 
 PASSWORD = "sentinel-test"
@@ -136,7 +137,11 @@ def test_writing_and_consuming_go_on_after_a_fail_over(tmp_path: Path, cluster: 
     print(f"longest gap between writes: {max(b - a for a, b in itertools.pairwise(written)):.1f} s")
 
 
-def test_what_is_wrong_is_named(cluster: Cluster) -> None:
+def test_what_is_wrong_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_REDIS_URL", cluster.url)
+    told = [finding.text for finding in examine_redis()]
+    assert f"Sentinel names 127.0.0.1:{cluster.master_port} as the master, 1 replicas" in told
+    assert PASSWORD not in "".join(told)
     here = f"127.0.0.1:{cluster.sentinel_port}"
     with pytest.raises(ConnectionFailed, match="know no master 'other'; they know: mymaster"):
         connect(f"sentinel://:{PASSWORD}@{here}/other/0")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import redis
 from rich.console import Console
 from rich.live import Live
 
@@ -122,6 +123,7 @@ def ledger(name: str | None, as_json: bool) -> None:
             click.echo(f"{account.kind:5}  {ledger_text(account)}")
             click.echo(
                 f"       retried {account.retried}, sent again {account.resent}, late results refused {account.refused}"
+                + (f", reconciled {account.reconciled}" if account.reconciled else "")
             )
     sys.exit(0 if holds else 1)
 
@@ -236,6 +238,9 @@ def main(argv: list[str] | None = None) -> Any:
         return cli.main(args=argv, prog_name="sluice")
     except SluiceError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        click.echo(f"error: Redis went away: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

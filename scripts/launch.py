@@ -23,7 +23,7 @@ from redis.retry import Retry
 
 from common.config import Config
 from common.config_file import load_config
-from common.connection import connect
+from common.connection import connect, give_up_after
 from common.errors import ConfigError
 from common.run import Run, create_run, open_run, set_status
 from scripts.progress import Progress
@@ -32,6 +32,8 @@ from scripts.summary import write_summary
 from scripts.supervisor import RunFailed, Supervisor
 
 POLL_S = 0.1
+READER_WAIT_S = 5.0
+"""How long a command that only reads waits for a Redis that goes away while it reads."""
 
 
 def preflight(config: Config) -> dict[str, object]:
@@ -189,11 +191,13 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
     """An existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
     if url := os.environ.get("SLUICE_REDIS_URL"):
         client = connect(url)
+        give_up_after(client, READER_WAIT_S)
         yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client)), url
         return
     folder = _existing_folder(name or os.environ.get("SLUICE_RUN"))
     with reading_server(folder / "redis") as url:
         client = connect(url)
+        give_up_after(client, READER_WAIT_S)
         yield client, open_run(client, folder.name), url
         client.close()
 

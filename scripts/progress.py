@@ -73,13 +73,13 @@ class Progress:
             return
         self._read_at = now
         entries = read_metrics(self._client, self._run.keys, after=self._last_entry)
-        if entries:
-            self._last_entry, self._moved_at = entries[-1][0], now
-            for _, metrics in entries:
-                self._say_evaluation(metrics)
-            steps = [metrics for _, metrics in entries if "reward/mean" in metrics]
-            if steps:
-                self._show(steps[-1], now)
+        for entry, metrics in entries:
+            self._last_entry = entry
+            self._say_evaluation(metrics)
+        steps = [metrics for _, metrics in entries if "reward/mean" in metrics]
+        if steps:
+            self._moved_at = now
+            self._show(steps[-1], now)
         elif now - max(self._moved_at, self._reported_at) > STALLED_AFTER_S:
             self._reported_at = now
             self.say(f"{self._waiting(now)}: {explain_stall(self._client, self._run)}")

@@ -39,7 +39,7 @@ def read_metrics(
 
 def last_metrics(client: redis.Redis, keys: Keys) -> dict[str, float]:
     """The newest value of every metric of the last entries; empty before the first."""
-    entries = client.xrevrange(keys("metrics"), count=5)
+    entries = client.xrevrange(keys("metrics"), count=20)
     return {name: value for _, fields in reversed(entries) for name, value in _floats(fields).items()}
 
 

@@ -23,6 +23,9 @@ from common.run import Run
 
 log = logging.getLogger("sluice.trainer")
 
+STREAMED_EVERY_S = 60.0
+"""How often a stall that lasts is an entry of the metrics stream, besides its beginning: readers look at the newest few."""
+
 
 class Watch:
     """Beats until closed; reports a stall every `trainer.stall_report_s`."""
@@ -39,6 +42,7 @@ class Watch:
         self._waiting_since: float | None = None
         self._away_since: float | None = None
         self._reported_at = 0.0
+        self._streamed = "", 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run_until_closed, name="heart", daemon=True)
         self._thread.start()
@@ -96,8 +100,11 @@ class Watch:
             return
         cause = Cause("alarm", self.alarm) if self.alarm else diagnose(self._client, self._run)
         self._report(cause, waited_s=waited_s)
-        length = self._run.config.metrics.stream_length
-        write_metrics(self._client, self._run.keys, {f"stall/{cause.kind}": waited_s}, max_length=length)
+        now = time.monotonic()
+        if cause.kind != self._streamed[0] or now - self._streamed[1] > STREAMED_EVERY_S:
+            self._streamed = cause.kind, now
+            line = {"step": self._facts()["step"], f"stall/{cause.kind}": waited_s}
+            write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
 
     def _is_reported(self) -> bool:
         return time.monotonic() - self._reported_at < self._run.config.trainer.stall_report_s

@@ -64,7 +64,10 @@ class RewardRole:
         self.context = Context.open(app, role)
         limit_mib = self.context.run.config.reward.memory_limit_mib
         if limit_mib is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit_mib << 20, limit_mib << 20))
+            _, most = resource.getrlimit(resource.RLIMIT_DATA)
+            limit = limit_mib << 20
+            if most == resource.RLIM_INFINITY or limit < most:  # else the machine's own bound is the tighter one
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         with contextlib.suppress(OSError):  # where the kernel has it: it kills this child before anything else
             Path("/proc/self/oom_score_adj").write_text("1000")
 

@@ -38,6 +38,7 @@ from common.model import load_pretrained
 from trainer.advantage import compute_advantages
 from trainer.loss import policy_loss
 from trainer.policy import schedule_factor
+from workers.engine.kv_cache import cache_argument
 from workers.rewards import MathReward, ThinkingReward
 
 REWARDS = (MathReward(), ThinkingReward())  # the quickstart's; their unweighted mean is the reward
@@ -82,7 +83,7 @@ def generate(
 ) -> Rollouts:
     """n completions of each prompt [N, P]: one prefill per prompt, finished rows dropped. Temperature 0 is greedy."""
     cache = DynamicCache(config=model.config)
-    logits = model(prompts, past_key_values=cache, logits_to_keep=1).logits[:, -1].repeat_interleave(n, 0)
+    logits = model(prompts, logits_to_keep=1, **{cache_argument(model): cache}).logits[:, -1].repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
     rows = torch.arange(len(logits))  # [B], those still running
     tokens = torch.full((len(rows), max_tokens), eos)
@@ -97,7 +98,7 @@ def generate(
         if len(running) < len(rows):
             rows, chosen = rows[running], chosen[running]
             cache.batch_select_indices(running)
-        logits = model(chosen[:, None], past_key_values=cache).logits[:, -1]
+        logits = model(chosen[:, None], **{cache_argument(model): cache}).logits[:, -1]
     longest = int(mask.sum(1).max())
     token_ids = torch.cat([prompts.repeat_interleave(n, 0), tokens[:, :longest]], dim=1)
     return Rollouts(token_ids=token_ids, logprobs=logprobs[:, :longest], mask=mask[:, :longest])

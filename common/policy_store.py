@@ -244,6 +244,11 @@ class PolicyStore:
         version = self._client.hget(self._keys("policy"), "version")
         return -1 if version is None else int(version)
 
+    def served(self) -> tuple[int, str]:
+        """Version and digest that the pointer names; (-1, "") before the first publication."""
+        version, digest = self._client.hmget(self._keys("policy"), ["version", "digest"])
+        return (-1, "") if version is None else (int(version), (digest or b"").decode())
+
     def manifest(self, version: int) -> Manifest:
         """Raises PolicyNotFound."""
         wire = self._client.hget(self._keys("manifests"), str(version))

@@ -18,6 +18,7 @@ from common.errors import EngineClosed, EngineError
 from common.model import load_weights, named_weights
 from common.types import Completion, SamplingParams
 from workers.engine import GenerationRequest
+from workers.engine.kv_cache import cache_argument
 from workers.engine.sampling import sample, truncate
 from workers.engine.torch_engine import TorchEngine
 
@@ -135,9 +136,9 @@ def logits_under(weights: Weights, tokens: np.ndarray, *, old: Weights | None = 
     parts = []
     if old is not None:
         load_weights(model, old)
-        parts.append(model(ids[:, :split], past_key_values=cache, use_cache=True).logits[0])
+        parts.append(model(ids[:, :split], use_cache=True, **{cache_argument(model): cache}).logits[0])
     load_weights(model, weights)
-    parts.append(model(ids[:, split:], past_key_values=cache, use_cache=True).logits[0])
+    parts.append(model(ids[:, split:], use_cache=True, **{cache_argument(model): cache}).logits[0])
     return torch.cat(parts)
 
 

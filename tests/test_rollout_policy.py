@@ -20,7 +20,6 @@ from workers.context import Context
 from workers.engine import GenerationRequest
 from workers.rollout import RolloutRole
 
-pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 CHANGES = {
     "flipped": lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
     "truncated": lambda data: data[: len(data) // 2],

@@ -131,13 +131,14 @@ class RolloutRole:
         client, events = self.context.client, self.context.run.keys("events")
         newest = client.xrevrange(events, count=1)
         last_event = newest[0][0] if newest else b"0"
-        staged = -1
+        staged = (-1, "")
         while not self._stop.is_set():
             try:
-                version = self._store.latest_version()
-                if version > staged:
-                    self._stage(version)
-                    staged, self._alarm = version, ""
+                served = self._store.served()
+                # of the same number, yet another policy: a Redis that lost the first one's publication
+                if served[0] > staged[0] or (served[0] == staged[0] and served[1] != staged[1]):
+                    self._stage(served[0])
+                    staged, self._alarm = served, ""
                 reply = client.xread({events: last_event}, block=int(BLOCK_S * 1000), count=100)
                 last_event = reply[0][1][-1][0] if reply else last_event
             except (PolicyError, redis.RedisError, OSError) as error:

@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 from common.errors import EngineError
 from common.types import Completion
 from workers.engine import GenerationRequest
-from workers.engine.kv_cache import SlotCache, round_up
+from workers.engine.kv_cache import SlotCache, cache_argument, round_up
 from workers.engine.sampling import sample
 
 PREFILL_TOKENS = 16384
@@ -76,6 +76,7 @@ class RunningBatch:
     ) -> None:
         self.rows: list[Row] = []
         self._model = model
+        self._cache_argument = cache_argument(model)
         self._device, self._dtype = model.device, model.dtype
         self._max_sequences = max_sequences
         self._cache = SlotCache(max_rows=max_sequences, max_length=max_model_len)
@@ -174,7 +175,7 @@ class RunningBatch:
         self._model.base_model(
             input_ids=sequences,
             position_ids=self._positions[None, : sequences.shape[1]],
-            past_key_values=prefilled,
+            **{self._cache_argument: prefilled},
             use_cache=True,
         )
         self._cache.reserve(rows=first_row + len(source), length=sequences.shape[1])
@@ -193,7 +194,7 @@ class RunningBatch:
             input_ids=self._tokens[:n].gather(1, last[:, None]),
             position_ids=last[:, None],
             attention_mask=mask[:, None, None],
-            past_key_values=self._cache,
+            **{self._cache_argument: self._cache},
             use_cache=True,
         )
         return output.logits[:, -1]

@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 POSITION_STEP = 16
 "Attended positions are rounded up to this: few distinct shapes, and masks aligned as CUDA kernels want them."
 _GROWTH = 1.5
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """The name under which a model's `forward` takes its cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def round_up(length: int, step: int = POSITION_STEP) -> int:

@@ -132,7 +132,7 @@ class TorchEngine:
         in `last_error` and the log, and the served one stays.
         """
         with self._condition:
-            if version != self._version:
+            if (version, digest) != (self._version, self._digest):
                 self._staged = _Policy(version=version, digest=digest, tensors=tensors)
                 self._wake()
 

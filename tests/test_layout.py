@@ -6,6 +6,7 @@ common <- workers | trainer | dashboard <- scripts
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,15 @@ def test_every_module_says_what_it_holds(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "common" / "lua").glob("*.lua")), ids=lambda path: path.stem)
 def test_every_lua_script_says_what_it_does(path):
     assert path.read_text().startswith("-- ")
+
+
+def test_every_test_that_the_failure_matrix_names_exists():
+    named = set(re.findall(r"`(test_\w+)", (ROOT / "docs" / "failures.md").read_text()))
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert len(named) > 50
+    files = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    assert named <= defined | files, named - defined - files

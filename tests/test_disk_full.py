@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, sluice, trainer, wait_for, workers
 
-from scripts.redis_server import EmbeddedServer
+from common.connection import connect, outage
+from common.diagnosis import _memory
+from scripts.redis_server import EmbeddedServer, start_server
 from trainer.checkpoint import newest_checkpoint
 
 MIB = 2**20
@@ -102,3 +105,32 @@ def test_a_trainer_stopped_while_the_disk_is_full_keeps_the_checkpoint_before(
             before = len(metrics_of(small_disk / "roles"))
             wait_for(lambda: len(metrics_of(small_disk / "roles")) > before, timeout=60, what="a step")
     assert account_of(env).holds
+
+
+def test_a_redis_whose_append_only_file_cannot_be_written_is_waited_for(small_disk: Path) -> None:
+    server = start_server(small_disk / "redis")
+    try:
+        client = connect(server.url)
+        filler = fill(small_disk, leave=MIB // 2)
+        value, written = bytes(MIB // 8), 0
+
+        def write() -> None:
+            nonlocal written
+            for i in range(16):
+                client.set(f"key:{i}", value)
+                written += 1
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        told = wait_for(lambda: outage(client), timeout=20, what="a refused write")
+        assert "cannot write its data to disk (disk full?): writing pauses" in told
+        causes = [cause for cause in _memory(connect(server.url), over=1.0) if "append-only file" in cause.text]
+        assert [cause.kind for cause in causes] == ["redis_full"]
+        assert writer.is_alive() and written < 16
+        filler.unlink()
+        writer.join(timeout=20)
+        assert written == 16
+        assert outage(client) is None
+        client.close()
+    finally:
+        server.stop()

@@ -17,6 +17,7 @@ import redis
 
 from common.config import EvalDataset
 from common.keys import Keys
+from common.scripts import Scripts
 from common.serialization import decode
 
 
@@ -42,7 +43,7 @@ def request(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: i
     """Ask for an evaluation of a published version; asking twice asks once."""
     evaluation = evaluation_id(version, dataset.name)
     if not client.hexists(keys("eval", evaluation), "total"):
-        client.hset(keys("evaluations"), evaluation, version)
+        Scripts(client, keys)("small", "HSET", "evaluations", evaluation, version)
 
 
 def pending(client: redis.Redis, keys: Keys) -> list[str]:

@@ -23,9 +23,9 @@ SILENT_AFTER_S = 4.0
 
 
 def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float], *, max_length: int) -> None:
-    """Append one trainer step."""
-    fields: Any = {name: f"{value:.15g}" for name, value in metrics.items()}
-    client.xadd(keys("metrics"), fields, maxlen=max_length, approximate=True)
+    """Append one trainer step. Works while Redis is full, too."""
+    fields = [text for name, value in metrics.items() for text in (name, f"{value:.15g}")]
+    Scripts(client, keys)("small", "XADD", "metrics", "MAXLEN", "~", max_length, "*", *fields)
 
 
 def read_metrics(

@@ -194,7 +194,7 @@ class PolicyStore:
             digest=policy_digest(digests),
             tensors=digests,
         )
-        self._client.hset(self._keys("manifests"), str(version), encode(asdict(manifest)))
+        self._scripts("small", "HSET", "manifests", version, encode(asdict(manifest)))
         moved = self._scripts("publish", version, parent, step, incarnation, manifest.digest, num_bytes)
         if moved != 1:
             self._refuse_outdated(version, manifest.digest, incarnation=incarnation)
@@ -214,7 +214,7 @@ class PolicyStore:
     def announce(self, version: int, *, step: int, parent: int) -> None:
         """Enter a version into the lineage before its bytes are written, so that ages can be told while they travel."""
         self._announced[version] = f"{parent}:{step}"
-        self._client.hset(self._keys("lineage"), str(version), self._announced[version])
+        self._scripts("small", "HSET", "lineage", version, self._announced[version])
 
     def announce_again(self, *, incarnation: int) -> None:
         """Restore what this process announced, and its incarnation, in a Redis that has forgotten some of it."""

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import redis
 from kombu.exceptions import KombuError
@@ -41,13 +41,20 @@ MAX_REJECTED_BYTES = 4096
 class _RefusalsAreConnectionErrors(redis.Connection):
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().read_response(*args, **kwargs)
+            reply = super().read_response(*args, **kwargs)
         except redis.ResponseError as error:
             words = refusal(error)
             if words is None:
                 raise
-            self.disconnect()  # replies to the rest of a pipeline may still be on the wire
-            raise RefusesWrites(words) from error
+            self._refuse(words, error)
+        for item in reply if isinstance(reply, list) else ():  # a transaction's reply holds its errors
+            if isinstance(item, redis.ResponseError) and (words := refusal(item)):
+                self._refuse(words, item)
+        return reply
+
+    def _refuse(self, words: str, error: redis.ResponseError) -> NoReturn:
+        self.disconnect()  # replies to the rest of a pipeline may still be on the wire
+        raise RefusesWrites(words) from error
 
 
 class _Client(kombu_redis.PrefixedStrictRedis):

@@ -24,6 +24,7 @@ from redis.retry import Retry
 
 from common.connection import connect
 from common.keys import Keys
+from common.metrics import last_metrics, write_metrics
 from common.replay_buffer import ReplayBuffer
 from scripts.redis_server import EmbeddedServer
 
@@ -74,6 +75,8 @@ def test_at_maxmemory_payloads_are_refused_whole_and_all_else_goes_on(client: re
     sample = buffer.sample(0, step=1)
     assert sample.groups is not None and sorted(group.group_id for group in sample.groups) == sorted(ready)
     assert publish_policy(client, keys, 1, step=1) == 1
+    write_metrics(client, keys, {"step": 1.0}, max_length=10)
+    assert last_metrics(client, keys) == {"step": 1.0}
     assert buffer.acknowledge(1) == 2, "this is what frees memory again"
     account = ledger.account()
     assert (account.trained, account.dropped, account.in_flight, account.holds) == (2, {"bad_row": 1}, 3, True)

@@ -91,7 +91,7 @@ class Trainer:
         self._abandoned: dict[int, dict[str, int]] = {}
         self.evaluating: set[tuple[str, int]] = set()
         facts = lambda: {"step": self.step, "version": self.version}  # noqa: E731
-        self.watch = Watch(run, process=process_name("trainer"), facts=facts)
+        self.watch = Watch(run, client, process=process_name("trainer"), facts=facts)
         self.watch.report = lambda cause, waited_s: self.reporter.report_stall(self.step, cause, waited_s)
 
     def train(self) -> None:

@@ -24,6 +24,7 @@ from common.diagnosis import Cause, queue_depths
 from common.ledger import read_account
 from common.metrics import read_heartbeats, write_metrics
 from common.run import Run
+from common.scripts import Scripts
 from common.serialization import encode
 from common.types import Group
 
@@ -37,6 +38,7 @@ class Reporter:
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client = client
+        self._scripts = Scripts(client, run.keys)
         self._run = run
         folder = Path(run.folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,8 @@ class Reporter:
             return
         with self._client.pipeline(transaction=False) as pipe:
             for group, values in list(zip(groups, advantages, strict=True))[:SAMPLES_PER_STEP]:
-                pipe.xadd(self._run.keys("samples"), {"sample": encode(_sample(step, group, values))}, maxlen=kept)
+                sample = encode(_sample(step, group, values))
+                self._scripts("small", "XADD", "samples", "MAXLEN", kept, "*", "sample", sample, client=pipe)
             pipe.execute()
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from common.connection import connect
+from common.connection import connect, outage
 from common.diagnosis import Cause, diagnose
 from common.metrics import HEARTBEAT_S, beat, silence, write_metrics
 from common.run import Run
@@ -30,12 +30,15 @@ STREAMED_EVERY_S = 60.0
 class Watch:
     """Beats until closed; reports a stall every `trainer.stall_report_s`."""
 
-    def __init__(self, run: Run, *, process: str, facts: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, run: Run, trainer: redis.Redis, *, process: str, facts: Callable[[], dict[str, Any]]) -> None:
+        """`trainer` is the client over which the trainer itself works."""
         self.report: Callable[[Cause, float], None] = lambda cause, waited_s: None
         "where a stall is recorded besides the log"
         self.alarm = ""
         self._alarm_since = 0.0
+        self._outage_since: float | None = None
         self._run = run
+        self._trainer = trainer
         self._process = process
         self._facts = facts
         self._client = connect(retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
@@ -70,6 +73,8 @@ class Watch:
     @property
     def waiting_s(self) -> float:
         """Seconds since the trainer could last do something."""
+        if self._outage_since is not None:
+            return time.monotonic() - self._outage_since
         since = self._alarm_since if self.alarm else self._waiting_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -83,6 +88,7 @@ class Watch:
 
     def _run_until_closed(self) -> None:
         while not self._closed.is_set():
+            self._look_at_the_trainers_client()
             facts = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm, **self._facts()}
             try:
                 beat(self._client, self._run.keys, self._process, facts)
@@ -93,6 +99,13 @@ class Watch:
                 cause = Cause("redis_unreachable", f"Redis cannot be used: {error}")
                 self._report(cause, waited_s=time.monotonic() - self._away_since)
             self._closed.wait(HEARTBEAT_S)
+
+    def _look_at_the_trainers_client(self) -> None:
+        """A call of the trainer that waits for Redis is a stall as well, wherever in the step it is."""
+        if outage(self._trainer) is None:
+            self._outage_since = None
+        elif self._outage_since is None:
+            self._outage_since = time.monotonic()
 
     def _report_stall(self) -> None:
         waited_s = self.waiting_s

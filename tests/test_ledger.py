@@ -397,6 +397,19 @@ def test_an_abandoned_claim_is_retried_then_dead(client, keys):
     assert b"was not renewed" in client.hget(keys("g", group_id), "dead_detail")
 
 
+def test_a_group_that_dies_of_one_overdue_part_is_not_owed_another_that_is_overdue_too(client, keys):
+    publish_policy(client, keys, 0)
+    lease = {"running_s": 0.001, "queued_s": 0.05, "max_attempts": 1}
+    ledger = make_ledger(client, keys, trainer=KL, lease=lease)
+    group_id = push_group(ledger, until="rollout")
+    assert ledger.claim(group_id, "reward", fields=()) is not None  # overdue first, on its last attempt
+    until(lambda: deadline_in(ledger, group_id, "reference") < 0)
+    assert ledger.reap() == []
+    assert ledger.account().dead == {"lease_expired": 1}
+    assert client.zcard(keys("deadlines")) == 0
+    assert_consistent(client, keys)
+
+
 def test_the_task_of_a_dataset_worker_that_died_is_prepared_by_another(client, keys):
     publish_policy(client, keys, 0)
     ledger = make_ledger(client, keys, lease={"running_s": 0.01})

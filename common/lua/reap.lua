@@ -9,7 +9,9 @@ for _, owed in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now,
   local group, part = string.match(owed, '^(.+)|(%a+)$')
   local g = key('g:' .. group)
   local kind, holder = redis.call('HGET', g, 'kind'), redis.call('HGET', g, 'by:' .. part)
-  if not kind then
+  if not redis.call('ZSCORE', key('deadlines'), owed) then
+    -- nothing: its group has just died of another part
+  elseif not kind then
     redis.call('ZREM', key('deadlines'), owed)
   elseif holder and tonumber(redis.call('HGET', g, 'n:' .. part)) >= max_attempts then
     local last = redis.call('HGET', g, 'last_error') or 'no error was reported'

@@ -246,13 +246,11 @@ def kind_of(group_id: str) -> Kind:
 
 def read_account(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Account:
     """As Ledger.account, for readers that have no config."""
-    with client.pipeline(transaction=True) as pipe:
-        pipe.hgetall(keys("counts", kind))
-        pipe.scard(keys("live", kind))
-        counts, in_flight = pipe.execute()
+    flat, in_flight = Scripts(client, keys)("account", kind)
+    counts = zip(flat[0::2], flat[1::2], strict=True)
     plain: dict[str, int] = {}
     reasons: dict[str, dict[str, int]] = {"dropped": {}, "dead": {}}
-    for name, value in sorted((key.decode(), int(value)) for key, value in counts.items()):
+    for name, value in sorted((key.decode(), int(value)) for key, value in counts):
         outcome, colon, reason = name.partition(":")
         if colon:
             reasons[outcome][reason] = value

@@ -229,7 +229,7 @@ class PolicyStore:
         try:
             self.fetch(version)
         except PolicyError:
-            if policy_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()}) != manifest.digest:
+            if weights_digest(tensors) != manifest.digest:
                 text = f"policy version {version} is lost, and these weights are not it: was model.path changed?"
                 raise DigestMismatch(text) from None
             self._transport.write(version, tensors)
@@ -318,6 +318,11 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     digest = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(flat.numpy().data)
     return digest.hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The digest that a manifest of these tensors would name."""
+    return policy_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()})
 
 
 def policy_digest(digests: Mapping[str, str]) -> str:

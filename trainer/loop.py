@@ -34,7 +34,7 @@ from common.errors import ConfigError, DiskFull, StateLost
 from common.ledger import Ledger
 from common.lineage import abandoned_versions, policy_ages
 from common.model import load_pretrained
-from common.policy_store import PolicyStore, policy_digest, tensor_digest
+from common.policy_store import PolicyStore, weights_digest
 from common.replay_buffer import ReplayBuffer
 from common.run import Run, process_name
 from common.types import Group
@@ -171,7 +171,7 @@ class Trainer:
         versions = self._abandoned.get(self.step)
         if not versions:
             return otherwise
-        return versions.get(policy_digest({name: tensor_digest(weight) for name, weight in weights.items()}), otherwise)
+        return versions.get(weights_digest(weights), otherwise)
 
     def checkpoint(self) -> None:
         """Make this step durable, then free its groups."""
@@ -204,7 +204,7 @@ class Trainer:
         now = time.monotonic()
         self.trained_groups += group_ids
         self._remembered += [(now, group_id) for group_id in group_ids]
-        while self._remembered[0][0] < now - REMEMBERED_S:
+        while self._remembered and self._remembered[0][0] < now - REMEMBERED_S:
             self._remembered.popleft()
 
     def _when_there_is_room(self, write: Callable[[], None]) -> None:

@@ -17,11 +17,9 @@ end
 
 local function is_stale(version) return policy_age(version, current) > max_age end
 
-local function drop_stale(group) return settle(group, 'train', 'dropped:stale') end
-
 if is_behind() then return { -1, 0 } end
 
-local evicted, available, fresh, touched = 0, 0, {}, {}
+local evicted, available, fresh = 0, 0, {}
 local held, is_too_old = batch_lines(step), false
 for _, line in ipairs(held) do is_too_old = is_too_old or is_stale(line.version) end
 if #held > 0 and not is_too_old then
@@ -50,7 +48,7 @@ for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do
         if redis.call('HGET', key('g:' .. entry[2]), 'samples') then
           settle(entry[2], 'train', 'trained')
         else
-          evicted = evicted + drop_stale(entry[2])
+          evicted = evicted + settle(entry[2], 'train', 'dropped:stale')
         end
       end
       entries = read_entries(version, 1000)

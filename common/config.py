@@ -10,24 +10,21 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from common.config_trainer import DType, Section, TrainerConfig
 
 QUEUES = ("dataset", "rollout", "reference", "reward", "eval")
-DType = Literal["float32", "bfloat16", "float16"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     path: str
     """Hub id (`Qwen/Qwen3-1.7B`) or folder with config.json, weights and tokenizer."""
     revision: str | None = None
     """Hub revision; none = the hub's default branch."""
 
 
-class DatasetConfig(_Section):
+class DatasetConfig(Section):
     path: str
     """Hub id (`openai/gsm8k`), or a local .jsonl, .json, .parquet file or folder of them."""
     name: str | None = None
@@ -56,7 +53,7 @@ class DatasetConfig(_Section):
     """Prompts over this many tokens are skipped and counted."""
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     group_size: int = Field(default=8, ge=1)
     """Completions per prompt."""
     max_res_tokens: int = Field(default=1024, ge=1)
@@ -67,9 +64,15 @@ class SamplingConfig(_Section):
     """Nucleus mass kept; logprobs are those of the truncated distribution."""
     top_k: int = Field(default=0, ge=0)
     """Keep the k most likely tokens; 0 = off."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Cut tokens under min_p times the probability of the likeliest one; 0 = off."""
+    min_tokens: int = Field(default=0, ge=0)
+    """No completion ends before so many tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, beside the model's own end tokens; they are part of it."""
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     engine: Literal["torch", "vllm"] = "torch"
     """`torch`: embedded, over a transformers model, CPU or CUDA. `vllm`: needs the extra `sluice[vllm]`."""
     concurrency: int = Field(default=16, ge=1)
@@ -82,15 +85,22 @@ class RolloutConfig(_Section):
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
     in_flight: Literal["keep", "recompute", "drain"] = "keep"
     """Running sequences at a policy update: go on with their KV cache, with a recomputed one, or finish first."""
+    kv_cache_mib: int | None = Field(default=None, ge=1)
+    """MiB of keys and values; sequences over it wait in the engine. None = `torch`: max_sequences of full length, `vllm`:
+    what gpu_memory_utilization leaves."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Bound on prompt + completion, in tokens; none = trainer.seq_len."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """vLLM only."""
+    """vLLM only: GPUs that share one model."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
-    """vLLM only."""
+    """vLLM only: GPUs that hold its layers one after the other."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """vLLM only: share of the GPU's memory that the engine may take."""
     enforce_eager: bool = False
     """vLLM only: no CUDA graphs."""
 
 
-class ReferenceConfig(_Section):
+class ReferenceConfig(Section):
     dtype: DType = "bfloat16"
     """Precision of the frozen reference model."""
     device: str = "auto"
@@ -101,18 +111,18 @@ class ReferenceConfig(_Section):
     """Padded tokens of one forward pass."""
 
 
-class RewardFunction(_Section):
+class RewardFunction(Section):
     function: str
     """Dotted path (`workers.rewards.MathReward`, `mypkg.rewards:brevity`) or file (`rewards.py:brevity`)."""
     name: str | None = None
     """Name in metrics; none = the function's or class' own name."""
     weight: float = 1.0
     """Weight in a `sum`; refused with `mean`, where it would have no effect."""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of a class, which is called once; of a function, with every call."""
 
 
-class RewardConfig(_Section):
+class RewardConfig(Section):
     functions: tuple[RewardFunction, ...] = Field(min_length=1)
     """One or more reward functions."""
     aggregation: Literal["mean", "sum"] = "mean"
@@ -131,7 +141,7 @@ class RewardConfig(_Section):
         return self
 
 
-class ReplayBufferConfig(_Section):
+class ReplayBufferConfig(Section):
     batch_size: int = Field(default=2, ge=1)
     """Groups per data-parallel rank and optimizer step."""
     dp_size: int = Field(default=1, ge=1)
@@ -144,115 +154,14 @@ class ReplayBufferConfig(_Section):
     """Admission stops while the run's groups hold more bytes of Redis memory than this."""
 
 
-class LossConfig(_Section):
-    """Policy loss; formulas and sources in docs/algorithms.md."""
-
-    loss: Literal["grpo", "gspo", "cispo", "sapo", "reinforce", "dppo"] = "grpo"
-    """`grpo`: PPO-clip on group advantages. `gspo`: the same on sequence ratios. `cispo`, `reinforce`: a capped weight
-    without gradient. `sapo`: a soft gate. `dppo`: tokens whose probability moved too far are dropped."""
-    clip_low: float = Field(default=0.2, ge=0.0)
-    """eps_low of `grpo`, `gspo`: the ratio is clipped below at 1 - eps_low; `dppo`: bound on a fall of p."""
-    clip_high: float = Field(default=0.2, ge=0.0)
-    """eps_high of `grpo`, `gspo`: the ratio is clipped above at 1 + eps_high; `dppo`: bound on a rise of p."""
-    dual_clip: float | None = Field(default=None, gt=1.0)
-    """delta of `grpo`, `gspo`: the unclipped ratio is capped here (3.0 is usual); none = off."""
-    cispo_cap: float = Field(default=5.0, gt=0.0)
-    """Ratio cap of `cispo`."""
-    sapo_tau_pos: float = Field(default=1.0, gt=0.0)
-    """Temperature of `sapo` for positive advantages."""
-    sapo_tau_neg: float = Field(default=1.05, gt=0.0)
-    """Temperature of `sapo` for the rest."""
-    aggregation: Literal["token_mean", "sequence_mean", "fixed_horizon"] = "token_mean"
-    """How token losses become one number."""
-    horizon: int | None = Field(default=None, ge=1)
-    """L of `fixed_horizon`, in tokens."""
-    kl_beta: float = Field(default=0.0, ge=0.0)
-    """Weight of the KL to the reference; 0 = no reference task is sent at all."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL."""
-    off_policy: Literal["bypass", "decoupled"] = "bypass"
-    """Denominator of the ratio: the sampler's logprobs, or the trainer's own at the start of the step."""
-    is_weight: (
-        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] | None
-    ) = None
-    """Treatment of the importance weight pi_prox / pi_behav, `decoupled` only; none = the weight as it is. Per token or
-    sequence (product of its ratios, or their geometric mean): capped at is_high, or 0 outside [is_low, is_high]."""
-    is_low: float | None = Field(default=None, gt=0.0)
-    """Lower bound of the masks."""
-    is_high: float = Field(default=2.0, gt=0.0)
-    """Cap of the truncations and of `reinforce`'s weight, upper bound of the masks."""
-
-    @model_validator(mode="after")
-    def _choices_fit(self) -> LossConfig:
-        if self.off_policy == "bypass" and self.is_weight is not None:
-            raise ValueError(
-                "double correction: with off_policy=bypass the ratio already corrects for the sampler; "
-                "drop is_weight or set off_policy=decoupled"
-            )
-        if self.is_weight == "geometric_mask" and (self.is_low is None or "is_high" not in self.model_fields_set):
-            raise ValueError("is_weight=geometric_mask needs is_low and is_high (0.99 and 1.01 are usual)")
-        is_masked = self.is_weight is not None and self.is_weight.endswith("_mask")
-        if is_masked and self.is_low is None:
-            raise ValueError(f"is_weight={self.is_weight} needs is_low (0.5 is usual)")
-        if self.is_low is not None and (not is_masked or self.is_low >= self.is_high):
-            raise ValueError("is_low is the lower bound of an is_weight that masks and must be under is_high")
-        if self.loss == "dppo" and self.off_policy != "bypass":
-            raise ValueError("loss=dppo bounds the distance to the sampler itself: set off_policy=bypass")
-        if self.dual_clip is not None and (self.loss not in ("grpo", "gspo") or self.dual_clip <= 1 + self.clip_high):
-            raise ValueError("dual_clip belongs to loss=grpo or gspo and must be over 1 + clip_high")
-        if (self.aggregation == "fixed_horizon") != (self.horizon is not None):
-            raise ValueError("aggregation=fixed_horizon and horizon belong together: set both or neither")
-        return self
-
-
-class TrainerConfig(_Section):
-    num_steps: int = Field(default=100, ge=1)
-    """Optimizer steps of the run."""
-    local_batch_size: int = Field(default=2, ge=1)
-    """Full-length sequences per micro-batch; with seq_len this is the token budget."""
-    seq_len: int = Field(default=2048, ge=2)
-    """Bound on prompt + completion, in tokens."""
-    device: str = "auto"
-    """As rollout.device."""
-    autocast: DType = "float32"
-    """Compute precision; master weights and optimizer state are float32 always."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-    advantage: Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl"] = "group"
-    """Baseline and scale of the rewards; docs/algorithms.md."""
-    loss: LossConfig = LossConfig()
-    """Policy loss."""
-    learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak AdamW learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW betas."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW epsilon."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """AdamW decoupled weight decay, on matrices only."""
-    warmup_steps: int = Field(default=1, ge=0)
-    """Linear warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up, down to 0 at num_steps."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled to at most this global norm."""
-    stall_report_s: float = Field(default=5.0, gt=0)
-    """While no batch is ready, the cause is logged this often, in seconds."""
-
-    @property
-    def max_tokens_per_microbatch(self) -> int:
-        """Padded tokens of one forward and backward pass."""
-        return self.local_batch_size * self.seq_len
-
-
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     every_steps: int = Field(default=10, ge=1)
     """A durable checkpoint every so many steps, and one at the end."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
 
 
-class PolicyStoreConfig(_Section):
+class PolicyStoreConfig(Section):
     transport: Literal["directory", "redis"] = "directory"
     """`directory`: safetensors under `path`, which trainer and workers share. `redis`: chunks in Redis, where they cannot."""
     path: str | None = None
@@ -263,7 +172,7 @@ class PolicyStoreConfig(_Section):
     """A published version that no rollout worker serves after so many seconds raises an alarm."""
 
 
-class EvalDataset(_Section):
+class EvalDataset(Section):
     name: str = "heldout"
     """Name in metrics: eval/<name>/pass@1."""
     dataset: DatasetConfig
@@ -278,14 +187,14 @@ class EvalDataset(_Section):
     """Name of the reward function that decides; none = the first."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     datasets: tuple[EvalDataset, ...] = ()
     """Held-out sets; none = no evaluation."""
     every_steps: int = Field(default=0, ge=0)
     """Evaluate every so many steps, besides before and after training; 0 = only those two."""
 
 
-class LeaseConfig(_Section):
+class LeaseConfig(Section):
     running_s: float = Field(default=15.0, gt=0)
     """A claimed part that is not renewed for so long is given to another worker."""
     queued_s: float = Field(default=10.0, gt=0)
@@ -296,7 +205,7 @@ class LeaseConfig(_Section):
     """SIGTERM: what cannot finish within this is handed back."""
 
 
-class ReplicasConfig(_Section):
+class ReplicasConfig(Section):
     """Worker processes that `sluice run` starts on this machine, per queue."""
 
     dataset: int = Field(default=1, ge=0)
@@ -311,7 +220,7 @@ class ReplicasConfig(_Section):
     """Evaluation workers; none is started where no evaluation set is configured."""
 
 
-class MetricsConfig(_Section):
+class MetricsConfig(Section):
     stream_length: int = Field(default=100_000, ge=1)
     """Trainer steps kept in the Redis metrics stream."""
     samples_kept: int = Field(default=1000, ge=0)
@@ -320,7 +229,7 @@ class MetricsConfig(_Section):
     """Also write TensorBoard events into the run folder (extra `sluice[tensorboard]`)."""
 
 
-class Config(_Section):
+class Config(Section):
     """One run."""
 
     seed: int = Field(default=0, ge=0)

@@ -39,6 +39,14 @@ class SamplingParams:
     "nucleus mass kept, in (0, 1]"
     top_k: int = 0
     "0 = off"
+    min_p: float = 0.0
+    "tokens under min_p times the likeliest one's probability are cut; 0 = off"
+    min_tokens: int = 0
+    "no end of any kind before so many tokens"
+    stop_token_ids: tuple[int, ...] = ()
+    "end tokens beside the model's own; part of the completion, with a logprob"
+    stop: tuple[str, ...] = ()
+    "texts that end a completion; the tokens that complete one are part of it"
     seed: int = 0
     "noise of this group alone: same seed and weights, same tokens, whatever else is in the batch"
 
@@ -70,7 +78,9 @@ class Task:
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Task:
-        return cls(**{**wire, "sampling": SamplingParams(**wire["sampling"])})
+        sampling = wire["sampling"]
+        ends = {name: tuple(sampling.get(name, ())) for name in ("stop_token_ids", "stop")}
+        return cls(**{**wire, "sampling": SamplingParams(**{**sampling, **ends})})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

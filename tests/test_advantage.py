@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.config import TrainerConfig
+from common.config_trainer import TrainerConfig
 from trainer.advantage import batch_advantages, compute_advantages
 
 METHODS = TrainerConfig.model_fields["advantage"].annotation.__args__

@@ -10,8 +10,9 @@ import pytest
 from builders import make_config
 from pydantic import ValidationError
 
-from common.config import Config, LossConfig
+from common.config import Config
 from common.config_file import load_config, parse_config
+from common.config_trainer import LossConfig
 from common.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

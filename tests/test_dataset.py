@@ -36,7 +36,7 @@ def test_admission_pauses_while_redis_is_nearly_full(tmp_path: Path, monkeypatch
     try:
         client.set("sluice:filler", bytes(20 << 20))
         used = int(client.info("memory")["used_memory"])
-        client.config_set("maxmemory", int(used * 1.1))
+        client.config_set("maxmemory", int(used * 1.05))
         role.fill()
         assert read_account(client, keys).admitted == 0
         assert role.context.facts()["stopped_by"].startswith(f"redis_memory: {used >> 20} MiB of maxmemory")

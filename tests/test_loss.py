@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from common.config import LossConfig
+from common.config_trainer import LossConfig
 from trainer.loss import combine_metrics, policy_loss
 
 LOSSES = LossConfig.model_fields["loss"].annotation.__args__

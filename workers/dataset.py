@@ -158,6 +158,9 @@ class DatasetRole:
             temperature=s.temperature,
             top_p=s.top_p,
             top_k=s.top_k,
+            min_p=s.min_p,
+            min_tokens=s.min_tokens,
+            stop=s.stop,
             seed=self._seed_of(group_id),
         )
 
@@ -187,7 +190,10 @@ class DatasetRole:
         ordered = dataset.dataset.model_copy(update={"shuffle": False})
         source = PromptSource(ordered, self._tokenizer, seed=0, section=f"evaluation.datasets[{dataset.name}].dataset")
         count = min(source.num_rows or dataset.num_prompts or 0, dataset.num_prompts or 10**9)
-        longest = self._config.sampling.max_res_tokens
+        drawn = self._config.sampling
+        greedy = SamplingParams(
+            n=1, max_tokens=drawn.max_res_tokens, temperature=0.0, min_tokens=drawn.min_tokens, stop=drawn.stop
+        )
         tasks = {}
         for i in range(count):
             if source.epoch_of(i) > 0:
@@ -195,7 +201,7 @@ class DatasetRole:
             prompt = source.prompt_at(i)
             if isinstance(prompt, TooLong):
                 continue
-            modes = {"g": SamplingParams(n=1, max_tokens=longest, temperature=0.0)}
+            modes = {"g": greedy}
             if dataset.num_samples:
                 modes["s"] = self._sampling(f"{evaluation}.{i}", n=dataset.num_samples)
             for mode, sampling in modes.items():

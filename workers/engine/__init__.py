@@ -7,17 +7,20 @@ One engine per process, shared by all task threads; it batches whatever they sub
 one contract test: `torch_engine.TorchEngine` and (with the extra `sluice[vllm]`) `vllm_engine`.
 
 What every engine guarantees:
-* logprobs are those of the distribution really sampled (after temperature, top_p, top_k), in float32; greedy
+* logprobs are those of the distribution really sampled (after temperature, top_p, top_k, min_p), in float32; greedy
   (temperature 0) reports the logprob at temperature 1;
-* the end-of-sequence token is part of token_ids and has a logprob;
+* the end-of-sequence token is part of token_ids and has a logprob; so are the tokens of a stop text;
 * noise depends on `sampling.seed` and the completion's place in the group only, never on what else is in the batch;
-* a request waits inside `generate` until the engine serves `min_version` or newer (or exactly `pinned_version`).
+* a request waits inside `generate` until the engine serves `min_version` or newer (or exactly `pinned_version`); one that
+  finds no room (sequences, KV memory) waits too. Higher priority goes first, and nobody starves;
+* nothing that an older version computed (a prefix cache) serves a request that a newer one begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -42,6 +45,8 @@ class GenerationRequest:
     "the lowest policy version that may generate this group"
     pinned_version: int | None = None
     "exactly this version (evaluation); none = any from min_version on"
+    priority: int = 0
+    "higher goes first among those that wait; waiting long outweighs it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +61,8 @@ class EngineStats:
     num_updates: int
     update_pause_s: float
     "seconds that policy swaps took out of generation, in all"
+    last_pause_s: float
+    "of them, by the newest swap"
 
 
 class Engine(Protocol):
@@ -79,6 +86,17 @@ class Engine(Protocol):
     def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hand over a verified policy; returns at once, the swap happens between two decode steps. A newer one replaces it."""
 
+    def cancel(self, group_id: str) -> None:
+        """Give up a group, if it is here: its `generate` raises EngineClosed, its sequences leave at the next step."""
+
+    def score(
+        self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    ) -> tuple[int, list[NDArray[np.float32]]]:
+        """Version served, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]); blocks, goes first.
+
+        Computed by the same weights and kernels as generation, so that it tells whether a swap took. Raises EngineError.
+        """
+
     def stats(self) -> EngineStats:
         """Counters for heartbeats and metrics."""
 
@@ -87,8 +105,9 @@ class Engine(Protocol):
 
 
 def check_engine(name: str) -> None:
-    """Refuse an engine that this release lacks, before anything starts. Raises ConfigError."""
-    if name != "torch":
+    """Refuse an engine that cannot run here, before anything starts. Raises ConfigError."""
+    if name == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
-            f"rollout.engine={name}: this adapter is not part of this release yet; use rollout.engine=torch"
+            "rollout.engine=vllm: vLLM is not installed in this environment; `pip install 'sluice[vllm]'` in one of its own "
+            "(it pins torch and caps transformers), or use rollout.engine=torch"
         )

@@ -83,7 +83,7 @@ class TorchEngine:
         self._progress_at = time.monotonic()
         self._last_error: str | None = None
         self._num_passes = self._generated_tokens = self._num_updates = 0
-        self._busy_s = self._update_pause_s = 0.0
+        self._busy_s = self._update_pause_s = self._last_pause_s = 0.0
         self._condition = threading.Condition()  # guards all below
         self._pending: list[Group] = []
         self._running: list[Group] = []
@@ -153,6 +153,7 @@ class TorchEngine:
             busy_s=self._busy_s,
             num_updates=self._num_updates,
             update_pause_s=self._update_pause_s,
+            last_pause_s=self._last_pause_s,
         )
 
     def close(self) -> None:
@@ -227,7 +228,8 @@ class TorchEngine:
         if self._in_flight == "recompute":
             for _ in self._batch.recompute():
                 self._progress_at = time.monotonic()
-        self._update_pause_s += time.monotonic() - started
+        self._last_pause_s = time.monotonic() - started
+        self._update_pause_s += self._last_pause_s
 
     def _must_not_swap(self) -> bool:
         if self._in_flight == "drain" and self._running:

@@ -1,0 +1,116 @@
+"""Config of the trainer and its loss, and what all sections have in common; `common.config` holds the others."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the config: data, frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class LossConfig(Section):
+    """Policy loss; formulas and sources in docs/algorithms.md."""
+
+    loss: Literal["grpo", "gspo", "cispo", "sapo", "reinforce", "dppo"] = "grpo"
+    """`grpo`: PPO-clip on group advantages. `gspo`: the same on sequence ratios. `cispo`, `reinforce`: a capped weight
+    without gradient. `sapo`: a soft gate. `dppo`: tokens whose probability moved too far are dropped."""
+    clip_low: float = Field(default=0.2, ge=0.0)
+    """eps_low of `grpo`, `gspo`: the ratio is clipped below at 1 - eps_low; `dppo`: bound on a fall of p."""
+    clip_high: float = Field(default=0.2, ge=0.0)
+    """eps_high of `grpo`, `gspo`: the ratio is clipped above at 1 + eps_high; `dppo`: bound on a rise of p."""
+    dual_clip: float | None = Field(default=None, gt=1.0)
+    """delta of `grpo`, `gspo`: the unclipped ratio is capped here (3.0 is usual); none = off."""
+    cispo_cap: float = Field(default=5.0, gt=0.0)
+    """Ratio cap of `cispo`."""
+    sapo_tau_pos: float = Field(default=1.0, gt=0.0)
+    """Temperature of `sapo` for positive advantages."""
+    sapo_tau_neg: float = Field(default=1.05, gt=0.0)
+    """Temperature of `sapo` for the rest."""
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_horizon"] = "token_mean"
+    """How token losses become one number."""
+    horizon: int | None = Field(default=None, ge=1)
+    """L of `fixed_horizon`, in tokens."""
+    kl_beta: float = Field(default=0.0, ge=0.0)
+    """Weight of the KL to the reference; 0 = no reference task is sent at all."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL."""
+    off_policy: Literal["bypass", "decoupled"] = "bypass"
+    """Denominator of the ratio: the sampler's logprobs, or the trainer's own at the start of the step."""
+    is_weight: (
+        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] | None
+    ) = None
+    """Treatment of the importance weight pi_prox / pi_behav, `decoupled` only; none = the weight as it is. Per token or
+    sequence (product of its ratios, or their geometric mean): capped at is_high, or 0 outside [is_low, is_high]."""
+    is_low: float | None = Field(default=None, gt=0.0)
+    """Lower bound of the masks."""
+    is_high: float = Field(default=2.0, gt=0.0)
+    """Cap of the truncations and of `reinforce`'s weight, upper bound of the masks."""
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> LossConfig:
+        if self.off_policy == "bypass" and self.is_weight is not None:
+            raise ValueError(
+                "double correction: with off_policy=bypass the ratio already corrects for the sampler; "
+                "drop is_weight or set off_policy=decoupled"
+            )
+        if self.is_weight == "geometric_mask" and (self.is_low is None or "is_high" not in self.model_fields_set):
+            raise ValueError("is_weight=geometric_mask needs is_low and is_high (0.99 and 1.01 are usual)")
+        is_masked = self.is_weight is not None and self.is_weight.endswith("_mask")
+        if is_masked and self.is_low is None:
+            raise ValueError(f"is_weight={self.is_weight} needs is_low (0.5 is usual)")
+        if self.is_low is not None and (not is_masked or self.is_low >= self.is_high):
+            raise ValueError("is_low is the lower bound of an is_weight that masks and must be under is_high")
+        if self.loss == "dppo" and self.off_policy != "bypass":
+            raise ValueError("loss=dppo bounds the distance to the sampler itself: set off_policy=bypass")
+        if self.dual_clip is not None and (self.loss not in ("grpo", "gspo") or self.dual_clip <= 1 + self.clip_high):
+            raise ValueError("dual_clip belongs to loss=grpo or gspo and must be over 1 + clip_high")
+        if (self.aggregation == "fixed_horizon") != (self.horizon is not None):
+            raise ValueError("aggregation=fixed_horizon and horizon belong together: set both or neither")
+        return self
+
+
+class TrainerConfig(Section):
+    num_steps: int = Field(default=100, ge=1)
+    """Optimizer steps of the run."""
+    local_batch_size: int = Field(default=2, ge=1)
+    """Full-length sequences per micro-batch; with seq_len this is the token budget."""
+    seq_len: int = Field(default=2048, ge=2)
+    """Bound on prompt + completion, in tokens."""
+    device: str = "auto"
+    """As rollout.device."""
+    autocast: DType = "float32"
+    """Compute precision; master weights and optimizer state are float32 always."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    advantage: Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl"] = "group"
+    """Baseline and scale of the rewards; docs/algorithms.md."""
+    loss: LossConfig = LossConfig()
+    """Policy loss."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak AdamW learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW decoupled weight decay, on matrices only."""
+    warmup_steps: int = Field(default=1, ge=0)
+    """Linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up, down to 0 at num_steps."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled to at most this global norm."""
+    stall_report_s: float = Field(default=5.0, gt=0)
+    """While no batch is ready, the cause is logged this often, in seconds."""
+
+    @property
+    def max_tokens_per_microbatch(self) -> int:
+        """Padded tokens of one forward and backward pass."""
+        return self.local_batch_size * self.seq_len

@@ -13,6 +13,9 @@ dashboard say the same. Kinds of cause, in the order in which they are looked fo
     stale_drops         groups were dropped as too old since the last step
     queue_backed_up     half of what is in flight waits in one queue
     working             none of these: groups are being worked on
+
+What is wrong without a stall, besides: digest_mismatch (a worker serves other bytes than the manifest names),
+sampler_mismatch (it computes other logprobs with them than the trainer), rejected_messages.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from common.canary import mismatch_bound
 from common.connection import connect
 from common.errors import ConnectionFailed
 from common.ledger import read_account
@@ -84,7 +88,7 @@ def alarms(client: redis.Redis, run: Run) -> list[Cause]:
     try:
         beats = read_heartbeats(client, run.keys)
         found = [*_silent(beats), *_reported(beats), *_not_picked_up(client, run, beats)]
-        found += [*_other_digests(client, run, beats), *_memory(client, over=_NEARLY_FULL)]
+        found += [*_other_digests(client, run, beats), *_mismatched(run, beats), *_memory(client, over=_NEARLY_FULL)]
         if rejected := broker_client(client).llen(run.keys.celery_prefix + "rejected"):
             found.append(Cause("rejected_messages", f"{rejected} broker messages could not be read and were set aside"))
     except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
@@ -169,6 +173,20 @@ def _other_digests(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
             )
             found.append(Cause("digest_mismatch", text))
     return found
+
+
+def _mismatched(run: Run, beats: Beats) -> list[Cause]:
+    """Workers whose engine scores the canary of its policy otherwise than the trainer does."""
+    bound = mismatch_bound(run.config.rollout.dtype, run.config.trainer.autocast)
+    return [
+        Cause(
+            "sampler_mismatch",
+            f"{name} serves policy version {facts['version']}, but its logprobs are {facts['mismatch']:.3g} nats from the "
+            f"trainer's on the canary (bound {bound:g}): it samples from another policy",
+        )
+        for name, facts in beats.items()
+        if (facts.get("mismatch") or 0.0) > bound
+    ]
 
 
 def _from_flow(client: redis.Redis, run: Run, beats: Beats, depths: dict[str, int]) -> Cause:

@@ -21,12 +21,12 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from secrets import token_hex
-from typing import Protocol
+from typing import Any, Protocol
 
 import redis
 import safetensors
@@ -34,6 +34,7 @@ import safetensors.torch
 import torch
 import xxhash
 
+from common.canary import CanarySequence
 from common.config import PolicyStoreConfig
 from common.disk import needing_room
 from common.errors import DigestMismatch, PolicyError, PolicyNotFound
@@ -63,6 +64,8 @@ class Manifest:
     "sha256 over names and digests of all tensors"
     tensors: dict[str, str]
     "name -> xxh3-128"
+    canary: list[dict[str, Any]] = field(default_factory=list)
+    "CanarySequence each: what a sampler that serves this version must reproduce"
 
 
 class Transport(Protocol):
@@ -176,7 +179,14 @@ class PolicyStore:
             self._transport = DirectoryTransport(store_folder(config, keys.run))
 
     def publish(
-        self, version: int, tensors: Mapping[str, torch.Tensor], *, step: int, parent: int, incarnation: int = 1
+        self,
+        version: int,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        step: int,
+        parent: int,
+        incarnation: int = 1,
+        canary: Sequence[CanarySequence] = (),
     ) -> Manifest:
         """Make a version the one to serve. `tensors` are on the CPU and do not change meanwhile.
 
@@ -193,6 +203,7 @@ class PolicyStore:
             num_bytes=num_bytes,
             digest=policy_digest(digests),
             tensors=digests,
+            canary=[sequence.to_wire() for sequence in canary],
         )
         self._scripts("small", "HSET", "manifests", version, encode(asdict(manifest)))
         moved = self._scripts("publish", version, parent, step, incarnation, manifest.digest, num_bytes)

@@ -122,6 +122,17 @@ def test_a_worker_that_serves_other_weights_than_the_published_raises_an_alarm(
     assert "rollout@host:1 serves policy version 0 with digest bbbbbbbbbbbb" in found.text
 
 
+def test_a_sampler_that_computes_other_logprobs_than_the_trainer_raises_an_alarm(
+    client: redis.Redis, keys: Keys, run: Run
+) -> None:
+    staff(client, keys, rollout={"mismatch": 0.9e-3})
+    assert alarms(client, run) == [], "float32 may differ by as much"
+    staff(client, keys, rollout={"mismatch": 0.2})
+    (found,) = alarms(client, run)
+    assert found.kind == "sampler_mismatch"
+    assert "rollout@host:1 serves policy version 0, but its logprobs are 0.2 nats from the trainer's" in found.text
+
+
 def test_without_groups_in_flight_the_admission_is_named(client: redis.Redis, keys: Keys, run: Run) -> None:
     reason = "redis_memory: 870 MiB of maxmemory 1000 MiB used"
     staff(client, keys, dataset={"stopped_by": reason})

@@ -24,12 +24,15 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import redis
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common import evaluation
 from common.broker import make_app
+from common.canary import choose_sequences, mismatch_bound, random_sequences
 from common.errors import ConfigError, DiskFull, StateLost
 from common.ledger import Ledger
 from common.lineage import abandoned_versions, policy_ages
@@ -89,6 +92,8 @@ class Trainer:
         self.trained_groups: list[str] = []
         self._remembered: deque[tuple[float, str]] = deque()
         self._abandoned: dict[int, dict[str, int]] = {}
+        self._canary_bound = mismatch_bound(self.config.rollout.dtype, self.config.trainer.autocast)
+        self._canary_sequences: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
         self.evaluating: set[tuple[str, int]] = set()
         facts = lambda: {"step": self.step, "version": self.version}  # noqa: E731
         self.watch = Watch(run, client, process=process_name("trainer"), facts=facts)
@@ -133,6 +138,7 @@ class Trainer:
         metrics["time/forward_backward"] = time.monotonic() - began
         self.step += 1
         self._remember([group.group_id for group in groups])
+        self._canary_sequences = choose_sequences(groups)
         began = time.monotonic()
         self._publish(parent=self.version)
         metrics["time/publish_pause"] = time.monotonic() - began
@@ -163,7 +169,8 @@ class Trainer:
         evaluate = self.config.evaluation.datasets if is_due else ()
         weights = self.policy.snapshot(self.sampling_dtype)
         parent = self._twin_of(weights, otherwise=parent)
-        self.publisher.publish(self.version, weights, step=self.step, parent=parent, evaluate=evaluate)
+        canary = self.policy.score(self._canary_sequences or random_sequences(self.policy.vocab_size))
+        self.publisher.publish(self.version, weights, step=self.step, parent=parent, canary=canary, evaluate=evaluate)
         self.evaluating |= {(dataset.name, self.version) for dataset in evaluate}
 
     def _twin_of(self, weights: dict[str, Tensor], *, otherwise: int) -> int:
@@ -328,6 +335,12 @@ class Trainer:
             metrics["staleness/mean"],
             metrics["time/wait_for_batch"],
         )
+        if metrics.get("off_policy/canary_abs_diff", 0.0) > self._canary_bound:
+            log.error(
+                "a sampler's logprobs are %.3g nats from the trainer's on the canary (bound %g): see `sluice status`",
+                metrics["off_policy/canary_abs_diff"],
+                self._canary_bound,
+            )
 
 
 def _nan_if_none(reward: float | None) -> float:

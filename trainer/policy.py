@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from common.canary import CanarySequence
 from common.config import Config
-from common.logprobs import completion_logprobs
+from common.logprobs import completion_logprobs, pad_sequences
 from common.model import load_weights, named_weights, resolve_device
 from trainer.batch import MicroBatch, step_normaliser
 from trainer.loss import combine_metrics, policy_loss
@@ -56,11 +59,7 @@ class TrainedPolicy:
 
     def _accumulate(self, batch: MicroBatch, normaliser: int) -> dict[str, Tensor]:
         config = self._config
-        with torch.autocast(
-            self.device.type,
-            dtype=getattr(torch, config.trainer.autocast),
-            enabled=config.trainer.autocast != "float32",
-        ):
+        with self._autocast():
             logprobs, entropy = completion_logprobs(
                 self.model,
                 batch.input_ids,
@@ -82,6 +81,28 @@ class TrainedPolicy:
         assert entropy is not None
         metrics["entropy"] = entropy[batch.loss_mask].mean() if batch.loss_mask.any() else loss.detach() * 0
         return metrics
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    def _autocast(self) -> torch.autocast:
+        name = self._config.trainer.autocast
+        return torch.autocast(self.device.type, dtype=getattr(torch, name), enabled=name != "float32")
+
+    @torch.no_grad()
+    def score(self, sequences: list[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> list[CanarySequence]:
+        """The canary of the present weights, from (prompt_ids, token_ids): logprobs at temperature 1."""
+        padded = pad_sequences([prompt for prompt, _ in sequences], [tokens for _, tokens in sequences])
+        self.model.eval()
+        with self._autocast():
+            logprobs, _ = completion_logprobs(self.model, *(tensor.to(self.device) for tensor in padded))
+        self.model.train()
+        rows = logprobs.float().cpu().numpy()
+        return [
+            CanarySequence(prompt_ids=prompt, token_ids=tokens, logprobs=row[: len(tokens)].copy())
+            for (prompt, tokens), row in zip(sequences, rows, strict=True)
+        ]
 
     @torch.no_grad()
     def snapshot(self, dtype: torch.dtype) -> dict[str, Tensor]:

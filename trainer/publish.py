@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common import evaluation
 from common.broker import send
+from common.canary import CanarySequence
 from common.config import EvalDataset
 from common.policy_store import PolicyStore
 from common.run import Run
@@ -56,12 +57,13 @@ class Publisher:
         *,
         step: int,
         parent: int,
+        canary: list[CanarySequence],
         evaluate: tuple[EvalDataset, ...] = (),
     ) -> None:
         """Begin to publish a version; returns when the one before it is out and this one is in the lineage."""
         self.wait()
         self._store.announce(version, step=step, parent=parent)
-        self._running = self._thread.submit(self._publish, version, tensors, step, parent, evaluate)
+        self._running = self._thread.submit(self._publish, version, tensors, step, parent, canary, evaluate)
 
     def wait(self) -> None:
         """Until the running publication is out. Raises what it raised."""
@@ -73,12 +75,20 @@ class Publisher:
         self._thread.shutdown(wait=True)
 
     def _publish(
-        self, version: int, tensors: dict[str, Tensor], step: int, parent: int, evaluate: tuple[EvalDataset, ...]
+        self,
+        version: int,
+        tensors: dict[str, Tensor],
+        step: int,
+        parent: int,
+        canary: list[CanarySequence],
+        evaluate: tuple[EvalDataset, ...],
     ) -> None:
         started = time.monotonic()
 
         def write() -> None:
-            self._store.publish(version, tensors, step=step, parent=parent, incarnation=self._incarnation)
+            self._store.publish(
+                version, tensors, step=step, parent=parent, incarnation=self._incarnation, canary=canary
+            )
 
         self._when_there_is_room(write)
         self.published = version

@@ -166,9 +166,12 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
     account = read_account(client, run.keys)
     metrics = {f"queue/{queue}/depth": float(depth) for queue, depth in queue_depths(client, run, QUEUES).items()}
     shares: dict[str, list[float]] = defaultdict(list)
-    for facts in read_heartbeats(client, run.keys).values():
+    beats = read_heartbeats(client, run.keys).values()
+    for facts in beats:
         if "idle_fraction" in facts:
             shares[facts["role"]].append(facts["idle_fraction"])
+    if differences := [facts["mismatch"] for facts in beats if facts.get("mismatch") is not None]:
+        metrics["off_policy/canary_abs_diff"] = max(differences)
     metrics |= {f"idle_fraction/{role}": fmean(values) for role, values in shares.items()}
     return {
         **metrics,

@@ -217,7 +217,7 @@ class ReplicasConfig(Section):
     reward: int = Field(default=1, ge=0)
     """Reward workers (CPU)."""
     eval: int = Field(default=1, ge=0)
-    """Evaluation workers; none is started where no evaluation set is configured."""
+    """Evaluation workers, none where no evaluation set is configured; 0 = the rollout workers evaluate with their engines."""
 
 
 class MetricsConfig(Section):

@@ -39,11 +39,9 @@ READER_WAIT_S = 5.0
 def preflight(config: Config) -> dict[str, object]:
     """Check everything that a run will need; returns the model's assets. Raises ConfigError."""
     from common.assets import read_assets
-    from workers.engine import check_engine
     from workers.prompts import PromptSource
     from workers.rewards.loading import load_reward_functions
 
-    check_engine(config.rollout.engine)
     load_reward_functions(config.reward.functions)
     assets = read_assets(config.model.path, revision=config.model.revision)
     tokenizer = assets.tokenizer()
@@ -69,11 +67,14 @@ def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
 
 def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, resume: str | None) -> int:
     """`sluice run`. Returns the exit code."""
+    from workers.engine import check_engine
+
     config = with_absolute_paths(load_config(config_path, overrides))
     if resume is not None:
         if overrides or "=" in resume:
             raise ConfigError("--resume goes on with the config that is stored with the run: give no key=value with it")
         name = resume or newest_run(config, prefix=Path(config_path).stem)
+    check_engine(config.rollout.engine)  # here the rollout workers run in this environment; with `create` they need not
     assets = None if resume is not None else preflight(config)
     name = name or default_name(config_path)
     folder = run_folder(config, name)

@@ -119,16 +119,18 @@ class Supervisor:
 
 
 def planned_workers(config: Config) -> list[tuple[str, int]]:
-    """(queue, replica) of every worker process that a run on this machine gets."""
+    """(queue, replica) of every worker process that a run on this machine gets; `rollout,eval` is one queue here."""
     counts = {queue: getattr(config.replicas, queue) for queue in QUEUES}
     if not config.evaluation.datasets:
         counts["eval"] = 0
+    elif counts["eval"] == 0:
+        counts["rollout,eval"] = counts.pop("rollout")
     return [(queue, i) for queue, count in counts.items() for i in range(count)]
 
 
 def _worker(queue: str, replica: int, env: dict[str, str], folder: Path) -> Child:
     argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queue, "--loglevel", "INFO"]
-    name = f"{queue}-{replica}"
+    name = f"{queue.partition(',')[0]}-{replica}"
     return Child(name=name, argv=argv, env=env | _gpu(queue, replica), log=folder / "logs" / f"{name}.log")
 
 
@@ -137,7 +139,7 @@ def _gpu(queue: str, replica: int) -> dict[str, str]:
     devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     if len(devices) < 2:
         return {}
-    chosen = devices[replica % (len(devices) - 1)] if queue == "rollout" else devices[-1]
+    chosen = devices[replica % (len(devices) - 1)] if queue.startswith("rollout") else devices[-1]
     return {"CUDA_VISIBLE_DEVICES": chosen}
 
 

@@ -1,6 +1,7 @@
 """The Celery app: `celery -A workers.app worker -Q rollout` (or dataset, reference, reward, eval).
 
-One queue per worker process. The queue decides pool and concurrency, so the plain command is right:
+One queue per worker process (or `-Q rollout,eval`: one engine for both). It decides pool and concurrency, so the plain
+command is right:
 
     dataset    threads -c 1                     its tick thread admits groups and sends overdue parts again
     rollout    threads -c rollout.concurrency   task threads feed one engine
@@ -33,10 +34,11 @@ class QueueWorker(Worker):
     """A Celery worker that takes its pool, concurrency and tasks from its queue."""
 
     def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
-        role = _one_queue(options.get("queues"))
+        queues = _served_queues(options.get("queues"))
+        role = queues[0]
         try:
             module = import_module(f"workers.{'rollout' if role == 'eval' else role}")
-            pool, concurrency = module.prepare(self.app, role)
+            pool, concurrency = module.prepare(self.app, ",".join(queues))
         except (ConfigError, ConnectionFailed) as error:
             _refuse(str(error))
         _refuse_other_pool(role, pool)
@@ -50,13 +52,17 @@ class QueueWorker(Worker):
         super().__init__(app, hostname, **options)
 
 
-def _one_queue(queues: Any) -> str:
+def _served_queues(queues: Any) -> list[str]:
+    """One queue, or rollout and eval together."""
     names = queues.split(",") if isinstance(queues, str) else list(queues or ())
+    if sorted(names) == ["eval", "rollout"]:
+        return ["rollout", "eval"]
     if len(names) != 1 or names[0] not in QUEUES:
         _refuse(
-            f"name the one queue this worker serves: -Q followed by one of {', '.join(QUEUES)} (got {','.join(names) or 'none'})"
+            f"name the one queue this worker serves: -Q followed by one of {', '.join(QUEUES)}, or rollout,eval "
+            f"(got {','.join(names) or 'none'})"
         )
-    return str(names[0])
+    return names
 
 
 def _refuse_other_pool(role: str, pool: str) -> None:

@@ -36,10 +36,11 @@ log = logging.getLogger("sluice.rollout")
 _FIELDS = ("task", "min_version", "pinned")
 
 
-def prepare(app: Celery, role: str) -> tuple[Any, int]:
-    """Register the tasks of this queue and load the engine; returns pool and concurrency."""
+def prepare(app: Celery, queues: str) -> tuple[Any, int]:
+    """Register the tasks of `rollout`, `eval` or `rollout,eval` and load the engine; returns pool and concurrency."""
+    role, *others = queues.split(",")
     context = Context.open(app, role)
-    host = RolloutRole(context)
+    host = RolloutRole(context, evaluates=role == "eval" or bool(others))
     app.task(host.generate, name="rollout.generate")
     signals.worker_ready.connect(lambda **_: host.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: host.stop_soon(), weak=False)
@@ -69,8 +70,9 @@ def make_engine(config: Config, assets: ModelAssets) -> Engine:
 class RolloutRole:
     """One engine, fed by task threads and kept at the newest policy."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, *, evaluates: bool = False) -> None:
         self.context = context
+        self._evaluates = evaluates
         assets = ModelAssets.from_wire(context.run.assets)
         self._eos = frozenset(assets.eos_token_ids)
         self._tokenizer = assets.tokenizer()
@@ -151,6 +153,7 @@ class RolloutRole:
         return {
             "version": self.engine.version,
             "digest": self.engine.digest[:12],
+            "evaluates": self._evaluates,
             "alarm": self._alarm,
             "generated_tokens": stats.generated_tokens,
             "sequences": stats.running_sequences,

@@ -11,6 +11,7 @@ D = width of the hidden state, V = vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,32 @@ def pad_sequences(
         padded[: len(row)] = torch.from_numpy(row)
     prompt_lengths, completion_lengths = (torch.tensor([len(x) for x in part]) for part in (prompts, completions))
     return input_ids, prompt_lengths, completion_lengths
+
+
+def score_sequences(
+    model: Any,
+    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]],
+    *,
+    max_batch_tokens: int,
+    temperature: float = 1.0,
+) -> list[NDArray[np.float32]]:
+    """Logprobs float32 [T] of each (prompt_ids [P], token_ids [T]), in the order given.
+
+    Computed in batches of similar length, at most `max_batch_tokens` padded tokens each; a longer sequence goes alone.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
+    scored: list[Any] = [None] * len(sequences)
+    while order:
+        longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
+        size = max(1, max_batch_tokens // longest)
+        batch, order = order[-size:], order[:-size]
+        tensors = pad_sequences([sequences[i][0] for i in batch], [sequences[i][1] for i in batch])
+        logprobs, _ = completion_logprobs(model, *(x.to(device) for x in tensors), temperature=temperature)
+        rows = logprobs.float().cpu().numpy()
+        for row, i in enumerate(batch):
+            scored[i] = rows[row, : len(sequences[i][1])].copy()
+    return scored
 
 
 def completion_logprobs(

@@ -345,6 +345,45 @@ def test_a_group_admitted_after_a_swap_sees_only_the_new_policy(serve: Callable[
         np.testing.assert_allclose(completion.rollout_logprobs, expected_logprobs(logits, what, completion), atol=1e-4)
 
 
+def test_score_equals_the_logprobs_of_generation_and_follows_the_swap(serve: Callable[..., Served]) -> None:
+    served = serve()
+    with pytest.raises(EngineError, match="no policy is served"):
+        served.engine.score([])
+    requests = [request(length, group_id=str(length), n=3) for length in (1, 4, 30)]
+    groups = served.run(requests)
+    sequences = [(r.prompt_ids, c.token_ids) for r, group in zip(requests, groups, strict=True) for c in group]
+    version, scored = served.engine.score(sequences)
+    assert version == 0 and all(logprobs.dtype == np.float32 for logprobs in scored)
+    for logprobs, completion in zip(scored, [c for group in groups for c in group], strict=True):
+        np.testing.assert_allclose(logprobs, completion.rollout_logprobs, atol=1e-4)
+    served.stage(1)
+    version, after = served.engine.score(sequences)
+    assert version == 1
+    assert np.abs(np.concatenate(after) - np.concatenate(scored)).max() > 0.1
+
+
+def test_score_runs_between_the_steps_of_others_and_refuses_nonsense(serve: Callable[..., Served]) -> None:
+    served = serve(eos_token_ids=(), max_model_len=64)
+    scores: list[Future[Any]] = []
+    served.at_step[5] = lambda: scores.append(
+        served.threads.submit(served.engine.score, [(np.array([5], np.int32), np.array([6, 7], np.int32))])
+    )
+    [group] = served.run([request(5, max_tokens=50)])
+    assert {c.policy_versions for c in group} == {((0, 50),)}
+    assert scores[0].result(WAIT_S)[1][0].shape == (2,)
+    empty, long = np.array([], np.int32), np.zeros(65, np.int32)
+    for prompt, tokens, problem in [
+        (empty, long, "empty"),
+        (long, empty, "65 tokens"),
+        (long[:1] - 1, empty, "ids -1"),
+    ]:
+        with pytest.raises(EngineError, match=problem):
+            served.engine.score([(prompt, tokens)])
+    served.engine.close()
+    with pytest.raises(EngineClosed):
+        served.engine.score([])
+
+
 def test_drain_finishes_running_rows_before_the_swap(serve: Callable[..., Served]) -> None:
     served = serve(in_flight="drain", eos_token_ids=(), max_sequences=8)
     served.at_step[2] = lambda: served.stage(1)

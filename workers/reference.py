@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from common.assets import ModelAssets
 from common.ledger import Claim
-from common.logprobs import completion_logprobs, pad_sequences
+from common.logprobs import score_sequences
 from common.model import build_model, load_weights
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
@@ -84,7 +84,6 @@ class ReferenceModel:
 
     def __init__(self, model: torch.nn.Module, *, temperature: float, max_batch_tokens: int) -> None:
         self._model = model
-        self._device = next(model.parameters()).device
         self._temperature = temperature
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[tuple[list[Sequence], Future[list[NDArray[np.float32]]]]] = []
@@ -118,24 +117,7 @@ class ReferenceModel:
 
     @torch.no_grad()
     def _compute(self, sequences: list[Sequence]) -> list[NDArray[np.float32]]:
-        """All logprobs, in batches of similar length under the token budget, in the order asked."""
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
-        out: list[Any] = [None] * len(sequences)
-        while order:
-            longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
-            size = max(1, self._max_batch_tokens // longest)
-            batch, order = order[-size:], order[:-size]
-            input_ids, prompts, lengths = pad_sequences(
-                [sequences[i][0] for i in batch], [sequences[i][1] for i in batch]
-            )
-            logprobs, _ = completion_logprobs(
-                self._model,
-                input_ids.to(self._device),
-                prompts.to(self._device),
-                lengths.to(self._device),
-                temperature=self._temperature,
-            )
-            rows = logprobs.float().cpu().numpy()
-            for row, i in enumerate(batch):
-                out[i] = rows[row, : len(sequences[i][1])].copy()
-        return out
+        """All logprobs, in the order asked."""
+        return score_sequences(
+            self._model, sequences, temperature=self._temperature, max_batch_tokens=self._max_batch_tokens
+        )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from common.errors import EngineError
@@ -39,3 +42,21 @@ def check_request(request: GenerationRequest, *, max_model_len: int, vocab_size:
         problem = f"temperature, top_p or top_k is out of range in {sampling}"
     if problem is not None:
         raise EngineError(f"group {request.group_id}: {problem}")
+
+
+def check_sequences(
+    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], *, max_model_len: int, vocab_size: int
+) -> None:
+    """Raises EngineError for a sequence that cannot be scored."""
+    for i, (prompt, tokens) in enumerate(sequences):
+        total = len(prompt) + len(tokens)
+        ids = np.concatenate([prompt, tokens])
+        problem = None
+        if len(prompt) == 0:
+            problem = "its prompt is empty: nothing predicts its first token"
+        elif total > max_model_len:
+            problem = f"{total} tokens > {max_model_len}, the engine's max_model_len"
+        elif ids.min() < 0 or ids.max() >= vocab_size:
+            problem = f"token ids {ids.min()}..{ids.max()} are outside the vocabulary of {vocab_size}"
+        if problem is not None:
+            raise EngineError(f"sequence {i} of {len(sequences)} cannot be scored: {problem}")

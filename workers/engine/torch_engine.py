@@ -23,18 +23,22 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from common.errors import EngineClosed, EngineError
+from common.logprobs import score_sequences
 from common.model import load_weights
 from common.types import Completion
 from workers.engine import EngineStats, GenerationRequest
 from workers.engine.batch import PREFILL_TOKENS, Group, RunningBatch
-from workers.engine.limits import check_model, check_request
+from workers.engine.limits import check_model, check_request, check_sequences
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,12 @@ class _Policy:
     version: int
     digest: str
     tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Scoring:
+    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    future: Future[tuple[int, list[NDArray[np.float32]]]] = field(default_factory=Future)
 
 
 class TorchEngine:
@@ -87,6 +97,7 @@ class TorchEngine:
         self._condition = threading.Condition()  # guards all below
         self._pending: list[Group] = []
         self._running: list[Group] = []
+        self._scorings: list[_Scoring] = []
         self._staged: _Policy | None = None
         self._has_news = False
         self._is_closed = False
@@ -144,6 +155,24 @@ class TorchEngine:
                     self._resolve(group, EngineClosed(f"group {group_id} was cancelled"))
             self._wake()
 
+    def score(
+        self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    ) -> tuple[int, list[NDArray[np.float32]]]:
+        """The served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]); blocks.
+
+        Computed between two decode steps, before anything is admitted; a policy staged before is swapped in first, where
+        it may be. Raises EngineError (also where no policy is served yet), EngineClosed.
+        """
+        vocab_size = self._model.config.get_text_config().vocab_size
+        check_sequences(sequences, max_model_len=self._max_model_len, vocab_size=vocab_size)
+        scoring = _Scoring(sequences=sequences)
+        with self._condition:
+            if self._is_closed:
+                raise EngineClosed("the engine is closed")
+            self._scorings.append(scoring)
+            self._wake()
+        return scoring.future.result()
+
     def stats(self) -> EngineStats:
         """Counters since the engine started."""
         return EngineStats(
@@ -190,6 +219,7 @@ class TorchEngine:
     def _pass(self) -> None:
         self._drop_cancelled()
         self._swap()
+        self._score_waiting()
         started = time.monotonic()
         self._num_passes += 1
         if not self._batch.rows or self._num_passes % _ADMISSION_PERIOD == 0:
@@ -230,6 +260,23 @@ class TorchEngine:
                 self._progress_at = time.monotonic()
         self._last_pause_s = time.monotonic() - started
         self._update_pause_s += self._last_pause_s
+
+    def _score_waiting(self) -> None:
+        with self._condition:
+            waiting, self._scorings = self._scorings, []
+        for scoring in waiting:
+            if self._version < 0:
+                scoring.future.set_exception(EngineError("nothing can be scored: no policy is served yet"))
+                continue
+            try:
+                scored = score_sequences(self._model, scoring.sequences, max_batch_tokens=PREFILL_TOKENS)
+            except Exception as error:  # whatever a model, a kernel or the device may raise; generation goes on
+                failure = EngineError(f"scoring failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                scoring.future.set_exception(failure)
+            else:
+                scoring.future.set_result((self._version, scored))
+            self._progress_at = time.monotonic()
 
     def _must_not_swap(self) -> bool:
         if self._in_flight == "drain" and self._running:
@@ -288,6 +335,9 @@ class TorchEngine:
     def _release_all(self) -> None:
         with self._condition:
             self._is_closed = True
+            for scoring in self._scorings:
+                scoring.future.set_exception(EngineClosed("nothing was scored: the engine was closed"))
+            self._scorings = []
             for group in (*self._pending, *self._running):
                 self._resolve(group, EngineClosed(f"group {group.request.group_id}: the engine was closed"))
             self._wake()

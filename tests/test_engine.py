@@ -19,7 +19,7 @@ from common.model import load_weights, named_weights
 from common.types import Completion, SamplingParams
 from workers.engine import GenerationRequest
 from workers.engine.kv_cache import cache_argument
-from workers.engine.sampling import sample, truncate
+from workers.engine.sampling import sample
 from workers.engine.torch_engine import TorchEngine
 
 VOCAB = 48
@@ -520,8 +520,3 @@ def test_extreme_uniforms_never_draw_a_token_of_probability_zero() -> None:
     tokens, logprobs = sample(logits, uniforms=torch.tensor([0.0, 1 - 2**-24]))
     assert tokens.tolist() == [1, 2]
     assert logprobs.tolist() == pytest.approx([np.log(0.5)] * 2)
-
-
-def test_ties_and_tiny_top_p_keep_one_token() -> None:
-    kept = truncate(torch.zeros(2, 4), top_k=torch.tensor([1, 0]), top_p=torch.tensor([1.0, 1e-6]))
-    assert torch.isfinite(kept).tolist() == [[True, False, False, False]] * 2

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from common import evaluation
+from common.assets import ModelAssets
 from common.broker import make_app
 from common.errors import ConfigError, DiskFull, StateLost
 from common.ledger import Ledger
@@ -97,7 +98,8 @@ class Trainer:
     def train(self) -> None:
         """From wherever the run is to its last step, or to SIGTERM."""
         torch.manual_seed(self.config.seed)
-        self.policy = TrainedPolicy(self._base_model(), self.config)
+        end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
+        self.policy = TrainedPolicy(self._base_model(), self.config, end_token_ids=end_token_ids)
         self._resume_or_begin()
         started = time.monotonic() - self.wall_s
         while self.step < self.config.trainer.num_steps and not self.stopping:

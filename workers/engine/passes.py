@@ -25,7 +25,7 @@ def plan_passes(offsets: NDArray[np.int64], *, split_saves: int) -> tuple[list[i
     if n * (offsets.max() - offsets.min()) >= split_saves:
         ordered = np.sort(offsets)[::-1]
         possible = saved_positions(ordered).max()
-        if possible >= split_saves and saved_positions(offsets).max() < possible / 2:
+        if possible >= split_saves and 5 * saved_positions(offsets).max() < 4 * possible:
             order, offsets = np.argsort(-offsets, kind="stable").tolist(), ordered
         saved = saved_positions(offsets)
         if saved.max() >= split_saves:

@@ -28,9 +28,14 @@ def check_model(model: PreTrainedModel, *, max_model_len: int) -> None:
 
 
 def check_request(
-    request: GenerationRequest, *, max_model_len: int, vocab_size: int, max_positions: int | None, has_tokenizer: bool
+    request: GenerationRequest,
+    *,
+    max_model_len: int,
+    vocab_size: int,
+    max_positions: int | None = None,
+    has_tokenizer: bool = True,
 ) -> None:
-    """Raises EngineError for a request that could never run."""
+    """Raises EngineError for a request that could never run. max_positions: tokens with room for keys and values."""
     problem = (
         _size_problem(request, max_model_len=max_model_len, max_positions=max_positions)
         or _id_problem("prompt ids", request.prompt_ids, vocab_size=vocab_size)

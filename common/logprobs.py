@@ -11,6 +11,7 @@ D = width of the hidden state, V = vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common.truncation import Truncation
+
 RECOMPUTE_ELEMENTS = 2**26
 """Over this many logits (256 MiB in float32) a backward pass recomputes them chunk by chunk instead of keeping them."""
+
+UNTRUNCATED = Truncation()
 
 _AFTER_HEAD = (
     "final_logit_softcapping",
@@ -51,6 +56,35 @@ def pad_sequences(
     return input_ids, prompt_lengths, completion_lengths
 
 
+def score_sequences(
+    model: Any,
+    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]],
+    *,
+    max_batch_tokens: int,
+    temperature: float = 1.0,
+    truncation: Truncation = UNTRUNCATED,
+) -> list[NDArray[np.float32]]:
+    """Logprobs float32 [T] of each (prompt_ids [P], token_ids [T]), in the order given.
+
+    Computed in batches of similar length, at most `max_batch_tokens` padded tokens each; a longer sequence goes alone.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
+    scored: list[Any] = [None] * len(sequences)
+    while order:
+        longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
+        size = max(1, max_batch_tokens // longest)
+        batch, order = order[-size:], order[:-size]
+        tensors = pad_sequences([sequences[i][0] for i in batch], [sequences[i][1] for i in batch])
+        logprobs, _ = completion_logprobs(
+            model, *(x.to(device) for x in tensors), temperature=temperature, truncation=truncation
+        )
+        rows = logprobs.float().cpu().numpy()
+        for row, i in enumerate(batch):
+            scored[i] = rows[row, : len(sequences[i][1])].copy()
+    return scored
+
+
 def completion_logprobs(
     model: Any,
     input_ids: Tensor,
@@ -58,6 +92,7 @@ def completion_logprobs(
     completion_lengths: Tensor,
     *,
     temperature: float = 1.0,
+    truncation: Truncation = UNTRUNCATED,
     with_entropy: bool = False,
     chunk_tokens: int = 4096,
 ) -> tuple[Tensor, Tensor | None]:
@@ -66,7 +101,9 @@ def completion_logprobs(
         logprob_t = log softmax(logits_{t-1} / temperature)[token_t]         entropy_t = -sum_v p_v log p_v
 
     model: a transformers causal LM. T is the longest completion; positions after a row's end hold 0. temperature 0
-    (greedy sampling) counts as 1. The entropy carries no gradient.
+    (greedy sampling) counts as 1. The entropy carries no gradient. With a truncation, the softmax is over the tokens that
+    it keeps of these logits and the sampled token itself (which another policy may have sampled); the set is a constant
+    for the gradient. So the ratio to rollout_logprobs is 1 for equal weights, where the whole softmax gives the kept mass.
     """
     device = input_ids.device
     width = int(completion_lengths.max())
@@ -82,9 +119,10 @@ def completion_logprobs(
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, S, D]
         inputs = hidden[rows, positions - 1]  # [N, D]
         weight, bias, vocabulary = head.weight.float(), head.bias, head.weight.shape[0]
+    is_early = columns < truncation.min_tokens  # [N]
     scored = []
-    for chunk, chunk_targets in zip(inputs.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        arguments = (chunk, chunk_targets, weight, bias, temperature or 1.0, with_entropy)
+    for chunk, chunk_targets, early in zip(*(x.split(chunk_tokens) for x in (inputs, targets, is_early)), strict=True):
+        arguments = (chunk, weight, bias, (chunk_targets, temperature or 1.0, truncation, early), with_entropy)
         if torch.is_grad_enabled() and inputs.shape[0] * vocabulary > RECOMPUTE_ELEMENTS:
             scored.append(checkpoint(_score, *arguments, use_reentrant=False))
         else:
@@ -96,24 +134,45 @@ def completion_logprobs(
 
 
 def _score(
-    inputs: Tensor, targets: Tensor, weight: Tensor | None, bias: Tensor | None, temperature: float, with_entropy: bool
+    inputs: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    drawn: tuple[Tensor, float, Truncation, Tensor],
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Logprobs [N] and entropy [N] (0 where not asked for) of one chunk.
 
-    inputs: hidden states [N, D], or logits [N, V] where there is no weight.
+    inputs: hidden states [N, D], or logits [N, V] where there is no weight. drawn: the tokens [N], and how they were
+    sampled: temperature, truncation, whether min_tokens held [N].
     """
+    targets, temperature, truncation, is_early = drawn
     with torch.autocast(inputs.device.type, enabled=False):
         logits = inputs.float()
         if weight is not None:
             logits = torch.nn.functional.linear(logits, weight, None if bias is None else bias.float())
-        logits = logits / temperature
+        logits = _truncated(logits / temperature, targets, truncation, is_early)
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
     entropy = torch.zeros_like(normaliser)
     if with_entropy:
         with torch.no_grad():
-            entropy = normaliser - ((logits - normaliser.unsqueeze(-1)).exp() * logits).sum(-1)
+            log_p = logits - normaliser.unsqueeze(-1)
+            entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)  # 0 log 0 = 0
     return logprobs, entropy
+
+
+def _truncated(logits: Tensor, targets: Tensor, truncation: Truncation, is_early: Tensor) -> Tensor:
+    """Logits [N, V], -inf where sampling could not draw; targets [N] always stay."""
+    if truncation == UNTRUNCATED:
+        return logits
+    with torch.no_grad():
+        barred = torch.zeros_like(logits, dtype=torch.bool)
+        if truncation.end_token_ids:
+            barred[:, list(truncation.end_token_ids)] = is_early.unsqueeze(-1)
+        kept = truncation.kept(logits.masked_fill(barred, -torch.inf))
+        dropped = barred if kept is None else barred | ~kept
+        dropped.scatter_(-1, targets.unsqueeze(-1), False)
+    return logits.masked_fill(dropped, -torch.inf)
 
 
 def _plain_head(model: Any) -> torch.nn.Linear | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
@@ -14,6 +15,9 @@ import redis
 from common.connection import connect
 from common.keys import Keys
 from scripts.redis_server import EmbeddedServer, start_server
+
+if TYPE_CHECKING:
+    from served import Served
 
 for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
     os.environ.pop(_name, None)  # a shell that drives a run must not lend it to the tests
@@ -70,3 +74,22 @@ def keys(client: redis.Redis) -> Iterator[Keys]:
     yield names
     for key in client.scan_iter(match=names.root + "*", count=1000):
         client.unlink(key)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Served]]:
+    """Starts torch engines of one torch thread; `tests.served` says what they are."""
+    import torch  # here: most tests need no torch
+    from served import Served
+
+    before, started = torch.get_num_threads(), []
+
+    def start(**settings: Any) -> Served:
+        started.append(Served(**settings))
+        return started[-1]
+
+    torch.set_num_threads(1)
+    yield start
+    for served in started:
+        served.close()
+    torch.set_num_threads(before)

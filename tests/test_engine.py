@@ -4,153 +4,29 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from served import (
+    EOS,
+    VOCAB,
+    WAIT_S,
+    Served,
+    build_model,
+    eventually,
+    expected_logprobs,
+    logits_under,
+    policy,
+    request,
+    sequence,
+)
 
 from common.errors import EngineClosed, EngineError
-from common.model import load_weights, named_weights
-from common.types import Completion, SamplingParams
-from workers.engine import GenerationRequest
-from workers.engine.kv_cache import cache_argument
-from workers.engine.sampling import sample, truncate
 from workers.engine.torch_engine import TorchEngine
-
-VOCAB = 48
-EOS = (1, 2)
-WAIT_S = 30.0
-
-Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def build_model(seed: int = 0, **changes: Any) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    shape: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {
-        "head_dim": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 2048,
-    }
-    config = Qwen3Config(**{**shape, **heads, "tie_word_embeddings": True, "initializer_range": 0.2, **changes})
-    return Qwen3ForCausalLM(config).eval()
-
-
-scratch_model = functools.cache(build_model)
-
-
-@functools.cache
-def policy(seed: int) -> Weights:
-    return {name: weight.detach().clone() for name, weight in named_weights(build_model(seed)).items()}
-
-
-def request(prompt: int | list[int] = 7, **settings: Any) -> GenerationRequest:
-    """`prompt`: token ids, or the length of a prompt drawn by that seed."""
-    if isinstance(prompt, int):
-        prompt = np.random.default_rng(prompt).integers(3, VOCAB, prompt).tolist()
-    ours = {name: settings.pop(name) for name in ("group_id", "min_version", "pinned_version") if name in settings}
-    sampling = SamplingParams(**{"n": 4, "max_tokens": 20, "seed": 1, **settings})
-    ids = np.array(prompt, dtype=np.int32)
-    return GenerationRequest(prompt_ids=ids, sampling=sampling, **{"group_id": "g", **ours})
-
-
-class Served:
-    """An engine, threads that call it, and a hook on its decode steps."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.model = build_model(seed=99)
-        self.num_steps = 0
-        self.rows_per_step: list[int] = []
-        self.at_step: dict[int, Callable[[], object]] = {}
-        self.model.register_forward_pre_hook(self._before_step, with_kwargs=True)
-        defaults: dict[str, Any] = {"eos_token_ids": EOS, "max_sequences": 64, "max_model_len": 256}
-        self.engine = TorchEngine(self.model, **{**defaults, **settings})
-        self.threads = ThreadPoolExecutor(max_workers=32)
-
-    def _before_step(self, _: Any, __: Any, inputs: dict[str, Any]) -> None:
-        self.num_steps += 1
-        self.rows_per_step.append(len(inputs["input_ids"]))
-        self.at_step.pop(self.num_steps, lambda: None)()
-
-    def stage(self, version: int, seed: int | None = None) -> Weights:
-        weights = policy(version if seed is None else seed)
-        self.engine.stage(version, f"digest-{version}", weights)
-        return weights
-
-    def submit(self, what: GenerationRequest) -> Future[list[Completion]]:
-        return self.threads.submit(self.engine.generate, what)
-
-    def together(self, requests: list[GenerationRequest], *, version: int = 0) -> list[Future[list[Completion]]]:
-        """Submit before the first policy is there, so that all are admitted at once."""
-        futures = []
-        for waiting, what in enumerate(requests, start=1):
-            futures.append(self.submit(what))
-            eventually(lambda expected=waiting: self.engine.stats().waiting_requests == expected)  # type: ignore[misc]
-        self.stage(version)
-        return futures
-
-    def run(self, requests: list[GenerationRequest], *, version: int = 0) -> list[list[Completion]]:
-        return [future.result(WAIT_S) for future in self.together(requests, version=version)]
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Served]]:
-    started: list[Served] = []
-
-    def start(**settings: Any) -> Served:
-        started.append(Served(**settings))
-        return started[-1]
-
-    yield start
-    for served in started:
-        served.engine.close()
-        served.threads.shutdown()
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in time"
-        time.sleep(0.001)
-
-
-@torch.no_grad()
-def logits_under(weights: Weights, tokens: np.ndarray, *, old: Weights | None = None, split: int = 0) -> torch.Tensor:
-    """[T, V] of one sequence; with `old`, the first `split` tokens' keys and values are those of the old weights."""
-    model, cache = scratch_model(), DynamicCache()
-    ids = torch.from_numpy(tokens).long()[None]
-    parts = []
-    if old is not None:
-        load_weights(model, old)
-        parts.append(model(ids[:, :split], use_cache=True, **{cache_argument(model): cache}).logits[0])
-    load_weights(model, weights)
-    parts.append(model(ids[:, split:], use_cache=True, **{cache_argument(model): cache}).logits[0])
-    return torch.cat(parts)
-
-
-def expected_logprobs(logits: torch.Tensor, what: GenerationRequest, completion: Completion) -> np.ndarray:
-    """Of the completion's tokens, from logits [P + T, V]; temperature only."""
-    rows = logits[len(what.prompt_ids) - 1 : -1] / (what.sampling.temperature or 1.0)
-    tokens = torch.from_numpy(completion.token_ids).long()
-    return rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0].numpy()
-
-
-def sequence(what: GenerationRequest, completion: Completion) -> np.ndarray:
-    return np.concatenate([what.prompt_ids, completion.token_ids])
 
 
 def test_completions_have_the_promised_shapes_lengths_and_reasons(serve: Callable[..., Served]) -> None:
@@ -203,36 +79,6 @@ def test_logprobs_equal_a_fresh_forward_pass(serve: Callable[..., Served], tempe
             )
 
 
-def naive_truncation(logits: torch.Tensor, *, top_k: int, top_p: float) -> list[float]:
-    """Logprobs [V] of the renormalised distribution, -inf where cut, by walking down from the likeliest."""
-    order = sorted(range(len(logits)), key=lambda token: -float(logits[token]))[: top_k or None]
-    mass = logits[order].double().softmax(-1).tolist()
-    kept: list[int] = []
-    while order and sum(mass[: len(kept)]) < top_p:
-        kept.append(order.pop(0))
-    result = torch.full((len(logits),), -torch.inf, dtype=torch.double)
-    result[kept] = logits[kept].double().log_softmax(-1)
-    return result.tolist()
-
-
-@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 5}, {"top_k": 10, "top_p": 0.5}])
-def test_truncated_sampling_reports_the_renormalised_distribution(
-    serve: Callable[..., Served], cut: dict[str, Any]
-) -> None:
-    what = request(6, n=8, temperature=0.9, **cut)
-    untouched = request(6, n=8, group_id="beside")
-    group, beside = serve().run([what, untouched])
-    [alone] = serve().run([untouched])
-    assert [c.token_ids.tolist() for c in beside] == [c.token_ids.tolist() for c in alone]
-    for completion in group:
-        rows = logits_under(policy(0), sequence(what, completion))[len(what.prompt_ids) - 1 : -1] / 0.9
-        expected = [
-            naive_truncation(row, **{"top_k": 0, "top_p": 1.0, **cut})[token]
-            for row, token in zip(rows, completion.token_ids, strict=True)
-        ]
-        np.testing.assert_allclose(completion.rollout_logprobs, expected, atol=1e-4)
-
-
 def test_noise_does_not_depend_on_the_batch(serve: Callable[..., Served]) -> None:
     what = request(9, group_id="same", seed=5)
     others = [request(k, group_id=str(k), seed=k, n=k, max_tokens=3 * k) for k in range(1, 9)]
@@ -275,13 +121,6 @@ def test_many_threads_get_their_own_completions(serve: Callable[..., Served]) ->
     assert (stats.running_sequences, stats.waiting_requests, stats.num_updates) == (0, 0, 1)
     assert stats.generated_tokens == sum(len(c.token_ids) for f in futures for c in f.result())
     assert stats.busy_s > 0
-
-
-def test_a_group_larger_than_max_sequences_runs_alone(serve: Callable[..., Served]) -> None:
-    served = serve(max_sequences=3)
-    groups = served.run([request(4, n=2, group_id="a"), request(4, n=7, group_id="b"), request(4, n=3, group_id="c")])
-    assert [len(group) for group in groups] == [2, 7, 3]
-    assert max(served.rows_per_step) == 7 and served.rows_per_step.index(7) > 0
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "recompute"])
@@ -343,6 +182,45 @@ def test_a_group_admitted_after_a_swap_sees_only_the_new_policy(serve: Callable[
     for completion in group:
         logits = logits_under(policy(1), sequence(what, completion))
         np.testing.assert_allclose(completion.rollout_logprobs, expected_logprobs(logits, what, completion), atol=1e-4)
+
+
+def test_score_equals_the_logprobs_of_generation_and_follows_the_swap(serve: Callable[..., Served]) -> None:
+    served = serve()
+    with pytest.raises(EngineError, match="no policy is served"):
+        served.engine.score([])
+    requests = [request(length, group_id=str(length), n=3) for length in (1, 4, 30)]
+    groups = served.run(requests)
+    sequences = [(r.prompt_ids, c.token_ids) for r, group in zip(requests, groups, strict=True) for c in group]
+    version, scored = served.engine.score(sequences)
+    assert version == 0 and all(logprobs.dtype == np.float32 for logprobs in scored)
+    for logprobs, completion in zip(scored, [c for group in groups for c in group], strict=True):
+        np.testing.assert_allclose(logprobs, completion.rollout_logprobs, atol=1e-4)
+    served.stage(1)
+    version, after = served.engine.score(sequences)
+    assert version == 1
+    assert np.abs(np.concatenate(after) - np.concatenate(scored)).max() > 0.1
+
+
+def test_score_runs_between_the_steps_of_others_and_refuses_nonsense(serve: Callable[..., Served]) -> None:
+    served = serve(eos_token_ids=(), max_model_len=64)
+    scores: list[Future[Any]] = []
+    served.at_step[5] = lambda: scores.append(
+        served.threads.submit(served.engine.score, [(np.array([5], np.int32), np.array([6, 7], np.int32))])
+    )
+    [group] = served.run([request(5, max_tokens=50)])
+    assert {c.policy_versions for c in group} == {((0, 50),)}
+    assert scores[0].result(WAIT_S)[1][0].shape == (2,)
+    empty, long = np.array([], np.int32), np.zeros(65, np.int32)
+    for prompt, tokens, problem in [
+        (empty, long, "empty"),
+        (long, empty, "65 tokens"),
+        (long[:1] - 1, empty, "ids -1"),
+    ]:
+        with pytest.raises(EngineError, match=problem):
+            served.engine.score([(prompt, tokens)])
+    served.engine.close()
+    with pytest.raises(EngineClosed):
+        served.engine.score([])
 
 
 def test_drain_finishes_running_rows_before_the_swap(serve: Callable[..., Served]) -> None:
@@ -474,15 +352,3 @@ def test_sliding_window_models_are_refused() -> None:
     model = build_model(use_sliding_window=True, sliding_window=8, max_window_layers=0)
     with pytest.raises(ValueError, match="full-attention"):
         TorchEngine(model, eos_token_ids=EOS, max_sequences=4, max_model_len=64)
-
-
-def test_extreme_uniforms_never_draw_a_token_of_probability_zero() -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
-    tokens, logprobs = sample(logits, uniforms=torch.tensor([0.0, 1 - 2**-24]))
-    assert tokens.tolist() == [1, 2]
-    assert logprobs.tolist() == pytest.approx([np.log(0.5)] * 2)
-
-
-def test_ties_and_tiny_top_p_keep_one_token() -> None:
-    kept = truncate(torch.zeros(2, 4), top_k=torch.tensor([1, 0]), top_p=torch.tensor([1.0, 1e-6]))
-    assert torch.isfinite(kept).tolist() == [[True, False, False, False]] * 2

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common import evaluation
+from common.assets import ModelAssets
 from common.broker import make_app
 from common.canary import choose_sequences, mismatch_bound, random_sequences
 from common.errors import ConfigError, DiskFull, StateLost
@@ -102,7 +103,8 @@ class Trainer:
     def train(self) -> None:
         """From wherever the run is to its last step, or to SIGTERM."""
         torch.manual_seed(self.config.seed)
-        self.policy = TrainedPolicy(self._base_model(), self.config)
+        end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
+        self.policy = TrainedPolicy(self._base_model(), self.config, end_token_ids=end_token_ids)
         self._resume_or_begin()
         started = time.monotonic() - self.wall_s
         while self.step < self.config.trainer.num_steps and not self.stopping:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,20 @@ from common.canary import CanarySequence
 from common.config import Config
 from common.logprobs import completion_logprobs, pad_sequences
 from common.model import load_weights, named_weights, resolve_device
+from common.truncation import Truncation
 from trainer.batch import MicroBatch, step_normaliser
 from trainer.loss import combine_metrics, policy_loss
 
 
 class TrainedPolicy:
-    """Model, optimizer and schedule, moved on by `optimize`."""
+    """Model, optimizer and schedule, moved on by `optimize`.
 
-    def __init__(self, model: Any, config: Config) -> None:
+    end_token_ids: what ends a completion; sampling.min_tokens is reproduced with them.
+    """
+
+    def __init__(self, model: Any, config: Config, *, end_token_ids: Sequence[int] = ()) -> None:
         self._config = config
+        self._truncation = Truncation.of(config.sampling, end_token_ids=end_token_ids)
         trainer = config.trainer
         self.device = resolve_device(trainer.device)
         self.model = model.to(self.device, dtype=torch.float32).train()
@@ -66,6 +71,7 @@ class TrainedPolicy:
                 batch.prompt_lengths,
                 batch.completion_lengths,
                 temperature=config.sampling.temperature,
+                truncation=self._truncation,
                 with_entropy=True,
             )
         loss, metrics = policy_loss(

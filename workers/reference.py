@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from common.assets import ModelAssets
 from common.ledger import Claim
-from common.logprobs import completion_logprobs, pad_sequences
+from common.logprobs import UNTRUNCATED, score_sequences
 from common.model import build_model, load_weights
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
+from common.truncation import Truncation
 from workers.context import Context, CooperativePool, Result
 
 log = logging.getLogger("sluice.reference")
@@ -67,14 +68,14 @@ class ReferenceRole:
                 torch.set_num_threads(1)
                 config = self._config
                 _, tensors = PolicyStore(self.context.client, self.context.run.keys, config.policy_store).fetch(0)
-                model = build_model(
-                    ModelAssets.from_wire(self.context.run.assets),
-                    dtype=config.reference.dtype,
-                    device=config.reference.device,
-                )
+                assets = ModelAssets.from_wire(self.context.run.assets)
+                model = build_model(assets, dtype=config.reference.dtype, device=config.reference.device)
                 load_weights(model, tensors)
                 self._model = ReferenceModel(
-                    model, temperature=config.sampling.temperature, max_batch_tokens=config.reference.max_batch_tokens
+                    model,
+                    temperature=config.sampling.temperature,
+                    truncation=Truncation.of(config.sampling, end_token_ids=assets.eos_token_ids),
+                    max_batch_tokens=config.reference.max_batch_tokens,
                 )
             return self._model
 
@@ -82,10 +83,12 @@ class ReferenceRole:
 class ReferenceModel:
     """`forward(sequences)` from many threads, computed in common batches."""
 
-    def __init__(self, model: torch.nn.Module, *, temperature: float, max_batch_tokens: int) -> None:
+    def __init__(
+        self, model: torch.nn.Module, *, temperature: float, max_batch_tokens: int, truncation: Truncation = UNTRUNCATED
+    ) -> None:
         self._model = model
-        self._device = next(model.parameters()).device
         self._temperature = temperature
+        self._truncation = truncation
         self._max_batch_tokens = max_batch_tokens
         self._waiting: list[tuple[list[Sequence], Future[list[NDArray[np.float32]]]]] = []
         self.busy_s = 0.0
@@ -118,24 +121,11 @@ class ReferenceModel:
 
     @torch.no_grad()
     def _compute(self, sequences: list[Sequence]) -> list[NDArray[np.float32]]:
-        """All logprobs, in batches of similar length under the token budget, in the order asked."""
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
-        out: list[Any] = [None] * len(sequences)
-        while order:
-            longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
-            size = max(1, self._max_batch_tokens // longest)
-            batch, order = order[-size:], order[:-size]
-            input_ids, prompts, lengths = pad_sequences(
-                [sequences[i][0] for i in batch], [sequences[i][1] for i in batch]
-            )
-            logprobs, _ = completion_logprobs(
-                self._model,
-                input_ids.to(self._device),
-                prompts.to(self._device),
-                lengths.to(self._device),
-                temperature=self._temperature,
-            )
-            rows = logprobs.float().cpu().numpy()
-            for row, i in enumerate(batch):
-                out[i] = rows[row, : len(sequences[i][1])].copy()
-        return out
+        """All logprobs, in the order asked."""
+        return score_sequences(
+            self._model,
+            sequences,
+            temperature=self._temperature,
+            truncation=self._truncation,
+            max_batch_tokens=self._max_batch_tokens,
+        )

@@ -58,12 +58,15 @@ def make_engine(config: Config, assets: ModelAssets) -> Engine:
     from workers.engine.torch_engine import TorchEngine
 
     torch.set_num_threads(1)  # two OpenMP threads under load are slower than one; scale by processes
+    rollout, tokenizer = config.rollout, assets.tokenizer()
     return TorchEngine(
-        build_model(assets, dtype=config.rollout.dtype, device=config.rollout.device),
+        build_model(assets, dtype=rollout.dtype, device=rollout.device),
         eos_token_ids=assets.eos_token_ids,
-        max_sequences=config.rollout.max_sequences,
-        max_model_len=config.trainer.seq_len,
-        in_flight=config.rollout.in_flight,
+        max_sequences=rollout.max_sequences,
+        max_model_len=rollout.max_model_len or config.trainer.seq_len,
+        in_flight=rollout.in_flight,
+        kv_cache_bytes=None if rollout.kv_cache_mib is None else rollout.kv_cache_mib * 2**20,
+        decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
     )
 
 

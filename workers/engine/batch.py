@@ -1,22 +1,22 @@
 """The rows that decode together: admit, step, retire. No threads, no policies: `torch_engine` drives it.
 
-Legend: R = rows allocated, n = rows active (always the first n), W = token positions allocated, S = positions
-attended (the longest row, rounded up), V = vocabulary, G = groups admitted together, P = the longest of their prompts.
+Legend: n = rows active (always the first n), S = positions attended by the rows of a forward pass (the longest of them,
+rounded up), V = vocabulary, E = distinct sets of end tokens, G = groups admitted together, P = the longest of their prompts.
 
 Invariants:
-* row r's sequence is tokens[r, :lengths[r]], prompt then completion; logprobs[r, p] and uniforms[r, p] belong to the
-  token at p. Noise is drawn at admission, so it depends on the seed and the place in the group, not on the batch;
+* noise is drawn at admission, so it depends on the seed and the place in the group, not on the batch;
 * before a step the cache holds every token of a row but its last; the step runs that one and samples the next. So
   admitting a prompt and recomputing a row are one operation, and no prefill computes logits;
-* a step reads one thing back from the device: which rows have finished. The host knows all lengths without asking,
-  because every row grows by one each step (length = row.offset + number of steps).
+* a step reads one thing back from the device: which rows have finished (and the tokens of rows that have stop texts). The
+  host knows all lengths without asking, because every row grows by one each step (length = row.offset + number of steps);
+* a few long rows do not make the others attend to their length: they stand first and run in a forward pass of their own
+  where that costs less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,118 +26,107 @@ from transformers import DynamicCache, PreTrainedModel
 
 from common.errors import EngineError
 from common.types import Completion
-from workers.engine import GenerationRequest
+from workers.engine.admission import PREFILL_TOKENS
+from workers.engine.columns import Columns
 from workers.engine.kv_cache import SlotCache, cache_argument, round_up
+from workers.engine.passes import SPLIT_SAVES, plan_passes
+from workers.engine.row import Group, Row, features, noise, parameters
 from workers.engine.sampling import sample
-
-PREFILL_TOKENS = 16384
-"Padded tokens of one prefill pass; a longer single prompt goes alone."
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Group:
-    """One request, and what of it is finished."""
-
-    request: GenerationRequest
-    future: Future[list[Completion]] = field(default_factory=Future)
-    completions: dict[int, Completion] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        return self.request.sampling.n
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self.completions) == self.size
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Row:
-    """The host's side of one running completion."""
-
-    group: Group
-    index: int
-    "place in the group"
-    offset: int
-    "sequence length less the batch's step count: constant while the row runs"
-    marks: list[tuple[int, int]]
-    "(policy version, sequence length from which on it samples)"
+from workers.engine.stopping import StopTexts
 
 
 class RunningBatch:
-    """Continuous batch over one model; owned by one thread."""
+    """Continuous batch over one model; owned by one thread.
+
+    max_positions: bound on the positions (rows times longest) that keys and values are stored for; none = no bound.
+    decode: text of token ids, for stop texts.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, *, eos_token_ids: Sequence[int], max_sequences: int, max_model_len: int
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Sequence[int],
+        max_sequences: int,
+        max_model_len: int,
+        max_positions: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.rows: list[Row] = []
         self._model = model
+        self._decode = decode
         self._cache_argument = cache_argument(model)
         self._device, self._dtype = model.device, model.dtype
-        self._max_sequences = max_sequences
-        self._cache = SlotCache(max_rows=max_sequences, max_length=max_model_len)
+        self._max_positions = max_positions
+        self._cache = SlotCache(max_rows=max_sequences, max_length=max_model_len, max_positions=max_positions)
+        self._columns = Columns(max_rows=max_sequences, device=model.device)
         self._num_steps = 0
-        self._longest_offset = 0
-        self._sampling: dict[str, Any] = {}
+        self._spans: list[tuple[slice, int]] = []  # rows of each forward pass, and the largest offset among them
+        self._asked: Counter[str] = Counter()  # running rows per sampling feature
+        self._split_saves = SPLIT_SAVES.get(model.device.type, SPLIT_SAVES["cuda"])
+        self._early_until = 0  # number of steps from which on no row is short of min_tokens
         self._positions = torch.arange(round_up(max_model_len), device=self._device)  # [max S]
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._is_eos = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=self._device)
-        self._is_eos[list(eos_token_ids)] = True  # [V]
-        self._tokens = self._empty(0, 0, dtype=torch.long)  # [R, W]
-        self._logprobs = self._empty(0, 0, dtype=torch.float32)  # [R, W]
-        self._uniforms = self._empty(0, 0, dtype=torch.float32)  # [R, W]
-        self._lengths = self._empty(0, dtype=torch.long)  # [R]
-        self._limits = self._empty(0, dtype=torch.long)  # [R], the length at which a row ends
+        self._end_sets: dict[frozenset[int], int] = {}
+        self._is_end = torch.zeros(0, model.config.get_text_config().vocab_size, dtype=torch.bool, device=self._device)
+        self._end_set(self._eos_token_ids)  # set 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest running row may reach."""
+        return max((row.group.max_length for row in self.rows), default=0)
 
     def admit(self, groups: Sequence[Group], *, version: int) -> None:
         """Prefill each prompt once and start its rows; `version` samples their first token."""
         first, sizes = len(self.rows), [group.size for group in groups]
-        lengths = torch.tensor([group.prompt_length for group in groups])  # [G]
-        max_tokens = torch.tensor([group.request.sampling.max_tokens for group in groups])  # [G]
         source = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(sizes))  # [rows], prompt of each row
-        self._reserve(rows=first + len(source), width=int((lengths + max_tokens).max()))
-        prompts = torch.zeros(len(groups), int(lengths.max()), dtype=torch.long)  # [G, P], padded on the right
-        new = slice(first, first + len(source))
+        width = max(group.max_length for group in groups)
+        self._columns.reserve(rows=first + len(source), width=width)
+        if self._max_positions is not None:  # laid out once for what was admitted, not every few steps
+            self._cache.reserve(rows=first + len(source), length=max(width, self.longest))
+        prompts = torch.zeros(len(groups), max(group.prompt_length for group in groups), dtype=torch.long)  # [G, P]
         row = first
         for prompt, group in zip(prompts, groups, strict=True):
             prompt[: group.prompt_length] = torch.from_numpy(np.asarray(group.request.prompt_ids))
-            noise = _noise(group)  # [group size, max_tokens]
-            start = group.prompt_length
-            self._uniforms[row : row + group.size, start : start + noise.shape[1]] = noise.to(self._device)
+            self._columns.uniforms[row : row + group.size, group.prompt_length : group.max_length] = noise(group).to(
+                self._device
+            )
             row += group.size
+        counts = torch.tensor([self._counts(group) for group in groups]).T  # [4, G]
+        knobs = torch.tensor([parameters(group.request.sampling) for group in groups]).T  # [4, G]
+        self._columns.write(first, counts=counts[:, source], parameters=knobs[:, source])
         prompts, source = prompts.to(self._device), source.to(self._device)
-        self._tokens[new, : prompts.shape[1]] = prompts[source]
-        self._lengths[new] = lengths.to(self._device)[source]
-        self._limits[new] = (lengths + max_tokens).to(self._device)[source]
+        self._columns.tokens[first : first + len(source), : prompts.shape[1]] = prompts[source]
         self._prefill(prompts[:, :-1], first_row=first, source=source)
         for group in groups:
-            start = group.prompt_length
-            self.rows += [
-                Row(group=group, index=i, offset=start - self._num_steps, marks=[(version, start)])
-                for i in range(group.size)
-            ]
-        self._recompose(came=True)
+            self._early_until = max(self._early_until, self._num_steps + group.request.sampling.min_tokens)
+            self._asked.update(dict.fromkeys(features(group.request.sampling), group.size))
+            self.rows += [self._row(group, index, version=version) for index in range(group.size)]
+        self._rearrange()
 
     def step(self) -> list[tuple[Row, Completion]]:
         """One more token for every row; returns the rows that this token finished, in no order."""
-        n = len(self.rows)
-        lengths = self._lengths[:n]
+        n, columns = len(self.rows), self._columns
+        lengths = columns.lengths[:n]
         position = lengths[:, None]  # [n, 1], of the token to sample
-        logits = self._forward(n)
-        tokens, logprobs = sample(logits, uniforms=self._uniforms[:n].gather(1, position)[:, 0], **self._sampling)
-        self._tokens[:n].scatter_(1, position, tokens[:, None])
-        self._logprobs[:n].scatter_(1, position, logprobs[:, None])
+        parts = [self._forward(rows, longest=offset + self._num_steps) for rows, offset in self._spans]
+        logits = self._without_early_ends(parts[0] if len(parts) == 1 else torch.cat(parts))
+        uniforms = columns.uniforms[:n].gather(1, position)[:, 0]
+        tokens, logprobs = sample(logits, uniforms=uniforms, **self._sampling(n))
+        columns.tokens[:n].scatter_(1, position, tokens[:, None])
+        columns.logprobs[:n].scatter_(1, position, logprobs[:, None])
         lengths += 1
         self._num_steps += 1
-        finished = (self._is_eos[tokens] | (lengths == self._limits[:n])).nonzero().flatten()
+        is_end = self._is_end[0, tokens] if len(self._is_end) == 1 else self._is_end[columns.end_sets[:n], tokens]
+        finished = (is_end | (lengths == columns.limits[:n])).nonzero().flatten()
         done: list[int] = finished.tolist()
+        stopped = self._stopped(tokens) if self._asked["stop"] else set()
+        if stopped:
+            done = sorted({*done, *stopped})
+            finished = torch.tensor(done, device=self._device)
         if not done:
             return []
-        results = self._completions(finished, [self.rows[r] for r in done])
+        results = self._completions(finished, done, stopped=stopped)
         self._remove(done)
         return results
 
@@ -159,7 +148,7 @@ class RunningBatch:
         rows_per_pass = max(1, PREFILL_TOKENS // max(lengths, default=1))
         for first in range(0, len(lengths), rows_per_pass):
             part = lengths[first : first + rows_per_pass]
-            sequences = self._tokens[first : first + len(part), : max(part) - 1]
+            sequences = self._columns.tokens[first : first + len(part), : max(part) - 1]
             self._prefill(sequences, first_row=first, source=torch.arange(len(part), device=self._device))
             yield
 
@@ -178,20 +167,21 @@ class RunningBatch:
             **{self._cache_argument: prefilled},
             use_cache=True,
         )
-        self._cache.reserve(rows=first_row + len(source), length=sequences.shape[1])
+        rows = max(first_row + len(source), len(self.rows))
+        self._cache.reserve(rows=rows, length=max(sequences.shape[1], self._longest_length()))
         self._cache.fill(prefilled, first_row=first_row, source=source)
 
-    def _forward(self, n: int) -> Tensor:
-        """Run the last token of every row: logits [n, V] of the next."""
-        span = round_up(self._longest_offset + self._num_steps)  # S
-        self._cache.reserve(rows=n, length=span)
-        lengths = self._lengths[:n]
+    def _forward(self, rows: slice, *, longest: int) -> Tensor:
+        """Run the last token of these rows, of which the longest has `longest` tokens: logits [n, V] of the next."""
+        span = round_up(longest)  # S
+        self._cache.reserve(rows=len(self.rows), length=round_up(self._longest_length()))
+        lengths = self._columns.lengths[rows]
         last = lengths - 1  # [n]
-        self._cache.begin_step(positions=last, span=span)
+        self._cache.begin_step(rows=rows, positions=last, span=span)
         hidden = self._positions[:span] >= lengths[:, None]  # [n, S]
-        mask = torch.zeros(n, span, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
         output = self._model(
-            input_ids=self._tokens[:n].gather(1, last[:, None]),
+            input_ids=self._columns.tokens[rows].gather(1, last[:, None]),
             position_ids=last[:, None],
             attention_mask=mask[:, None, None],
             **{self._cache_argument: self._cache},
@@ -199,21 +189,59 @@ class RunningBatch:
         )
         return output.logits[:, -1]
 
-    def _completions(self, finished: Tensor, rows: list[Row]) -> list[tuple[Row, Completion]]:
-        """What the rows at indices `finished` have become. Raises EngineError where a logprob is not finite."""
-        tokens = self._tokens[finished].int().cpu().numpy()  # [finished, W]
-        logprobs = self._logprobs[finished].cpu().numpy()  # [finished, W]
+    def _longest_length(self) -> int:
+        return max((offset for _, offset in self._spans), default=-self._num_steps) + self._num_steps
+
+    def _without_early_ends(self, logits: Tensor) -> Tensor:
+        """End tokens at -inf in the rows that have not come to min_tokens."""
+        if self._num_steps >= self._early_until:
+            return logits
+        n = len(logits)
+        is_early = self._columns.lengths[:n] < self._columns.ends_from[:n]  # [n]
+        return logits.masked_fill(is_early[:, None] & self._is_end[self._columns.end_sets[:n]], -torch.inf)
+
+    def _sampling(self, n: int) -> dict[str, Any]:
+        """The arguments of `sample` that some row asks for."""
+        arguments: dict[str, Any] = {}
+        if self._asked["temperature"]:
+            arguments["temperature"] = self._columns.temperature[:n]
+        if self._asked["truncation"]:
+            arguments["truncation"] = {name: column[:n] for name, column in self._columns.truncation.items()}
+        return arguments
+
+    def _stopped(self, tokens: Tensor) -> set[int]:
+        """The rows whose newest token completes a stop text, once they have min_tokens."""
+        asking = [(r, row) for r, row in enumerate(self.rows) if row.stop_texts is not None]
+        newest: list[int] = tokens[torch.tensor([r for r, _ in asking], device=self._device)].tolist()
+        stopped = set()
+        for (r, row), token in zip(asking, newest, strict=True):
+            assert row.stop_texts is not None
+            is_complete = row.stop_texts.completed_by(token)
+            num_tokens = row.offset + self._num_steps - row.group.prompt_length
+            if is_complete and num_tokens >= row.group.request.sampling.min_tokens:
+                stopped.add(r)
+        return stopped
+
+    def _completions(self, finished: Tensor, done: list[int], *, stopped: set[int]) -> list[tuple[Row, Completion]]:
+        """What the rows `done` (`finished` on the device) are. Raises EngineError where a logprob is not finite."""
+        tokens = self._columns.tokens[finished].int().cpu().numpy()  # [finished, W]
+        logprobs = self._columns.logprobs[finished].cpu().numpy()  # [finished, W]
         results = []
-        for i, row in enumerate(rows):
+        for i, r in enumerate(done):
+            row = self.rows[r]
             length = row.offset + self._num_steps
             part = slice(row.group.prompt_length, length)
             if not np.isfinite(logprobs[i, part]).all():
                 raise EngineError(f"policy version {row.marks[-1][0]} gives logprobs that are not finite")
+            last = int(tokens[i, length - 1])
+            has_stopped = (
+                r in stopped or last in self._eos_token_ids or last in row.group.request.sampling.stop_token_ids
+            )
             completion = Completion(
                 token_ids=tokens[i, part].copy(),
                 rollout_logprobs=logprobs[i, part].copy(),
-                policy_versions=_spans(row.marks, end=length),
-                finish_reason="stop" if int(tokens[i, length - 1]) in self._eos_token_ids else "length",
+                policy_versions=row.version_spans(end=length),
+                finish_reason="stop" if has_stopped else "length",
             )
             results.append((row, completion))
         return results
@@ -221,69 +249,50 @@ class RunningBatch:
     def _remove(self, done: list[int]) -> None:
         """Close the holes: rows from the end take the places of those removed."""
         n, gone = len(self.rows), set(done)
+        for r in done:
+            self._asked.subtract(features(self.rows[r].group.request.sampling))
         kept = n - len(gone)
         targets = [r for r in done if r < kept]
         sources = [r for r in range(kept, n) if r not in gone]
         if sources:
-            span = round_up(self._longest_offset + self._num_steps)
-            to, of = torch.tensor(targets, device=self._device), torch.tensor(sources, device=self._device)
-            self._cache.move(sources=of, targets=to, span=span)
-            for tensor in (self._tokens, self._logprobs, self._uniforms, self._lengths, self._limits):
-                tensor[to] = tensor[of]
-            for target, source in zip(targets, sources, strict=True):
-                self.rows[target] = self.rows[source]
+            self._move(sources=sources, targets=targets)
         del self.rows[kept:]
-        self._recompose(came=False)
+        self._rearrange()
 
-    def _recompose(self, *, came: bool) -> None:
-        """After rows came or went: the longest row, and the sampling arguments that some row asks for."""
-        self._longest_offset = max((row.offset for row in self.rows), default=0)
-        if not came and not self._sampling:
-            return  # fewer rows ask for no more than nothing
-        asked = [row.group.request.sampling for row in self.rows]
-        self._sampling = {}
-        if any(s.temperature == 0 for s in asked):
-            self._sampling["greedy"] = self._column([s.temperature == 0 for s in asked])
-        if any(s.temperature not in (0, 1) for s in asked):
-            self._sampling["temperature"] = self._column([s.temperature or 1.0 for s in asked])
-        if any(s.temperature > 0 and (s.top_k > 0 or s.top_p < 1) for s in asked):
-            self._sampling["truncation"] = (
-                self._column([s.top_k if s.temperature > 0 else 0 for s in asked]),
-                self._column([s.top_p if s.temperature > 0 else 1.0 for s in asked]),
-            )
+    def _rearrange(self) -> None:
+        """After rows came or went: which rows run in which forward pass."""
+        offsets = np.array([row.offset for row in self.rows], dtype=np.int64)
+        order, spans = plan_passes(offsets, split_saves=self._split_saves)
+        if order is not None:
+            self._move(sources=order, targets=list(range(len(order))))
+        self._spans = spans
+        if not self.rows:  # sets of end tokens that requests brought
+            self._end_sets, self._is_end = {self._eos_token_ids: 0}, self._is_end[:1]
 
-    def _reserve(self, *, rows: int, width: int) -> None:
-        old_rows, old_width = self._tokens.shape
-        if rows <= old_rows and width <= old_width:
-            return
-        rows, width = max(rows, old_rows, min(2 * old_rows, self._max_sequences)), max(width, old_width)
-        self._tokens, self._logprobs, self._uniforms = (
-            self._copied(old, self._empty(rows, width, dtype=old.dtype))
-            for old in (self._tokens, self._logprobs, self._uniforms)
-        )
-        self._lengths, self._limits = (
-            self._copied(old, self._empty(rows, dtype=old.dtype)) for old in (self._lengths, self._limits)
-        )
+    def _move(self, *, sources: list[int], targets: list[int]) -> None:
+        of, to = torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device)
+        self._cache.move(sources=of, targets=to, span=round_up(self._longest_length()))
+        self._columns.move(sources=of, targets=to)
+        for target, row in zip(targets, [self.rows[source] for source in sources], strict=True):
+            self.rows[target] = row
 
-    def _column(self, values: list[Any]) -> Tensor:
-        return torch.tensor(values, device=self._device)
+    def _row(self, group: Group, index: int, *, version: int) -> Row:
+        start, stop = group.prompt_length, group.request.sampling.stop
+        assert not stop or self._decode is not None, "check_request refuses stop texts without a tokenizer"
+        texts = StopTexts(stop, self._decode) if stop and self._decode is not None else None
+        return Row(group=group, index=index, offset=start - self._num_steps, marks=[(version, start)], stop_texts=texts)
 
-    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype, device=self._device)
+    def _counts(self, group: Group) -> tuple[int, ...]:
+        """In the order of `Columns`: length, limit, the length from which on it may end, its set of end tokens."""
+        start, sampling = group.prompt_length, group.request.sampling
+        ends = self._end_set(self._eos_token_ids | frozenset(sampling.stop_token_ids))
+        return start, group.max_length, start + sampling.min_tokens, ends
 
-    @staticmethod
-    def _copied(old: Tensor, new: Tensor) -> Tensor:
-        new[tuple(slice(0, size) for size in old.shape)] = old
-        return new
-
-
-def _noise(group: Group) -> Tensor:
-    """All uniforms of a group, [group size, max_tokens], on the CPU: the same on every device."""
-    sampling = group.request.sampling
-    return torch.rand(sampling.n, sampling.max_tokens, generator=torch.Generator().manual_seed(sampling.seed))
-
-
-def _spans(marks: list[tuple[int, int]], *, end: int) -> tuple[tuple[int, int], ...]:
-    """Run lengths from (version, first position) marks."""
-    ends = [start for _, start in marks[1:]] + [end]
-    return tuple((version, stop - start) for (version, start), stop in zip(marks, ends, strict=True))
+    def _end_set(self, tokens: frozenset[int]) -> int:
+        """Index of a set of end tokens in `_is_end` [E, V]; sets stay until the batch is empty."""
+        if tokens not in self._end_sets:
+            is_end = torch.zeros(1, self._is_end.shape[1], dtype=torch.bool, device=self._device)
+            is_end[0, list(tokens)] = True
+            self._end_sets[tokens] = len(self._is_end)
+            self._is_end = torch.cat([self._is_end, is_end])
+        return self._end_sets[tokens]

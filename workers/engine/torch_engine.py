@@ -8,8 +8,8 @@ and may be, admit what fits (every few passes), decode one token for every runni
 
 Invariants:
 * every request is resolved exactly once: with its completions, an EngineError, or EngineClosed;
-* admission is first come, first served among the requests that the served version may serve; one that waits for another
-  version holds nobody up, one that waits for room holds up all behind it;
+* admission is by priority, as `admission` says, among the requests that the served version may serve; one that waits for
+  another version holds nobody up, one that waits for room holds up all behind it;
 * nothing computed by an older version serves a request admitted later: there is no cache between requests. Running rows
   keep theirs, get it recomputed, or finish before the swap, as `in_flight` says;
 * requests pinned to the served version run to their end before a swap: it waits for those running and those pending;
@@ -22,19 +22,26 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from common.errors import EngineClosed, EngineError
+from common.logprobs import score_sequences
 from common.model import load_weights
 from common.types import Completion
 from workers.engine import EngineStats, GenerationRequest
-from workers.engine.batch import PREFILL_TOKENS, Group, RunningBatch
-from workers.engine.limits import check_model, check_request
+from workers.engine.admission import PREFILL_TOKENS, choose
+from workers.engine.batch import RunningBatch
+from workers.engine.kv_cache import bytes_per_token
+from workers.engine.limits import check_model, check_request, check_sequences
+from workers.engine.row import Group
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +60,12 @@ class _Policy:
     tensors: Mapping[str, torch.Tensor]
 
 
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Scoring:
+    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    future: Future[tuple[int, list[NDArray[np.float32]]]] = field(default_factory=Future)
+
+
 class TorchEngine:
     """Implements `workers.engine.Engine`; serves nothing before the first `stage`.
 
@@ -61,6 +74,9 @@ class TorchEngine:
     max_model_len: bound on prompt + max_tokens.
     in_flight: running rows at a policy swap go on with their cache ("keep"), with one recomputed by the new policy
     ("recompute"), or finish first while nothing is admitted ("drain").
+    kv_cache_bytes: bound on the keys and values of running rows, each counted at the length that the longest of them may
+    reach (a prefill pass needs its own beside them for a moment); none = no bound but max_sequences.
+    decode: text of token ids, for requests with stop texts; none = those are refused.
     """
 
     def __init__(
@@ -71,9 +87,13 @@ class TorchEngine:
         max_sequences: int,
         max_model_len: int,
         in_flight: Literal["keep", "recompute", "drain"] = "keep",
+        kv_cache_bytes: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         check_model(model, max_model_len=max_model_len)
         self._model = model
+        self._decode = decode
+        self._max_positions = None if kv_cache_bytes is None else kv_cache_bytes // bytes_per_token(model)
         self._eos_token_ids = tuple(eos_token_ids)
         self._max_sequences = max_sequences
         self._max_model_len = max_model_len
@@ -87,6 +107,7 @@ class TorchEngine:
         self._condition = threading.Condition()  # guards all below
         self._pending: list[Group] = []
         self._running: list[Group] = []
+        self._scorings: list[_Scoring] = []
         self._staged: _Policy | None = None
         self._has_news = False
         self._is_closed = False
@@ -115,8 +136,13 @@ class TorchEngine:
 
     def generate(self, request: GenerationRequest) -> list[Completion]:
         """`sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
-        vocab_size = self._model.config.get_text_config().vocab_size
-        check_request(request, max_model_len=self._max_model_len, vocab_size=vocab_size)
+        check_request(
+            request,
+            max_model_len=self._max_model_len,
+            vocab_size=self._model.config.get_text_config().vocab_size,
+            max_positions=self._max_positions,
+            has_tokenizer=self._decode is not None,
+        )
         group = Group(request=request)
         with self._condition:
             if self._is_closed:
@@ -143,6 +169,24 @@ class TorchEngine:
                 if group.request.group_id == group_id:
                     self._resolve(group, EngineClosed(f"group {group_id} was cancelled"))
             self._wake()
+
+    def score(
+        self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    ) -> tuple[int, list[NDArray[np.float32]]]:
+        """The served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]); blocks.
+
+        Computed between two decode steps, before anything is admitted; a policy staged before is swapped in first, where
+        it may be. Raises EngineError (also where no policy is served yet), EngineClosed.
+        """
+        vocab_size = self._model.config.get_text_config().vocab_size
+        check_sequences(sequences, max_model_len=self._max_model_len, vocab_size=vocab_size)
+        scoring = _Scoring(sequences=sequences)
+        with self._condition:
+            if self._is_closed:
+                raise EngineClosed("the engine is closed")
+            self._scorings.append(scoring)
+            self._wake()
+        return scoring.future.result()
 
     def stats(self) -> EngineStats:
         """Counters since the engine started."""
@@ -171,6 +215,8 @@ class TorchEngine:
             eos_token_ids=self._eos_token_ids,
             max_sequences=self._max_sequences,
             max_model_len=self._max_model_len,
+            max_positions=self._max_positions,
+            decode=self._decode,
         )
 
     # The engine thread.
@@ -190,12 +236,13 @@ class TorchEngine:
     def _pass(self) -> None:
         self._drop_cancelled()
         self._swap()
+        self._score_waiting()
         started = time.monotonic()
         self._num_passes += 1
         if not self._batch.rows or self._num_passes % _ADMISSION_PERIOD == 0:
             self._admit()
         if self._batch.rows:
-            self._decode()
+            self._step()
             self._busy_s += time.monotonic() - started
         else:
             self._wait_for_news()
@@ -231,24 +278,38 @@ class TorchEngine:
         self._last_pause_s = time.monotonic() - started
         self._update_pause_s += self._last_pause_s
 
+    def _score_waiting(self) -> None:
+        with self._condition:
+            waiting, self._scorings = self._scorings, []
+        for scoring in waiting:
+            if self._version < 0:
+                scoring.future.set_exception(EngineError("nothing can be scored: no policy is served yet"))
+                continue
+            try:
+                scored = score_sequences(self._model, scoring.sequences, max_batch_tokens=PREFILL_TOKENS)
+            except Exception as error:  # whatever a model, a kernel or the device may raise; generation goes on
+                failure = EngineError(f"scoring failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                scoring.future.set_exception(failure)
+            else:
+                scoring.future.set_result((self._version, scored))
+            self._progress_at = time.monotonic()
+
     def _must_not_swap(self) -> bool:
         if self._in_flight == "drain" and self._running:
             return True
         return any(group.request.pinned_version == self._version for group in (*self._pending, *self._running))
 
     def _admit(self) -> None:
-        """Start pending requests, in order, up to `max_sequences` rows and one prefill pass."""
-        admitted: list[Group] = []
-        num_rows, longest = len(self._batch.rows), 0
+        """Start pending requests that fit, in one prefill pass."""
         with self._condition:
-            for group in filter(self._may_serve, self._pending):
-                num_rows += group.size
-                longest = max(longest, group.prompt_length)
-                is_one_pass = not admitted or longest * (len(admitted) + 1) <= PREFILL_TOKENS
-                runs_alone = num_rows == group.size
-                if not runs_alone and (num_rows > self._max_sequences or not is_one_pass):
-                    break
-                admitted.append(group)
+            admitted = choose(
+                [group for group in self._pending if self._may_serve(group)],
+                num_rows=len(self._batch.rows),
+                longest=self._batch.longest,
+                max_sequences=self._max_sequences,
+                max_positions=self._max_positions,
+            )
             self._running += admitted
             self._pending = [group for group in self._pending if group not in admitted]
         if admitted:
@@ -262,7 +323,7 @@ class TorchEngine:
         is_draining = self._in_flight == "drain" and self._staged is not None
         return self._version >= group.request.min_version and not is_draining
 
-    def _decode(self) -> None:
+    def _step(self) -> None:
         num_tokens = len(self._batch.rows)
         finished = self._batch.step()
         self._generated_tokens += num_tokens
@@ -288,6 +349,9 @@ class TorchEngine:
     def _release_all(self) -> None:
         with self._condition:
             self._is_closed = True
+            for scoring in self._scorings:
+                scoring.future.set_exception(EngineClosed("nothing was scored: the engine was closed"))
+            self._scorings = []
             for group in (*self._pending, *self._running):
                 self._resolve(group, EngineClosed(f"group {group.request.group_id}: the engine was closed"))
             self._wake()

@@ -1,0 +1,126 @@
+"""Back-pressure and fairness in one torch engine: who waits for room, who goes first, what a long row costs the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from served import (
+    WAIT_S,
+    Served,
+    build_model,
+    eventually,
+    expected_logprobs,
+    logits_under,
+    policy,
+    request,
+    sequence,
+)
+
+import workers.engine.passes
+from common.errors import EngineError
+from workers.engine.admission import PATIENCE, choose
+from workers.engine.kv_cache import bytes_per_token
+from workers.engine.passes import plan_passes, saved_positions
+from workers.engine.row import Group
+
+
+def test_a_group_larger_than_max_sequences_runs_alone(serve: Callable[..., Served]) -> None:
+    served = serve(max_sequences=3)
+    groups = served.run([request(4, n=2, group_id="a"), request(4, n=7, group_id="b"), request(4, n=3, group_id="c")])
+    assert [len(group) for group in groups] == [2, 7, 3]
+    assert max(served.rows_per_step) == 7 and served.rows_per_step.index(7) > 0
+
+
+def test_higher_priority_goes_first_and_equal_ones_in_order_of_arrival(serve: Callable[..., Served]) -> None:
+    served = serve(eos_token_ids=(), max_sequences=4)
+    finished: list[str] = []
+    requests = [request(5, group_id=f"{p}{k}", priority=p, max_tokens=4) for k, p in enumerate([0, 5, 0, 9, 5])]
+    futures = served.together(requests)
+    for what, future in zip(requests, futures, strict=True):
+        future.add_done_callback(lambda _, name=what.group_id: finished.append(name))
+    for future in futures:
+        future.result(WAIT_S)
+    eventually(lambda: len(finished) == 5)
+    assert finished == ["93", "51", "54", "00", "02"]
+
+
+def test_nobody_starves_behind_higher_priority(serve: Callable[..., Served]) -> None:
+    served = serve(eos_token_ids=(), max_sequences=4)
+    started: list[str] = []
+    admit = served.engine._batch.admit
+
+    def watched(groups: list[Group], *, version: int) -> None:
+        started.extend(group.request.group_id for group in groups)
+        admit(groups, version=version)
+
+    served.engine._batch.admit = watched  # type: ignore[assignment, method-assign]
+    requests = [request(5, group_id="patient", max_tokens=1)]
+    requests += [request(5, group_id=str(k), priority=9, max_tokens=1) for k in range(PATIENCE + 8)]
+    for future in served.together(requests):
+        future.result(WAIT_S)
+    assert started.index("patient") == PATIENCE
+
+
+def test_a_large_request_is_not_starved_by_small_ones() -> None:
+    groups = [Group(request=request(5, group_id=str(k), n=n)) for k, n in enumerate([2, 8, 1])]
+    chosen = choose(groups, num_rows=4, longest=25, max_sequences=8, max_positions=None)
+    assert [group.size for group in chosen] == [2], "the group of 8 waits, and the one of 1 waits behind it"
+    assert [group.num_passed_over for group in groups] == [0, 0, 0]
+
+
+def test_requests_over_the_kv_budget_wait_and_one_that_never_fits_is_refused(serve: Callable[..., Served]) -> None:
+    per_token = bytes_per_token(build_model())
+    assert per_token == 2 * 2 * 1 * 16 * 4  # keys and values, layers, heads, head size, bytes
+    budget = 20 * 32 * per_token  # 20 rows of 32 tokens
+    served = serve(eos_token_ids=(), kv_cache_bytes=budget, max_sequences=64)
+    with pytest.raises(EngineError, match=r"12 completions of 5 prompt \+ 60 new tokens .* raise rollout.kv_cache_mib"):
+        served.engine.generate(request(5, n=12, max_tokens=60))
+    requests = [request(5, group_id=str(k), n=8, max_tokens=20) for k in range(4)]
+    requests.append(request(5, group_id="long", n=2, max_tokens=200))
+    requests += [request(5, group_id=f"late{k}", n=8, max_tokens=20) for k in range(3)]
+    groups = served.run(requests)
+    for what, group in zip(requests, groups, strict=True):
+        for completion in group:
+            logits = logits_under(policy(0), sequence(what, completion))
+            expected = expected_logprobs(logits, what, completion)
+            np.testing.assert_allclose(completion.rollout_logprobs, expected, atol=1e-4)
+    cache = served.engine._batch._cache
+    assert max(served.rows_per_step) == 16, "24 rows of 25 tokens take more than the budget"
+    assert sum(t.nbytes for t in (*cache._keys, *cache._values)) <= budget
+
+
+def test_short_requests_are_admitted_and_finish_beside_a_very_long_one(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(workers.engine.passes.SPLIT_SAVES, "cpu", 200)  # rows are few here
+    served = serve(eos_token_ids=(), max_sequences=12, max_model_len=512)
+    long = request(5, group_id="long", n=1, max_tokens=300)
+    short = [request(3 + k, group_id=str(k), n=1 + k % 5, max_tokens=5 + k) for k in range(20)]
+    first, *others = served.together([long, *short])
+    for what, future in zip(short, others, strict=True):
+        for completion in future.result(WAIT_S):
+            logits = logits_under(policy(0), sequence(what, completion))
+            expected = expected_logprobs(logits, what, completion)
+            np.testing.assert_allclose(completion.rollout_logprobs, expected, atol=1e-4)
+    assert not first.done()
+    [completion] = first.result(WAIT_S)
+    logits = logits_under(policy(0), sequence(long, completion))
+    np.testing.assert_allclose(completion.rollout_logprobs, expected_logprobs(logits, long, completion), atol=1e-4)
+    assert 1 in served.rows_per_step[: served.num_steps // 2], "the long row ran in a pass of its own"
+
+
+def test_a_plan_puts_long_rows_first_and_counts_what_a_split_saves() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        offsets = rng.integers(0, 1000, rng.integers(2, 12))
+        n = len(offsets)
+        for a, saved in enumerate(saved_positions(offsets)):
+            naive = sum(len(part) * int(part.max()) for part in (offsets[:a], offsets[a:]) if len(part))
+            assert saved == n * offsets.max() - naive
+    offsets = np.array([10, 20, 900, 15])
+    assert plan_passes(offsets, split_saves=10_000) == (None, [(slice(0, 4), 900)])
+    order, passes = plan_passes(offsets, split_saves=1000)
+    assert order == [2, 1, 3, 0] and passes == [(slice(0, 1), 900), (slice(1, 4), 20)]
+    assert plan_passes(offsets[:0], split_saves=1) == (None, [])

@@ -11,9 +11,11 @@ from builders import make_config
 
 from common import evaluation
 from common.config import EvalDataset, PolicyStoreConfig
+from common.digest import tensor_digest
 from common.errors import DigestMismatch, PolicyError, PolicyNotFound
-from common.policy_store import CHUNK_BYTES, READER_S, PolicyStore, tensor_digest
+from common.policy_store import READER_S, PolicyStore
 from common.scripts import Scripts
+from common.weights_transport import CHUNK_BYTES
 
 
 @pytest.fixture(params=["directory", "redis"])

@@ -28,7 +28,8 @@ from common.errors import DigestMismatch
 
 MAX_CHANGED = 0.25
 """With a larger share of changed elements (fp32 weights: nearly all) the delta costs more time than it saves."""
-BLOCK_BYTES = 2**18
+BLOCK_BYTES = 2**19
+"""Compared, hashed and patched at a time: what the second cache level holds."""
 SAMPLE = 4096
 """Elements compared per tensor before anything is encoded."""
 MAX_ELEMENTS = 2**31
@@ -89,16 +90,34 @@ def _compare(tensor: torch.Tensor, base: torch.Tensor) -> tuple[str, torch.Tenso
     """Digest of `tensor`, and its patch upon `base`, if they differ."""
     new, old, hasher = _words(tensor), _words(base), tensor_hasher(tensor)
     size = BLOCK_BYTES // new.itemsize
-    is_changed = np.empty(size, dtype=bool)
+    mask = np.empty(size, dtype=bool)
     places, steps = [], []
     for start in range(0, len(new), size):
         x, y = old[start : start + size], new[start : start + size]
-        where = np.flatnonzero(np.not_equal(x, y, out=is_changed[: len(x)]))
+        where = _differing(x, y, mask)
         hasher.update(y.data)
         if len(where):
-            steps.append(y.take(where) - x.take(where))
+            steps.append(y.take(where, mode="clip") - x.take(where, mode="clip"))  # clip: all are inside, do not ask
             places.append((where + start).astype(np.uint32))
     return hasher.hexdigest(), _pack(np.concatenate(places), np.concatenate(steps)) if places else None
+
+
+def _differing(x: Words, y: Words, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Where two blocks differ; `mask` is room for as many truth values, a multiple of 8.
+
+    Eights first, then within those that differ: where one of a hundred elements differs, `nonzero` takes a mispredicted
+    branch each; where one of eight does, it works without branches, and on few of them.
+    """
+    np.not_equal(x, y, out=mask[: len(x)])
+    mask[len(x) :] = False
+    eights = mask.view(np.uint64)
+    hits = np.flatnonzero(eights != 0)
+    within = np.flatnonzero(eights.take(hits, mode="clip").view(bool))
+    where = hits.take(within >> 3, mode="clip")
+    where <<= 3
+    within &= 7
+    where |= within
+    return where
 
 
 def _pack(places: NDArray[np.uint32], steps: Words) -> torch.Tensor:
@@ -135,7 +154,12 @@ def _planes(words: Words) -> NDArray[np.uint8]:
 
 
 def _from_planes(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> Words:
-    return np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T).reshape(-1).view(dtype)
+    rows = planes.reshape(dtype.itemsize, -1)
+    words = rows[0].astype(dtype)
+    for i, row in enumerate(rows[1:], start=1):
+        if row.any():  # the high bytes are nearly always zero
+            words |= row.astype(dtype) << (8 * i)
+    return words
 
 
 def _is_alike(tensors: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> bool:

@@ -294,7 +294,10 @@ class PolicyStore:
         for name, digest in target.tensors.items():
             # a mapped file is left behind where the tensors will be held: its pages may be gone later
             if patches[name] or (target.base >= 0 and held is None):
-                found[name], got = delta.apply(base[name], patches[name])
+                try:
+                    found[name], got = delta.apply(base[name], patches[name])
+                except DigestMismatch as error:
+                    raise DigestMismatch(f"policy version {target.version}: tensor {name}: {error}") from None
             else:
                 found[name], got = base[name], first.tensors[name] if held else tensor_digest(base[name])
             if got != digest:

@@ -1,1 +1,1 @@
-"""What every role agrees on. Imports nothing of the other floors; only `policy_store`, `logprobs` and `model` import torch."""
+"""What every role agrees on. Imports nothing of the other floors; only what handles weights and logits imports torch."""

@@ -167,7 +167,11 @@ class PolicyStoreConfig(Section):
     path: str | None = None
     """Folder of the directory transport; none = /dev/shm/sluice-<user id> (this machine only)."""
     keep: int = Field(default=4, ge=2)
-    """Newest versions kept; the base version and versions an evaluation needs stay as well."""
+    """Newest versions kept; the base version, versions an evaluation needs, and what deltas rest on stay as well."""
+    delta: bool = True
+    """Publish what changed since the version before where that is smaller (bf16 weights), instead of whole weights."""
+    anchor_every: int = Field(default=16, ge=2)
+    """Every so many versions whole weights beside the delta, where processes without a recent version begin."""
     pickup_alarm_s: float = Field(default=60.0, gt=0)
     """A published version that no rollout worker serves after so many seconds raises an alarm."""
 

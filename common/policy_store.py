@@ -1,49 +1,59 @@
 """Versioned weights: `publish(...)`, `latest()`, `fetch(version)`.
 
-    publish: write all tensors -> manifest (digest per tensor) -> move the pointer (one script) -> event
+    publish: write weights or delta -> manifest (digest per tensor) -> move the pointer (one script) -> event
     fetch:   manifest -> tensors -> verify every digest; what cannot be verified is never served
 
 Versions only grow. The manifest names (version, trainer step, incarnation, parent); the pointer lives in Redis, so all
-roles agree on it whichever transport carries the bytes:
+roles agree on it whichever transport carries the bytes (`common/weights_transport.py`).
 
-* DirectoryTransport: one safetensors file per version, written under a temporary name and renamed.
-* RedisTransport: the same bytes in 2 MiB chunks (larger ones are 2-7x slower), for machines without a shared folder.
+A version is stored whole, as a delta (`common/delta.py`) upon the version published before it, its *base*, or as both:
 
-Digests are xxh3-128 per tensor; the manifest's own digest is the sha256 of all of them.
+    v0 whole <- v1 <- v2 ... <- v15 <- v16 delta and whole <- v17 ...        policy_store.anchor_every = 16
+
+A process that fetched one of the last versions applies the deltas since; another begins at the nearest whole version. Whole
+is the first version that a trainer process publishes, every `anchor_every`th, and each one that differs too much. A version
+that is kept keeps what it rests on, down to a whole one. A reader that cannot verify a version asks for it whole, and the
+trainer writes it so (`mend`): a damaged delta costs that version's time, not a dead chain.
+
+Digests are those of the result: xxh3-128 per tensor; the manifest's own digest is the sha256 of all of them.
 
 A process that fetches a version is entered in `readers` meanwhile, and versions with readers are not collected.
+
+Memory: whoever publishes holds the newest version, whoever fetches deltas the one fetched last: one copy of the model in
+the published precision, and while a version is made a second one. Tensors are shared between versions where they did not
+change, so nobody may write to what was published or fetched.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Protocol
+from typing import Any
 
 import redis
-import safetensors
-import safetensors.torch
 import torch
-import xxhash
 
+from common import delta
 from common.canary import CanarySequence
 from common.config import PolicyStoreConfig
-from common.disk import needing_room
+from common.digest import policy_digest, tensor_digest, weights_digest
 from common.errors import DigestMismatch, PolicyError, PolicyNotFound
 from common.keys import Keys
 from common.run import process_name
 from common.scripts import Scripts
 from common.serialization import decode, encode
+from common.weights_transport import DirectoryTransport, RedisTransport, Transport
 
-CHUNK_BYTES = 2 * 1024 * 1024
+log = logging.getLogger("sluice.policy_store")
+
 READER_S = 120.0
 """A reader that says nothing for so long is taken for dead."""
 
@@ -60,107 +70,30 @@ class Manifest:
     parent: int
     "version it was trained from; -1 for the base model"
     num_bytes: int
+    "of the whole weights as stored; 0 = there is a delta only"
     digest: str
     "sha256 over names and digests of all tensors"
     tensors: dict[str, str]
     "name -> xxh3-128"
     canary: list[dict[str, Any]] = field(default_factory=list)
     "CanarySequence each: what a sampler that serves this version must reproduce"
+    base: int = -1
+    "version that the delta applies to; -1 = there are whole weights only"
+    delta_bytes: int = 0
+    "of the delta as stored"
+
+    @property
+    def payload_bytes(self) -> int:
+        """What a reader downloads who has the version before."""
+        return self.num_bytes if self.base < 0 else self.delta_bytes
 
 
-class Transport(Protocol):
-    """Carries the bytes of a version."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """A verified version in memory."""
 
-    def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Store all tensors of a version, replacing leftovers of a crash. Returns bytes. Raises DiskFull."""
-
-    def read(self, version: int, *, go_on: Callable[[], None]) -> dict[str, torch.Tensor]:
-        """All tensors, unverified; calls `go_on` between pieces. Raises PolicyNotFound, DigestMismatch."""
-
-    def delete(self, version: int) -> None:
-        """Free a version; nothing happens if there is none."""
-
-
-class DirectoryTransport:
-    """One safetensors file per version in a folder that trainer and workers share."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = self._path(version)
-        for leftover in self._folder.glob(f"{path.stem}.tmp*"):  # of a trainer killed while it wrote this version
-            leftover.unlink(missing_ok=True)
-        temporary = path.with_suffix(f".tmp{os.getpid()}")
-        with needing_room(self._folder, what=f"policy version {version}"):
-            try:
-                safetensors.torch.save_file(dict(tensors), temporary)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        temporary.rename(path)
-        return path.stat().st_size
-
-    def read(self, version: int, *, go_on: Callable[[], None]) -> dict[str, torch.Tensor]:
-        path = self._path(version)
-        try:
-            # mapped; a file that is deleted or replaced meanwhile stays readable
-            return safetensors.torch.load_file(path)
-        except FileNotFoundError:
-            raise PolicyNotFound(
-                f"policy version {version} is not at {path}: is policy_store.path shared with the trainer's machine? "
-                "If not, use policy_store.transport=redis"
-            ) from None
-        except safetensors.SafetensorError as error:
-            raise DigestMismatch(f"policy version {version} at {path} is damaged: {error}") from None
-
-    def delete(self, version: int) -> None:
-        self._path(version).unlink(missing_ok=True)
-
-    def _path(self, version: int) -> Path:
-        return self._folder / f"policy-{version:08d}.safetensors"
-
-
-class RedisTransport:
-    """The safetensors bytes of a version in chunks under `weights:<version>:<i>`."""
-
-    def __init__(self, client: redis.Redis, keys: Keys) -> None:
-        self._client = client
-        self._keys = keys
-
-    def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> int:
-        data = memoryview(safetensors.torch.save(dict(tensors)))
-        for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
-            self._client.set(self._keys("weights", version, i), data[start : start + CHUNK_BYTES])
-        self._client.set(self._keys("weights", version), len(data))
-        return len(data)
-
-    def read(self, version: int, *, go_on: Callable[[], None]) -> dict[str, torch.Tensor]:
-        size = self._client.get(self._keys("weights", version))
-        if size is None:
-            raise PolicyNotFound(
-                f"policy version {version} is not in Redis: it was removed, or never completely written"
-            )
-        data = bytearray(int(size))
-        for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
-            chunk = self._client.get(self._keys("weights", version, i))
-            if chunk is None:
-                raise PolicyNotFound(f"policy version {version}: chunk {i} is missing in Redis")
-            if len(chunk) != min(CHUNK_BYTES, len(data) - start):
-                raise DigestMismatch(f"policy version {version}: chunk {i} in Redis has {len(chunk)} bytes")
-            data[start : start + len(chunk)] = chunk
-            go_on()
-        try:
-            return safetensors.torch.load(bytes(data))
-        except safetensors.SafetensorError as error:
-            raise DigestMismatch(f"policy version {version} in Redis is damaged: {error}") from None
-
-    def delete(self, version: int) -> None:
-        size = self._client.get(self._keys("weights", version))
-        if size is not None:
-            chunks = [self._keys("weights", version, i) for i in range(-(-int(size) // CHUNK_BYTES))]
-            self._client.unlink(self._keys("weights", version), *chunks)
+    manifest: Manifest
+    tensors: Mapping[str, torch.Tensor]
 
 
 class PolicyStore:
@@ -170,8 +103,13 @@ class PolicyStore:
         self._client = client
         self._keys = keys
         self._keep = config.keep
+        self._anchor_every = config.anchor_every if config.delta else 1
         self._scripts = Scripts(client, keys)
         self._announced: dict[int, str] = {}
+        self._held: Policy | None = None
+        self._known_bases: dict[int, int] = {}
+        self.last_fetch_s = 0.0
+        self.last_fetch_bytes = 0
         self._transport: Transport
         if config.transport == "redis":
             self._transport = RedisTransport(client, keys)
@@ -188,29 +126,82 @@ class PolicyStore:
         incarnation: int = 1,
         canary: Sequence[CanarySequence] = (),
     ) -> Manifest:
-        """Make a version the one to serve. `tensors` are on the CPU and do not change meanwhile.
+        """Make a version the one to serve. `tensors` are on the CPU and never change from now on: they are held as a base.
 
         Raises PolicyError when a version as new is already served: versions only grow.
         """
-        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        base, num_links = self._base_for(version)
+        if base is None:
+            digests, patches = {name: tensor_digest(tensor) for name, tensor in tensors.items()}, None
+        else:
+            digests, patches = delta.encode(tensors, base=base.tensors)
         self._refuse_outdated(version, policy_digest(digests), incarnation=incarnation)
-        num_bytes = self._transport.write(version, tensors)
+        is_whole = patches is None or num_links >= self._anchor_every
         manifest = Manifest(
             version=version,
             step=step,
             incarnation=incarnation,
             parent=parent,
-            num_bytes=num_bytes,
+            num_bytes=self._transport.write(version, tensors) if is_whole else 0,
             digest=policy_digest(digests),
             tensors=digests,
             canary=[sequence.to_wire() for sequence in canary],
+            base=base.manifest.version if base is not None and patches is not None else -1,
+            delta_bytes=0 if patches is None else self._transport.write(version, patches, "delta"),
         )
-        self._scripts("small", "HSET", "manifests", version, encode(asdict(manifest)))
+        self._record(manifest)
+        num_bytes = manifest.num_bytes + manifest.delta_bytes
         moved = self._scripts("publish", version, parent, step, incarnation, manifest.digest, num_bytes)
         if moved != 1:
             self._refuse_outdated(version, manifest.digest, incarnation=incarnation)
+        if self._anchor_every > 1:
+            self._held = Policy(manifest=manifest, tensors=tensors)
         self._collect_garbage()
         return manifest
+
+    def _record(self, manifest: Manifest) -> None:
+        self._scripts("small", "HSET", "manifests", manifest.version, encode(asdict(manifest)))
+        self._known_bases[manifest.version] = _rests_on(manifest)
+
+    def _base_for(self, version: int) -> tuple[Policy | None, int]:
+        """What this version can be a delta upon, and the versions that one consists of; (None, 0) = nothing."""
+        held = self._held
+        if held is None or held.manifest.version >= version:
+            return None, 0
+        try:
+            if self.manifest(held.manifest.version).digest != held.manifest.digest:
+                return None, 0
+        except PolicyNotFound:  # a Redis that lost it has lost all that would have been built upon it
+            return None, 0
+        return held, 1 + len(self._foundations(held.manifest.version))
+
+    def _foundations(self, version: int) -> list[int]:
+        """The versions that this one rests on, down to a whole one."""
+        found: list[int] = []
+        while True:
+            if version not in self._known_bases:
+                try:
+                    self._known_bases[version] = _rests_on(self.manifest(version))
+                except PolicyNotFound:
+                    return found
+            version = self._known_bases[version]
+            if version < 0:
+                return found
+            found.append(version)
+
+    def is_wanted_whole(self) -> bool:
+        """Whether a reader could not verify the version that this process published last, and there is only a delta of it."""
+        wanted = self._client.hget(self._keys("policy"), "wanted_whole")
+        held = self._held
+        return held is not None and not held.manifest.num_bytes and wanted == b"%d" % held.manifest.version
+
+    def mend(self) -> None:
+        """Write the version that this process published last whole, beside its delta. Raises DiskFull."""
+        assert self._held is not None
+        manifest, tensors = self._held.manifest, self._held.tensors
+        manifest = replace(manifest, num_bytes=self._transport.write(manifest.version, tensors))
+        self._record(manifest)
+        self._held = Policy(manifest=manifest, tensors=tensors)
 
     def _refuse_outdated(self, version: int, digest: str, *, incarnation: int) -> None:
         """Asked before anything is written as well, so that a trainer that was replaced cannot damage a served version."""
@@ -235,10 +226,12 @@ class PolicyStore:
             self._client.hset(self._keys("run"), "incarnation", incarnation)
 
     def restore(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the bytes of a published version again where they were lost. Raises DigestMismatch for other bytes."""
+        """Write the bytes of a version published whole again where they were lost. Raises DigestMismatch for other bytes."""
         manifest = self.manifest(version)
+        assert manifest.num_bytes, f"policy version {version} is a delta"
         try:
-            self.fetch(version)
+            with self._reading(version) as go_on:
+                self._load(manifest, held=None, go_on=go_on)
         except PolicyError:
             if weights_digest(tensors) != manifest.digest:
                 text = f"policy version {version} is lost, and these weights are not it: was model.path changed?"
@@ -268,16 +261,74 @@ class PolicyStore:
         return Manifest(**decode(wire))
 
     def fetch(self, version: int) -> tuple[Manifest, dict[str, torch.Tensor]]:
-        """Verified tensors of a version. Raises PolicyNotFound, DigestMismatch."""
+        """Verified tensors of a version, not to be written to. Raises PolicyNotFound, DigestMismatch."""
+        began = time.monotonic()
         with self._reading(version) as go_on:
             manifest = self.manifest(version)
-            tensors = self._transport.read(version, go_on=go_on)
-        if tensors.keys() != manifest.tensors.keys():
-            raise DigestMismatch(f"policy version {version} holds other tensors than its manifest names")
-        for name, tensor in tensors.items():
-            if tensor_digest(tensor) != manifest.tensors[name]:
-                raise DigestMismatch(f"policy version {version}: tensor {name} does not match its digest")
+            held = self._held if self._held and self._held.manifest.version < version else None
+            try:
+                tensors, num_bytes = self._load_somehow(manifest, held=held, go_on=go_on)
+            except PolicyError:
+                if not manifest.num_bytes:
+                    self._scripts("small", "HSET", "policy", "wanted_whole", version)
+                raise
+        # where versions travel whole, nothing is gained by holding one
+        self._held = Policy(manifest=manifest, tensors=tensors) if manifest.base >= 0 else None
+        self.last_fetch_s, self.last_fetch_bytes = time.monotonic() - began, num_bytes
         return manifest, tensors
+
+    def _load_somehow(
+        self, target: Manifest, *, held: Policy | None, go_on: Callable[[], None]
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """By the deltas since what is held; failing that, from whole weights."""
+        if held is not None and target.base >= 0:
+            try:
+                return self._load(target, held=held, go_on=go_on)
+            except PolicyError as error:
+                log.warning("no way from version %d, reading whole weights: %s", held.manifest.version, error)
+        return self._load(target, held=None, go_on=go_on)
+
+    def _load(
+        self, target: Manifest, *, held: Policy | None, go_on: Callable[[], None]
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """Verified tensors, and the bytes read."""
+        first, *deltas = self._path(target, start=held.manifest if held else None)
+        base, num_bytes = (held.tensors, 0) if held else self._transport.read(first.version, go_on=go_on)
+        patches: dict[str, list[torch.Tensor]] = {name: [] for name in base}
+        for manifest in deltas:
+            tensors, size = self._transport.read(manifest.version, "delta", go_on=go_on)
+            num_bytes += size
+            for name, patch in tensors.items():
+                patches.setdefault(name, []).append(patch)
+        if patches.keys() != target.tensors.keys() or patches.keys() != base.keys():
+            raise DigestMismatch(f"policy version {target.version} holds other tensors than its manifest names")
+        found = {}
+        for name, digest in target.tensors.items():
+            # a mapped file is left behind where the tensors will be held: its pages may be gone later
+            if patches[name] or (target.base >= 0 and held is None):
+                try:
+                    found[name], got = delta.apply(base[name], patches[name])
+                except DigestMismatch as error:
+                    raise DigestMismatch(f"policy version {target.version}: tensor {name}: {error}") from None
+            else:
+                found[name], got = base[name], first.tensors[name] if held else tensor_digest(base[name])
+            if got != digest:
+                raise DigestMismatch(f"policy version {target.version}: tensor {name} does not match its digest")
+            go_on()
+        return found, num_bytes
+
+    def _path(self, target: Manifest, *, start: Manifest | None) -> list[Manifest]:
+        """From `start` (none = the nearest whole version) to `target`, both included. Raises PolicyNotFound."""
+        path = [target]
+        while path[-1].num_bytes == 0 if start is None else path[-1].version > start.version:
+            if path[-1].base < 0:
+                raise PolicyNotFound(f"policy version {path[-1].version} is stored whole, not as a delta")
+            path.append(self.manifest(path[-1].base))
+        if start is not None and path[-1].digest != start.digest:
+            raise PolicyNotFound(
+                f"the chain of policy version {target.version} does not lead to version {start.version}"
+            )
+        return path[::-1]
 
     @contextmanager
     def _reading(self, version: int) -> Iterator[Callable[[], None]]:
@@ -305,13 +356,22 @@ class PolicyStore:
         return {int(entry.partition(b"|")[0]) for entry in self._client.zrange(self._keys("readers"), 0, -1)}
 
     def _collect_garbage(self) -> None:
-        """Keep the newest `keep` versions, the base version (the reference), and those that an evaluation or a reader needs."""
-        versions = sorted(int(v) for v in self._client.hkeys(self._keys("manifests")))
+        """Keep the newest `keep` versions, the base model (the reference), those that an evaluation or a reader needs, and
+        what all of these rest on."""
+        stored = sorted(int(v) for v in self._client.hkeys(self._keys("manifests")))
         needed = {0, *(int(v) for v in self._client.hvals(self._keys("evaluations"))), *self._readers()}
-        for version in versions[: -self._keep]:
+        needed |= {*stored[-self._keep :]}
+        needed |= {foundation for version in needed.intersection(stored) for foundation in self._foundations(version)}
+        for version in stored:
             if version not in needed:
                 self._transport.delete(version)
                 self._client.hdel(self._keys("manifests"), str(version))
+                self._known_bases.pop(version, None)
+
+
+def _rests_on(manifest: Manifest) -> int:
+    """The version without which this one cannot be read; -1 = it is stored whole."""
+    return -1 if manifest.num_bytes else manifest.base
 
 
 def store_folder(config: PolicyStoreConfig, run: str) -> Path:
@@ -321,21 +381,3 @@ def store_folder(config: PolicyStoreConfig, run: str) -> Path:
     memory = Path("/dev/shm")
     base = memory if memory.is_dir() else Path(tempfile.gettempdir())
     return base / f"sluice-{os.getuid()}" / run
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """xxh3-128 of dtype, shape and bytes."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    digest = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(flat.numpy().data)
-    return digest.hexdigest()
-
-
-def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The digest that a manifest of these tensors would name."""
-    return policy_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()})
-
-
-def policy_digest(digests: Mapping[str, str]) -> str:
-    """Digest of a whole policy, from those of its tensors."""
-    return hashlib.sha256("".join(f"{name}={digests[name]};" for name in sorted(digests)).encode()).hexdigest()

@@ -23,7 +23,10 @@ MAY_IMPORT = {
     "scripts": set(PACKAGES),
 }
 TORCH = {"torch", "transformers", "safetensors"}
-TORCH_IN_COMMON = {"torch": {"policy_store", "logprobs", "model", "truncation"}, "transformers": {"model", "assets"}}
+TORCH_IN_COMMON = {
+    "torch": {"policy_store", "weights_transport", "delta", "digest", "logprobs", "model", "truncation"},
+    "transformers": {"model", "assets"},
+}
 """`assets` reads tokenizers, for which transformers needs no torch."""
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 

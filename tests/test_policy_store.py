@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -10,10 +11,15 @@ import torch
 from builders import make_config
 
 from common import evaluation
+from common.broker import make_app
 from common.config import EvalDataset, PolicyStoreConfig
+from common.digest import tensor_digest, weights_digest
 from common.errors import DigestMismatch, PolicyError, PolicyNotFound
-from common.policy_store import CHUNK_BYTES, READER_S, PolicyStore, tensor_digest
+from common.policy_store import READER_S, PolicyStore
+from common.run import Run
 from common.scripts import Scripts
+from common.weights_transport import CHUNK_BYTES
+from trainer.publish import Publisher
 
 
 @pytest.fixture(params=["directory", "redis"])
@@ -67,9 +73,11 @@ def stored_names(client, keys, tmp_path, transport):
     """Versions whose bytes are there."""
     if transport == "directory":
         return {int(path.stem.split("-")[1]) for path in Path(tmp_path).rglob("*.safetensors")}
-    root = keys("weights", "")
+    roots = [keys(kind, "") for kind in ("weights", "delta")]
     return {
-        int(key.decode().removeprefix(root).split(":")[0]) for key in client.scan_iter(match=root + "*", count=1000)
+        int(key.decode().removeprefix(root).split(":")[0])
+        for root in roots
+        for key in client.scan_iter(match=root + "*", count=1000)
     }
 
 
@@ -398,3 +406,244 @@ def test_a_long_fetch_stays_entered(store, client, keys, monkeypatch):
         monkeypatch.setattr(time, "monotonic", lambda: now + READER_S / 2)
         go_on()
         assert client.zscore(keys("readers"), entry) > 1
+
+
+# Deltas
+
+
+def drifting(version):
+    """Weights of which every version changes a hundredth; `b` stays."""
+    w = torch.zeros(4000, dtype=torch.bfloat16)
+    for v in range(1, version + 1):
+        w[v::97] += v
+    return {"w": w, "b": torch.ones(300, dtype=torch.bfloat16)}
+
+
+def publish_drifting(store, versions):
+    return [store.publish(v, drifting(v), step=v, parent=v - 1) for v in versions]
+
+
+@pytest.fixture
+def make(client, keys, tmp_path, transport):
+    """A store of a process of its own, with whole weights every 4 versions."""
+
+    def make_one(**options):
+        config = make_config(
+            policy_store={"transport": transport, "path": str(tmp_path), "keep": 2, "anchor_every": 4, **options}
+        )
+        return PolicyStore(client, keys, config.policy_store)
+
+    return make_one
+
+
+def forms(manifests):
+    """How each version is stored."""
+    return ["whole " * (m.num_bytes > 0) + (f"delta on {m.base}" if m.base >= 0 else "") for m in manifests]
+
+
+def test_versions_travel_as_deltas_with_whole_weights_in_between(make):
+    manifests = publish_drifting(make(), range(6))
+    assert forms(manifests) == [
+        "whole ", "delta on 0", "delta on 1", "delta on 2", "whole delta on 3", "delta on 4"
+    ]  # fmt: skip
+    for manifest in manifests[1:]:
+        assert 0 < manifest.payload_bytes == manifest.delta_bytes < manifests[0].payload_bytes / 10
+        assert manifest.digest == weights_digest(drifting(manifest.version))
+
+
+def test_a_worker_that_keeps_up_reads_the_deltas_only(make):
+    trainer, worker = make(), make()
+    publish_drifting(trainer, [0, 1])
+    worker.fetch(1)
+    for version in range(2, 11):
+        (manifest,) = publish_drifting(trainer, [version])
+        assert_identical(worker.fetch(version)[1], drifting(version))
+        assert worker.last_fetch_bytes == manifest.delta_bytes
+
+
+def test_a_worker_that_missed_versions_catches_up_along_the_chain(make):
+    trainer, worker = make(keep=9), make()
+    publish_drifting(trainer, [0, 1])
+    worker.fetch(1)
+    manifests = publish_drifting(trainer, range(2, 8))
+    assert_identical(worker.fetch(7)[1], drifting(7))
+    assert worker.last_fetch_bytes == sum(m.delta_bytes for m in manifests)
+
+
+def test_a_late_worker_begins_at_the_nearest_whole_version(make):
+    manifests = publish_drifting(make(), range(7))
+    worker = make()
+    assert_identical(worker.fetch(6)[1], drifting(6))
+    assert worker.last_fetch_bytes == manifests[4].num_bytes + manifests[5].delta_bytes + manifests[6].delta_bytes
+
+
+def test_a_worker_may_go_back_and_fetch_the_same_version_again(make):
+    publish_drifting(make(keep=9), range(7))
+    worker = make()
+    for version in (6, 5, 5, 2, 6):
+        assert_identical(worker.fetch(version)[1], drifting(version))
+
+
+def test_unchanged_tensors_are_shared_and_changed_ones_are_new(make):
+    trainer, worker = make(), make()
+    publish_drifting(trainer, [0, 1])
+    before = worker.fetch(1)[1]
+    publish_drifting(trainer, [2])
+    after = worker.fetch(2)[1]
+    assert after["b"] is before["b"]
+    assert_identical(before, drifting(1))
+
+
+def test_a_trainer_that_was_started_again_begins_with_whole_weights(make):
+    publish_drifting(make(), [0, 1])
+    assert forms(publish_drifting(make(), [2, 3])) == ["whole ", "delta on 2"]
+    assert_identical(make().fetch(3)[1], drifting(3))
+
+
+def test_weights_that_differ_too_much_travel_whole_and_deltas_go_on_from_there(make):
+    trainer, worker = make(), make()
+    publish_drifting(trainer, [0, 1])
+    worker.fetch(1)
+    jump = {name: tensor + 1 for name, tensor in drifting(1).items()}
+    manifest = trainer.publish(2, jump, step=2, parent=1)
+    assert forms([manifest]) == ["whole "]
+    assert_identical(worker.fetch(2)[1], jump)
+    nudged = {**jump, "w": jump["w"].clone().index_fill_(0, torch.tensor([7]), 3)}
+    assert forms([trainer.publish(3, nudged, step=3, parent=2)]) == ["delta on 2"]
+    assert_identical(worker.fetch(3)[1], nudged)
+
+
+def test_deltas_can_be_turned_off(make):
+    store = make(delta=False)
+    assert forms(publish_drifting(store, range(3))) == ["whole "] * 3
+    assert_identical(make().fetch(2)[1], drifting(2))
+    assert store._held is None, "no memory for what is not used"
+
+
+def test_versions_that_others_rest_on_are_kept(client, keys, tmp_path, transport, make):
+    trainer = make()
+    publish_drifting(trainer, range(4))
+    assert stored_names(client, keys, tmp_path, transport) == {0, 1, 2, 3}
+    publish_drifting(trainer, [4, 5])  # 4 is whole, so that 4 and 5 need no other
+    assert stored_names(client, keys, tmp_path, transport) == {0, 4, 5}
+    publish_drifting(trainer, [6, 7])
+    with trainer._reading(7):
+        publish_drifting(trainer, range(8, 12))
+        assert stored_names(client, keys, tmp_path, transport) == {0, *range(4, 12)}
+        assert_identical(make().fetch(7)[1], drifting(7))
+    publish_drifting(trainer, [12, 13])
+    assert stored_names(client, keys, tmp_path, transport) == {0, 12, 13}
+    assert {int(v) for v in client.hkeys(keys("manifests"))} == {0, 12, 13}
+
+
+def test_an_evaluated_version_keeps_what_it_rests_on(client, keys, tmp_path, transport, make):
+    trainer = make()
+    publish_drifting(trainer, range(6))
+    evaluation.request(client, keys, EvalDataset.model_validate({"dataset": {"path": "x"}}), version=5)
+    publish_drifting(trainer, range(6, 14))
+    assert stored_names(client, keys, tmp_path, transport) == {0, 4, 5, 12, 13}
+    assert_identical(make().fetch(5)[1], drifting(5))
+
+
+def test_a_crash_between_the_delta_and_the_pointer_leaves_the_old_version_served(make, monkeypatch):
+    trainer, worker = make(), make()
+    publish_drifting(trainer, [0, 1])
+    worker.fetch(1)
+    crash_before_the_pointer(trainer, 2, drifting(2), monkeypatch)
+    assert trainer.latest_version() == 1
+    other = {**drifting(1), "w": drifting(1)["w"].clone().index_fill_(0, torch.tensor([5]), 9)}
+    assert forms([make().publish(2, other, step=2, parent=1)]) == ["whole "], "a new process"
+    assert_identical(worker.fetch(2)[1], other)
+
+
+def test_a_base_that_redis_has_lost_is_not_built_upon(client, keys, make):
+    trainer = make()
+    publish_drifting(trainer, [0, 1])
+    client.hdel(keys("manifests"), "1")
+    assert forms(publish_drifting(trainer, [2])) == ["whole "]
+    assert_identical(make().fetch(2)[1], drifting(2))
+
+
+def test_a_worker_that_holds_another_policy_of_the_same_number_is_not_misled(client, keys, make):
+    trainer, worker = make(), make()
+    publish_drifting(trainer, [0, 1])
+    worker.fetch(1)
+    client.hset(keys("policy"), "version", 0)  # Redis was restarted without its last second
+    again = make()
+    other = {**drifting(0), "b": torch.zeros(300, dtype=torch.bfloat16)}
+    again.publish(1, other, step=1, parent=0)
+    nudged = {**other, "w": other["w"].clone().index_fill_(0, torch.tensor([7]), 3)}
+    assert forms([again.publish(2, nudged, step=2, parent=1)]) == ["delta on 1"]
+    assert_identical(worker.fetch(2)[1], nudged)
+
+
+def lose_delta(client, keys, tmp_path, transport, version):
+    if transport == "directory":
+        (path,) = tmp_path.rglob(f"delta-*{version}.safetensors")
+        path.unlink()
+    else:
+        client.delete(keys("delta", version))
+
+
+def test_a_missing_link_is_got_around_by_whole_weights(client, keys, tmp_path, transport, make):
+    trainer, worker = make(keep=9), make()
+    publish_drifting(trainer, [0, 1, 2])
+    worker.fetch(2)
+    publish_drifting(trainer, [3, 4, 5])
+    lose_delta(client, keys, tmp_path, transport, 3)
+    assert_identical(worker.fetch(5)[1], drifting(5))
+
+
+def damage_delta(client, keys, tmp_path, transport, version):
+    if transport == "directory":
+        (path,) = tmp_path.rglob(f"delta-*{version}.safetensors")
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[:-20] + bytes(20))
+    else:
+        data = client.get(keys("delta", version, 0))
+        client.set(keys("delta", version, 0), data[:-20] + bytes(20))
+
+
+@pytest.mark.parametrize("harm", [lose_delta, damage_delta])
+def test_a_version_without_a_sound_delta_is_refused_and_written_whole_on_request(
+    client, keys, tmp_path, transport, make, harm
+):
+    trainer, worker = make(), make()
+    publish_drifting(trainer, [0, 1])
+    worker.fetch(1)
+    publish_drifting(trainer, [2])
+    assert not trainer.is_wanted_whole()
+    harm(client, keys, tmp_path, transport, 2)
+    with pytest.raises(PolicyError, match="policy version 2"):
+        worker.fetch(2)
+    assert trainer.is_wanted_whole()
+    trainer.mend()
+    assert not trainer.is_wanted_whole()
+    assert_identical(worker.fetch(2)[1], drifting(2))
+    publish_drifting(trainer, [3, 4])
+    assert_identical(make().fetch(4)[1], drifting(4))
+    assert stored_names(client, keys, tmp_path, transport) == {0, 2, 3, 4}, "the mended version is one to begin at"
+
+
+def test_publication_runs_beside_the_next_step(client, keys, make, redis_url):
+    store, room = make(), threading.Event()
+
+    def when_there_is_room(write):
+        assert room.wait(10)
+        write()
+
+    run = Run(name=keys.run, keys=keys, config=make_config(), assets={}, folder="")
+    app = make_app(keys.run, url=redis_url)
+    publisher = Publisher(store, app, run, client, incarnation=1, when_there_is_room=when_there_is_room)
+    publisher.publish(0, drifting(0), step=0, parent=-1, canary=[])
+    assert (store.latest_version(), publisher.published) == (-1, -1), "publish has returned, and nothing is written yet"
+    assert client.hget(keys("lineage"), "0") == b"-1:0"
+    room.set()
+    publisher.publish(1, drifting(1), step=1, parent=0, canary=[])
+    publisher.wait()
+    assert store.latest_version() == publisher.published == 1
+    metrics = publisher.metrics()
+    assert metrics["policy/payload_bytes"] == store.manifest(1).delta_bytes
+    assert 0 < metrics["policy/payload_share"] < 0.1
+    publisher.close()

@@ -34,11 +34,12 @@ from common import evaluation
 from common.assets import ModelAssets
 from common.broker import make_app
 from common.canary import choose_sequences, mismatch_bound, random_sequences
+from common.digest import weights_digest
 from common.errors import ConfigError, DiskFull, StateLost
 from common.ledger import Ledger
 from common.lineage import abandoned_versions, policy_ages
 from common.model import load_pretrained
-from common.policy_store import PolicyStore, weights_digest
+from common.policy_store import PolicyStore
 from common.replay_buffer import ReplayBuffer
 from common.run import Run, process_name
 from common.types import Group
@@ -47,7 +48,7 @@ from trainer.batch import build_micro_batches
 from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, restore_random_state, save_checkpoint
 from trainer.policy import TrainedPolicy
 from trainer.publish import Publisher
-from trainer.report import Reporter, batch_metrics, flow_metrics
+from trainer.report import Reporter, batch_metrics, flow_metrics, token_age
 from trainer.watch import Watch
 
 log = logging.getLogger("sluice.trainer")
@@ -130,6 +131,7 @@ class Trainer:
         """One optimizer step and the publication of its policy."""
         ages = policy_ages(self.client, self.run.keys, [g.policy_version for g in groups], current=self.version)
         metrics = batch_metrics(groups, ages)
+        metrics["staleness/token_mean"] = token_age(self.client, self.run.keys, groups, current=self.version)
         rewards = [torch.tensor([_nan_if_none(e.reward) for e in group.episodes]) for group in groups]
         advantages = batch_advantages(rewards, method=self.config.trainer.advantage)
         micro_batches = build_micro_batches(
@@ -144,7 +146,7 @@ class Trainer:
         began = time.monotonic()
         self._publish(parent=self.version)
         metrics["time/publish_pause"] = time.monotonic() - began
-        metrics["time/publish"] = self.publisher.last_publish_s
+        metrics |= self.publisher.metrics()
         self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages])
         return metrics
 
@@ -152,6 +154,7 @@ class Trainer:
         """The groups of the next step, in the order of their cursors; None when told to stop while waiting."""
         self.watch.waits()
         while not self.stopping:
+            self.publisher.mend()
             try:
                 sample = self.buffer.sample(self.version, step=self.step + 1, published=self.publisher.published)
             except StateLost as lost:
@@ -169,6 +172,7 @@ class Trainer:
         every = self.config.evaluation.every_steps
         is_due = self.step in (0, self.config.trainer.num_steps) or (every > 0 and self.step % every == 0)
         evaluate = self.config.evaluation.datasets if is_due else ()
+        self.publisher.wait()  # before the snapshot, so that there are two copies at most: this one and its base
         weights = self.policy.snapshot(self.sampling_dtype)
         parent = self._twin_of(weights, otherwise=parent)
         canary = self.policy.score(self._canary_sequences or random_sequences(self.policy.vocab_size))

@@ -1,7 +1,7 @@
 """Publication beside training: a snapshot is taken in line, written, announced and followed up in a thread.
 
     trainer thread:    snapshot --> announce in the lineage --> next step ...
-    publisher thread:  write tensors --> move the pointer --> evaluations --> message dataset.fill
+    publisher thread:  encode --> write --> move the pointer --> evaluations --> message dataset.fill
 
 One publication at a time: a new one waits for the one before it, and raises what went wrong there.
 """
@@ -47,6 +47,7 @@ class Publisher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._running: Future[None] | None = None
         self.last_publish_s = 0.0
+        self._payload: dict[str, float] = {}
         self.published = -1
         "newest version that this process has published"
 
@@ -71,6 +72,15 @@ class Publisher:
             self._running.result()
             self._running = None
 
+    def mend(self) -> None:
+        """Write the newest version whole where a reader could not verify its delta, and asked."""
+        if (self._running is None or self._running.done()) and self._store.is_wanted_whole():
+            self._when_there_is_room(self._store.mend)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the newest publication: seconds, and what a reader downloads who has the version before, in bytes and of all."""
+        return {"time/publish": self.last_publish_s, **self._payload}
+
     def close(self) -> None:
         self._thread.shutdown(wait=True)
 
@@ -86,9 +96,14 @@ class Publisher:
         started = time.monotonic()
 
         def write() -> None:
-            self._store.publish(
+            manifest = self._store.publish(
                 version, tensors, step=step, parent=parent, incarnation=self._incarnation, canary=canary
             )
+            whole_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            self._payload = {
+                "policy/payload_bytes": float(manifest.payload_bytes),
+                "policy/payload_share": manifest.payload_bytes / whole_bytes,
+            }
 
         self._when_there_is_room(write)
         self.published = version

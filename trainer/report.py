@@ -21,7 +21,10 @@ import redis
 
 from common.config import QUEUES
 from common.diagnosis import Cause, queue_depths
+from common.errors import PolicyNotFound
+from common.keys import Keys
 from common.ledger import read_account
+from common.lineage import policy_ages
 from common.metrics import read_heartbeats, write_metrics
 from common.run import Run
 from common.scripts import Scripts
@@ -149,6 +152,20 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
     for age, count in Counter(ages).items():
         metrics[f"policy_age/{age}"] = count
     return metrics
+
+
+def token_age(client: redis.Redis, keys: Keys, groups: list[Group], *, current: int) -> float:
+    """Mean over tokens of the age of the policy that produced each; nan where Redis has forgotten one of their versions."""
+    tokens: Counter[int] = Counter()
+    for group in groups:
+        for episode in group.episodes:
+            for version, count in episode.completion.policy_versions:
+                tokens[version] += count
+    try:
+        ages = policy_ages(client, keys, list(tokens), current=current)
+    except PolicyNotFound:
+        return math.nan
+    return sum(age * count for age, count in zip(ages, tokens.values(), strict=True)) / max(1, tokens.total())
 
 
 def _seconds_in_queue(group: Group) -> float:

@@ -162,6 +162,9 @@ class RolloutRole:
             "sequences": stats.running_sequences,
             "updates": stats.num_updates,
             "update_pause_s": round(stats.update_pause_s, 4),
+            "last_pause_s": round(stats.last_pause_s, 4),
+            "fetch_s": round(self._store.last_fetch_s, 4),
+            "fetch_bytes": self._store.last_fetch_bytes,
         }
 
     def stop_soon(self) -> None:

@@ -1,0 +1,31 @@
+"""Digests of weights: xxh3-128 of a tensor's dtype, shape and bytes; sha256 over those of a whole policy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+import xxhash
+
+
+def tensor_hasher(tensor: torch.Tensor) -> xxhash.xxh3_128:
+    """A hasher that has seen dtype and shape; the tensor's bytes follow, in as many pieces as the caller likes."""
+    return xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """xxh3-128 of dtype, shape and bytes."""
+    hasher = tensor_hasher(tensor)
+    hasher.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The digest that a manifest of these tensors would name."""
+    return policy_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()})
+
+
+def policy_digest(digests: Mapping[str, str]) -> str:
+    """Digest of a whole policy, from those of its tensors."""
+    return hashlib.sha256("".join(f"{name}={digests[name]};" for name in sorted(digests)).encode()).hexdigest()

@@ -51,6 +51,8 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
 def make_engine(config: Config, assets: ModelAssets) -> Engine:
     """The engine that the config names, without weights. Raises ConfigError."""
     check_engine(config.rollout.engine)
+    if config.rollout.engine == "vllm":
+        return _make_vllm(config, assets)
     import torch
 
     from common.model import build_model
@@ -64,6 +66,14 @@ def make_engine(config: Config, assets: ModelAssets) -> Engine:
         max_model_len=config.trainer.seq_len,
         in_flight=config.rollout.in_flight,
     )
+
+
+def _make_vllm(config: Config, assets: ModelAssets) -> Engine:
+    from workers.engine.vllm_core import check_config
+    from workers.engine.vllm_engine import VllmEngine
+
+    check_config(config)
+    return VllmEngine(config, assets)
 
 
 class RolloutRole:

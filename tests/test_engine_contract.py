@@ -363,20 +363,31 @@ def test_drain_finishes_running_rows_before_the_swap(get_engine: Callable[..., S
     assert_scored_by(5, request(4), late.result())
 
 
-def test_no_cached_prefix_crosses_a_swap_even_when_a_version_comes_back(served: Served) -> None:
+def test_no_cached_prefix_crosses_a_swap(served: Served) -> None:
     what = request(300)
+    for seed in (6, 7):
+        served.serve(seed)
+        beside = served.submit(request(3, group_id="beside", n=1, max_tokens=100, min_tokens=100))  # no idle moment
+        served.after_tokens(1)
+        assert_scored_by(seed, what, served.run(what)[0])
+        beside.result(WAIT_S)
+
+
+def test_a_version_that_comes_back_does_not_find_what_another_computed_meanwhile(served: Served) -> None:
     first = served.serve(6)
-    assert_scored_by(6, what, served.run(what)[0])
-    served.serve(7)
-    running = served.submit(request(300, group_id="running", n=1, max_tokens=140))  # its blocks mix two policies below
+    what = request(150, n=1, max_tokens=200, min_tokens=200)
+    grown = served.submit(what)
     served.after_tokens(2)
-    assert_scored_by(7, what, served.run(what)[0])
-    newest = served.version
+    newest = served.serve(7)  # computes the rest, in blocks that began under the first
+    [completion] = grown.result(WAIT_S)
+    beside = served.submit(request(3, group_id="beside", n=1, max_tokens=300, min_tokens=300))
+    served.after_tokens(1)
     served.stage(6, version=first)
     eventually(lambda: served.engine.version == first)
-    running.result(WAIT_S)
-    assert_scored_by(6, what, served.run(what)[0])
     served.version = newest
+    again = request(sequence(what, completion).tolist(), n=1)
+    assert_scored_by(6, again, served.run(again)[0])
+    beside.result(WAIT_S)
 
 
 def test_what_has_no_token_at_a_swap_begins_under_the_new_policy(served: Served) -> None:

@@ -52,6 +52,8 @@ def prepare(app: Celery, queues: str) -> tuple[Any, int]:
 def make_engine(config: Config, assets: ModelAssets) -> Engine:
     """The engine that the config names, without weights. Raises ConfigError."""
     check_engine(config.rollout.engine)
+    if config.rollout.engine == "vllm":
+        return _make_vllm(config, assets)
     import torch
 
     from common.model import build_model
@@ -68,6 +70,14 @@ def make_engine(config: Config, assets: ModelAssets) -> Engine:
         kv_cache_bytes=None if rollout.kv_cache_mib is None else rollout.kv_cache_mib * 2**20,
         decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
     )
+
+
+def _make_vllm(config: Config, assets: ModelAssets) -> Engine:
+    from workers.engine.vllm_core import check_config
+    from workers.engine.vllm_engine import VllmEngine
+
+    check_config(config)
+    return VllmEngine(config, assets)
 
 
 class RolloutRole:

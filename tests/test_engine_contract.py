@@ -1,0 +1,624 @@
+"""The engine contract, the same tests for every engine: a real tiny Qwen3 against plain forward passes of the same weights.
+
+`torch` runs wherever the tests run; `vllm` where vLLM is importable: `scripts/test_vllm` makes such an environment (CPU build)
+and runs this file in it. SLUICE_TEST_DEVICE and SLUICE_TEST_DTYPE run it on a GPU (`scripts/gpu_check`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from common.assets import ModelAssets
+from common.errors import EngineClosed, EngineError
+from common.model import load_weights, named_weights, resolve_device
+from common.types import Completion, SamplingParams
+from tests.builders import make_config
+from workers.engine import GenerationRequest
+from workers.rollout import make_engine
+
+ENGINES = ["torch", "vllm"] if find_spec("vllm") else ["torch"]
+DEVICE = os.environ.get("SLUICE_TEST_DEVICE", "cpu")
+DTYPE = os.environ.get("SLUICE_TEST_DTYPE", "float32")
+VOCAB, EOS = 512, 1
+MAX_MODEL_LEN, MAX_SEQUENCES = 448, 16
+WAIT_S = 60.0
+_CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
+"""Its name before transformers 5.20 or so."""
+
+Weights = dict[str, torch.Tensor]
+
+
+def build_model(seed: int = 0, *, tied: bool = True) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).to(dtype=getattr(torch, DTYPE), device=resolve_device(DEVICE)).eval()
+
+
+scratch_model = functools.cache(build_model)
+
+
+@functools.cache
+def policy(seed: int, *, tied: bool = True) -> Weights:
+    model = build_model(seed, tied=tied)
+    return {name: weight.detach().cpu().clone() for name, weight in named_weights(model).items()}
+
+
+@functools.cache
+def build_assets(*, tied: bool) -> ModelAssets:
+    """The model's config, and a tokenizer of one letter per token."""
+    letters = {chr(0x4E00 + token): token for token in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token=chr(0x4E00)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    config = scratch_model(tied=tied).config.to_dict()
+    config.pop("dtype", None)
+    return ModelAssets(config=config, tokenizer_files=files, eos_token_ids=(EOS,))
+
+
+def letters_of(token_ids: Any) -> str:
+    return "".join(chr(0x4E00 + int(token)) for token in token_ids)
+
+
+class Served:
+    """An engine and threads that call it; every policy staged gets a version of its own."""
+
+    def __init__(self, name: str, *, tied: bool = True, in_flight: str = "keep") -> None:
+        config = make_config(
+            rollout={
+                "engine": name, "in_flight": in_flight, "max_sequences": MAX_SEQUENCES, "dtype": DTYPE, "device": DEVICE,
+                "max_model_len": MAX_MODEL_LEN, "kv_cache_mib": 64, "gpu_memory_utilization": 0.2,
+            },
+            trainer={"seq_len": MAX_MODEL_LEN},
+        )  # fmt: skip
+        self.name, self.tied = name, tied
+        self.engine: Any = make_engine(config, build_assets(tied=tied))
+        self.threads = ThreadPoolExecutor(max_workers=32)
+        self.version = -1
+
+    def stage(self, seed: int, *, version: int | None = None) -> int:
+        """Stage the policy of that seed; returns its version."""
+        self.version = self.version + 1 if version is None else version
+        self.engine.stage(self.version, f"digest-{self.version}-{seed}", policy(seed, tied=self.tied))
+        return self.version
+
+    def serve(self, seed: int) -> int:
+        """Stage, and wait until it is served."""
+        version = self.stage(seed)
+        eventually(lambda: self.engine.version == version)
+        return version
+
+    def submit(self, what: GenerationRequest) -> Future[list[Completion]]:
+        return self.threads.submit(self.engine.generate, what)
+
+    def run(self, *requests: GenerationRequest) -> list[list[Completion]]:
+        futures = [self.submit(what) for what in requests]
+        return [future.result(WAIT_S) for future in futures]
+
+    def after_tokens(self, count: int) -> None:
+        """Wait until so many more tokens were generated."""
+        target = self.engine.stats().generated_tokens + count
+        eventually(lambda: self.engine.stats().generated_tokens >= target)
+
+    def close(self) -> None:
+        self.engine.close()
+        self.threads.shutdown()
+
+
+@pytest.fixture(scope="module")
+def get_engine() -> Iterator[Callable[..., Served]]:
+    """Engines by their settings, each started once."""
+    started: dict[Any, Served] = {}
+
+    def get(name: str, **settings: Any) -> Served:
+        key = (name, *sorted(settings.items()))
+        if key not in started:
+            started[key] = Served(name, **settings)
+        return started[key]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield get
+    for served in started.values():
+        served.close()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=ENGINES)
+def served(request: pytest.FixtureRequest, get_engine: Callable[..., Served]) -> Served:
+    return get_engine(request.param)
+
+
+def request(prompt: int | list[int] = 7, **settings: Any) -> GenerationRequest:
+    """`prompt`: token ids, or the length of a prompt drawn by that seed."""
+    if isinstance(prompt, int):
+        prompt = np.random.default_rng(prompt).integers(3, VOCAB, prompt).tolist()
+    names = ("group_id", "min_version", "pinned_version", "priority")
+    ours = {name: settings.pop(name) for name in names if name in settings}
+    sampling = SamplingParams(**{"n": 4, "max_tokens": 20, "seed": 1, **settings})
+    return GenerationRequest(prompt_ids=np.array(prompt, np.int32), sampling=sampling, **{"group_id": "g", **ours})
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        time.sleep(0.001)
+
+
+@torch.no_grad()
+def logits_under(seed: int, tokens: np.ndarray, *, tied: bool = True, old: int = 0, split: int = 0) -> torch.Tensor:
+    """[T, V] of one sequence; the first `split` tokens' keys and values are those of the policy `old`."""
+    model, cache = scratch_model(tied=tied), DynamicCache()
+    ids = torch.from_numpy(tokens).long()[None].to(model.device)
+    parts = []
+    if split:
+        load_weights(model, policy(old, tied=tied))
+        parts.append(model(ids[:, :split], use_cache=True, **{_CACHE: cache}).logits[0])
+    load_weights(model, policy(seed, tied=tied))
+    parts.append(model(ids[:, split:], use_cache=True, **{_CACHE: cache}).logits[0])
+    return torch.cat(parts).float().cpu()
+
+
+def expected_logprobs(logits: torch.Tensor, what: GenerationRequest, completion: Completion) -> np.ndarray:
+    """Of the completion's tokens, from logits [P + T, V]; temperature and the end tokens that min_tokens forbids."""
+    rows = logits[len(what.prompt_ids) - 1 : -1] / (what.sampling.temperature or 1.0)
+    rows[: what.sampling.min_tokens, [EOS, *what.sampling.stop_token_ids]] = -torch.inf
+    tokens = torch.from_numpy(completion.token_ids).long()
+    return rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0].numpy()
+
+
+def sequence(what: GenerationRequest, completion: Completion) -> np.ndarray:
+    return np.concatenate([what.prompt_ids, completion.token_ids])
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    if DTYPE == "float32":
+        np.testing.assert_allclose(actual, expected, atol=2e-4)
+    elif len(actual):  # a stale cache or head is off by nats
+        assert np.abs(actual - expected).mean() < 0.1 and np.abs(actual - expected).max() < 1.0
+
+
+def assert_scored_by(seed: int, what: GenerationRequest, group: list[Completion], *, tied: bool = True) -> None:
+    for completion in group:
+        logits = logits_under(seed, sequence(what, completion), tied=tied)
+        assert_close(completion.rollout_logprobs, expected_logprobs(logits, what, completion))
+
+
+def tokens_of(group: list[Completion]) -> list[list[int]]:
+    return [completion.token_ids.tolist() for completion in group]
+
+
+exact = pytest.mark.skipif(DTYPE != "float32", reason="in half precision the batch moves the last bits")
+
+
+def test_completions_have_the_promised_shapes_lengths_and_reasons(served: Served) -> None:
+    version = served.serve(0)
+    requests = [request(size, group_id=str(size), n=size, seed=size, max_tokens=60) for size in (1, 2, 5, 40)]
+    reasons = set()
+    for what, group in zip(requests, served.run(*requests), strict=True):
+        assert len(group) == what.sampling.n
+        for completion in group:
+            tokens = completion.token_ids
+            assert tokens.dtype == np.int32 and completion.rollout_logprobs.dtype == np.float32
+            assert tokens.shape == completion.rollout_logprobs.shape and 1 <= len(tokens) <= 60
+            assert completion.policy_versions == ((version, len(tokens)),)
+            assert (completion.finish_reason == "stop") == (tokens[-1] == EOS)
+            assert EOS not in tokens[:-1]
+            assert completion.finish_reason == "stop" or len(tokens) == 60
+            reasons.add(completion.finish_reason)
+    assert reasons == {"stop", "length"}
+    assert (served.engine.version, served.engine.digest) == (version, f"digest-{version}-0")
+
+
+@exact
+def test_greedy_takes_the_likeliest_tokens_and_reports_temperature_one(served: Served) -> None:
+    served.serve(0)
+    requests = [request(size, group_id=str(size), n=2, temperature=0.0) for size in (1, 4, 9)]
+    for what, group in zip(requests, served.run(*requests), strict=True):
+        assert tokens_of(group)[0] == tokens_of(group)[1]
+        logits = logits_under(0, sequence(what, group[0]))
+        assert logits[len(what.prompt_ids) - 1 : -1].argmax(-1).tolist() == group[0].token_ids.tolist()
+        assert_scored_by(0, what, group)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("settings", [{}, {"tied": False, "in_flight": "recompute"}], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_logprobs_equal_a_fresh_forward_pass_after_every_policy(
+    get_engine: Callable[..., Served], name: str, settings: dict[str, Any], temperature: float
+) -> None:
+    served = get_engine(name, **settings)
+    for seed in (2, 3):
+        served.serve(seed)
+        requests = [request(size, group_id=str(size), temperature=temperature) for size in (1, 8, 300)]
+        for what, group in zip(requests, served.run(*requests), strict=True):
+            assert_scored_by(seed, what, group, tied=served.tied)
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 5}, {"top_k": 50, "top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_truncated_sampling_reports_the_distribution_that_was_sampled(served: Served, cut: dict[str, Any]) -> None:
+    served.serve(0)
+    what = request(6, n=8, temperature=0.9, **cut)
+    [group] = served.run(what)
+    num_renormalised = 0
+    for completion in group:
+        rows = (logits_under(0, sequence(what, completion))[len(what.prompt_ids) - 1 : -1] / 0.9).log_softmax(-1)
+        for row, token, logprob in zip(rows, completion.token_ids, completion.rollout_logprobs, strict=True):
+            kept = _kept(row.exp().double(), **cut)
+            assert kept[token] or DTYPE != "float32"
+            expected = float(row[token]) - math.log(float(row.exp()[kept].sum()))
+            assert logprob == pytest.approx(expected, abs=1e-3 if DTYPE == "float32" else 1.0)
+            num_renormalised += abs(expected - float(row[token])) > 0.01
+    assert num_renormalised > 20
+
+
+def _kept(probs: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
+    """[V] bool: the tokens that stay, by walking down from the likeliest."""
+    kept, mass = torch.zeros(len(probs), dtype=torch.bool), 0.0
+    order = probs.argsort(descending=True)[: top_k or None].tolist()
+    total = float(probs[order].sum())
+    for token in order:
+        if mass >= top_p * total or probs[token] < min_p * probs.max():
+            break
+        kept[token], mass = True, mass + float(probs[token])
+    return kept
+
+
+@exact
+def test_noise_depends_on_seed_and_place_only(served: Served) -> None:
+    served.serve(0)
+    what = request(9, group_id="same", seed=5)
+    [alone] = served.run(what)
+    others = [request(size, group_id=str(size), seed=size, n=size, max_tokens=3 * size) for size in range(1, 9)]
+    crowded = served.run(*others, what)[-1]
+    assert tokens_of(crowded) == tokens_of(alone)
+    assert len({tuple(tokens) for tokens in tokens_of(alone)}) == len(alone), "completions of a group differ"
+
+
+def test_groups_with_neighbouring_seeds_share_no_noise(served: Served) -> None:
+    served.serve(0)
+    groups = served.run(*[request(9, group_id=str(seed), seed=seed) for seed in (5, 6, 7)])
+    completions = [tuple(tokens) for group in groups for tokens in tokens_of(group)]
+    assert len(set(completions)) == len(completions)
+
+
+def test_first_token_follows_the_model_distribution(served: Served) -> None:
+    """Also that noise differs between prompts' seeds: one stream for all would give a handful of tokens."""
+    served.serve(0)
+    prompt = request(5).prompt_ids.tolist()
+    groups = served.run(*[request(prompt, group_id=str(seed), n=50, max_tokens=1, seed=seed) for seed in range(20)])
+    tokens = [completion.token_ids[0] for group in groups for completion in group]
+    probs = logits_under(0, np.array(prompt, np.int32))[-1].double().softmax(-1).numpy()
+    observed = np.bincount(tokens, minlength=VOCAB)
+    common = probs * len(tokens) >= 5
+    expected = np.append(probs[common], probs[~common].sum()) * len(tokens)
+    counts = np.append(observed[common], observed[~common].sum())
+    chi_square, freedom = ((counts - expected) ** 2 / expected).sum(), common.sum()
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied": False, "in_flight": "recompute"}], ids=["keep", "recompute"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_policy_swapped_in_mid_generation_stamps_and_scores_every_token(
+    get_engine: Callable[..., Served], name: str, settings: dict[str, Any]
+) -> None:
+    served = get_engine(name, **settings)
+    before = served.serve(4)
+    requests = [request(size, group_id=str(size), n=3, max_tokens=120) for size in (1, 20, 300)]
+    futures = [served.submit(what) for what in requests]
+    served.after_tokens(150)
+    after = served.stage(5)
+    num_swapped = 0
+    for what, future in zip(requests, futures, strict=True):
+        for completion in future.result(WAIT_S):
+            tokens, counts = sequence(what, completion), dict(completion.policy_versions)
+            assert list(counts) in ([before], [after], [before, after])
+            assert sum(counts.values()) == len(completion.token_ids)
+            old = counts.get(before, 0)
+            first = expected_logprobs(logits_under(4, tokens, tied=served.tied), what, completion)[:old]
+            cached = len(what.prompt_ids) + old - 1 if old and served.tied else 0  # recompute: nothing is left of it
+            logits = logits_under(5, tokens, tied=served.tied, old=4, split=cached)
+            second = expected_logprobs(logits, what, completion)[old:]
+            assert_close(completion.rollout_logprobs, np.concatenate([first, second]))
+            num_swapped += len(counts) == 2
+    assert num_swapped >= 5, "some end before, most see both policies"
+    assert served.engine.stats().last_pause_s > 0
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_drain_finishes_running_rows_before_the_swap(get_engine: Callable[..., Served], name: str) -> None:
+    served = get_engine(name, in_flight="drain")
+    before = served.serve(4)
+    running = [served.submit(request(size, group_id=str(size), max_tokens=150)) for size in (5, 3)]
+    served.after_tokens(20)
+    after = served.stage(5)
+    late = served.submit(request(4, group_id="late"))
+    for future in running:
+        assert {version for c in future.result(WAIT_S) for version, _ in c.policy_versions} == {before}
+    assert {version for c in late.result(WAIT_S) for version, _ in c.policy_versions} == {after}
+    assert_scored_by(5, request(4), late.result())
+
+
+def test_no_cached_prefix_crosses_a_swap(served: Served) -> None:
+    what = request(300)
+    for seed in (6, 7):
+        served.serve(seed)
+        beside = served.submit(request(3, group_id="beside", n=1, max_tokens=100, min_tokens=100))  # no idle moment
+        served.after_tokens(1)
+        assert_scored_by(seed, what, served.run(what)[0])
+        beside.result(WAIT_S)
+
+
+def test_a_version_that_comes_back_does_not_find_what_another_computed_meanwhile(served: Served) -> None:
+    first = served.serve(6)
+    what = request(150, n=1, max_tokens=200, min_tokens=200)
+    grown = served.submit(what)
+    served.after_tokens(2)
+    newest = served.serve(7)  # computes the rest, in blocks that began under the first
+    [completion] = grown.result(WAIT_S)
+    beside = served.submit(request(3, group_id="beside", n=1, max_tokens=300, min_tokens=300))
+    served.after_tokens(1)
+    served.stage(6, version=first)
+    eventually(lambda: served.engine.version == first)
+    served.version = newest
+    again = request(sequence(what, completion).tolist(), n=1)
+    assert_scored_by(6, again, served.run(again)[0])
+    beside.result(WAIT_S)
+
+
+def test_what_has_no_token_at_a_swap_begins_under_the_new_policy(served: Served) -> None:
+    """More prompt tokens than one step computes: some requests are admitted, and still without a token when it swaps."""
+    served.serve(6)
+    what = request(400, n=1)
+    served.run(what)
+    requests = [request(401 - k, group_id=str(k), n=1, max_tokens=8) for k in range(1, 15)]
+    futures = [served.submit(each) for each in [*requests, what]]
+    eventually(lambda: served.engine.stats().running_sequences > 0)
+    after = served.stage(7)
+    for each, future in zip([*requests, what], futures, strict=True):
+        [completion] = future.result(WAIT_S)
+        if completion.policy_versions[0][0] == after:
+            assert_scored_by(7, each, [completion])
+
+
+def test_long_prompts_that_share_a_step_are_computed_right(served: Served) -> None:
+    served.serve(0)
+    requests = [request(380 + k, group_id=str(k), n=1, seed=k) for k in range(12)]
+    for what, group in zip(requests, served.run(*requests), strict=True):
+        assert_scored_by(0, what, group)
+
+
+def test_min_version_waits_without_holding_up_others(served: Served) -> None:
+    version = served.serve(0)
+    waiting = served.submit(request(5, group_id="demanding", min_version=version + 1))
+    eventually(lambda: served.engine.stats().waiting_requests == 1)
+    assert served.run(request(5))[0][0].policy_versions[0][0] == version
+    assert not waiting.done()
+    served.serve(1)
+    assert {c.policy_versions[0][0] for c in waiting.result(WAIT_S)} == {version + 1}
+
+
+def test_a_pinned_request_holds_the_swap_until_it_is_done(served: Served) -> None:
+    version = served.serve(0)
+    pinned = served.submit(request(5, group_id="pinned", pinned_version=version, max_tokens=100))
+    other = served.submit(request(5, group_id="other", pinned_version=version + 7))
+    served.after_tokens(8)
+    after = served.stage(1)
+    assert {span[0] for c in pinned.result(WAIT_S) for span in c.policy_versions} == {version}
+    eventually(lambda: served.engine.version == after)
+    served.version = version + 6
+    served.serve(1)
+    assert {span[0] for c in other.result(WAIT_S) for span in c.policy_versions} == {version + 7}
+
+
+def test_a_request_that_can_never_run_is_refused_alone(served: Served) -> None:
+    served.serve(0)
+    with pytest.raises(EngineError, match=rf"{MAX_MODEL_LEN} prompt \+ 20 new tokens"):
+        served.engine.generate(request(MAX_MODEL_LEN))
+    with pytest.raises(EngineError, match="outside the vocabulary"):
+        served.engine.generate(request([5, VOCAB]))
+    with pytest.raises(EngineError, match="at least 1"):
+        served.engine.generate(request([]))
+    assert len(served.engine.generate(request(MAX_MODEL_LEN - 20))) == 4
+
+
+def test_more_sequences_than_fit_wait_their_turn(served: Served) -> None:
+    served.serve(0)
+    requests = [request(5, group_id=str(k), n=n, seed=k) for k, n in enumerate([10, 10, MAX_SEQUENCES + 3, 2, 10])]
+    for what, group in zip(requests, served.run(*requests), strict=True):
+        assert len(group) == what.sampling.n
+        assert_scored_by(0, what, group[:2])
+
+
+def test_higher_priority_goes_first_among_those_that_wait(served: Served) -> None:
+    served.serve(0)
+    done: list[str] = []
+    blocker = served.submit(request(5, n=MAX_SEQUENCES, max_tokens=60))
+    eventually(lambda: served.engine.stats().running_sequences > 0)
+    futures = []
+    for waiting, (name, priority) in enumerate([("low", 0), ("lower", -1), ("high", 1)], start=1):
+        future = served.submit(request(5, group_id=name, n=MAX_SEQUENCES, max_tokens=3, priority=priority))
+        future.add_done_callback(lambda _, name=name: done.append(name))
+        futures.append(future)
+        eventually(lambda expected=waiting: served.engine.stats().waiting_requests == expected)  # type: ignore[misc]
+    for future in [blocker, *futures]:
+        future.result(WAIT_S)
+    eventually(lambda: len(done) == 3)
+    assert done == ["high", "low", "lower"]
+
+
+def test_cancel_removes_one_group_and_leaves_the_others(served: Served) -> None:
+    served.serve(0)
+    requests = [request(5, group_id=name, n=8, max_tokens=60) for name in ("running", "stays", "waiting")]
+    futures = []
+    for what in requests:
+        futures.append(served.submit(what))
+        eventually(lambda: sum(map(_inside, [served])) >= len(futures))
+    served.after_tokens(16)
+    for name in ("running", "waiting", "unknown"):
+        served.engine.cancel(name)
+    for future in (futures[0], futures[2]):
+        with pytest.raises(EngineClosed, match="cancelled"):
+            future.result(WAIT_S)
+    assert_scored_by(0, requests[1], futures[1].result(WAIT_S))
+    eventually(lambda: served.engine.stats().running_sequences == 0)
+
+
+def _inside(served: Served) -> int:
+    stats = served.engine.stats()
+    return stats.running_sequences // 8 + stats.waiting_requests
+
+
+def test_stop_ids_and_texts_end_a_completion_and_belong_to_it(served: Served) -> None:
+    served.serve(0)
+    [[free]] = served.run(request(5, n=1, max_tokens=60))
+    tokens = free.token_ids.tolist()
+    end = next(place for place in range(10, 60) if tokens[place] not in tokens[:place])
+    for stop in ({"stop_token_ids": (tokens[end],)}, {"stop": (letters_of(tokens[end - 1 : end + 1]),)}):
+        what = request(5, n=1, max_tokens=60, **stop)
+        [[stopped]] = served.run(what)
+        assert stopped.token_ids.tolist() == tokens[: end + 1] and stopped.finish_reason == "stop"
+        assert_scored_by(0, what, [stopped])
+        [[later]] = served.run(request(5, n=1, max_tokens=60, min_tokens=end + 2, **stop))
+        assert len(later.token_ids) > end + 1
+
+
+def test_min_tokens_keeps_the_ends_away_and_out_of_the_distribution(served: Served) -> None:
+    served.serve(0)
+    what = request(5, n=8, max_tokens=40, min_tokens=40, stop_token_ids=tuple(range(200)))
+    [group] = served.run(what)
+    assert {len(completion.token_ids) for completion in group} == {40}
+    assert all((completion.token_ids[:39] >= 200).all() for completion in group)
+    assert_scored_by(0, what, group)
+
+
+def test_score_is_a_fresh_forward_of_the_served_policy_while_others_run(served: Served) -> None:
+    served.serve(2)
+    what = request(300, n=2)
+    [group] = served.run(what)
+    running = served.submit(request(3, group_id="running", n=MAX_SEQUENCES, max_tokens=100))
+    served.after_tokens(16)
+    version = served.stage(3)
+    eventually(lambda: served.engine.version == version)
+    scored_by, logprobs = served.engine.score([(what.prompt_ids, completion.token_ids) for completion in group])
+    assert scored_by == version
+    for completion, scored in zip(group, logprobs, strict=True):
+        assert scored.dtype == np.float32
+        assert_close(scored, expected_logprobs(logits_under(3, sequence(what, completion)), what, completion))
+    assert not running.done(), "scoring goes first"
+    running.result(WAIT_S)
+    full = request(MAX_MODEL_LEN - 20, n=1, min_tokens=20)
+    [[completion]] = served.run(full)
+    _, [scored] = served.engine.score([(full.prompt_ids, completion.token_ids)])
+    assert len(scored) == 20
+    assert served.engine.score([]) == (version, [])
+
+
+def test_a_policy_of_nan_fails_its_requests_and_the_next_policy_serves(served: Served) -> None:
+    served.serve(0)
+    broken = {name: torch.full_like(weight, torch.nan) for name, weight in policy(0).items()}
+    served.version += 1
+    served.engine.stage(served.version, "nan", broken)
+    with pytest.raises(EngineError, match="not finite"):
+        served.engine.generate(request(5, min_version=served.version))
+    served.serve(1)
+    assert_scored_by(1, request(5), served.run(request(5))[0])
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_a_policy_that_does_not_fit_leaves_the_old_one_serving(served: Served, damage: str) -> None:
+    version = served.serve(0)
+    name = "model.norm.weight"
+    wrong = {**policy(1), name: torch.zeros(7)} if damage == "shape" else {name: policy(1)[name]}
+    served.engine.stage(version + 1, "bad", wrong)
+    eventually(lambda: f"version {version + 1} was not loaded" in (served.engine.last_error or ""))
+    assert (served.engine.version, served.engine.digest) == (version, f"digest-{version}-0")
+    assert_scored_by(0, request(5), served.run(request(5))[0])
+
+
+def test_an_idle_engine_shows_progress(served: Served) -> None:
+    served.serve(0)
+    seen = served.engine.progress_at
+    eventually(lambda: served.engine.progress_at > seen)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_whose_step_fails_costs_the_running_requests_only(
+    get_engine: Callable[..., Served], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The torch engine goes on; vLLM is dead: what waited is handed back, and the process is told to end itself."""
+    served = get_engine(name, in_flight="drain")
+    served.serve(0)
+    reached = threading.Event()
+
+    def explode(*_: Any, **__: Any) -> Any:
+        reached.set()
+        raise RuntimeError("out of memory, say")
+
+    running = served.submit(request(5, group_id="running", n=MAX_SEQUENCES, max_tokens=300))
+    served.after_tokens(16)
+    waiting = served.submit(request(5, group_id="waiting"))
+    eventually(lambda: served.engine.stats().waiting_requests == 1)
+    if name == "torch":
+        with monkeypatch.context() as patch:
+            patch.setattr(served.engine._model, "forward", explode)
+            assert reached.wait(WAIT_S)
+    else:
+        served.engine._core._engine.model_executor.execute_model = explode
+    with pytest.raises(EngineError, match="out of memory, say") as caught:
+        running.result(WAIT_S)
+    assert isinstance(caught.value.__cause__, RuntimeError) and not isinstance(caught.value, EngineClosed)
+    assert "out of memory" in served.engine.last_error
+    if name == "torch":
+        assert len(waiting.result(WAIT_S)) == 4
+        return
+    with pytest.raises(EngineClosed, match="out of memory"):
+        waiting.result(WAIT_S)
+    assert served.engine.progress_at == -math.inf
+    held = served.submit(request(5, group_id="held"))
+    served.engine.close()
+    with pytest.raises(EngineClosed, match="out of memory"):
+        held.result(WAIT_S)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_close_releases_running_and_waiting_requests(name: str) -> None:
+    """The last test: closing one vLLM engine takes the process groups of every other in this process."""
+    served = Served(name)
+    assert served.engine.version == -1
+    waiting = served.submit(request(5, group_id="early", n=1, max_tokens=3))
+    served.serve(0)
+    assert waiting.result(WAIT_S), "it waited for the first policy"
+    futures = [served.submit(request(5, group_id=n, n=MAX_SEQUENCES, max_tokens=400)) for n in ("running", "waiting")]
+    served.after_tokens(16)
+    served.engine.close()
+    served.close()
+    for future in futures:
+        with pytest.raises(EngineClosed):
+            future.result(WAIT_S)
+    with pytest.raises(EngineClosed):
+        served.engine.generate(request(5))

@@ -1,0 +1,93 @@
+"""What is asked of the vLLM engine, as it is on its way: groups, their sequences, scores. No threads, no vLLM."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import EngineError
+from common.types import Completion, FinishReason
+from workers.engine import GenerationRequest
+from workers.engine.vllm_core import Finished, is_temperature
+
+_PRIORITY_S = 10.0
+"One step of priority is worth so many seconds of waiting."
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Group:
+    """One request, and what of it is finished."""
+
+    request: GenerationRequest
+    arrived_at: float = field(default_factory=time.monotonic)
+    future: Future[list[Completion]] = field(default_factory=Future)
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.request.sampling.n
+
+    @property
+    def urgency(self) -> float:
+        """The least goes first."""
+        return self.arrived_at - _PRIORITY_S * self.request.priority
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Row:
+    """One completion that is in vLLM."""
+
+    group: Group
+    index: int
+    "place in the group"
+    marks: list[tuple[int, int]]
+    "(policy version, number of tokens from which on it samples)"
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Score:
+    """One call of `score`."""
+
+    sequences: list[NDArray[np.int32]]
+    "prompt and completion of each"
+    future: Future[tuple[int, dict[int, NDArray[np.float32]]]] = field(default_factory=Future)
+    logprobs: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+
+
+def check_sampling(request: GenerationRequest, *, has_tokenizer: bool) -> None:
+    """Raises EngineError for what vLLM would refuse, or silently change."""
+    sampling, problem = request.sampling, None
+    if sampling.temperature and not is_temperature(sampling.temperature):
+        problem = f"vLLM samples at temperature 0 or 0.01 to 2.0, found {sampling.temperature}"
+    elif sampling.stop and not has_tokenizer:
+        problem = "stop texts need a tokenizer, and the model came without one"
+    elif sampling.min_tokens > sampling.max_tokens:
+        problem = f"min_tokens {sampling.min_tokens} > max_tokens {sampling.max_tokens}"
+    if problem is not None:
+        raise EngineError(f"group {request.group_id}: {problem}")
+
+
+def completion_of(row: Row, finished: Finished) -> Completion:
+    reason: FinishReason = "stop" if finished.reason == "stop" else "length"
+    return Completion(
+        token_ids=finished.token_ids,
+        rollout_logprobs=finished.logprobs,
+        policy_versions=_spans(row.marks, end=len(finished.token_ids)),
+        finish_reason=reason,
+    )
+
+
+def _spans(marks: list[tuple[int, int]], *, end: int) -> tuple[tuple[int, int], ...]:
+    """Run lengths from (version, number of tokens before) marks; a version that sampled nothing is left out."""
+    ends = [start for _, start in marks[1:]] + [end]
+    spans = [(version, stop - start) for (version, start), stop in zip(marks, ends, strict=True)]
+    return tuple(span for span in spans if span[1])
+
+
+def fail(future: Future, error: EngineError) -> None:
+    if not future.done():
+        future.set_exception(error)

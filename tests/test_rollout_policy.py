@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from harness import wait_for
+import torch
+from harness import tiny_folder, wait_for
 from test_policy_store import damage
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
+from common.canary import CanarySequence, random_sequences
+from common.diagnosis import alarms
+from common.logprobs import completion_logprobs, pad_sequences
 from common.metrics import read_heartbeats
+from common.model import load_pretrained, load_weights
 from common.policy_store import PolicyStore
+from common.run import open_run
 from common.types import SamplingParams
 from workers.context import Context
 from workers.engine import GenerationRequest
@@ -109,3 +115,75 @@ def test_a_late_worker_stages_the_newest_version_first(
         role.start()
         wait_for(lambda: beat().get("version") == 3, timeout=15, what="the newest version to be served")
         assert staged == [3]
+
+
+def canary_of(tensors: dict[str, torch.Tensor]) -> list[CanarySequence]:
+    """As a trainer with these weights scores it."""
+    model = load_pretrained(str(tiny_folder() / "model")).eval()
+    load_weights(model, tensors)
+    sequences = random_sequences(model.config.vocab_size)
+    padded = pad_sequences([prompt for prompt, _ in sequences], [tokens for _, tokens in sequences])
+    with torch.no_grad():
+        logprobs, _ = completion_logprobs(model, *padded)
+    return [
+        CanarySequence(prompt_ids=prompt, token_ids=tokens, logprobs=row.numpy())
+        for (prompt, tokens), row in zip(sequences, logprobs, strict=True)
+    ]
+
+
+def test_every_policy_is_checked_against_the_trainers_canary(
+    make_fleet: Callable[..., Fleet],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    client: redis.Redis,
+) -> None:
+    fleet = make_fleet()
+    store = PolicyStore(client, fleet.ledger.keys, fleet.config.policy_store)
+    _, base = store.fetch(0)
+    other = {name: tensor * 1.05 for name, tensor in base.items()}
+    run = open_run(client, fleet.ledger.keys.run)
+    with serving(fleet, monkeypatch) as (role, beat):
+        role.start()
+        store.publish(1, other, step=1, parent=0, canary=canary_of(other))
+        wait_for(lambda: beat().get("mismatch") is not None, timeout=15, what="the canary of version 1 to be scored")
+        assert beat()["mismatch"] < 1e-5
+        assert alarms(client, run) == []
+        store.publish(2, base, step=2, parent=1, canary=canary_of(other))  # as if the engine had kept version 1's head
+        wait_for(lambda: beat().get("mismatch", 0) > 1e-3, timeout=15, what="the mismatch of version 2")
+        assert [alarm.kind for alarm in alarms(client, run)] == ["sampler_mismatch"]
+        store.publish(3, base, step=3, parent=2, canary=canary_of(base))
+        wait_for(lambda: beat()["mismatch"] < 1e-5, timeout=15, what="the canary of version 3 to be scored")
+        assert alarms(client, run) == []
+
+
+def test_an_evaluation_holds_its_version_while_training_groups_go_on_and_gives_it_up_after(
+    make_fleet: Callable[..., Fleet],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    client: redis.Redis,
+) -> None:
+    fleet = make_fleet()
+    store = PolicyStore(client, fleet.ledger.keys, fleet.config.policy_store)
+    publish(store, 1)
+    publish(store, 2)
+
+    def request(pinned: int | None) -> GenerationRequest:
+        return GenerationRequest(
+            group_id=f"g{pinned}",
+            prompt_ids=np.array([5, 6], np.int32),
+            sampling=SamplingParams(n=1, max_tokens=2),
+            pinned_version=pinned,
+        )
+
+    def versions_of(pinned: int | None) -> set[int]:
+        return {version for version, _ in role.engine.generate(request(pinned))[0].policy_versions}
+
+    with serving(fleet, monkeypatch) as (role, _):
+        role.start()
+        wait_for(lambda: role.engine.version == 2, timeout=15, what="the newest version")
+        with role._policy.pinned(1):
+            assert versions_of(1) == {1}
+            publish(store, 3)
+            with role._policy.pinned(1):
+                assert versions_of(1) == {1}
+            assert versions_of(None) == {1}, "training goes on by the version under evaluation"
+        assert role.engine.version == 1, "the next group of the evaluation may follow"
+        wait_for(lambda: role.engine.version == 3, timeout=15, what="the newest version after the evaluation")

@@ -1,4 +1,8 @@
-"""max_policy_age = 0: every trained token was sampled by the very weights that are trained."""
+"""max_policy_age = 0: every trained token was sampled by the very weights that are trained.
+
+With top_p 0.8, so that it also shows that the trainer reproduces the truncated distribution (a trainer that does not gets a
+mean ratio of 0.82), and with evaluations on the same engine, which goes back to their version and returns.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,9 @@ def test_twenty_steps_on_policy(tmp_path: Path) -> None:
         trainer__num_steps=STEPS,
         trainer__loss={"kl_beta": 0.0},
         replay_buffer__max_policy_age=0,
-        evaluation__datasets=[],
+        sampling__top_p=0.8,
+        replicas={"eval": 0},
+        evaluation__every_steps=8,
         policy_store__transport="redis",  # the other transport is used by every other run
     )
     done = sluice("run", str(config), cwd=tmp_path, timeout=200)
@@ -28,6 +34,8 @@ def test_twenty_steps_on_policy(tmp_path: Path) -> None:
     assert summary["ledger"]["dropped"] == {}, (
         "admission must not let a group be generated that is too old when it is ready"
     )
+    assert sorted(record["step"] for record in summary["evaluations"]) == [0, 8, 16, STEPS]
+    assert not list(only_run(tmp_path).glob("logs/eval-*")), "the rollout worker evaluates"
     for metrics in metrics_of(only_run(tmp_path)):
         assert metrics["staleness/max"] == 0
         assert abs(metrics["off_policy/ratio_max"] - 1) < 1e-3  # of thousands of tokens, the worst, in float32

@@ -154,13 +154,13 @@ class TorchEngine:
     def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Serve this policy from the next decode step on that may swap; returns at once. Replaces one staged before.
 
-        Versions may go back (evaluation); the served version is a no-op. A policy that cannot be loaded is reported
+        Versions may go back (evaluation); the served one drops what was staged. A policy that cannot be loaded is reported
         in `last_error` and the log, and the served one stays.
         """
         with self._condition:
-            if (version, digest) != (self._version, self._digest):
-                self._staged = _Policy(version=version, digest=digest, tensors=tensors)
-                self._wake()
+            is_served = (version, digest) == (self._version, self._digest)
+            self._staged = None if is_served else _Policy(version=version, digest=digest, tensors=tensors)
+            self._wake()
 
     def cancel(self, group_id: str) -> None:
         """Give up a group, if it is here: its `generate` raises EngineClosed, its rows leave at the next step."""

@@ -143,7 +143,11 @@ def continuous_side(model: Any, prompts: list[list[int]], stack: ExitStack) -> S
 
     def generate() -> int:
         outputs = model.generate_batch(
-            prompts, generation_config=sampling, continuous_batching_config=batching, persistent_manager=True, warmup=False
+            prompts,
+            generation_config=sampling,
+            continuous_batching_config=batching,
+            persistent_manager=True,
+            warmup=False,
         )
         assert len(outputs) == count, f"{len(outputs)} of {count} requests finished"
         return sum(len(output.generated_tokens) for output in outputs.values())
@@ -188,7 +192,9 @@ class VllmProcess:
         return json.loads(line)
 
 
-def compare(size: str, num_sequences: int, *, repeats: int, vllm: VllmProcess | None, stack: ExitStack) -> dict[str, Any]:
+def compare(
+    size: str, num_sequences: int, *, repeats: int, vllm: VllmProcess | None, stack: ExitStack
+) -> dict[str, Any]:
     vocab_size = SHAPES[size]["vocab_size"]
     prompts = build_prompts(num_sequences // GROUP_SIZE, vocab_size=vocab_size)
     sides = {
@@ -226,7 +232,9 @@ def limit(size: str, num_sequences: int, *, mean_tokens: float, prompts: list[li
     """Bounds of one core for this job, from sizes and from what the machine does right now."""
     model = build_model(size)
     embedding = model.get_input_embeddings().weight
-    weights = sum(weight.numel() for weight in model.parameters())  # tied: the embedding is the head, read once per step
+    weights = sum(
+        weight.numel() for weight in model.parameters()
+    )  # tied: the embedding is the head, read once per step
     mean_prompt = statistics.mean(map(len, prompts))
     rows = num_sequences * mean_tokens / MAX_TOKENS  # mean over the steps until the last completion ends
     body = weights - embedding.numel()

@@ -13,8 +13,10 @@ Invariants:
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -125,9 +127,15 @@ class SlotCache(Cache):
             self._values.append(self._allocate(values))
 
     def _allocate(self, like: Tensor) -> Tensor:
-        """Zeros, not uninitialised memory: a masked value still counts 0 times itself, and 0 * nan is nan."""
+        """Zeros, not uninitialised memory: a masked value still counts 0 times itself, and 0 * nan is nan.
+
+        On the CPU the kernel's untouched pages are the zeros: short rows take no memory for the length of a long one.
+        """
         shape = (self._rows, like.shape[1], self._length, like.shape[3])
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        if like.device.type != "cpu":
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        untouched = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
+        return torch.from_numpy(untouched).view(like.dtype).view(shape)
 
 
 def _states(layer: Any) -> tuple[Tensor, Tensor]:

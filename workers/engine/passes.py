@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPLIT_SAVES = {"cpu": 2**15, "cuda": 2**19}
-"""Attended positions (rows * length) per step that pay for a second forward pass. On CPU one costs as much as 10 to 30
-thousand of them, at 0.1 and at 29 M parameters; CUDA's is an estimate, not a measurement."""
+"""Attended positions (rows * length) per step that pay for a second forward pass. On CPU the smallest one costs as much as
+31 thousand of them at 0.1 M parameters and 8 thousand at 29 M (generation_costs.py); CUDA's is an estimate."""
 
 
 def plan_passes(offsets: NDArray[np.int64], *, split_saves: int) -> tuple[list[int] | None, list[tuple[slice, int]]]:

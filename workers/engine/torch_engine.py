@@ -239,7 +239,7 @@ class TorchEngine:
         self._score_waiting()
         started = time.monotonic()
         self._num_passes += 1
-        if not self._batch.rows or self._num_passes % _ADMISSION_PERIOD == 0:
+        if self._num_passes % _ADMISSION_PERIOD == 0 or self._is_rather_empty():
             self._admit()
         if self._batch.rows:
             self._step()
@@ -314,6 +314,11 @@ class TorchEngine:
             self._pending = [group for group in self._pending if group not in admitted]
         if admitted:
             self._batch.admit(admitted, version=self._version)
+
+    def _is_rather_empty(self) -> bool:
+        """More would start than runs: a prefill pass now costs less than decoding so few rows meanwhile."""
+        num_rows = len(self._batch.rows)
+        return 2 * num_rows <= self._max_sequences and sum(group.size for group in self._pending) >= num_rows
 
     def _may_serve(self, group: Group) -> bool:
         if self._version < 0:

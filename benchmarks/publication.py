@@ -7,7 +7,8 @@ on `--steps` steps, so that its moments are warm; compared are the bf16 copies b
 learning rate:
 
 * encode and apply, each with the digests of all tensors, beside `np.copyto` of all weights into memory already used and
-  `tensor.clone()`, which touches new memory as `apply` must: seconds of CPU of the one thread, the best of `--repeats`;
+  `tensor.clone()`, which touches new memory as `apply` must: seconds of CPU of the one thread, in turn, the best of
+  `--repeats` rounds and the median ratio within a round;
 * publication and fetch through a directory in memory and through a Redis of its own: wall seconds, of the delta, and of
   whole weights (`first_*`);
 * the pause: `load_weights`, a copy into the model that serves, and `pointers`, the same tensors put in place; as shares of
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -81,14 +83,11 @@ def train(model: dict[str, tuple[int, ...]], *, lr: float, num_steps: int) -> tu
     return before, after
 
 
-def best_cpu_s(work: Callable[[], Any], repeats: int) -> float:
-    """CPU seconds of this thread: other load on the machine does not count."""
-    found = []
-    for _ in range(repeats):
-        began = time.thread_time()
-        work()
-        found.append(time.thread_time() - began)
-    return min(found)
+def cpu_s(work: Callable[[], Any]) -> float:
+    """CPU seconds of this thread: time that other processes have on the machine does not count."""
+    began = time.thread_time()
+    work()
+    return time.thread_time() - began
 
 
 def wall_s(work: Callable[[], Any]) -> float:
@@ -98,14 +97,8 @@ def wall_s(work: Callable[[], Any]) -> float:
 
 
 def measure_codec(before: Weights, after: Weights, *, repeats: int) -> dict[str, float]:
-    num_bytes = sum(tensor.nbytes for tensor in after.values())
     source = [delta._words(tensor) for tensor in after.values()]
     target = [words.copy() for words in source]
-    changed = sum(int(np.count_nonzero(delta._words(after[n]) != delta._words(before[n]))) for n in after)
-    copy_s = best_cpu_s(lambda: [np.copyto(t, s) for t, s in zip(target, source, strict=True)], repeats)
-    target.clear()
-    clone_s = best_cpu_s(lambda: [tensor.clone() for tensor in after.values()], repeats)
-    encode_s = best_cpu_s(lambda: delta.encode(after, base=before), repeats)
     digests, patches = delta.encode(after, base=before)
     assert patches is not None
 
@@ -114,23 +107,31 @@ def measure_codec(before: Weights, after: Weights, *, repeats: int) -> dict[str,
             _, digest = delta.apply(base, [patches[name]] if name in patches else [])
             assert digest == digests[name]
 
-    apply_s = best_cpu_s(apply, repeats)
+    works: dict[str, Callable[[], Any]] = {
+        "copy": lambda: [np.copyto(t, s) for t, s in zip(target, source, strict=True)],
+        "clone": lambda: [tensor.clone() for tensor in after.values()],
+        "digest": lambda: [tensor_digest(tensor) for tensor in after.values()],
+        "sample": lambda: delta._sampled_share(after, before),
+        "encode": lambda: delta.encode(after, base=before),
+        "apply": apply,
+    }
+    rounds = [{name: cpu_s(work) for name, work in works.items()} for _ in range(repeats)]
+    best = {name: min(found[name] for found in rounds) for name in works}
+    num_bytes = sum(tensor.nbytes for tensor in after.values())
+    num_parameters = sum(tensor.numel() for tensor in after.values())
+    changed = sum(int(np.count_nonzero(delta._words(after[n]) != delta._words(before[n]))) for n in after)
     return {
-        "num_parameters": sum(tensor.numel() for tensor in after.values()),
+        "num_parameters": num_parameters,
         "full_bytes": num_bytes,
-        "changed_share": changed / sum(tensor.numel() for tensor in after.values()),
+        "changed_share": changed / num_parameters,
         "payload_share": sum(map(len, patches.values())) / num_bytes,
-        "copy_s": copy_s,
-        "copy_gb_per_s": num_bytes / copy_s / 1e9,
-        "clone_s": clone_s,
-        "digest_s": best_cpu_s(lambda: [tensor_digest(tensor) for tensor in after.values()], repeats),
-        "sample_s": best_cpu_s(lambda: delta._sampled_share(after, before), repeats),
-        "encode_s": encode_s,
-        "encode_to_copy": encode_s / copy_s,
-        "encode_to_clone": encode_s / clone_s,
-        "apply_s": apply_s,
-        "apply_to_copy": apply_s / copy_s,
-        "apply_to_clone": apply_s / clone_s,
+        **{f"{name}_s": seconds for name, seconds in best.items()},
+        "copy_gb_per_s": num_bytes / best["copy"] / 1e9,
+        **{f"{work}_to_{copy}": best[work] / best[copy] for work in ("encode", "apply") for copy in ("copy", "clone")},
+        **{
+            f"{work}_to_copy_median": median(found[work] / found["copy"] for found in rounds)
+            for work in ("encode", "apply")
+        },
     }
 
 

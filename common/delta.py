@@ -23,7 +23,7 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-from common.digest import tensor_digest, tensor_hasher
+from common.digest import tensor_bytes, tensor_digest, tensor_hasher
 from common.errors import DigestMismatch
 
 MAX_CHANGED = 0.25
@@ -145,8 +145,7 @@ def _unpack(patch: torch.Tensor, words: Words) -> tuple[NDArray[np.uint32], Word
 
 def _words(tensor: torch.Tensor) -> Words:
     """The bit patterns of a tensor's elements, flat."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat.view(f"u{min(tensor.element_size(), 8)}")
+    return tensor_bytes(tensor).view(f"u{min(tensor.element_size(), 8)}")
 
 
 def _planes(words: Words) -> NDArray[np.uint8]:

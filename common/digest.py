@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 
 def tensor_hasher(tensor: torch.Tensor) -> xxhash.xxh3_128:
@@ -17,8 +19,15 @@ def tensor_hasher(tensor: torch.Tensor) -> xxhash.xxh3_128:
 def tensor_digest(tensor: torch.Tensor) -> str:
     """xxh3-128 of dtype, shape and bytes."""
     hasher = tensor_hasher(tensor)
-    hasher.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    hasher.update(tensor_bytes(tensor).data)
     return hasher.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor on the CPU; of a contiguous one, without a copy."""
+    if not tensor.numel():  # may have a stride of 0, which cannot be viewed
+        return np.empty(0, dtype=np.uint8)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:

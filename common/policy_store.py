@@ -107,6 +107,7 @@ class PolicyStore:
         self._scripts = Scripts(client, keys)
         self._announced: dict[int, str] = {}
         self._held: Policy | None = None
+        self._mended = -1
         self._known_bases: dict[int, int] = {}
         self.last_fetch_s = 0.0
         self.last_fetch_bytes = 0
@@ -190,18 +191,19 @@ class PolicyStore:
             found.append(version)
 
     def is_wanted_whole(self) -> bool:
-        """Whether a reader could not verify the version that this process published last, and there is only a delta of it."""
-        wanted = self._client.hget(self._keys("policy"), "wanted_whole")
-        held = self._held
-        return held is not None and not held.manifest.num_bytes and wanted == b"%d" % held.manifest.version
+        """Whether a reader could not verify the version that this process published last; each version is mended once."""
+        if self._held is None or self._held.manifest.version == self._mended:
+            return False
+        return self._client.hget(self._keys("policy"), "wanted_whole") == b"%d" % self._held.manifest.version
 
     def mend(self) -> None:
-        """Write the version that this process published last whole, beside its delta. Raises DiskFull."""
+        """Write the version that this process published last whole, beside any delta of it. Raises DiskFull."""
         assert self._held is not None
         manifest, tensors = self._held.manifest, self._held.tensors
         manifest = replace(manifest, num_bytes=self._transport.write(manifest.version, tensors))
         self._record(manifest)
         self._held = Policy(manifest=manifest, tensors=tensors)
+        self._mended = manifest.version
 
     def _refuse_outdated(self, version: int, digest: str, *, incarnation: int) -> None:
         """Asked before anything is written as well, so that a trainer that was replaced cannot damage a served version."""
@@ -269,8 +271,7 @@ class PolicyStore:
             try:
                 tensors, num_bytes = self._load_somehow(manifest, held=held, go_on=go_on)
             except PolicyError:
-                if not manifest.num_bytes:
-                    self._scripts("small", "HSET", "policy", "wanted_whole", version)
+                self._scripts("small", "HSET", "policy", "wanted_whole", version)
                 raise
         # where versions travel whole, nothing is gained by holding one
         self._held = Policy(manifest=manifest, tensors=tensors) if manifest.base >= 0 else None

@@ -80,8 +80,8 @@ class DirectoryTransport:
             raise DigestMismatch(f"policy version {version} at {path} is damaged: {error}") from None
 
     def delete(self, version: int) -> None:
-        for kind in get_args(Kind):
-            self._path(version, kind).unlink(missing_ok=True)
+        for path in self._folder.glob(f"*-{version:08d}.*"):  # of every kind, and what a killed trainer left of them
+            path.unlink(missing_ok=True)
 
     def _path(self, version: int, kind: Kind) -> Path:
         return self._folder / f"{'policy' if kind == 'weights' else kind}-{version:08d}.safetensors"

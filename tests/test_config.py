@@ -140,6 +140,7 @@ def test_unknown_keys_name_the_nearest_known_one(override, message):
         ("sampling.top_p=1.5", "sampling.top_p = 1.5"),
         ("sampling.top_p=0", "sampling.top_p = 0"),
         ("policy_store.keep=1", "policy_store.keep = 1"),
+        ("policy_store.anchor_every=1", "policy_store.anchor_every = 1"),
         ("lease.running_s=0", "lease.running_s = 0"),
         ("reward.functions=[]", "reward.functions = []"),
         ("seed=-1", "seed = -1"),

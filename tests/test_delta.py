@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import delta
-from common.digest import tensor_digest
+from common.digest import tensor_bytes, tensor_digest
 from common.errors import DigestMismatch
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.int8, torch.int64, torch.bool]
@@ -26,7 +26,7 @@ def of_bits(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor_bytes(tensor).tobytes()
 
 
 def assert_patched(base: torch.Tensor, new: torch.Tensor) -> torch.Tensor | None:
@@ -37,6 +37,7 @@ def assert_patched(base: torch.Tensor, new: torch.Tensor) -> torch.Tensor | None
     assert (found.dtype, found.shape) == (new.dtype, new.shape)
     assert bits(found) == bits(new)
     assert bits(base) == before
+    assert delta.apply(found, [])[1] == found_digest, "what came out of one delta is the base of the next"
     assert digest == found_digest == tensor_digest(new)
     return patch
 

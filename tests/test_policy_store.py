@@ -520,6 +520,17 @@ def test_deltas_can_be_turned_off(make):
     assert store._held is None, "no memory for what is not used"
 
 
+def test_what_a_killed_trainer_left_of_a_version_goes_when_the_version_goes(client, keys, tmp_path):
+    store = make_store(client, keys, tmp_path, "directory")
+    publish(store, 0)
+    publish(store, 1)
+    leftover = tmp_path / keys.run / "policy-00000001.tmp99999"
+    leftover.write_bytes(b"half of version 1, mended")
+    for version in (2, 3):
+        publish(store, version)
+    assert not leftover.exists()
+
+
 def test_versions_that_others_rest_on_are_kept(client, keys, tmp_path, transport, make):
     trainer = make()
     publish_drifting(trainer, range(4))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from common.metrics import last_metrics, read_metrics
 from common.run import Run
 from common.types import Completion, Episode, Group
 from dashboard.samples import read_samples
-from trainer.report import Reporter, batch_metrics
+from trainer.report import Reporter, batch_metrics, token_age
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
 
@@ -60,6 +62,18 @@ def test_batch_metrics_by_hand() -> None:
     assert metrics["staleness/in_queue"] == pytest.approx(0.5)
     assert (metrics["policy_age/0"], metrics["policy_age/1"]) == (1, 2)
     assert metrics["num_tokens"] == 32
+
+
+def test_the_age_of_tokens_is_weighed_by_their_number(client: redis.Redis, keys: Keys) -> None:
+    client.hset(keys("lineage"), mapping={"3": "2:3", "4": "3:4", "5": "4:5"})
+    mixed = group([1.0, 0.0], tokens=4, version=3)
+    spans = ((3, 1), (4, 2), (5, 1))
+    mixed.episodes[0] = replace(
+        mixed.episodes[0], completion=replace(mixed.episodes[0].completion, policy_versions=spans)
+    )
+    # ages 2, 1, 1, 0 of one completion, 2 four times of the other, 0 eight times of the second group
+    assert token_age(client, keys, [mixed, group([1.0], tokens=8, version=5)], current=5) == pytest.approx(12 / 16)
+    assert math.isnan(token_age(client, keys, [group([1.0], version=1)], current=5)), "Redis has forgotten that version"
 
 
 def test_a_step_is_in_redis_jsonl_and_tensorboard(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:

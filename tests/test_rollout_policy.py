@@ -18,8 +18,8 @@ from common.canary import CanarySequence, random_sequences
 from common.diagnosis import alarms
 from common.logprobs import completion_logprobs, pad_sequences
 from common.metrics import read_heartbeats
-from common.model import load_pretrained, load_weights
-from common.policy_store import PolicyStore
+from common.model import load_pretrained, load_weights, named_weights
+from common.policy_store import Manifest, PolicyStore
 from common.run import open_run
 from common.types import SamplingParams
 from workers.context import Context
@@ -187,3 +187,41 @@ def test_an_evaluation_holds_its_version_while_training_groups_go_on_and_gives_i
             assert versions_of(None) == {1}, "training goes on by the version under evaluation"
         assert role.engine.version == 1, "the next group of the evaluation may follow"
         wait_for(lambda: role.engine.version == 3, timeout=15, what="the newest version after the evaluation")
+
+
+def test_a_worker_that_cannot_apply_a_delta_serves_the_old_version_until_the_trainer_writes_the_new_one_whole(
+    make_fleet: Callable[..., Fleet],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    client: redis.Redis,
+) -> None:
+    fleet = make_fleet(rollout={"dtype": "bfloat16"})
+    store = PolicyStore(client, fleet.ledger.keys, fleet.config.policy_store)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in store.fetch(0)[1].items()}
+
+    def publish_nudged(version: int) -> Manifest:
+        for name, tensor in weights.items():
+            weights[name] = tensor.clone()
+            weights[name].view(-1)[version::50] += 1
+        return store.publish(version, dict(weights), step=version, parent=version - 1)
+
+    publish_nudged(1)
+    with serving(fleet, monkeypatch) as (role, beat):
+        role.start()
+        for version in (2, 3):
+            manifest = publish_nudged(version)
+            assert (manifest.num_bytes, manifest.base) == (0, version - 1)
+            wait_for(lambda: beat().get("version") == version, timeout=15, what="the delta to be served")  # noqa: B023
+            assert manifest.digest.startswith(beat()["digest"])
+        wait_for(lambda: beat()["fetch_bytes"] == manifest.delta_bytes, timeout=15, what="what was read to be told")
+        assert beat()["fetch_s"] > 0 and beat()["last_pause_s"] > 0
+        assert all(torch.equal(found, weights[name]) for name, found in named_weights(role.engine._model).items())
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._transport, "write", lambda *_: 99)  # what was written got lost
+            publish_nudged(4)
+        wait_for(lambda: beat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
+        assert beat()["alarm"].startswith("still serves version 3: policy version 4")
+        assert store.is_wanted_whole()
+        store.mend()
+        wait_for(lambda: beat().get("version") == 4, timeout=15, what="the whole version to be served")
+        assert beat()["alarm"] == "" and store.manifest(4).digest.startswith(beat()["digest"])

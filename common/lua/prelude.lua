@@ -21,7 +21,8 @@
 --   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
 --   readers            zset     "<version>|<reader>" -> ms until which a process that fetches a version keeps it
 --   processes          zset     process -> ms of its last heartbeat; process:<process> string: its facts, with a time to live
---   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at
+--   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at; wanted_whole: the version
+--                               that a reader last failed to verify
 --   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
 --   events             stream   capped; policy published, dead letters, ...
 --   bytes              string   payload bytes held by groups

@@ -1,0 +1,241 @@
+"""Deltas of a synthetic 0.6 B-parameter bf16 model after one AdamW step: size, time, and the pause of a worker that swaps.
+
+    OMP_NUM_THREADS=1 python benchmarks/publication.py --out benchmarks/results/publication.json
+
+Shapes are those of Qwen3-0.6B, weights normal with std 0.02, gradients standard normal, AdamW in fp32 (betas 0.9, 0.95)
+on `--steps` steps, so that its moments are warm; compared are the bf16 copies before and after the last one. For every
+learning rate:
+
+* encode and apply, each with the digests of all tensors, beside `np.copyto` of all weights into memory already used and
+  `tensor.clone()`, which touches new memory as `apply` must: seconds of CPU of the one thread, in turn, the best of
+  `--repeats` rounds and the median ratio within a round;
+* publication and fetch through a directory in memory and through a Redis of its own: wall seconds, of the delta, and of
+  whole weights (`first_*`);
+* the pause: `load_weights`, a copy into the model that serves, and `pointers`, the same tensors put in place; as shares of
+  the wall seconds from `publish` to the end of `fetch`.
+
+Prints one JSON object. Needs about 9 GB of memory and, with the default settings, ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from common import delta
+from common.config import PolicyStoreConfig
+from common.connection import connect
+from common.digest import tensor_digest
+from common.keys import Keys
+from common.model import load_weights
+from common.policy_store import PolicyStore
+from scripts.redis_server import start_server
+
+Weights = dict[str, torch.Tensor]
+
+PIECE = 2**20
+"""Elements that are trained at a time: their optimizer state stays in the cache."""
+
+
+def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Of Qwen3-0.6B, which has 28 layers and ties its head."""
+    layer = {
+        "q": (2048, 1024), "k": (1024, 1024), "v": (1024, 1024), "o": (1024, 2048), "q_norm": (128,), "k_norm": (128,),
+        "gate": (3072, 1024), "up": (3072, 1024), "down": (1024, 3072), "norm_1": (1024,), "norm_2": (1024,),
+    }  # fmt: skip
+    layers = {f"{i}_{name}": shape for i in range(num_layers) for name, shape in layer.items()}
+    return {"embed": (151936, 1024), **layers, "norm": (1024,)}
+
+
+def train(model: dict[str, tuple[int, ...]], *, lr: float, num_steps: int) -> tuple[Weights, Weights]:
+    """bf16 weights before and after the last of `num_steps` steps; in pieces, because AdamW sees every element by itself."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.empty(64 * PIECE).normal_(generator=generator)  # gradients: pieces of it from random places
+    before, after = {}, {}
+    for name, shape in model.items():
+        size = int(np.prod(shape))
+        old, new = torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.bfloat16)
+        for start in range(0, size, PIECE):
+            count = min(PIECE, size - start)
+            weight = torch.nn.Parameter(torch.empty(count).normal_(std=0.02, generator=generator))
+            optimizer = torch.optim.AdamW([weight], lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            for place in torch.randint(0, len(pool) - count, (num_steps,), generator=generator).tolist():
+                old[start : start + count] = weight.detach()
+                weight.grad = pool[place : place + count]
+                optimizer.step()
+            new[start : start + count] = weight.detach()
+        before[name], after[name] = old.reshape(shape), new.reshape(shape)
+    return before, after
+
+
+def cpu_s(work: Callable[[], Any]) -> float:
+    """CPU seconds of this thread: time that other processes have on the machine does not count."""
+    began = time.thread_time()
+    work()
+    return time.thread_time() - began
+
+
+def wall_s(work: Callable[[], Any]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def measure_codec(before: Weights, after: Weights, *, repeats: int) -> dict[str, float]:
+    source = [delta._words(tensor) for tensor in after.values()]
+    target = [words.copy() for words in source]
+    digests, patches = delta.encode(after, base=before)
+    assert patches is not None
+
+    def apply() -> None:
+        for name, base in before.items():
+            _, digest = delta.apply(base, [patches[name]] if name in patches else [])
+            assert digest == digests[name]
+
+    works: dict[str, Callable[[], Any]] = {
+        "copy": lambda: [np.copyto(t, s) for t, s in zip(target, source, strict=True)],
+        "clone": lambda: [tensor.clone() for tensor in after.values()],
+        "digest": lambda: [tensor_digest(tensor) for tensor in after.values()],
+        "sample": lambda: delta._sampled_share(after, before),
+        "encode": lambda: delta.encode(after, base=before),
+        "apply": apply,
+    }
+    rounds = [{name: cpu_s(work) for name, work in works.items()} for _ in range(repeats)]
+    best = {name: min(found[name] for found in rounds) for name in works}
+    num_bytes = sum(tensor.nbytes for tensor in after.values())
+    num_parameters = sum(tensor.numel() for tensor in after.values())
+    changed = sum(int(np.count_nonzero(delta._words(after[n]) != delta._words(before[n]))) for n in after)
+    return {
+        "num_parameters": num_parameters,
+        "full_bytes": num_bytes,
+        "changed_share": changed / num_parameters,
+        "payload_share": sum(map(len, patches.values())) / num_bytes,
+        **{f"{name}_s": seconds for name, seconds in best.items()},
+        "copy_gb_per_s": num_bytes / best["copy"] / 1e9,
+        **{f"{work}_to_{copy}": best[work] / best[copy] for work in ("encode", "apply") for copy in ("copy", "clone")},
+        **{
+            f"{work}_to_copy_median": median(found[work] / found["copy"] for found in rounds)
+            for work in ("encode", "apply")
+        },
+    }
+
+
+@contextmanager
+def stores(transport: str, url: str) -> Iterator[tuple[PolicyStore, PolicyStore]]:
+    """Of a trainer and of a worker."""
+    client, keys = connect(url), Keys(f"publication-{transport}")
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        config = PolicyStoreConfig(transport=transport, path=folder)  # type: ignore[arg-type]
+        yield PolicyStore(client, keys, config), PolicyStore(client, keys, config)
+        for key in client.scan_iter(match=keys.root + "*", count=1000):
+            client.unlink(key)
+    client.close()
+
+
+class Served(torch.nn.Module):
+    """A model that consists of its weights."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        for name, tensor in weights.items():
+            self.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+
+    def point_to(self, weights: Weights) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.data = weights[name]
+
+
+def measure_transport(before: Weights, after: Weights, *, transport: str, url: str, repeats: int) -> dict[str, float]:
+    """Versions go to and fro between both weights, so that every one after the first is a delta of the same size."""
+    with stores(transport, url) as (trainer, worker):
+        publish = lambda v: trainer.publish(v, (before, after)[v % 2], step=v, parent=v - 1)  # noqa: E731
+        first_publish_s = wall_s(lambda: publish(0))
+        first_fetch_s = wall_s(lambda: worker.fetch(0))
+        publish(1)
+        worker.fetch(1)
+        publish_s, fetch_s = [], []
+        for version in range(2, 2 + repeats):
+            publish_s.append(wall_s(lambda: publish(version)))  # noqa: B023
+            fetch_s.append(wall_s(lambda: worker.fetch(version)))  # noqa: B023
+            assert worker.last_fetch_bytes == trainer.manifest(version).delta_bytes
+        _, tensors = worker.fetch(version)
+        served = Served(tensors)
+        copy_pause_s = min(wall_s(lambda: load_weights(served, tensors)) for _ in range(repeats))
+        pointer_pause_s = min(wall_s(lambda: served.point_to(tensors)) for _ in range(repeats))
+        both_s = min(publish_s) + min(fetch_s)
+        return {
+            "first_publish_s": first_publish_s,
+            "first_fetch_s": first_fetch_s,
+            "delta_bytes": trainer.manifest(version).delta_bytes,
+            "publish_s": min(publish_s),
+            "fetch_s": min(fetch_s),
+            "load_weights_s": copy_pause_s,
+            "load_weights_share": copy_pause_s / both_s,
+            "pointers_s": pointer_pause_s,
+            "pointers_share": pointer_pause_s / both_s,
+        }
+
+
+def machine() -> dict[str, Any]:
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(names),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "load_average": Path("/proc/loadavg").read_text().split()[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-6, 3e-6])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"machine": machine(), "arguments": sys.argv[1:], "by_lr": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        server = start_server(Path(folder))
+        try:
+            for lr in arguments.lr:
+                before, after = train(shapes(arguments.layers), lr=lr, num_steps=arguments.steps)
+                found: dict[str, Any] = {"codec": measure_codec(before, after, repeats=arguments.repeats)}
+                for transport in ("directory", "redis"):
+                    found[transport] = measure_transport(
+                        before, after, transport=transport, url=server.url, repeats=arguments.repeats
+                    )
+                result["by_lr"][f"{lr:g}"] = found
+        finally:
+            server.stop()
+    result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

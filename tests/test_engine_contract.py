@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import make_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -29,7 +30,6 @@ from common.assets import ModelAssets
 from common.errors import EngineClosed, EngineError
 from common.model import load_weights, named_weights, resolve_device
 from common.types import Completion, SamplingParams
-from tests.builders import make_config
 from workers.engine import GenerationRequest
 from workers.rollout import make_engine
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import make_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -29,7 +30,6 @@ from common.assets import ModelAssets
 from common.errors import EngineClosed, EngineError
 from common.model import load_weights, named_weights, resolve_device
 from common.types import Completion, SamplingParams
-from tests.builders import make_config
 from workers.engine import GenerationRequest
 from workers.rollout import make_engine
 
@@ -364,13 +364,14 @@ def test_drain_finishes_running_rows_before_the_swap(get_engine: Callable[..., S
 
 
 def test_no_cached_prefix_crosses_a_swap(served: Served) -> None:
+    served.serve(6)
     what = request(300)
-    for seed in (6, 7):
-        served.serve(seed)
-        beside = served.submit(request(3, group_id="beside", n=1, max_tokens=100, min_tokens=100))  # no idle moment
-        served.after_tokens(1)
-        assert_scored_by(seed, what, served.run(what)[0])
-        beside.result(WAIT_S)
+    assert_scored_by(6, what, served.run(what)[0])
+    beside = served.submit(request(3, group_id="beside", n=1, max_tokens=200, min_tokens=200))  # no idle moment
+    served.after_tokens(1)
+    served.serve(7)
+    assert_scored_by(7, what, served.run(what)[0])
+    beside.result(WAIT_S)
 
 
 def test_a_version_that_comes_back_does_not_find_what_another_computed_meanwhile(served: Served) -> None:

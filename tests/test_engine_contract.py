@@ -10,21 +10,18 @@ import functools
 import inspect
 import math
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import make_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from builders import letter_tokenizer, make_config
+from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from common.assets import ModelAssets
 from common.errors import EngineClosed, EngineError
@@ -66,17 +63,9 @@ def policy(seed: int, *, tied: bool = True) -> Weights:
 
 @functools.cache
 def build_assets(*, tied: bool) -> ModelAssets:
-    """The model's config, and a tokenizer of one letter per token."""
-    letters = {chr(0x4E00 + token): token for token in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token=chr(0x4E00)))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     config = scratch_model(tied=tied).config.to_dict()
     config.pop("dtype", None)
-    return ModelAssets(config=config, tokenizer_files=files, eos_token_ids=(EOS,))
+    return ModelAssets(config=config, tokenizer_files=letter_tokenizer(VOCAB), eos_token_ids=(EOS,))
 
 
 def letters_of(token_ids: Any) -> str:

@@ -24,10 +24,11 @@ from builders import letter_tokenizer, make_config
 from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from common.assets import ModelAssets
-from common.errors import EngineClosed, EngineError
+from common.errors import ConfigError, EngineClosed, EngineError
 from common.model import load_weights, named_weights, resolve_device
 from common.types import Completion, SamplingParams
 from workers.engine import GenerationRequest
+from workers.engine.vllm_core import check_config
 from workers.rollout import make_engine
 
 ENGINES = ["torch", "vllm"] if find_spec("vllm") else ["torch"]
@@ -561,6 +562,19 @@ def test_an_idle_engine_shows_progress(served: Served) -> None:
     served.serve(0)
     seen = served.engine.progress_at
     eventually(lambda: served.engine.progress_at > seen)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"sampling": {"temperature": 2.5}}, "vLLM samples at 0.01 to 2.0"),
+        ({"rollout": {"device": "cuda:1"}}, "CUDA_VISIBLE_DEVICES=1"),
+    ],
+    ids=["temperature", "device"],
+)
+def test_vllm_is_refused_before_it_loads_what_it_cannot_do(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_config(make_config(**section))
 
 
 @pytest.mark.parametrize("name", ENGINES)

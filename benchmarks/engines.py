@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 import torch
-from builders import make_config
+from builders import letter_tokenizer, make_config
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.assets import ModelAssets
@@ -59,7 +59,7 @@ def measure(engine_name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                  "max_sequences": GROUP_SIZE * arguments.groups, "kv_cache_mib": arguments.kv_cache_mib},
         trainer={"seq_len": length},
     )  # fmt: skip
-    assets = ModelAssets(config=model.config.to_dict(), tokenizer_files={}, eos_token_ids=(NO_END,))
+    assets = ModelAssets(config=model.config.to_dict(), tokenizer_files=letter_tokenizer(500), eos_token_ids=(NO_END,))
     started = time.monotonic()
     engine = make_engine(config, assets)
     engine.stage(0, "0", weights)
@@ -83,12 +83,11 @@ def measure(engine_name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def _generate(engine: Engine, *, num_groups: int, seed: int) -> float:
     """Tokens per wall second of so many groups submitted at once."""
     rng = np.random.default_rng(seed)
-    vocab = 500
     sampling = {"n": GROUP_SIZE, "max_tokens": NEW_TOKENS, "min_tokens": NEW_TOKENS}
     requests = [
         GenerationRequest(
             group_id=f"{seed}/{index}",
-            prompt_ids=rng.integers(1, vocab, PROMPT_TOKENS).astype(np.int32),
+            prompt_ids=rng.integers(1, 500, PROMPT_TOKENS).astype(np.int32),
             sampling=SamplingParams(**sampling, seed=seed * 1000 + index),
         )
         for index in range(num_groups)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,20 @@ def make_config(**sections: Any) -> Config:
 def make_ledger(client: redis.Redis, keys: Keys, *, worker: str = "w", **sections: Any) -> Ledger:
     """A ledger over `make_config(**sections)`."""
     return Ledger(client, keys, make_config(**sections), worker=worker)
+
+
+def letter_tokenizer(vocab_size: int) -> dict[str, bytes]:
+    """Files of a tokenizer with one letter per token: id 0 is U+4E00."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {chr(0x4E00 + token): token for token in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token=chr(0x4E00)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def publish_policy(

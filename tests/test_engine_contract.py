@@ -10,27 +10,25 @@ import functools
 import inspect
 import math
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import make_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from builders import letter_tokenizer, make_config
+from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from common.assets import ModelAssets
-from common.errors import EngineClosed, EngineError
+from common.errors import ConfigError, EngineClosed, EngineError
 from common.model import load_weights, named_weights, resolve_device
 from common.types import Completion, SamplingParams
 from workers.engine import GenerationRequest
+from workers.engine.vllm_core import check_config
 from workers.rollout import make_engine
 
 ENGINES = ["torch", "vllm"] if find_spec("vllm") else ["torch"]
@@ -66,17 +64,9 @@ def policy(seed: int, *, tied: bool = True) -> Weights:
 
 @functools.cache
 def build_assets(*, tied: bool) -> ModelAssets:
-    """The model's config, and a tokenizer of one letter per token."""
-    letters = {chr(0x4E00 + token): token for token in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token=chr(0x4E00)))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
     config = scratch_model(tied=tied).config.to_dict()
     config.pop("dtype", None)
-    return ModelAssets(config=config, tokenizer_files=files, eos_token_ids=(EOS,))
+    return ModelAssets(config=config, tokenizer_files=letter_tokenizer(VOCAB), eos_token_ids=(EOS,))
 
 
 def letters_of(token_ids: Any) -> str:
@@ -169,6 +159,12 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def load(model: PreTrainedModel, seed: int, *, tied: bool) -> None:
+    if getattr(model, "holds_policy", None) != seed:
+        load_weights(model, policy(seed, tied=tied))
+        model.holds_policy = seed
+
+
 @torch.no_grad()
 def logits_under(seed: int, tokens: np.ndarray, *, tied: bool = True, old: int = 0, split: int = 0) -> torch.Tensor:
     """[T, V] of one sequence; the first `split` tokens' keys and values are those of the policy `old`."""
@@ -176,9 +172,9 @@ def logits_under(seed: int, tokens: np.ndarray, *, tied: bool = True, old: int =
     ids = torch.from_numpy(tokens).long()[None].to(model.device)
     parts = []
     if split:
-        load_weights(model, policy(old, tied=tied))
+        load(model, old, tied=tied)
         parts.append(model(ids[:, :split], use_cache=True, **{_CACHE: cache}).logits[0])
-    load_weights(model, policy(seed, tied=tied))
+    load(model, seed, tied=tied)
     parts.append(model(ids[:, split:], use_cache=True, **{_CACHE: cache}).logits[0])
     return torch.cat(parts).float().cpu()
 
@@ -279,12 +275,13 @@ def test_truncated_sampling_reports_the_distribution_that_was_sampled(served: Se
 def _kept(probs: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
     """[V] bool: the tokens that stay, by walking down from the likeliest."""
     kept, mass = torch.zeros(len(probs), dtype=torch.bool), 0.0
-    order = probs.argsort(descending=True)[: top_k or None].tolist()
-    total = float(probs[order].sum())
-    for token in order:
-        if mass >= top_p * total or probs[token] < min_p * probs.max():
+    values, order = probs.sort(descending=True)
+    ranked = list(zip(order.tolist(), values.tolist(), strict=True))[: top_k or None]
+    total = sum(value for _, value in ranked)
+    for token, value in ranked:
+        if mass >= top_p * total or value < min_p * ranked[0][1]:
             break
-        kept[token], mass = True, mass + float(probs[token])
+        kept[token], mass = True, mass + value
     return kept
 
 
@@ -367,7 +364,7 @@ def test_no_cached_prefix_crosses_a_swap(served: Served) -> None:
     served.serve(6)
     what = request(300)
     assert_scored_by(6, what, served.run(what)[0])
-    beside = served.submit(request(3, group_id="beside", n=1, max_tokens=200, min_tokens=200))  # no idle moment
+    beside = served.submit(request(3, group_id="beside", n=1, max_tokens=120, min_tokens=120))  # no idle moment
     served.after_tokens(1)
     served.serve(7)
     assert_scored_by(7, what, served.run(what)[0])
@@ -376,12 +373,12 @@ def test_no_cached_prefix_crosses_a_swap(served: Served) -> None:
 
 def test_a_version_that_comes_back_does_not_find_what_another_computed_meanwhile(served: Served) -> None:
     first = served.serve(6)
-    what = request(150, n=1, max_tokens=200, min_tokens=200)
+    what = request(150, n=1, max_tokens=110, min_tokens=110)
     grown = served.submit(what)
     served.after_tokens(2)
     newest = served.serve(7)  # computes the rest, in blocks that began under the first
     [completion] = grown.result(WAIT_S)
-    beside = served.submit(request(3, group_id="beside", n=1, max_tokens=300, min_tokens=300))
+    beside = served.submit(request(3, group_id="beside", n=1, max_tokens=120, min_tokens=120))
     served.after_tokens(1)
     served.stage(6, version=first)
     eventually(lambda: served.engine.version == first)
@@ -521,7 +518,7 @@ def test_score_is_a_fresh_forward_of_the_served_policy_while_others_run(served: 
     served.serve(2)
     what = request(300, n=2)
     [group] = served.run(what)
-    running = served.submit(request(3, group_id="running", n=MAX_SEQUENCES, max_tokens=100))
+    running = served.submit(request(3, group_id="running", n=MAX_SEQUENCES, max_tokens=80))
     served.after_tokens(16)
     version = served.stage(3)
     eventually(lambda: served.engine.version == version)
@@ -565,6 +562,19 @@ def test_an_idle_engine_shows_progress(served: Served) -> None:
     served.serve(0)
     seen = served.engine.progress_at
     eventually(lambda: served.engine.progress_at > seen)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"sampling": {"temperature": 2.5}}, "vLLM samples at 0.01 to 2.0"),
+        ({"rollout": {"device": "cuda:1"}}, "CUDA_VISIBLE_DEVICES=1"),
+    ],
+    ids=["temperature", "device"],
+)
+def test_vllm_is_refused_before_it_loads_what_it_cannot_do(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_config(make_config(**section))
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -166,12 +166,16 @@ def _truncated(logits: Tensor, targets: Tensor, truncation: Truncation, is_early
     if truncation == UNTRUNCATED:
         return logits
     with torch.no_grad():
-        barred = torch.zeros_like(logits, dtype=torch.bool)
+        allowed, barred = logits, None
         if truncation.end_token_ids:
+            barred = torch.zeros_like(logits, dtype=torch.bool)
             barred[:, list(truncation.end_token_ids)] = is_early.unsqueeze(-1)
-        kept = truncation.kept(logits.masked_fill(barred, -torch.inf))
-        dropped = barred if kept is None else barred | ~kept
-        dropped.scatter_(-1, targets.unsqueeze(-1), False)
+            allowed = logits.masked_fill(barred, -torch.inf)
+        kept = truncation.kept(allowed)
+        if kept is None and barred is None:
+            return logits
+        kept = ~barred if kept is None else kept if barred is None else kept & ~barred
+        dropped = ~kept.scatter(-1, targets.unsqueeze(-1), True)
     return logits.masked_fill(dropped, -torch.inf)
 
 

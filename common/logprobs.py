@@ -166,17 +166,15 @@ def _truncated(logits: Tensor, targets: Tensor, truncation: Truncation, is_early
     if truncation == UNTRUNCATED:
         return logits
     with torch.no_grad():
-        allowed, barred = logits, None
+        allowed = logits
         if truncation.end_token_ids:
             barred = torch.zeros_like(logits, dtype=torch.bool)
             barred[:, list(truncation.end_token_ids)] = is_early.unsqueeze(-1)
             allowed = logits.masked_fill(barred, -torch.inf)
         kept = truncation.kept(allowed)
-        if kept is None and barred is None:
-            return logits
-        kept = ~barred if kept is None else kept if barred is None else kept & ~barred
-        dropped = ~kept.scatter(-1, targets.unsqueeze(-1), True)
-    return logits.masked_fill(dropped, -torch.inf)
+        kept = allowed > -torch.inf if kept is None else kept & (allowed > -torch.inf)
+        kept.scatter_(-1, targets.unsqueeze(-1), True)
+    return logits.masked_fill(~kept, -torch.inf)
 
 
 def _plain_head(model: Any) -> torch.nn.Linear | None:

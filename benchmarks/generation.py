@@ -17,6 +17,7 @@ one long row costs the others, and what a policy swap does.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -98,9 +99,10 @@ def engine_side(model: PreTrainedModel, prompts: list[list[int]], stack: ExitSta
     stack.callback(engine.close)
     engine.stage(0, "", {name: weight.detach().clone() for name, weight in named_weights(model).items()})
     threads = stack.enter_context(ThreadPoolExecutor(len(prompts)))
+    seeds = itertools.count()  # other noise in every turn, as the other sides have: a fixed draw may be long or short
 
     def generate(index: int) -> int:
-        sampling = SamplingParams(n=GROUP_SIZE, max_tokens=MAX_TOKENS, seed=index)
+        sampling = SamplingParams(n=GROUP_SIZE, max_tokens=MAX_TOKENS, seed=next(seeds))
         ids = np.array(prompts[index], dtype=np.int32)
         request = GenerationRequest(group_id=str(index), prompt_ids=ids, sampling=sampling)
         return sum(len(completion.token_ids) for completion in engine.generate(request))

@@ -166,13 +166,15 @@ def _truncated(logits: Tensor, targets: Tensor, truncation: Truncation, is_early
     if truncation == UNTRUNCATED:
         return logits
     with torch.no_grad():
-        barred = torch.zeros_like(logits, dtype=torch.bool)
+        allowed = logits
         if truncation.end_token_ids:
+            barred = torch.zeros_like(logits, dtype=torch.bool)
             barred[:, list(truncation.end_token_ids)] = is_early.unsqueeze(-1)
-        kept = truncation.kept(logits.masked_fill(barred, -torch.inf))
-        dropped = barred if kept is None else barred | ~kept
-        dropped.scatter_(-1, targets.unsqueeze(-1), False)
-    return logits.masked_fill(dropped, -torch.inf)
+            allowed = logits.masked_fill(barred, -torch.inf)
+        kept = truncation.kept(allowed)
+        kept = allowed > -torch.inf if kept is None else kept & (allowed > -torch.inf)
+        kept.scatter_(-1, targets.unsqueeze(-1), True)
+    return logits.masked_fill(~kept, -torch.inf)
 
 
 def _plain_head(model: Any) -> torch.nn.Linear | None:

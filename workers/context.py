@@ -177,11 +177,22 @@ class Context:
                 self._end_if_hung()
                 left_s = self.run.config.lease.running_s - self.progress_age_s()
                 if left_s > 0:
-                    for lost in self.urgent.renew(list(self._claims.values()), lease_s=left_s):
-                        log.warning("lost the lease of %s: it was taken over; a late result will be refused", lost)
+                    self._renew(left_s)
                 beat(self.urgent.client, self.run.keys, self.process, self._facts())
             except redis.RedisError as error:
                 log.warning("no heartbeat: %s", error)
+
+    def _renew(self, lease_s: float) -> None:
+        claims = list(self._claims.values())
+        lost = set(self.urgent.renew(claims, lease_s=lease_s))
+        for claim in claims:
+            # one that was handed in meanwhile has no lease any more either
+            if f"{claim.group_id}|{claim.part}" in lost and claim.holder in self._claims:
+                log.warning(
+                    "lost the lease of %s of group %s: it was taken over; a late result will be refused",
+                    claim.part,
+                    claim.group_id,
+                )
 
     def _end_if_hung(self) -> None:
         """A hung engine cannot be stopped from inside; the process can, and a supervisor starts it again.

@@ -9,8 +9,8 @@ Invariants:
   admitting a prompt and recomputing a row are one operation, and no prefill computes logits;
 * a step reads one thing back from the device: which rows have finished (and the tokens of rows that have stop texts). The
   host knows all lengths without asking, because every row grows by one each step (length = row.offset + number of steps);
-* a few long rows do not make the others attend to their length: they stand first and run in a forward pass of their own
-  where that costs less.
+* a few long rows do not make the others attend to their length: they run in a forward pass of their own where that costs
+  less.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ BLOCK_BYTES = 2**19
 """Compared, hashed and patched at a time: what the second cache level holds."""
 SAMPLE = 4096
 """Elements compared per tensor before anything is encoded."""
+_ALIGNMENT = 64
 MAX_ELEMENTS = 2**31
 """Larger tensors travel whole: positions have 32 bits."""
 LEVEL = 1
@@ -70,7 +71,7 @@ def apply(base: torch.Tensor, patches: Sequence[torch.Tensor]) -> tuple[torch.Te
     changes = [
         (places, steps, np.searchsorted(places, starts)) for places, steps in (_unpack(p, words) for p in patches)
     ]
-    new = np.empty_like(words)  # numpy asks for huge pages: torch's own allocation takes three times as long to fill
+    new = _empty_like(words)
     hasher = tensor_hasher(base)
     for i in range(len(starts) - 1):
         block = new[i * size : (i + 1) * size]
@@ -141,6 +142,13 @@ def _unpack(patch: torch.Tensor, words: Words) -> tuple[NDArray[np.uint32], Word
     gaps = _from_planes(raw[: 4 * count], np.dtype(np.uint32))
     zigzag = _from_planes(raw[4 * count :], words.dtype)
     return np.cumsum(gaps, dtype=np.uint32), (zigzag >> 1) ^ (0 - (zigzag & 1))
+
+
+def _empty_like(words: Words) -> Words:
+    """From numpy, which asks for huge pages (torch's own memory takes three times as long to fill), aligned as torch does."""
+    memory = np.empty(words.nbytes + _ALIGNMENT, dtype=np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + words.nbytes].view(words.dtype)
 
 
 def _words(tensor: torch.Tensor) -> Words:

@@ -38,18 +38,30 @@ def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy a policy into a model, in place, casting to its dtype. Raises DigestMismatch when names or shapes differ."""
+    for weight, tensor in _matched(model, tensors):
+        weight.copy_(tensor)
+
+
+@torch.no_grad()
+def adopt_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """As `load_weights`, but a tensor of the weight's own device and dtype is used itself: nobody may write to it any more."""
+    for weight, tensor in _matched(model, tensors):
+        if (tensor.device, tensor.dtype) == (weight.device, weight.dtype) and tensor.is_contiguous():
+            weight.data = tensor
+        else:
+            weight.copy_(tensor)
+
+
+def _matched(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each weight with its tensor. Everything is checked before the first is used: a refused policy changes nothing."""
     weights = named_weights(model)
     if weights.keys() != tensors.keys():
         odd = sorted(weights.keys() ^ tensors.keys())[:5]
         raise DigestMismatch(f"policy and model differ in {len(weights.keys() ^ tensors.keys())} tensors, e.g. {odd}")
-    for (
-        name,
-        weight,
-    ) in weights.items():  # all are checked before the first is written: a refused policy changes nothing
+    for name, weight in weights.items():
         if weight.shape != tensors[name].shape:
             raise DigestMismatch(f"{name}: policy has shape {tuple(tensors[name].shape)}, model {tuple(weight.shape)}")
-    for name, weight in weights.items():
-        weight.copy_(tensors[name])
+    return [(weight, tensors[name]) for name, weight in weights.items()]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -305,14 +305,14 @@ class PolicyStore:
             raise DigestMismatch(f"policy version {target.version} holds other tensors than its manifest names")
         found = {}
         for name, digest in target.tensors.items():
-            # a mapped file is left behind where the tensors will be held: its pages may be gone later
-            if patches[name] or (target.base >= 0 and held is None):
+            # what was read is copied as it is verified: a mapped file's pages may be gone while an engine serves them
+            if patches[name] or held is None:
                 try:
                     found[name], got = delta.apply(base[name], patches[name])
                 except DigestMismatch as error:
                     raise DigestMismatch(f"policy version {target.version}: tensor {name}: {error}") from None
             else:
-                found[name], got = base[name], first.tensors[name] if held else tensor_digest(base[name])
+                found[name], got = base[name], first.tensors[name]
             if got != digest:
                 raise DigestMismatch(f"policy version {target.version}: tensor {name} does not match its digest")
             go_on()

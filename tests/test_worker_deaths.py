@@ -186,8 +186,8 @@ def test_a_stopped_worker_is_taken_over_and_its_late_results_are_refused(make_fl
 
 def test_an_engine_in_an_endless_loop_is_taken_over_and_its_process_ends(make_fleet: Callable[..., Fleet]) -> None:
     fleet = make_fleet()
-    patch = "from workers.engine.torch_engine import TorchEngine\n"
-    patch += "def endless(self):\n    while True: pass\nTorchEngine._decode = endless"
+    patch = "from workers.engine.torch_engine import TorchEngine\nassert TorchEngine._step\n"
+    patch += "def endless(self):\n    while True: pass\nTorchEngine._step = endless"
     group_ids = fleet.admit(2)
     with fleet.odd("rollout", patch=patch) as hung:
         wait_for(lambda: fleet.has(group_ids, "by:rollout"), timeout=30, what="the groups to be in its hands")

@@ -84,7 +84,10 @@ class Engine(Protocol):
         """`sampling.n` completions in order; blocks. Thread-safe. Raises EngineError, or EngineClosed when it was not served."""
 
     def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Hand over a verified policy; returns at once, the swap happens between two decode steps. A newer one replaces it."""
+        """Hand over a verified policy; returns at once, the swap happens between two decode steps. A newer one replaces it.
+
+        Nobody writes to `tensors` any more: an engine may serve them where they are.
+        """
 
     def cancel(self, group_id: str) -> None:
         """Give up a group, if it is here: its `generate` raises EngineClosed, its sequences leave at the next step."""

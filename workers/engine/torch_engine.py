@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from common.errors import EngineClosed, EngineError
 from common.logprobs import score_sequences
-from common.model import load_weights
+from common.model import adopt_weights
 from common.types import Completion
 from workers.engine import EngineStats, GenerationRequest
 from workers.engine.admission import PREFILL_TOKENS, choose
@@ -264,7 +264,7 @@ class TorchEngine:
             self._staged = None
         started = time.monotonic()
         try:
-            load_weights(self._model, policy.tensors)
+            adopt_weights(self._model, policy.tensors)
         except Exception as error:
             self._last_error = f"policy version {policy.version} was not loaded: {type(error).__name__}: {error}"
             log.warning("%s; serving version %d", self._last_error, self._version)

@@ -7,7 +7,7 @@ stamp="$venv/.sluice-$(cat pyproject.toml scripts/vllm_environment.sh | cksum | 
 if [ ! -f "$stamp" ]; then
   echo "making the vLLM environment in $venv (once; 1.5 GB, with CUDA several times that)" >&2
   [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-  install=("$venv/bin/python" -m pip install --quiet)
+  install=("$venv/bin/python" -m pip install --quiet --no-compile) # of thousands of files few are imported
   if command -v nvidia-smi >/dev/null; then
     "${install[@]}" --editable ".[vllm]" pytest pytest-timeout hypothesis >&2
   else

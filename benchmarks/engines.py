@@ -76,7 +76,7 @@ def measure(engine_name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": [round(rate) for rate in rates],
         "tokens_per_s_under_updates": round(rate_under_updates),
         "updates": stats.num_updates - 1,
-        "pause_s_per_update": round(stats.last_pause_s, 4),
+        "pause_s_per_update": round(stats.update_pause_s / max(1, stats.num_updates), 4),
     }
 
 

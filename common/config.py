@@ -7,7 +7,7 @@ Derived values are properties. Importing this module loads neither torch nor tra
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -68,7 +68,7 @@ class SamplingConfig(Section):
     """Cut tokens under min_p times the probability of the likeliest one; 0 = off."""
     min_tokens: int = Field(default=0, ge=0)
     """No completion ends before so many tokens."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a completion, beside the model's own end tokens; they are part of it."""
 
 
@@ -92,8 +92,8 @@ class RolloutConfig(Section):
     """Bound on prompt + completion, in tokens; none = trainer.seq_len."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """vLLM only: GPUs that share one model."""
-    pipeline_parallel_size: int = Field(default=1, ge=1)
-    """vLLM only: GPUs that hold its layers one after the other."""
+    pipeline_parallel_size: int = Field(default=1, ge=1, le=1)
+    """vLLM only; 1: with more, batches are on their way between two steps, and a token's policy version could not be told."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     """vLLM only: share of the GPU's memory that the engine may take."""
     enforce_eager: bool = False
@@ -291,6 +291,16 @@ class Config(Section):
             raise ValueError(
                 f"dataset.max_req_tokens + sampling.max_res_tokens = {longest} exceeds trainer.seq_len = {self.trainer.seq_len}: "
                 "raise seq_len or lower one of the two"
+            )
+        if self.rollout.max_model_len is not None and longest > self.rollout.max_model_len:
+            raise ValueError(
+                f"dataset.max_req_tokens + sampling.max_res_tokens = {longest} exceeds rollout.max_model_len = "
+                f"{self.rollout.max_model_len}: every such group would be refused"
+            )
+        if self.sampling.min_tokens > self.sampling.max_res_tokens:
+            raise ValueError(
+                f"sampling.min_tokens = {self.sampling.min_tokens} exceeds sampling.max_res_tokens = "
+                f"{self.sampling.max_res_tokens}"
             )
         if self.sampling.group_size == 1:
             raise ValueError(

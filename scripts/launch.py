@@ -29,7 +29,7 @@ from common.run import Run, create_run, open_run, set_status
 from scripts.progress import Progress
 from scripts.redis_server import EmbeddedServer, reading_server, running_url, start_server
 from scripts.summary import write_summary
-from scripts.supervisor import RunFailed, Supervisor
+from scripts.supervisor import RunFailed, Supervisor, check_gpus
 
 POLL_S = 0.1
 READER_WAIT_S = 5.0
@@ -75,6 +75,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
             raise ConfigError("--resume goes on with the config that is stored with the run: give no key=value with it")
         name = resume or newest_run(config, prefix=Path(config_path).stem)
     check_engine(config.rollout.engine)  # here the rollout workers run in this environment; with `create` they need not
+    check_gpus(config)
     assets = None if resume is not None else preflight(config)
     name = name or default_name(config_path)
     folder = run_folder(config, name)

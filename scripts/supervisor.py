@@ -20,9 +20,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from common.config import QUEUES, Config
+from common.errors import ConfigError
 from scripts.processes import signal_group, spawn
 
 STOP_S = 7.0
@@ -56,7 +58,7 @@ class Supervisor:
         self._status = status
         env = {"SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        self._children = [_worker(queue, i, env, folder) for queue, i in planned_workers(config)]
+        self._children = [_worker(queue, i, env, folder, config=config) for queue, i in planned_workers(config)]
         trainer = [sys.executable, "-m", "trainer"]
         self._trainer = Child(name="trainer", argv=trainer, env=env, log=folder / "logs" / "trainer.log")
         self._children.append(self._trainer)
@@ -128,19 +130,69 @@ def planned_workers(config: Config) -> list[tuple[str, int]]:
     return [(queue, i) for queue, count in counts.items() for i in range(count)]
 
 
-def _worker(queue: str, replica: int, env: dict[str, str], folder: Path) -> Child:
+def _worker(queue: str, replica: int, env: dict[str, str], folder: Path, *, config: Config) -> Child:
     argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queue, "--loglevel", "INFO"]
     name = f"{queue.partition(',')[0]}-{replica}"
-    return Child(name=name, argv=argv, env=env | _gpu(queue, replica), log=folder / "logs" / f"{name}.log")
+    gpus = assigned_gpus(config, queue, replica)
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    return Child(name=name, argv=argv, env=env | visible, log=folder / "logs" / f"{name}.log")
 
 
-def _gpu(queue: str, replica: int) -> dict[str, str]:
-    """Where CUDA_VISIBLE_DEVICES lists several GPUs: one per rollout worker, the last for everything else."""
-    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    if len(devices) < 2:
-        return {}
-    chosen = devices[replica % (len(devices) - 1)] if queue.startswith("rollout") else devices[-1]
-    return {"CUDA_VISIBLE_DEVICES": chosen}
+def check_gpus(config: Config) -> None:
+    """Refuse vLLM engines that do not fit on this machine's GPUs, before anything starts. Raises ConfigError."""
+    if config.rollout.engine != "vllm" or not (gpus := _gpus()):
+        return
+    size, share = _gpus_per_engine(config), config.rollout.gpu_memory_utilization
+    num_free = max(len(gpus) - 1, 1)  # the last one of several is the trainer's
+    if size > num_free:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={size}: {len(gpus)} GPUs leave {num_free} for rollout workers (the last one of "
+            "several is for all else); lower it, or start the roles one by one"
+        )
+    workers = planned_workers(config)
+    engines = [
+        assigned_gpus(config, *worker) or gpus for worker in workers if worker[0].startswith(("rollout", "eval"))
+    ]
+    for gpu in gpus:
+        count = sum(gpu in engine for engine in engines)
+        if count * share > 1 or (count and gpu == gpus[-1] and len(gpus) > 1 and share > 0.5):
+            raise ConfigError(
+                f"GPU {gpu} would hold {count} vLLM engines at rollout.gpu_memory_utilization={share:g}"
+                f"{' beside the trainer' if gpu == gpus[-1] else ''}: set replicas.rollout={num_free // size} "
+                "replicas.eval=0 (the rollout workers then evaluate), or lower rollout.gpu_memory_utilization"
+            )
+
+
+def assigned_gpus(config: Config, queue: str, replica: int) -> list[str]:
+    """Of several GPUs: those of one rollout engine after the other; the last for everything else. Empty = no choice is made."""
+    gpus, size = _gpus(), _gpus_per_engine(config)
+    if len(gpus) < 2:
+        return []
+    if not queue.startswith("rollout"):
+        return gpus[-1:]
+    first = replica % max(1, (len(gpus) - 1) // size) * size
+    return gpus[first : first + size]
+
+
+def _gpus_per_engine(config: Config) -> int:
+    return config.rollout.tensor_parallel_size if config.rollout.engine == "vllm" else 1
+
+
+def _gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES lists; where it is not set, every NVIDIA GPU."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [gpu for gpu in listed.split(",") if gpu]
+    return [str(i) for i in range(_num_gpus())]
+
+
+@cache
+def _num_gpus() -> int:
+    try:
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in told.splitlines())
 
 
 def _tail(log: Path, *, lines: int = 15) -> str:

@@ -14,8 +14,10 @@ from harness import tiny_folder, wait_for
 from test_policy_store import damage
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
+import workers.policy
 from common.canary import CanarySequence, random_sequences
 from common.diagnosis import alarms
+from common.errors import EngineError
 from common.logprobs import completion_logprobs, pad_sequences
 from common.metrics import read_heartbeats
 from common.model import load_pretrained, load_weights, named_weights
@@ -179,6 +181,7 @@ def test_an_evaluation_holds_its_version_while_training_groups_go_on_and_gives_i
     with serving(fleet, monkeypatch) as (role, _):
         role.start()
         wait_for(lambda: role.engine.version == 2, timeout=15, what="the newest version")
+        monkeypatch.setattr(workers.policy, "_HOLD_S", 60.0)
         with role._policy.pinned(1):
             assert versions_of(1) == {1}
             publish(store, 3)
@@ -186,6 +189,7 @@ def test_an_evaluation_holds_its_version_while_training_groups_go_on_and_gives_i
                 assert versions_of(1) == {1}
             assert versions_of(None) == {1}, "training goes on by the version under evaluation"
         assert role.engine.version == 1, "the next group of the evaluation may follow"
+        monkeypatch.setattr(workers.policy, "_HOLD_S", 0.1)
         wait_for(lambda: role.engine.version == 3, timeout=15, what="the newest version after the evaluation")
 
 
@@ -225,3 +229,27 @@ def test_a_worker_that_cannot_apply_a_delta_serves_the_old_version_until_the_tra
         store.mend()
         wait_for(lambda: beat().get("version") == 4, timeout=15, what="the whole version to be served")
         assert beat()["alarm"] == "" and store.manifest(4).digest.startswith(beat()["digest"])
+
+
+def test_a_policy_that_the_engine_cannot_load_is_named_and_fails_who_is_pinned_to_it(
+    make_fleet: Callable[..., Fleet],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    client: redis.Redis,
+) -> None:
+    fleet = make_fleet()
+    store = PolicyStore(client, fleet.ledger.keys, fleet.config.policy_store)
+    _, base = store.fetch(0)
+    request = GenerationRequest(
+        group_id="e0", prompt_ids=np.array([5], np.int32), sampling=SamplingParams(n=1, max_tokens=1), pinned_version=1
+    )
+    with serving(fleet, monkeypatch) as (role, beat):
+        role.start()
+        wait_for(lambda: role.engine.version == 0, timeout=15, what="the base version")
+        store.publish(1, {"of_another_model": torch.zeros(3)}, step=1, parent=0)
+        wait_for(lambda: beat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
+        assert beat()["alarm"].startswith("still serves version 0: policy version 1 was not loaded: ")
+        with role._policy.pinned(1), pytest.raises(EngineError, match="policy version 1 was not loaded"):
+            role.engine.generate(request)
+        store.publish(2, base, step=2, parent=1)
+        wait_for(lambda: role.engine.version == 2, timeout=15, what="the next good version")
+        wait_for(lambda: beat()["alarm"] == "", timeout=15, what="the alarm to end")

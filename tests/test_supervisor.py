@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+from builders import make_config
 from harness import (
     SMALL,
     alive,
@@ -19,7 +21,10 @@ from harness import (
     wait_for,
 )
 
+from common.config import Config
+from common.errors import ConfigError
 from scripts.redis_server import EmbeddedServer
+from scripts.supervisor import assigned_gpus, check_gpus, planned_workers
 
 UNLICENSED = """
 import os, sys
@@ -75,3 +80,45 @@ def test_a_role_that_dies_while_redis_is_away_is_started_when_it_is_back(
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
     assert summary["restarts"]["rollout-0"] == 1
     assert (summary["ledger_holds"], summary["ledger"]["trained"]) == (True, steps * 4)
+
+
+def gpu_config(engine: str = "vllm", *, rollout: int, evals: int = 0, size: int = 1, share: float = 0.9) -> Config:
+    return make_config(
+        rollout={"engine": engine, "tensor_parallel_size": size, "gpu_memory_utilization": share},
+        replicas={"rollout": rollout, "eval": evals},
+        evaluation={"datasets": [{"dataset": {"path": "heldout.jsonl"}}]},
+    )
+
+
+def test_every_rollout_engine_gets_its_gpus_and_the_last_gpu_is_for_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    pairs = gpu_config(rollout=2, size=2)
+    assert planned_workers(pairs)[-2:] == [("rollout,eval", 0), ("rollout,eval", 1)]
+    assert [assigned_gpus(pairs, "rollout,eval", i) for i in (0, 1)] == [["0", "1"], ["2", "3"]]
+    assert assigned_gpus(pairs, "reference", 0) == ["4"]
+    check_gpus(pairs)
+    shared = gpu_config("torch", rollout=6, evals=1)
+    assert [assigned_gpus(shared, "rollout", i) for i in range(6)] == [["0"], ["1"], ["2"], ["3"], ["0"], ["1"]]
+    check_gpus(shared)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert assigned_gpus(pairs, "rollout,eval", 1) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            gpu_config(rollout=8),
+            "would hold 2 vLLM engines at rollout.gpu_memory_utilization=0.9: set replicas.rollout=7 ",
+        ),
+        (gpu_config(rollout=7, evals=1), "would hold 1 vLLM engines .* beside the trainer: .* replicas.eval=0"),
+        (gpu_config(rollout=1, size=8), "8 GPUs leave 7 for rollout workers"),
+    ],
+)
+def test_vllm_engines_that_do_not_fit_on_the_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, config: Config, message: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    with pytest.raises(ConfigError, match=message):
+        check_gpus(config)
+    check_gpus(gpu_config(rollout=7))

@@ -52,6 +52,7 @@ class ServedPolicy:
         self._staging = threading.Lock()
         self._staged = -1, ""
         self._unchecked: Manifest | None = None
+        self._checking = threading.Lock()
         self._stop = threading.Event()
 
     def follow(self) -> None:
@@ -110,13 +111,27 @@ class ServedPolicy:
         manifest, tensors = self._store.fetch(version)
         self._engine.stage(version, manifest.digest, tensors)
         self._staged = version, manifest.digest
-        self._unchecked = manifest
+        self._unchecked, self.mismatch = manifest, None
 
     def _check(self) -> None:
-        """Score the canary of the staged policy, once it is served."""
-        manifest = self._unchecked
-        if manifest is None or self._engine.version != manifest.version:
-            return
+        """Score the canary of the staged policy, once it is served; or say that the engine refuses it."""
+        if self._checking.acquire(blocking=False):
+            try:
+                manifest = self._unchecked
+                if manifest is not None and self._is_checked(manifest) and self._unchecked is manifest:
+                    self._unchecked = None
+            finally:
+                self._checking.release()
+
+    def _is_checked(self, manifest: Manifest) -> bool:
+        refused = self._engine.refused
+        if refused is not None and refused[0] == manifest.version:
+            self.alarm = (
+                f"still serves version {self._engine.version}: policy version {refused[0]} was not loaded: {refused[1]}"
+            )
+            return True
+        if self._engine.version != manifest.version:
+            return False
         canary = [CanarySequence(**wire) for wire in manifest.canary]
         try:
             version, logprobs = self._engine.score([(s.prompt_ids, s.token_ids) for s in canary])
@@ -124,9 +139,9 @@ class ServedPolicy:
             log.warning("the canary of policy version %d was not scored: %s", manifest.version, error)
         else:
             if version != manifest.version:
-                return
+                return False
             self.mismatch = mismatch(canary, logprobs) if canary else None
-        self._unchecked = None
+        return True
 
 
 class _VersionGate:

@@ -50,6 +50,15 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StagedPolicy:
+    """A policy that an engine was handed and does not serve yet."""
+
+    version: int
+    digest: str
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """Counters since the engine started."""
 
@@ -80,13 +89,18 @@ class Engine(Protocol):
     def progress_at(self) -> float:
         """`time.monotonic()` of the engine loop's last pass; a hung engine's stands still, an idle one's moves every second."""
 
+    @property
+    def refused(self) -> tuple[int, str] | None:
+        """The policy version staged last that could not be loaded, and why; none once another was."""
+
     def generate(self, request: GenerationRequest) -> list[Completion]:
         """`sampling.n` completions in order; blocks. Thread-safe. Raises EngineError, or EngineClosed when it was not served."""
 
     def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hand over a verified policy; returns at once, the swap happens between two decode steps. A newer one replaces it.
 
-        Nobody writes to `tensors` any more: an engine may serve them where they are.
+        Nobody writes to `tensors` any more: an engine may serve them where they are. One that cannot be loaded is `refused`,
+        requests pinned to it raise EngineError, and the served policy stays.
         """
 
     def cancel(self, group_id: str) -> None:

@@ -36,7 +36,7 @@ from common.errors import EngineClosed, EngineError
 from common.logprobs import score_sequences
 from common.model import adopt_weights
 from common.types import Completion
-from workers.engine import EngineStats, GenerationRequest
+from workers.engine import EngineStats, GenerationRequest, StagedPolicy
 from workers.engine.admission import PREFILL_TOKENS, choose
 from workers.engine.batch import RunningBatch
 from workers.engine.kv_cache import bytes_per_token
@@ -51,13 +51,6 @@ _JOIN_S = 10.0
 "`close` waits so long for the step in progress; a hung device must not hang the shutdown."
 _ADMISSION_PERIOD = 4
 "Decode steps between admissions: a prefill pass costs about a step whatever its size, so a few arrivals share one."
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Policy:
-    version: int
-    digest: str
-    tensors: Mapping[str, torch.Tensor]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -102,13 +95,14 @@ class TorchEngine:
         self._version, self._digest = -1, ""
         self._progress_at = time.monotonic()
         self._last_error: str | None = None
+        self._refused: tuple[int, str] | None = None
         self._num_passes = self._generated_tokens = self._num_updates = 0
         self._busy_s = self._update_pause_s = self._last_pause_s = 0.0
         self._condition = threading.Condition()  # guards all below
         self._pending: list[Group] = []
         self._running: list[Group] = []
         self._scorings: list[_Scoring] = []
-        self._staged: _Policy | None = None
+        self._staged: StagedPolicy | None = None
         self._has_news = False
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
@@ -130,6 +124,11 @@ class TorchEngine:
         return self._progress_at
 
     @property
+    def refused(self) -> tuple[int, str] | None:
+        """The policy version staged last that could not be loaded, and why; none once another was."""
+        return self._refused
+
+    @property
     def last_error(self) -> str | None:
         """The last failure of a step or of a policy swap, for people; none = there was none."""
         return self._last_error
@@ -147,6 +146,8 @@ class TorchEngine:
         with self._condition:
             if self._is_closed:
                 raise EngineClosed(f"group {request.group_id}: the engine is closed")
+            if self._refused is not None and request.pinned_version == self._refused[0]:
+                raise EngineError(f"group {request.group_id}: {self._last_error}")
             self._pending.append(group)
             self._wake()
         return group.future.result()
@@ -159,7 +160,7 @@ class TorchEngine:
         """
         with self._condition:
             is_served = (version, digest) == (self._version, self._digest)
-            self._staged = None if is_served else _Policy(version=version, digest=digest, tensors=tensors)
+            self._staged = None if is_served else StagedPolicy(version=version, digest=digest, tensors=tensors)
             self._wake()
 
     def cancel(self, group_id: str) -> None:
@@ -266,10 +267,9 @@ class TorchEngine:
         try:
             adopt_weights(self._model, policy.tensors)
         except Exception as error:
-            self._last_error = f"policy version {policy.version} was not loaded: {type(error).__name__}: {error}"
-            log.warning("%s; serving version %d", self._last_error, self._version)
+            self._refuse(policy.version, f"{type(error).__name__}: {error}")
             return
-        self._version, self._digest = policy.version, policy.digest
+        self._version, self._digest, self._refused = policy.version, policy.digest, None
         self._num_updates += 1
         self._batch.mark(policy.version)
         if self._in_flight == "recompute":
@@ -277,6 +277,15 @@ class TorchEngine:
                 self._progress_at = time.monotonic()
         self._last_pause_s = time.monotonic() - started
         self._update_pause_s += self._last_pause_s
+
+    def _refuse(self, version: int, why: str) -> None:
+        self._last_error = f"policy version {version} was not loaded: {why}"
+        log.warning("%s; serving version %d", self._last_error, self._version)
+        with self._condition:
+            self._refused = version, why
+            for group in self._pending:
+                if group.request.pinned_version == version:
+                    self._resolve(group, EngineError(f"group {group.request.group_id}: {self._last_error}"))
 
     def _score_waiting(self) -> None:
         with self._condition:

@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,10 +34,10 @@ from common.assets import ModelAssets
 from common.config import Config
 from common.errors import EngineClosed, EngineError
 from common.types import Completion
-from workers.engine import EngineStats, GenerationRequest
+from workers.engine import EngineStats, GenerationRequest, StagedPolicy
 from workers.engine.limits import check_request
 from workers.engine.vllm_core import Finished, VllmCore
-from workers.engine.vllm_requests import Group, Row, Score, check_sampling, completion_of, fail
+from workers.engine.vllm_requests import Group, Row, Score, check_temperature, completion_of, fail
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +54,6 @@ _DEAD_HOLD_S = 60.0
 "A dead engine keeps callers for so long, so that their groups do not race through the queue until the process has ended."
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Policy:
-    version: int
-    digest: str
-    tensors: Mapping[str, torch.Tensor]
-
-
 class VllmEngine:
     """Implements `workers.engine.Engine`; serves nothing before the first `stage`."""
 
@@ -73,6 +65,7 @@ class VllmEngine:
         self._version, self._digest = -1, ""
         self._progress_at = time.monotonic()
         self._last_error: str | None = None
+        self._refused: tuple[int, str] | None = None
         self._generated_tokens = self._finished_tokens = self._num_updates = 0
         self._busy_s = self._update_pause_s = self._last_pause_s = 0.0
         self._has_nan = False
@@ -83,7 +76,7 @@ class VllmEngine:
         self._pending: list[Group] = []
         self._running: list[Group] = []
         self._scoring: list[Score] = []
-        self._staged: _Policy | None = None
+        self._staged: StagedPolicy | None = None
         self._has_news = self._is_closed = self._is_dead = False
         started: Future[VllmCore] = Future()
         # vLLM is built by the thread that steps it: OpenMP and CUDA keep settings per thread
@@ -107,17 +100,29 @@ class VllmEngine:
         return self._progress_at
 
     @property
+    def refused(self) -> tuple[int, str] | None:
+        """The policy version staged last that could not be loaded, and why; none once another was."""
+        return self._refused
+
+    @property
     def last_error(self) -> str | None:
         """The last failure of a step or of a policy swap, for people; none = there was none."""
         return self._last_error
 
     def generate(self, request: GenerationRequest) -> list[Completion]:
         """`sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
-        check_request(request, max_model_len=self._max_model_len, vocab_size=self._core.vocab_size)
-        check_sampling(request, has_tokenizer=self._core.has_tokenizer)
+        check_request(
+            request,
+            max_model_len=self._max_model_len,
+            vocab_size=self._core.vocab_size,
+            has_tokenizer=self._core.has_tokenizer,
+        )
+        check_temperature(request)
         group = Group(request=request)
         with self._condition:
             self._refuse_if_closed(f"group {request.group_id}")
+            if self._refused is not None and request.pinned_version == self._refused[0]:
+                raise EngineError(f"group {request.group_id}: {self._last_error}")
             self._pending.append(group)
             self._wake()
         return group.future.result()
@@ -130,7 +135,7 @@ class VllmEngine:
         """
         with self._condition:
             is_served = (version, digest) == (self._version, self._digest)
-            self._staged = None if is_served else _Policy(version=version, digest=digest, tensors=tensors)
+            self._staged = None if is_served else StagedPolicy(version=version, digest=digest, tensors=tensors)
             self._wake()
 
     def cancel(self, group_id: str) -> None:
@@ -202,6 +207,8 @@ class VllmEngine:
         else:
             self._core.close()
         finally:
+            with self._condition:  # scores that were handed over while `close` looked are nobody else's
+                self._release_waiting(self._last_error or "the engine was closed")
             self._rows, self._scored = {}, {}
 
     def _pass(self) -> None:
@@ -238,12 +245,11 @@ class VllmEngine:
                 return
             self._staged = None
         if problem := self._core.mismatch(policy.tensors):
-            self._last_error = f"policy version {policy.version} was not loaded: {problem}"
-            log.warning("%s; serving version %d", self._last_error, self._version)
+            self._refuse(policy.version, problem)
             return
         started = time.monotonic()
         self._core.load(policy.tensors)
-        self._version, self._digest = policy.version, policy.digest
+        self._version, self._digest, self._refused = policy.version, policy.digest, None
         self._num_updates += 1
         for request_id, row in list(self._rows.items()):
             if num_tokens := self._core.num_tokens(request_id):
@@ -259,6 +265,15 @@ class VllmEngine:
             self._core.drop_cache(of_running=self._in_flight == "recompute")
         self._last_pause_s = time.monotonic() - started
         self._update_pause_s += self._last_pause_s
+
+    def _refuse(self, version: int, why: str) -> None:
+        self._last_error = f"policy version {version} was not loaded: {why}"
+        log.warning("%s; serving version %d", self._last_error, self._version)
+        with self._condition:
+            self._refused = version, why
+            for group in self._pending:
+                if group.request.pinned_version == version:
+                    fail(group.future, EngineError(f"group {group.request.group_id}: {self._last_error}"))
 
     def _must_not_swap(self) -> bool:
         if self._scored or (self._in_flight == "drain" and self._running):

@@ -58,17 +58,13 @@ class Score:
     logprobs: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
-def check_sampling(request: GenerationRequest, *, has_tokenizer: bool) -> None:
+def check_temperature(request: GenerationRequest) -> None:
     """Raises EngineError for what vLLM would refuse, or silently change."""
-    sampling, problem = request.sampling, None
-    if sampling.temperature and not is_temperature(sampling.temperature):
-        problem = f"vLLM samples at temperature 0 or 0.01 to 2.0, found {sampling.temperature}"
-    elif sampling.stop and not has_tokenizer:
-        problem = "stop texts need a tokenizer, and the model came without one"
-    elif sampling.min_tokens > sampling.max_tokens:
-        problem = f"min_tokens {sampling.min_tokens} > max_tokens {sampling.max_tokens}"
-    if problem is not None:
-        raise EngineError(f"group {request.group_id}: {problem}")
+    temperature = request.sampling.temperature
+    if temperature and not is_temperature(temperature):
+        raise EngineError(
+            f"group {request.group_id}: vLLM samples at temperature 0 or 0.01 to 2.0, found {temperature}"
+        )
 
 
 def completion_of(row: Row, finished: Finished) -> Completion:

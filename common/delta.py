@@ -34,7 +34,7 @@ SAMPLE = 4096
 """Elements compared per tensor before anything is encoded."""
 _ALIGNMENT = 64
 MAX_ELEMENTS = 2**31
-"""Larger tensors travel whole: positions have 32 bits."""
+"""A policy with a larger tensor travels whole: positions have 32 bits."""
 LEVEL = 1
 """Of zstd: within 0.1 % of full size of level 6, at six times its speed."""
 

@@ -15,13 +15,15 @@ is the first version that a trainer process publishes, every `anchor_every`th, a
 that is kept keeps what it rests on, down to a whole one. A reader that cannot verify a version asks for it whole, and the
 trainer writes it so (`mend`): a damaged delta costs that version's time, not a dead chain.
 
-Digests are those of the result: xxh3-128 per tensor; the manifest's own digest is the sha256 of all of them.
+Digests are those of the result: xxh3-128 per tensor; the manifest's own digest is the sha256 of all of them. `fetch`
+computes both from the bytes in memory, so a worker that reports a manifest's digest has proved it.
 
-A process that fetches a version is entered in `readers` meanwhile, and versions with readers are not collected.
+A process that fetches a version is entered in `readers` meanwhile, and versions with readers are not collected. What a
+trainer left that was killed before its manifest was written goes at the first publication of the next one.
 
-Memory: whoever publishes holds the newest version, whoever fetches deltas the one fetched last: one copy of the model in
-the published precision, and while a version is made a second one. Tensors are shared between versions where they did not
-change, so nobody may write to what was published or fetched.
+Memory: whoever publishes holds the newest version, whoever fetches the one fetched last, unless it is fp32 and came whole
+(the next one will too): one copy of the model in the published precision, and while a version is made a second one. Tensors
+are shared between versions where they did not change, so nobody may write to what was published or fetched.
 """
 
 from __future__ import annotations
@@ -108,6 +110,7 @@ class PolicyStore:
         self._announced: dict[int, str] = {}
         self._held: Policy | None = None
         self._mended = -1
+        self._has_swept = False
         self._known_bases: dict[int, int] = {}
         self.last_fetch_s = 0.0
         self.last_fetch_bytes = 0
@@ -137,6 +140,7 @@ class PolicyStore:
         else:
             digests, patches = delta.encode(tensors, base=base.tensors)
         self._refuse_outdated(version, policy_digest(digests), incarnation=incarnation)
+        self._sweep(before=version)
         is_whole = patches is None or num_links >= self._anchor_every
         manifest = Manifest(
             version=version,
@@ -247,8 +251,7 @@ class PolicyStore:
 
     def latest_version(self) -> int:
         """The version that the pointer names; -1 before the first publication."""
-        version = self._client.hget(self._keys("policy"), "version")
-        return -1 if version is None else int(version)
+        return self.served()[0]
 
     def served(self) -> tuple[int, str]:
         """Version and digest that the pointer names; (-1, "") before the first publication."""
@@ -273,8 +276,8 @@ class PolicyStore:
             except PolicyError:
                 self._scripts("small", "HSET", "policy", "wanted_whole", version)
                 raise
-        # where versions travel whole, nothing is gained by holding one
-        self._held = Policy(manifest=manifest, tensors=tensors) if manifest.base >= 0 else None
+        has_deltas = manifest.base >= 0 or any(tensor.dtype != torch.float32 for tensor in tensors.values())
+        self._held = Policy(manifest=manifest, tensors=tensors) if has_deltas and self._anchor_every > 1 else None
         self.last_fetch_s, self.last_fetch_bytes = time.monotonic() - began, num_bytes
         return manifest, tensors
 
@@ -303,19 +306,21 @@ class PolicyStore:
                 patches.setdefault(name, []).append(patch)
         if patches.keys() != target.tensors.keys() or patches.keys() != base.keys():
             raise DigestMismatch(f"policy version {target.version} holds other tensors than its manifest names")
-        found = {}
+        found, digests = {}, {}
         for name, digest in target.tensors.items():
             # what was read is copied as it is verified: a mapped file's pages may be gone while an engine serves them
             if patches[name] or held is None:
                 try:
-                    found[name], got = delta.apply(base[name], patches[name])
+                    found[name], digests[name] = delta.apply(base[name], patches[name])
                 except DigestMismatch as error:
                     raise DigestMismatch(f"policy version {target.version}: tensor {name}: {error}") from None
             else:
-                found[name], got = base[name], first.tensors[name]
-            if got != digest:
+                found[name], digests[name] = base[name], held.manifest.tensors[name]
+            if digests[name] != digest:
                 raise DigestMismatch(f"policy version {target.version}: tensor {name} does not match its digest")
             go_on()
+        if policy_digest(digests) != target.digest:
+            raise DigestMismatch(f"policy version {target.version}: the manifest's digest is not that of its tensors")
         return found, num_bytes
 
     def _path(self, target: Manifest, *, start: Manifest | None) -> list[Manifest]:
@@ -355,6 +360,14 @@ class PolicyStore:
         now_ms = seconds * 1000 + microseconds // 1000
         self._client.zremrangebyscore(self._keys("readers"), "-inf", now_ms)
         return {int(entry.partition(b"|")[0]) for entry in self._client.zrange(self._keys("readers"), 0, -1)}
+
+    def _sweep(self, *, before: int) -> None:
+        """Once per process, before its first bytes: free what no manifest names. A version that is not older may be being
+        written by a trainer that has replaced this one."""
+        if not self._has_swept:
+            wanted = {*(int(v) for v in self._client.hkeys(self._keys("manifests"))), *self._readers()}
+            self._transport.sweep(lambda version: version < before and version not in wanted)
+            self._has_swept = True
 
     def _collect_garbage(self) -> None:
         """Keep the newest `keep` versions, the base model (the reference), those that an evaluation or a reader needs, and

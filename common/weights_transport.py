@@ -40,7 +40,10 @@ class Transport(Protocol):
         """The tensors, unverified, and the bytes read; calls `go_on` between pieces. Raises PolicyNotFound, DigestMismatch."""
 
     def delete(self, version: int) -> None:
-        """Free a version; nothing happens if there is none."""
+        """Free a version, complete or not; nothing happens if there is none."""
+
+    def sweep(self, is_garbage: Callable[[int], bool]) -> None:
+        """Free every version of which this is true; those are found by their bytes."""
 
 
 class DirectoryTransport:
@@ -83,12 +86,20 @@ class DirectoryTransport:
         for path in self._folder.glob(f"*-{version:08d}.*"):  # of every kind, and what a killed trainer left of them
             path.unlink(missing_ok=True)
 
+    def sweep(self, is_garbage: Callable[[int], bool]) -> None:
+        versions = {int(path.stem.rpartition("-")[2]) for path in self._folder.glob(f"*-{'[0-9]' * 8}.*")}
+        for version in filter(is_garbage, versions):
+            self.delete(version)
+
     def _path(self, version: int, kind: Kind) -> Path:
         return self._folder / f"{'policy' if kind == 'weights' else kind}-{version:08d}.safetensors"
 
 
 class RedisTransport:
-    """The safetensors bytes in chunks under `<kind>:<version>:<i>`; how many bytes, written last, under `<kind>:<version>`."""
+    """The safetensors bytes in chunks under `<kind>:<version>:<i>`; how many bytes under `<kind>:<version>`.
+
+    The number is written first: the chunks that a killed trainer has written can be told from it.
+    """
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client = client
@@ -96,9 +107,9 @@ class RedisTransport:
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "weights") -> int:
         data = memoryview(safetensors.torch.save(dict(tensors)))
+        self._client.set(self._keys(kind, version), len(data))
         for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
             self._client.set(self._keys(kind, version, i), data[start : start + CHUNK_BYTES])
-        self._client.set(self._keys(kind, version), len(data))
         return len(data)
 
     def read(
@@ -106,9 +117,7 @@ class RedisTransport:
     ) -> tuple[dict[str, torch.Tensor], int]:
         size = self._client.get(self._keys(kind, version))
         if size is None:
-            raise PolicyNotFound(
-                f"policy version {version} is not in Redis: it was removed, or never completely written"
-            )
+            raise PolicyNotFound(f"policy version {version} is not in Redis: it was removed, or never written")
         data = bytearray(int(size))
         for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
             chunk = self._client.get(self._keys(kind, version, i))
@@ -129,3 +138,11 @@ class RedisTransport:
             if size is not None:
                 chunks = [self._keys(kind, version, i) for i in range(-(-int(size) // CHUNK_BYTES))]
                 self._client.unlink(self._keys(kind, version), *chunks)
+
+    def sweep(self, is_garbage: Callable[[int], bool]) -> None:
+        """Looks at every key of the server once."""
+        for kind in get_args(Kind):
+            root = self._keys(kind, "")
+            for key in self._client.scan_iter(match=root + "*", count=10_000):
+                if is_garbage(int(key.decode().removeprefix(root).partition(":")[0])):
+                    self._client.unlink(key)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import redis
 import torch
 from builders import make_config
 
-from common import evaluation
+from common import evaluation, weights_transport
 from common.broker import make_app
 from common.config import EvalDataset, PolicyStoreConfig
+from common.connection import connect
 from common.digest import tensor_digest, weights_digest
 from common.errors import DigestMismatch, PolicyError, PolicyNotFound
 from common.policy_store import READER_S, PolicyStore
 from common.run import Run
 from common.scripts import Scripts
+from common.serialization import encode
 from common.weights_transport import CHUNK_BYTES
 from trainer.publish import Publisher
 
@@ -72,7 +78,7 @@ def crash_before_the_pointer(store, version, tensors, monkeypatch):
 def stored_names(client, keys, tmp_path, transport):
     """Versions whose bytes are there."""
     if transport == "directory":
-        return {int(path.stem.split("-")[1]) for path in Path(tmp_path).rglob("*.safetensors")}
+        return {int(path.stem.split("-")[1]) for path in Path(tmp_path).rglob("*-0*.*")}
     roots = [keys(kind, "") for kind in ("weights", "delta")]
     return {
         int(key.decode().removeprefix(root).split(":")[0])
@@ -125,10 +131,15 @@ def test_weights_larger_than_several_chunks_come_back(client, keys, store):
     assert_identical(store.fetch(0)[1], tensors)
 
 
-def test_fetched_tensors_may_be_written_to_without_changing_the_store(store):
+def test_fetched_tensors_are_private_memory(tmp_path, client, keys):
+    store = make_store(client, keys, tmp_path, "directory")
     publish(store, 0)
-    store.fetch(0)[1]["w"].fill_(99)
-    assert_identical(store.fetch(0)[1], weights(0))
+    found = store.fetch(0)[1]
+    (path,) = tmp_path.rglob("policy-*.safetensors")
+    path.write_bytes(b"\xff" * path.stat().st_size)  # in place: what maps the file sees it
+    assert_identical(found, weights(0))
+    path.write_bytes(b"")  # of a mapped file, reading the lost pages would end the process
+    assert_identical(found, weights(0))
 
 
 def test_digests_tell_type_shape_and_bytes_apart():
@@ -273,6 +284,19 @@ def test_truncated_bytes_are_found(client, keys, tmp_path, transport, store, len
     damage(client, keys, tmp_path, transport, 0, lambda data: data[:length])
     with pytest.raises(DigestMismatch, match="policy version 0"):
         store.fetch(0)
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_manifest_whose_digest_is_not_that_of_its_tensors_is_refused(client, keys, make, is_held):
+    trainer, worker = make(), make()
+    publish_drifting(trainer, [0])
+    if is_held:
+        worker.fetch(0)
+    (manifest,) = publish_drifting(trainer, [1])
+    wrong = replace(manifest, digest=weights_digest(drifting(2)))
+    client.hset(keys("manifests"), "1", encode(asdict(wrong)))
+    with pytest.raises(DigestMismatch, match="version 1: the manifest's digest is not that of its tensors"):
+        worker.fetch(1)
 
 
 def test_garbage_in_place_of_the_weights_is_found(client, keys, tmp_path, transport, store):
@@ -427,7 +451,7 @@ def publish_drifting(store, versions):
 def make(client, keys, tmp_path, transport):
     """A store of a process of its own, with whole weights every 4 versions."""
 
-    def make_one(**options):
+    def make_one(client=client, **options):
         config = make_config(
             policy_store={"transport": transport, "path": str(tmp_path), "keep": 2, "anchor_every": 4, **options}
         )
@@ -453,9 +477,9 @@ def test_versions_travel_as_deltas_with_whole_weights_in_between(make):
 
 def test_a_worker_that_keeps_up_reads_the_deltas_only(make):
     trainer, worker = make(), make()
-    publish_drifting(trainer, [0, 1])
-    worker.fetch(1)
-    for version in range(2, 11):
+    publish_drifting(trainer, [0])
+    worker.fetch(0)
+    for version in range(1, 11):
         (manifest,) = publish_drifting(trainer, [version])
         assert_identical(worker.fetch(version)[1], drifting(version))
         assert worker.last_fetch_bytes == manifest.delta_bytes
@@ -516,8 +540,93 @@ def test_weights_that_differ_too_much_travel_whole_and_deltas_go_on_from_there(m
 def test_deltas_can_be_turned_off(make):
     store = make(delta=False)
     assert forms(publish_drifting(store, range(3))) == ["whole "] * 3
-    assert_identical(make().fetch(2)[1], drifting(2))
-    assert store._held is None, "no memory for what is not used"
+    worker = make(delta=False)
+    assert_identical(worker.fetch(2)[1], drifting(2))
+    assert store._held is worker._held is None, "no memory for what is not used"
+
+
+def test_a_worker_holds_whole_weights_where_deltas_may_follow(make):
+    trainer, worker = make(), make()
+    for version in range(3):
+        trainer.publish(version, {"w": torch.full((64,), version + 0.1)}, step=version, parent=version - 1)
+        assert_identical(worker.fetch(version)[1], {"w": torch.full((64,), version + 0.1)})
+        assert worker._held is None, "fp32 weights differ everywhere: the next version comes whole too"
+    manifests = [make().publish(3, drifting(3), step=3, parent=2)]
+    worker.fetch(3)
+    restarted = make()
+    manifests += publish_drifting(restarted, [4])
+    worker.fetch(4)
+    manifests += publish_drifting(restarted, [5])
+    assert forms(manifests) == ["whole ", "whole ", "delta on 4"], "a new trainer process begins with whole weights"
+    assert_identical(worker.fetch(5)[1], drifting(5))
+    assert worker.last_fetch_bytes == manifests[2].delta_bytes
+
+
+def kill_trainer(redis_url, act, *, at):
+    """Let a process of its own act as trainer, with a Redis client, until it calls `at` (class, method, so many calls)."""
+    owner, name, num_calls = at
+    pid = os.fork()
+    if pid == 0:
+        try:
+            method, calls = getattr(owner, name), []
+
+            def die(*args, **options):
+                calls.append(args)
+                if len(calls) == num_calls:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return method(*args, **options)
+
+            act(connect(redis_url), lambda: setattr(owner, name, die))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("last", ["whole", "delta", "mended"])
+@pytest.mark.parametrize("is_complete", [False, True], ids=["half written", "without manifest"])
+def test_what_killed_trainers_left_is_freed(
+    client, keys, tmp_path, transport, make, redis_url, monkeypatch, last, is_complete
+):
+    monkeypatch.setattr(weights_transport, "CHUNK_BYTES", 64)  # a delta has several chunks too
+    publish_drifting(make(keep=9), [0, 1])
+    half = (Path, "rename", 1) if transport == "directory" else (redis.Redis, "set", 3)
+    at = (PolicyStore, "_record", 1) if is_complete else half
+
+    def act(own_client, arm):
+        trainer = make(client=own_client, keep=9)
+        if last != "whole":
+            publish_drifting(trainer, [2])
+        if last == "mended":
+            publish_drifting(trainer, [3])
+        arm()
+        if last == "mended":
+            trainer.mend()
+        publish_drifting(trainer, [2 if last == "whole" else 3])
+
+    kill_trainer(redis_url, act, at=at)
+    before = stored_names(client, keys, tmp_path, transport)
+    recorded = {int(v) for v in client.hkeys(keys("manifests"))}
+    assert before - recorded == ({"whole": {2}, "delta": {3}, "mended": set()}[last])
+    successor = make(keep=9)
+    publish_drifting(successor, [4])
+    assert stored_names(client, keys, tmp_path, transport) == recorded | {4}
+    for version in recorded | {4}:
+        assert_identical(make().fetch(version)[1], drifting(version))
+    publish_drifting(make(), [5, 6])
+    assert stored_names(client, keys, tmp_path, transport) == {0, 5, 6}, (
+        "nor is anything left of a version that was mended"
+    )
+
+
+def test_a_version_without_manifest_is_not_freed_under_a_reader_nor_by_an_older_trainer(
+    client, keys, tmp_path, transport, make
+):
+    publish_drifting(make(), [0, 1, 2])
+    client.hdel(keys("manifests"), "1", "2")
+    make()._transport.write(9, drifting(9))  # by a trainer that is about to publish it
+    with make()._reading(2):
+        publish_drifting(make(), [3])
+    assert stored_names(client, keys, tmp_path, transport) == {0, 2, 3, 9}
 
 
 def test_what_a_killed_trainer_left_of_a_version_goes_when_the_version_goes(client, keys, tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from served import (
     WAIT_S,
     Served,
@@ -18,13 +21,14 @@ from served import (
     request,
     sequence,
 )
+from transformers import DynamicCache
 
 import workers.engine.passes
 from common.errors import EngineError
 from common.types import Completion
 from workers.engine import GenerationRequest
 from workers.engine.admission import PATIENCE, choose
-from workers.engine.kv_cache import bytes_per_token
+from workers.engine.kv_cache import SlotCache, bytes_per_token
 from workers.engine.passes import plan_passes, saved_positions
 from workers.engine.row import Group
 
@@ -144,6 +148,29 @@ def assert_scored(what: GenerationRequest, group: list[Completion]) -> None:
     for completion in group:
         logits = logits_under(policy(0), sequence(what, completion))
         np.testing.assert_allclose(completion.rollout_logprobs, expected_logprobs(logits, what, completion), atol=1e-4)
+
+
+def test_short_rows_take_no_memory_for_the_length_of_a_long_one() -> None:
+    """Filled, grown and moved: what is resident is near what is stored, not rows times longest."""
+    rows, long, short = 256, 2048, 60
+    cache = SlotCache(max_rows=2 * rows, max_length=2 * long, device=torch.device("cpu"))
+    prefilled = DynamicCache()
+    states = torch.randn(2, 4, long, 64)
+    prefilled.update(states, states, 0)
+    held = [short] * (rows - 1) + [long]
+    before = resident_bytes()
+    cache.reserve(rows=rows, length=long, held=[])
+    cache.fill(prefilled, first_row=0, source=torch.tensor([0] * (rows - 1) + [1]), held=held)
+    cache.reserve(rows=rows + 1, length=long + 1, held=held)
+    cache.move(sources=torch.tensor([rows - 1, 0]), targets=torch.tensor([0, rows - 1]), held=[long, short])
+    [keys] = cache._keys
+    assert torch.equal(keys[0, :, :long], states[1]) and torch.equal(keys[rows - 1, :, :short], states[0, :, :short])
+    assert keys.shape[0] > rows and keys.shape[2] > long
+    assert resident_bytes() - before < keys.nbytes / 4
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_a_plan_puts_long_rows_first_and_counts_what_a_split_saves() -> None:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import mmap
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -146,13 +147,17 @@ class SlotCache(Cache):
     def _allocate(self, like: Tensor) -> Tensor:
         """Zeros, not uninitialised memory: a masked value still counts 0 times itself, and 0 * nan is nan.
 
-        On the CPU the kernel's untouched pages are the zeros: short rows take no memory for the length of a long one.
+        On the CPU they are pages that the kernel has not made yet, so a short row takes no memory for the length of a long
+        one: whatever writes here writes by what each row holds. Small pages: numpy and torch ask for huge ones (2 MiB),
+        and then the first positions of every head make all of it resident.
         """
         shape = (self._rows, like.shape[1], self._length, like.shape[3])
         if like.device.type != "cpu":
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
-        untouched = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
-        return torch.from_numpy(untouched).view(like.dtype).view(shape)
+        untouched = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel that has no huge pages
+            untouched.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(untouched, dtype=like.dtype).view(shape)
 
 
 def _by_span(held: Sequence[int], *, device: torch.device) -> list[tuple[Tensor, int]]:

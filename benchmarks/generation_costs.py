@@ -5,6 +5,8 @@
 `long_row`: CPU milliseconds of a decode step of `--sequences` rows of about 64 tokens, without and with one row of
 `--long` tokens among them, which runs in the same forward pass (`together`) or in one of its own (`apart`, what the engine
 does). `smallest_pass` is a step of one short row: what a second pass costs at least.
+`memory`: what a process grows by for the keys and values of `--sequences` rows of 64 tokens and one of `--longest`: admitted in
+one prefill pass (`together`), the long one later (`beside`), and after rows of 128, 256, ... tokens came and went (`stepwise`).
 `swap`: pause of the decode loop by a new policy while rows decode, beside one decode step and a plain copy of the weights.
 Models are those of generation.py. Prints one JSON object.
 """
@@ -13,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import resource
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from common.model import named_weights
 from common.types import SamplingParams
 from workers.engine import GenerationRequest
 from workers.engine.batch import RunningBatch
+from workers.engine.kv_cache import bytes_per_token
 from workers.engine.row import Group
 from workers.engine.torch_engine import TorchEngine
 
@@ -72,6 +77,48 @@ def long_row(size: str, *, sequences: int, long: int) -> dict[str, Any]:
             "together": step_ms(size, short=sequences - 1, long=long, split_saves=NEVER),
             "apart": step_ms(size, short=sequences - 1, long=long),
         },
+    }
+
+
+@torch.inference_mode()
+def grown_mib(size: str, *, short: int, long: int, arrival: str) -> dict[str, float]:
+    """Resident memory that the rows added, at the end and at the most; to be called in a fresh process."""
+    torch.set_num_threads(1)
+    model = build_model(size)
+    model.base_model(
+        input_ids=torch.ones(1, long, dtype=torch.long)
+    )  # what a prefill pass needs beside is there before
+    batch = RunningBatch(model, eos_token_ids=(), max_sequences=short + 1, max_model_len=MAX_MODEL_LEN)
+    rows = Group(request=request("short", n=short, prompt=SHORT - 2, max_tokens=1000))
+    lengths = [2**k for k in range(7, long.bit_length())] if arrival == "stepwise" else [long]
+    longs = [Group(request=request("long", n=1, prompt=length - 2, max_tokens=1)) for length in lengths[:-1]]
+    longs.append(Group(request=request("long", n=1, prompt=long - 2, max_tokens=2)))
+    before = resident_mib()
+    for groups in [[rows, *longs]] if arrival == "together" else [[rows], *([group] for group in longs)]:
+        batch.admit(groups, version=0)
+        batch.step()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"at_the_end": round(resident_mib() - before), "at_the_most": round(most - before)}
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def memory(size: str, *, sequences: int, long: int) -> dict[str, Any]:
+    token_mib = bytes_per_token(build_model(size)) / 2**20
+    grown = {}
+    for arrival in ("together", "beside", "stepwise"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            grown[arrival] = fresh.submit(grown_mib, size, short=sequences, long=long, arrival=arrival).result(600)
+    return {
+        "model": size,
+        "rows": sequences + 1,
+        "long_tokens": long,
+        "stored_mib": round((sequences * SHORT + long) * token_mib),
+        "every_row_at_the_longest_mib": round((sequences + 1) * long * token_mib),
+        "grown_mib": grown,
     }
 
 
@@ -124,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--long", type=int, default=1024)
+    parser.add_argument("--longest", type=int, default=4096, help="tokens of the long row where memory is measured")
     parser.add_argument("--out", help="also write the JSON to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -132,6 +180,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "long_row": [long_row(size, sequences=arguments.sequences, long=arguments.long) for size in SHAPES],
+        "memory": [memory(size, sequences=arguments.sequences, long=arguments.longest) for size in SHAPES],
         "swap": [swap(size, sequences=32, swaps=6) for size in SHAPES],
     }
     text = json.dumps(report, indent=1)

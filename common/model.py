@@ -44,10 +44,14 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
 
 @torch.no_grad()
 def adopt_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """As `load_weights`, but a tensor of the weight's own device and dtype is used itself: nobody may write to it any more."""
+    """As `load_weights`, but on the CPU the weights become the tensors themselves, cast where they must be.
+
+    Nobody may write to `tensors` any more; nor does this: a later policy replaces them. Elsewhere the weights are the
+    model's own and take a copy.
+    """
     for weight, tensor in _matched(model, tensors):
-        if (tensor.device, tensor.dtype) == (weight.device, weight.dtype) and tensor.is_contiguous():
-            weight.data = tensor
+        if weight.device.type == "cpu" and tensor.device.type == "cpu":
+            weight.data = tensor.to(weight.dtype).contiguous()
         else:
             weight.copy_(tensor)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from served import (
     WAIT_S,
     Served,
@@ -17,11 +21,14 @@ from served import (
     request,
     sequence,
 )
+from transformers import DynamicCache
 
 import workers.engine.passes
 from common.errors import EngineError
+from common.types import Completion
+from workers.engine import GenerationRequest
 from workers.engine.admission import PATIENCE, choose
-from workers.engine.kv_cache import bytes_per_token
+from workers.engine.kv_cache import SlotCache, bytes_per_token
 from workers.engine.passes import plan_passes, saved_positions
 from workers.engine.row import Group
 
@@ -35,19 +42,23 @@ def test_a_group_larger_than_max_sequences_runs_alone(serve: Callable[..., Serve
 
 def test_higher_priority_goes_first_and_equal_ones_in_order_of_arrival(serve: Callable[..., Served]) -> None:
     served = serve(eos_token_ids=(), max_sequences=4)
-    finished: list[str] = []
+    started = admissions(served)
     requests = [request(5, group_id=f"{p}{k}", priority=p, max_tokens=4) for k, p in enumerate([0, 5, 0, 9, 5])]
-    futures = served.together(requests)
-    for what, future in zip(requests, futures, strict=True):
-        future.add_done_callback(lambda _, name=what.group_id: finished.append(name))
-    for future in futures:
-        future.result(WAIT_S)
-    eventually(lambda: len(finished) == 5)
-    assert finished == ["93", "51", "54", "00", "02"]
+    served.run(requests)
+    assert started == ["93", "51", "54", "00", "02"]
 
 
 def test_nobody_starves_behind_higher_priority(serve: Callable[..., Served]) -> None:
     served = serve(eos_token_ids=(), max_sequences=4)
+    started = admissions(served)
+    requests = [request(5, group_id="patient", max_tokens=1)]
+    requests += [request(5, group_id=str(k), priority=9, max_tokens=1) for k in range(PATIENCE + 8)]
+    served.run(requests)
+    assert started.index("patient") == PATIENCE
+
+
+def admissions(served: Served) -> list[str]:
+    """Group ids in the order in which they are admitted from now on; the list fills while the engine runs."""
     started: list[str] = []
     admit = served.engine._batch.admit
 
@@ -56,11 +67,7 @@ def test_nobody_starves_behind_higher_priority(serve: Callable[..., Served]) -> 
         admit(groups, version=version)
 
     served.engine._batch.admit = watched  # type: ignore[assignment, method-assign]
-    requests = [request(5, group_id="patient", max_tokens=1)]
-    requests += [request(5, group_id=str(k), priority=9, max_tokens=1) for k in range(PATIENCE + 8)]
-    for future in served.together(requests):
-        future.result(WAIT_S)
-    assert started.index("patient") == PATIENCE
+    return started
 
 
 def test_a_large_request_is_not_starved_by_small_ones() -> None:
@@ -82,10 +89,7 @@ def test_requests_over_the_kv_budget_wait_and_one_that_never_fits_is_refused(ser
     requests += [request(5, group_id=f"late{k}", n=8, max_tokens=20) for k in range(3)]
     groups = served.run(requests)
     for what, group in zip(requests, groups, strict=True):
-        for completion in group:
-            logits = logits_under(policy(0), sequence(what, completion))
-            expected = expected_logprobs(logits, what, completion)
-            np.testing.assert_allclose(completion.rollout_logprobs, expected, atol=1e-4)
+        assert_scored(what, group)
     cache = served.engine._batch._cache
     assert max(served.rows_per_step) == 16, "24 rows of 25 tokens take more than the budget"
     assert sum(t.nbytes for t in (*cache._keys, *cache._values)) <= budget
@@ -100,15 +104,73 @@ def test_short_requests_are_admitted_and_finish_beside_a_very_long_one(
     short = [request(3 + k, group_id=str(k), n=1 + k % 5, max_tokens=5 + k) for k in range(20)]
     first, *others = served.together([long, *short])
     for what, future in zip(short, others, strict=True):
-        for completion in future.result(WAIT_S):
-            logits = logits_under(policy(0), sequence(what, completion))
-            expected = expected_logprobs(logits, what, completion)
-            np.testing.assert_allclose(completion.rollout_logprobs, expected, atol=1e-4)
+        assert_scored(what, future.result(WAIT_S))
     assert not first.done()
-    [completion] = first.result(WAIT_S)
-    logits = logits_under(policy(0), sequence(long, completion))
-    np.testing.assert_allclose(completion.rollout_logprobs, expected_logprobs(logits, long, completion), atol=1e-4)
+    assert_scored(long, first.result(WAIT_S))
     assert 1 in served.rows_per_step[: served.num_steps // 2], "the long row ran in a pass of its own"
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 200, 5, 5], [9, 60, 5, 200, 120, 30]])
+def test_prompts_of_very_different_lengths_admitted_together_keep_their_own_keys_and_values(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, lengths: list[int]
+) -> None:
+    monkeypatch.setitem(workers.engine.passes.SPLIT_SAVES, "cpu", 50)
+    served = serve(eos_token_ids=())
+    requests = [request(p, group_id=str(k), n=1 + k % 2, max_tokens=6) for k, p in enumerate(lengths)]
+    for what, group in zip(requests, served.run(requests), strict=True):
+        assert_scored(what, group)
+    assert min(served.rows_per_step) < 5, "the long rows ran in a pass of their own"
+
+
+def test_long_prompts_admitted_beside_running_short_rows_keep_their_keys_and_values(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(workers.engine.passes.SPLIT_SAVES, "cpu", 50)
+    served = serve(eos_token_ids=())
+    late = [request(p, group_id=f"late{p}", n=2, max_tokens=6) for p in (7, 200, 90, 6)]
+    arrived: list[Future[list[Completion]]] = []
+
+    def arrive() -> None:
+        for count, what in enumerate(late, start=1):
+            arrived.append(served.submit(what))
+            eventually(lambda expected=count: served.engine.stats().waiting_requests == expected)  # type: ignore[misc]
+
+    served.at_step[3] = arrive
+    short = request(5, group_id="short", n=5, max_tokens=40)
+    [group] = served.run([short])
+    assert_scored(short, group)
+    for what, future in zip(late, arrived, strict=True):
+        assert_scored(what, future.result(WAIT_S))
+
+
+def assert_scored(what: GenerationRequest, group: list[Completion]) -> None:
+    """Every completion has the logprobs that a fresh forward pass of policy 0 gives."""
+    for completion in group:
+        logits = logits_under(policy(0), sequence(what, completion))
+        np.testing.assert_allclose(completion.rollout_logprobs, expected_logprobs(logits, what, completion), atol=1e-4)
+
+
+def test_short_rows_take_no_memory_for_the_length_of_a_long_one() -> None:
+    """Filled, grown and moved: what is resident is near what is stored, not rows times longest."""
+    rows, long, short = 256, 2048, 60
+    cache = SlotCache(max_rows=2 * rows, max_length=2 * long, device=torch.device("cpu"))
+    prefilled = DynamicCache()
+    states = torch.randn(2, 4, long, 64)
+    prefilled.update(states, states, 0)
+    held = [short] * (rows - 1) + [long]
+    before = resident_bytes()
+    cache.reserve(rows=rows, length=long, held=[])
+    cache.fill(prefilled, first_row=0, source=torch.tensor([0] * (rows - 1) + [1]), held=held)
+    cache.reserve(rows=rows + 1, length=long + 1, held=held)
+    cache.move(sources=torch.tensor([rows - 1, 0]), targets=torch.tensor([0, rows - 1]), held=[long, short])
+    [keys] = cache._keys
+    assert torch.equal(keys[0, :, :long], states[1]) and torch.equal(keys[rows - 1, :, :short], states[0, :, :short])
+    assert keys.shape[0] > rows and keys.shape[2] > long
+    assert resident_bytes() - before < keys.nbytes / 4
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_a_plan_puts_long_rows_first_and_counts_what_a_split_saves() -> None:

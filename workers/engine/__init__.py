@@ -69,9 +69,9 @@ class EngineStats:
     "seconds spent in prefill and decode"
     num_updates: int
     update_pause_s: float
-    "seconds that policy swaps took out of generation, in all"
+    "seconds that policy swaps took out of generation, in all, and in the torch engine `score`, which follows every swap"
     last_pause_s: float
-    "of them, by the newest swap"
+    "of them, by the newest swap, without scoring"
 
 
 class Engine(Protocol):

@@ -58,7 +58,9 @@ class RunningBatch:
         self._cache_argument = cache_argument(model)
         self._device, self._dtype = model.device, model.dtype
         self._max_positions = max_positions
-        self._cache = SlotCache(max_rows=max_sequences, max_length=max_model_len, max_positions=max_positions)
+        self._cache = SlotCache(
+            max_rows=max_sequences, max_length=max_model_len, max_positions=max_positions, device=model.device
+        )
         self._columns = Columns(max_rows=max_sequences, device=model.device)
         self._num_steps = 0
         self._spans: list[tuple[slice, int]] = []  # rows of each forward pass, and the largest offset among them
@@ -83,7 +85,7 @@ class RunningBatch:
         width = max(group.max_length for group in groups)
         self._columns.reserve(rows=first + len(source), width=width)
         if self._max_positions is not None:  # laid out once for what was admitted, not every few steps
-            self._cache.reserve(rows=first + len(source), length=max(width, self.longest))
+            self._reserve(rows=first + len(source), length=max(width, self.longest))
         prompts = torch.zeros(len(groups), max(group.prompt_length for group in groups), dtype=torch.long)  # [G, P]
         row = first
         for prompt, group in zip(prompts, groups, strict=True):
@@ -97,7 +99,8 @@ class RunningBatch:
         self._columns.write(first, counts=counts[:, source], parameters=knobs[:, source])
         prompts, source = prompts.to(self._device), source.to(self._device)
         self._columns.tokens[first : first + len(source), : prompts.shape[1]] = prompts[source]
-        self._prefill(prompts[:, :-1], first_row=first, source=source)
+        held = [group.prompt_length - 1 for group in groups for _ in range(group.size)]
+        self._prefill(prompts[:, :-1], first_row=first, source=source, held=held)
         for group in groups:
             self._early_until = max(self._early_until, self._num_steps + group.request.sampling.min_tokens)
             self._asked.update(dict.fromkeys(features(group.request.sampling), group.size))
@@ -144,16 +147,16 @@ class RunningBatch:
 
     def recompute(self) -> Iterator[None]:
         """Rebuild the cache of all rows with the model's present weights; yields after every pass, for progress."""
-        lengths = [row.offset + self._num_steps for row in self.rows]
-        rows_per_pass = max(1, PREFILL_TOKENS // max(lengths, default=1))
-        for first in range(0, len(lengths), rows_per_pass):
-            part = lengths[first : first + rows_per_pass]
-            sequences = self._columns.tokens[first : first + len(part), : max(part) - 1]
-            self._prefill(sequences, first_row=first, source=torch.arange(len(part), device=self._device))
+        held = self._held(self.rows)
+        rows_per_pass = max(1, PREFILL_TOKENS // max((1, *held)))
+        for first in range(0, len(held), rows_per_pass):
+            part = held[first : first + rows_per_pass]
+            sequences = self._columns.tokens[first : first + len(part), : max(part)]
+            self._prefill(sequences, first_row=first, source=torch.arange(len(part), device=self._device), held=part)
             yield
 
-    def _prefill(self, sequences: Tensor, *, first_row: int, source: Tensor) -> None:
-        """Cache `sequences` [G, P]; row first_row + i takes sequence source[i].
+    def _prefill(self, sequences: Tensor, *, first_row: int, source: Tensor, held: list[int]) -> None:
+        """Cache `sequences` [G, P]; row first_row + i takes the first held[i] tokens of sequence source[i].
 
         Padding is on the right: the causal mask keeps it from the tokens before it, decoding overwrites it before it
         is attended.
@@ -168,13 +171,13 @@ class RunningBatch:
             use_cache=True,
         )
         rows = max(first_row + len(source), len(self.rows))
-        self._cache.reserve(rows=rows, length=max(sequences.shape[1], self._longest_length()))
-        self._cache.fill(prefilled, first_row=first_row, source=source)
+        self._reserve(rows=rows, length=max(sequences.shape[1], self._longest_length()))
+        self._cache.fill(prefilled, first_row=first_row, source=source, held=held)
 
     def _forward(self, rows: slice, *, longest: int) -> Tensor:
         """Run the last token of these rows, of which the longest has `longest` tokens: logits [n, V] of the next."""
         span = round_up(longest)  # S
-        self._cache.reserve(rows=len(self.rows), length=round_up(self._longest_length()))
+        self._reserve(rows=len(self.rows), length=round_up(self._longest_length()))
         lengths = self._columns.lengths[rows]
         last = lengths - 1  # [n]
         self._cache.begin_step(rows=rows, positions=last, span=span)
@@ -188,6 +191,14 @@ class RunningBatch:
             use_cache=True,
         )
         return output.logits[:, -1]
+
+    def _reserve(self, *, rows: int, length: int) -> None:
+        if not self._cache.has_room(rows=rows, length=length):
+            self._cache.reserve(rows=rows, length=length, held=self._held(self.rows))
+
+    def _held(self, rows: Sequence[Row]) -> list[int]:
+        """Tokens of each row whose keys and values are cached: all but the last."""
+        return [row.offset + self._num_steps - 1 for row in rows]
 
     def _longest_length(self) -> int:
         return max((offset for _, offset in self._spans), default=-self._num_steps) + self._num_steps
@@ -270,10 +281,12 @@ class RunningBatch:
             self._end_sets, self._is_end = {self._eos_token_ids: 0}, self._is_end[:1]
 
     def _move(self, *, sources: list[int], targets: list[int]) -> None:
-        of, to = torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device)
-        self._cache.move(sources=of, targets=to, span=round_up(self._longest_length()))
+        moves = [(of, to) for of, to in zip(sources, targets, strict=True) if of != to]
+        rows = [self.rows[of] for of, _ in moves]
+        of, to = torch.tensor(moves, device=self._device).T
+        self._cache.move(sources=of, targets=to, held=self._held(rows))
         self._columns.move(sources=of, targets=to)
-        for target, row in zip(targets, [self.rows[source] for source in sources], strict=True):
+        for (_, target), row in zip(moves, rows, strict=True):
             self.rows[target] = row
 
     def _row(self, group: Group, index: int, *, version: int) -> Row:

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import mmap
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -25,6 +28,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 POSITION_STEP = 16
 "Attended positions are rounded up to this: few distinct shapes, and masks aligned as CUDA kernels want them."
 _GROWTH = 1.5
+_SMALLEST_SPAN = 64
+"Positions that are copied at least: few distinct spans where all rows are short."
 
 
 def cache_argument(model: torch.nn.Module) -> str:
@@ -52,8 +57,11 @@ class SlotCache(Cache):
     max_positions: bound on R * C; none = as many as max_rows rows of max_length take.
     """
 
-    def __init__(self, *, max_rows: int, max_length: int, max_positions: int | None = None) -> None:
+    def __init__(
+        self, *, max_rows: int, max_length: int, device: torch.device, max_positions: int | None = None
+    ) -> None:
         super().__init__(layers=[])
+        self._device = device
         self._max_rows = max_rows
         self._max_length = round_up(max_length)
         self._max_positions = max_positions
@@ -66,26 +74,33 @@ class SlotCache(Cache):
         self._positions = torch.empty(0, dtype=torch.long)
         self._slots: dict[int, Tensor] = {}
 
-    def reserve(self, *, rows: int, length: int) -> None:
-        """Room for `rows` rows of `length` positions; what the first `rows` rows store stays."""
-        if rows <= self._rows and length <= self._length:
+    def has_room(self, *, rows: int, length: int) -> bool:
+        """Whether `rows` rows of `length` positions are allocated."""
+        return rows <= self._rows and length <= self._length
+
+    def reserve(self, *, rows: int, length: int, held: Sequence[int]) -> None:
+        """Room for `rows` rows of `length` positions; row r keeps its first held[r]."""
+        if self.has_room(rows=rows, length=length):
             return
         self._rows, self._length = self._shape(rows, round_up(length))
+        parts = _by_span(held, device=self._device)
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):
-                new = self._allocate(old)
-                kept_rows, kept_length = min(old.shape[0], self._rows), min(old.shape[2], self._length)
-                new[:kept_rows, :, :kept_length] = old[:kept_rows, :, :kept_length]
-                tensors[layer] = new
+                tensors[layer] = new = self._allocate(old)
+                for kept, span in parts:
+                    span = min(span, old.shape[2], self._length)
+                    new[kept, :, :span] = old[kept, :, :span]
 
-    def fill(self, prefilled: DynamicCache, *, first_row: int, source: Tensor) -> None:
-        """Copy prefilled [G, H, P, D] into rows first_row.. : row first_row + i takes prompt source[i]."""
-        rows = slice(first_row, first_row + len(source))
+    def fill(self, prefilled: DynamicCache, *, first_row: int, source: Tensor, held: Sequence[int]) -> None:
+        """Copy prefilled [G, H, P, D]: row first_row + i takes the first held[i] positions of prompt source[i]."""
+        parts = [(first_row + part, source[part], span) for part, span in _by_span(held, device=self._device)]
         for layer, states in enumerate(prefilled.layers):
-            keys, values = _states(states)
-            self._add_layer(layer, keys, values)
-            self._keys[layer][rows, :, : keys.shape[2]] = keys[source]
-            self._values[layer][rows, :, : values.shape[2]] = values[source]
+            new = _states(states)
+            self._add_layer(layer, *new)
+            for stored, prompts in zip((self._keys[layer], self._values[layer]), new, strict=True):
+                for rows, of, span in parts:
+                    span = min(span, prompts.shape[2])
+                    stored[rows, :, :span] = prompts[of, :, :span]
 
     def begin_step(self, *, rows: slice, positions: Tensor, span: int) -> None:
         """The next forward pass is of `rows`, writes their tokens at `positions` [n] and attends to the first `span`."""
@@ -99,10 +114,13 @@ class SlotCache(Cache):
         self._add_layer(layer_idx, key_states, value_states)
         return self._write(self._keys[layer_idx], key_states), self._write(self._values[layer_idx], value_states)
 
-    def move(self, *, sources: Tensor, targets: Tensor, span: int) -> None:
-        """Rows `sources` [m] become rows `targets` [m], up to `span` positions; all are read before one is written."""
+    def move(self, *, sources: Tensor, targets: Tensor, held: Sequence[int]) -> None:
+        """Row targets[i] becomes what row sources[i] holds, held[i] positions; all are read before one is written."""
+        parts = [(sources[part], targets[part], span) for part, span in _by_span(held, device=self._device)]
         for tensor in (*self._keys, *self._values):
-            tensor[targets, :, :span] = tensor[sources, :, :span]
+            moved = [tensor[of, :, :span] for of, _, span in parts]
+            for (_, to, span), states in zip(parts, moved, strict=True):
+                tensor[to, :, :span] = states
 
     def _write(self, stored: Tensor, states: Tensor) -> Tensor:
         heads, head_size = stored.shape[1], stored.shape[3]
@@ -129,13 +147,29 @@ class SlotCache(Cache):
     def _allocate(self, like: Tensor) -> Tensor:
         """Zeros, not uninitialised memory: a masked value still counts 0 times itself, and 0 * nan is nan.
 
-        On the CPU the kernel's untouched pages are the zeros: short rows take no memory for the length of a long one.
+        On the CPU they are pages that the kernel has not made yet, so a short row takes no memory for the length of a long
+        one: whatever writes here writes by what each row holds. Small pages: numpy and torch ask for huge ones (2 MiB),
+        and then the first positions of every head make all of it resident.
         """
         shape = (self._rows, like.shape[1], self._length, like.shape[3])
         if like.device.type != "cpu":
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
-        untouched = np.zeros(math.prod(shape) * like.element_size(), dtype=np.uint8)
-        return torch.from_numpy(untouched).view(like.dtype).view(shape)
+        untouched = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel that has no huge pages
+            untouched.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(untouched, dtype=like.dtype).view(shape)
+
+
+def _by_span(held: Sequence[int], *, device: torch.device) -> list[tuple[Tensor, int]]:
+    """Indexes of `held` in parts, each with the positions to copy: the next power of two, so under twice what is held.
+
+    A row that holds nothing is in no part.
+    """
+    parts = defaultdict(list)
+    for index, length in enumerate(held):
+        if length > 0:
+            parts[max(_SMALLEST_SPAN, 1 << (length - 1).bit_length())].append(index)
+    return [(torch.tensor(part, device=device), span) for span, part in parts.items()]
 
 
 def _states(layer: Any) -> tuple[Tensor, Tensor]:

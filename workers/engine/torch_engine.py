@@ -294,6 +294,7 @@ class TorchEngine:
             if self._version < 0:
                 scoring.future.set_exception(EngineError("nothing can be scored: no policy is served yet"))
                 continue
+            started = time.monotonic()
             try:
                 scored = score_sequences(self._model, scoring.sequences, max_batch_tokens=PREFILL_TOKENS)
             except Exception as error:  # whatever a model, a kernel or the device may raise; generation goes on
@@ -301,6 +302,7 @@ class TorchEngine:
                 failure.__cause__ = error
                 scoring.future.set_exception(failure)
             else:
+                self._update_pause_s += time.monotonic() - started  # before who waits for the result can ask
                 scoring.future.set_result((self._version, scored))
             self._progress_at = time.monotonic()
 

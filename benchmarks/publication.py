@@ -11,8 +11,9 @@ learning rate:
   `--repeats` rounds and the median ratio within a round;
 * publication and fetch through a directory in memory and through a Redis of its own: wall seconds, of the delta, and of
   whole weights (`first_*`);
-* the pause: `load_weights`, a copy into the model that serves, and `pointers`, the same tensors put in place; as shares of
-  the wall seconds from `publish` to the end of `fetch`.
+* the pause: what generation waits for at a swap on the CPU, where the model takes the fetched tensors themselves
+  (`adopt_weights`), and beside it the copy that this saves (`load_weights`); seconds, as a share of those of `publish`, and
+  as one of those from `publish` to the end of `fetch`.
 
 Prints one JSON object. Needs about 9 GB of memory and, with the default settings, ten minutes.
 """
@@ -42,7 +43,7 @@ from common.config import PolicyStoreConfig
 from common.connection import connect
 from common.digest import tensor_digest
 from common.keys import Keys
-from common.model import load_weights
+from common.model import adopt_weights, load_weights
 from common.policy_store import PolicyStore
 from scripts.redis_server import start_server
 
@@ -155,10 +156,6 @@ class Served(torch.nn.Module):
         for name, tensor in weights.items():
             self.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
 
-    def point_to(self, weights: Weights) -> None:
-        for name, parameter in self.named_parameters():
-            parameter.data = weights[name]
-
 
 def measure_transport(before: Weights, after: Weights, *, transport: str, url: str, repeats: int) -> dict[str, float]:
     """Versions go to and fro between both weights, so that every one after the first is a delta of the same size."""
@@ -166,17 +163,17 @@ def measure_transport(before: Weights, after: Weights, *, transport: str, url: s
         publish = lambda v: trainer.publish(v, (before, after)[v % 2], step=v, parent=v - 1)  # noqa: E731
         first_publish_s = wall_s(lambda: publish(0))
         first_fetch_s = wall_s(lambda: worker.fetch(0))
-        publish(1)
-        worker.fetch(1)
         publish_s, fetch_s = [], []
-        for version in range(2, 2 + repeats):
+        for version in range(1, 1 + repeats):
             publish_s.append(wall_s(lambda: publish(version)))  # noqa: B023
             fetch_s.append(wall_s(lambda: worker.fetch(version)))  # noqa: B023
             assert worker.last_fetch_bytes == trainer.manifest(version).delta_bytes
         _, tensors = worker.fetch(version)
         served = Served(tensors)
-        copy_pause_s = min(wall_s(lambda: load_weights(served, tensors)) for _ in range(repeats))
-        pointer_pause_s = min(wall_s(lambda: served.point_to(tensors)) for _ in range(repeats))
+        swaps_s = {  # the copy first: afterwards the model serves the very tensors
+            name: min(wall_s(lambda: swap(served, tensors)) for _ in range(repeats))  # noqa: B023
+            for name, swap in (("load_weights", load_weights), ("pause", adopt_weights))
+        }
         both_s = min(publish_s) + min(fetch_s)
         return {
             "first_publish_s": first_publish_s,
@@ -184,10 +181,9 @@ def measure_transport(before: Weights, after: Weights, *, transport: str, url: s
             "delta_bytes": trainer.manifest(version).delta_bytes,
             "publish_s": min(publish_s),
             "fetch_s": min(fetch_s),
-            "load_weights_s": copy_pause_s,
-            "load_weights_share": copy_pause_s / both_s,
-            "pointers_s": pointer_pause_s,
-            "pointers_share": pointer_pause_s / both_s,
+            **{f"{name}_s": seconds for name, seconds in swaps_s.items()},
+            **{f"{name}_to_publish": seconds / min(publish_s) for name, seconds in swaps_s.items()},
+            **{f"{name}_to_publish_and_fetch": seconds / both_s for name, seconds in swaps_s.items()},
         }
 
 

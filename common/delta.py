@@ -124,7 +124,10 @@ def _differing(x: Words, y: Words, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
 def _pack(places: NDArray[np.uint32], steps: Words) -> torch.Tensor:
     gaps = np.diff(places, prepend=np.uint32(0))
     sign = steps >> (8 * steps.itemsize - 1)  # wraps like the hardware does: unsigned arithmetic
-    raw = np.concatenate([_planes(gaps), _planes((steps << 1) ^ (0 - sign))])
+    raw = np.empty(len(places) * (4 + steps.itemsize), dtype=np.uint8)
+    planes = raw.reshape(4 + steps.itemsize, len(places))
+    _split(gaps, planes[:4])
+    _split((steps << 1) ^ (0 - sign), planes[4:])
     return torch.frombuffer(bytearray(zstandard.ZstdCompressor(level=LEVEL).compress(raw.data)), dtype=torch.uint8)
 
 
@@ -156,8 +159,10 @@ def _words(tensor: torch.Tensor) -> Words:
     return tensor_bytes(tensor).view(f"u{min(tensor.element_size(), 8)}")
 
 
-def _planes(words: Words) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(words.view(np.uint8).reshape(-1, words.itemsize).T).reshape(-1)
+def _split(words: Words, planes: NDArray[np.uint8]) -> None:
+    """Into one row per byte, the lowest first."""
+    for i, plane in enumerate(planes):
+        np.right_shift(words, 8 * i, out=plane, casting="unsafe")
 
 
 def _from_planes(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> Words:

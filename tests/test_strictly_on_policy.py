@@ -15,15 +15,20 @@ STEPS = 20
 
 
 def test_twenty_steps_on_policy(tmp_path: Path) -> None:
+    tiny = tiny_folder()
+    heldout = {"path": str(tiny / "heldout.jsonl"), "max_req_tokens": 24}
     config = quickstart_config(
         tmp_path,
-        tiny=tiny_folder(),
+        tiny=tiny,
         trainer__num_steps=STEPS,
         trainer__loss={"kl_beta": 0.0},
         replay_buffer__max_policy_age=0,
         sampling__top_p=0.8,
         replicas={"eval": 0},
-        evaluation__every_steps=8,
+        evaluation={
+            "every_steps": 10,
+            "datasets": [{"name": "heldout", "dataset": heldout, "num_prompts": 40, "function": "MathReward"}],
+        },
         policy_store__transport="redis",  # the other transport is used by every other run
     )
     done = sluice("run", str(config), cwd=tmp_path, timeout=200)
@@ -34,7 +39,7 @@ def test_twenty_steps_on_policy(tmp_path: Path) -> None:
     assert summary["ledger"]["dropped"] == {}, (
         "admission must not let a group be generated that is too old when it is ready"
     )
-    assert sorted(record["step"] for record in summary["evaluations"]) == [0, 8, 16, STEPS]
+    assert sorted(record["step"] for record in summary["evaluations"]) == [0, 10, STEPS]
     assert not list(only_run(tmp_path).glob("logs/eval-*")), "the rollout worker evaluates"
     for metrics in metrics_of(only_run(tmp_path)):
         assert metrics["staleness/max"] == 0

@@ -40,6 +40,8 @@ from common.serialization import decode
 _NEARLY_FULL = 0.9
 _FULL = 0.99
 """At the limit the server hovers around it: what is refused leaves its buffers free again."""
+_COMPARED = {"mismatch": "the trainer's on the canary", "cache_mismatch": "its own fresh forward pass"}
+"""Fact of a heartbeat -> what it compares with."""
 Beats = dict[str, dict[str, Any]]
 
 
@@ -176,16 +178,17 @@ def _other_digests(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
 
 
 def _mismatched(run: Run, beats: Beats) -> list[Cause]:
-    """Workers whose engine scores the canary of its policy otherwise than the trainer does."""
+    """Workers whose engine scores otherwise than the trainer does, or than it has sampled."""
     bound = mismatch_bound(run.config.rollout.dtype, run.config.trainer.autocast)
     return [
         Cause(
             "sampler_mismatch",
-            f"{name} serves policy version {facts['version']}, but its logprobs are {facts['mismatch']:.3g} nats from the "
-            f"trainer's on the canary (bound {bound:g}): it samples from another policy",
+            f"{name} serves policy version {facts['version']}, but its logprobs are {facts[key]:.3g} nats from {what} "
+            f"(bound {bound:g}): it samples from another policy",
         )
         for name, facts in beats.items()
-        if (facts.get("mismatch") or 0.0) > bound
+        for key, what in _COMPARED.items()
+        if (facts.get(key) or 0.0) > bound
     ]
 
 

@@ -11,7 +11,15 @@ import torch
 from builders import make_completion, make_config
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.canary import MAX_TOKENS, NUM_SEQUENCES, choose_sequences, mismatch, mismatch_bound, random_sequences
+from common.canary import (
+    MAX_TOKENS,
+    NUM_SEQUENCES,
+    WORST,
+    choose_sequences,
+    mean_difference,
+    mismatch_bound,
+    random_sequences,
+)
 from common.logprobs import completion_logprobs, pad_sequences
 from common.types import Episode, Group
 from trainer.policy import TrainedPolicy
@@ -55,7 +63,7 @@ def test_the_trainers_canary_is_reproduced_by_the_published_weights_only():
     def difference() -> float:
         with torch.no_grad():
             logprobs, _ = completion_logprobs(policy.model.eval(), *rows)
-        return mismatch(canary, list(logprobs.numpy()))
+        return mean_difference([s.logprobs for s in canary], list(logprobs.numpy()))
 
     assert difference() <= 1e-6
     with torch.no_grad():
@@ -68,11 +76,12 @@ def test_bfloat16_weights_stay_within_their_bound():
     canary = policy.score(random_sequences(VOCAB))
     policy.model.bfloat16().float()
     rounded = policy.score(random_sequences(VOCAB))
-    difference = mismatch(canary, [s.logprobs for s in rounded])
+    difference = mean_difference([s.logprobs for s in canary], [s.logprobs for s in rounded])
     assert mismatch_bound("float32", "float32") < difference < mismatch_bound("bfloat16", "float32")
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf])
 def test_logprobs_that_are_not_finite_are_a_mismatch(odd: float):
     canary = make_policy().score(random_sequences(VOCAB))
-    assert mismatch(canary, [np.full_like(s.logprobs, odd) for s in canary]) == math.inf
+    expected = [s.logprobs for s in canary]
+    assert mean_difference(expected, [np.full_like(row, odd) for row in expected]) == WORST

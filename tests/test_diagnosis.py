@@ -131,6 +131,10 @@ def test_a_sampler_that_computes_other_logprobs_than_the_trainer_raises_an_alarm
     (found,) = alarms(client, run)
     assert found.kind == "sampler_mismatch"
     assert "rollout@host:1 serves policy version 0, but its logprobs are 0.2 nats from the trainer's" in found.text
+    staff(client, keys, rollout={"mismatch": 0.0, "cache_mismatch": 3.0})
+    (found,) = alarms(client, run)
+    assert found.kind == "sampler_mismatch"
+    assert "3 nats from its own fresh forward pass" in found.text
 
 
 def test_without_groups_in_flight_the_admission_is_named(client: redis.Redis, keys: Keys, run: Run) -> None:

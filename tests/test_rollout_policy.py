@@ -26,6 +26,7 @@ from common.run import open_run
 from common.types import SamplingParams
 from workers.context import Context
 from workers.engine import GenerationRequest
+from workers.engine.kv_cache import SlotCache
 from workers.rollout import RolloutRole
 
 CHANGES = {
@@ -253,3 +254,35 @@ def test_a_policy_that_the_engine_cannot_load_is_named_and_fails_who_is_pinned_t
         store.publish(2, base, step=2, parent=1)
         wait_for(lambda: role.engine.version == 2, timeout=15, what="the next good version")
         wait_for(lambda: beat()["alarm"] == "", timeout=15, what="the alarm to end")
+
+
+def test_a_completion_from_a_wrong_cache_raises_an_alarm(
+    make_fleet: Callable[..., Fleet],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    client: redis.Redis,
+) -> None:
+    fleet = make_fleet()
+    store = PolicyStore(client, fleet.ledger.keys, fleet.config.policy_store)
+    run = open_run(client, fleet.ledger.keys.run)
+    fill = SlotCache.fill
+
+    def fill_with_zeros(self: SlotCache, prefilled: Any, **places: Any) -> None:
+        for states in prefilled.layers:
+            states.keys.zero_()
+        fill(self, prefilled, **places)
+
+    with serving(fleet, monkeypatch) as (role, beat):
+        role.start()
+        for version, is_right in enumerate([True, False]):
+            if not is_right:
+                publish(store, version)
+                monkeypatch.setattr(SlotCache, "fill", fill_with_zeros)
+            wait_for(lambda: role.engine.version == version, timeout=15, what="the version")  # noqa: B023
+            [group_id] = fleet.admit(1)
+            role.generate(group_id)
+            wait_for(lambda: beat().get("cache_mismatch") is not None, timeout=15, what="a completion to be compared")
+            if is_right:
+                assert beat()["cache_mismatch"] < 1e-4 and alarms(client, run) == []
+        wait_for(lambda: beat()["cache_mismatch"] > 1e-2, timeout=15, what="the wrong cache to be noticed")
+        (found,) = alarms(client, run)
+        assert found.kind == "sampler_mismatch" and "its own fresh forward pass" in found.text

@@ -187,7 +187,8 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
     for facts in beats:
         if "idle_fraction" in facts:
             shares[facts["role"]].append(facts["idle_fraction"])
-    if differences := [facts["mismatch"] for facts in beats if facts.get("mismatch") is not None]:
+    compared = [facts.get(key) for facts in beats for key in ("mismatch", "cache_mismatch")]
+    if differences := [difference for difference in compared if difference is not None]:
         metrics["off_policy/canary_abs_diff"] = max(differences)
     metrics |= {f"idle_fraction/{role}": fmean(values) for role, values in shares.items()}
     return {

@@ -2,6 +2,7 @@
 
     policy thread:  event "policy" --> fetch --> verify --> engine.stage --> swapped in --> engine.score(canary)
     pinned groups:  enter the gate of their version --> staged, if it is not --> generate --> leave
+    any group:      its shortest completion, once per version --> engine.score --> the same logprobs as when it was sampled?
 
 Invariants:
 * the newest version is staged unless pinned groups are inside the gate, or were a moment ago: an evaluation's groups follow
@@ -22,13 +23,14 @@ from typing import Any
 
 import redis
 
-from common.canary import CanarySequence, mismatch
+from common.canary import CanarySequence, mean_difference
 from common.config import PolicyStoreConfig
 from common.connection import BLOCK_S
 from common.errors import EngineError, PolicyError
 from common.keys import Keys
 from common.policy_store import Manifest, PolicyStore
-from workers.engine import Engine
+from common.types import Completion
+from workers.engine import Engine, GenerationRequest
 
 log = logging.getLogger("sluice.rollout")
 
@@ -46,6 +48,9 @@ class ServedPolicy:
         "why the newest version is not served; empty = it is, or is on its way"
         self.mismatch: float | None = None
         "of the newest canary scored, in nats"
+        self.cache_mismatch: float | None = None
+        "between a completion as it was sampled, from cached keys and values, and as it is scored afresh, in nats"
+        self._compared = -1
         self._client, self._keys, self._engine = client, keys, engine
         self._store = PolicyStore(client, keys, config)
         self._gate = _VersionGate()
@@ -69,11 +74,33 @@ class ServedPolicy:
             yield
             self._check()
 
+    def compare(self, request: GenerationRequest, completions: list[Completion]) -> None:
+        """Once per version: is a completion sampled from what the cache should hold? The canary does not see the cache.
+
+        Only what was sampled plainly (temperature 1, nothing cut) can be scored the same way.
+        """
+        sampling, shortest = request.sampling, min(completions, key=lambda completion: len(completion.token_ids))
+        version = shortest.policy_versions[0][0]
+        is_plain = sampling.temperature == sampling.top_p == 1 and not (
+            sampling.top_k or sampling.min_p or sampling.min_tokens
+        )
+        if not is_plain or len(shortest.policy_versions) > 1 or version in (self._compared, -1):
+            return
+        self._compared = version
+        try:
+            served, logprobs = self._engine.score([(request.prompt_ids, shortest.token_ids)])
+        except EngineError as error:
+            log.warning("group %s was not compared: %s", request.group_id, error)
+            return
+        if served == version:
+            self.cache_mismatch = mean_difference([shortest.rollout_logprobs], logprobs)
+
     def facts(self) -> dict[str, Any]:
         """For the heartbeat."""
         return {
             "alarm": self.alarm,
-            "mismatch": self.mismatch and min(self.mismatch, 1e6),  # JSON has no infinity
+            "mismatch": self.mismatch,
+            "cache_mismatch": self.cache_mismatch,
             "fetch_s": round(self._store.last_fetch_s, 4),
             "fetch_bytes": self._store.last_fetch_bytes,
         }
@@ -140,7 +167,7 @@ class ServedPolicy:
         else:
             if version != manifest.version:
                 return False
-            self.mismatch = mismatch(canary, logprobs) if canary else None
+            self.mismatch = mean_difference([s.logprobs for s in canary], logprobs) if canary else None
         return True
 
 

@@ -116,6 +116,7 @@ class RolloutRole:
         )
         if request.pinned_version is None:
             completions = self.engine.generate(request)
+            self._policy.compare(request, completions)
         else:
             with self._policy.pinned(request.pinned_version):
                 completions = self.engine.generate(request)

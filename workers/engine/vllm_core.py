@@ -38,6 +38,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a worker has threads and open connections: it must not fork
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # 0.26's second runner dies of over 128 end tokens, and of NaN weights (seen on an H100)
 }
 """Read by vLLM at import; whoever sets one of them before keeps it."""
 _CPU_KV_CACHE_MIB = 512
@@ -69,6 +70,8 @@ class VllmCore:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if config.rollout.dtype == "float32":
+            os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # else TF32: logprobs 1.6e-3 off
         import vllm
 
         self._vllm = vllm

@@ -3,7 +3,8 @@
 * An element that is no message is set aside in `<prefix>rejected` (the newest 100, 4 KiB of each), named in the log, and
   consuming goes on. kombu lets the decoding error end the worker, one worker per element.
 * A broker that refuses writes (out of memory, disk full, demoted) is a lost connection: Celery reconnects with the tasks in
-  its hands instead of ending. Every command waits BROKER_WAIT_S for it first, which paces the reconnections.
+  its hands instead of ending. Every command waits BROKER_WAIT_S for it first, which paces the reconnections; what the event
+  loop waits for (BRPOP, subscriptions) fails at once.
 * A channel whose transport was closed says so with a connection error. kombu's reaches through a None there (AttributeError
   in `Channel.close`) when the broker dies between the closing of two channels, which ended the worker.
 * One client object per channel. kombu makes a new `redis.Redis` for every command, two per consumed message and one per
@@ -24,6 +25,8 @@ from typing import Any, NoReturn
 import redis
 from kombu.exceptions import KombuError
 from kombu.transport import redis as kombu_redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from common.patience import Patience, RefusesWrites, refusal
@@ -97,7 +100,10 @@ class Channel(kombu_redis.Channel):
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
         if self.connection is None or self.connection.client is None:
             raise redis.ConnectionError("this channel of the broker was closed")
-        return {**super()._connparams(asynchronous), "retry": self._patience}
+        # What the event loop reads must fail when it is lost: a subscription that reconnects by itself is then read without
+        # a bound in the consumer's only thread, and a BRPOP of a socket that nobody polls is never read.
+        retry = Retry(NoBackoff(), 0) if asynchronous else self._patience
+        return {**super()._connparams(asynchronous), "retry": retry}
 
     def _get_client(self) -> Any:
         super()._get_client()  # checks redis-py's version

@@ -219,3 +219,17 @@ def test_a_message_that_cannot_be_sent_costs_seconds_and_no_exception(server, cl
     wait_for(lambda: send(app, "rollout.generate", "rollout", "t3"), timeout=8, what="sending again")
     assert "messages were not sent while the broker was away" in caplog.text
     assert client.llen(PREFIX + "rollout") == 2
+
+
+@pytest.mark.timeout(30)
+def test_a_subscription_that_was_lost_is_a_lost_connection_though_the_server_is_back(server: EmbeddedServer) -> None:
+    """One that reconnected by itself would be read without a bound, in the consumer's only thread."""
+    with make_app("tiny", url=server.url).connection() as connection:
+        subscription = connection.channel().subclient
+        subscription.subscribe("news")
+        assert subscription.parse_response()[0] == b"subscribe"
+        server.process.kill()
+        server.process.wait()
+        server.restart()
+        with pytest.raises(redis.ConnectionError):
+            subscription.parse_response()

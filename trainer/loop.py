@@ -35,7 +35,7 @@ from common.assets import ModelAssets
 from common.broker import make_app
 from common.canary import choose_sequences, mismatch_bound, random_sequences
 from common.digest import weights_digest
-from common.errors import ConfigError, DiskFull, StateLost
+from common.errors import ConfigError, DiskFull, PolicyNotFound, StateLost
 from common.ledger import Ledger
 from common.lineage import abandoned_versions, policy_ages
 from common.model import load_pretrained
@@ -129,8 +129,7 @@ class Trainer:
 
     def _train_on(self, groups: list[Group]) -> dict[str, float]:
         """One optimizer step and the publication of its policy."""
-        ages = policy_ages(self.client, self.run.keys, [g.policy_version for g in groups], current=self.version)
-        metrics = batch_metrics(groups, ages)
+        metrics = batch_metrics(groups, self._ages_of(groups))
         metrics["staleness/token_mean"] = token_age(self.client, self.run.keys, groups, current=self.version)
         rewards = [torch.tensor([_nan_if_none(e.reward) for e in group.episodes]) for group in groups]
         advantages = batch_advantages(rewards, method=self.config.trainer.advantage)
@@ -149,6 +148,15 @@ class Trainer:
         metrics |= self.publisher.metrics()
         self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages])
         return metrics
+
+    def _ages_of(self, groups: list[Group]) -> list[int]:
+        versions = [group.policy_version for group in groups]
+        try:
+            return policy_ages(self.client, self.run.keys, versions, current=self.version)
+        except PolicyNotFound:
+            # Redis came back older since the batch was taken; the next `sample` notices that, and settles it
+            self.store.announce_again(incarnation=self.incarnation)
+            return policy_ages(self.client, self.run.keys, versions, current=self.version)
 
     def _next_batch(self) -> list[Group] | None:
         """The groups of the next step, in the order of their cursors; None when told to stop while waiting."""

@@ -212,7 +212,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"machine": machine(), "arguments": sys.argv[1:], "by_lr": {}}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "arguments": {key: value for key, value in vars(arguments).items() if key != "out"},
+        "by_lr": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         server = start_server(Path(folder))
         try:

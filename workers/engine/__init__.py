@@ -50,15 +50,6 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StagedPolicy:
-    """A policy that an engine was handed and does not serve yet."""
-
-    version: int
-    digest: str
-    tensors: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
     """Counters since the engine started."""
 

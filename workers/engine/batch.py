@@ -32,6 +32,7 @@ from workers.engine.kv_cache import SlotCache, cache_argument, round_up
 from workers.engine.passes import SPLIT_SAVES, plan_passes
 from workers.engine.row import Group, Row, features, noise, parameters
 from workers.engine.sampling import sample
+from workers.engine.serving import version_spans
 from workers.engine.stopping import StopTexts
 
 
@@ -251,7 +252,7 @@ class RunningBatch:
             completion = Completion(
                 token_ids=tokens[i, part].copy(),
                 rollout_logprobs=logprobs[i, part].copy(),
-                policy_versions=row.version_spans(end=length),
+                policy_versions=version_spans(row.marks, end=length),
                 finish_reason="stop" if has_stopped else "length",
             )
             results.append((row, completion))

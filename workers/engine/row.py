@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from common.types import Completion, SamplingParams
-from workers.engine import GenerationRequest
+from common.types import SamplingParams
+from workers.engine.serving import ServedGroup
 from workers.engine.stopping import StopTexts
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Group:
-    """One request, and what of it is finished."""
+class Group(ServedGroup):
+    """One request, as it competes for room."""
 
-    request: GenerationRequest
-    future: Future[list[Completion]] = field(default_factory=Future)
-    completions: dict[int, Completion] = field(default_factory=dict)
     num_passed_over: int = 0
     "younger groups that were admitted while this one waited"
-
-    @property
-    def size(self) -> int:
-        return self.request.sampling.n
 
     @property
     def prompt_length(self) -> int:
@@ -35,10 +27,6 @@ class Group:
     def max_length(self) -> int:
         """Tokens of prompt and completion at the most."""
         return self.prompt_length + self.request.sampling.max_tokens
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self.completions) == self.size
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -54,11 +42,6 @@ class Row:
     "(policy version, sequence length from which on it samples)"
     stop_texts: StopTexts | None = None
     "none = it has no stop texts"
-
-    def version_spans(self, *, end: int) -> tuple[tuple[int, int], ...]:
-        """Run lengths (version, tokens) of a completion whose sequence ends at length `end`."""
-        ends = [start for _, start in self.marks[1:]] + [end]
-        return tuple((version, stop - start) for (version, start), stop in zip(self.marks, ends, strict=True))
 
 
 def features(sampling: SamplingParams) -> list[str]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from common.errors import EngineError
 from common.types import Completion, FinishReason
 from workers.engine import GenerationRequest
+from workers.engine.serving import ServedGroup, version_spans
 from workers.engine.vllm_core import Finished, is_temperature
 
 _PRIORITY_S = 10.0
@@ -19,17 +20,10 @@ _PRIORITY_S = 10.0
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Group:
-    """One request, and what of it is finished."""
+class Group(ServedGroup):
+    """One request, as it waits its turn."""
 
-    request: GenerationRequest
     arrived_at: float = field(default_factory=time.monotonic)
-    future: Future[list[Completion]] = field(default_factory=Future)
-    completions: dict[int, Completion] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        return self.request.sampling.n
 
     @property
     def urgency(self) -> float:
@@ -72,18 +66,6 @@ def completion_of(row: Row, finished: Finished) -> Completion:
     return Completion(
         token_ids=finished.token_ids,
         rollout_logprobs=finished.logprobs,
-        policy_versions=_spans(row.marks, end=len(finished.token_ids)),
+        policy_versions=version_spans(row.marks, end=len(finished.token_ids)),
         finish_reason=reason,
     )
-
-
-def _spans(marks: list[tuple[int, int]], *, end: int) -> tuple[tuple[int, int], ...]:
-    """Run lengths from (version, number of tokens before) marks; a version that sampled nothing is left out."""
-    ends = [start for _, start in marks[1:]] + [end]
-    spans = [(version, stop - start) for (version, start), stop in zip(marks, ends, strict=True)]
-    return tuple(span for span in spans if span[1])
-
-
-def fail(future: Future, error: EngineError) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -7,7 +7,6 @@ and runs this file in it. SLUICE_TEST_DEVICE and SLUICE_TEST_DTYPE run it on a G
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import os
 import threading
@@ -28,6 +27,7 @@ from common.errors import ConfigError, EngineClosed, EngineError
 from common.model import load_weights, named_weights, resolve_device
 from common.types import Completion, SamplingParams
 from workers.engine import GenerationRequest
+from workers.engine.kv_cache import cache_argument
 from workers.engine.vllm_core import check_config
 from workers.rollout import make_engine
 
@@ -37,8 +37,6 @@ DTYPE = os.environ.get("SLUICE_TEST_DTYPE", "float32")
 VOCAB, EOS = 512, 1
 MAX_MODEL_LEN, MAX_SEQUENCES = 448, 16
 WAIT_S = 60.0
-_CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
-"""Its name before transformers 5.20 or so."""
 
 Weights = dict[str, torch.Tensor]
 
@@ -173,9 +171,9 @@ def logits_under(seed: int, tokens: np.ndarray, *, tied: bool = True, old: int =
     parts = []
     if split:
         load(model, old, tied=tied)
-        parts.append(model(ids[:, :split], use_cache=True, **{_CACHE: cache}).logits[0])
+        parts.append(model(ids[:, :split], use_cache=True, **{cache_argument(model): cache}).logits[0])
     load(model, seed, tied=tied)
-    parts.append(model(ids[:, split:], use_cache=True, **{_CACHE: cache}).logits[0])
+    parts.append(model(ids[:, split:], use_cache=True, **{cache_argument(model): cache}).logits[0])
     return torch.cat(parts).float().cpu()
 
 

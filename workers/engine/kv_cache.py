@@ -33,8 +33,8 @@ _SMALLEST_SPAN = 64
 
 
 def cache_argument(model: torch.nn.Module) -> str:
-    """The name under which a model's `forward` takes its cache: transformers 5.24 renamed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    """The name under which a model's class takes its cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def round_up(length: int, step: int = POSITION_STEP) -> int:

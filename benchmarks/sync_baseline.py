@@ -145,7 +145,7 @@ class SyncRun:
             weight_decay=recipe.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda done: schedule_factor(config, done + 1)
+            self.optimizer, lambda done: schedule_factor(config.trainer, done + 1)
         )
         self.clock = Clock()
 

@@ -78,7 +78,9 @@ class LossConfig(Section):
 
 class TrainerConfig(Section):
     num_steps: int = Field(default=100, ge=1)
-    """Optimizer steps of the run."""
+    """Batches of the run; each gives a policy version."""
+    num_iterations: int = Field(default=1, ge=1)
+    """Optimizer steps per batch (mu of GRPO). Over 1 the ratio moves away from 1 and the clip acts in `decoupled` too."""
     local_batch_size: int = Field(default=2, ge=1)
     """Full-length sequences per micro-batch; with seq_len this is the token budget."""
     seq_len: int = Field(default=2048, ge=2)

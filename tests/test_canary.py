@@ -33,7 +33,7 @@ def make_policy(**trainer: Any) -> TrainedPolicy:
     config = Qwen3Config(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, initializer_range=0.3, **heads
     )
-    return TrainedPolicy(Qwen3ForCausalLM(config), make_config(trainer=trainer))
+    return TrainedPolicy.of_run(Qwen3ForCausalLM(config), make_config(trainer=trainer))
 
 
 def group_of(*, prompt_length: int, lengths: tuple[int, ...]) -> Group:

@@ -22,6 +22,7 @@ from trainer.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from trainer.loss import policy_loss
 from trainer.policy import TrainedPolicy, schedule_factor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,13 +32,13 @@ def config(**trainer: object) -> Config:
     return load_config(ROOT / "config/quickstart.yaml", [f"trainer.{key}={value}" for key, value in trainer.items()])
 
 
-def new_policy(seed: int = 0) -> TrainedPolicy:
+def new_policy(seed: int = 0, **trainer: object) -> TrainedPolicy:
     torch.manual_seed(seed)
     shape = Qwen3Config(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
-    return TrainedPolicy(Qwen3ForCausalLM(shape), config(loss="{kl_beta: 0.0}"))
+    return TrainedPolicy.of_run(Qwen3ForCausalLM(shape), config(**{"loss": "{kl_beta: 0.0}", **trainer}))
 
 
 def micro_batch(seed: int) -> MicroBatch:
@@ -151,4 +152,37 @@ def test_the_split_into_micro_batches_changes_no_weight() -> None:
 )
 def test_schedule(schedule: str, step: int, expected: float) -> None:
     settings = config(schedule=schedule, num_steps=100, warmup_steps=5)
-    assert schedule_factor(settings, step) == pytest.approx(expected, abs=1e-5)
+    assert schedule_factor(settings.trainer, step) == pytest.approx(expected, abs=1e-5)
+
+
+def test_iterations_of_decoupled_clip_against_the_first_one() -> None:
+    """From the second optimizer step on the ratio is that to the policy before the batch: not 1, and the clip acts."""
+    settings = {
+        "learning_rate": 0.05,
+        "warmup_steps": 0,
+        "loss": "{kl_beta: 0.0, off_policy: decoupled, clip_high: 0.01}",
+    }
+    once, thrice = new_policy(**settings), new_policy(num_iterations=3, **settings)
+    assert once.optimize([micro_batch(1)], step=1)["clip_ratio/high"] == 0.0
+    assert thrice.optimize([micro_batch(1)], step=1)["clip_ratio/high"] > 0.2
+    by_hand = new_policy(**settings)
+    batch = micro_batch(1)
+    with torch.no_grad():
+        prox, _ = by_hand._scorer(batch.input_ids, batch.prompt_lengths, batch.completion_lengths)
+    for _ in range(3):
+        logprobs, _ = by_hand._scorer(batch.input_ids, batch.prompt_lengths, batch.completion_lengths)
+        loss, _ = policy_loss(
+            by_hand._config.loss,
+            policy_logprobs=logprobs,
+            rollout_logprobs=batch.rollout_logprobs,
+            advantages=batch.advantages,
+            loss_mask=batch.loss_mask,
+            prox_logprobs=prox,
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), 1.0)
+        by_hand.optimizer.param_groups[0]["lr"] = by_hand.optimizer.param_groups[1]["lr"] = 0.05
+        by_hand.optimizer.step()
+        by_hand.optimizer.zero_grad()
+    for x, y in zip(thrice.model.parameters(), by_hand.model.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)

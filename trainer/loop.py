@@ -105,7 +105,7 @@ class Trainer:
         """From wherever the run is to its last step, or to SIGTERM."""
         torch.manual_seed(self.config.seed)
         end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
-        self.policy = TrainedPolicy(self._base_model(), self.config, end_token_ids=end_token_ids)
+        self.policy = TrainedPolicy.of_run(self._base_model(), self.config, end_token_ids=end_token_ids)
         self._resume_or_begin()
         started = time.monotonic() - self.wall_s
         while self.step < self.config.trainer.num_steps and not self.stopping:

@@ -1,4 +1,6 @@
-"""The policy being trained: float32 master weights, AdamW, schedule, and one optimizer step over micro-batches.
+"""The model being trained: float32 master weights, AdamW, schedule, and the optimizer steps over one batch.
+
+What is minimised is an `Objective`: the policy loss of the run's config (`policy_objective`), or that of `trainer.sft`.
 
 Legend: B = sequences, T = completion tokens.
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,92 +19,148 @@ from torch import Tensor
 
 from common.canary import CanarySequence
 from common.config import Config
-from common.logprobs import completion_logprobs, pad_sequences
+from common.config_trainer import LossConfig, TrainerConfig
+from common.logprobs import UNTRUNCATED, completion_logprobs, pad_sequences
 from common.model import load_weights, named_weights, resolve_device
 from common.truncation import Truncation
 from trainer.batch import MicroBatch, step_normaliser
 from trainer.loss import combine_metrics, policy_loss
 
+Objective = Callable[[Tensor, MicroBatch, Tensor | None, int], tuple[Tensor, dict[str, Tensor]]]
+"""(logprobs [B, T], micro-batch, logprobs before the first of several optimizer steps [B, T] or none, the step's
+normaliser) -> (loss, detached metrics): a scalar whose sum over the micro-batches of a step is the step's loss."""
 
-class TrainedPolicy:
-    """Model, optimizer and schedule, moved on by `optimize`.
 
-    end_token_ids: what ends a completion; sampling.min_tokens is reproduced with them.
-    """
+def policy_objective(config: LossConfig) -> Objective:
+    """`trainer.loss.policy_loss` on a micro-batch."""
 
-    def __init__(self, model: Any, config: Config, *, end_token_ids: Sequence[int] = ()) -> None:
-        self._config = config
-        self._truncation = Truncation.of(config.sampling, end_token_ids=end_token_ids)
-        trainer = config.trainer
-        self.device = resolve_device(trainer.device)
-        self.model = model.to(self.device, dtype=torch.float32).train()
-        if trainer.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-        self.optimizer = torch.optim.AdamW(
-            _decay_groups(self.model, trainer.weight_decay),
-            lr=trainer.learning_rate,
-            betas=trainer.betas,
-            eps=trainer.eps,
-            fused=self.device.type == "cuda",
-        )
-
-    def optimize(self, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float]:
-        """One optimizer step (`step` counts from 1); its metrics. Gradients do not depend on the split into micro-batches."""
-        config = self._config.trainer
-        normaliser = step_normaliser(micro_batches, aggregation=config.loss.aggregation)
-        parts = [self._accumulate(batch.to(self.device), normaliser) for batch in micro_batches]
-        began = time.monotonic()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        learning_rate = config.learning_rate * schedule_factor(self._config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        metrics = {name: float(value) for name, value in combine_metrics(parts).items()}
-        metrics["time/optimizer"] = time.monotonic() - began
-        return {**metrics, "grad_norm": float(grad_norm), "learning_rate": learning_rate}
-
-    def _accumulate(self, batch: MicroBatch, normaliser: int) -> dict[str, Tensor]:
-        config = self._config
-        with self._autocast():
-            logprobs, entropy = completion_logprobs(
-                self.model,
-                batch.input_ids,
-                batch.prompt_lengths,
-                batch.completion_lengths,
-                temperature=config.sampling.temperature,
-                truncation=self._truncation,
-                with_entropy=True,
-            )
-        loss, metrics = policy_loss(
-            config.trainer.loss,
+    def objective(
+        logprobs: Tensor, batch: MicroBatch, prox: Tensor | None, normaliser: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return policy_loss(
+            config,
             policy_logprobs=logprobs,
             rollout_logprobs=batch.rollout_logprobs,
             advantages=batch.advantages,
             loss_mask=batch.loss_mask,
             ref_logprobs=batch.ref_logprobs,
+            prox_logprobs=prox,
             num_tokens=normaliser,
         )
+
+    return objective
+
+
+class Scorer(torch.nn.Module):
+    """A model's logprobs and their entropy as one module: what wrappers for many GPUs wrap, because all runs inside it."""
+
+    def __init__(self, model: Any, *, temperature: float, truncation: Truncation, autocast: str) -> None:
+        super().__init__()
+        self.model = model
+        self._sampled_with = {"temperature": temperature, "truncation": truncation}
+        self._autocast = autocast
+
+    def forward(
+        self, input_ids: Tensor, prompt_lengths: Tensor, completion_lengths: Tensor, *, for_loss: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logprobs [B, T] and, for a loss, entropy [B, T]; otherwise at temperature 1 of the whole softmax, and no entropy."""
+        with torch.autocast(
+            input_ids.device.type, dtype=getattr(torch, self._autocast), enabled=self._autocast != "float32"
+        ):
+            options: dict[str, Any] = {**self._sampled_with, "with_entropy": True} if for_loss else {}
+            return completion_logprobs(self.model, input_ids, prompt_lengths, completion_lengths, **options)
+
+
+class TrainedPolicy:
+    """Model, optimizer and schedule, moved on by `optimize`.
+
+    temperature, truncation: what the completions are sampled with; the trainer's logprobs are those of that distribution.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: TrainerConfig,
+        *,
+        objective: Objective,
+        temperature: float = 1.0,
+        truncation: Truncation = UNTRUNCATED,
+    ) -> None:
+        self._config = config
+        self._objective = objective
+        self.device = resolve_device(config.device)
+        self.model = model.to(self.device, dtype=torch.float32).train()
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self._scorer = Scorer(self.model, temperature=temperature, truncation=truncation, autocast=config.autocast)
+        self.optimizer = torch.optim.AdamW(
+            _decay_groups(self.model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            fused=self.device.type == "cuda",
+        )
+
+    @classmethod
+    def of_run(cls, model: Any, config: Config, *, end_token_ids: Sequence[int] = ()) -> TrainedPolicy:
+        """The policy of a run. end_token_ids: what ends a completion; sampling.min_tokens is reproduced with them."""
+        return cls(
+            model,
+            config.trainer,
+            objective=policy_objective(config.trainer.loss),
+            temperature=config.sampling.temperature,
+            truncation=Truncation.of(config.sampling, end_token_ids=end_token_ids),
+        )
+
+    def optimize(self, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float]:
+        """`num_iterations` optimizer steps on one batch (`step` counts batches from 1); the metrics of the last of them.
+
+        Gradients do not depend on the split into micro-batches. From the second iteration on, `decoupled` losses take the
+        logprobs of the first as those of the proximal policy.
+        """
+        batches = [batch.to(self.device) for batch in micro_batches]
+        normaliser = step_normaliser(batches, aggregation=self._config.loss.aggregation)
+        learning_rate = self._config.learning_rate * schedule_factor(self._config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        prox: list[Tensor | None] = [None] * len(batches)
+        optimizer_s = 0.0
+        for iteration in range(self._config.num_iterations):
+            scored = [self._accumulate(batch, before, normaliser) for batch, before in zip(batches, prox, strict=True)]
+            if iteration == 0 and self._config.num_iterations > 1:
+                prox = [logprobs for logprobs, _ in scored]
+            began = time.monotonic()
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            optimizer_s += time.monotonic() - began
+        metrics = {name: float(value) for name, value in combine_metrics(part for _, part in scored).items()}
+        return {
+            **metrics,
+            "grad_norm": float(grad_norm),
+            "learning_rate": learning_rate,
+            "time/optimizer": optimizer_s,
+        }
+
+    def _accumulate(self, batch: MicroBatch, prox: Tensor | None, normaliser: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds a micro-batch's gradient; its logprobs [B, T] before the step, and its metrics."""
+        logprobs, entropy = self._scorer(batch.input_ids, batch.prompt_lengths, batch.completion_lengths)
+        loss, metrics = self._objective(logprobs, batch, prox, normaliser)
         loss.backward()
         assert entropy is not None
         metrics["entropy"] = entropy[batch.loss_mask].mean() if batch.loss_mask.any() else loss.detach() * 0
-        return metrics
+        return logprobs.detach(), metrics
 
     @property
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
-
-    def _autocast(self) -> torch.autocast:
-        name = self._config.trainer.autocast
-        return torch.autocast(self.device.type, dtype=getattr(torch, name), enabled=name != "float32")
 
     @torch.no_grad()
     def score(self, sequences: list[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> list[CanarySequence]:
         """The canary of the present weights, from (prompt_ids, token_ids): logprobs at temperature 1."""
         padded = pad_sequences([prompt for prompt, _ in sequences], [tokens for _, tokens in sequences])
         self.model.eval()
-        with self._autocast():
-            logprobs, _ = completion_logprobs(self.model, *(tensor.to(self.device) for tensor in padded))
+        logprobs, _ = self._scorer(*(tensor.to(self.device) for tensor in padded), for_loss=False)
         self.model.train()
         rows = logprobs.float().cpu().numpy()
         return [
@@ -144,15 +202,14 @@ def _on_cpu(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return memory.view(dtype).copy_(weight)
 
 
-def schedule_factor(config: Config, step: int) -> float:
-    """Share of the peak learning rate at an optimizer step counted from 1: linear warm-up, then the schedule."""
-    trainer = config.trainer
-    if step <= trainer.warmup_steps:
-        return step / trainer.warmup_steps
-    progress = (step - trainer.warmup_steps) / max(1, trainer.num_steps - trainer.warmup_steps)
-    if trainer.schedule == "linear":
+def schedule_factor(config: TrainerConfig, step: int) -> float:
+    """Share of the peak learning rate at a step counted from 1: linear warm-up, then the schedule."""
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    if config.schedule == "linear":
         return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress)) if trainer.schedule == "cosine" else 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> Iterable[dict[str, Any]]:

@@ -268,6 +268,8 @@ class Config(Section):
     """Worker processes per queue."""
     metrics: MetricsConfig = MetricsConfig()
     """Sinks."""
+    audit: Literal["all", "sample", "none"] = "sample"
+    """Groups kept in the run folder, for `sluice replay`: of every step, of the step after each checkpoint, or none."""
 
     @property
     def groups_per_step(self) -> int:

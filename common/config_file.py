@@ -38,6 +38,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return parse_config(text, overrides=overrides, source=str(path))
 
 
+def read_run_config(run_folder: Path) -> Config:
+    """The config that a run folder holds. Raises ConfigError."""
+    path = run_folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_folder} is not a run folder: it holds no config.yaml")
+    return load_config(path)
+
+
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:

@@ -184,3 +184,30 @@ class Group:
             episodes=episodes,
             timestamps=timestamps,
         )
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "group_id": self.group_id,
+            "policy_version": self.policy_version,
+            "prompt_ids": self.prompt_ids,
+            "prompt": self.prompt,
+            "target": self.target,
+            "timestamps": self.timestamps,
+            "episodes": [
+                {
+                    "completion": episode.completion.to_wire(),
+                    "reward": episode.reward,
+                    "rewards": episode.rewards,
+                    "ref_logprobs": episode.ref_logprobs,
+                }
+                for episode in self.episodes
+            ],
+        }
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Group:
+        episodes = [
+            Episode(**{**episode, "completion": Completion.from_wire(episode["completion"])})
+            for episode in wire["episodes"]
+        ]
+        return cls(**{**wire, "episodes": episodes})

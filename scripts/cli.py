@@ -206,6 +206,19 @@ def export(run_folder: Path, target: Path, step: int | None, dtype: str) -> None
 
 
 @cli.command()
+@click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--step", type=int, help="Only this step, from the nearest checkpoint under it; default: all, from the base."
+)
+@_JSON
+def replay(run_folder: Path, step: int | None, as_json: bool) -> None:
+    """Compute recorded steps again from the groups that `audit` kept. Exit code 1 when a loss differs by over 1e-6."""
+    from scripts.replay import print_replay
+
+    sys.exit(0 if print_replay(run_folder, step=step, as_json=as_json) else 1)
+
+
+@cli.command()
 def runs() -> None:
     """Runs on the Redis of SLUICE_REDIS_URL, else the run folders here."""
     from scripts.doctor import list_runs

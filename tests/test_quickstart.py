@@ -18,7 +18,7 @@ GROUPS_PER_STEP = 8
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run of the quickstart, shortened; the folder it was started in and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
-    config = quickstart_config(folder, tiny=tiny_folder(), trainer__num_steps=STEPS)
+    config = quickstart_config(folder, tiny=tiny_folder(), trainer__num_steps=STEPS, audit="all")
     done = sluice("run", str(config), cwd=folder, timeout=280)
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
@@ -89,6 +89,16 @@ def test_the_export_loads_in_transformers_and_answers(finished: tuple[Path, str]
     with torch.no_grad():
         answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     assert "<answer>85</answer>" in tokenizer.decode(answer[0])
+
+
+def test_the_recorded_stream_gives_the_same_weights_again(finished: tuple[Path, str]) -> None:
+    """An asynchronous run over many processes, computed again from its records in one: the same bits at every step."""
+    done = sluice("replay", str(only_run(finished[0])), "--json", cwd=finished[0], timeout=120)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)["steps"]
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    assert all(step["began_with_same_weights"] for step in steps)
+    assert [step["step"] for step in steps if step["ended_with_same_weights"]] == [20, STEPS]  # those with a checkpoint
 
 
 def test_the_curve_is_drawn(finished: tuple[Path, str]) -> None:

@@ -135,9 +135,14 @@ def checkpoint_at(folder: Path, step: int | None) -> Checkpoint:
     if step is not None and (path / "state.json").is_file():
         found = read_checkpoint(path)
     if found is None:
-        known = ", ".join(str(int(p.name.removeprefix("step-"))) for p in _complete(folder)) or "none"
+        known = ", ".join(map(str, checkpoint_steps(folder))) or "none"
         raise ConfigError(f"no checkpoint of step {step or 'any'} in {folder} (steps there: {known})")
     return found
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps that have a complete checkpoint, ascending."""
+    return [int(path.name.removeprefix("step-")) for path in _complete(folder)]
 
 
 def random_state() -> str:

@@ -43,12 +43,19 @@ from common.policy_store import PolicyStore
 from common.replay_buffer import ReplayBuffer
 from common.run import Run, process_name
 from common.types import Group
-from trainer.advantage import batch_advantages
-from trainer.batch import build_micro_batches
-from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, restore_random_state, save_checkpoint
+from trainer.audit import Audit, StepRecord
+from trainer.checkpoint import (
+    TrainerState,
+    checkpoint_steps,
+    newest_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
 from trainer.policy import TrainedPolicy
 from trainer.publish import Publisher
 from trainer.report import Reporter, batch_metrics, flow_metrics, token_age
+from trainer.step import train_on
 from trainer.watch import Watch
 
 log = logging.getLogger("sluice.trainer")
@@ -87,6 +94,7 @@ class Trainer:
             when_there_is_room=self._when_there_is_room,
         )
         self.reporter = Reporter(client, run)
+        self.audit = Audit(self.folder, self.config)
         self.sampling_dtype = getattr(torch, self.config.rollout.dtype)
         self.step, self.saved_step, self.version, self.wall_s = 0, 0, 0, 0.0
         self.available = 0
@@ -131,21 +139,16 @@ class Trainer:
         """One optimizer step and the publication of its policy."""
         metrics = batch_metrics(groups, self._ages_of(groups))
         metrics["staleness/token_mean"] = token_age(self.client, self.run.keys, groups, current=self.version)
-        rewards = [torch.tensor([_nan_if_none(e.reward) for e in group.episodes]) for group in groups]
-        advantages = batch_advantages(rewards, method=self.config.trainer.advantage)
-        micro_batches = build_micro_batches(
-            groups, advantages, max_tokens=self.config.trainer.max_tokens_per_microbatch
-        )
-        began = time.monotonic()
-        metrics |= self.policy.optimize(micro_batches, step=self.step + 1)
-        metrics["time/forward_backward"] = time.monotonic() - began
+        learnt, advantages = train_on(self.policy, groups, self.config.trainer, step=self.step + 1)
+        metrics |= learnt
         self.step += 1
         self._remember([group.group_id for group in groups])
         self._canary_sequences = choose_sequences(groups)
         began = time.monotonic()
-        self._publish(parent=self.version)
+        parent_digest = self._publish(parent=self.version)
         metrics["time/publish_pause"] = time.monotonic() - began
         metrics |= self.publisher.metrics()
+        self.audit.record(StepRecord(step=self.step, parent_digest=parent_digest, groups=groups, metrics=learnt))
         self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages])
         return metrics
 
@@ -175,17 +178,20 @@ class Trainer:
             self.buffer.wait(1.0)
         return None
 
-    def _publish(self, *, parent: int) -> None:
+    def _publish(self, *, parent: int) -> str:
+        """Begin to publish the present weights under the next version; returns the digest of the version before it."""
         self.version += 1
         every = self.config.evaluation.every_steps
         is_due = self.step in (0, self.config.trainer.num_steps) or (every > 0 and self.step % every == 0)
         evaluate = self.config.evaluation.datasets if is_due else ()
         self.publisher.wait()  # before the snapshot, so that there are two copies at most: this one and its base
+        digest_before = self.publisher.digest
         weights = self.policy.snapshot(self.sampling_dtype)
         parent = self._twin_of(weights, otherwise=parent)
         canary = self.policy.score(self._canary_sequences or random_sequences(self.policy.vocab_size))
         self.publisher.publish(self.version, weights, step=self.step, parent=parent, canary=canary, evaluate=evaluate)
         self.evaluating |= {(dataset.name, self.version) for dataset in evaluate}
+        return digest_before
 
     def _twin_of(self, weights: dict[str, Tensor], *, otherwise: int) -> int:
         """The version of the abandoned branch at this step that is bit for bit the same policy, if there is one."""
@@ -218,6 +224,7 @@ class Trainer:
 
         self._when_there_is_room(save)
         self.saved_step = self.step
+        self.audit.keep_only_replayable(checkpoint_steps(self.folder / "checkpoints"))
         self.trained_groups = []
         self.buffer.acknowledge(self.step, trained=list(dict.fromkeys(state.trained_groups + state.recent_groups)))
 
@@ -267,6 +274,7 @@ class Trainer:
             self._abandoned = abandoned_versions(self.client, self.run.keys, after_step=self.step)
             parent, self.version = self.version, max(newest, self.version, self.reporter.last_version)
             self._publish(parent=parent)
+        self.audit.forget_after(self.step)
         self.publisher.wait()
 
     def _tell_redis_again(self, lost: StateLost) -> None:
@@ -355,7 +363,3 @@ class Trainer:
                 metrics["off_policy/canary_abs_diff"],
                 self._canary_bound,
             )
-
-
-def _nan_if_none(reward: float | None) -> float:
-    return float("nan") if reward is None else reward

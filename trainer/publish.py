@@ -50,6 +50,8 @@ class Publisher:
         self._payload: dict[str, float] = {}
         self.published = -1
         "newest version that this process has published"
+        self.digest = ""
+        "its digest"
 
     def publish(
         self,
@@ -99,6 +101,7 @@ class Publisher:
             manifest = self._store.publish(
                 version, tensors, step=step, parent=parent, incarnation=self._incarnation, canary=canary
             )
+            self.digest = manifest.digest
             whole_bytes = sum(tensor.nbytes for tensor in tensors.values())
             self._payload = {
                 "policy/payload_bytes": float(manifest.payload_bytes),

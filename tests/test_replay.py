@@ -1,0 +1,166 @@
+"""Audit and replay: what a step was trained on is kept, and computing it again gives the same loss and the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import letter_tokenizer, make_config
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from common.config import Config
+from common.digest import weights_digest
+from common.errors import ConfigError
+from common.model import load_pretrained
+from common.types import Completion, Episode, Group
+from trainer.audit import Audit, StepRecord, audit_folder, read_record, recorded_steps
+from trainer.checkpoint import TrainerState, checkpoint_steps, random_state, save_checkpoint
+from trainer.policy import TrainedPolicy
+from trainer.replay import replay
+from trainer.step import train_on
+
+STEPS = 5
+
+
+def make_group(seed: int) -> Group:
+    draw = np.random.default_rng(seed)
+    episodes = [
+        Episode(
+            completion=Completion(
+                token_ids=draw.integers(0, 50, length, dtype=np.int32),
+                rollout_logprobs=-4.0 - draw.random(length, dtype=np.float32) * 0.1,
+                policy_versions=((seed, 1), (seed + 1, length - 1)),
+                finish_reason="stop",
+                text="x",
+            ),
+            reward=reward,
+            rewards={"MathReward": reward, "other": None},
+            ref_logprobs=-4.0 - draw.random(length, dtype=np.float32),
+        )
+        for length, reward in ((5, 1.0), (3, 0.0), (7, 0.1), (2, None))
+    ]
+    return Group(
+        group_id=f"t{seed}", policy_version=seed, prompt_ids=draw.integers(0, 50, 4, dtype=np.int32),
+        prompt=[{"role": "user", "content": "?"}], target=None, episodes=episodes, timestamps={"ready": 1.5},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    shape = Qwen3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, eos_token_id=1,
+    )  # fmt: skip
+    Qwen3ForCausalLM(shape).save_pretrained(folder)
+    for name, content in letter_tokenizer(50).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def run_of(folder: Path, model: Path, *, audit: str, every_steps: int = 2, keep: int = 2) -> Config:
+    """A run folder as the trainer leaves it, of STEPS steps on made-up groups."""
+    config = make_config(
+        model={"path": str(model)},
+        audit=audit,
+        checkpoint={"every_steps": every_steps, "keep": keep},
+        trainer={"num_steps": 10, "learning_rate": 0.01, "loss": {"kl_beta": 0.1}},
+    )
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml())
+    torch.manual_seed(config.seed)
+    policy = TrainedPolicy.of_run(load_pretrained(str(model)), config, end_token_ids=[1])
+    written = Audit(folder, config)
+    for step in range(1, STEPS + 1):
+        before = weights_digest(policy.snapshot(torch.float32))
+        groups = [make_group(step), make_group(step + 100)]
+        metrics, _ = train_on(policy, groups, config.trainer, step=step)
+        written.record(StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics))
+        if step % every_steps == 0:
+            state = TrainerState(step=step, version=step, cursor=0, random_state=random_state())
+            save_checkpoint(
+                folder / "checkpoints", state, weights=policy.snapshot(torch.float32),
+                optimizer=policy.optimizer_tensors(), keep=keep,
+            )  # fmt: skip
+            written.keep_only_replayable(checkpoint_steps(folder / "checkpoints"))
+    return config
+
+
+def test_a_record_reads_back_as_it_was(tmp_path: Path) -> None:
+    record = StepRecord(step=3, parent_digest="d", groups=[make_group(1), make_group(2)], metrics={"loss/policy": 0.5})
+    Audit(tmp_path, make_config(audit="all")).record(record)
+    read = read_record(audit_folder(tmp_path), 3)
+    assert (read.step, read.parent_digest, read.metrics) == (3, "d", {"loss/policy": 0.5})
+    for group, written in zip(read.groups, record.groups, strict=True):
+        assert (group.group_id, group.timestamps, group.prompt) == (written.group_id, {"ready": 1.5}, written.prompt)
+        np.testing.assert_array_equal(group.prompt_ids, written.prompt_ids)
+        for episode, before in zip(group.episodes, written.episodes, strict=True):
+            assert (episode.reward, episode.rewards) == (before.reward, before.rewards)
+            assert episode.completion.policy_versions == before.completion.policy_versions
+            np.testing.assert_array_equal(episode.completion.token_ids, before.completion.token_ids)
+            np.testing.assert_array_equal(episode.completion.rollout_logprobs, before.completion.rollout_logprobs)
+            np.testing.assert_array_equal(episode.ref_logprobs, before.ref_logprobs)
+
+
+def test_the_whole_stream_gives_the_same_bits(tmp_path: Path, model_folder: Path) -> None:
+    run_of(tmp_path / "run", model_folder, audit="all")
+    steps = list(replay(tmp_path / "run"))
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5]
+    assert all(step.recorded_loss == step.replayed_loss and step.began_with_same_weights for step in steps)
+    assert [step.ended_with_same_weights for step in steps] == [None, True, None, True, None]
+
+
+def test_one_step_begins_at_the_nearest_checkpoint(tmp_path: Path, model_folder: Path) -> None:
+    run_of(tmp_path / "run", model_folder, audit="all")
+    assert [step.step for step in replay(tmp_path / "run", step=4)] == [3, 4]
+    assert all(step.agrees and step.began_with_same_weights for step in replay(tmp_path / "run", step=5))
+
+
+def test_a_step_trained_on_something_else_does_not_agree(tmp_path: Path, model_folder: Path) -> None:
+    config = run_of(tmp_path / "run", model_folder, audit="all")
+    record = read_record(audit_folder(tmp_path / "run"), 2)
+    Audit(tmp_path / "run", config).record(
+        StepRecord(step=2, parent_digest=record.parent_digest, groups=[make_group(77)], metrics=record.metrics)
+    )
+    first, second, third = list(replay(tmp_path / "run"))[:3]
+    assert first.agrees and not second.agrees and not second.ended_with_same_weights
+    assert not third.began_with_same_weights
+
+
+def test_a_sample_is_what_kept_checkpoints_can_replay(tmp_path: Path, model_folder: Path) -> None:
+    run_of(tmp_path / "run", model_folder, audit="sample", every_steps=1, keep=2)
+    assert recorded_steps(audit_folder(tmp_path / "run")) == [1, 5]  # 4 and 5 are kept; 6 is not trained yet
+    (only,) = replay(tmp_path / "run", step=5)
+    assert only.agrees and only.ended_with_same_weights
+    with pytest.raises(ConfigError, match=r"step 2 is not recorded: run with audit=all"):
+        list(replay(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"step 3 is not in .*recorded steps: 1, 5"):
+        list(replay(tmp_path / "run", step=3))
+
+
+def test_none_keeps_nothing_and_a_full_disk_costs_no_run(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_of(tmp_path / "run", model_folder, audit="none")
+    assert recorded_steps(audit_folder(tmp_path / "run")) == []
+    (tmp_path / "blocked").write_text("a file where the run folder should be")
+    record = StepRecord(step=1, parent_digest="", groups=[], metrics={})
+    Audit(tmp_path / "blocked", make_config(audit="all")).record(record)
+    assert "step 1 is not in the audit" in caplog.text
+
+
+def test_records_of_an_abandoned_branch_go(tmp_path: Path, model_folder: Path) -> None:
+    config = run_of(tmp_path / "run", model_folder, audit="all")
+    Audit(tmp_path / "run", config).forget_after(3)
+    assert recorded_steps(audit_folder(tmp_path / "run")) == [1, 2, 3]
+
+
+def test_a_damaged_record_is_named(tmp_path: Path, model_folder: Path) -> None:
+    run_of(tmp_path / "run", model_folder, audit="all")
+    path = audit_folder(tmp_path / "run") / "step-00000002.zst"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ConfigError, match=r"step-00000002\.zst is damaged"):
+        list(replay(tmp_path / "run"))

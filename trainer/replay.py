@@ -1,0 +1,96 @@
+"""Recorded steps computed again from a run folder alone: no Redis, no workers, one process.
+
+    base model or checkpoint --> step by step over the records --> losses and weights beside what was recorded
+
+A record holds the groups in order, so the same program on the same kind of machine repeats every sum of floats: on a CPU,
+with as many threads, the weights come out bit for bit. Of a run with several ranks, or on another device, the loss agrees
+to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.assets import read_assets
+from common.config import Config
+from common.config_file import read_run_config
+from common.digest import weights_digest
+from common.errors import ConfigError
+from common.model import load_pretrained
+from trainer.audit import audit_folder, read_record, recorded_steps
+from trainer.checkpoint import checkpoint_at, checkpoint_steps, restore_random_state
+from trainer.policy import TrainedPolicy
+from trainer.step import train_on
+
+TOLERANCE = 1e-6
+"""Bound on the difference of two losses of one step, absolute."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayedStep:
+    """One step, as recorded and as computed again."""
+
+    step: int
+    recorded_loss: float
+    replayed_loss: float
+    recorded_grad_norm: float
+    replayed_grad_norm: float
+    began_with_same_weights: bool
+    "bit for bit, in the sampling precision"
+    ended_with_same_weights: bool | None
+    "bit for bit, in float32; none where no checkpoint of this step is kept"
+
+    @property
+    def agrees(self) -> bool:
+        """The loss is the recorded one to 1e-6."""
+        return abs(self.recorded_loss - self.replayed_loss) <= TOLERANCE
+
+
+def replay(run_folder: Path, *, step: int | None = None) -> Iterator[ReplayedStep]:
+    """The step alone, from the nearest checkpoint under it (steps between are computed again and given too); without one,
+    the whole recorded stream from the base model. Raises ConfigError when a record that is needed is missing.
+    """
+    config = read_run_config(run_folder)
+    records, checkpoints = audit_folder(run_folder), run_folder / "checkpoints"
+    last = max(recorded_steps(records), default=0) if step is None else step
+    read_record(records, last)  # says what is recorded, before anything is loaded
+    first = 0 if step is None else max([0, *(s for s in checkpoint_steps(checkpoints) if s < last)])
+    if missing := set(range(first + 1, last + 1)) - set(recorded_steps(records)):
+        begins = f"the checkpoint of step {first}" if first else "the base model"
+        raise ConfigError(
+            f"step {last} is replayed from {begins}, but step {min(missing)} is not recorded: run with audit=all"
+        )
+    torch.manual_seed(config.seed)
+    end_token_ids = read_assets(config.model.path, revision=config.model.revision).eos_token_ids
+    base = load_pretrained(config.model.path, revision=config.model.revision)
+    policy = TrainedPolicy.of_run(base, config, end_token_ids=end_token_ids)
+    if first:
+        found = checkpoint_at(checkpoints, first)
+        policy.restore(found.weights, found.optimizer)
+        restore_random_state(found.state.random_state)
+    for number in range(first + 1, last + 1):
+        yield _replay_step(policy, config, run_folder, step=number)
+
+
+def _replay_step(policy: TrainedPolicy, config: Config, run_folder: Path, *, step: int) -> ReplayedStep:
+    record = read_record(audit_folder(run_folder), step)
+    began_with = weights_digest(policy.snapshot(getattr(torch, config.rollout.dtype)))
+    metrics, _ = train_on(policy, record.groups, config.trainer, step=step)
+    ended_same = None
+    if step in checkpoint_steps(run_folder / "checkpoints"):
+        kept = checkpoint_at(run_folder / "checkpoints", step)
+        ended_same = weights_digest(policy.snapshot(torch.float32)) == weights_digest(kept.weights)
+    loss = lambda of: of["loss/policy"] + config.trainer.loss.kl_beta * of["loss/kl"]  # noqa: E731
+    return ReplayedStep(
+        step=step,
+        recorded_loss=loss(record.metrics),
+        replayed_loss=loss(metrics),
+        recorded_grad_norm=record.metrics["grad_norm"],
+        replayed_grad_norm=metrics["grad_norm"],
+        began_with_same_weights=began_with == record.parent_digest,
+        ended_with_same_weights=ended_same,
+    )

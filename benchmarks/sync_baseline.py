@@ -127,8 +127,10 @@ def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts, *, temperatu
 class SyncRun:
     """One run of one config."""
 
-    def __init__(self, config: Config, *, policy_age: int) -> None:
+    def __init__(self, config: Config, *, policy_age: int, corrected: bool = True) -> None:
+        """corrected: the loss sees the sampler's logprobs; otherwise the trainer's own, as if the batch were on-policy."""
         torch.manual_seed(config.seed)
+        self.corrected = corrected
         self.config = config
         self.model = load_pretrained(config.model.path, revision=config.model.revision)
         self.sampler = copy.deepcopy(self.model).eval()
@@ -161,10 +163,11 @@ class SyncRun:
         if self.reference is not None:
             with torch.no_grad():
                 ref_logprobs = completion_logprobs(self.reference, rollouts, temperature=temperature)
+        logprobs = completion_logprobs(self.model, rollouts, temperature=temperature)
         loss, _ = policy_loss(
             self.config.trainer.loss,
-            policy_logprobs=completion_logprobs(self.model, rollouts, temperature=temperature),
-            rollout_logprobs=rollouts.logprobs,
+            policy_logprobs=logprobs,
+            rollout_logprobs=rollouts.logprobs if self.corrected else logprobs.detach(),
             advantages=advantages,
             loss_mask=rollouts.mask,
             ref_logprobs=ref_logprobs,
@@ -237,9 +240,9 @@ def batches(rows: list[dict[str, str]], *, size: int, seed: int) -> Iterator[lis
             yield order[start : start + size]
 
 
-def run(config: Config, *, policy_age: int = 0) -> Report:
+def run(config: Config, *, policy_age: int = 0, corrected: bool = True) -> Report:
     """Train as the config says, evaluating on its first evaluation set."""
-    job = SyncRun(config, policy_age=policy_age)
+    job = SyncRun(config, policy_age=policy_age, corrected=corrected)
     held_out = config.evaluation.datasets[0]
     eval_rows = _read(held_out.dataset.path)[: held_out.num_prompts]
     train = batches(_read(config.dataset.path), size=config.groups_per_step, seed=config.seed)

@@ -304,6 +304,12 @@ class Config(Section):
                 f"sampling.min_tokens = {self.sampling.min_tokens} exceeds sampling.max_res_tokens = "
                 f"{self.sampling.max_res_tokens}"
             )
+        overlong = self.trainer.overlong_penalty
+        if overlong is not None and overlong.buffer_tokens > self.sampling.max_res_tokens:
+            raise ValueError(
+                f"trainer.overlong_penalty.buffer_tokens = {overlong.buffer_tokens} exceeds sampling.max_res_tokens = "
+                f"{self.sampling.max_res_tokens}: every completion would be penalised"
+            )
         if self.sampling.group_size == 1:
             raise ValueError(
                 "sampling.group_size=1 gives every completion an advantage of 0, nothing would be learnt: "

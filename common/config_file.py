@@ -11,10 +11,14 @@ from pydantic import BaseModel, ValidationError
 
 from common.config import Config
 from common.errors import ConfigError
+from common.presets import apply_preset
 
 
 def parse_config(text: str, *, overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
-    """Config from YAML text and `dotted.key=value` overrides (values are YAML). Raises ConfigError with the nearest name."""
+    """Config from YAML text and `dotted.key=value` overrides (values are YAML). Raises ConfigError with the nearest name.
+
+    `trainer.preset` is replaced by the values it stands for (`common.presets`): the config does not know it.
+    """
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -23,6 +27,10 @@ def parse_config(text: str, *, overrides: list[str] | tuple[str, ...] = (), sour
         raise ConfigError(f"{source} must be a mapping of sections, found {type(data).__name__}")
     for override in overrides:
         _apply_override(data, override)
+    try:
+        apply_preset(data)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -66,7 +74,7 @@ def _explain(error: Any) -> str:
     """One pydantic error as a sentence a user can act on."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _fields_at(error["loc"][:-1])
+        known = _fields_at(error["loc"][:-1]) + (["preset"] if error["loc"][:-1] == ("trainer",) else [])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {where!r}; {hint}"

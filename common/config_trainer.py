@@ -76,7 +76,18 @@ class LossConfig(Section):
         return self
 
 
+class OverlongPenalty(Section):
+    """What a completion near the bound on its length loses of its reward; arXiv:2503.14476, equation 13."""
+
+    buffer_tokens: int = Field(ge=1)
+    """The penalty grows linearly over the last so many tokens before sampling.max_res_tokens."""
+    penalty: float = Field(default=1.0, gt=0.0)
+    """Taken off the reward of a completion of full length."""
+
+
 class TrainerConfig(Section):
+    """The key `preset` of a file names what sets several of these at once; it is resolved when the file is read."""
+
     num_steps: int = Field(default=100, ge=1)
     """Batches of the run; each gives a policy version."""
     num_iterations: int = Field(default=1, ge=1)
@@ -95,6 +106,10 @@ class TrainerConfig(Section):
     """Baseline and scale of the rewards; docs/algorithms.md."""
     loss: LossConfig = LossConfig()
     """Policy loss."""
+    mask_truncated: bool = False
+    """Keep completions that ran into max_res_tokens out of the loss; their rewards still count for the group's baseline."""
+    overlong_penalty: OverlongPenalty | None = None
+    """Lower the rewards of long completions before advantages are computed; none = off."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak AdamW learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -111,6 +126,12 @@ class TrainerConfig(Section):
     """Gradients are scaled to at most this global norm."""
     stall_report_s: float = Field(default=5.0, gt=0)
     """While no batch is ready, the cause is logged this often, in seconds."""
+
+    @model_validator(mode="after")
+    def _rewards_fit(self) -> TrainerConfig:
+        if self.advantage == "maxrl" and self.overlong_penalty is not None:
+            raise ValueError("advantage=maxrl needs rewards >= 0, which overlong_penalty may break: drop one of the two")
+        return self
 
     @property
     def max_tokens_per_microbatch(self) -> int:

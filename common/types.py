@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 FinishReason = Literal["stop", "length", "abort"]
 VersionSpans = tuple[tuple[int, int], ...]
 """Run-length (policy version, number of tokens), in order; the counts sum to T."""
+TokenSpans = tuple[tuple[int, int], ...]
+"""(first token, number of tokens) within a completion."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,8 @@ class Completion:
     finish_reason: FinishReason
     text: str = ""
     "decoded, special tokens that are not end-of-sequence kept out; filled in by the rollout role"
+    tool_spans: TokenSpans = ()
+    "tokens that were not sampled but put in (the output of a tool): context for what follows, never in the loss"
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -104,11 +108,14 @@ class Completion:
             "policy_versions": [list(span) for span in self.policy_versions],
             "finish_reason": self.finish_reason,
             "text": self.text,
+            # only where there are any: a role of before this key still reads what it can
+            **({"tool_spans": [list(span) for span in self.tool_spans]} if self.tool_spans else {}),
         }
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Completion:
-        return cls(**{**wire, "policy_versions": tuple((int(v), int(n)) for v, n in wire["policy_versions"])})
+        spans = {name: wire.get(name, ()) for name in ("policy_versions", "tool_spans")}
+        return cls(**{**wire, **{name: tuple((int(a), int(n)) for a, n in pairs) for name, pairs in spans.items()}})
 
 
 def oldest_version(completions: list[Completion]) -> int:

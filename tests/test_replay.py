@@ -77,7 +77,7 @@ def run_of(folder: Path, model: Path, *, audit: str, every_steps: int = 2, keep:
     for step in range(1, STEPS + 1):
         before = weights_digest(policy.snapshot(torch.float32))
         groups = [make_group(step), make_group(step + 100)]
-        metrics, _ = train_on(policy, groups, config.trainer, step=step)
+        metrics, _ = train_on(policy, groups, config, step=step)
         written.record(StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics))
         if step % every_steps == 0:
             state = TrainerState(step=step, version=step, cursor=0, random_state=random_state())

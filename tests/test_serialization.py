@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+from dataclasses import replace
 
 import msgpack
 import numpy as np
@@ -274,6 +275,14 @@ def test_completions_round_trip():
     assert_same(back.rollout_logprobs, completion.rollout_logprobs)
     assert back.policy_versions == ((3, 1), (5, 2))
     assert (back.finish_reason, back.text) == ("length", "<answer>4</answer>")
+
+
+def test_tool_spans_travel_and_a_completion_without_any_looks_as_it_always_did():
+    plain = make_completion(length=5)
+    assert "tool_spans" not in plain.to_wire(), "an older role must be able to read it"
+    assert Completion.from_wire(decode(encode(plain.to_wire()))).tool_spans == ()
+    spans = ((1, 2), (4, 1))
+    assert Completion.from_wire(decode(encode(replace(plain, tool_spans=spans).to_wire()))).tool_spans == spans
 
 
 def test_scores_round_trip_with_unscorable_completions():

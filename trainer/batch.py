@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.logprobs import pad_sequences
 from common.types import Episode, Group
+from trainer.masks import loss_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +63,12 @@ class _Row:
         return len(self.prompt_ids) + len(self.episode.completion.token_ids)
 
 
-def build_micro_batches(groups: list[Group], advantages: list[Tensor], *, max_tokens: int) -> list[MicroBatch]:
+def build_micro_batches(
+    groups: list[Group], advantages: list[Tensor], *, max_tokens: int, mask_truncated: bool = False
+) -> list[MicroBatch]:
     """Every episode of the groups once, packed so that B * S <= max_tokens; a longer sequence goes alone.
 
-    advantages: per group [G], in the order of its episodes. The loss mask holds on the completion tokens of episodes
-    that have a reward and were not aborted.
+    advantages: per group [G], in the order of its episodes. `trainer.masks.loss_tokens` says which tokens are in the loss.
     """
     rows = [
         _Row(prompt_ids=group.prompt_ids, episode=episode, advantage=advantage)
@@ -74,7 +76,7 @@ def build_micro_batches(groups: list[Group], advantages: list[Tensor], *, max_to
         for episode, advantage in zip(group.episodes, group_advantages, strict=True)
     ]
     rows.sort(key=lambda row: row.length, reverse=True)  # stable: equal lengths keep the groups' order
-    return [_collate(packed) for packed in _pack(rows, max_tokens=max_tokens)]
+    return [_collate(packed, mask_truncated=mask_truncated) for packed in _pack(rows, max_tokens=max_tokens)]
 
 
 def step_normaliser(micro_batches: Iterable[MicroBatch], *, aggregation: str) -> int:
@@ -103,17 +105,13 @@ def _pack(rows: list[_Row], *, max_tokens: int) -> list[list[_Row]]:
     return packs
 
 
-def _collate(rows: list[_Row]) -> MicroBatch:
+def _collate(rows: list[_Row], *, mask_truncated: bool) -> MicroBatch:
     completions = [row.episode.completion for row in rows]
     input_ids, prompt_lengths, completion_lengths = pad_sequences(
         [row.prompt_ids for row in rows], [completion.token_ids for completion in completions]
     )
-    counts = [
-        row.episode.reward is not None and completion.finish_reason != "abort"
-        for row, completion in zip(rows, completions, strict=True)
-    ]
+    in_loss = [loss_tokens(row.episode, mask_truncated=mask_truncated) for row in rows]
     width = int(completion_lengths.max())
-    is_completion = torch.arange(width) < completion_lengths.unsqueeze(-1)  # [B, T]
     references = [row.episode.ref_logprobs for row in rows if row.episode.ref_logprobs is not None]
     assert len(references) in (0, len(rows)), "either every episode of a step has ref_logprobs or none has"
     return MicroBatch(
@@ -123,12 +121,12 @@ def _collate(rows: list[_Row]) -> MicroBatch:
         rollout_logprobs=_pad([completion.rollout_logprobs for completion in completions], width=width),
         ref_logprobs=_pad(references, width=width) if references else None,
         advantages=torch.stack([row.advantage for row in rows]).float(),
-        loss_mask=is_completion & torch.tensor(counts).unsqueeze(-1),
+        loss_mask=_pad(in_loss, width=width).bool(),
     )
 
 
-def _pad(values: list[NDArray[np.float32]], *, width: int) -> Tensor:
-    """[B, width], right-padded with 0."""
+def _pad(values: list[NDArray[np.float32]] | list[NDArray[np.bool_]], *, width: int) -> Tensor:
+    """float32 [B, width], right-padded with 0."""
     padded = torch.zeros(len(values), width)
     for row, value in zip(padded, values, strict=True):
         row[: len(value)] = torch.from_numpy(value)

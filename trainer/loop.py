@@ -139,7 +139,7 @@ class Trainer:
         """One optimizer step and the publication of its policy."""
         metrics = batch_metrics(groups, self._ages_of(groups))
         metrics["staleness/token_mean"] = token_age(self.client, self.run.keys, groups, current=self.version)
-        learnt, advantages = train_on(self.policy, groups, self.config.trainer, step=self.step + 1)
+        learnt, advantages = train_on(self.policy, groups, self.config, step=self.step + 1)
         metrics |= learnt
         self.step += 1
         self._remember([group.group_id for group in groups])

@@ -79,7 +79,7 @@ def replay(run_folder: Path, *, step: int | None = None) -> Iterator[ReplayedSte
 def _replay_step(policy: TrainedPolicy, config: Config, run_folder: Path, *, step: int) -> ReplayedStep:
     record = read_record(audit_folder(run_folder), step)
     began_with = weights_digest(policy.snapshot(getattr(torch, config.rollout.dtype)))
-    metrics, _ = train_on(policy, record.groups, config.trainer, step=step)
+    metrics, _ = train_on(policy, record.groups, config, step=step)
     ended_same = None
     if step in checkpoint_steps(run_folder / "checkpoints"):
         kept = checkpoint_at(run_folder / "checkpoints", step)

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import time
 
-import torch
 from torch import Tensor
 
-from common.config_trainer import TrainerConfig
+from common.config import Config
 from common.types import Group
 from trainer.advantage import batch_advantages
 from trainer.batch import build_micro_batches
+from trainer.masks import mask_metrics, rewards_of
 from trainer.policy import TrainedPolicy
 
 
 def train_on(
-    policy: TrainedPolicy, groups: list[Group], config: TrainerConfig, *, step: int
+    policy: TrainedPolicy, groups: list[Group], config: Config, *, step: int
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Advantages, micro-batches and the optimizer step; the step's metrics, and the advantages [G] of each group.
 
     `step` counts from 1. The order of the groups is part of the input: sums of floats depend on it in the last bits.
     """
-    rewards = [torch.tensor([_nan_if_none(e.reward) for e in group.episodes]) for group in groups]
-    advantages = batch_advantages(rewards, method=config.advantage)
-    micro_batches = build_micro_batches(groups, advantages, max_tokens=config.max_tokens_per_microbatch)
+    trainer = config.trainer
+    rewards = [rewards_of(group, config) for group in groups]
+    advantages = batch_advantages(rewards, method=trainer.advantage)
+    micro_batches = build_micro_batches(
+        groups, advantages, max_tokens=trainer.max_tokens_per_microbatch, mask_truncated=trainer.mask_truncated
+    )
     began = time.monotonic()
-    metrics = policy.optimize(micro_batches, step=step)
+    metrics = mask_metrics(groups, config) | policy.optimize(micro_batches, step=step)
     metrics["time/forward_backward"] = time.monotonic() - began
     return metrics, advantages
-
-
-def _nan_if_none(reward: float | None) -> float:
-    return float("nan") if reward is None else reward

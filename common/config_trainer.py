@@ -130,7 +130,9 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _rewards_fit(self) -> TrainerConfig:
         if self.advantage == "maxrl" and self.overlong_penalty is not None:
-            raise ValueError("advantage=maxrl needs rewards >= 0, which overlong_penalty may break: drop one of the two")
+            raise ValueError(
+                "advantage=maxrl needs rewards >= 0, which overlong_penalty may break: drop one of the two"
+            )
         return self
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,25 @@ def test_the_split_into_micro_batches_changes_no_weight() -> None:
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-6)
     for x, y in zip(whole.model.parameters(), halves.model.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+def test_a_step_reports_loss_entropy_and_every_off_policy_metric() -> None:
+    metrics = new_policy().optimize([micro_batch(1)], step=1)
+    off_policy = ("ratio_mean", "ratio_max", "ess", "masked_fraction", "mismatch_kl", "logprob_abs_diff")
+    names = {"loss/policy", "loss/kl", "entropy", "clip_ratio/low", "clip_ratio/high", "grad_norm", "learning_rate"}
+    assert metrics.keys() >= names | {f"off_policy/{name}" for name in off_policy}
+    assert 0 < metrics["entropy"] <= math.log(50) + 1e-6
+    assert 0 < metrics["off_policy/ess"] <= 1
+
+
+def test_a_wholly_masked_batch_moves_no_weight_and_its_metrics_are_finite() -> None:
+    policy = new_policy()
+    before = policy.snapshot(torch.float32)
+    batch = micro_batch(1)
+    metrics = policy.optimize([replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))], step=1)
+    assert metrics["loss/policy"] == metrics["grad_norm"] == metrics["entropy"] == 0.0
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(torch.equal(before[name], weight) for name, weight in policy.snapshot(torch.float32).items())
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,7 @@ def test_metrics_compare_trainer_and_sampler():
         assert metrics["off_policy/ess"] == pytest.approx(7 / 9, rel=1e-5)
         assert metrics["off_policy/mismatch_kl"] == pytest.approx(0.5 / 3, rel=1e-5)
         assert metrics["off_policy/logprob_abs_diff"] == pytest.approx(2 * math.log(2) / 3, rel=1e-5)
+        assert metrics["off_policy/sequence_log_ratio_max"] == pytest.approx(0, abs=1e-5)  # ln 2 - ln 2 + 0
         assert metrics["off_policy/masked_fraction"] == 0
         assert metrics["loss/num_tokens"] == 3
         # A > 0: only the rise to 2 is clipped, and in `decoupled` rho = 1 clips nothing

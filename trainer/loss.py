@@ -140,8 +140,9 @@ def importance_weight(config: LossConfig, *, log_weight: Tensor, loss_mask: Tens
 def combine_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Metrics of a step from those of its micro-batches (and ranks). Associative; one part is returned as it is.
 
-    `loss/policy`, `loss/kl` and `loss/num_tokens` add up; `off_policy/ratio_max` is a maximum; `off_policy/ess` is
-    mean(w)^2 / mean(w^2) of the combined means; all else is a mean per loss token, weighted by `loss/num_tokens`.
+    `loss/policy`, `loss/kl` and `loss/num_tokens` add up; `off_policy/ratio_max` and `off_policy/sequence_log_ratio_max`
+    are maxima; `off_policy/ess` is mean(w)^2 / mean(w^2) of the combined means; all else is a mean per loss token,
+    weighted by `loss/num_tokens`.
     """
     parts = list(parts)
     stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
@@ -150,7 +151,8 @@ def combine_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     combined = {name: (values * share).sum() for name, values in stacked.items()}
     for name in ("loss/policy", "loss/kl", "loss/num_tokens"):
         combined[name] = stacked[name].sum()
-    combined["off_policy/ratio_max"] = stacked["off_policy/ratio_max"].max()
+    for name in ("off_policy/ratio_max", "off_policy/sequence_log_ratio_max"):
+        combined[name] = stacked[name].max()
     combined["off_policy/ess"] = _ess(combined["off_policy/ratio_mean"], combined["off_policy/ratio_square_mean"])
     return combined
 
@@ -246,6 +248,8 @@ def _token_metrics(shares: dict[str, Tensor], *, log_mismatch: Tensor, mask: Ten
     }
     metrics["loss/num_tokens"] = num_tokens
     metrics["off_policy/ratio_max"] = _keep(ratio, mask).amax() if mask.numel() else torch.zeros_like(num_tokens)
+    drift = log_mismatch.sum(-1).abs()  # [B]; masked positions hold 0
+    metrics["off_policy/sequence_log_ratio_max"] = drift.amax() if mask.numel() else torch.zeros_like(num_tokens)
     metrics["off_policy/ess"] = _ess(metrics["off_policy/ratio_mean"], metrics["off_policy/ratio_square_mean"])
     return metrics
 

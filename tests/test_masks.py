@@ -8,12 +8,15 @@ import pytest
 import torch
 from builders import make_completion, make_config
 from pydantic import ValidationError
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.config_trainer import LossConfig
 from common.types import Episode, Group
 from trainer.batch import build_micro_batches, num_loss_tokens, num_sequences
 from trainer.loss import policy_loss
 from trainer.masks import loss_tokens, mask_metrics, overlong_penalty, rewards_of
+from trainer.policy import TrainedPolicy
+from trainer.step import train_on
 
 
 def episode_of(length, *tool_spans, reward=1.0, finish_reason="stop"):
@@ -116,6 +119,27 @@ def test_what_is_left_out_is_reported():
     metrics = mask_metrics([group], masking(mask_truncated=True, overlong_penalty={"buffer_tokens": 20}))
     assert metrics["completions/masked_ratio"] == pytest.approx(2 / 3)
     assert metrics["reward/overlong_penalty/mean"] == pytest.approx(-(0.5 + 1.0) / 3)
+
+
+def test_a_step_trains_on_penalised_rewards_and_without_truncated_completions():
+    group = group_of(episode_of(90), episode_of(10), episode_of(20, finish_reason="length"))
+    shape = Qwen3Config(
+        vocab_size=100, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    for config, advantages, num_tokens in (
+        (masking(advantage="none"), [0.0, 0.0, 0.0], 120),
+        (
+            masking(advantage="none", mask_truncated=True, overlong_penalty={"buffer_tokens": 20}),
+            [-1 / 3, 1 / 6, 1 / 6],
+            100,
+        ),
+    ):
+        policy = TrainedPolicy.of_run(Qwen3ForCausalLM(shape), config)
+        metrics, (found,) = train_on(policy, [group], config, step=1)
+        assert found.tolist() == pytest.approx(advantages)
+        assert metrics["loss/num_tokens"] == num_tokens
+        assert metrics["completions/masked_ratio"] == pytest.approx(config.trainer.mask_truncated / 3)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def running(argv: list[str], *, cwd: Path, log: Path, **env: str) -> Iterator[su
         process = subprocess.Popen(
             argv,
             cwd=cwd,
-            env=environment(PYTHONPATH=str(ROOT), **env),
+            env=environment(**{**env, "PYTHONPATH": str(ROOT)}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -213,10 +213,11 @@ def test_prompts_of_a_dataset_worker_that_died_after_admission_are_prepared_by_a
     assert not any(fleet.has([group_id], "task") for group_id in group_ids)
     with fleet.sound("dataset"):  # its own tick reaps and sends
         wait_for(lambda: fleet.has(group_ids, "task"), timeout=30, what="the tasks of the dead worker's groups")
+        messages = fleet.messages("rollout")
+        wait_for(lambda: fleet.ledger.client.llen(messages) == num_admitted, timeout=30, what="their messages")
     account = fleet.ledger.account()
     assert (account.admitted, account.dropped, account.retried) == (num_admitted, {}, num_admitted)
     assert account.holds
-    assert fleet.ledger.client.llen(fleet.messages("rollout")) == num_admitted
 
 
 def test_groups_of_a_killed_reference_worker_are_scored_by_another(make_fleet: Callable[..., Fleet]) -> None:

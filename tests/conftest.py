@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
 
 for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
     os.environ.pop(_name, None)  # a shell that drives a run must not lend it to the tests
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder for what all test processes share; the first process makes it, the others inherit its name."""
+    if not hasattr(config, "workerinput"):
+        os.environ["SLUICE_TEST_SHARED"] = tempfile.mkdtemp(prefix="sluice-test-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop("SLUICE_TEST_SHARED"), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs of real processes first: they take longest, so several test processes end together."""
+    runs_processes = lambda module: any(
+        getattr(value, "__module__", "") == "harness" for value in vars(module).values()
+    )  # noqa: E731
+    items.sort(key=lambda item: not runs_processes(item.module))  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

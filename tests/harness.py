@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -38,11 +36,14 @@ LEASE = {"running_s": 3.0, "queued_s": 3.0, "shutdown_grace_s": 0.5}
 
 @cache
 def tiny_folder(warmup_steps: int = 700) -> Path:
-    """The quickstart's model and data, made once per test session (warm-up: 35 CPU seconds)."""
-    folder = Path(tempfile.mkdtemp(prefix="sluice-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    prepare(folder / "tiny", warmup_steps=warmup_steps)
-    return folder / "tiny"
+    """The quickstart's model and data, made once for all test processes (warm-up: 35 CPU seconds)."""
+    folder = Path(os.environ["SLUICE_TEST_SHARED"]) / f"tiny-{warmup_steps}"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            prepare(folder.with_suffix(".tmp"), warmup_steps=warmup_steps)
+            folder.with_suffix(".tmp").rename(folder)
+    return folder
 
 
 def quickstart_config(folder: Path, *, tiny: Path, **overrides: Any) -> Path:

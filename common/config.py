@@ -282,6 +282,11 @@ class Config(Section):
         return (self.replay_buffer.max_policy_age + 1) * self.groups_per_step
 
     @property
+    def max_filtered(self) -> int:
+        """Groups of equal rewards that may be dropped before one batch is ready."""
+        return self.trainer.max_refill * self.groups_per_step
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Parts a group needs after its rollout."""
         return ("reward", "reference") if self.trainer.loss.kl_beta > 0 else ("reward",)

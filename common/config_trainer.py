@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["float32", "bfloat16", "float16"]
 
+_MAX_REFILL = 10
+"""DAPO's max_num_gen_batches (verl's recipe)."""
+
 
 class Section(BaseModel):
     """A part of the config: data, frozen, unknown keys refused."""
@@ -104,6 +107,12 @@ class TrainerConfig(Section):
     """Recompute activations in the backward pass: less memory, a third more time."""
     advantage: Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl"] = "group"
     """Baseline and scale of the rewards; docs/algorithms.md."""
+    filter_zero_variance: bool = False
+    """Drop groups whose rewards are all equal, or of which fewer than two can be scored, and admit others in their place
+    (DAPO's dynamic sampling)."""
+    max_refill: int = Field(default=_MAX_REFILL, ge=1)
+    """filter_zero_variance only: batches' worth of groups that may be dropped for one batch; after that such groups are
+    trained, with advantage 0, until the batch is taken."""
     loss: LossConfig = LossConfig()
     """Policy loss."""
     mask_truncated: bool = False
@@ -128,10 +137,14 @@ class TrainerConfig(Section):
     """While no batch is ready, the cause is logged this often, in seconds."""
 
     @model_validator(mode="after")
-    def _rewards_fit(self) -> TrainerConfig:
+    def _choices_fit(self) -> TrainerConfig:
         if self.advantage == "maxrl" and self.overlong_penalty is not None:
             raise ValueError(
                 "advantage=maxrl needs rewards >= 0, which overlong_penalty may break: drop one of the two"
+            )
+        if self.max_refill != _MAX_REFILL and not self.filter_zero_variance:
+            raise ValueError(
+                "max_refill has no effect without filter_zero_variance: set that to true, or drop max_refill"
             )
         return self
 

@@ -11,6 +11,7 @@ dashboard say the same. Kinds of cause, in the order in which they are looked fo
     not_picked_up       no rollout worker serves the published policy
     admission           no group is in flight
     stale_drops         groups were dropped as too old since the last step
+    zero_variance       a batch's worth of groups was dropped for equal rewards since the last step
     queue_backed_up     half of what is in flight waits in one queue
     working             none of these: groups are being worked on
 
@@ -203,6 +204,11 @@ def _from_flow(client: redis.Redis, run: Run, beats: Beats, depths: dict[str, in
     if stale > 0:
         text = f"{stale} groups were dropped as stale since step {int(last.get('step', 0))}; "
         return Cause("stale_drops", text + f"{account.in_flight} in flight")
+    filtered = account.dropped.get("zero_variance", 0) - int(last.get("filter/dropped", 0))
+    if filtered >= run.config.groups_per_step:
+        left = max(0, run.config.max_filtered - int(client.get(run.keys("filtered")) or 0))
+        text = f"{filtered} groups were dropped for equal rewards since step {int(last.get('step', 0))}; "
+        return Cause("zero_variance", text + f"{left} more may be, then they are kept; {account.in_flight} in flight")
     running = {queue: sum(f.get("running", 0) for f in beats.values() if f["role"] == queue) for queue in depths}
     busy = ", ".join(f"{count} on {queue}" for queue, count in running.items() if count) or "none"
     deepest = max(depths, key=lambda queue: depths[queue])

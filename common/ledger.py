@@ -4,6 +4,7 @@
         |                                                  |
         |  any part: lease expired or failed -> sent again; after max_attempts -> dead(reason)
         +--> dropped(prompt_too_long, bad_row)             +--> dropped(stale)
+   reward: equal rewards, where trainer.filter_zero_variance is on --> dropped(zero_variance)
 
 A trained group of which no readable checkpoint is left counts as dropped(rolled_back).
 
@@ -75,6 +76,8 @@ class Account:
     refused: int = 0
     reconciled: int = 0
     "groups that Redis had forgotten it dealt out for training, settled by the checkpoint that names them"
+    kept_for_bound: int = 0
+    "groups of equal rewards that were not dropped, so that the trainer does not starve"
 
     @property
     def settled(self) -> int:
@@ -97,6 +100,7 @@ class Account:
             "resent",
             "refused",
             "reconciled",
+            "kept_for_bound",
             "holds",
         )
         return {name: getattr(self, name) for name in names}
@@ -162,9 +166,13 @@ class Ledger:
         *,
         version: int | None = None,
         num_tokens: int = 0,
+        is_zero_variance: bool = False,
         client: Any = None,
     ) -> list[str] | None:
         """Hand in a finished part; a rollout names its oldest version and its tokens.
+
+        A reward part with `is_zero_variance` drops its group instead, and its credit returns, unless so many were dropped
+        for the next batch that the trainer would starve (`Config.max_filtered`). Groups of evaluations are never dropped.
 
         Returns the parts to send next, or None when the result was refused (too late).
 
@@ -182,6 +190,8 @@ class Ledger:
             ",".join(following),
             ",".join(complete),
             num_tokens,
+            self._config.groups_per_step,
+            self._config.max_filtered if is_zero_variance else "",
             client=client,
         )
         return None if client is not None else stored_parts(reply)

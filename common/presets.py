@@ -31,7 +31,7 @@ def preset_values(name: str, *, max_res_tokens: int) -> dict[str, Any]:
             "advantage": "group",
             "loss": {**per_token, **clipped, "clip_high": 0.28},
             "overlong_penalty": {"buffer_tokens": max(1, max_res_tokens // 5), "penalty": 1.0},
-            # TODO: "filter_zero_variance": True, as soon as section `trainer` has that key
+            "filter_zero_variance": True,
         },
         "gspo": {"advantage": "group", "loss": {**per_sequence, "loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}},
         "cispo": {"advantage": "group", "loss": {**per_token, "loss": "cispo", "cispo_cap": 5.0}},

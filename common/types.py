@@ -14,6 +14,7 @@ Masks come from lengths, never from comparing with a pad id; text is never re-to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -121,6 +122,14 @@ class Completion:
 def oldest_version(completions: list[Completion]) -> int:
     """The oldest policy version that produced any token of the group: the version the group is filed under."""
     return min(version for completion in completions for version, _ in completion.policy_versions)
+
+
+def have_preference(rewards: Iterable[float | None]) -> bool:
+    """Whether the rewards of one group say which completion is better: two of them can be scored and differ.
+
+    They are compared as float32, in which the trainer computes: without a preference all its advantages are 0.
+    """
+    return len({np.float32(reward) for reward in rewards if reward is not None}) > 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,12 +68,12 @@ def publish_policy(
     return int(Scripts(client, keys)("publish", version, parent, step, incarnation, f"digest-{version}", 0))
 
 
-def task_payload(group_id: str, *, group_size: int = 2) -> bytes:
+def task_payload(group_id: str, *, group_size: int = 2, target: str = "2") -> bytes:
     task = Task(
         group_id=group_id,
         prompt_ids=np.array([5, 6], np.int32),
         prompt="1+1",
-        target="2",
+        target=target,
         columns={"level": 1},
         sampling=SamplingParams(n=group_size, max_tokens=8),
     )

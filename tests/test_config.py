@@ -148,6 +148,7 @@ def test_unknown_keys_name_the_nearest_known_one(override, message):
         ("lease.running_s=0", "lease.running_s = 0"),
         ("reward.functions=[]", "reward.functions = []"),
         ("seed=-1", "seed = -1"),
+        ("trainer.max_refill=0", "trainer.max_refill = 0"),
         ("trainer.loss.dual_clip=1.0", "trainer.loss.dual_clip = 1.0"),
     ],
 )
@@ -175,6 +176,7 @@ def test_wrong_values_are_refused_with_key_and_value(override, message):
             ["reward.functions=[{function: f, weight: 2.0}]"],
             "reward: weights have no effect with aggregation=mean: set reward.aggregation=sum",
         ),
+        (["trainer.max_refill=5"], "trainer: max_refill has no effect without filter_zero_variance"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides, message):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from builders import admit_one, make_config, make_ledger, publish_policy, push_group
+from builders import admit_one, make_config, make_ledger, publish_policy, push_group, reward_payload
 
 from common.connection import connect
 from common.diagnosis import Cause, alarms, diagnose, explain_stall
@@ -161,6 +161,21 @@ def test_groups_dropped_as_stale_since_the_last_step_are_named(client: redis.Red
     assert found.text.startswith("1 groups were dropped as stale since step 1")
     write_metrics(client, keys, {"step": 2, "staleness/dropped": 1}, max_length=100)
     assert diagnose(client, run).kind == "working", "those of earlier steps explain nothing"
+
+
+def test_a_batch_worth_of_groups_dropped_for_equal_rewards_is_named(client: redis.Redis, keys: Keys, run: Run) -> None:
+    ledger = make_ledger(client, keys)
+    staff(client, keys)
+    write_metrics(client, keys, {"step": 4, "filter/dropped": 0}, max_length=100)
+    for num_dropped in (1, 2):
+        assert diagnose(client, run).kind != "zero_variance", "a group now and then explains nothing"
+        ledger.store(push_group(ledger, until="rollout"), "reward", reward_payload(), is_zero_variance=True)
+        assert ledger.account().dropped == {"zero_variance": num_dropped}
+    admit_one(ledger)
+    expected = "2 groups were dropped for equal rewards since step 4; 18 more may be, then they are kept; 1 in flight"
+    assert diagnose(client, run) == Cause("zero_variance", expected)
+    write_metrics(client, keys, {"step": 5, "filter/dropped": 2}, max_length=100)
+    assert diagnose(client, run).kind == "working"
 
 
 def test_a_queue_that_holds_most_of_what_is_in_flight_is_backed_up(client: redis.Redis, keys: Keys, run: Run) -> None:

@@ -33,7 +33,14 @@ def changed(trainer):
     [
         ("grpo", {"aggregation": "sequence_mean", "kl_beta": 0.04}),
         ("dr_grpo", {"aggregation": "fixed_horizon", "horizon": 40, "advantage": "none"}),
-        ("dapo", {"clip_high": 0.28, "overlong_penalty": {"buffer_tokens": 8, "penalty": 1.0}}),
+        (
+            "dapo",
+            {
+                "clip_high": 0.28,
+                "overlong_penalty": {"buffer_tokens": 8, "penalty": 1.0},
+                "filter_zero_variance": True,
+            },
+        ),
         ("gspo", {"loss": "gspo", "aggregation": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4}),
         ("cispo", {"loss": "cispo"}),
         ("sapo", {"loss": "sapo", "aggregation": "sequence_mean"}),
@@ -58,7 +65,7 @@ def test_keys_that_are_set_win_over_the_preset():
     trainer = trainer_of(
         "dapo", "trainer.loss.clip_high=0.3", "trainer.overlong_penalty=null", "trainer.advantage=rloo"
     )
-    assert changed(trainer) == {"clip_high": 0.3, "advantage": "rloo"}
+    assert changed(trainer) == {"clip_high": 0.3, "advantage": "rloo", "filter_zero_variance": True}
     in_file = MINIMAL.replace("seq_len: 64", "seq_len: 64, preset: grpo, loss: {kl_beta: 0.0}")
     assert changed(parse_config(in_file).trainer) == {"aggregation": "sequence_mean"}
 

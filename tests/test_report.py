@@ -54,7 +54,7 @@ def test_batch_metrics_by_hand() -> None:
     metrics = batch_metrics([group([1.0, 0.0]), group([1.0, 1.0], tokens=8), group([None, 0.0])], ages=[0, 1, 1])
     assert metrics["reward/mean"] == pytest.approx(3 / 5)  # the unscorable completion is left out
     assert metrics["reward/Math/mean"] == pytest.approx(3 / 5)
-    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert metrics["frac_reward_zero_std"] == pytest.approx(2 / 3)  # equal rewards, and a single scorable one
     assert metrics["completions/mean_length"] == pytest.approx((4 * 4 + 2 * 8) / 6)
     assert (metrics["completions/min_length"], metrics["completions/max_length"]) == (4, 8)
     assert metrics["completions/clipped_ratio"] == pytest.approx(3 / 6)

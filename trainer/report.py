@@ -25,11 +25,11 @@ from common.errors import PolicyNotFound
 from common.keys import Keys
 from common.ledger import read_account
 from common.lineage import policy_ages
-from common.metrics import read_heartbeats, write_metrics
+from common.metrics import last_metrics, read_heartbeats, write_metrics
 from common.run import Run
 from common.scripts import Scripts
 from common.serialization import encode
-from common.types import Group
+from common.types import Group, have_preference
 
 log = logging.getLogger("sluice.trainer")
 
@@ -135,7 +135,7 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
     metrics = {
         "reward/mean": fmean(rewards) if rewards else math.nan,
         "reward/std": pstdev(rewards) if rewards else math.nan,
-        "frac_reward_zero_std": fmean(len({e.reward for e in g.episodes}) == 1 for g in groups),
+        "frac_reward_zero_std": fmean(not have_preference(e.reward for e in g.episodes) for g in groups),
         "completions/mean_length": fmean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -191,6 +191,14 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
     if differences := [difference for difference in compared if difference is not None]:
         metrics["off_policy/canary_abs_diff"] = max(differences)
     metrics |= {f"idle_fraction/{role}": fmean(values) for role, values in shares.items()}
+    if run.config.trainer.filter_zero_variance:
+        dropped, before = (
+            account.dropped.get("zero_variance", 0),
+            last_metrics(client, run.keys).get("filter/dropped", 0.0),
+        )
+        metrics["filter/dropped"] = float(dropped)
+        metrics["filter/dropped_in_step"] = dropped - before
+        metrics["filter/kept_for_bound"] = float(account.kept_for_bound)
     return {
         **metrics,
         "buffer/bytes": float(held or 0),

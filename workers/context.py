@@ -34,7 +34,7 @@ from celery.concurrency.thread import TaskPool
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from common.broker import send_part
+from common.broker import send, send_part
 from common.connection import connect, give_up_after, run_name
 from common.errors import EngineClosed, SerializationError
 from common.ledger import Claim, Ledger
@@ -57,6 +57,8 @@ class Result:
     "rollout only: the oldest policy version of its tokens"
     num_tokens: int = 0
     "rollout only"
+    is_zero_variance: bool = False
+    "reward only: the group teaches nothing, and is dropped unless the trainer would starve"
 
 
 @dataclass(kw_only=True)
@@ -151,11 +153,18 @@ class Context:
             following = self._store(claim, result)  # may wait for Redis; the lease is kept meanwhile
         for name in following or ():
             send_part(self.app, group_id, name)
+        if result.is_zero_variance and following is not None:
+            send(self.app, "dataset.fill", "dataset")  # its credit is free: another prompt takes its place
         self.num_done += 1
 
     def _store(self, claim: Claim, result: Result) -> list[str] | None:
         return self.ledger.store(
-            claim.group_id, claim.part, result.payload, version=result.version, num_tokens=result.num_tokens
+            claim.group_id,
+            claim.part,
+            result.payload,
+            version=result.version,
+            num_tokens=result.num_tokens,
+            is_zero_variance=result.is_zero_variance,
         )
 
     @contextmanager
@@ -189,7 +198,7 @@ class Context:
             # one that was handed in meanwhile has no lease any more either
             if f"{claim.group_id}|{claim.part}" in lost and claim.holder in self._claims:
                 log.warning(
-                    "lost the lease of %s of group %s: it was taken over; a late result will be refused",
+                    "lost the lease of %s of group %s: it was taken over, or its group is settled; a late result will be refused",
                     claim.part,
                     claim.group_id,
                 )

@@ -20,8 +20,9 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, signals
 
 from common.broker import send_part
-from common.ledger import Claim
+from common.ledger import Claim, kind_of
 from common.serialization import decode, encode
+from common.types import have_preference
 from workers.context import Context, Result
 from workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
 
@@ -110,7 +111,10 @@ class RewardRole:
             columns=task["columns"],
             trainer_state={"global_step": int(claim.fields["version"] or 0)},
         )
-        return Result(payload=encode(scores.to_wire()))
+        is_filtered = self.context.run.config.trainer.filter_zero_variance and kind_of(claim.group_id) == "train"
+        return Result(
+            payload=encode(scores.to_wire()), is_zero_variance=is_filtered and not have_preference(scores.reward)
+        )
 
 
 def _how_it_ended(exception: BaseException) -> str:

@@ -4,8 +4,8 @@
 --   run                hash     config, assets, status, created_at, incarnation; mark of the batch dealt out last
 --   cursor             string   next dataset cursor
 --   ahead              set      groups beyond the cursor that are settled already (Redis lost their admission, see acknowledge)
---   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent, reconciled;
---                               kind = train | eval
+--   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent, reconciled,
+--                               kept_for_bound; kind = train | eval
 --   settled            hash     trainer step -> groups that its acknowledgement settled as trained
 --   totals             hash     generated_tokens, of every stored rollout
 --   live:<kind>        set      groups admitted and not yet settled: the ledger's in_flight
@@ -19,6 +19,7 @@
 --   batch:<step>       list     manifest of a trainer step: "<version>|<entry>|<group>"
 --   batches            zset     steps that have a manifest
 --   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
+--   filtered           string   groups dropped for equal rewards, since the last batch was taken, while none was ready
 --   readers            zset     "<version>|<reader>" -> ms until which a process that fetches a version keeps it
 --   processes          zset     process -> ms of its last heartbeat; process:<process> string: its facts, with a time to live
 --   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at; wanted_whole: the version
@@ -129,6 +130,12 @@ local function unread(version)
   local stream = key('stream:' .. version)
   if redis.call('EXISTS', stream) == 0 then return 0 end
   return redis.call('XLEN', stream) - redis.call('XPENDING', stream, 'trainer')[1]
+end
+
+local function num_unread()
+  local count = 0
+  for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do count = count + unread(version) end
+  return count
 end
 
 local function file_as_ready(group, version)

@@ -1,7 +1,8 @@
 -- A finished part arrives. The first result of a part wins, whichever attempt it came from; a later one is refused.
 -- ARGV: group, part, payload, policy version ('' unless part is rollout), queued_ms, parts that follow this one,
---       parts that a complete group has (comma-separated), generated tokens
--- Returns {'refused'} | {'stored', part to send, ...} | {'waiting'} | {'ready'} | {'scored'}
+--       parts that a complete group has (comma-separated), generated tokens,
+--       groups per step, and '' or, where the rewards say that the group teaches nothing, how many such may be dropped per batch
+-- Returns {'refused'} | {'stored', part to send, ...} | {'waiting'} | {'ready'} | {'scored'} | {'dropped'}
 local group, part, payload, version = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local queued_ms, following, complete = tonumber(ARGV[5]), split(ARGV[6]), split(ARGV[7])
 local g, owed = key('g:' .. group), member(group, part)
@@ -10,6 +11,16 @@ if not redis.call('ZSCORE', key('deadlines'), owed) then
   local kind = string.sub(group, 1, 1) == 'e' and 'eval' or 'train'
   redis.call('HINCRBY', key('counts:' .. kind), 'refused', 1)
   return { 'refused' }
+end
+
+-- Drops can starve the trainer only while no whole batch is ready: those are counted until the next batch is taken.
+if ARGV[10] ~= '' and redis.call('HGET', g, 'kind') == 'train' then
+  if tonumber(redis.call('GET', key('filtered')) or '0') < tonumber(ARGV[10]) then
+    if num_unread() < tonumber(ARGV[9]) then redis.call('INCR', key('filtered')) end
+    settle(group, 'train', 'dropped:zero_variance')
+    return { 'dropped' }
+  end
+  redis.call('HINCRBY', key('counts:train'), 'kept_for_bound', 1)
 end
 
 redis.call('ZREM', key('deadlines'), owed)
@@ -42,13 +53,9 @@ end
 redis.call('HSET', g, 't:ready', now_s())
 file_as_ready(group, redis.call('HGET', g, 'version'))
 local want = redis.call('GET', key('want'))
-if want then
-  local ready = 0
-  for _, v in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do ready = ready + unread(v) end
-  if ready >= tonumber(want) then
-    redis.call('DEL', key('want'))
-    redis.call('RPUSH', key('wake'), 1)
-    redis.call('LTRIM', key('wake'), -1, -1)
-  end
+if want and num_unread() >= tonumber(want) then
+  redis.call('DEL', key('want'))
+  redis.call('RPUSH', key('wake'), 1)
+  redis.call('LTRIM', key('wake'), -1, -1)
 end
 return { 'ready' }

@@ -79,5 +79,5 @@ for _, version in ipairs(fresh) do
 end
 redis.call('ZADD', key('batches'), step, step)
 redis.call('HSET', key('run'), 'mark', new_mark)
-redis.call('DEL', key('want'), key('wake'))
+redis.call('DEL', key('want'), key('wake'), key('filtered'))
 return out

@@ -108,7 +108,7 @@ class ReferenceConfig(Section):
     concurrency: int = Field(default=8, ge=1)
     """Groups whose logprobs may be computed in one batch, per reference worker."""
     max_batch_tokens: int = Field(default=32768, ge=1)
-    """Padded tokens of one forward pass."""
+    """Tokens of one forward pass; pads count where the model cannot be packed (trainer.packing)."""
 
 
 class RewardFunction(Section):

@@ -97,6 +97,11 @@ class TrainerConfig(Section):
     """Optimizer steps per batch (mu of GRPO). Over 1 the ratio moves away from 1 and the clip acts in `decoupled` too."""
     local_batch_size: int = Field(default=2, ge=1)
     """Full-length sequences per micro-batch; with seq_len this is the token budget."""
+    max_tokens_per_microbatch: int | None = Field(default=None, ge=1)
+    """The token budget of one forward and backward pass, where local_batch_size * seq_len is not to be it. Prompts and
+    completions count; pads too where packing is off or the model cannot be packed."""
+    packing: Literal["auto", "off"] = "auto"
+    """`auto`: no pads run through a model that can do without (all layers plain causal attention). `off`: always padded."""
     seq_len: int = Field(default=2048, ge=2)
     """Bound on prompt + completion, in tokens."""
     device: str = "auto"
@@ -149,6 +154,6 @@ class TrainerConfig(Section):
         return self
 
     @property
-    def max_tokens_per_microbatch(self) -> int:
-        """Padded tokens of one forward and backward pass."""
-        return self.local_batch_size * self.seq_len
+    def microbatch_tokens(self) -> int:
+        """Tokens of one forward and backward pass, at most."""
+        return self.max_tokens_per_microbatch or self.local_batch_size * self.seq_len

@@ -1,9 +1,10 @@
-"""Logprobs of completions under a causal LM: one forward pass over right-padded rows, the output head in chunks.
+"""Logprobs of completions under a causal LM: one forward pass over right-padded or packed rows, the output head in chunks.
 
-Rows are padded on the right and no attention mask is given: in a causal model a token never sees what follows it, so
-pads are invisible to every real token (tests prove it for values and gradients) and the fast unmasked attention runs.
-Logits are born only for positions that predict a completion token, `chunk_tokens` at a time, in float32: [B, S, V] is
-never held. The trainer calls this with gradients, the reference role without.
+Batches come padded on the right. A model that `enable_packing` has accepted runs their tokens without the pads
+(`common.packing`). Any other runs the padded rows and gets no attention mask: in a causal model a token never sees what
+follows it, so pads are invisible to every real token (tests prove it for values and gradients) and the fast unmasked
+attention runs. Logits are born only for positions that predict a completion token, `chunk_tokens` at a time, in float32:
+[B, S, V] is never held. The trainer calls this with gradients, the reference role without.
 
 Legend: B = sequences, P = prompt tokens, T = completion tokens, S = P + T padded, N = completion tokens of all rows,
 D = width of the hidden state, V = vocabulary.
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common.packing import causal_lm, is_packed, pack, plan_batches
 from common.truncation import Truncation
 
 RECOMPUTE_ELEMENTS = 2**26
@@ -66,15 +68,13 @@ def score_sequences(
 ) -> list[NDArray[np.float32]]:
     """Logprobs float32 [T] of each (prompt_ids [P], token_ids [T]), in the order given.
 
-    Computed in batches of similar length, at most `max_batch_tokens` padded tokens each; a longer sequence goes alone.
+    Computed in batches of similar length, at most `max_batch_tokens` tokens each (pads count where the model is not
+    packed); a longer sequence goes alone.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
+    lengths = [len(prompt) + len(tokens) for prompt, tokens in sequences]
     scored: list[Any] = [None] * len(sequences)
-    while order:
-        longest = len(sequences[order[-1]][0]) + len(sequences[order[-1]][1])
-        size = max(1, max_batch_tokens // longest)
-        batch, order = order[-size:], order[:-size]
+    for batch in plan_batches(lengths, max_tokens=max_batch_tokens, packed=is_packed(model)):
         tensors = pad_sequences([sequences[i][0] for i in batch], [sequences[i][1] for i in batch])
         logprobs, _ = completion_logprobs(
             model, *(x.to(device) for x in tensors), temperature=temperature, truncation=truncation
@@ -100,10 +100,11 @@ def completion_logprobs(
 
         logprob_t = log softmax(logits_{t-1} / temperature)[token_t]         entropy_t = -sum_v p_v log p_v
 
-    model: a transformers causal LM. T is the longest completion; positions after a row's end hold 0. temperature 0
-    (greedy sampling) counts as 1. The entropy carries no gradient. With a truncation, the softmax is over the tokens that
-    it keeps of these logits and the sampled token itself (which another policy may have sampled); the set is a constant
-    for the gradient. So the ratio to rollout_logprobs is 1 for equal weights, where the whole softmax gives the kept mass.
+    model: a transformers causal LM, or peft's wrapper around one. T is the longest completion; positions after a row's end
+    hold 0. temperature 0 (greedy sampling) counts as 1. The entropy carries no gradient. With a truncation, the softmax is
+    over the tokens that it keeps of these logits and the sampled token itself (which another policy may have sampled); the
+    set is a constant for the gradient. So the ratio to rollout_logprobs is 1 for equal weights, where the whole softmax
+    gives the kept mass.
     """
     device = input_ids.device
     width = int(completion_lengths.max())
@@ -111,13 +112,18 @@ def completion_logprobs(
     rows, columns = is_completion.nonzero(as_tuple=True)  # [N]
     positions = prompt_lengths.to(device)[rows] + columns  # [N]; position p is predicted at p - 1
     targets = input_ids[rows, positions]  # [N]
+    model = causal_lm(model)
+    given, places = {"input_ids": input_ids}, (rows, positions - 1)
+    if is_packed(model):
+        ends = (prompt_lengths + completion_lengths).to(device) - 1  # the last token predicts nothing
+        packed = pack(input_ids, ends.where(completion_lengths.to(device) > 0, 1))
+        given, places = packed.inputs, (torch.zeros_like(rows), packed.starts[rows] + positions - 1)
     head = _plain_head(model)
     if head is None:
-        inputs = model(input_ids=input_ids, use_cache=False).logits[rows, positions - 1]  # [N, V]
+        inputs = model(**given, use_cache=False).logits[places]  # [N, V]
         weight, bias, vocabulary = None, None, inputs.shape[-1]
     else:
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, S, D]
-        inputs = hidden[rows, positions - 1]  # [N, D]
+        inputs = model.base_model(**given, use_cache=False).last_hidden_state[places]  # [N, D]
         weight, bias, vocabulary = head.weight.float(), head.bias, head.weight.shape[0]
     is_early = columns < truncation.min_tokens  # [N]
     scored = []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.types import Completion, Episode, Group
-from trainer.batch import build_micro_batches, num_loss_tokens, num_sequences, step_normaliser
+from trainer.batch import build_micro_batches, num_loss_tokens, num_sequences, padding_share, step_normaliser
 
 
 def episode_of(length, *, first_token=1, reward=1.0, finish_reason="stop", with_reference=False):
@@ -35,13 +35,13 @@ def group_of(*episodes, prompt_length=3):
     )
 
 
-def build(*groups, max_tokens=64):
+def build(*groups, max_tokens=64, packed=False):
     """Micro-batches with the advantages 0, 1, 2, ... over all episodes in order."""
     first, advantages = 0, []
     for group in groups:
         advantages.append(torch.arange(first, first + len(group.episodes)).float())
         first += len(group.episodes)
-    return build_micro_batches(list(groups), advantages, max_tokens=max_tokens)
+    return build_micro_batches(list(groups), advantages, max_tokens=max_tokens, packed=packed)
 
 
 def random_groups(seed, *, num_groups=5):
@@ -60,30 +60,40 @@ def test_a_row_holds_its_episode():
     assert batch.ref_logprobs.tolist() == [[-14.0, -16.0], [-2.0, 0.0]]
     assert batch.advantages.tolist() == [0.0, 1.0]
     assert batch.loss_mask.tolist() == [[True, True], [True, False]]
-    assert batch.num_tokens == 10
+    assert (batch.num_tokens, batch.num_padded_tokens) == (9, 10)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_episode_is_packed_once_within_the_budget(seed):
+def test_every_episode_is_trained_once_within_the_budget(seed, packed):
     groups = random_groups(seed)
-    batches = build(*groups, max_tokens=40)
+    batches = build(*groups, max_tokens=40, packed=packed)
     assert sorted(a for b in batches for a in b.advantages.tolist()) == list(range(20))
-    assert all(batch.num_tokens <= 40 for batch in batches)
+    assert all((b.num_tokens if packed else b.num_padded_tokens) <= 40 for b in batches)
     for batch in batches:  # no column is pad in every row
         assert batch.input_ids.shape[1] == int((batch.prompt_lengths + batch.completion_lengths).max())
     assert num_loss_tokens(batches) == sum(len(e.completion.token_ids) for g in groups for e in g.episodes)
 
 
-def test_packing_is_greedy_and_longest_first():
-    # total lengths 9, 4, 4, 3, 3: [9], then [4, 4, 3] (3 rows of 4 = 12), then [3]
+def test_micro_batches_are_few_equally_full_and_longest_first():
+    # total lengths 9, 4, 4, 3, 3 under 12: three at least when pads count, [9], [4, 4], [3, 3] instead of [4, 4, 3], [3];
+    # two when they do not (23 tokens), and no split of the order is more even than 9 + 4 and 4 + 3 + 3 under 13
     group = group_of(*(episode_of(t) for t in (1, 0, 6, 1, 0)))
-    shapes = [tuple(batch.input_ids.shape) for batch in build(group, max_tokens=12)]
-    assert shapes == [(1, 9), (3, 4), (1, 3)]
+    assert [tuple(b.input_ids.shape) for b in build(group, max_tokens=12)] == [(1, 9), (2, 4), (2, 3)]
+    assert [b.num_tokens for b in build(group, max_tokens=12, packed=True)] == [9, 8, 6]
+    assert [b.num_tokens for b in build(group, max_tokens=14, packed=True)] == [13, 10]
 
 
-def test_a_sequence_over_the_budget_goes_alone():
-    shapes = [tuple(batch.input_ids.shape) for batch in build(group_of(episode_of(9), episode_of(1)), max_tokens=8)]
-    assert shapes == [(1, 12), (1, 4)]
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_sequence_over_the_budget_goes_alone(packed):
+    batches = build(group_of(episode_of(9), episode_of(1)), max_tokens=8, packed=packed)
+    assert [tuple(batch.input_ids.shape) for batch in batches] == [(1, 12), (1, 4)]
+
+
+def test_the_padding_share_is_that_of_the_tokens_that_run():
+    batches = build(group_of(episode_of(7), episode_of(2)), group_of(episode_of(1)))  # rows of 10, 5 and 4 tokens
+    assert padding_share(batches, packed=False) == pytest.approx(11 / 30)
+    assert padding_share(batches, packed=True) == 0.0
 
 
 def test_the_order_is_a_function_of_the_groups():

@@ -262,7 +262,8 @@ def test_derived_values_follow_from_their_sections():
     assert make_config(replay_buffer={"max_policy_age": 0}).max_in_flight == 2
     with_kl = make_config(trainer={"loss": {"kl_beta": 0.1}, "local_batch_size": 3})
     assert with_kl.parts == ("reward", "reference")
-    assert with_kl.trainer.max_tokens_per_microbatch == 48
+    assert with_kl.trainer.microbatch_tokens == 48
+    assert make_config(trainer={"max_tokens_per_microbatch": 7}).trainer.microbatch_tokens == 7
 
 
 def test_every_field_of_every_section_has_a_description():

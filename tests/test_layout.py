@@ -24,8 +24,8 @@ MAY_IMPORT = {
 }
 TORCH = {"torch", "transformers", "safetensors"}
 TORCH_IN_COMMON = {
-    "torch": {"policy_store", "weights_transport", "delta", "digest", "logprobs", "model", "truncation"},
-    "transformers": {"model", "assets"},
+    "torch": {"policy_store", "weights_transport", "delta", "digest", "logprobs", "model", "packing", "truncation"},
+    "transformers": {"model", "packing", "assets"},
 }
 """`assets` reads tokenizers, for which transformers needs no torch."""
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]

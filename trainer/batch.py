@@ -1,4 +1,4 @@
-"""Micro-batches of one optimizer step: padded tensors within a token budget, and the step's normaliser.
+"""Micro-batches of one optimizer step: tensors within a token budget, and the step's normaliser.
 
 Masks come from lengths, reward and finish reason, never from comparing with a pad id. The order is a function of the
 groups alone, longest sequences first: a micro-batch too large for the device fails at once, not an hour later.
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.logprobs import pad_sequences
+from common.packing import plan_batches
 from common.types import Episode, Group
 from trainer.masks import loss_tokens
 
@@ -42,7 +43,12 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Padded tokens, B * S: what the pass costs."""
+        """Tokens of prompts and completions: what a packed pass costs."""
+        return int((self.prompt_lengths + self.completion_lengths).sum())
+
+    @property
+    def num_padded_tokens(self) -> int:
+        """B * S: what a padded pass costs."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> MicroBatch:
@@ -64,19 +70,31 @@ class _Row:
 
 
 def build_micro_batches(
-    groups: list[Group], advantages: list[Tensor], *, max_tokens: int, mask_truncated: bool = False
+    groups: list[Group],
+    advantages: list[Tensor],
+    *,
+    max_tokens: int,
+    packed: bool = False,
+    mask_truncated: bool = False,
 ) -> list[MicroBatch]:
-    """Every episode of the groups once, packed so that B * S <= max_tokens; a longer sequence goes alone.
+    """Every episode of the groups once, in as few micro-batches as hold max_tokens each; a longer sequence goes alone.
 
-    advantages: per group [G], in the order of its episodes. `trainer.masks.loss_tokens` says which tokens are in the loss.
+    packed: whether the model runs without pads, which then count nothing; otherwise B * S counts. advantages: per group [G],
+    in the order of its episodes. `trainer.masks.loss_tokens` says which tokens are in the loss.
     """
     rows = [
         _Row(prompt_ids=group.prompt_ids, episode=episode, advantage=advantage)
         for group, group_advantages in zip(groups, advantages, strict=True)
         for episode, advantage in zip(group.episodes, group_advantages, strict=True)
     ]
-    rows.sort(key=lambda row: row.length, reverse=True)  # stable: equal lengths keep the groups' order
-    return [_collate(packed, mask_truncated=mask_truncated) for packed in _pack(rows, max_tokens=max_tokens)]
+    batches = plan_batches([row.length for row in rows], max_tokens=max_tokens, packed=packed)
+    return [_collate([rows[i] for i in batch], mask_truncated=mask_truncated) for batch in batches]
+
+
+def padding_share(micro_batches: Iterable[MicroBatch], *, packed: bool) -> float:
+    """Share of the tokens that run through the model without being any, in [0, 1); 0 where it is packed."""
+    counts = [(batch.num_tokens, batch.num_padded_tokens) for batch in micro_batches]
+    return 0.0 if packed else 1.0 - sum(real for real, _ in counts) / sum(padded for _, padded in counts)
 
 
 def step_normaliser(micro_batches: Iterable[MicroBatch], *, aggregation: str) -> int:
@@ -92,17 +110,6 @@ def num_loss_tokens(micro_batches: Iterable[MicroBatch]) -> int:
 def num_sequences(micro_batches: Iterable[MicroBatch]) -> int:
     """Sequences with at least one token in the loss, before any off-policy masking."""
     return sum(int(batch.loss_mask.any(-1).sum()) for batch in micro_batches)
-
-
-def _pack(rows: list[_Row], *, max_tokens: int) -> list[list[_Row]]:
-    """Greedy, in order; rows come longest first, so the first of a pack is its padded length."""
-    packs: list[list[_Row]] = []
-    for row in rows:
-        if packs and (len(packs[-1]) + 1) * packs[-1][0].length <= max_tokens:
-            packs[-1].append(row)
-        else:
-            packs.append([row])
-    return packs
 
 
 def _collate(rows: list[_Row], *, mask_truncated: bool) -> MicroBatch:

@@ -7,6 +7,7 @@ Legend: B = sequences, T = completion tokens.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +23,12 @@ from common.config import Config
 from common.config_trainer import LossConfig, TrainerConfig
 from common.logprobs import UNTRUNCATED, completion_logprobs, pad_sequences
 from common.model import load_weights, named_weights, resolve_device
+from common.packing import enable_packing
 from common.truncation import Truncation
-from trainer.batch import MicroBatch, step_normaliser
+from trainer.batch import MicroBatch, padding_share, step_normaliser
 from trainer.loss import combine_metrics, policy_loss
+
+log = logging.getLogger("sluice.trainer")
 
 Objective = Callable[[Tensor, MicroBatch, Tensor | None, int], tuple[Tensor, dict[str, Tensor]]]
 """(logprobs [B, T], micro-batch, logprobs before the first of several optimizer steps [B, T] or none, the step's
@@ -90,8 +94,10 @@ class TrainedPolicy:
         self._objective = objective
         self.device = resolve_device(config.device)
         self.model = model.to(self.device, dtype=torch.float32).train()
+        self.is_packed = config.packing == "auto" and _packs(self.model)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
+            (enable or self.model.gradient_checkpointing_enable)()
         self._scorer = Scorer(self.model, temperature=temperature, truncation=truncation, autocast=config.autocast)
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.model, config.weight_decay),
@@ -139,6 +145,7 @@ class TrainedPolicy:
             **metrics,
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
+            "padding_share": padding_share(batches, packed=self.is_packed),
             "time/optimizer": optimizer_s,
         }
 
@@ -194,6 +201,12 @@ class TrainedPolicy:
             parameter = parameters[parameter_name]
             on_device = value if key == "step" and self.device.type == "cpu" else value.to(parameter.device)
             self.optimizer.state[parameter][key] = on_device.clone()
+
+
+def _packs(model: Any) -> bool:
+    if reason := enable_packing(model):
+        log.warning("micro-batches are padded: %s", reason)
+    return reason is None
 
 
 def _on_cpu(weight: Tensor, dtype: torch.dtype) -> Tensor:

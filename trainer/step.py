@@ -25,7 +25,11 @@ def train_on(
     rewards = [rewards_of(group, config) for group in groups]
     advantages = batch_advantages(rewards, method=trainer.advantage)
     micro_batches = build_micro_batches(
-        groups, advantages, max_tokens=trainer.max_tokens_per_microbatch, mask_truncated=trainer.mask_truncated
+        groups,
+        advantages,
+        max_tokens=trainer.microbatch_tokens,
+        packed=policy.is_packed,
+        mask_truncated=trainer.mask_truncated,
     )
     began = time.monotonic()
     metrics = mask_metrics(groups, config) | policy.optimize(micro_batches, step=step)

@@ -21,6 +21,7 @@ from common.assets import ModelAssets
 from common.ledger import Claim
 from common.logprobs import UNTRUNCATED, score_sequences
 from common.model import build_model, load_weights
+from common.packing import enable_packing
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
 from common.truncation import Truncation
@@ -71,6 +72,8 @@ class ReferenceRole:
                 assets = ModelAssets.from_wire(self.context.run.assets)
                 model = build_model(assets, dtype=config.reference.dtype, device=config.reference.device)
                 load_weights(model, tensors)
+                if reason := enable_packing(model):
+                    log.warning("batches are padded: %s", reason)
                 self._model = ReferenceModel(
                     model,
                     temperature=config.sampling.temperature,

@@ -1,0 +1,270 @@
+"""Packed rows against padded ones: values, gradients, isolation, budgets, and the models that must stay padded."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_logprobs import sequences, tiny_model
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from common.config import TrainerConfig
+from common.logprobs import completion_logprobs, pad_sequences, score_sequences
+from common.packing import CannotPackError, _by_length, _by_varlen, enable_packing, is_packed, pack, plan_batches
+from trainer.batch import MicroBatch
+from trainer.policy import TrainedPolicy, policy_objective
+
+RAGGED = ((3, 7), (1, 4), (6, 1), (2, 0), (1, 0), (4, 6), (5, 9))
+MIXTURE = {"num_local_experts": 2, "num_experts_per_tok": 1}
+MODELS = [
+    pytest.param(Qwen3Config, Qwen3ForCausalLM, {}, id="qwen3, grouped heads"),
+    pytest.param(Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True}, id="qwen3, tied head"),
+    pytest.param(LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}, id="llama"),
+    pytest.param(GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0}, id="granite, head not plain"),
+]
+
+
+def both(config_class=Qwen3Config, model_class=Qwen3ForCausalLM, **changes):
+    """The same model twice: padded, and packed."""
+    padded, packed = (tiny_model(config_class, model_class, **changes) for _ in range(2))
+    assert enable_packing(packed) is None
+    assert (is_packed(padded), is_packed(packed)) == (False, True)
+    return padded, packed
+
+
+def scored(model, batch):
+    """Logprobs, entropy, and the gradient of a sum that weighs every token differently."""
+    model.zero_grad()
+    logprobs, entropy = completion_logprobs(model, *batch, with_entropy=True)
+    (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+    return logprobs.detach(), entropy, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, ((3, 5),), ((2, 6), (4, 4), (5, 3)), ((1, 0), (3, 0))], ids=str)
+@pytest.mark.parametrize(("config_class", "model_class", "changes"), MODELS)
+def test_packed_rows_give_the_logprobs_and_gradients_of_padded_ones(config_class, model_class, changes, lengths):
+    padded, packed = both(config_class, model_class, **changes)
+    batch = pad_sequences(*sequences(*lengths))
+    for found, expected in zip(scored(packed, batch), scored(padded, batch), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_in_float64_packed_and_padded_differ_by_rounding_alone():
+    padded, packed = both()
+    ids, prompt_lengths, completion_lengths = pad_sequences(*sequences(*RAGGED))
+    lengths = prompt_lengths + completion_lengths
+    row = pack(ids, lengths)
+    expected = padded.double().model(input_ids=ids, use_cache=False).last_hidden_state
+    found = packed.double().model(**row.inputs, use_cache=False).last_hidden_state[0]
+    for i, (start, length) in enumerate(zip(row.starts, lengths, strict=True)):
+        torch.testing.assert_close(found[start : start + length], expected[i, :length], atol=1e-11, rtol=1e-11)
+    for values in (found.square().sum(), sum(expected[i, :n].square().sum() for i, n in enumerate(lengths))):
+        values.backward()
+    for (name, one), other in zip(packed.named_parameters(), padded.parameters(), strict=True):
+        if "lm_head" not in name:
+            torch.testing.assert_close(one.grad, other.grad, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointed_layers_are_packed_again_in_the_backward_pass(autocast):
+    kept, recomputed = both()[1], both()[1]
+    recomputed.activation_checkpointing_enable()
+    batch = pad_sequences(*sequences(*RAGGED))
+    calls = []
+    recomputed.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected, found = scored(kept.train(), batch), scored(recomputed.train(), batch)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert len(calls) == 2  # forward, and again in backward
+    assert len(set(calls)) == 1
+
+
+def test_bfloat16_compute_is_near_float32():
+    padded, packed = both()
+    batch = pad_sequences(*sequences(*RAGGED))
+    with torch.no_grad():
+        expected, _ = completion_logprobs(padded, *batch)
+        for model in (packed, copy.deepcopy(packed).bfloat16()):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model is packed):
+                found, _ = completion_logprobs(model, *batch)
+            assert found.dtype == torch.float32
+            assert float((found - expected).abs().mean()) < 0.1
+
+
+def test_a_token_never_sees_another_sequence():
+    _, model = both()
+    prompts, completions = sequences(*RAGGED)
+    with torch.no_grad():
+        before, _ = completion_logprobs(model, *pad_sequences(prompts, completions))
+        for changed in range(len(RAGGED)):
+            other = [(row + 1) % 60 if i == changed else row for i, row in enumerate(prompts)]
+            after, _ = completion_logprobs(model, *pad_sequences(other, completions))
+            rest = torch.arange(len(RAGGED)) != changed
+            assert torch.equal(after[rest], before[rest])
+            assert (after[changed] != before[changed]).any() == (len(completions[changed]) > 0)
+
+
+def test_no_pad_and_no_last_token_runs_through_a_packed_model():
+    padded, packed = both()
+    ran = []
+    for model in (padded, packed):
+        model.model.layers[0].mlp.register_forward_hook(
+            lambda module, inputs, output: ran.append(output.shape[:-1].numel())
+        )
+        completion_logprobs(model, *pad_sequences(*sequences((3, 7), (1, 4), (2, 0))))
+    assert ran == [3 * 10, 9 + 4 + 1]  # a row without completion: one token, so that no batch is empty
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_many_sequences_are_scored_in_the_order_given_within_the_budget(packed):
+    model = both()[packed]
+    prompts, completions = sequences(*RAGGED, (7, 11))
+    pairs = list(zip(prompts, completions, strict=True))
+    shapes = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[:-1]))
+    with torch.no_grad():
+        rows = score_sequences(model, pairs, max_batch_tokens=20)
+        for pair, row in zip(pairs, rows, strict=True):
+            alone, _ = completion_logprobs(model, *pad_sequences([pair[0]], [pair[1]]))
+            np.testing.assert_allclose(row, alone[0].numpy(), atol=1e-5)
+    batches = shapes[: -len(pairs)]
+    assert all(shape.numel() <= 20 for shape in batches)
+    assert len(batches) == (4 if packed else 5)  # 18, 14, 10 + 10, 7 + 5 + 2 + 1; padded: 18, 14, 2 x 10, 2 x 7, 2 x 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_are_as_few_and_as_even_as_their_order_allows(seed, packed):
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(1, 30, 9).tolist()
+    batches = plan_batches(lengths, max_tokens=40, packed=packed)
+    cost = lambda batch: sum(batch) if packed else len(batch) * batch[0]  # noqa: E731
+    assert sorted(i for batch in batches for i in batch) == list(range(9))
+    ordered = sorted(lengths, reverse=True)
+    assert [lengths[i] for batch in batches for i in batch] == ordered
+    best = None
+    for cuts in range(2**8):  # every way to cut the order
+        ends = [i + 1 for i in range(8) if cuts >> i & 1]
+        parts = [ordered[a:b] for a, b in zip([0, *ends], [*ends, 9], strict=True)]
+        if all(cost(part) <= 40 for part in parts):
+            found = (len(parts), max(cost(part) for part in parts))
+            best = found if best is None else min(best, found)
+    assert (len(batches), max(cost([lengths[i] for i in batch]) for batch in batches)) == best
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "changes", "reason"),
+    [
+        (MistralConfig, MistralForCausalLM, {"sliding_window": 64}, "sliding_window"),
+        (Gemma2Config, Gemma2ForCausalLM, {"attn_implementation": "eager"}, "softcap"),
+        (Llama4TextConfig, Llama4ForCausalLM, {**MIXTURE, "attention_chunk_size": 64}, "plainly causal"),
+        (GptOssConfig, GptOssForCausalLM, {**MIXTURE, "attn_implementation": "eager"}, "s_aux"),
+        (
+            FalconH1Config,
+            FalconH1ForCausalLM,
+            {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+            "come out otherwise",
+        ),
+    ],
+    ids=["window", "soft cap", "window in the masks alone", "sinks", "recurrent layers beside attention"],
+)
+def test_a_model_that_asks_for_more_stays_padded_and_as_it_was(config_class, model_class, changes, reason):
+    model = tiny_model(config_class, model_class, **changes)
+    batch = pad_sequences(*sequences(*RAGGED))
+    with torch.no_grad():
+        before, _ = completion_logprobs(model, *batch)
+        implementation = model.config._attn_implementation
+        assert reason in enable_packing(model)
+        assert not is_packed(model)
+        assert model.config._attn_implementation == implementation
+        assert torch.equal(completion_logprobs(model, *batch)[0], before)
+
+
+def test_a_packed_model_refuses_a_mask_that_it_would_not_honour():
+    _, model = both()
+    ids = torch.randint(0, 60, (2, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, tiny_model()(input_ids=ids).logits)
+        with pytest.raises(CannotPackError, match="mask"):
+            model(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]))
+
+
+def test_packing_leaves_no_trace_in_a_saved_model(tmp_path):
+    _, model = both()
+    model.save_pretrained(tmp_path)
+    assert "sluice" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_wrapped_model_is_packed_inside():
+    class Wrapper(torch.nn.Module):  # as peft's: its base_model is not transformers'
+        def __init__(self, model):
+            super().__init__()
+            self.base_model = torch.nn.ModuleDict({"model": model})
+            self.config = model.config
+
+        def get_base_model(self):
+            return self.base_model["model"]
+
+    padded, _ = both()
+    wrapped = Wrapper(tiny_model())
+    assert enable_packing(wrapped) is None
+    batch = pad_sequences(*sequences(*RAGGED))
+    torch.testing.assert_close(completion_logprobs(wrapped, *batch)[0], completion_logprobs(padded, *batch)[0])
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_the_varlen_kernel_is_called_as_it_asks(key_heads):
+    layout = pack(torch.zeros(3, 5, dtype=torch.long), torch.tensor([5, 2, 5])).layout
+    assert (layout.groups, layout.offsets.tolist(), layout.longest) == (((2, 5), (1, 2)), [0, 5, 10, 12], 5)
+    layout.offsets = layout.offsets.to("meta")
+    query, key = (
+        torch.empty(12, h, 8, device="meta", dtype=torch.bfloat16, requires_grad=True) for h in (4, key_heads)
+    )
+    for out in (_by_varlen(query, key, key, layout, 0.5), _by_length(query, key, key, layout, 0.5, 0.0)):
+        assert (out.shape, out.dtype) == (query.shape, query.dtype)  # of shapes only: the kernel runs on GPUs
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_a_trainer_step_is_the_same_packed_and_padded(packing):
+    prompts, completions = sequences(*RAGGED)
+    input_ids, prompt_lengths, completion_lengths = pad_sequences(prompts, completions)
+    width = int(completion_lengths.max())
+    batch = MicroBatch(
+        input_ids=input_ids,
+        prompt_lengths=prompt_lengths,
+        completion_lengths=completion_lengths,
+        rollout_logprobs=-torch.rand(len(RAGGED), width, generator=torch.Generator().manual_seed(0)),
+        ref_logprobs=None,
+        advantages=torch.linspace(-1, 1, len(RAGGED)),
+        loss_mask=torch.arange(width) < completion_lengths.unsqueeze(-1),
+    )
+    config = TrainerConfig(packing=packing, learning_rate=1e-3, device="cpu")
+    policy = TrainedPolicy(tiny_model(), config, objective=policy_objective(config.loss))
+    metrics = policy.optimize([batch], step=1)
+    assert metrics["padding_share"] == pytest.approx(0.0 if packing == "auto" else 1 - 49 / (7 * 14))
+    reference = TrainedPolicy(
+        tiny_model(),
+        TrainerConfig(packing="off", learning_rate=1e-3, device="cpu"),
+        objective=policy_objective(config.loss),
+    )
+    expected = reference.optimize([batch], step=1)
+    assert metrics["loss/policy"] == pytest.approx(expected["loss/policy"], abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)

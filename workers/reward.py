@@ -23,6 +23,7 @@ from common.broker import send_part
 from common.ledger import Claim
 from common.serialization import decode, encode
 from workers.context import Context, Result
+from workers.rewards.answers import evaluation_facts
 from workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
 
 log = logging.getLogger("sluice.reward")
@@ -93,7 +94,9 @@ class RewardRole:
         """Task: the reward part of a group."""
         config = self.context.run.config
         lease_s = max(config.lease.running_s, config.reward.time_limit_s + 2 * _KILL_AFTER_S)
-        self.context.perform(group_id, "reward", self._score, fields=("task", "rollout", "version"), lease_s=lease_s)
+        self.context.perform(
+            group_id, "reward", self._score, fields=("task", "rollout", "version", "eval"), lease_s=lease_s
+        )
         with self._num_done.get_lock():
             self._num_done.value += 1
 
@@ -110,7 +113,12 @@ class RewardRole:
             columns=task["columns"],
             trainer_state={"global_step": int(claim.fields["version"] or 0)},
         )
-        return Result(payload=encode(scores.to_wire()))
+        payload = scores.to_wire()
+        if evaluation := claim.fields["eval"]:
+            name = evaluation.decode().partition(".")[2]
+            (dataset,) = (d for d in self.context.run.config.evaluation.datasets if d.name == name)
+            payload |= evaluation_facts(completions, answer=dataset.answer)
+        return Result(payload=encode(payload))
 
 
 def _how_it_ended(exception: BaseException) -> str:

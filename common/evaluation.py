@@ -104,6 +104,27 @@ def named(evaluation: str) -> tuple[str, int]:
     return name, int(version)
 
 
+def unreported(client: redis.Redis, run: Run) -> set[tuple[str, int]]:
+    """(set, version) of every evaluation whose result no trainer has reported, finished or not."""
+    sets = {dataset.name for dataset in run.config.evaluation.datasets}
+    known = {named(name) for name in (*pending(client, run.keys), *_admitted(client, run.keys))}
+    return {
+        (name, version)
+        for name, version in known
+        if name in sets and not client.hexists(run.keys("eval", evaluation_id(version, name)), "reported")
+    }
+
+
+def mark_reported(client: redis.Redis, keys: Keys, *, dataset: str, version: int) -> None:
+    Scripts(client, keys)("small", "HSET", f"eval:{evaluation_id(version, dataset)}", "reported", 1)
+
+
+def _admitted(client: redis.Redis, keys: Keys) -> list[str]:
+    """Ids of the evaluations that have groups."""
+    pattern = keys("eval", "*").replace("{", "[{]").replace("}", "[}]")
+    return [key.decode().rpartition(":eval:")[2] for key in client.scan_iter(match=pattern, count=1000)]
+
+
 def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> EvalResult | None:
     """The result, or None while it is not finished."""
     evaluation = keys("eval", evaluation_id(version, dataset.name))
@@ -172,8 +193,7 @@ def majority_vote(answers: Sequence[str | None], correct: Sequence[bool]) -> flo
 def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
     """All finished evaluations of a run's sets, by set and version: dataset, version, step, metrics (None for nan), counts."""
     found = []
-    for key in client.scan_iter(match=run.keys("eval", "*").replace("{", "[{]").replace("}", "[}]"), count=1000):
-        name, version = named(key.decode().rpartition(":eval:")[2])
+    for name, version in map(named, _admitted(client, run.keys)):
         dataset = next((d for d in run.config.evaluation.datasets if d.name == name), None)
         finished = dataset and result(client, run.keys, dataset, version=version)
         if not finished:

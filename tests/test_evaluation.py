@@ -134,6 +134,9 @@ def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> No
     assert evaluation.read_all(client, run) == [], "two groups are missing"
     for name in ("3g", "3s"):
         ledger.fail(ledger.claim(f"e0.sums.{name}", "rollout", fields=()), reason="EngineError", detail="x")
+    assert evaluation.unreported(client, run) == {("sums", 0)}
+    evaluation.mark_reported(client, run.keys, dataset="sums", version=0)
+    assert evaluation.unreported(client, run) == set()
     (entry,) = list_evaluations(client, run)
     stderr = {name: entry.pop(name) for name in list(entry) if name.endswith("_stderr")}
     expected = {

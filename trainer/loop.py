@@ -259,7 +259,7 @@ class Trainer:
 
     def _resume_or_begin(self) -> None:
         """From the newest checkpoint, under a new version; or from the base model, which is version 0."""
-        self.evaluating = self._unfinished_evaluations()
+        self.evaluating = evaluation.unreported(self.client, self.run)  # of an earlier process
         newest = self.store.latest_version()
         if newest >= 0:  # the store may be a memory file system: the reference role needs the base version back
             self.store.restore(0, self.policy.snapshot(self.sampling_dtype))
@@ -320,12 +320,6 @@ class Trainer:
             "throughput/generated_tokens_per_s": generated / step_s,
         }
 
-    def _unfinished_evaluations(self) -> set[tuple[str, int]]:
-        """Those that an earlier process asked for: their results count, and are reported, as well."""
-        sets = {dataset.name for dataset in self.config.evaluation.datasets}
-        asked = {evaluation.named(name) for name in evaluation.pending(self.client, self.run.keys)}
-        return {(name, version) for name, version in asked if name in sets}
-
     def _finished_evaluations(self) -> dict[str, float]:
         """Metrics of evaluations that finished since the last step, the oldest of each set: one line holds one version."""
         metrics: dict[str, float] = {}
@@ -339,6 +333,7 @@ class Trainer:
             self.evaluating.discard((name, version))
             metrics[f"eval/{name}/version"] = float(version)
             metrics |= {f"eval/{name}/{metric}": value for metric, value in found.metrics().items()}
+            evaluation.mark_reported(self.client, self.run.keys, dataset=name, version=version)
             log.info("evaluation of version %d on %s: pass@1 %.3f", version, name, found.scores["pass@1"])
         if metrics:
             self._when_there_is_room(lambda: settle_best(self.checkpoints, self.client, self.run))

@@ -9,12 +9,14 @@ import pytest
 import redis
 import torch
 from builders import make_config, make_ledger, publish_policy, reward_payload, rollout_payload, task_payload
+from click.testing import CliRunner
 
 from common import evaluation
 from common.errors import ConfigError
 from common.evaluation import read_best
 from common.keys import Keys
 from common.run import Run, create_run
+from scripts.cli import cli
 from trainer.best import best_step, settle_best, update_best
 from trainer.checkpoint import TrainerState, random_state, save_checkpoint
 
@@ -196,3 +198,5 @@ def test_without_keep_best_nothing_stays_and_the_export_says_what_it_needs(
     assert (trained.best(), trained.steps()) == (None, [3])
     with pytest.raises(ConfigError, match="names no best checkpoint: it needs"):
         best_step(trained.folder)
+    both = CliRunner().invoke(cli, ["export", str(tmp_path), "target", "--best", "--step", "3"])
+    assert isinstance(both.exception, ConfigError)

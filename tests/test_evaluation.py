@@ -13,11 +13,14 @@ from builders import make_completion, make_config, make_ledger, publish_policy, 
 
 from common import evaluation
 from common.broker import make_app
-from common.config import DEFAULT_ANSWER, EvalDataset
+from common.config import EvalDataset
+from common.config_evaluation import DEFAULT_ANSWER
+from common.errors import ConfigError
 from common.keys import Keys
 from common.run import create_run
 from common.serialization import decode, encode
 from scripts.evaluate import describe, list_evaluations
+from scripts.launch import preflight
 from workers.context import Context
 from workers.reward import RewardRole
 from workers.rewards.answers import read_answer
@@ -189,3 +192,9 @@ def test_a_training_group_carries_its_scores_only(role: RewardRole) -> None:
 )
 def test_scores_follow_from_the_samples(settings, scores):
     assert EvalDataset.model_validate({"dataset": {"path": "x"}, **settings}).scores == scores
+
+
+def test_a_set_judged_by_a_reward_that_the_run_has_not_is_refused_before_it_starts():
+    judged = {"dataset": {"path": "x"}, "function": "ThinkingReward"}
+    with pytest.raises(ConfigError, match=r"function = 'ThinkingReward' is no reward function.*use one of MathReward"):
+        preflight(make_config(evaluation={"datasets": [judged]}))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from common.config_evaluation import EvalScores
 from common.config_trainer import DType, Section, TrainerConfig
 
 QUEUES = ("dataset", "rollout", "reference", "reward", "eval")
@@ -159,6 +160,9 @@ class CheckpointConfig(Section):
     """A durable checkpoint every so many steps, and one at the end."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    keep_best: str | None = None
+    """`<set>/<score>` (`heldout/pass@1`): the checkpoint that did best there is kept as well. Evaluated steps then get a
+    checkpoint, which stays until its result is known. None = off."""
 
 
 class PolicyStoreConfig(Section):
@@ -176,19 +180,13 @@ class PolicyStoreConfig(Section):
     """A published version that no rollout worker serves after so many seconds raises an alarm."""
 
 
-class EvalDataset(Section):
+class EvalDataset(EvalScores):
     name: str = "heldout"
     """Name in metrics: eval/<name>/pass@1."""
     dataset: DatasetConfig
     """Where the prompts come from."""
     num_prompts: int | None = Field(default=None, ge=1)
     """First so many rows; none = all."""
-    num_samples: int = Field(default=0, ge=0)
-    """k of pass@k: samples per prompt beside the greedy one, drawn as `sampling` says; 0 = greedy only."""
-    correct_if: float = 1.0
-    """A completion is correct when the reward function named in `function` gives at least this."""
-    function: str | None = None
-    """Name of the reward function that decides; none = the first."""
 
 
 class EvaluationConfig(Section):
@@ -329,6 +327,21 @@ class Config(Section):
         names = [e.name for e in self.evaluation.datasets]
         if len(set(names)) != len(names):
             raise ValueError(f"evaluation.datasets: names must differ, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_evaluated(self) -> Config:
+        best = self.checkpoint.keep_best
+        known = [f"{e.name}/{score}" for e in self.evaluation.datasets for score in e.scores]
+        if best is not None and best not in known:
+            raise ValueError(
+                f"checkpoint.keep_best = {best!r} is no score of evaluation.datasets: use one of {', '.join(known) or 'none'}"
+            )
+        if best is not None and self.evaluation.every_steps == 0:
+            raise ValueError(
+                f"checkpoint.keep_best = {best!r} has nothing to choose from with evaluation.every_steps=0: set how often "
+                "to evaluate"
+            )
         return self
 
     def to_yaml(self) -> str:

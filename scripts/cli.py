@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from common.config import QUEUES
-from common.errors import SluiceError
+from common.errors import ConfigError, SluiceError
 from common.ledger import read_account
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
@@ -178,29 +178,38 @@ def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json:
 @cli.command("eval")
 @RunName
 @click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Seconds to wait for the result.")
+@click.option("--list", "only_list", is_flag=True, help="Evaluate nothing: all results so far, by version.")
 @_JSON
-def evaluate(name: str | None, timeout_s: float, as_json: bool) -> None:
+def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool) -> None:
     """Evaluate the newest policy of a running run on its held-out sets, beside training."""
-    from scripts.evaluate import evaluate_latest
+    from scripts.evaluate import describe, evaluate_latest, list_evaluations
     from scripts.launch import opened_run
 
     with opened_run(name) as (client, opened, url):
-        results = evaluate_latest(client, opened, url=url, timeout_s=timeout_s)
+        if not only_list:
+            results = evaluate_latest(client, opened, url=url, timeout_s=timeout_s)
+        else:
+            results = list_evaluations(client, opened)
     if as_json:
         click.echo(json.dumps({"evaluations": results}))
     for result in () if as_json else results:
-        click.echo("  ".join(f"{key} {value}" for key, value in result.items()))
+        click.echo(describe(result))
 
 
 @cli.command()
 @click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--step", type=int, help="Checkpoint to export; default: the newest.")
+@click.option("--best", is_flag=True, help="The checkpoint that did best by checkpoint.keep_best.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-def export(run_folder: Path, target: Path, step: int | None, dtype: str) -> None:
+def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: str) -> None:
     """A checkpoint as a Hugging Face model folder that `transformers` loads."""
+    from trainer.best import best_step
     from trainer.export import export_checkpoint
 
+    if best and step is not None:
+        raise ConfigError("--best and --step name two checkpoints: give one of them")
+    step = best_step(run_folder / "checkpoints") if best else step
     exported = export_checkpoint(run_folder, target, step=step, dtype=dtype)
     click.echo(f"step {exported} of {run_folder.name} is in {target}")
 

@@ -1,9 +1,10 @@
-"""`sluice eval`: ask for an evaluation of the newest policy and wait for it."""
+"""`sluice eval`: ask for an evaluation of the newest policy and wait for it; `--list`: what all evaluations found."""
 
 from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -34,20 +35,34 @@ def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float
         evaluation.request(client, run.keys, dataset, version=version)
     send(make_app(run.name, url=os.environ.get("SLUICE_BROKER_URL") or url), "dataset.evaluate", "dataset")
     deadline = time.monotonic() + timeout_s
-    results = []
     for dataset in run.config.evaluation.datasets:
-        while (found := evaluation.result(client, run.keys, dataset, version=version)) is None:
+        while evaluation.result(client, run.keys, dataset, version=version) is None:
             if time.monotonic() > deadline:
                 raise SluiceError(
                     f"the evaluation did not finish within {timeout_s:.0f} s: {explain_stall(client, run)}"
                 )
             time.sleep(0.2)
-        results.append(
-            {
-                "dataset": found.dataset,
-                "version": version,
-                "pass@1": found.pass_at_1,
-                f"pass@{found.k}": found.pass_at_k,
-            }
-        )
-    return results
+    return [entry for entry in list_evaluations(client, run) if entry["version"] == version]
+
+
+def list_evaluations(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
+    """All finished evaluations (`evaluation.read_all`), by set and version; `best` is true on that of the best checkpoint."""
+    best = evaluation.read_best(Path(run.folder) / "checkpoints")
+    marked = best and (best.metric.rpartition("/")[0], best.evaluated_version)
+    entries = evaluation.read_all(client, run)
+    return [{**entry, "best": (entry["dataset"], entry["version"]) == marked} for entry in entries]
+
+
+def describe(entry: dict[str, Any]) -> str:
+    """An entry of `list_evaluations` as one line: every score with its standard error, length and share of those cut off."""
+    words = [f"eval {entry['dataset']} at step {entry['step']}:"]
+    for name, value in entry.items():
+        if value is None or name.endswith("_stderr") or "@" not in name:
+            continue
+        error = entry[f"{name}_stderr"]
+        words.append(f"{name} {value:.3f}" + ("" if error is None else f"±{error:.3f}"))
+    if entry["mean_length"] is not None:
+        words.append(f"length {entry['mean_length']:.1f}  clipped {entry['clipped_ratio']:.3f}")
+    if entry["num_dead"]:
+        words.append(f"dead {entry['num_dead']} of {entry['num_dead'] + entry['num_prompts']}")
+    return "  ".join([*words, *(["best"] if entry["best"] else [])])

@@ -42,7 +42,13 @@ def preflight(config: Config) -> dict[str, object]:
     from workers.prompts import PromptSource
     from workers.rewards.loading import load_reward_functions
 
-    load_reward_functions(config.reward.functions)
+    rewards = [reward.name for reward in load_reward_functions(config.reward.functions)]
+    for judged in config.evaluation.datasets:
+        if judged.function not in (None, *rewards):
+            raise ConfigError(
+                f"evaluation.datasets[{judged.name}].function = {judged.function!r} is no reward function of this run: use "
+                f"one of {', '.join(rewards)}"
+            )
     assets = read_assets(config.model.path, revision=config.model.revision)
     tokenizer = assets.tokenizer()
     sections = {"dataset": config.dataset}

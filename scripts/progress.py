@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -90,8 +91,12 @@ class Progress:
 
     def _say_evaluation(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            if name.startswith("eval/") and "/pass@" in name:
-                self.say(f"{name} = {value:.3f} (policy version {metrics[name.rpartition('/')[0] + '/version']:.0f})")
+            if name.startswith("eval/") and "@" in name.rpartition("/")[2] and not name.endswith("_stderr"):
+                version = metrics[name.rpartition("/")[0] + "/version"]
+                error = metrics.get(f"{name}_stderr", math.nan)
+                self.say(
+                    f"{name} = {value:.3f}{'' if math.isnan(error) else f' ± {error:.3f}'} (policy version {version:.0f})"
+                )
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
         step, total = int(metrics["step"]), self._run.config.trainer.num_steps

@@ -11,10 +11,10 @@ from typing import Any
 
 import redis
 
-from common import evaluation
 from common.ledger import Account, read_account
 from common.metrics import read_metrics
 from common.run import Run
+from scripts.evaluate import describe, list_evaluations
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -34,14 +34,15 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
     rewards = [latest[step]["reward/mean"] for step in sorted(latest)]
     # not the very first batch: the groups that finish first are those with short, easy completions
     ends = min(10, max(1, len(rewards) // 10))
-    account, evals = read_account(client, run.keys), _evaluations(client, run)
-    first, last = (evals[0], evals[-1]) if evals else (None, None)
+    account, evals = read_account(client, run.keys), list_evaluations(client, run)
+    ours = [entry for entry in evals if entry["dataset"] == run.config.evaluation.datasets[0].name]
+    first, last = (ours[0], ours[-1]) if ours else (None, None)
     wall_s = max(wall_s, _training_wall_s(run))
     summary = {
         "run": run.name,
         "steps": max(latest, default=0),
         "eval_before": first and first["pass@1"],
-        "eval_after": last["pass@1"] if last and len(evals) > 1 else None,
+        "eval_after": last["pass@1"] if last and len(ours) > 1 else None,
         "evaluations": evals,
         "reward_first": fmean(rewards[:ends]) if rewards else None,
         "reward_last": fmean(rewards[-ends:]) if rewards else None,
@@ -59,24 +60,6 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
     if rewards:
         _draw(folder / "reward.png", sorted(latest), rewards, evals, title=run.name)
     return Summary(holds=account.holds, text=_text(summary, rewards, account, folder))
-
-
-def _evaluations(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
-    """Finished evaluations, by version."""
-    found = []
-    for key in client.scan_iter(match=run.keys("eval", "*").replace("{", "[{]").replace("}", "[}]"), count=1000):
-        version, _, name = key.decode().rpartition(":eval:")[2].partition(".")
-        dataset = next((d for d in run.config.evaluation.datasets if d.name == name), None)
-        result = dataset and evaluation.result(client, run.keys, dataset, version=int(version))
-        if not result:
-            continue
-        step = client.hget(run.keys("lineage"), version)
-        entry = {"dataset": name, "version": int(version), "step": int(step.split(b":")[1]) if step else None}
-        entry |= {"pass@1": result.pass_at_1, "num_prompts": result.num_prompts, "num_dead": result.num_dead}
-        if result.pass_at_k is not None:
-            entry[f"pass@{result.k}"] = result.pass_at_k
-        found.append(entry)
-    return sorted(found, key=lambda entry: (entry["dataset"], entry["version"]))
 
 
 def _age_histogram(steps: list[dict[str, float]]) -> dict[str, int]:
@@ -100,9 +83,8 @@ def _text(summary: dict[str, Any], rewards: list[float], account: Account, folde
     seconds = max(summary["wall_s"], 1e-9)
     lines = [f"{summary['run']}: {summary['steps']} steps in {seconds:.1f} s"]
     for entry in summary["evaluations"]:
-        scores = "  ".join(f"{name} {value:.3f}" for name, value in entry.items() if name.startswith("pass@"))
-        lines.append(f"  eval {entry['dataset']} at step {entry['step']}: {scores}")
-    if summary["eval_after"] is not None:
+        lines.append("  " + describe(entry))
+    if None not in (summary["eval_before"], summary["eval_after"]):
         lines.append(f"  held-out greedy accuracy  {summary['eval_before']:.3f} -> {summary['eval_after']:.3f}")
     if rewards:
         ends = f"{summary['reward_first']:.3f} {sparkline(rewards)} {summary['reward_last']:.3f}"
@@ -147,9 +129,10 @@ def _draw(path: Path, steps: list[int], rewards: list[float], evals: list[dict[s
 
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axis.plot(steps, rewards, label="reward (training, sampled)")
-    points = [(e["step"], e["pass@1"]) for e in evals if e["step"] is not None]
-    if points:
-        axis.plot(*zip(*points, strict=True), "o-", label="held-out greedy accuracy")
+    for name in dict.fromkeys(e["dataset"] for e in evals):
+        found = [e for e in evals if e["dataset"] == name and None not in (e["step"], e["pass@1"])]
+        at, values, errors = ([e[key] or 0.0 for e in found] for key in ("step", "pass@1", "pass@1_stderr"))
+        axis.errorbar(at, values, errors, fmt="o-", label=f"{name}, greedy accuracy")
     axis.set(xlabel="optimizer step", ylim=(0, 1.05), title=title)
     axis.grid(alpha=0.3)
     axis.legend()

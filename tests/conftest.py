@@ -37,10 +37,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs of real processes first: they take longest, so several test processes end together."""
-    runs_processes = lambda module: any(
-        getattr(value, "__module__", "") == "harness" for value in vars(module).values()
-    )  # noqa: E731
-    items.sort(key=lambda item: not runs_processes(item.module))  # type: ignore[attr-defined]
+
+    def runs_processes(item: pytest.Item) -> bool:
+        names = vars(item.module).values()  # type: ignore[attr-defined]
+        return any(getattr(value, "__module__", "") == "harness" for value in names)
+
+    items.sort(key=lambda item: not runs_processes(item))
 
 
 @pytest.fixture(scope="session")

@@ -173,6 +173,29 @@ def test_wrong_values_are_refused_with_key_and_value(override, message):
             "evaluation.datasets: names must differ, got ['heldout', 'heldout']",
         ),
         (
+            ["evaluation.datasets=[{dataset: {path: a}, num_samples: 2, pass_at: [4]}]"],
+            "needs num_samples of at least 4",
+        ),
+        (
+            ["evaluation.datasets=[{dataset: {path: a}, num_samples: 2, pass_at: [2, 2]}]"],
+            "pass_at: values must differ",
+        ),
+        (
+            ["evaluation.datasets=[{dataset: {path: a}, answer: '(x)'}]"],
+            "answer has no effect with num_samples under 2",
+        ),
+        (["evaluation.datasets=[{dataset: {path: a}, num_samples: 2, answer: 'x'}]"], "answer = 'x' has no group"),
+        (["evaluation.datasets=[{dataset: {path: a}, num_samples: 2, answer: '('}]"], "is no regular expression"),
+        (
+            ["evaluation.datasets=[{dataset: {path: a}, num_samples: 4}]", "checkpoint.keep_best=heldout/pass@2"],
+            "use one of heldout/pass@1, heldout/sampled_pass@1, heldout/pass@4, heldout/maj@4",
+        ),
+        (["checkpoint.keep_best=heldout/pass@1"], "is no score of evaluation.datasets: use one of none"),
+        (
+            ["evaluation.datasets=[{dataset: {path: a}}]", "checkpoint.keep_best=heldout/pass@1"],
+            "has nothing to choose from with evaluation.every_steps=0",
+        ),
+        (
             ["reward.functions=[{function: f, weight: 2.0}]"],
             "reward: weights have no effect with aggregation=mean: set reward.aggregation=sum",
         ),

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from harness import metrics_of, only_run, quickstart_config, sluice, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.evaluation import read_best
+from scripts.cli import cli
+
 STEPS = 24
+EVALUATE_EVERY = 12
 GROUPS_PER_STEP = 8
 
 
@@ -18,7 +23,14 @@ GROUPS_PER_STEP = 8
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run of the quickstart, shortened; the folder it was started in and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
-    config = quickstart_config(folder, tiny=tiny_folder(), trainer__num_steps=STEPS, audit="all")
+    config = quickstart_config(
+        folder,
+        tiny=tiny_folder(),
+        trainer__num_steps=STEPS,
+        audit="all",
+        checkpoint__keep_best="heldout/sampled_pass@1",
+        evaluation__every_steps=EVALUATE_EVERY,
+    )
     done = sluice("run", str(config), cwd=folder, timeout=280)
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
@@ -30,6 +42,32 @@ def test_held_out_accuracy_rises(finished: tuple[Path, str]) -> None:
     assert summary["eval_before"] < 0.5  # an imperfect start, or nothing is shown
     assert summary["eval_after"] > 0.85
     assert summary["reward_last"] > summary["reward_first"]
+
+
+def test_evaluations_are_listed_by_version_and_the_best_checkpoint_is_kept(finished: tuple[Path, str]) -> None:
+    run = only_run(finished[0])
+    listed = sluice("eval", "--list", "--json", cwd=finished[0])
+    assert listed.returncode == 0, listed.stderr
+    entries = json.loads(listed.stdout)["evaluations"]
+    assert entries == json.loads((run / "summary.json").read_text())["evaluations"]
+    assert [entry["step"] for entry in entries] == [0, EVALUATE_EVERY, STEPS]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for entry in entries:
+        assert entry["pass@4"] >= entry["sampled_pass@1"] > 0
+        assert 0 < entry["sampled_pass@1_stderr"] < 0.05  # 200 prompts
+        assert 15 < entry["mean_length"] < 40
+        assert (entry["num_prompts"], entry["num_dead"]) == (200, 0)
+        assert any(
+            line.get("eval/heldout/version") == entry["version"] and line["eval/heldout/maj@4"] == entry["maj@4"]
+            for line in lines
+        )
+    assert entries[-1]["maj@4"] >= entries[-1]["sampled_pass@1"], "the vote is better than its voters"
+    best = max(entries[1:], key=lambda entry: entry["sampled_pass@1"])
+    assert [entry for entry in entries if entry["best"]] == [best]
+    found = read_best(run / "checkpoints")
+    assert found is not None and (found.step, found.value) == (best["step"], best["sampled_pass@1"])
+    exported = CliRunner().invoke(cli, ["export", str(run), str(finished[0] / "best"), "--best"])
+    assert exported.stdout.startswith(f"step {found.step} of "), exported.output
 
 
 def test_every_group_is_accounted_for(finished: tuple[Path, str]) -> None:

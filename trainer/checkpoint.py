@@ -5,8 +5,9 @@
         optimizer.safetensors   AdamW moments
         state.json              step, version, cursor, random state, groups trained since the checkpoint before, digests
 
-Written into a temporary folder, fsynced, renamed; the `latest` file is moved last. A damaged checkpoint is one that has no
-state.json under its final name, or whose files do not have the digests that state.json names; the one before it is used then.
+Written into a temporary folder, fsynced, renamed; the `latest` file is moved last (`best`: trainer/best.py). A damaged
+checkpoint is one that has no state.json under its final name, or whose files do not have the digests that state.json names;
+the one before it is used then.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,16 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainerState, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], keep: int
+    folder: Path,
+    state: TrainerState,
+    *,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    keep: int,
+    protected: Collection[int] = (),
 ) -> Path:
-    """Write a checkpoint durably; it exists for readers only when complete. Older ones beyond `keep` are removed.
+    """Write a checkpoint durably; it exists for readers only when complete. Older ones beyond `keep` are removed, but for
+    those of `protected` steps.
 
     Raises DiskFull; nothing of it is left then, and the one before is as it was.
     """
@@ -90,9 +98,25 @@ def save_checkpoint(
         _fsync(pointer)
         pointer.rename(folder / "latest")
         _fsync(folder)
-    for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old)
+    remove_old_checkpoints(folder, keep=keep, protected=protected)
     return final
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int, protected: Collection[int] = ()) -> None:
+    """All but the newest `keep`, and those of `protected` steps."""
+    for old in _complete(folder)[:-keep]:
+        if int(old.name.removeprefix("step-")) not in protected:
+            shutil.rmtree(old)
+
+
+def saved_versions(folder: Path) -> dict[int, int]:
+    """Step -> policy version, of the checkpoints whose state is readable."""
+    found = {}
+    for path in _complete(folder):
+        with suppress(OSError, ValueError, KeyError):
+            state = _opened((path / "state.json").read_text())
+            found[int(state["step"])] = int(state["version"])
+    return found
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from common.replay_buffer import ReplayBuffer
 from common.run import Run, process_name
 from common.types import Group
 from trainer.audit import Audit, StepRecord
+from trainer.best import settle_best, update_best
 from trainer.checkpoint import (
     TrainerState,
     checkpoint_steps,
@@ -74,6 +75,7 @@ class Trainer:
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self.client, self.run, self.config = client, run, run.config
         self.folder = Path(run.folder)
+        self.checkpoints = self.folder / "checkpoints"
         self.stopping = False
         self.incarnation = int(client.hincrby(run.keys("run"), "incarnation", 1))
         self.store = PolicyStore(client, run.keys, self.config.policy_store)
@@ -131,7 +133,7 @@ class Trainer:
             metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations()
             self.reporter.report(self.step, self.version, metrics)
             self._log(metrics)
-            if self.step % self.config.checkpoint.every_steps == 0:
+            if self.step % self.config.checkpoint.every_steps == 0 or self._may_become_best():
                 self.checkpoint()
         self._finish()
 
@@ -181,9 +183,7 @@ class Trainer:
     def _publish(self, *, parent: int) -> str:
         """Begin to publish the present weights under the next version; returns the digest of the version before it."""
         self.version += 1
-        every = self.config.evaluation.every_steps
-        is_due = self.step in (0, self.config.trainer.num_steps) or (every > 0 and self.step % every == 0)
-        evaluate = self.config.evaluation.datasets if is_due else ()
+        evaluate = self.config.evaluation.datasets if self._is_evaluated() else ()
         self.publisher.wait()  # before the snapshot, so that there are two copies at most: this one and its base
         digest_before = self.publisher.digest
         weights = self.policy.snapshot(self.sampling_dtype)
@@ -192,6 +192,13 @@ class Trainer:
         self.publisher.publish(self.version, weights, step=self.step, parent=parent, canary=canary, evaluate=evaluate)
         self.evaluating |= {(dataset.name, self.version) for dataset in evaluate}
         return digest_before
+
+    def _is_evaluated(self) -> bool:
+        every = self.config.evaluation.every_steps
+        return self.step in (0, self.config.trainer.num_steps) or (every > 0 and self.step % every == 0)
+
+    def _may_become_best(self) -> bool:
+        return self.config.checkpoint.keep_best is not None and self._is_evaluated()
 
     def _twin_of(self, weights: dict[str, Tensor], *, otherwise: int) -> int:
         """The version of the abandoned branch at this step that is bit for bit the same policy, if there is one."""
@@ -215,11 +222,12 @@ class Trainer:
 
         def save() -> None:
             save_checkpoint(
-                self.folder / "checkpoints",
+                self.checkpoints,
                 state,
                 weights=self.policy.snapshot(torch.float32),
                 optimizer=self.policy.optimizer_tensors(),
                 keep=self.config.checkpoint.keep,
+                protected=update_best(self.checkpoints, self.client, self.run),
             )
 
         self._when_there_is_room(save)
@@ -251,10 +259,11 @@ class Trainer:
 
     def _resume_or_begin(self) -> None:
         """From the newest checkpoint, under a new version; or from the base model, which is version 0."""
+        self.evaluating = evaluation.unreported(self.client, self.run)  # of an earlier process
         newest = self.store.latest_version()
         if newest >= 0:  # the store may be a memory file system: the reference role needs the base version back
             self.store.restore(0, self.policy.snapshot(self.sampling_dtype))
-        found = newest_checkpoint(self.folder / "checkpoints")
+        found = newest_checkpoint(self.checkpoints)
         if found is None:
             self.buffer.roll_back(0)
             self.version = newest  # -1 on a fresh run: the base model becomes version 0, and 0 has no parent
@@ -312,19 +321,22 @@ class Trainer:
         }
 
     def _finished_evaluations(self) -> dict[str, float]:
-        """Metrics of evaluations that finished since the last step."""
-        metrics = {}
+        """Metrics of evaluations that finished since the last step, the oldest of each set: one line holds one version."""
+        metrics: dict[str, float] = {}
         sets = {dataset.name: dataset for dataset in self.config.evaluation.datasets}
         for name, version in sorted(self.evaluating):
+            if f"eval/{name}/version" in metrics:
+                continue
             found = evaluation.result(self.client, self.run.keys, sets[name], version=version)
             if found is None:
                 continue
             self.evaluating.discard((name, version))
             metrics[f"eval/{name}/version"] = float(version)
-            metrics[f"eval/{name}/pass@1"] = found.pass_at_1
-            if found.pass_at_k is not None:
-                metrics[f"eval/{name}/pass@{found.k}"] = found.pass_at_k
-            log.info("evaluation of version %d on %s: pass@1 %.3f", version, name, found.pass_at_1)
+            metrics |= {f"eval/{name}/{metric}": value for metric, value in found.metrics().items()}
+            evaluation.mark_reported(self.client, self.run.keys, dataset=name, version=version)
+            log.info("evaluation of version %d on %s: pass@1 %.3f", version, name, found.scores["pass@1"])
+        if metrics:
+            self._when_there_is_room(lambda: settle_best(self.checkpoints, self.client, self.run))
         return metrics
 
     def _finish(self) -> None:
@@ -338,6 +350,7 @@ class Trainer:
             time.sleep(0.1)
         if self.evaluating and not self.stopping:
             log.error("evaluations %s did not finish within %.0f s", sorted(self.evaluating), EVALUATION_WAIT_S)
+        settle_best(self.checkpoints, self.client, self.run)  # results that came in while no trainer lived
         log.info("%s at step %d", "stopped" if self.stopping else "finished", self.step)
 
     def close(self) -> None:

@@ -198,7 +198,11 @@ class DatasetRole:
         for i in range(count):
             if source.epoch_of(i) > 0:
                 break  # a stream that is shorter than num_prompts
-            prompt = source.prompt_at(i)
+            try:
+                prompt = source.prompt_at(i)
+            except ConfigError as error:  # as in training: a bad row costs that row
+                log.error("prompt %d of evaluation set %s cannot be used: %s", i, dataset.name, error)
+                continue
             if isinstance(prompt, TooLong):
                 continue
             modes = {"g": greedy}

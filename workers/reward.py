@@ -20,10 +20,11 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, signals
 
 from common.broker import send_part
-from common.ledger import Claim, kind_of
+from common.ledger import Claim
 from common.serialization import decode, encode
 from common.types import have_preference
 from workers.context import Context, Result
+from workers.rewards.answers import evaluation_facts
 from workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
 
 log = logging.getLogger("sluice.reward")
@@ -94,7 +95,9 @@ class RewardRole:
         """Task: the reward part of a group."""
         config = self.context.run.config
         lease_s = max(config.lease.running_s, config.reward.time_limit_s + 2 * _KILL_AFTER_S)
-        self.context.perform(group_id, "reward", self._score, fields=("task", "rollout", "version"), lease_s=lease_s)
+        self.context.perform(
+            group_id, "reward", self._score, fields=("task", "rollout", "version", "eval"), lease_s=lease_s
+        )
         with self._num_done.get_lock():
             self._num_done.value += 1
 
@@ -111,10 +114,13 @@ class RewardRole:
             columns=task["columns"],
             trainer_state={"global_step": int(claim.fields["version"] or 0)},
         )
-        is_filtered = self.context.run.config.trainer.filter_zero_variance and kind_of(claim.group_id) == "train"
-        return Result(
-            payload=encode(scores.to_wire()), is_zero_variance=is_filtered and not have_preference(scores.reward)
-        )
+        payload = scores.to_wire()
+        if evaluation := claim.fields["eval"]:
+            name = evaluation.decode().partition(".")[2]
+            (dataset,) = (d for d in self.context.run.config.evaluation.datasets if d.name == name)
+            payload |= evaluation_facts(completions, answer=dataset.answer)
+        is_filtered = self.context.run.config.trainer.filter_zero_variance and not evaluation
+        return Result(payload=encode(payload), is_zero_variance=is_filtered and not have_preference(scores.reward))
 
 
 def _how_it_ended(exception: BaseException) -> str:

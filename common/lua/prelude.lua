@@ -29,7 +29,8 @@
 --   bytes              string   payload bytes held by groups
 --   dead               zset     dead-lettered groups -> ms; their hash is kept
 --   evaluations        hash     id -> version: evaluations asked for and not finished; their versions are kept
---   eval:<id>          hash     one evaluation: dataset, version, total, done, and result:<group> or dead:<group>
+--   eval:<id>          hash     one evaluation: dataset, version, total, done, and result:<group> or dead:<group>; reported: its
+--                               result is in the metrics
 --
 -- Every script is atomic and idempotent: a second call with the same arguments changes nothing. A failed script is not
 -- rolled back, so scripts check first and write after.

@@ -25,18 +25,18 @@ class MathReward:
         self.partial_credit = partial_credit
 
     def __call__(self, prompt: object, response: str, target: object) -> float:
-        expected = _parse(target)
+        expected = parse_number(target)
         if expected is None:
             return 0.0
         first = _ANSWER.search(response)
-        answer = _parse(first.group(1)) if first else None
+        answer = parse_number(first.group(1)) if first else None
         if answer is not None and abs(expected - answer) < self.tolerance:
             return 1.0
         digits = str(int(expected)) if expected.is_integer() else str(expected)
         return self.partial_credit if digits in _ANSWER.sub("", response) else 0.0
 
 
-def _parse(text: object) -> float | None:
+def parse_number(text: object) -> float | None:
     """A finite number, or None."""
     try:
         number = float(_DECORATION.sub("", str(text)))

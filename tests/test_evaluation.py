@@ -1,0 +1,200 @@
+"""Evaluations: estimators against brute force, the vote, and what the reward role keeps of each completion."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import redis
+from builders import make_completion, make_config, make_ledger, publish_policy, rollout_payload, task_payload
+
+from common import evaluation
+from common.broker import make_app
+from common.config import EvalDataset
+from common.config_evaluation import DEFAULT_ANSWER
+from common.errors import ConfigError
+from common.keys import Keys
+from common.run import create_run
+from common.serialization import decode, encode
+from scripts.evaluate import describe, list_evaluations
+from scripts.launch import preflight
+from workers.context import Context
+from workers.reward import RewardRole
+from workers.rewards.answers import read_answer
+from workers.rewards.loading import load_reward_functions
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
+    for correct, k in itertools.product(itertools.product([False, True], repeat=n), range(1, n + 1)):
+        subsets = list(itertools.combinations(correct, k))
+        expected = sum(any(subset) for subset in subsets) / len(subsets)
+        assert evaluation.pass_at_k(list(correct), k=k) == pytest.approx(expected)
+
+
+def test_a_score_at_k_1_of_the_samples_is_their_mean():
+    assert evaluation.pass_at_k([True, False, False, True, True], k=1) == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+def test_the_vote_is_what_drawing_among_the_most_frequent_answers_gives_on_average(n):
+    for answers in itertools.product([None, "1", "2"], repeat=n):
+        for correct in itertools.product([False, True], repeat=n):
+            counts = {a: answers.count(a) for a in answers if a is not None}
+            winners = [a for a in counts if counts[a] == max(counts.values())]
+            draws = [fmean(c for a, c in zip(answers, correct, strict=True) if a == winner) for winner in winners]
+            assert evaluation.majority_vote(answers, correct) == pytest.approx(fmean(draws) if draws else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("answers", "correct", "expected"),
+    [
+        (["7", "7", "8"], [True, True, False], 1.0),
+        (["7", "8", "8"], [True, False, False], 0.0),
+        (["7", "8"], [True, False], 0.5),  # a tie: either, with equal chance
+        (["7", "8", "9", "7", "8"], [True, False, False, True, False], 0.5),
+        ([None, None, None, "7"], [False, False, False, True], 1.0),  # who gives no answer does not vote
+        ([None, None], [True, True], 0.0),
+        (["7", "7"], [True, False], 0.5),  # the reward looks at more than the answer
+        ([], [], 0.0),
+    ],
+)
+def test_the_vote_of_worked_cases(answers, correct, expected):
+    assert evaluation.majority_vote(answers, correct) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "expected"),
+    [
+        ("so <answer>42</answer>", DEFAULT_ANSWER, "42.0"),
+        ("<answer> $1,042.00\n</answer>", DEFAULT_ANSWER, "1042.0"),
+        ("<answer>-0</answer>", DEFAULT_ANSWER, "0.0"),
+        ("<answer>1</answer> <answer>2</answer>", DEFAULT_ANSWER, "1.0"),  # the first, as MathReward
+        ("<answer>to\n  the left </answer>", DEFAULT_ANSWER, "to the left"),
+        ("<answer>  </answer>", DEFAULT_ANSWER, None),
+        ("<answer>42", DEFAULT_ANSWER, None),
+        ("\\boxed{1} then \\boxed{2/3}", r"(?s).*\\boxed\{([^{}]*)\}", "2/3"),  # the last
+        ("yes", r"no|maybe (.)", None),
+        ("no", r"no|maybe (.)", None),
+    ],
+)
+def test_equal_answers_are_equal_text(text, pattern, expected):
+    assert read_answer(text, pattern) == expected
+
+
+SET = {
+    "name": "sums",
+    "dataset": {"path": "x"},
+    "num_samples": 4,
+    "pass_at": [1, 2, 4],
+    "function": "MathReward",
+}
+
+
+@pytest.fixture
+def role(
+    client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RewardRole:
+    """The reward role of a run with one evaluation set."""
+    monkeypatch.setenv("SLUICE_REDIS_URL", redis_url)
+    monkeypatch.setenv("SLUICE_RUN", keys.run)
+    config = make_config(evaluation={"datasets": [SET], "every_steps": 5})
+    create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    publish_policy(client, keys, 0)
+    return RewardRole(
+        Context.open(make_app(keys.run, url=redis_url), "reward"), load_reward_functions(config.reward.functions)
+    )
+
+
+def completions(*texts: str, finish_reason: str = "stop", length: int = 3) -> bytes:
+    made = [make_completion(length=length).to_wire() for _ in texts]
+    wires = [{**c, "text": text, "finish_reason": finish_reason} for c, text in zip(made, texts, strict=True)]
+    return encode({"completions": wires, "worker": "w"})
+
+
+def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> None:
+    client, run = role.context.client, role.context.run
+    ledger = make_ledger(client, run.keys, lease={"max_attempts": 1})
+    right, wrong, none = "<answer>2</answer>", "<answer>3</answer>", "two"  # the target is 2
+    payloads = {
+        "0g": completions(right),
+        "1g": completions(wrong, finish_reason="length", length=8),
+        "2g": completions("<answer>2.0</answer>", length=4),
+        "0s": completions("<answer>2.00</answer>", right, wrong, none),
+        "1s": completions(right, wrong, none, none),
+        "2s": completions(none, none, none, none),
+    }
+    dataset = run.config.evaluation.datasets[0]
+    evaluation.request(client, run.keys, dataset, version=0)
+    tasks = {f"e0.sums.{name}": task_payload(name) for name in [*payloads, "3g", "3s"]}
+    ledger.admit_eval("0.sums", dataset="sums", version=0, tasks=tasks)
+    for name, payload in payloads.items():
+        assert ledger.store(f"e0.sums.{name}", "rollout", payload, version=0) == ["reward"]
+        role.score(f"e0.sums.{name}")
+    assert evaluation.read_all(client, run) == [], "two groups are missing"
+    for name in ("3g", "3s"):
+        ledger.fail(ledger.claim(f"e0.sums.{name}", "rollout", fields=()), reason="EngineError", detail="x")
+    assert evaluation.unreported(client, run) == {("sums", 0)}
+    evaluation.mark_reported(client, run.keys, dataset="sums", version=0)
+    assert evaluation.unreported(client, run) == set()
+    (entry,) = list_evaluations(client, run)
+    stderr = {name: entry.pop(name) for name in list(entry) if name.endswith("_stderr")}
+    expected = {
+        "dataset": "sums",
+        "version": 0,
+        "step": 0,
+        "pass@1": 2 / 3,
+        "sampled_pass@1": (2 / 4 + 1 / 4 + 0) / 3,
+        "pass@2": ((1 - 1 / 6) + (1 - 3 / 6) + 0) / 3,  # C(2,2)/C(4,2), C(3,2)/C(4,2)
+        "pass@4": 2 / 3,
+        "maj@4": (1 + 0.5 + 0) / 3,  # two to one, one to one, nobody voted
+        "mean_length": (3 + 8 + 4) / 3,
+        "clipped_ratio": 1 / 3,
+        "num_prompts": 3,
+        "num_dead": 1,  # the fourth prompt is in no mean
+        "best": False,
+    }
+    assert entry == {name: pytest.approx(v) if isinstance(v, float) else v for name, v in expected.items()}
+    # 1, 0, 1: s^2 = (1/9 + 4/9 + 1/9) / 2 = 1/3, divided by 3 prompts. 1/2, 1/4, 0: s = 1/4
+    assert stderr["pass@1_stderr"] == pytest.approx(math.sqrt(1 / 9))
+    assert stderr["sampled_pass@1_stderr"] == pytest.approx(0.25 / math.sqrt(3))
+    assert list(stderr) == [f"{name}_stderr" for name in dataset.scores]
+    assert describe({**entry, **stderr}) == (
+        "eval sums at step 0:  pass@1 0.667±0.333  sampled_pass@1 0.250±0.144  pass@2 0.444±0.242  pass@4 0.667±0.333  "
+        "maj@4 0.500±0.289  length 5.0  clipped 0.333  dead 1 of 4"
+    )
+    account = ledger.account("eval")
+    assert (account.scored, account.dead, account.holds) == (6, {"EngineError": 2}, True)
+    assert client.zcard(run.keys("versions")) == 0, "nothing is in the buffer"
+
+
+def test_a_training_group_carries_its_scores_only(role: RewardRole) -> None:
+    ledger = make_ledger(role.context.client, role.context.run.keys)
+    (cursor,) = ledger.admit(1).cursors
+    ledger.store(f"t{cursor}", "task", task_payload(f"t{cursor}"))
+    ledger.store(f"t{cursor}", "rollout", rollout_payload(), version=0)
+    role.score(f"t{cursor}")
+    stored = role.context.client.hget(role.context.run.keys("g", f"t{cursor}"), "reward")
+    assert set(decode(stored)) == {"reward", "by_function"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "scores"),
+    [
+        ({}, ("pass@1",)),
+        ({"num_samples": 1}, ("pass@1", "sampled_pass@1")),
+        ({"num_samples": 8}, ("pass@1", "sampled_pass@1", "pass@8", "maj@8")),
+        ({"num_samples": 8, "pass_at": [2, 4]}, ("pass@1", "pass@2", "pass@4", "maj@8")),
+    ],
+)
+def test_scores_follow_from_the_samples(settings, scores):
+    assert EvalDataset.model_validate({"dataset": {"path": "x"}, **settings}).scores == scores
+
+
+def test_a_set_judged_by_a_reward_that_the_run_has_not_is_refused_before_it_starts():
+    judged = {"dataset": {"path": "x"}, "function": "ThinkingReward"}
+    with pytest.raises(ConfigError, match=r"function = 'ThinkingReward' is no reward function.*use one of MathReward"):
+        preflight(make_config(evaluation={"datasets": [judged]}))

@@ -1,0 +1,35 @@
+"""What an evaluation keeps of each completion beside its scores: the answer that it gives, its length, whether it was cut off."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from workers.rewards.math_reward import parse_number
+
+
+def evaluation_facts(completions: list[dict[str, Any]], *, answer: str) -> dict[str, Any]:
+    """Lists with one entry per completion (wire form): `answers` (text or None), `lengths` in tokens, `clipped`.
+
+    answer: regular expression with a group, `answer` of the evaluation set.
+    """
+    return {
+        "answers": [read_answer(c["text"], answer) for c in completions],
+        "lengths": [len(c["token_ids"]) for c in completions],
+        "clipped": [c["finish_reason"] == "length" for c in completions],
+    }
+
+
+def read_answer(text: str, pattern: str) -> str | None:
+    """The first match's first group, so written that equal answers are equal text; None where there is none.
+
+    A number is written as a number, read as MathReward does: "42", " $42.0" and "42.00" are one answer. Of other text
+    only the spacing is evened out.
+    """
+    found = re.search(pattern, text)
+    if found is None or found.group(1) is None:
+        return None
+    number = parse_number(found.group(1))
+    if number is not None:
+        return repr(number + 0.0)  # -0.0 is 0.0
+    return " ".join(found.group(1).split()) or None

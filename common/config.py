@@ -25,7 +25,9 @@ class ModelConfig(Section):
     """Hub revision; none = the hub's default branch."""
 
 
-class DatasetConfig(Section):
+class PromptConfig(Section):
+    """A dataset and its prompts: what RL and supervised training read alike."""
+
     path: str
     """Hub id (`openai/gsm8k`), or a local .jsonl, .json, .parquet file or folder of them."""
     name: str | None = None
@@ -42,14 +44,17 @@ class DatasetConfig(Section):
     """Window of a streaming shuffle, in rows."""
     prompt_column: str = "prompt"
     """Column with the question: text, or a list of chat messages."""
-    target_column: str | None = "target"
-    """Column with the answer; none = the rewards need no target."""
-    target_delimiter: str | None = None
-    """The target is the text after the last occurrence of this (`"#### "` in GSM8K); none = the whole column."""
     system_prompt: str | None = None
     """Put before every text prompt."""
     chat_template: bool = True
     """Apply the tokenizer's chat template to the prompt; off = plain text."""
+
+
+class DatasetConfig(PromptConfig):
+    target_column: str | None = "target"
+    """Column with the answer; none = the rewards need no target."""
+    target_delimiter: str | None = None
+    """The target is the text after the last occurrence of this (`"#### "` in GSM8K); none = the whole column."""
     max_req_tokens: int = Field(default=512, ge=1)
     """Prompts over this many tokens are skipped and counted."""
 

@@ -1,24 +1,48 @@
-"""A run's config from a YAML file and `dotted.key=value` overrides, with errors that name the nearest key."""
+"""A config from a YAML file and `dotted.key=value` overrides, with errors that name the nearest key."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.config import Config
+from common.config_sft import SftConfig
 from common.errors import ConfigError
 from common.presets import apply_preset
 
+AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+
 
 def parse_config(text: str, *, overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
-    """Config from YAML text and `dotted.key=value` overrides (values are YAML). Raises ConfigError with the nearest name.
+    """Config of a run from YAML text and `dotted.key=value` overrides (values are YAML). Raises ConfigError.
 
     `trainer.preset` is replaced by the values it stands for (`common.presets`): the config does not know it.
     """
+    return parse_as(Config, text, overrides=overrides, source=source)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Config of a run from a YAML file. Raises ConfigError."""
+    return load_as(Config, path, overrides)
+
+
+def load_as(kind: type[AnyConfig], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyConfig:
+    """As `parse_as`, from a file."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from None
+    return parse_as(kind, text, overrides=overrides, source=str(path))
+
+
+def parse_as(
+    kind: type[AnyConfig], text: str, *, overrides: list[str] | tuple[str, ...] = (), source: str = "config"
+) -> AnyConfig:
+    """A config of that kind from YAML text and overrides. Raises ConfigError with the nearest name of a wrong key."""
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -28,30 +52,33 @@ def parse_config(text: str, *, overrides: list[str] | tuple[str, ...] = (), sour
     for override in overrides:
         _apply_override(data, override)
     try:
-        apply_preset(data)
+        if kind is Config:
+            apply_preset(data)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     try:
-        return Config.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Config from a YAML file. Raises ConfigError."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from None
-    return parse_config(text, overrides=overrides, source=str(path))
+        raise ConfigError(f"{source}: " + "; ".join(_explain(e, kind) for e in error.errors())) from None
 
 
 def read_run_config(run_folder: Path) -> Config:
     """The config that a run folder holds. Raises ConfigError."""
+    return load_config(_config_file(run_folder))
+
+
+def read_training_config(run_folder: Path) -> Config | SftConfig:
+    """As `read_run_config`, also of a folder that `sluice sft` made. Raises ConfigError."""
+    path = _config_file(run_folder)
+    is_run = "reward" in yaml.safe_load(path.read_text())
+    return load_as(Config, path) if is_run else load_as(SftConfig, path)
+
+
+def _config_file(run_folder: Path) -> Path:
     path = run_folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_folder} is not a run folder: it holds no config.yaml")
-    return load_config(path)
+    return path
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -70,11 +97,12 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {error}") from None
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, kind: type[BaseModel]) -> str:
     """One pydantic error as a sentence a user can act on."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _fields_at(error["loc"][:-1]) + (["preset"] if error["loc"][:-1] == ("trainer",) else [])
+        known = _fields_at(error["loc"][:-1], kind)
+        known += ["preset"] if kind is Config and error["loc"][:-1] == ("trainer",) else []
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {where!r}; {hint}"
@@ -85,8 +113,8 @@ def _explain(error: Any) -> str:
     return f"{where} = {error['input']!r}: {error['msg']}"
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _fields_at(location: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:
+    model: Any = kind
     for part in location:
         if isinstance(part, int):
             continue

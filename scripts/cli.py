@@ -58,6 +58,24 @@ def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str |
 @cli.command()
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--name", help="Name of the run's folder; default: the config's name and the time.")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="",
+    metavar="[RUN]",
+    help="Go on with a run's folder; default: the newest of this config.",
+)
+def sft(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
+    """Supervised training on prompts and completions, in this process, without Redis: a model to begin a run with."""
+    from scripts.sft import run_sft
+
+    run_sft(config, list(overrides), name=name, resume=resume)
+
+
+@cli.command()
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--name", help="Name of the run; default: the config's name and the time.")
 def create(config: str, overrides: tuple[str, ...], name: str | None) -> None:
     """Store a new run in Redis, for roles that are started one by one (on many machines)."""

@@ -21,18 +21,18 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from common.config_sft import SftConfig
 from common.errors import ConfigError
+from trainer.sft import SftTrainer
 
-RECIPE = 1  # raise it when anything below changes what is made
+RECIPE = 2  # raise it when anything below changes what is made
 WARMUP_STEPS = 700
 WARMUP_BATCH = 24
 LEARNING_RATE = 3e-3
@@ -79,13 +79,12 @@ def _write(folder: Path, *, seed: int, warmup_steps: int) -> None:
     tokenizer = build_tokenizer(train, rng=rng)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(tokenizer)
-        _warm_up(model, demonstrations(tokenizer, train, rng=rng), num_steps=warmup_steps)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+        build_model(tokenizer).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        rows = demonstrations(train, rng=rng, count=warmup_steps * WARMUP_BATCH)
+        _warm_up(folder, rows, num_steps=warmup_steps, seed=seed)
     for name, pairs in (("train", train), ("heldout", heldout)):
-        lines = [json.dumps({"prompt": question(a, b), "target": str(a + b)}) for a, b in pairs]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        _write_rows(folder / f"{name}.jsonl", [{"prompt": question(a, b), "target": str(a + b)} for a, b in pairs])
 
 
 def operand_pairs() -> tuple[list[Pair], list[Pair]]:
@@ -158,45 +157,56 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def demonstrations(
-    tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], *, rng: random.Random
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless (prompt ids, completion ids with the end token) of random training pairs."""
-    while True:
+def demonstrations(pairs: list[Pair], *, rng: random.Random, count: int) -> list[dict[str, str]]:
+    """Rows of random training pairs, as `sluice sft` reads them."""
+    rows = []
+    for _ in range(count):
         a, b = rng.choice(pairs)
-        messages = [{"role": "user", "content": question(a, b)}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        yield tokenizer.encode(prompt), tokenizer.encode(demonstration(a, b, rng=rng) + END)
+        rows.append({"prompt": question(a, b), "completion": demonstration(a, b, rng=rng)})
+    return rows
 
 
-def _warm_up(model: Qwen3ForCausalLM, examples: Iterator[tuple[list[int], list[int]]], *, num_steps: int) -> None:
-    """Supervised training on completions; what is learnt is the pupil's distribution, habits included."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    started = time.process_time()
-    model.train()
-    for step in range(1, num_steps + 1):
-        loss = model(**_collate([next(examples) for _ in range(WARMUP_BATCH)])).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == num_steps:
-            cpu_s = time.process_time() - started
-            print(f"warm-up {step}/{num_steps}  loss {loss.item():.3f}  {cpu_s:.0f} CPU s", flush=True)
-    model.eval()
+def _warm_up(folder: Path, rows: list[dict[str, str]], *, num_steps: int, seed: int) -> None:
+    """Supervised training of folder/model in place; what is learnt is the pupil's distribution, habits included."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".warm-up-") as made:
+        data, run = Path(made) / "demonstrations.jsonl", Path(made) / "run"
+        _write_rows(data, rows)
+        config = SftConfig.model_validate(
+            {
+                "seed": seed,
+                "model": {"path": str(folder / "model")},
+                "dataset": {"path": str(data), "streaming": True, "shuffle": False},  # a stream leaves no cache behind
+                "batch_size": WARMUP_BATCH,
+                "trainer": {
+                    "num_steps": num_steps,
+                    "seq_len": 128,
+                    "local_batch_size": WARMUP_BATCH,
+                    "device": "cpu",
+                    "learning_rate": LEARNING_RATE,
+                    "betas": [0.9, 0.98],
+                    "weight_decay": 0.01,
+                    "warmup_steps": 0,
+                    "schedule": "cosine",
+                    "max_grad_norm": 1e6,
+                },
+                "checkpoint": {"every_steps": num_steps},
+            }
+        )
+        started = time.process_time()
+
+        def show(metrics: dict[str, float]) -> None:
+            step = int(metrics["step"])
+            if step % 100 == 0 or step == num_steps:
+                cpu_s = time.process_time() - started
+                print(f"warm-up {step}/{num_steps}  loss {metrics['loss']:.3f}  {cpu_s:.0f} CPU s", flush=True)
+
+        SftTrainer(config, run).train(show)
+        shutil.rmtree(folder / "model")
+        (run / "model").rename(folder / "model")
 
 
-def _collate(examples: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-    """Right-padded input ids and labels [B, T]; prompt and padding carry no loss (-100)."""
-    length = max(len(prompt) + len(completion) for prompt, completion in examples)
-    input_ids = torch.zeros(len(examples), length, dtype=torch.long)
-    labels = torch.full_like(input_ids, -100)
-    for row, (prompt, completion) in enumerate(examples):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
-        labels[row, len(prompt) : end] = torch.tensor(completion)
-    return {"input_ids": input_ids, "labels": labels, "use_cache": False}
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:

@@ -22,6 +22,18 @@ READ_EVERY_S = 0.5
 STALLED_AFTER_S = 10.0
 
 
+def make_bar(console: Console) -> Bar:
+    """Steps done, a bar, the task's description, and the time that remains."""
+    return Bar(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(20),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
 class Progress:
     """Reads the run's metrics stream and says how it goes."""
 
@@ -40,14 +52,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(20),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Bar(*columns, console=self._console)
+            self._bar = make_bar(self._console)
             self._task = self._bar.add_task("starting", total=self._run.config.trainer.num_steps)
             self._bar.start()
         return self

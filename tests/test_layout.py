@@ -25,9 +25,9 @@ MAY_IMPORT = {
 TORCH = {"torch", "transformers", "safetensors"}
 TORCH_IN_COMMON = {
     "torch": {"policy_store", "weights_transport", "delta", "digest", "logprobs", "model", "packing", "truncation"},
-    "transformers": {"model", "packing", "assets"},
+    "transformers": {"model", "packing", "assets", "prompts"},
 }
-"""`assets` reads tokenizers, for which transformers needs no torch."""
+"""`assets` reads tokenizers, for which transformers needs no torch; `prompts` names their type."""
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 

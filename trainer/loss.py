@@ -149,11 +149,12 @@ def combine_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     num_tokens = stacked["loss/num_tokens"]
     share = num_tokens / num_tokens.sum().clamp(min=1)
     combined = {name: (values * share).sum() for name, values in stacked.items()}
-    for name in ("loss/policy", "loss/kl", "loss/num_tokens"):
+    for name in combined.keys() & {"loss/policy", "loss/kl", "loss/num_tokens"}:
         combined[name] = stacked[name].sum()
-    for name in ("off_policy/ratio_max", "off_policy/sequence_log_ratio_max"):
+    for name in combined.keys() & {"off_policy/ratio_max", "off_policy/sequence_log_ratio_max"}:
         combined[name] = stacked[name].max()
-    combined["off_policy/ess"] = _ess(combined["off_policy/ratio_mean"], combined["off_policy/ratio_square_mean"])
+    if "off_policy/ess" in combined:
+        combined["off_policy/ess"] = _ess(combined["off_policy/ratio_mean"], combined["off_policy/ratio_square_mean"])
     return combined
 
 

@@ -54,27 +54,17 @@ class Reporter:
         """One trainer step."""
         line = {"step": step, "version": version, "time": time.time(), **metrics}
         write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
-        self._append({name: value for name, value in line.items() if math.isfinite(value)})
+        append_line(self._path, {name: value for name, value in line.items() if math.isfinite(value)})
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
 
     def report_stall(self, step: int, cause: Cause, waited_s: float) -> None:
         """A line of metrics.jsonl while the trainer does not move: for how long, and why. Needs no Redis."""
-        self._append(
-            {"step": step, "time": time.time(), "stall": cause.kind, "cause": cause.text, "waited_s": waited_s}
+        append_line(
+            self._path,
+            {"step": step, "time": time.time(), "stall": cause.kind, "cause": cause.text, "waited_s": waited_s},
         )
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        """One line, whole or not at all: a full disk costs lines of this file, never the run."""
-        size = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            log.error("%s was not written to: %s", self._path, error)
-            with suppress(OSError):
-                os.truncate(self._path, size)
 
     def keep_samples(self, step: int, groups: list[Group], advantages: list[list[float]]) -> None:
         """The first groups of the step, for `sluice samples`."""
@@ -90,6 +80,18 @@ class Reporter:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """One line of JSON, whole or not at all: a full disk costs lines of this file, never the run."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        log.error("%s was not written to: %s", path, error)
+        with suppress(OSError):
+            os.truncate(path, size)
 
 
 def _last_version(path: Path) -> int:

@@ -25,7 +25,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import DatasetConfig
+from common.config import PromptConfig
 from common.errors import ConfigError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -35,7 +35,7 @@ _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")
 _log = logging.getLogger(__name__)
 
 
-def open_rows(config: DatasetConfig, *, seed: int, section: str) -> Table | Stream:
+def open_rows(config: PromptConfig, *, seed: int, section: str) -> Table | Stream:
     """The configured dataset; errors name the config `section`. Raises ConfigError: not found, unreadable, empty."""
     source = f"{section}.path = {config.path!r}"
     rows = _load(config, section)
@@ -148,7 +148,7 @@ def _window_shuffle(
         yield held[i]
 
 
-def _load(config: DatasetConfig, section: str) -> Any:
+def _load(config: PromptConfig, section: str) -> Any:
     """A datasets.Dataset or IterableDataset without media columns. Raises ConfigError."""
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it calls S3 also for local files
@@ -161,7 +161,7 @@ def _load(config: DatasetConfig, section: str) -> Any:
     return rows.remove_columns(media) if media else rows
 
 
-def _load_arguments(config: DatasetConfig, section: str) -> dict[str, Any]:
+def _load_arguments(config: PromptConfig, section: str) -> dict[str, Any]:
     local = Path(config.path).expanduser()
     source = f"{section}.path = {config.path!r}"
     known = ", ".join(_BUILDERS)

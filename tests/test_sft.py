@@ -1,0 +1,388 @@
+"""Supervised training: the loss is transformers' own, what is learnt is what RL will sample, and a run resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from harness import ROOT, environment, sluice, tiny_folder, wait_for
+from pydantic import ValidationError
+
+from common.assets import ModelAssets, read_assets
+from common.config import DatasetConfig
+from common.config_file import load_as, parse_as
+from common.config_sft import RL_ONLY, ExamplesConfig, SftConfig
+from common.config_trainer import TrainerConfig
+from common.errors import ConfigError
+from common.model import load_pretrained
+from scripts import cli
+from trainer.examples import Example, ExampleSource, end_of_turn, micro_batches_of
+from trainer.export import export_checkpoint
+from trainer.policy import TrainedPolicy
+from trainer.sft import SftTrainer, completion_nll
+from workers.prompts import Prompt, PromptSource
+
+PAIRS = [(a, b) for a in range(10, 40) for b in range(10, 12)]
+ROWS = [{"prompt": f"What is {a}+{b}?", "completion": f"<answer>{a + b}</answer>" * (a % 3 + 1)} for a, b in PAIRS]
+CONVERSATIONS = [
+    {"turns": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+    for row in ROWS
+]
+
+
+@pytest.fixture(autouse=True)
+def _private_cache_and_one_thread(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """One thread, because sums of two depend on the load of the machine, and a `sluice sft` of these tests has one."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    return str(tiny_folder(3) / "model")
+
+
+@pytest.fixture(scope="module")
+def assets(model: str) -> ModelAssets:
+    return read_assets(model)
+
+
+def jsonl(folder: Path, rows: list[dict[str, Any]], name: str = "examples") -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def settings(model: str, path: str, **changes: Any) -> dict[str, Any]:
+    """A small config as data; a keyword replaces keys of one section."""
+    data: dict[str, Any] = {
+        "model": {"path": model},
+        "dataset": {"path": path},
+        "batch_size": 8,
+        "trainer": {"num_steps": 6, "seq_len": 64, "local_batch_size": 3, "device": "cpu", "learning_rate": 1e-3},
+    }
+    for name, value in changes.items():
+        data[name] = {**data.get(name, {}), **value} if isinstance(value, dict) else value
+    data["trainer"] = {name: value for name, value in data["trainer"].items() if value is not None}
+    return data
+
+
+def trainer(model: str, path: str, folder: Path, **changes: Any) -> SftTrainer:
+    return SftTrainer(SftConfig.model_validate(settings(model, path, **changes)), folder)
+
+
+def source(assets: ModelAssets, path: str, *, max_tokens: int = 64, **config: Any) -> ExampleSource:
+    return ExampleSource(
+        ExamplesConfig(path=path, shuffle=False, **config),
+        assets.tokenizer(),
+        eos_token_ids=assets.eos_token_ids,
+        max_tokens=max_tokens,
+        seed=0,
+    )
+
+
+def some_examples(assets: ModelAssets, folder: Path, count: int = 7) -> list[Example]:
+    read = source(assets, jsonl(folder, ROWS))
+    examples = [read.example_at(cursor) for cursor in range(count)]
+    return [example for example in examples if example]
+
+
+def loss_of_transformers(model: Any, examples: list[Example]) -> torch.Tensor:
+    """model(input_ids, labels).loss of right-padded rows, prompts and pads labelled -100."""
+    width = max(example.num_tokens for example in examples)
+    input_ids = torch.zeros(len(examples), width, dtype=torch.long)
+    labels = torch.full_like(input_ids, -100)
+    for row, example in enumerate(examples):
+        ids = torch.tensor([*example.prompt_ids, *example.token_ids])
+        input_ids[row, : len(ids)] = ids
+        labels[row, len(example.prompt_ids) : len(ids)] = ids[len(example.prompt_ids) :]
+    return model(input_ids=input_ids, labels=labels, use_cache=False).loss
+
+
+def lines_of(folder: Path, key: str = "loss") -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_pretrained(str(folder / "model")).state_dict()
+
+
+def test_loss_and_gradient_are_those_of_transformers(model: str, assets: ModelAssets, tmp_path: Path) -> None:
+    """Also the mask: were a prompt token in the loss, or an end token not, both would differ."""
+    examples = some_examples(assets, tmp_path)
+    theirs = load_pretrained(model).train()
+    loss = loss_of_transformers(theirs, examples)
+    loss.backward()
+    micro_batches = micro_batches_of(examples, max_tokens=120)
+    assert len(micro_batches) > 1
+    ours = TrainedPolicy(
+        load_pretrained(model), TrainerConfig(device="cpu", max_grad_norm=1e9), objective=completion_nll
+    )
+    norm = torch.cat([p.grad.flatten().double() for p in theirs.parameters() if p.grad is not None]).norm()
+    gradients: dict[str, torch.Tensor] = {}
+    for name, parameter in ours.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, name=name: gradients.__setitem__(name, p.grad.detach().clone())
+        )
+    metrics = ours.optimize(micro_batches, step=1)
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_no_completion_token_carries_no_gradient(assets: ModelAssets, tmp_path: Path) -> None:
+    (batch,) = micro_batches_of(some_examples(assets, tmp_path), max_tokens=10_000)
+    logprobs = torch.full(batch.loss_mask.shape, -2.0, requires_grad=True)
+    num_tokens = int(batch.completion_lengths.sum())
+    loss, metrics = completion_nll(logprobs, batch, None, 2 * num_tokens)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0)  # 2 nats a token, half of the step's tokens
+    assert (metrics["loss"].item(), metrics["loss/num_tokens"].item()) == (pytest.approx(2.0), num_tokens)
+    assert logprobs.grad is not None
+    assert torch.equal(logprobs.grad != 0, batch.loss_mask)
+    assert int(batch.loss_mask.sum()) == num_tokens < batch.loss_mask.numel()
+
+
+def test_held_out_loss_is_that_of_transformers(model: str, assets: ModelAssets, tmp_path: Path) -> None:
+    held_out = {"dataset": {"path": jsonl(tmp_path, ROWS[:7], "held_out")}}
+    found = trainer(model, jsonl(tmp_path, ROWS), tmp_path / "run", held_out=held_out).held_out_loss()
+    with torch.no_grad():
+        expected = loss_of_transformers(load_pretrained(model), some_examples(assets, tmp_path)).item()
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_prompt_is_that_of_rl_and_completion_is_verbatim_with_the_end_of_the_turn(
+    assets: ModelAssets, tmp_path: Path
+) -> None:
+    path, tokenizer = jsonl(tmp_path, ROWS), assets.tokenizer()
+    settings = {"path": path, "shuffle": False, "system_prompt": "Add."}
+    prompts = PromptSource(DatasetConfig(**settings, target_column="completion"), tokenizer, seed=0)
+    read = source(assets, path, system_prompt="Add.")
+    for cursor in range(3):
+        example, prompt = read.example_at(cursor), prompts.prompt_at(cursor)
+        assert example and isinstance(prompt, Prompt)
+        assert example.prompt_ids.tolist() == prompt.prompt_ids.tolist()
+        assert tokenizer.decode(example.token_ids) == ROWS[cursor]["completion"] + "<|im_end|>"
+
+
+def test_conversations_give_the_same_examples_as_prompts_and_completions(assets: ModelAssets, tmp_path: Path) -> None:
+    plain = source(assets, jsonl(tmp_path, ROWS))
+    whole = source(assets, jsonl(tmp_path, CONVERSATIONS, "whole"), prompt_column="turns", completion_column=None)
+    split = [{"prompt": row["turns"][:1], "completion": row["turns"][1:]} for row in CONVERSATIONS]
+    halves = source(assets, jsonl(tmp_path, split, "split"))
+    for cursor in range(5):
+        first, *others = (read.example_at(cursor) for read in (plain, whole, halves))
+        for other in others:
+            assert first and other
+            assert first.prompt_ids.tolist() == other.prompt_ids.tolist()
+            assert first.token_ids.tolist() == other.token_ids.tolist()
+
+
+def test_an_end_that_is_there_already_is_not_written_twice(assets: ModelAssets, tmp_path: Path) -> None:
+    rows = [{**row, "completion": row["completion"] + "<|im_end|>"} for row in ROWS]
+    a, b = (source(assets, jsonl(tmp_path, each, name)).example_at(0) for each, name in ((ROWS, "a"), (rows, "b")))
+    assert a and b and a.token_ids.tolist() == b.token_ids.tolist()
+
+
+def test_end_of_turn_is_what_the_template_writes_and_generation_stops_at(assets: ModelAssets) -> None:
+    tokenizer = assets.tokenizer()
+    start, end, other = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    tokenizer.eos_token = "<|endoftext|>"  # as in Gemma: the end of a text is not the end of a turn
+    assert end_of_turn(tokenizer, eos_token_ids=(other, end), chat_template=True) == end
+    assert end_of_turn(tokenizer, eos_token_ids=(other, end), chat_template=False) == other
+    assert (
+        end_of_turn(tokenizer, eos_token_ids=(other,), chat_template=True) == other
+    )  # generation stops at nothing else
+    assert end_of_turn(tokenizer, eos_token_ids=(start,), chat_template=True) == start
+
+
+def test_one_epoch_sees_every_row_once_and_skips_and_counts_what_does_not_fit(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, Any]] = [*ROWS[:10], {"prompt": "What is 9+9?", "completion": "9" * 80}, *ROWS[10:14]]
+    rows.insert(5, {"prompt": "What is 8+8?", "completion": None})
+    made = trainer(
+        model, jsonl(tmp_path, rows), tmp_path / "run", batch_size=4, num_epochs=1, trainer={"num_steps": None}
+    )
+    assert made.config.trainer.num_steps == 4  # 16 rows
+    seen: list[str] = []
+    read = ExampleSource.example_at
+    tokenizer = read_assets(model).tokenizer()
+
+    def spy(self: ExampleSource, cursor: int) -> Example | None:
+        if example := read(self, cursor):
+            seen.append(tokenizer.decode(example.prompt_ids))
+        return example
+
+    monkeypatch.setattr(ExampleSource, "example_at", spy)
+    shown: list[dict[str, float]] = []
+    with caplog.at_level(logging.WARNING, logger="sluice.sft"):
+        assert made.train(shown.append)
+    assert len(set(seen[:14])) == 14, "each row that fits once, before any comes again"
+    assert len(seen) == 16
+    assert shown[2]["num_skipped"] <= 2 <= shown[3]["num_skipped"]
+    assert shown[3]["epoch"] == (16 + shown[3]["num_skipped"]) / 16 > 1.0
+    assert "row 5: column 'completion' (completion_column) is null" in caplog.text
+
+
+def test_a_run_that_was_ended_goes_on_bit_for_bit(model: str, tmp_path: Path) -> None:
+    rows, changes = jsonl(tmp_path, ROWS), {"trainer": {"schedule": "cosine"}}
+    assert trainer(model, rows, tmp_path / "straight", **changes).train(lambda metrics: None)
+    first = trainer(model, rows, tmp_path / "halves", **changes)
+    assert not first.train(lambda metrics: None, stop=lambda: first.step == 3)
+    assert not (tmp_path / "halves" / "model").exists()
+    second = trainer(model, rows, tmp_path / "halves", **changes)
+    assert second.step == 3
+    assert second.train(lambda metrics: None)
+    straight, halves = (lines_of(tmp_path / name) for name in ("straight", "halves"))
+    assert [line["loss"] for line in straight] == [line["loss"] for line in halves]
+    assert straight[0]["loss"] > straight[-1]["loss"]
+    a, b = weights_of(tmp_path / "straight"), weights_of(tmp_path / "halves")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    third = trainer(model, rows, tmp_path / "halves", **changes)  # finished: nothing is left to do
+    assert third.train(lambda metrics: None)
+    assert len(lines_of(tmp_path / "halves")) == 6
+
+
+def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(model: str, tmp_path: Path) -> None:
+    data = settings(
+        model,
+        jsonl(tmp_path, ROWS),
+        trainer={"num_steps": 60},
+        held_out={"dataset": {"path": jsonl(tmp_path, ROWS[:9], "held_out")}, "every_steps": 50},
+    )
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(data))
+    env = environment(PYTHONPATH=str(ROOT), HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    run = tmp_path / "runs" / "sft-job-1"
+    argv = [sys.executable, "-m", "scripts.cli", "sft", "job.yaml", "--name", "sft-job-1"]
+    process = subprocess.Popen(argv, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and lines_of(run), timeout=120, what="the first step")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    stopped_at = int(lines_of(run)[-1]["step"])
+    assert f"stopped after step {stopped_at}; go on with: sluice sft job.yaml --resume sft-job-1" in said
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
+
+    done = sluice("sft", "job.yaml", "--resume", cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert f"from step {stopped_at} on" in done.stderr
+    assert "step 60/60  loss " in done.stderr and "held out " in done.stderr
+    assert [line["step"] for line in lines_of(run)] == list(range(1, 61))
+    held_out = lines_of(run, "held_out/loss")
+    assert [line["step"] for line in held_out] == [0, 50, 60]
+    assert held_out[-1]["held_out/loss"] < 0.8 * held_out[0]["held_out/loss"]
+
+    made = read_assets(str(run / "model"))
+    assert made.eos_token_ids == read_assets(model).eos_token_ids
+    assert made.tokenizer().chat_template == read_assets(model).tokenizer().chat_template
+    assert load_pretrained(str(run / "model")).generation_config.do_sample
+    assert export_checkpoint(run, tmp_path / "exported") == 60
+    a, b = weights_of(run), load_pretrained(str(tmp_path / "exported")).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("row", "config", "message"),
+    [
+        ({"prompt": "a", "completion": " "}, {}, "row 0: the completion is empty"),
+        ({"prompt": "a", "completion": 3}, {}, "column 'completion' holds int; a completion is text"),
+        ({"prompt": "a", "answer": "b"}, {"completion_column": "anwser"}, "columns prompt, answer; did you mean 'answer'"),
+        ({"prompt": "a", "completion": "b"}, {"completion_column": None}, "is no conversation of two turns"),
+        ({"prompt": CONVERSATIONS[0]["turns"][:1] * 2}, {"completion_column": None}, "the last turn is not the assistant's"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": ["f"]}]},
+            {"completion_column": None},
+            "tool_calls of the last turn: only its content is learnt",
+        ),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_learnt_says_why(
+    row: dict[str, Any], config: dict[str, Any], message: str, assets: ModelAssets, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        source(assets, jsonl(tmp_path, [row]), **config).example_at(0)
+
+
+def test_a_dataset_of_which_nothing_fits_is_refused(model: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"prompt": "What is 1+1?", "completion": "2" * 90}] * 3)
+    with pytest.raises(ConfigError, match=r"no row can be trained on; all are longer than trainer\.seq_len = 64"):
+        trainer(model, path, tmp_path / "run").train(lambda metrics: None)
+    with pytest.raises(ConfigError, match=r"held_out\.dataset\.path = .*no row can be trained on"):
+        trainer(model, jsonl(tmp_path, ROWS, "good"), tmp_path / "run", held_out={"dataset": {"path": path}})
+
+
+def test_epochs_of_a_stream_are_refused(model: str, tmp_path: Path) -> None:
+    changes = {"num_epochs": 1, "dataset": {"streaming": True}, "trainer": {"num_steps": None}}
+    with pytest.raises(ConfigError, match="num_epochs counts passes over a table"):
+        trainer(model, jsonl(tmp_path, ROWS), tmp_path / "run", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer": {"advantage": "none"}}, r"trainer\.advantage belongs to RL"),
+        ({"trainer": {"loss": {}}}, r"trainer\.loss belongs to RL"),
+        ({"num_epochs": 2}, r"num_epochs and trainer\.num_steps both say when to end"),
+        ({"held_out": {"dataset": {"path": "d", "streaming": True}}}, "a streaming set needs num_examples"),
+        ({"dataset": {"target_column": "a"}}, "Extra inputs"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SftConfig.model_validate(settings("m", "d", **changes))
+
+
+def test_every_key_of_the_trainer_acts_here_or_is_refused() -> None:
+    """Whoever adds one says which."""
+    acts = {
+        "num_steps", "local_batch_size", "seq_len", "device", "autocast", "gradient_checkpointing", "learning_rate",
+        "betas", "eps", "weight_decay", "warmup_steps", "schedule", "max_grad_norm",
+    }  # fmt: skip
+    assert set(TrainerConfig.model_fields) == acts | set(RL_ONLY)
+
+
+def test_bad_input_of_the_command_is_one_paragraph(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(config: Path, *arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["sft", str(config), *arguments])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings(model, jsonl(tmp_path, ROWS))))
+    assert refused(tmp_path / "job.yaml", "dataset.completion_colum=answer") == (
+        f"error: {tmp_path / 'job.yaml'}: unknown key 'dataset.completion_colum'; did you mean 'completion_column'?\n"
+    )
+    assert "there is no sft-job-* in" in refused(tmp_path / "job.yaml", "--resume")
+    (tmp_path / "taken").mkdir()
+    assert "taken exists: choose another --name" in refused(
+        tmp_path / "job.yaml", "--name", "taken", f"output_dir={tmp_path}"
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config" / "sft").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_parse_and_survive_their_own_resolved_yaml(path: Path) -> None:
+    config = load_as(SftConfig, path).for_rows(100)
+    assert parse_as(SftConfig, config.to_yaml()) == config
+    assert path.read_text().startswith("# "), "the first line says what the run is and what it reached"

@@ -1,0 +1,224 @@
+"""Supervised training on prompts and completions: the warm start of a run, in one process, without Redis.
+
+    read batch_size examples -> micro-batches -> mean NLL of the completion tokens -> clip -> step -> metrics
+    -> every few steps: checkpoint             -> at the end: checkpoint, and <folder>/model for `model.path` of a run
+
+Model, packing, optimizer and checkpoints are those of RL; prompt tokens are not in the loss.
+
+Which examples a step sees is a function of the config and the step: cursors in order, those skipped left out. So a run
+that was ended and resumed goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.assets import read_assets
+from common.config_sft import ExamplesConfig, SftConfig
+from common.errors import ConfigError
+from common.model import load_pretrained
+from trainer.batch import MicroBatch
+from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, restore_random_state, save_checkpoint
+from trainer.examples import Example, ExampleSource, micro_batches_of
+from trainer.export import export_checkpoint
+from trainer.policy import TrainedPolicy
+from trainer.report import append_line
+
+log = logging.getLogger("sluice.sft")
+
+MOST_SKIPPED = 10_000
+"""So many rows of a stream without one that can be trained on, and it is given up; of a table, all its rows."""
+
+
+def completion_nll(
+    logprobs: Tensor, batch: MicroBatch, prox: Tensor | None, normaliser: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """loss = -sum of the completion tokens' logprobs / completion tokens of the step: an `Objective`."""
+    nll = -torch.where(batch.loss_mask, logprobs, 0.0).sum()
+    num_tokens = batch.loss_mask.sum().to(nll.dtype)
+    return nll / normaliser, {"loss": nll.detach() / num_tokens.clamp(min=1), "loss/num_tokens": num_tokens}
+
+
+class SftTrainer:
+    """One supervised training in one folder; a folder with checkpoints is gone on with."""
+
+    def __init__(self, config: SftConfig, folder: Path) -> None:
+        """Reads model, data and the newest checkpoint. Raises ConfigError for whatever is wrong with them."""
+        assets = read_assets(config.model.path, revision=config.model.revision)
+        self._tokenizer, self._eos_token_ids = assets.tokenizer(), assets.eos_token_ids
+        self.folder = folder
+        self._source = self._open(config, config.dataset, section="dataset")
+        if config.num_epochs is not None and self._source.num_rows is None:
+            raise ConfigError(
+                "num_epochs counts passes over a table, and dataset.streaming is on: set trainer.num_steps"
+            )
+        self._source.example_at(0)
+        self.config = config.for_rows(self._source.num_rows or 0)
+        "as given, with the epochs turned into steps"
+        self._held_out = self._read_held_out()
+        torch.manual_seed(config.seed)
+        self.policy = TrainedPolicy(
+            load_pretrained(config.model.path, revision=config.model.revision),
+            self.config.trainer,
+            objective=completion_nll,
+        )
+        self.step, self._cursor, self._saved_step, self._wall_s = 0, 0, 0, 0.0
+        self._resume()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(self.config.to_yaml())
+
+    def train(self, on_step: Callable[[dict[str, float]], None], *, stop: Callable[[], bool] = lambda: False) -> bool:
+        """To the last step, or until told to stop between two of them; whether it is the last. Both leave a checkpoint.
+
+        on_step: called with the metrics of each step, and before the first with those of the held-out set.
+        """
+        try:
+            self._train(on_step, stop)
+        finally:
+            self._source.close()
+        if self.step < self.config.trainer.num_steps:
+            return False
+        self._export()
+        return True
+
+    def _train(self, on_step: Callable[[dict[str, float]], None], stop: Callable[[], bool]) -> None:
+        if self.step == 0 and self._held_out:
+            self._report({"step": 0.0, "held_out/loss": self.held_out_loss()}, on_step)
+        started = time.monotonic() - self._wall_s
+        while self.step < self.config.trainer.num_steps and not stop():
+            metrics = self._one_step()
+            self._wall_s = time.monotonic() - started
+            self._report(metrics, on_step)
+            if self.step % self.config.checkpoint.every_steps == 0:
+                self._checkpoint()
+        if self.step != self._saved_step:
+            self._checkpoint()
+
+    def _one_step(self) -> dict[str, float]:
+        began = time.monotonic()
+        examples = self._next_examples()
+        micro_batches = micro_batches_of(examples, max_tokens=self.config.trainer.max_tokens_per_microbatch)
+        metrics = self.policy.optimize(micro_batches, step=self.step + 1)
+        self.step += 1
+        metrics["step"] = float(self.step)
+        metrics["num_tokens"] = float(sum(example.num_tokens for example in examples))
+        metrics["time/step"] = time.monotonic() - began
+        metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
+        metrics["num_skipped"] = float(self.num_skipped)
+        if self._source.num_rows:
+            metrics["epoch"] = self._cursor / self._source.num_rows
+        held_out = self.config.held_out
+        is_due = held_out and held_out.every_steps and self.step % held_out.every_steps == 0
+        if held_out and (is_due or self.step == self.config.trainer.num_steps):
+            metrics["held_out/loss"] = self.held_out_loss()
+        return metrics
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows passed over so far: too long, or wrong in themselves."""
+        return self._cursor - self.step * self.config.batch_size
+
+    def _next_examples(self) -> list[Example]:
+        examples: list[Example] = []
+        skipped = 0
+        while len(examples) < self.config.batch_size:
+            example = self._source.example_or_none(self._cursor)
+            self._cursor += 1
+            skipped = 0 if example else skipped + 1
+            if example:
+                examples.append(example)
+            elif skipped >= (self._source.num_rows or MOST_SKIPPED):
+                raise ConfigError(self._nothing_fits(self.config.dataset, "dataset"))
+        return examples
+
+    def held_out_loss(self) -> float:
+        """Mean NLL of the held-out completion tokens, in nats."""
+        total, longest_first = 0.0, sorted(self._held_out, key=lambda example: example.num_tokens, reverse=True)
+        while longest_first:
+            size = max(1, self.config.trainer.max_tokens_per_microbatch // longest_first[0].num_tokens)
+            batch, longest_first = longest_first[:size], longest_first[size:]
+            scored = self.policy.score([(example.prompt_ids, example.token_ids) for example in batch])
+            total -= sum(float(sequence.logprobs.sum(dtype=np.float64)) for sequence in scored)
+        return total / sum(len(example.token_ids) for example in self._held_out)
+
+    def _read_held_out(self) -> list[Example]:
+        config = self.config.held_out
+        if config is None:
+            return []
+        section = "held_out.dataset"
+        source = self._open(self.config, config.dataset.model_copy(update={"shuffle": False}), section=section)
+        source.example_at(0)
+        count = min(source.num_rows or config.num_examples or 0, config.num_examples or 10**9)
+        rows = []
+        for cursor in range(count):
+            if source.epoch_of(cursor):
+                break  # a stream that is shorter than num_examples
+            rows.append(source.example_or_none(cursor))
+        source.close()
+        examples = [example for example in rows if example]
+        if not examples:
+            raise ConfigError(self._nothing_fits(config.dataset, section))
+        if len(examples) < len(rows):
+            log.warning("%s: %d of %d rows are left out", section, len(rows) - len(examples), len(rows))
+        return examples
+
+    def _open(self, config: SftConfig, dataset: ExamplesConfig, *, section: str) -> ExampleSource:
+        return ExampleSource(
+            dataset,
+            self._tokenizer,
+            eos_token_ids=self._eos_token_ids,
+            max_tokens=config.trainer.seq_len,
+            seed=config.seed,
+            section=section,
+        )
+
+    def _nothing_fits(self, dataset: ExamplesConfig, section: str) -> str:
+        return (
+            f"{section}.path = {dataset.path!r}: no row can be trained on; all are longer than trainer.seq_len = "
+            f"{self.config.trainer.seq_len} tokens, or wrong in themselves"
+        )
+
+    def _report(self, metrics: dict[str, float], on_step: Callable[[dict[str, float]], None]) -> None:
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        append_line(self.folder / "metrics.jsonl", {"time": time.time(), **finite})
+        on_step(metrics)
+
+    def _checkpoint(self) -> None:
+        state = TrainerState(
+            step=self.step, version=0, cursor=self._cursor, random_state=random_state(), wall_s=self._wall_s
+        )
+        save_checkpoint(
+            self.folder / "checkpoints",
+            state,
+            weights=self.policy.snapshot(torch.float32),
+            optimizer=self.policy.optimizer_tensors(),
+            keep=self.config.checkpoint.keep,
+        )
+        self._saved_step = self.step
+
+    def _resume(self) -> None:
+        found = newest_checkpoint(self.folder / "checkpoints")
+        if found is None:
+            return
+        self.policy.restore(found.weights, found.optimizer)
+        restore_random_state(found.state.random_state)
+        self.step = self._saved_step = found.state.step
+        self._cursor, self._wall_s = found.state.cursor, found.state.wall_s
+        log.info("resumed at step %d from %s", self.step, found.path)
+
+    def _export(self) -> None:
+        """`<folder>/model`, whole or not at all."""
+        target, draft = self.folder / "model", self.folder / ".model"
+        for leftover in (draft, target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        export_checkpoint(self.folder, draft)
+        draft.rename(target)

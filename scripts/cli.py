@@ -197,11 +197,12 @@ def evaluate(name: str | None, timeout_s: float, as_json: bool) -> None:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--step", type=int, help="Checkpoint to export; default: the newest.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-def export(run_folder: Path, target: Path, step: int | None, dtype: str) -> None:
-    """A checkpoint as a Hugging Face model folder that `transformers` loads."""
+@click.option("--adapter", is_flag=True, help="Of a run with trainer.lora: the adapter alone, as a folder of peft.")
+def export(run_folder: Path, target: Path, step: int | None, dtype: str, adapter: bool) -> None:
+    """A checkpoint as a Hugging Face model folder that `transformers` loads; a LoRA adapter is merged into it."""
     from trainer.export import export_checkpoint
 
-    exported = export_checkpoint(run_folder, target, step=step, dtype=dtype)
+    exported = export_checkpoint(run_folder, target, step=step, dtype=dtype, adapter=adapter)
     click.echo(f"step {exported} of {run_folder.name} is in {target}")
 
 

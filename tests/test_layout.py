@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 TORCH = {"torch", "transformers", "safetensors"}
 TORCH_IN_COMMON = {
-    "torch": {"policy_store", "weights_transport", "delta", "digest", "logprobs", "model", "truncation"},
+    "torch": {"policy_store", "weights_transport", "delta", "digest", "logprobs", "lora", "model", "truncation"},
     "transformers": {"model", "assets"},
 }
 """`assets` reads tokenizers, for which transformers needs no torch."""

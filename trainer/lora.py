@@ -6,6 +6,7 @@ gradients, and B = 0 at first, so that the model computes what it did before. `c
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ class Adapter:
             task_type="CAUSAL_LM",
         )
         _check_targets(model, targets)
-        self._peft = peft.get_peft_model(model, settings)
+        with warnings.catch_warnings():
+            # peft 0.21 asks a property that transformers 5.24 has renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)  # refused below
+            self._peft = peft.get_peft_model(model, settings)
         self._model = model
         for name, module in model.named_modules():
             if hasattr(module, "lora_A") and type(module.base_layer) is not torch.nn.Linear:

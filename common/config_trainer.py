@@ -85,6 +85,9 @@ class OverlongPenalty(Section):
     """Taken off the reward of a completion of full length."""
 
 
+PEFT_MISSING = "trainer.lora needs peft: `pip install 'sluice[lora]'`, or leave trainer.lora out"
+
+
 class LoraConfig(Section):
     """A low-rank adapter that is trained instead of the model's own weights; needs the extra `sluice[lora]`."""
 

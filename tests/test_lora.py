@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import peft
 import pytest
 import torch
 from builders import make_config
-from harness import tiny_folder
+from harness import quickstart_config, tiny_folder
+from test_replay import make_group
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -23,17 +25,22 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import scripts.launch
 from common.canary import CanarySequence, adapter_share, is_adapter_missing, random_sequences
 from common.config import Config
 from common.config_trainer import LoraConfig
+from common.digest import weights_digest
 from common.errors import ConfigError, DigestMismatch
 from common.lora import merge_adapter
 from common.model import load_pretrained, load_weights, named_weights
+from trainer.audit import Audit, StepRecord
 from trainer.batch import MicroBatch
 from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, save_checkpoint
 from trainer.export import export_checkpoint
 from trainer.lora import Adapter, check_base
 from trainer.policy import TrainedPolicy
+from trainer.replay import replay
+from trainer.step import train_on
 
 VOCAB = 48
 SHAPE: dict[str, Any] = {
@@ -191,6 +198,18 @@ def test_a_missing_peft_is_named_with_what_to_install(monkeypatch: pytest.Monkey
         new_policy()
 
 
+def test_a_run_is_refused_before_anything_starts_where_peft_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripts.launch, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    config = quickstart_config(
+        tmp_path, tiny=tiny_folder(3), trainer__lora={"rank": 2}, output_dir=str(tmp_path / "runs")
+    )
+    with pytest.raises(ConfigError, match=r"pip install 'sluice\[lora\]'"):
+        scripts.launch.run_to_the_end(str(config), [], name=None, resume=None)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_recomputed_activations_change_no_gradient() -> None:
     plain, recomputed = trained(new_policy()), trained(new_policy(gradient_checkpointing=True))
@@ -230,6 +249,24 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path: Path) -> 
     for other in ({"rank": 2}, {"rank": 4, "target_modules": ["q_proj"]}):
         with pytest.raises(ConfigError, match=r"another trainer\.lora \(rank or target_modules\)"):
             new_policy(lora=other).restore(policy.snapshot(torch.float32), {})
+
+
+def test_a_recorded_stream_is_replayed_bit_for_bit(tmp_path: Path) -> None:
+    config = make_config(
+        model={"path": str(tiny_folder(3) / "model")}, audit="all", trainer={"lora": {"rank": 4}, "learning_rate": 1e-2}
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    torch.manual_seed(config.seed)
+    policy = TrainedPolicy.of_run(load_pretrained(config.model.path), config, end_token_ids=[1])
+    for step in (1, 2, 3):
+        before = weights_digest(policy.snapshot(torch.float32, whole=step == 1))  # step 1 begins with version 0
+        groups = [make_group(step), make_group(step + 100)]
+        metrics, _ = train_on(policy, groups, config, step=step)
+        Audit(tmp_path, config).record(StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics))
+        save(tmp_path / "checkpoints", policy, step=step)
+    for steps in (list(replay(tmp_path)), list(replay(tmp_path, step=3))):
+        assert all(step.recorded_loss == step.replayed_loss and step.began_with_same_weights for step in steps)
+        assert steps[-1].step == 3 and steps[-1].ended_with_same_weights
 
 
 @pytest.fixture

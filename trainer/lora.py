@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config_trainer import LoraConfig
+from common.config_trainer import PEFT_MISSING, LoraConfig
 from common.digest import weights_digest
 from common.errors import ConfigError
 from common.lora import PREFIX
@@ -32,9 +32,7 @@ class Adapter:
         try:
             import peft
         except ImportError:
-            raise ConfigError(
-                "trainer.lora needs peft: `pip install 'sluice[lora]'`, or set trainer.lora=none"
-            ) from None
+            raise ConfigError(PEFT_MISSING) from None
         self.base_digest = weights_digest(named_weights(model))
         "of the base as loaded: an adapter upon other weights is another policy"
         targets = config.target_modules

@@ -246,6 +246,8 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path: Path) -> 
     next(changed.parameters()).data[0, 0] += 1
     with pytest.raises(ConfigError, match=r"upon other weights than those of model\.path"):
         check_base(policy.base_digest, new_policy(changed).base_digest)
+    with pytest.raises(ConfigError, match=r"of another trainer\.lora \(alpha / rank\)"):
+        check_base(policy.base_digest, new_policy(lora={"rank": 4, "alpha": 9.0}).base_digest)
     for other in ({"rank": 2}, {"rank": 4, "target_modules": ["q_proj"]}):
         with pytest.raises(ConfigError, match=r"another trainer\.lora \(rank or target_modules\)"):
             new_policy(lora=other).restore(policy.snapshot(torch.float32), {})

@@ -52,7 +52,7 @@ class TrainerState:
     wall_s: float = 0.0
     "seconds of training so far, all incarnations"
     base_digest: str = ""
-    "of the weights that the adapter in this checkpoint is upon; empty = these are all weights"
+    "of the weights that the adapter in this checkpoint is upon, and its scale; empty = these are all weights"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

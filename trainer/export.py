@@ -8,12 +8,11 @@ import torch
 
 from common.assets import read_assets
 from common.config_file import read_run_config
-from common.digest import weights_digest
 from common.errors import ConfigError
 from common.lora import merge_adapter
 from common.model import load_pretrained, load_weights, named_weights
 from trainer.checkpoint import checkpoint_at
-from trainer.lora import Adapter, check_base
+from trainer.lora import Adapter, base_digest, check_base
 
 
 def export_checkpoint(
@@ -30,7 +29,7 @@ def export_checkpoint(
     if adapter and lora is None:
         raise ConfigError(f"{run_folder} was not trained with trainer.lora: it has no adapter; leave --adapter out")
     base = named_weights(model)
-    check_base(found.state.base_digest, weights_digest(base) if lora else "")
+    check_base(found.state.base_digest, base_digest(model, lora) if lora else "")
     if lora is not None and adapter:
         upon = Adapter(model, lora)
         upon.load(found.weights)

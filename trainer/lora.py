@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.config_trainer import PEFT_MISSING, LoraConfig
-from common.digest import weights_digest
+from common.digest import policy_digest, weights_digest
 from common.errors import ConfigError
 from common.lora import PREFIX
 from common.model import named_weights
@@ -33,8 +33,8 @@ class Adapter:
             import peft
         except ImportError:
             raise ConfigError(PEFT_MISSING) from None
-        self.base_digest = weights_digest(named_weights(model))
-        "of the base as loaded: an adapter upon other weights is another policy"
+        self.base_digest = base_digest(model, config)
+        "of the base as loaded"
         targets = config.target_modules
         settings = peft.LoraConfig(
             r=config.rank,
@@ -93,6 +93,11 @@ class Adapter:
         self._peft.save_pretrained(target, save_embedding_layers=False)
 
 
+def base_digest(model: torch.nn.Module, config: LoraConfig) -> str:
+    """Of what an adapter's tensors do not say themselves: the weights that they are upon, and their scale."""
+    return policy_digest({"weights": weights_digest(named_weights(model)), "scale": repr(config.scale)})
+
+
 def check_base(found: str, expected: str) -> None:
     """Refuse a checkpoint of another kind of training, or upon other weights: its `base_digest` and the one at hand.
 
@@ -105,8 +110,8 @@ def check_base(found: str, expected: str) -> None:
     if not found:
         raise ConfigError("the checkpoint holds whole weights, but trainer.lora is set: use the config of its run")
     raise ConfigError(
-        "the checkpoint holds a LoRA adapter upon other weights than those of model.path: was that folder changed? "
-        "Put the former weights back"
+        "the checkpoint holds a LoRA adapter upon other weights than those of model.path (was that folder changed?), or of "
+        "another trainer.lora (alpha / rank): put back what it was trained with"
     )
 
 

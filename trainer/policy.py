@@ -155,7 +155,7 @@ class TrainedPolicy:
 
     @property
     def base_digest(self) -> str:
-        """Of the weights that the adapter is upon; empty where all weights are trained."""
+        """Of the weights that the adapter is upon, and its scale; empty where all weights are trained."""
         return self.adapter.base_digest if self.adapter else ""
 
     @property

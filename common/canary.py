@@ -41,6 +41,8 @@ class CanarySequence:
     "[T]"
     logprobs: NDArray[np.float32]
     "[T], at temperature 1"
+    base_logprobs: NDArray[np.float32] | None = None
+    "[T], of the weights that a LoRA adapter is upon; none = the version is no adapter"
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,6 +66,33 @@ def mean_difference(expected: Sequence[NDArray[np.float32]], found: Sequence[NDA
     """Mean over all tokens of |difference of logprobs|, in nats; at most WORST, also where one is not finite."""
     difference = float(np.abs(np.concatenate(list(found)) - np.concatenate(list(expected))).mean())
     return min(difference, WORST) if math.isfinite(difference) else WORST
+
+
+def adapter_share(canary: Sequence[CanarySequence], found: Sequence[NDArray[np.float32]]) -> tuple[float, float] | None:
+    """How much of a LoRA adapter's effect a sampler shows (1 = all of it, 0 = it samples from the base), and the standard
+    error of that; none where the version is no adapter, or one without any effect.
+
+        d = adapted - base, e = found - base: share = <e, d> / <d, d>        the slope of e on d, over all tokens
+
+    The plain difference must exceed what the sampler's precision costs before it tells anything. The slope is measured
+    against the sampler's own scatter, and so knows a missing adapter while that still is a tenth of the bound.
+    """
+    if not canary or any(sequence.base_logprobs is None for sequence in canary):
+        return None
+    base = np.concatenate([sequence.base_logprobs for sequence in canary]).astype(np.float64)
+    effect = np.concatenate([sequence.logprobs for sequence in canary]).astype(np.float64) - base
+    shown = np.concatenate(list(found)).astype(np.float64) - base
+    size = float(effect @ effect)
+    if size == 0 or len(base) < 2 or not np.isfinite(shown).all():
+        return None
+    share = float(shown @ effect) / size
+    scatter = shown - share * effect
+    return share, math.sqrt(float(scatter @ scatter) / (len(base) - 1) / size)
+
+
+def is_adapter_missing(share: float, error: float) -> bool:
+    """Whether, beyond doubt, not even half of the adapter's effect is there."""
+    return share + 4 * error < 0.5
 
 
 def mismatch_bound(*dtypes: str) -> float:

@@ -8,7 +8,10 @@ from pydantic import Field, model_validator
 from common.config import CheckpointConfig, ModelConfig, PromptConfig
 from common.config_trainer import Section, TrainerConfig
 
-RL_ONLY = ("num_iterations", "advantage", "loss", "mask_truncated", "overlong_penalty", "stall_report_s")
+RL_ONLY = (
+    "num_iterations", "advantage", "filter_zero_variance", "max_refill", "loss", "mask_truncated", "overlong_penalty",
+    "stall_report_s",
+)  # fmt: skip
 """Keys of `trainer` that nothing reads here; setting one is refused."""
 
 

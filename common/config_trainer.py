@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -88,6 +88,25 @@ class OverlongPenalty(Section):
     """Taken off the reward of a completion of full length."""
 
 
+PEFT_MISSING = "trainer.lora needs peft: `pip install 'sluice[lora]'`, or leave trainer.lora out"
+
+
+class LoraConfig(Section):
+    """A low-rank adapter that is trained instead of the model's own weights; needs the extra `sluice[lora]`."""
+
+    rank: int = Field(default=16, ge=1)
+    """r: rows of A and columns of B."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's product B A is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Linear layers that get an adapter: all but the output head, or those whose names end so (`[q_proj, v_proj]`)."""
+
+    @property
+    def scale(self) -> float:
+        """Of B A."""
+        return self.alpha / self.rank
+
+
 class TrainerConfig(Section):
     """The key `preset` of a file names what sets several of these at once; it is resolved when the file is read."""
 
@@ -138,6 +157,8 @@ class TrainerConfig(Section):
     """After the warm-up, down to 0 at num_steps."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled to at most this global norm."""
+    lora: LoraConfig | None = None
+    """Train a LoRA adapter upon frozen weights; none = train all weights."""
     stall_report_s: float = Field(default=5.0, gt=0)
     """While no batch is ready, the cause is logged this often, in seconds."""
 

@@ -30,7 +30,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from common.canary import mismatch_bound
+from common.canary import is_adapter_missing, mismatch_bound
 from common.connection import connect
 from common.errors import ConnectionFailed
 from common.ledger import read_account
@@ -181,7 +181,7 @@ def _other_digests(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
 def _mismatched(run: Run, beats: Beats) -> list[Cause]:
     """Workers whose engine scores otherwise than the trainer does, or than it has sampled."""
     bound = mismatch_bound(run.config.rollout.dtype, run.config.trainer.autocast)
-    return [
+    found = [
         Cause(
             "sampler_mismatch",
             f"{name} serves policy version {facts['version']}, but its logprobs are {facts[key]:.3g} nats from {what} "
@@ -191,6 +191,15 @@ def _mismatched(run: Run, beats: Beats) -> list[Cause]:
         for key, what in _COMPARED.items()
         if (facts.get(key) or 0.0) > bound
     ]
+    for name, facts in beats.items():
+        if facts.get("adapter_share") and is_adapter_missing(*facts["adapter_share"]):
+            share, error = facts["adapter_share"]
+            text = (
+                f"{name} serves policy version {facts['version']}, but on the canary it shows {share:.2f} +- {error:.2f} of "
+                f"the LoRA adapter's effect: it samples from the base, or {run.config.rollout.dtype} rounds the adapter away"
+            )
+            found.append(Cause("sampler_mismatch", text))
+    return found
 
 
 def _from_flow(client: redis.Redis, run: Run, beats: Beats, depths: dict[str, int]) -> Cause:

@@ -83,6 +83,8 @@ class Manifest:
     "version that the delta applies to; -1 = there are whole weights only"
     delta_bytes: int = 0
     "of the delta as stored"
+    adapter_scale: float | None = None
+    "of a LoRA adapter upon version 0, which the tensors then are (`common/lora.py`)"
 
     @property
     def payload_bytes(self) -> int:
@@ -129,12 +131,13 @@ class PolicyStore:
         parent: int,
         incarnation: int = 1,
         canary: Sequence[CanarySequence] = (),
+        adapter_scale: float | None = None,
     ) -> Manifest:
         """Make a version the one to serve. `tensors` are on the CPU and never change from now on: they are held as a base.
 
         Raises PolicyError when a version as new is already served: versions only grow.
         """
-        base, num_links = self._base_for(version)
+        base, num_links = self._base_for(version) if adapter_scale is None else (None, 0)
         if base is None:
             digests, patches = {name: tensor_digest(tensor) for name, tensor in tensors.items()}, None
         else:
@@ -153,6 +156,7 @@ class PolicyStore:
             canary=[sequence.to_wire() for sequence in canary],
             base=base.manifest.version if base is not None and patches is not None else -1,
             delta_bytes=0 if patches is None else self._transport.write(version, patches, "delta"),
+            adapter_scale=adapter_scale,
         )
         self._record(manifest)
         num_bytes = manifest.num_bytes + manifest.delta_bytes
@@ -392,6 +396,5 @@ def store_folder(config: PolicyStoreConfig, run: str) -> Path:
     """Where the directory transport of a run keeps its files."""
     if config.path:
         return Path(config.path) / run
-    memory = Path("/dev/shm")
-    base = memory if memory.is_dir() else Path(tempfile.gettempdir())
+    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
     return base / f"sluice-{os.getuid()}" / run

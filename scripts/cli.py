@@ -220,15 +220,16 @@ def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool)
 @click.option("--step", type=int, help="Checkpoint to export; default: the newest.")
 @click.option("--best", is_flag=True, help="The checkpoint that did best by checkpoint.keep_best.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: str) -> None:
-    """A checkpoint as a Hugging Face model folder that `transformers` loads."""
+@click.option("--adapter", is_flag=True, help="Of a run with trainer.lora: the adapter alone, as a folder of peft.")
+def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: str, adapter: bool) -> None:
+    """A checkpoint as a Hugging Face model folder that `transformers` loads; a LoRA adapter is merged into it."""
     from trainer.best import best_step
     from trainer.export import export_checkpoint
 
     if best and step is not None:
         raise ConfigError("--best and --step name two checkpoints: give one of them")
     step = best_step(run_folder / "checkpoints") if best else step
-    exported = export_checkpoint(run_folder, target, step=step, dtype=dtype)
+    exported = export_checkpoint(run_folder, target, step=step, dtype=dtype, adapter=adapter)
     click.echo(f"step {exported} of {run_folder.name} is in {target}")
 
 

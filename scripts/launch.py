@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,7 @@ from redis.retry import Retry
 
 from common.config import Config
 from common.config_file import load_config
+from common.config_trainer import PEFT_MISSING
 from common.connection import connect, give_up_after
 from common.errors import ConfigError
 from common.run import Run, create_run, open_run, set_status
@@ -81,6 +83,8 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
             raise ConfigError("--resume goes on with the config that is stored with the run: give no key=value with it")
         name = resume or newest_run(config, prefix=Path(config_path).stem)
     check_engine(config.rollout.engine)  # here the rollout workers run in this environment; with `create` they need not
+    if config.trainer.lora and find_spec("peft") is None:
+        raise ConfigError(PEFT_MISSING)
     check_gpus(config)
     assets = None if resume is not None else preflight(config)
     name = name or default_name(config_path)

@@ -24,7 +24,17 @@ MAY_IMPORT = {
 }
 TORCH = {"torch", "transformers", "safetensors"}
 TORCH_IN_COMMON = {
-    "torch": {"policy_store", "weights_transport", "delta", "digest", "logprobs", "model", "packing", "truncation"},
+    "torch": {
+        "policy_store",
+        "weights_transport",
+        "delta",
+        "digest",
+        "logprobs",
+        "lora",
+        "model",
+        "packing",
+        "truncation",
+    },
     "transformers": {"model", "packing", "assets", "prompts"},
 }
 """`assets` reads tokenizers, for which transformers needs no torch; `prompts` names their type."""

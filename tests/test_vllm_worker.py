@@ -15,6 +15,7 @@ import torch
 from harness import tiny_folder, wait_for
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
+from common.lora import PREFIX, merge_adapter
 from common.metrics import read_heartbeats
 from common.model import load_pretrained, load_weights
 from common.policy_store import PolicyStore
@@ -56,7 +57,19 @@ def test_a_vllm_worker_generates_follows_the_policy_and_ends_when_its_engine_die
         assert {beat["digest"] for beat in beats()} == {manifest.digest[:12]}
         second = fleet.admit(4)
         fleet.tick_until(lambda: fleet.has(second, "rollout"), timeout=30, what="groups of version 1")
-        for version, weights, group_ids in ((0, tensors, first), (1, changed, second)):
+        adapter = {
+            f"{PREFIX}{name.removesuffix('.weight')}.lora_{side}.weight": 0.1 * torch.randn(shape, generator=rng)
+            for name, tensor in tensors.items()
+            if name.endswith("_proj.weight")
+            for side, shape in (("A", (4, tensor.shape[1])), ("B", (tensor.shape[0], 4)))
+        }
+        manifest = store.publish(2, adapter, step=2, parent=1, adapter_scale=2.0)
+        wait_for(lambda: any(beat["version"] == 2 for beat in beats()), timeout=30, what="the LoRA adapter")
+        assert {beat["digest"] for beat in beats()} == {manifest.digest[:12]}
+        third = fleet.admit(4)
+        fleet.tick_until(lambda: fleet.has(third, "rollout"), timeout=30, what="groups of version 2")
+        merged = merge_adapter(tensors, adapter, scale=2.0)
+        for version, weights, group_ids in ((0, tensors, first), (1, changed, second), (2, merged, third)):
             for group_id in group_ids:
                 assert_generated_by(fleet, group_id, version=version, weights=weights)
 
@@ -68,7 +81,7 @@ def test_a_vllm_worker_generates_follows_the_policy_and_ends_when_its_engine_die
         )
     (fleet.folder / "die").unlink()
     account = fleet.ledger.account()
-    assert account.holds and account.dead == {} and account.in_flight == 9
+    assert account.holds and account.dead == {} and account.in_flight == 13
 
 
 def assert_generated_by(fleet: Fleet, group_id: str, *, version: int, weights: dict[str, Any]) -> None:

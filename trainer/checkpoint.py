@@ -1,7 +1,7 @@
 """Durable state of the trainer: everything that a fresh process needs to go on as if nothing had happened.
 
     <run folder>/checkpoints/step-00000040/
-        model.safetensors       float32 master weights
+        model.safetensors       float32 master weights; with trainer.lora the adapter's, as peft names them
         optimizer.safetensors   AdamW moments
         state.json              step, version, cursor, random state, groups trained since the checkpoint before, digests
 
@@ -52,6 +52,8 @@ class TrainerState:
     "groups trained not long before that as well: those that a restarted Redis may have forgotten about"
     wall_s: float = 0.0
     "seconds of training so far, all incarnations"
+    base_digest: str = ""
+    "of the weights that the adapter in this checkpoint is upon, and its scale; empty = these are all weights"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -131,10 +131,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, *, eos_token_ids: Sequence[i
     return tokenizer.eos_token_id if tokenizer.eos_token_id in eos_token_ids else min(eos_token_ids)
 
 
-def micro_batches_of(examples: Sequence[Example], *, max_tokens: int) -> list[MicroBatch]:
-    """Each example once, as a group of one completion."""
+def micro_batches_of(examples: Sequence[Example], *, max_tokens: int, packed: bool = False) -> list[MicroBatch]:
+    """Each example once, as a group of one completion; max_tokens and packed as in `build_micro_batches`."""
     groups = [_group_of(example) for example in examples]
-    return build_micro_batches(groups, [torch.ones(1) for _ in groups], max_tokens=max_tokens)
+    return build_micro_batches(groups, [torch.ones(1) for _ in groups], max_tokens=max_tokens, packed=packed)
 
 
 def _group_of(example: Example) -> Group:

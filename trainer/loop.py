@@ -53,6 +53,7 @@ from trainer.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from trainer.lora import check_base
 from trainer.policy import TrainedPolicy
 from trainer.publish import Publisher
 from trainer.report import Reporter, batch_metrics, flow_metrics, token_age
@@ -186,7 +187,7 @@ class Trainer:
         evaluate = self.config.evaluation.datasets if self._is_evaluated() else ()
         self.publisher.wait()  # before the snapshot, so that there are two copies at most: this one and its base
         digest_before = self.publisher.digest
-        weights = self.policy.snapshot(self.sampling_dtype)
+        weights = self.policy.snapshot(self.sampling_dtype, whole=self.version == 0)
         parent = self._twin_of(weights, otherwise=parent)
         canary = self.policy.score(self._canary_sequences or random_sequences(self.policy.vocab_size))
         self.publisher.publish(self.version, weights, step=self.step, parent=parent, canary=canary, evaluate=evaluate)
@@ -218,6 +219,7 @@ class Trainer:
             trained_groups=self.trained_groups,
             recent_groups=[group for _, group in self._remembered],
             wall_s=self.wall_s,
+            base_digest=self.policy.base_digest,
         )
 
         def save() -> None:
@@ -262,13 +264,14 @@ class Trainer:
         self.evaluating = evaluation.unreported(self.client, self.run)  # of an earlier process
         newest = self.store.latest_version()
         if newest >= 0:  # the store may be a memory file system: the reference role needs the base version back
-            self.store.restore(0, self.policy.snapshot(self.sampling_dtype))
+            self.store.restore(0, self.policy.snapshot(self.sampling_dtype, whole=True))
         found = newest_checkpoint(self.checkpoints)
         if found is None:
             self.buffer.roll_back(0)
             self.version = newest  # -1 on a fresh run: the base model becomes version 0, and 0 has no parent
             self._publish(parent=min(newest, 0))
         else:
+            check_base(found.state.base_digest, self.policy.base_digest)
             self.policy.restore(found.weights, found.optimizer)
             restore_random_state(found.state.random_state)
             self.step, self.version, self.wall_s = found.state.step, found.state.version, found.state.wall_s

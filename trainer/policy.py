@@ -26,6 +26,7 @@ from common.model import load_weights, named_weights, resolve_device
 from common.packing import enable_packing
 from common.truncation import Truncation
 from trainer.batch import MicroBatch, padding_share, step_normaliser
+from trainer.lora import Adapter
 from trainer.loss import combine_metrics, policy_loss
 
 log = logging.getLogger("sluice.trainer")
@@ -93,6 +94,7 @@ class TrainedPolicy:
         self._config = config
         self._objective = objective
         self.device = resolve_device(config.device)
+        self.adapter = Adapter(model, config.lora) if config.lora else None
         self.model = model.to(self.device, dtype=torch.float32).train()
         self.is_packed = config.packing == "auto" and _packs(self.model)
         if config.gradient_checkpointing:
@@ -159,28 +161,53 @@ class TrainedPolicy:
         return logprobs.detach(), metrics
 
     @property
+    def base_digest(self) -> str:
+        """Of the weights that the adapter is upon, and its scale; empty where all weights are trained."""
+        return self.adapter.base_digest if self.adapter else ""
+
+    @property
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
     @torch.no_grad()
     def score(self, sequences: list[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> list[CanarySequence]:
-        """The canary of the present weights, from (prompt_ids, token_ids): logprobs at temperature 1."""
+        """The canary of the present weights, from (prompt_ids, token_ids): logprobs at temperature 1.
+
+        With an adapter also those of its base, so that a sampler that serves the base can be told.
+        """
         padded = pad_sequences([prompt for prompt, _ in sequences], [tokens for _, tokens in sequences])
+        tensors = [tensor.to(self.device) for tensor in padded]
         self.model.eval()
-        logprobs, _ = self._scorer(*(tensor.to(self.device) for tensor in padded), for_loss=False)
+        rows = self._scorer(*tensors, for_loss=False)[0].float().cpu().numpy()
+        base_rows = None
+        if self.adapter is not None:
+            with self.adapter.disabled():
+                base_rows = self._scorer(*tensors, for_loss=False)[0].float().cpu().numpy()
         self.model.train()
-        rows = logprobs.float().cpu().numpy()
         return [
-            CanarySequence(prompt_ids=prompt, token_ids=tokens, logprobs=row[: len(tokens)].copy())
-            for (prompt, tokens), row in zip(sequences, rows, strict=True)
+            CanarySequence(
+                prompt_ids=prompt,
+                token_ids=tokens,
+                logprobs=rows[i, : len(tokens)].copy(),
+                base_logprobs=None if base_rows is None else base_rows[i, : len(tokens)].copy(),
+            )
+            for i, (prompt, tokens) in enumerate(sequences)
         ]
 
     @torch.no_grad()
-    def snapshot(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """A copy of the weights on the CPU, in the sampling precision; training may go on while it travels."""
+    def snapshot(self, dtype: torch.dtype, *, whole: bool = False) -> dict[str, Tensor]:
+        """A copy of the weights on the CPU, in the sampling precision; training may go on while it travels.
+
+        Where an adapter is trained, its tensors in float32; with `whole` the weights that it is upon.
+        """
+        if self.adapter is None:
+            weights = named_weights(self.model)
+        else:
+            weights = self.adapter.base_weights() if whole else self.adapter.weights()
+            dtype = dtype if whole else torch.float32
         return {
             name: _on_cpu(weight.detach(), dtype if weight.is_floating_point() else weight.dtype)
-            for name, weight in named_weights(self.model).items()
+            for name, weight in weights.items()
         }
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -194,7 +221,10 @@ class TrainedPolicy:
 
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """The inverse of `snapshot(float32)` and `optimizer_tensors`."""
-        load_weights(self.model, weights)
+        if self.adapter is None:
+            load_weights(self.model, weights)
+        else:
+            self.adapter.load(weights)
         parameters = dict(self.model.named_parameters())
         for name, value in optimizer.items():
             parameter_name, _, key = name.rpartition("/")
@@ -226,8 +256,8 @@ def schedule_factor(config: TrainerConfig, step: int) -> float:
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> Iterable[dict[str, Any]]:
-    """Matrices decay; norms and biases do not."""
-    parameters = list(model.parameters())
+    """Matrices decay; norms and biases do not. What is frozen is left out."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -97,9 +97,17 @@ class Publisher:
     ) -> None:
         started = time.monotonic()
 
+        lora = self._run.config.trainer.lora
+
         def write() -> None:
             manifest = self._store.publish(
-                version, tensors, step=step, parent=parent, incarnation=self._incarnation, canary=canary
+                version,
+                tensors,
+                step=step,
+                parent=parent,
+                incarnation=self._incarnation,
+                canary=canary,
+                adapter_scale=lora.scale if lora and version > 0 else None,
             )
             self.digest = manifest.digest
             whole_bytes = sum(tensor.nbytes for tensor in tensors.values())

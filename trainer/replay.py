@@ -23,6 +23,7 @@ from common.errors import ConfigError
 from common.model import load_pretrained
 from trainer.audit import audit_folder, read_record, recorded_steps
 from trainer.checkpoint import checkpoint_at, checkpoint_steps, restore_random_state
+from trainer.lora import check_base
 from trainer.policy import TrainedPolicy
 from trainer.step import train_on
 
@@ -70,6 +71,7 @@ def replay(run_folder: Path, *, step: int | None = None) -> Iterator[ReplayedSte
     policy = TrainedPolicy.of_run(base, config, end_token_ids=end_token_ids)
     if first:
         found = checkpoint_at(checkpoints, first)
+        check_base(found.state.base_digest, policy.base_digest)
         policy.restore(found.weights, found.optimizer)
         restore_random_state(found.state.random_state)
     for number in range(first + 1, last + 1):
@@ -78,7 +80,10 @@ def replay(run_folder: Path, *, step: int | None = None) -> Iterator[ReplayedSte
 
 def _replay_step(policy: TrainedPolicy, config: Config, run_folder: Path, *, step: int) -> ReplayedStep:
     record = read_record(audit_folder(run_folder), step)
-    began_with = weights_digest(policy.snapshot(getattr(torch, config.rollout.dtype)))
+    dtype = getattr(torch, config.rollout.dtype)
+    began_with = {
+        weights_digest(policy.snapshot(dtype, whole=whole)) for whole in {False, step == 1}
+    }  # 1: on version 0
     metrics, _ = train_on(policy, record.groups, config, step=step)
     ended_same = None
     if step in checkpoint_steps(run_folder / "checkpoints"):
@@ -91,6 +96,6 @@ def _replay_step(policy: TrainedPolicy, config: Config, run_folder: Path, *, ste
         replayed_loss=loss(metrics),
         recorded_grad_norm=record.metrics["grad_norm"],
         replayed_grad_norm=metrics["grad_norm"],
-        began_with_same_weights=began_with == record.parent_digest,
+        began_with_same_weights=record.parent_digest in began_with,
         ended_with_same_weights=ended_same,
     )

@@ -192,6 +192,8 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
     compared = [facts.get(key) for facts in beats for key in ("mismatch", "cache_mismatch")]
     if differences := [difference for difference in compared if difference is not None]:
         metrics["off_policy/canary_abs_diff"] = max(differences)
+    if adapter_shares := [facts["adapter_share"][0] for facts in beats if facts.get("adapter_share")]:
+        metrics["off_policy/adapter_share"] = min(adapter_shares)
     metrics |= {f"idle_fraction/{role}": fmean(values) for role, values in shares.items()}
     if run.config.trainer.filter_zero_variance:
         dropped, before = (

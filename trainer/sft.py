@@ -106,7 +106,8 @@ class SftTrainer:
     def _one_step(self) -> dict[str, float]:
         began = time.monotonic()
         examples = self._next_examples()
-        micro_batches = micro_batches_of(examples, max_tokens=self.config.trainer.max_tokens_per_microbatch)
+        budget = self.config.trainer.microbatch_tokens
+        micro_batches = micro_batches_of(examples, max_tokens=budget, packed=self.policy.is_packed)
         metrics = self.policy.optimize(micro_batches, step=self.step + 1)
         self.step += 1
         metrics["step"] = float(self.step)
@@ -144,7 +145,7 @@ class SftTrainer:
         """Mean NLL of the held-out completion tokens, in nats."""
         total, longest_first = 0.0, sorted(self._held_out, key=lambda example: example.num_tokens, reverse=True)
         while longest_first:
-            size = max(1, self.config.trainer.max_tokens_per_microbatch // longest_first[0].num_tokens)
+            size = max(1, self.config.trainer.microbatch_tokens // longest_first[0].num_tokens)
             batch, longest_first = longest_first[:size], longest_first[size:]
             scored = self.policy.score([(example.prompt_ids, example.token_ids) for example in batch])
             total -= sum(float(sequence.logprobs.sum(dtype=np.float64)) for sequence in scored)

@@ -8,7 +8,10 @@ Invariants:
 * the newest version is staged unless pinned groups are inside the gate, or were a moment ago: an evaluation's groups follow
   one another closely, and its version is not given up between two of them;
 * whoever stages holds one lock, so that no older choice replaces a newer one;
-* what cannot be verified is never staged: the served version stays, and the heartbeat says so.
+* what cannot be verified is never staged: the served version stays, and the heartbeat says so;
+* of a LoRA adapter the engine gets the merged weights (`common/lora.py`), as of any policy: inference costs nothing extra,
+  and no engine needs to know. Its digest is that of the adapter as fetched; the canary shows whether the engine computes
+  with it.
 """
 
 from __future__ import annotations
@@ -17,18 +20,20 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import redis
+import torch
 
-from common.canary import CanarySequence, mean_difference
+from common.canary import CanarySequence, adapter_share, mean_difference
 from common.config import PolicyStoreConfig
 from common.connection import BLOCK_S
 from common.errors import EngineError, PolicyError
 from common.keys import Keys
-from common.policy_store import Manifest, PolicyStore
+from common.lora import merge_adapter
+from common.policy_store import Manifest, Policy, PolicyStore
 from common.types import Completion
 from workers.engine import Engine, GenerationRequest
 
@@ -50,8 +55,11 @@ class ServedPolicy:
         "of the newest canary scored, in nats"
         self.cache_mismatch: float | None = None
         "between a completion as it was sampled, from cached keys and values, and as it is scored afresh, in nats"
+        self.adapter_share: tuple[float, float] | None = None
+        "how much of a LoRA adapter's effect the newest canary shows, and the standard error of that"
+        self._base: Policy | None = None
         self._compared = -1
-        self._client, self._keys, self._engine = client, keys, engine
+        self._client, self._keys, self._config, self._engine = client, keys, config, engine
         self._store = PolicyStore(client, keys, config)
         self._gate = _VersionGate()
         self._staging = threading.Lock()
@@ -101,6 +109,8 @@ class ServedPolicy:
             "alarm": self.alarm,
             "mismatch": self.mismatch,
             "cache_mismatch": self.cache_mismatch,
+            "adapter_share": self.adapter_share,
+            "base_digest": self._base.manifest.digest[:12] if self._base else "",
             "fetch_s": round(self._store.last_fetch_s, 4),
             "fetch_bytes": self._store.last_fetch_bytes,
         }
@@ -136,9 +146,19 @@ class ServedPolicy:
 
     def _stage(self, version: int) -> None:
         manifest, tensors = self._store.fetch(version)
+        if manifest.adapter_scale is not None:
+            tensors = merge_adapter(self._base_tensors(), tensors, scale=manifest.adapter_scale)
         self._engine.stage(version, manifest.digest, tensors)
         self._staged = version, manifest.digest
-        self._unchecked, self.mismatch = manifest, None
+        self._unchecked, self.mismatch, self.adapter_share = manifest, None, None
+
+    def _base_tensors(self) -> Mapping[str, torch.Tensor]:
+        """Version 0, which all adapters are upon: fetched with the first of them, and held from then on."""
+        if self._base is None:
+            store = PolicyStore(self._client, self._keys, self._config)  # of its own: what was fetched last is told of
+            manifest, tensors = store.fetch(0)
+            self._base = Policy(manifest=manifest, tensors=tensors)
+        return self._base.tensors
 
     def _check(self) -> None:
         """Score the canary of the staged policy, once it is served; or say that the engine refuses it."""
@@ -168,6 +188,7 @@ class ServedPolicy:
             if version != manifest.version:
                 return False
             self.mismatch = mean_difference([s.logprobs for s in canary], logprobs) if canary else None
+            self.adapter_share = adapter_share(canary, logprobs)
         return True
 
 

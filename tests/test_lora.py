@@ -1,0 +1,362 @@
+"""LoRA: only the adapter moves, it is merged as peft merges, and it is checkpointed and exported as an adapter."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from builders import make_config
+from harness import quickstart_config, tiny_folder
+from test_replay import make_group
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import scripts.launch
+from common.canary import CanarySequence, adapter_share, is_adapter_missing, random_sequences
+from common.config import Config
+from common.config_trainer import LoraConfig
+from common.digest import weights_digest
+from common.errors import ConfigError, DigestMismatch
+from common.lora import merge_adapter
+from common.model import load_pretrained, load_weights, named_weights
+from trainer.audit import Audit, StepRecord
+from trainer.batch import MicroBatch
+from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, save_checkpoint
+from trainer.export import export_checkpoint
+from trainer.lora import Adapter, check_base
+from trainer.policy import TrainedPolicy
+from trainer.replay import replay
+from trainer.step import train_on
+
+VOCAB = 48
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.2,
+}  # fmt: skip
+MODELS = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False, attention_bias=True)),
+}
+IDS = torch.arange(3, 15)[None]
+
+
+def build(architecture: str = "qwen3") -> Any:
+    torch.manual_seed(0)
+    return MODELS[architecture]()
+
+
+def new_policy(model: Any = None, *, seed: int = 0, **trainer: Any) -> TrainedPolicy:
+    """A policy with an adapter upon the same base every time; `seed`: of the adapter."""
+    model = model or build()
+    torch.manual_seed(seed)
+    settings = {"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 1e-2, "warmup_steps": 0, **trainer}
+    return TrainedPolicy.of_run(model, make_config(trainer=settings))
+
+
+def micro_batch(seed: int) -> MicroBatch:
+    generator = torch.Generator().manual_seed(seed)
+    return MicroBatch(
+        input_ids=torch.randint(0, VOCAB, (4, 10), generator=generator),
+        prompt_lengths=torch.full((4,), 4),
+        completion_lengths=torch.full((4,), 6),
+        rollout_logprobs=-4.0 + torch.rand(4, 6, generator=generator) * 0.1,
+        ref_logprobs=None,
+        advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        loss_mask=torch.ones(4, 6, dtype=torch.bool),
+    )
+
+
+def trained(policy: TrainedPolicy, *, first: int = 1, last: int = 3) -> TrainedPolicy:
+    for step in range(first, last + 1):
+        policy.optimize([micro_batch(step)], step=step)
+    return policy
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, atol: float = 0.0) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol, msg=name)
+
+
+def test_a_worked_merge_leaves_other_weights_the_very_tensors_of_the_base() -> None:
+    base = {"m.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "norm.weight": torch.ones(2)}
+    adapter = {
+        "base_model.model.m.lora_A.weight": torch.tensor([[1.0, 1.0]]),
+        "base_model.model.m.lora_B.weight": torch.tensor([[1.0], [2.0]]),
+    }
+    merged = merge_adapter(base, adapter, scale=2.0)
+    assert merged["m.weight"].tolist() == [[3.0, 4.0], [7.0, 8.0]]  # W0 + 2 [[1, 1], [2, 2]]
+    assert merged["norm.weight"] is base["norm.weight"]
+    assert base["m.weight"].tolist() == [[1.0, 2.0], [3.0, 4.0]], "the base serves the next version"
+
+
+def test_a_merge_into_bfloat16_rounds_once() -> None:
+    base = {"m.weight": torch.tensor([[1.0]], dtype=torch.bfloat16)}
+    adapter = {
+        "base_model.model.m.lora_A.weight": torch.tensor([[0.003], [0.002]]),  # each by itself is rounded away
+        "base_model.model.m.lora_B.weight": torch.tensor([[1.0, 1.0]]),
+    }
+    merged = merge_adapter(base, adapter, scale=1.0)["m.weight"]
+    assert (merged.dtype, merged.item()) == (torch.bfloat16, 1 + 2**-7)
+
+
+@pytest.mark.parametrize(
+    "damage", ["no B", "another module", "another rank", "another shape", "nothing", "whole weights"]
+)
+def test_an_adapter_of_another_model_is_not_merged(damage: str) -> None:
+    a, b = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
+    adapters = {
+        "no B": {a: torch.ones(1, 3)},
+        "another module": {a.replace("m.l", "n.l"): torch.ones(1, 3), b.replace("m.l", "n.l"): torch.ones(2, 1)},
+        "another rank": {a: torch.ones(2, 3), b: torch.ones(2, 1)},
+        "another shape": {a: torch.ones(1, 2), b: torch.ones(2, 1)},
+        "nothing": {},
+        "whole weights": {"m.weight": torch.ones(2, 3)},
+    }
+    with pytest.raises(DigestMismatch, match="adapter"):
+        merge_adapter({"m.weight": torch.zeros(2, 3)}, adapters[damage], scale=1.0)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_only_the_adapter_moves_and_it_is_merged_as_peft_merges(architecture: str) -> None:
+    plain = {name: weight.detach().clone() for name, weight in named_weights(build(architecture)).items()}
+    policy = new_policy(build(architecture))
+    before = policy.snapshot(torch.float32)
+    assert_equal(policy.snapshot(torch.float32, whole=True), plain)
+    trained(policy)
+    after = policy.snapshot(torch.bfloat16)
+    assert all(tensor.dtype == torch.float32 for tensor in after.values()), "an adapter is small: it is never rounded"
+    assert len(after) == 2 * 2 * 7, "A and B of two layers' seven linear layers; not of the head"
+    assert [name for name in after if after[name].equal(before[name])] == []
+    assert_equal(policy.snapshot(torch.float32, whole=True), plain)
+    assert {name.rpartition("/")[0] for name in policy.optimizer_tensors()} == {
+        name for name, parameter in policy.model.named_parameters() if parameter.requires_grad
+    }
+    merged = merge_adapter(plain, after, scale=2.0)
+    fresh = build(architecture)
+    load_weights(fresh, merged)
+    torch.testing.assert_close(logits(fresh), logits(policy.model), rtol=0, atol=1e-5)
+    assert (logits(fresh) - logits(build(architecture))).abs().max() > 0.1
+    assert policy.adapter is not None
+    assert_equal(merged, named_weights(policy.adapter._peft.merge_and_unload()), atol=1e-6)
+
+
+def test_a_fresh_adapter_is_its_base_and_the_canary_tells_both() -> None:
+    policy = new_policy()
+    [first, _] = policy.score(random_sequences(VOCAB))
+    assert first.base_logprobs is not None and np.array_equal(first.logprobs, first.base_logprobs)
+    expected = TrainedPolicy.of_run(build(), make_config()).score(random_sequences(VOCAB))[0]
+    assert expected.base_logprobs is None
+    np.testing.assert_allclose(first.logprobs, expected.logprobs, atol=1e-6)
+    later = trained(policy).score(random_sequences(VOCAB))[0]
+    assert later.base_logprobs is not None and np.array_equal(later.base_logprobs, first.base_logprobs)
+    assert np.abs(later.logprobs - later.base_logprobs).max() > 0.01
+    assert policy.model.training and all(weight.requires_grad for weight in policy.adapter.weights().values())  # type: ignore[union-attr]
+
+
+def test_named_modules_alone_get_an_adapter() -> None:
+    policy = new_policy(lora={"rank": 2, "target_modules": ["self_attn.q_proj", "v_proj"]})
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in policy.snapshot(torch.float32)}
+    assert modules == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("name", ["qproj", "lm_head", "embed_tokens"])
+def test_target_modules_that_are_no_linear_layers_of_the_model_are_refused(name: str) -> None:
+    lora = LoraConfig(target_modules=("q_proj", name))
+    with pytest.raises(ConfigError, match=rf"no linear layer is called {name} \(there are .*q_proj"):
+        Adapter(build(), lora)
+
+
+def test_layers_whose_weights_lie_otherwise_are_refused() -> None:
+    shape = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(ConfigError, match=r"c_attn is a Conv1D; name linear layers only"):
+        Adapter(GPT2LMHeadModel(shape), LoraConfig())
+
+
+def test_a_missing_peft_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"pip install 'sluice\[lora\]'"):
+        new_policy()
+
+
+def test_a_run_is_refused_before_anything_starts_where_peft_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripts.launch, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    config = quickstart_config(
+        tmp_path, tiny=tiny_folder(3), trainer__lora={"rank": 2}, output_dir=str(tmp_path / "runs")
+    )
+    with pytest.raises(ConfigError, match=r"pip install 'sluice\[lora\]'"):
+        scripts.launch.run_to_the_end(str(config), [], name=None, resume=None)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_recomputed_activations_change_no_gradient() -> None:
+    plain, recomputed = trained(new_policy()), trained(new_policy(gradient_checkpointing=True))
+    assert_equal(recomputed.snapshot(torch.float32), plain.snapshot(torch.float32), atol=1e-6)
+
+
+def save(folder: Path, policy: TrainedPolicy, *, step: int = 3) -> Path:
+    state = TrainerState(step=step, version=step, cursor=0, random_state=random_state(), base_digest=policy.base_digest)
+    tensors = {"weights": policy.snapshot(torch.float32), "optimizer": policy.optimizer_tensors()}
+    return save_checkpoint(folder, state, keep=2, **tensors)
+
+
+def test_training_goes_on_bit_for_bit_from_a_checkpoint_without_the_base(tmp_path: Path) -> None:
+    path = save(tmp_path, trained(new_policy()))
+    base_bytes = sum(weight.nbytes for weight in named_weights(build()).values())
+    adapter_bytes = sum(tensor.nbytes for tensor in new_policy().snapshot(torch.float32).values())
+    assert adapter_bytes < (path / "model.safetensors").stat().st_size < adapter_bytes + 8192 < base_bytes
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    resumed = new_policy(seed=99)  # another adapter, replaced
+    check_base(found.state.base_digest, resumed.base_digest)
+    resumed.restore(found.weights, found.optimizer)
+    straight = trained(new_policy(), last=6)
+    assert_equal(trained(resumed, first=4, last=6).snapshot(torch.float32), straight.snapshot(torch.float32))
+
+
+def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path: Path) -> None:
+    policy = new_policy()
+    with pytest.raises(ConfigError, match=r"holds a LoRA adapter, but trainer\.lora is none"):
+        check_base(policy.base_digest, "")
+    with pytest.raises(ConfigError, match=r"holds whole weights, but trainer\.lora is set"):
+        check_base("", policy.base_digest)
+    changed = build()
+    next(changed.parameters()).data[0, 0] += 1
+    with pytest.raises(ConfigError, match=r"upon other weights than those of model\.path"):
+        check_base(policy.base_digest, new_policy(changed).base_digest)
+    with pytest.raises(ConfigError, match=r"of another trainer\.lora \(alpha / rank\)"):
+        check_base(policy.base_digest, new_policy(lora={"rank": 4, "alpha": 9.0}).base_digest)
+    for other in ({"rank": 2}, {"rank": 4, "target_modules": ["q_proj"]}):
+        with pytest.raises(ConfigError, match=r"another trainer\.lora \(rank or target_modules\)"):
+            new_policy(lora=other).restore(policy.snapshot(torch.float32), {})
+
+
+def test_a_recorded_stream_is_replayed_bit_for_bit(tmp_path: Path) -> None:
+    config = make_config(
+        model={"path": str(tiny_folder(3) / "model")}, audit="all", trainer={"lora": {"rank": 4}, "learning_rate": 1e-2}
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    torch.manual_seed(config.seed)
+    policy = TrainedPolicy.of_run(load_pretrained(config.model.path), config, end_token_ids=[1])
+    for step in (1, 2, 3):
+        before = weights_digest(policy.snapshot(torch.float32, whole=step == 1))  # step 1 begins with version 0
+        groups = [make_group(step), make_group(step + 100)]
+        metrics, _ = train_on(policy, groups, config, step=step)
+        Audit(tmp_path, config).record(StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics))
+        save(tmp_path / "checkpoints", policy, step=step)
+    for steps in (list(replay(tmp_path)), list(replay(tmp_path, step=3))):
+        assert all(step.recorded_loss == step.replayed_loss and step.began_with_same_weights for step in steps)
+        assert steps[-1].step == 3 and steps[-1].ended_with_same_weights
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """Of a run that has trained an adapter upon a copy of the tiny model."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_folder(3) / "model", tmp_path / "model")
+    config = make_config(model={"path": str(tmp_path / "model")}, trainer={"lora": {"rank": 4, "alpha": 8.0}})
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml())
+    save(folder / "checkpoints", changed_adapter(config))
+    return folder
+
+
+def changed_adapter(config: Config) -> TrainedPolicy:
+    policy = TrainedPolicy.of_run(load_pretrained(config.model.path), config)
+    assert policy.adapter is not None
+    with torch.no_grad():
+        for weight in policy.adapter.weights().values():
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())) * 0.1)
+    return policy
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PeftModel asks it
+def test_an_export_is_merged_and_the_adapter_alone_loads_in_peft(run_folder: Path, tmp_path: Path) -> None:
+    assert export_checkpoint(run_folder, tmp_path / "merged") == 3
+    assert export_checkpoint(run_folder, tmp_path / "adapter", adapter=True) == 3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file() and not list((tmp_path / "merged").glob("*adapter*"))
+    upon = peft.PeftModel.from_pretrained(load_pretrained(str(tmp_path / "model")), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(merged), logits(upon), rtol=0, atol=1e-5)
+    assert_equal(named_weights(merged), named_weights(upon.merge_and_unload()), atol=1e-6)
+    assert (logits(merged) - logits(load_pretrained(str(tmp_path / "model")))).abs().max() > 0.1
+
+
+def test_an_export_upon_changed_weights_or_of_an_adapter_that_is_none_is_refused(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    config = (run_folder / "config.yaml").read_text()
+    (run_folder / "config.yaml").write_text(make_config(model={"path": str(tmp_path / "model")}).to_yaml())
+    with pytest.raises(ConfigError, match="leave --adapter out"):
+        export_checkpoint(run_folder, tmp_path / "x", adapter=True)
+    with pytest.raises(ConfigError, match=r"trainer\.lora is none"):
+        export_checkpoint(run_folder, tmp_path / "x")
+    (run_folder / "config.yaml").write_text(config)
+    other = load_pretrained(str(tmp_path / "model"))
+    with torch.no_grad():
+        other.get_output_embeddings().weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="was that folder changed"):
+        export_checkpoint(run_folder, tmp_path / "x")
+
+
+def canary(*, effect: float, base_logprobs: bool = True) -> list[CanarySequence]:
+    generator = np.random.default_rng(0)
+    base = generator.uniform(-3, -1, (2, 32)).astype(np.float32)
+    moved = (effect * generator.standard_normal((2, 32))).astype(np.float32)
+    ids = np.arange(32, dtype=np.int32)
+    return [
+        CanarySequence(prompt_ids=ids, token_ids=ids, logprobs=b + m, base_logprobs=b.copy() if base_logprobs else None)
+        for b, m in zip(base, moved, strict=True)
+    ]
+
+
+def test_the_share_of_an_adapters_effect_that_a_sampler_shows() -> None:
+    ours = CanarySequence(
+        prompt_ids=np.array([1], np.int32),
+        token_ids=np.array([1, 2], np.int32),
+        logprobs=np.array([-1.0, -2.0], np.float32),
+        base_logprobs=np.array([-2.0, -1.0], np.float32),
+    )
+    # d = (1, -1), e = found - base = (1, 0): <e, d> / <d, d> = 1/2; scatter (1/2, 1/2): sqrt(1/2 / 1 / 2) = 1/2
+    assert adapter_share([ours], [np.array([-1.0, -1.0], np.float32)]) == pytest.approx((0.5, 0.5))
+    assert adapter_share([ours], [ours.logprobs]) == pytest.approx((1.0, 0.0))
+    assert adapter_share([ours], [np.array([np.nan, 0.0], np.float32)]) is None, "the plain difference says it"
+    for nothing in ([], canary(effect=0.0), canary(effect=1.0, base_logprobs=False)):
+        assert adapter_share(nothing, [sequence.logprobs for sequence in nothing]) is None
+
+
+@pytest.mark.parametrize("effect", [0.02, 0.1])
+def test_a_missing_adapter_is_told_within_a_bfloat16_samplers_noise_and_a_served_one_never_accused(
+    effect: float,
+) -> None:
+    sequences = canary(effect=effect)
+    for seed in range(100):
+        noise = 0.015 * np.random.default_rng(seed).standard_normal((2, 32)).astype(np.float32)
+        served = adapter_share(sequences, [s.logprobs + n for s, n in zip(sequences, noise, strict=True)])
+        bases = [s.base_logprobs for s in sequences if s.base_logprobs is not None]
+        ignored = adapter_share(sequences, [b + n for b, n in zip(bases, noise, strict=True)])
+        assert served is not None and not is_adapter_missing(*served)
+        assert effect < 0.1 or (ignored is not None and is_adapter_missing(*ignored))

@@ -104,7 +104,8 @@ class TrainedPolicy:
         self.device = self._ranks.device(config.device)
         self.model = model.to(dtype=torch.float32).train()
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
+            (enable or self.model.gradient_checkpointing_enable)()
         self._scorer = Scorer(self.model, temperature=temperature, truncation=truncation, autocast=config.autocast)
         self._trained = distributed(
             self._scorer,

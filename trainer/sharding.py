@@ -8,8 +8,7 @@ Gradients are sums over ranks, not means: each micro-batch's loss is already div
 A sharded tensor lies in equal pieces along its first axis, rank after rank, the last ones shorter (torch.chunk).
 """
 
-from __future__ import annotations
-
+# annotations are objects here, not texts: ddp checks those of `_add_up`
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

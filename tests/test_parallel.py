@@ -128,7 +128,7 @@ def steps(policy: ParallelPolicy, config: Config, *, first: int, last: int) -> l
 
 
 def opened(config: Config, ranks: Ranks | None = None) -> ParallelPolicy:
-    return open_policy(config, end_token_ids=[], ranks=ranks or Ranks())
+    return open_policy(config, end_token_ids=[], ranks=ranks)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -49,8 +49,8 @@ class ParallelPolicy:
     With one rank there is nobody to tell.
     """
 
-    def __init__(self, policy: TrainedPolicy, ranks: Ranks) -> None:
-        self._policy, self._ranks = policy, ranks
+    def __init__(self, policy: TrainedPolicy, ranks: Ranks | None = None) -> None:
+        self._policy, self._ranks = policy, ranks or Ranks()
 
     @property
     def num_ranks(self) -> int:
@@ -96,8 +96,9 @@ class ParallelPolicy:
             yield
 
 
-def open_policy(config: Config, *, end_token_ids: Sequence[int], ranks: Ranks) -> ParallelPolicy:
+def open_policy(config: Config, *, end_token_ids: Sequence[int], ranks: Ranks | None = None) -> ParallelPolicy:
     """The policy of a run with the weights of model.path, on all ranks; for rank 0. Raises ConfigError."""
+    ranks = ranks or Ranks()
     body = {"call": "open", "config": config.to_yaml(), "end_token_ids": list(end_token_ids)}
     ranks.tell_others([body] * (ranks.size - 1))
     with _explained("open", ranks):

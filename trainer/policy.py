@@ -259,7 +259,7 @@ class TrainedPolicy:
             parameter_name, _, key = name.rpartition("/")
             parameter = parameters[parameter_name]
             if key == "step":
-                counted = saved.whole(name)
+                counted = saved.whole(name).clone()  # not the file's memory
                 state = counted if self.device.type == "cpu" else counted.to(self.device)
             else:
                 state = torch.zeros_like(parameter)

@@ -151,7 +151,7 @@ class ReplayBufferConfig(Section):
     batch_size: int = Field(default=2, ge=1)
     """Groups per data-parallel rank and optimizer step."""
     dp_size: int = Field(default=1, ge=1)
-    """Data-parallel ranks."""
+    """Data-parallel ranks that the batch is meant for; the trainer deals it to as many as it has."""
     max_policy_age: int = Field(default=1, ge=0)
     """A group is trained only while current version - its version <= this. 0 = strictly on-policy."""
     max_resample_count: int | None = Field(default=0, ge=0)
@@ -213,7 +213,7 @@ class LeaseConfig(Section):
 
 
 class ReplicasConfig(Section):
-    """Worker processes that `sluice run` starts on this machine, per queue."""
+    """Processes that `sluice run` starts on this machine: workers per queue, and ranks of the trainer."""
 
     dataset: int = Field(default=1, ge=0)
     """Dataset workers (CPU)."""
@@ -225,6 +225,8 @@ class ReplicasConfig(Section):
     """Reward workers (CPU)."""
     eval: int = Field(default=1, ge=0)
     """Evaluation workers, none where no evaluation set is configured; 0 = the rollout workers evaluate with their engines."""
+    trainer: int = Field(default=1, ge=1)
+    """Ranks of the trainer, one per GPU; over 1 they are started by torchrun."""
 
 
 class MetricsConfig(Section):

@@ -125,6 +125,9 @@ class TrainerConfig(Section):
     """Bound on prompt + completion, in tokens."""
     device: str = "auto"
     """As rollout.device."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Of several ranks (torchrun), each holds all weights (`ddp`) or its rows of them (`fsdp`); `auto`: fsdp on GPUs, ddp on
+    CPUs. The batch is the same for any number of ranks."""
     autocast: DType = "float32"
     """Compute precision; master weights and optimizer state are float32 always."""
     gradient_checkpointing: bool = False

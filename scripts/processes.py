@@ -7,16 +7,14 @@ role: whatever it was doing is in Redis or in a checkpoint, and a Redis that die
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+from common.parent import die_with
 
 
 def spawn(
@@ -33,15 +31,8 @@ def spawn(
             stderr=subprocess.STDOUT,
             env={**os.environ, **env},
             process_group=0,
-            preexec_fn=lambda: _die_with(parent, at_parents_death),
+            preexec_fn=lambda: die_with(parent, number=at_parents_death),
         )
-
-
-def _die_with(parent: int, number: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:

@@ -59,8 +59,7 @@ class Supervisor:
         env = {"SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._children = [_worker(queue, i, env, folder, config=config) for queue, i in planned_workers(config)]
-        trainer = [sys.executable, "-m", "trainer"]
-        self._trainer = Child(name="trainer", argv=trainer, env=env, log=folder / "logs" / "trainer.log")
+        self._trainer = _trainer(env, folder, config=config)
         self._children.append(self._trainer)
 
     def start(self) -> None:
@@ -138,16 +137,31 @@ def _worker(queue: str, replica: int, env: dict[str, str], folder: Path, *, conf
     return Child(name=name, argv=argv, env=env | visible, log=folder / "logs" / f"{name}.log")
 
 
+def _trainer(env: dict[str, str], folder: Path, *, config: Config) -> Child:
+    argv, num_ranks = [sys.executable, "-m", "trainer"], config.replicas.trainer
+    if num_ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        argv[1:1] = [*torchrun, "--nproc-per-node", str(num_ranks)]
+    gpus = _gpus()[-num_ranks:]
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    return Child(name="trainer", argv=argv, env=env | visible, log=folder / "logs" / "trainer.log")
+
+
 def check_gpus(config: Config) -> None:
-    """Refuse vLLM engines that do not fit on this machine's GPUs, before anything starts. Raises ConfigError."""
-    if config.rollout.engine != "vllm" or not (gpus := _gpus()):
+    """Refuse ranks and vLLM engines that do not fit on this machine's GPUs, before anything starts. Raises ConfigError."""
+    gpus, num_ranks = _gpus(), config.replicas.trainer
+    if num_ranks > max(1, len(gpus)) and gpus and config.trainer.device != "cpu":
+        raise ConfigError(
+            f"replicas.trainer={num_ranks}: a rank needs a GPU of its own, and there are {len(gpus)}; lower it"
+        )
+    if config.rollout.engine != "vllm" or not gpus:
         return
     size, share = _gpus_per_engine(config), config.rollout.gpu_memory_utilization
-    num_free = max(len(gpus) - 1, 1)  # the last one of several is the trainer's
+    num_free = max(len(gpus) - num_ranks, 1)  # the last ones of several are the trainer's
     if size > num_free:
         raise ConfigError(
-            f"rollout.tensor_parallel_size={size}: {len(gpus)} GPUs leave {num_free} for rollout workers (the last one of "
-            "several is for all else); lower it, or start the roles one by one"
+            f"rollout.tensor_parallel_size={size}: {len(gpus)} GPUs leave {num_free} for rollout workers (the last "
+            f"{num_ranks} of several for all else); lower it, or start the roles one by one"
         )
     workers = planned_workers(config)
     engines = [
@@ -155,22 +169,24 @@ def check_gpus(config: Config) -> None:
     ]
     for gpu in gpus:
         count = sum(gpu in engine for engine in engines)
-        if count * share > 1 or (count and gpu == gpus[-1] and len(gpus) > 1 and share > 0.5):
+        is_trainers = gpu in gpus[-num_ranks:] and len(gpus) > 1
+        if count * share > 1 or (count and is_trainers and share > 0.5):
             raise ConfigError(
                 f"GPU {gpu} would hold {count} vLLM engines at rollout.gpu_memory_utilization={share:g}"
-                f"{' beside the trainer' if gpu == gpus[-1] else ''}: set replicas.rollout={num_free // size} "
+                f"{' beside the trainer' if gpu in gpus[-num_ranks:] else ''}: set replicas.rollout={num_free // size} "
                 "replicas.eval=0 (the rollout workers then evaluate), or lower rollout.gpu_memory_utilization"
             )
 
 
 def assigned_gpus(config: Config, queue: str, replica: int) -> list[str]:
-    """Of several GPUs: those of one rollout engine after the other; the last for everything else. Empty = no choice is made."""
+    """Of several GPUs: those of one rollout engine after the other, but for the last `replicas.trainer`, which are the
+    trainer's; the very last for everything else. Empty = no choice is made."""
     gpus, size = _gpus(), _gpus_per_engine(config)
     if len(gpus) < 2:
         return []
     if not queue.startswith("rollout"):
         return gpus[-1:]
-    first = replica % max(1, (len(gpus) - 1) // size) * size
+    first = replica % max(1, (len(gpus) - config.replicas.trainer) // size) * size
     return gpus[first : first + size]
 
 

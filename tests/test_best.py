@@ -18,7 +18,7 @@ from common.keys import Keys
 from common.run import Run, create_run
 from scripts.cli import cli
 from trainer.best import best_step, settle_best, update_best
-from trainer.checkpoint import TrainerState, random_state, save_checkpoint
+from trainer.checkpoint import TrainerState, random_state, save_checkpoint, write_tensors
 
 NUM_PROMPTS = 4
 
@@ -48,8 +48,13 @@ class Trained:
         self.publish(version, step=step, parent=parent)
         state = TrainerState(step=step, version=version, cursor=0, random_state=random_state())
         protected = update_best(self.folder, self.client, self.run)
-        weights = {"w": torch.zeros(2)}
-        save_checkpoint(self.folder, state, weights=weights, optimizer=weights, keep=1, protected=protected)
+
+        def write(folder: Path) -> dict[str, str]:
+            kinds = ("model", "optimizer")
+            written = [write_tensors(folder, kind, {"w": torch.zeros(2)}, rank=0) for kind in kinds]
+            return written[0] | written[1]
+
+        save_checkpoint(self.folder, state, write=write, keep=1, protected=protected)
 
     def publish(self, version: int, *, step: int, parent: int | None = None) -> None:
         publish_policy(self.client, self.keys, version, step=step, parent=parent)

@@ -57,9 +57,7 @@ def micro_batch(seed: int) -> MicroBatch:
 
 def save(folder: Path, policy: TrainedPolicy, step: int, *, keep: int = 2) -> Path:
     state = TrainerState(step=step, version=step + 3, cursor=17, random_state=random_state(), trained_groups=["t1"])
-    return save_checkpoint(
-        folder, state, weights=policy.snapshot(torch.float32), optimizer=policy.optimizer_tensors(), keep=keep
-    )
+    return save_checkpoint(folder, state, write=policy.save, keep=keep)
 
 
 def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -72,7 +70,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     found = newest_checkpoint(tmp_path)
     assert found is not None and found.state.step == 3 and found.state.version == 6
     second = new_policy(seed=99)  # other weights, all replaced
-    second.restore(found.weights, found.optimizer)
+    second.restore(found.path)
     for step in range(4, 7):
         second.optimize([micro_batch(step)], step=step)
     for (name, a), b in zip(straight.model.named_parameters(), second.model.parameters(), strict=True):

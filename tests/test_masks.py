@@ -15,6 +15,7 @@ from common.types import Episode, Group
 from trainer.batch import build_micro_batches, num_loss_tokens, num_sequences
 from trainer.loss import policy_loss
 from trainer.masks import loss_tokens, mask_metrics, overlong_penalty, rewards_of
+from trainer.parallel import ParallelPolicy
 from trainer.policy import TrainedPolicy
 from trainer.step import train_on
 
@@ -135,7 +136,7 @@ def test_a_step_trains_on_penalised_rewards_and_without_truncated_completions():
             100,
         ),
     ):
-        policy = TrainedPolicy.of_run(Qwen3ForCausalLM(shape), config)
+        policy = ParallelPolicy(TrainedPolicy.of_run(Qwen3ForCausalLM(shape), config))
         metrics, (found,) = train_on(policy, [group], config, step=1)
         assert found.tolist() == pytest.approx(advantages)
         assert metrics["loss/num_tokens"] == num_tokens

@@ -13,11 +13,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from common.config import Config
 from common.digest import weights_digest
 from common.errors import ConfigError
-from common.model import load_pretrained
 from common.types import Completion, Episode, Group
 from trainer.audit import Audit, StepRecord, audit_folder, read_record, recorded_steps
 from trainer.checkpoint import TrainerState, checkpoint_steps, random_state, save_checkpoint
-from trainer.policy import TrainedPolicy
+from trainer.parallel import open_policy
 from trainer.replay import replay
 from trainer.step import train_on
 
@@ -71,8 +70,7 @@ def run_of(folder: Path, model: Path, *, audit: str, every_steps: int = 2, keep:
     )
     folder.mkdir()
     (folder / "config.yaml").write_text(config.to_yaml())
-    torch.manual_seed(config.seed)
-    policy = TrainedPolicy.of_run(load_pretrained(str(model)), config, end_token_ids=[1])
+    policy = open_policy(config, end_token_ids=[1])
     written = Audit(folder, config)
     for step in range(1, STEPS + 1):
         before = weights_digest(policy.snapshot(torch.float32))
@@ -81,10 +79,7 @@ def run_of(folder: Path, model: Path, *, audit: str, every_steps: int = 2, keep:
         written.record(StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics))
         if step % every_steps == 0:
             state = TrainerState(step=step, version=step, cursor=0, random_state=random_state())
-            save_checkpoint(
-                folder / "checkpoints", state, weights=policy.snapshot(torch.float32),
-                optimizer=policy.optimizer_tensors(), keep=keep,
-            )  # fmt: skip
+            save_checkpoint(folder / "checkpoints", state, write=policy.save, keep=keep)
             written.keep_only_replayable(checkpoint_steps(folder / "checkpoints"))
     return config
 

@@ -2,17 +2,21 @@
 
 SIGTERM and Ctrl-C finish the step, write a checkpoint and exit 0; a second signal exits at once. Started again, it goes on
 from the newest checkpoint by itself.
+
+`torchrun --nproc-per-node N -m trainer`: the same over N ranks, of which only rank 0 reads Redis (`trainer.parallel`).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from types import FrameType
 
 from common.connection import connect, give_up_after, persistence_warning, run_name
 from common.errors import ConfigError, ConnectionFailed, DiskFull
+from common.parent import die_with
 from common.run import open_run, set_status
 
 STOP_WITHOUT_REDIS_S = 30.0
@@ -21,13 +25,24 @@ STOP_WITHOUT_REDIS_S = 30.0
 
 def main() -> int:
     """Exit code 0: finished or stopped in good order; 2: the input is wrong; anything else: started again by a supervisor."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    rank, is_alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
+    who = "" if is_alone else f" rank {rank}"
+    line = f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave its ranks behind
+        die_with(os.getppid())
     try:
+        if rank != "0":
+            from trainer.parallel import follow
+            from trainer.ranks import Ranks
+
+            return follow(Ranks.join())
         client = connect()
         run = open_run(client, run_name())
         from trainer.loop import Trainer  # torch loads here, after the input was checked
+        from trainer.ranks import Ranks
 
-        trainer = Trainer(client, run)
+        trainer = Trainer(client, run, ranks=Ranks.join())
     except (ConfigError, ConnectionFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

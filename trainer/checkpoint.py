@@ -4,6 +4,11 @@
         model.safetensors       float32 master weights; with trainer.lora the adapter's, as peft names them
         optimizer.safetensors   AdamW moments
         state.json              step, version, cursor, random state, groups trained since the checkpoint before, digests
+        model-00001.safetensors, optimizer-00001.safetensors, ...      of ranks 1, ...: see below
+
+Where weights are sharded over ranks, each rank writes its rows of every tensor; a tensor's rows lie in the order of the
+ranks. So any number of ranks reads what any other number wrote, each only the rows that it needs. (torch's distributed
+checkpoints do the same, but exchange their plans as pickles.)
 
 Written into a temporary folder, fsynced, renamed; the `latest` file is moved last (`best`: trainer/best.py). A damaged
 checkpoint is one that has no state.json under its final name, or whose files do not have the digests that state.json names;
@@ -16,7 +21,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +30,8 @@ from typing import Any
 import safetensors
 import torch
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from common.disk import needing_room
@@ -62,22 +68,79 @@ class Checkpoint:
 
     path: Path
     state: TrainerState
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All of them, read now."""
+        return SavedTensors(self.path, "model").all()
+
+    @property
+    def optimizer(self) -> dict[str, Tensor]:
+        """`<parameter>/<exp_avg|exp_avg_sq|step>`, read now."""
+        return SavedTensors(self.path, "optimizer").all()
+
+
+class SavedTensors:
+    """The tensors of one kind in a checkpoint, over all its files."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._files = [safe_open(path, "pt") for path in _files_of(folder, kind)]
+        self._holders: dict[str, list[Any]] = {}
+        for file in self._files:
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                self._holders.setdefault(name, []).append(file)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._holders)
+
+    def shape(self, name: str) -> torch.Size:
+        first, *others = (file.get_slice(name).get_shape() for file in self._holders[name])
+        return torch.Size([first[0] + sum(shape[0] for shape in others), *first[1:]] if others else first)
+
+    def whole(self, name: str) -> Tensor:
+        parts: list[Tensor] = [file.get_tensor(name) for file in self._holders[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop of the whole tensor, read from the files that hold them."""
+        parts, begins = [], 0
+        for file in self._holders[name]:
+            part = file.get_slice(name)
+            ends = begins + part.get_shape()[0]
+            if max(start, begins) < min(stop, ends):
+                parts.append(part[max(start, begins) - begins : min(stop, ends) - begins])
+            begins = ends
+        return torch.cat(parts) if parts else self._holders[name][0].get_slice(name)[:0]
+
+    def all(self) -> dict[str, Tensor]:
+        return {name: self.whole(name) for name in self._holders}
+
+
+def write_tensors(folder: Path, kind: str, tensors: dict[str, Tensor], *, rank: int) -> dict[str, str]:
+    """Write one rank's part durably, if it has one; the file's digest by its name. Raises DiskFull."""
+    if not tensors and rank > 0:
+        return {}
+    path = folder / (f"{kind}-{rank:05d}.safetensors" if rank else f"{kind}.safetensors")
+    with needing_room(folder, what=f"{path.name} of a checkpoint"):
+        folder.mkdir(exist_ok=True)  # another machine may not see it yet
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        _fsync(path)
+    return {path.name: _digest(path)}
 
 
 def save_checkpoint(
     folder: Path,
     state: TrainerState,
     *,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
+    write: Callable[[Path], dict[str, str]],
     keep: int,
     protected: Collection[int] = (),
 ) -> Path:
     """Write a checkpoint durably; it exists for readers only when complete. Older ones beyond `keep` are removed, but for
     those of `protected` steps.
 
+    write: puts the tensors into a folder, durably, and gives the digests of its files by name (`TrainedPolicy.save`).
     Raises DiskFull; nothing of it is left then, and the one before is as it was.
     """
     final = folder / f"step-{state.step:08d}"
@@ -87,12 +150,10 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     with needing_room(folder, what=f"the checkpoint of step {state.step}"), _removed_on_failure(temporary):
         temporary.mkdir()
-        save_file(weights, temporary / "model.safetensors")
-        save_file(optimizer, temporary / "optimizer.safetensors")
-        digests = {path.name: _digest(path) for path in temporary.iterdir()}
-        (temporary / "state.json").write_text(_sealed({**asdict(state), "files": digests}))
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
+        state_file = temporary / "state.json"
+        state_file.write_text(_sealed({**asdict(state), "files": write(temporary)}))
+        _fsync(state_file)
+        _fsync(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         pointer = folder / ".latest.tmp"
@@ -146,12 +207,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for name, digest in fields.pop("files").items():
         if _digest(path / name) != digest:
             raise ValueError(f"{name} does not have the digest that state.json names")
-    return Checkpoint(
-        path=path,
-        state=TrainerState(**fields),
-        weights=load_file(path / "model.safetensors"),
-        optimizer=load_file(path / "optimizer.safetensors"),
-    )
+    return Checkpoint(path=path, state=TrainerState(**fields))
 
 
 def checkpoint_at(folder: Path, step: int | None) -> Checkpoint:
@@ -177,6 +233,11 @@ def random_state() -> str:
 
 def restore_random_state(state: str) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
+
+
+def _files_of(folder: Path, kind: str) -> list[Path]:
+    """In the order of the ranks that wrote them."""
+    return [folder / f"{kind}.safetensors", *sorted(folder.glob(f"{kind}-*.safetensors"))]
 
 
 def _complete(folder: Path) -> list[Path]:

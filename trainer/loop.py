@@ -38,7 +38,6 @@ from common.digest import weights_digest
 from common.errors import ConfigError, DiskFull, PolicyNotFound, StateLost
 from common.ledger import Ledger
 from common.lineage import abandoned_versions, policy_ages
-from common.model import load_pretrained
 from common.policy_store import PolicyStore
 from common.replay_buffer import ReplayBuffer
 from common.run import Run, process_name
@@ -54,8 +53,9 @@ from trainer.checkpoint import (
     save_checkpoint,
 )
 from trainer.lora import check_base
-from trainer.policy import TrainedPolicy
+from trainer.parallel import open_policy
 from trainer.publish import Publisher
+from trainer.ranks import Ranks
 from trainer.report import Reporter, batch_metrics, flow_metrics, token_age
 from trainer.step import train_on
 from trainer.watch import Watch
@@ -73,8 +73,10 @@ REMEMBERED_S = 120.0
 class Trainer:
     """One trainer process of one run."""
 
-    def __init__(self, client: redis.Redis, run: Run) -> None:
+    def __init__(self, client: redis.Redis, run: Run, *, ranks: Ranks | None = None) -> None:
+        """ranks: those that train together; this process is the first of them, by default the only one."""
         self.client, self.run, self.config = client, run, run.config
+        self.ranks = ranks or Ranks()
         self.folder = Path(run.folder)
         self.checkpoints = self.folder / "checkpoints"
         self.stopping = False
@@ -114,9 +116,8 @@ class Trainer:
 
     def train(self) -> None:
         """From wherever the run is to its last step, or to SIGTERM."""
-        torch.manual_seed(self.config.seed)
         end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
-        self.policy = TrainedPolicy.of_run(self._base_model(), self.config, end_token_ids=end_token_ids)
+        self.policy = open_policy(self.config, end_token_ids=end_token_ids, ranks=self.ranks)
         self._resume_or_begin()
         started = time.monotonic() - self.wall_s
         while self.step < self.config.trainer.num_steps and not self.stopping:
@@ -137,6 +138,7 @@ class Trainer:
             if self.step % self.config.checkpoint.every_steps == 0 or self._may_become_best():
                 self.checkpoint()
         self._finish()
+        self.policy.close()
 
     def _train_on(self, groups: list[Group]) -> dict[str, float]:
         """One optimizer step and the publication of its policy."""
@@ -226,8 +228,7 @@ class Trainer:
             save_checkpoint(
                 self.checkpoints,
                 state,
-                weights=self.policy.snapshot(torch.float32),
-                optimizer=self.policy.optimizer_tensors(),
+                write=self.policy.save,
                 keep=self.config.checkpoint.keep,
                 protected=update_best(self.checkpoints, self.client, self.run),
             )
@@ -272,7 +273,7 @@ class Trainer:
             self._publish(parent=min(newest, 0))
         else:
             check_base(found.state.base_digest, self.policy.base_digest)
-            self.policy.restore(found.weights, found.optimizer)
+            self.policy.restore(found.path)
             restore_random_state(found.state.random_state)
             self.step, self.version, self.wall_s = found.state.step, found.state.version, found.state.wall_s
             self.saved_step = self.step
@@ -307,10 +308,6 @@ class Trainer:
             self.buffer.acknowledge(self.step, trained=[group for _, group in self._remembered])
         self._publish(parent=self.version)
         self.publisher.wait()
-
-    def _base_model(self) -> torch.nn.Module:
-        """The model of the run with the weights of model.path."""
-        return load_pretrained(self.config.model.path, revision=self.config.model.revision)
 
     def _flow(self, step_s: float) -> dict[str, float]:
         """Queues, buffer and ledger now, and what was generated since the last step."""

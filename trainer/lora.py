@@ -71,17 +71,19 @@ class Adapter:
             if not weight.requires_grad
         }
 
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `weights`. Raises ConfigError for the adapter of another config."""
-        weights = self.weights()
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuse tensors of these names and shapes, unless they are those of `weights`. Raises ConfigError."""
+        if shapes != {name: tuple(weight.shape) for name, weight in self.weights().items()}:
             raise ConfigError(
                 "the adapter in the checkpoint was made with another trainer.lora (rank or target_modules): resume with "
                 "the config of its run"
             )
-        for name, weight in weights.items():
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `weights`. Raises ConfigError for the adapter of another config."""
+        self.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        for name, weight in self.weights().items():
             weight.copy_(tensors[name])
 
     def disabled(self) -> AbstractContextManager[Any]:

@@ -2,6 +2,9 @@
 
 What is minimised is an `Objective`: the policy loss of the run's config (`policy_objective`), or that of `trainer.sft`.
 
+Over several ranks every one of them holds a `TrainedPolicy` and makes the same calls at the same time (`trainer.parallel`);
+gradients and metrics are those of all ranks' micro-batches together.
+
 Legend: B = sequences, T = completion tokens.
 """
 
@@ -11,23 +14,30 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from common.canary import CanarySequence
 from common.config import Config
 from common.config_trainer import LossConfig, TrainerConfig
+from common.errors import DigestMismatch, DiskFull
 from common.logprobs import UNTRUNCATED, completion_logprobs, pad_sequences
-from common.model import load_weights, named_weights, resolve_device
+from common.model import named_weights
 from common.packing import enable_packing
 from common.truncation import Truncation
 from trainer.batch import MicroBatch, padding_share, step_normaliser
+from trainer.checkpoint import SavedTensors, write_tensors
 from trainer.lora import Adapter
 from trainer.loss import combine_metrics, policy_loss
+from trainer.ranks import Ranks
+from trainer.sharding import distributed, gathered, own_part, own_rows, release, without_reduction
 
 log = logging.getLogger("sluice.trainer")
 
@@ -80,6 +90,7 @@ class TrainedPolicy:
     """Model, optimizer and schedule, moved on by `optimize`.
 
     temperature, truncation: what the completions are sampled with; the trainer's logprobs are those of that distribution.
+    ranks: those that train it together, of which this process is one; by default the only one.
     """
 
     def __init__(
@@ -90,17 +101,26 @@ class TrainedPolicy:
         objective: Objective,
         temperature: float = 1.0,
         truncation: Truncation = UNTRUNCATED,
+        ranks: Ranks | None = None,
     ) -> None:
         self._config = config
         self._objective = objective
-        self.device = resolve_device(config.device)
+        self._ranks = ranks or Ranks()
+        self.device = self._ranks.device(config.device)
         self.adapter = Adapter(model, config.lora) if config.lora else None
-        self.model = model.to(self.device, dtype=torch.float32).train()
+        self.model = model.to(dtype=torch.float32).train()
         self.is_packed = config.packing == "auto" and _packs(self.model)
         if config.gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
             (enable or self.model.gradient_checkpointing_enable)()
         self._scorer = Scorer(self.model, temperature=temperature, truncation=truncation, autocast=config.autocast)
+        self._trained = distributed(
+            self._scorer,
+            self._ranks,
+            parallel=config.parallel,
+            device=self.device,
+            compute=getattr(torch, config.autocast),
+        )
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.model, config.weight_decay),
             lr=config.learning_rate,
@@ -110,7 +130,9 @@ class TrainedPolicy:
         )
 
     @classmethod
-    def of_run(cls, model: Any, config: Config, *, end_token_ids: Sequence[int] = ()) -> TrainedPolicy:
+    def of_run(
+        cls, model: Any, config: Config, *, end_token_ids: Sequence[int] = (), ranks: Ranks | None = None
+    ) -> TrainedPolicy:
         """The policy of a run. end_token_ids: what ends a completion; sampling.min_tokens is reproduced with them."""
         return cls(
             model,
@@ -118,23 +140,27 @@ class TrainedPolicy:
             objective=policy_objective(config.trainer.loss),
             temperature=config.sampling.temperature,
             truncation=Truncation.of(config.sampling, end_token_ids=end_token_ids),
+            ranks=ranks,
         )
 
     def optimize(self, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float]:
         """`num_iterations` optimizer steps on one batch (`step` counts batches from 1); the metrics of the last of them.
 
-        Gradients do not depend on the split into micro-batches. From the second iteration on, `decoupled` losses take the
-        logprobs of the first as those of the proximal policy.
+        micro_batches: this rank's, as many as on every other. Gradients do not depend on the split into micro-batches and
+        ranks. From the second iteration on, `decoupled` losses take the logprobs of the first as those of the proximal policy.
         """
         batches = [batch.to(self.device) for batch in micro_batches]
-        normaliser = step_normaliser(batches, aggregation=self._config.loss.aggregation)
+        normaliser = sum(self._ranks.gather(step_normaliser(batches, aggregation=self._config.loss.aggregation)))
         learning_rate = self._config.learning_rate * schedule_factor(self._config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         prox: list[Tensor | None] = [None] * len(batches)
         optimizer_s = 0.0
         for iteration in range(self._config.num_iterations):
-            scored = [self._accumulate(batch, before, normaliser) for batch, before in zip(batches, prox, strict=True)]
+            scored = []
+            for i, (batch, before) in enumerate(zip(batches, prox, strict=True), start=1):
+                with nullcontext() if i == len(batches) else without_reduction(self._trained):
+                    scored.append(self._accumulate(batch, before, normaliser))
             if iteration == 0 and self._config.num_iterations > 1:
                 prox = [logprobs for logprobs, _ in scored]
             began = time.monotonic()
@@ -142,10 +168,9 @@ class TrainedPolicy:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             optimizer_s += time.monotonic() - began
-        metrics = {name: float(value) for name, value in combine_metrics(part for _, part in scored).items()}
         return {
-            **metrics,
-            "grad_norm": float(grad_norm),
+            **self._combined([metrics for _, metrics in scored]),
+            "grad_norm": float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm),
             "learning_rate": learning_rate,
             "padding_share": padding_share(batches, packed=self.is_packed),
             "time/optimizer": optimizer_s,
@@ -153,12 +178,20 @@ class TrainedPolicy:
 
     def _accumulate(self, batch: MicroBatch, prox: Tensor | None, normaliser: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds a micro-batch's gradient; its logprobs [B, T] before the step, and its metrics."""
-        logprobs, entropy = self._scorer(batch.input_ids, batch.prompt_lengths, batch.completion_lengths)
+        logprobs, entropy = self._trained(batch.input_ids, batch.prompt_lengths, batch.completion_lengths)
         loss, metrics = self._objective(logprobs, batch, prox, normaliser)
         loss.backward()
         assert entropy is not None
         metrics["entropy"] = entropy[batch.loss_mask].mean() if batch.loss_mask.any() else loss.detach() * 0
         return logprobs.detach(), metrics
+
+    def _combined(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+        """The step's metrics, over all ranks."""
+        own = {name: float(value) for name, value in combine_metrics(parts).items()}
+        if self._ranks.size == 1:
+            return own
+        every = [{name: torch.tensor(value) for name, value in part.items()} for part in self._ranks.gather(own)]
+        return {name: float(value) for name, value in combine_metrics(every).items()}
 
     @property
     def base_digest(self) -> str:
@@ -184,6 +217,7 @@ class TrainedPolicy:
             with self.adapter.disabled():
                 base_rows = self._scorer(*tensors, for_loss=False)[0].float().cpu().numpy()
         self.model.train()
+        release(self._scorer)
         return [
             CanarySequence(
                 prompt_ids=prompt,
@@ -196,41 +230,95 @@ class TrainedPolicy:
 
     @torch.no_grad()
     def snapshot(self, dtype: torch.dtype, *, whole: bool = False) -> dict[str, Tensor]:
-        """A copy of the weights on the CPU, in the sampling precision; training may go on while it travels.
+        """A copy of the weights on the CPU of rank 0, in the sampling precision; training may go on while it travels.
 
-        Where an adapter is trained, its tensors in float32; with `whole` the weights that it is upon.
+        Where an adapter is trained, its tensors in float32; with `whole` the weights that it is upon. Sharded weights are
+        gathered one by one. On the other ranks it is empty.
         """
-        if self.adapter is None:
-            weights = named_weights(self.model)
-        else:
-            weights = self.adapter.base_weights() if whole else self.adapter.weights()
+        weights = self._trained_weights()
+        if self.adapter is not None:
+            weights = self.adapter.base_weights() if whole else weights
             dtype = dtype if whole else torch.float32
-        return {
-            name: _on_cpu(weight.detach(), dtype if weight.is_floating_point() else weight.dtype)
-            for name, weight in weights.items()
-        }
+        copies = {}
+        for name, weight in weights.items():
+            kept_dtype = dtype if weight.is_floating_point() else weight.dtype
+            if isinstance(weight, DTensor):
+                weight = gathered(weight, kept_dtype)
+            if self._ranks.rank == 0:
+                copies[name] = _on_cpu(weight.detach(), kept_dtype)
+        return copies
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write this rank's part of the weights and of AdamW's state; the digests of all ranks' files, by name.
+
+        Raises DiskFull on every rank when one has no room.
+        """
+        digests: dict[str, str] = {}
+        problem = ""
+        try:
+            for kind, tensors in (("model", self._trained_weights()), ("optimizer", self._optimizer_tensors())):
+                own = {
+                    name: part
+                    for name, tensor in tensors.items()
+                    if (part := own_part(tensor, self._ranks)) is not None
+                }
+                digests |= write_tensors(folder, kind, own, rank=self._ranks.rank)
+        except DiskFull as error:
+            problem = str(error)
+        reports = self._ranks.gather({"digests": digests, "problem": problem})
+        if problems := [report["problem"] for report in reports if report["problem"]]:
+            raise DiskFull(problems[0])
+        return {name: digest for report in reports for name, digest in report["digests"].items()}
+
+    @torch.no_grad()
+    def restore(self, folder: Path) -> None:
+        """The inverse of `save`, on any number of ranks: each reads its rows.
+
+        Raises DigestMismatch for another model's, ConfigError for the adapter of another config.
+        """
+        saved = SavedTensors(folder, "model")
+        weights = self._trained_weights()
+        if self.adapter is not None:
+            self.adapter.check({name: tuple(saved.shape(name)) for name in saved.names})
+        if saved.names != weights.keys():
+            odd = sorted(saved.names ^ weights.keys())[:5]
+            raise DigestMismatch(
+                f"{folder} and the model differ in {len(saved.names ^ weights.keys())} tensors, e.g. {odd}"
+            )
+        for name, weight in weights.items():
+            self._fill(weight, saved, name)
+        parameters = dict(self.model.named_parameters())
+        saved = SavedTensors(folder, "optimizer")
+        for name in saved.names:
+            parameter_name, _, key = name.rpartition("/")
+            parameter = parameters[parameter_name]
+            if key == "step":
+                counted = saved.whole(name).clone()  # not the file's memory
+                state = counted if self.device.type == "cpu" else counted.to(self.device)
+            else:
+                state = torch.zeros_like(parameter)
+                self._fill(state, saved, name)
+            self.optimizer.state[parameter][key] = state
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, and a version consists of: all weights, or those of the adapter."""
+        return named_weights(self.model) if self.adapter is None else self.adapter.weights()
+
+    def _fill(self, tensor: Tensor, saved: SavedTensors, name: str) -> None:
+        if (shape := saved.shape(name)) != tensor.shape:
+            raise DigestMismatch(f"{name}: the checkpoint has shape {tuple(shape)}, the model {tuple(tensor.shape)}")
+        own, start = own_rows(tensor, self._ranks)
+        own.copy_(saved.whole(name) if start is None else saved.rows(name, start, start + own.shape[0]))
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
         """AdamW's state as flat tensors, `<parameter>/<exp_avg|exp_avg_sq|step>`: no pickle needed to keep it."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return {
-            f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous()
+            f"{names[id(parameter)]}/{key}": value
             for parameter, state in self.optimizer.state.items()
             for key, value in state.items()
         }
-
-    def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """The inverse of `snapshot(float32)` and `optimizer_tensors`."""
-        if self.adapter is None:
-            load_weights(self.model, weights)
-        else:
-            self.adapter.load(weights)
-        parameters = dict(self.model.named_parameters())
-        for name, value in optimizer.items():
-            parameter_name, _, key = name.rpartition("/")
-            parameter = parameters[parameter_name]
-            on_device = value if key == "step" and self.device.type == "cpu" else value.to(parameter.device)
-            self.optimizer.state[parameter][key] = on_device.clone()
 
 
 def _packs(model: Any) -> bool:

@@ -20,11 +20,10 @@ from common.config import Config
 from common.config_file import read_run_config
 from common.digest import weights_digest
 from common.errors import ConfigError
-from common.model import load_pretrained
 from trainer.audit import audit_folder, read_record, recorded_steps
 from trainer.checkpoint import checkpoint_at, checkpoint_steps, restore_random_state
 from trainer.lora import check_base
-from trainer.policy import TrainedPolicy
+from trainer.parallel import ParallelPolicy, open_policy
 from trainer.step import train_on
 
 TOLERANCE = 1e-6
@@ -65,20 +64,18 @@ def replay(run_folder: Path, *, step: int | None = None) -> Iterator[ReplayedSte
         raise ConfigError(
             f"step {last} is replayed from {begins}, but step {min(missing)} is not recorded: run with audit=all"
         )
-    torch.manual_seed(config.seed)
     end_token_ids = read_assets(config.model.path, revision=config.model.revision).eos_token_ids
-    base = load_pretrained(config.model.path, revision=config.model.revision)
-    policy = TrainedPolicy.of_run(base, config, end_token_ids=end_token_ids)
+    policy = open_policy(config, end_token_ids=end_token_ids)
     if first:
         found = checkpoint_at(checkpoints, first)
         check_base(found.state.base_digest, policy.base_digest)
-        policy.restore(found.weights, found.optimizer)
+        policy.restore(found.path)
         restore_random_state(found.state.random_state)
     for number in range(first + 1, last + 1):
         yield _replay_step(policy, config, run_folder, step=number)
 
 
-def _replay_step(policy: TrainedPolicy, config: Config, run_folder: Path, *, step: int) -> ReplayedStep:
+def _replay_step(policy: ParallelPolicy, config: Config, run_folder: Path, *, step: int) -> ReplayedStep:
     record = read_record(audit_folder(run_folder), step)
     dtype = getattr(torch, config.rollout.dtype)
     began_with = {

@@ -11,11 +11,11 @@ from common.types import Group
 from trainer.advantage import batch_advantages
 from trainer.batch import build_micro_batches
 from trainer.masks import mask_metrics, rewards_of
-from trainer.policy import TrainedPolicy
+from trainer.parallel import ParallelPolicy, deal
 
 
 def train_on(
-    policy: TrainedPolicy, groups: list[Group], config: Config, *, step: int
+    policy: ParallelPolicy, groups: list[Group], config: Config, *, step: int
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Advantages, micro-batches and the optimizer step; the step's metrics, and the advantages [G] of each group.
 
@@ -24,14 +24,16 @@ def train_on(
     trainer = config.trainer
     rewards = [rewards_of(group, config) for group in groups]
     advantages = batch_advantages(rewards, method=trainer.advantage)
-    micro_batches = build_micro_batches(
-        groups,
-        advantages,
-        max_tokens=trainer.microbatch_tokens,
-        packed=policy.is_packed,
-        mask_truncated=trainer.mask_truncated,
-    )
+    shares = [
+        build_micro_batches(
+            *share,
+            max_tokens=trainer.microbatch_tokens,
+            packed=policy.is_packed,
+            mask_truncated=trainer.mask_truncated,
+        )
+        for share in deal(groups, advantages, num_ranks=policy.num_ranks)
+    ]
     began = time.monotonic()
-    metrics = mask_metrics(groups, config) | policy.optimize(micro_batches, step=step)
+    metrics = mask_metrics(groups, config) | policy.optimize(shares, step=step)
     metrics["time/forward_backward"] = time.monotonic() - began
     return metrics, advantages

@@ -1,0 +1,259 @@
+"""Several ranks train as one: the same gradients, publications and checkpoints, on any number of them.
+
+Rank 0 is the test's own process; the others are real trainer processes that follow it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import make_config
+from harness import running
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from common.config import Config
+from common.types import Completion, Episode, Group
+from trainer.batch import build_micro_batches
+from trainer.checkpoint import SavedTensors
+from trainer.parallel import ParallelPolicy, deal, evened, open_policy
+from trainer.ranks import Ranks
+
+STEPS_THAT_SHOW_GRADIENTS = {"learning_rate": 0.5, "eps": 1.0, "max_grad_norm": 100.0, "warmup_steps": 0}
+"""With so large an epsilon AdamW moves a weight by about its gradient, not by its sign: equal weights mean equal gradients."""
+
+
+@contextlib.contextmanager
+def joined(size: int, folder: Path) -> Iterator[Ranks]:
+    """This process as rank 0, with trainer processes as the others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        log = folder / "ranks.log"
+        argv = [sys.executable, "-W", "error::UserWarning:trainer", "-m", "trainer"]
+        others = [
+            stack.enter_context(running(argv, cwd=folder, log=log, RANK=str(rank), **world)) for rank in range(1, size)
+        ]
+        for name, value in {**world, "RANK": "0"}.items():
+            patch.setenv(name, value)
+        patch.setattr("trainer.ranks.COLLECTIVE_TIMEOUT_S", 60.0)
+        ranks = Ranks.join()
+        try:
+            yield ranks
+            ParallelPolicy(None, ranks).close()  # type: ignore[arg-type]
+            assert [process.wait(20) for process in others] == [0] * (size - 1)
+        except BaseException:
+            print(log.read_text())
+            ranks.leave()
+            raise
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with joined(2, tmp_path_factory.mktemp("two")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    shape = Qwen3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=50, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    Qwen3ForCausalLM(shape).save_pretrained(folder)
+    return folder
+
+
+def config_of(model_folder: Path, **trainer: Any) -> Config:
+    settings = {"local_batch_size": 2, "seq_len": 32, "device": "cpu", **STEPS_THAT_SHOW_GRADIENTS, **trainer}
+    return make_config(
+        model={"path": str(model_folder)}, trainer=settings, sampling={"group_size": 3, "max_res_tokens": 20}
+    )
+
+
+def make_groups(seed: int, *, num_groups: int = 3, group_size: int = 3) -> list[Group]:
+    """Ragged groups, one completion of which was aborted."""
+    rng = np.random.default_rng(seed)
+
+    def episode(aborted: bool) -> Episode:
+        length = int(rng.integers(1, 20))
+        completion = Completion(
+            token_ids=rng.integers(0, 50, length).astype(np.int32),
+            rollout_logprobs=rng.normal(-4, 0.1, length).astype(np.float32),
+            policy_versions=((0, length),),
+            finish_reason="abort" if aborted else "stop",
+            text="",
+        )
+        return Episode(completion=completion, reward=None if aborted else 1.0, rewards={}, ref_logprobs=None)
+
+    return [
+        Group(
+            group_id=f"t{g}",
+            policy_version=0,
+            prompt_ids=rng.integers(0, 50, int(rng.integers(2, 8))).astype(np.int32),
+            prompt="",
+            target=None,
+            episodes=[episode(aborted=(g, e) == (1, 0)) for e in range(group_size)],
+            timestamps={},
+        )
+        for g in range(num_groups)
+    ]
+
+
+def steps(policy: ParallelPolicy, config: Config, *, first: int, last: int) -> list[dict[str, float]]:
+    """Optimizer steps on batches that are a function of the step alone; their metrics."""
+    found = []
+    for step in range(first, last + 1):
+        groups = make_groups(step)
+        generator = torch.Generator().manual_seed(step)
+        advantages = [torch.randn(len(group.episodes), generator=generator) for group in groups]
+        shares = [
+            build_micro_batches(*share, max_tokens=config.trainer.max_tokens_per_microbatch)
+            for share in deal(groups, advantages, num_ranks=policy.num_ranks)
+        ]
+        metrics = policy.optimize(shares, step=step)
+        found.append({name: value for name, value in metrics.items() if not name.startswith("time/")})
+    return found
+
+
+def opened(config: Config, ranks: Ranks | None = None) -> ParallelPolicy:
+    return open_policy(config, end_token_ids=[], ranks=ranks)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_iterations": 2, "gradient_checkpointing": True, "loss": {"off_policy": "decoupled", "is_high": 5.0}},
+    ],
+    ids=["plain", "iterations"],
+)
+def test_two_ranks_make_the_steps_of_one(
+    two_ranks: Ranks, model_folder: Path, parallel: str, settings: dict[str, Any]
+) -> None:
+    config = config_of(model_folder, parallel=parallel, **settings)
+    alone, together = opened(config), opened(config, two_ranks)
+    before = alone.snapshot(torch.float32)
+    expected, found = (steps(policy, config, first=1, last=2) for policy in (alone, together))
+    for a, b in zip(expected, found, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+    weights = together.snapshot(torch.float32)
+    moved = 0.0
+    for name, weight in alone.snapshot(torch.float32).items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
+        moved = max(moved, float((weight - before[name]).abs().max()))
+    assert moved > 0.01, "the steps are too small to show a wrong gradient"
+    (a,), (b,) = (
+        policy.score([(np.array([1, 2], np.int32), np.array([3, 4, 5], np.int32))]) for policy in (alone, together)
+    )
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_a_publication_is_the_same_from_shards(two_ranks: Ranks, model_folder: Path) -> None:
+    config = config_of(model_folder, parallel="fsdp")
+    alone, together = (opened(config, ranks).snapshot(torch.bfloat16) for ranks in (None, two_ranks))
+    assert alone.keys() == together.keys()
+    assert [name for name in alone if not alone[name].equal(together[name])] == []
+
+
+def save(policy: ParallelPolicy, folder: Path) -> dict[str, str]:
+    folder.mkdir()
+    return policy.save(folder)
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    for kind in ("model", "optimizer"):
+        first, second = (SavedTensors(folder, kind).all() for folder in (a, b))
+        assert first.keys() == second.keys() and first
+        assert [name for name in first if not first[name].equal(second[name])] == []
+
+
+def test_a_checkpoint_is_read_by_any_number_of_ranks(two_ranks: Ranks, model_folder: Path, tmp_path: Path) -> None:
+    """From two to one, goes on there, and back to two: nothing is changed on the way."""
+    config = config_of(model_folder, parallel="fsdp")
+    together = opened(config, two_ranks)
+    steps(together, config, first=1, last=2)
+    digests = save(together, tmp_path / "two")
+    assert sorted(digests) == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert len(digests) == 4, "each rank writes what it holds"
+    sizes = [(tmp_path / "two" / name).stat().st_size for name in ("model.safetensors", "model-00001.safetensors")]
+    assert min(sizes) > 0.4 * sum(sizes)
+    alone = opened(config)
+    alone.restore(tmp_path / "two")
+    save(alone, tmp_path / "one")
+    assert_same_checkpoint(tmp_path / "two", tmp_path / "one")
+    expected = steps(together, config, first=3, last=3)
+    assert steps(alone, config, first=3, last=3)[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+    save(alone, tmp_path / "one-later")
+    again = opened(config, two_ranks)
+    again.restore(tmp_path / "one-later")
+    save(again, tmp_path / "two-later")
+    assert_same_checkpoint(tmp_path / "one-later", tmp_path / "two-later")
+
+
+def test_three_ranks_go_on_from_two(two_ranks: Ranks, model_folder: Path, tmp_path: Path) -> None:
+    config = config_of(model_folder, parallel="fsdp")
+    together = opened(config, two_ranks)
+    steps(together, config, first=1, last=1)
+    save(together, tmp_path / "two")
+    program = f"""
+import sys; sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from test_parallel import config_of, joined, opened, save, steps
+with joined(3, Path({str(tmp_path)!r})) as ranks:
+    config = config_of(Path({str(model_folder)!r}), parallel="fsdp")
+    policy = opened(config, ranks)
+    policy.restore(Path({str(tmp_path / "two")!r}))
+    save(policy, Path({str(tmp_path / "three")!r}))
+    steps(policy, config, first=2, last=2)
+    save(policy, Path({str(tmp_path / "three-later")!r}))
+"""
+    with running([sys.executable, "-c", program], cwd=tmp_path, log=tmp_path / "three.log") as process:
+        assert process.wait(120) == 0, (tmp_path / "three.log").read_text()
+    assert_same_checkpoint(tmp_path / "two", tmp_path / "three")
+    steps(together, config, first=2, last=2)
+    save(together, tmp_path / "two-later")
+    later, other = (SavedTensors(tmp_path / name, "model").all() for name in ("two-later", "three-later"))
+    for name, weight in later.items():
+        torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_every_episode_goes_to_one_rank_with_its_advantage(num_ranks: int) -> None:
+    groups = make_groups(7, num_groups=6, group_size=5)
+    advantages = [torch.arange(5.0) + 10 * g for g in range(6)]
+    shares = deal(groups, advantages, num_ranks=num_ranks)
+    tokens = {id(episode): float(a) for group, values in zip(groups, advantages, strict=True)
+              for episode, a in zip(group.episodes, values, strict=True)}  # fmt: skip
+    dealt: dict[int, float] = {}
+    loads = []
+    for own_groups, own_advantages in shares:
+        loads.append(0)
+        for group, values in zip(own_groups, own_advantages, strict=True):
+            for episode, advantage in zip(group.episodes, values, strict=True):
+                assert id(episode) not in dealt
+                dealt[id(episode)] = float(advantage)
+                loads[-1] += len(group.prompt_ids) + len(episode.completion.token_ids)
+    assert dealt == tokens
+    assert max(loads) - min(loads) <= 27, "no rank is further from another than the longest sequence"
+
+
+def test_a_rank_with_fewer_micro_batches_gets_passes_without_a_loss_token() -> None:
+    groups = make_groups(1)
+    batches = build_micro_batches(groups, [torch.ones(3)] * 3, max_tokens=60)
+    shares = evened([batches, batches[:1], []])
+    assert [len(share) for share in shares] == [len(batches)] * 3
+    assert shares[0] == batches and shares[1][0] is batches[0]
+    assert not any(batch.loss_mask.any() for batch in [*shares[1][1:], *shares[2]])

@@ -119,7 +119,7 @@ def steps(policy: ParallelPolicy, config: Config, *, first: int, last: int) -> l
         generator = torch.Generator().manual_seed(step)
         advantages = [torch.randn(len(group.episodes), generator=generator) for group in groups]
         shares = [
-            build_micro_batches(*share, max_tokens=config.trainer.max_tokens_per_microbatch)
+            build_micro_batches(*share, max_tokens=config.trainer.microbatch_tokens, packed=policy.is_packed)
             for share in deal(groups, advantages, num_ranks=policy.num_ranks)
         ]
         metrics = policy.optimize(shares, step=step)

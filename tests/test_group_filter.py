@@ -254,6 +254,7 @@ def test_a_reward_worker_drops_what_teaches_nothing_and_asks_for_other_prompts(
         trainer={"filter_zero_variance": True},
         lease={"running_s": 60.0, "queued_s": 60.0},
         replay_buffer={"batch_size": 4, "max_policy_age": 1},
+        evaluation={"datasets": [{"name": "x", "dataset": {"path": "x"}}]},
     )
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
     publish_policy(client, keys, 0)

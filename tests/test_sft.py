@@ -15,7 +15,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from harness import ROOT, environment, sluice, tiny_folder, wait_for
+from harness import ROOT, environment, tiny_folder, wait_for
 from pydantic import ValidationError
 
 from common.assets import ModelAssets, read_assets
@@ -263,7 +263,9 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(model: str, tmp_path: Path) ->
     assert len(lines_of(tmp_path / "halves")) == 6
 
 
-def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(model: str, tmp_path: Path) -> None:
+def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = settings(
         model,
         jsonl(tmp_path, ROWS),
@@ -283,10 +285,13 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(model: s
     assert f"stopped after step {stopped_at}; go on with: sluice sft job.yaml --resume sft-job-1" in said
     assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
-    done = sluice("sft", "job.yaml", "--resume", cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
-    assert f"from step {stopped_at} on" in done.stderr
-    assert "step 60/60  loss " in done.stderr and "held out " in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sft", "job.yaml", "--resume"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 0, said
+    assert f"from step {stopped_at} on" in said
+    assert "step 60/60  loss " in said and "held out " in said
     assert [line["step"] for line in lines_of(run)] == list(range(1, 61))
     held_out = lines_of(run, "held_out/loss")
     assert [line["step"] for line in held_out] == [0, 50, 60]

@@ -243,8 +243,9 @@ def test_one_epoch_sees_every_row_once_and_skips_and_counts_what_does_not_fit(
     assert "row 5: column 'completion' (completion_column) is null" in caplog.text
 
 
-def test_a_run_that_was_ended_goes_on_bit_for_bit(model: str, tmp_path: Path) -> None:
-    rows, changes = jsonl(tmp_path, ROWS), {"trainer": {"schedule": "cosine"}}
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole weights", "adapter"])
+def test_a_run_that_was_ended_goes_on_bit_for_bit(lora: dict[str, int] | None, model: str, tmp_path: Path) -> None:
+    rows, changes = jsonl(tmp_path, ROWS), {"trainer": {"schedule": "cosine", "lora": lora}}
     assert trainer(model, rows, tmp_path / "straight", **changes).train(lambda metrics: None)
     first = trainer(model, rows, tmp_path / "halves", **changes)
     assert not first.train(lambda metrics: None, stop=lambda: first.step == 3)
@@ -258,6 +259,10 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(model: str, tmp_path: Path) ->
     a, b = weights_of(tmp_path / "straight"), weights_of(tmp_path / "halves")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+    before = load_pretrained(model).state_dict()
+    moved = {name for name in a if not torch.equal(a[name], before[name])}
+    assert "model.layers.0.mlp.up_proj.weight" in moved, "the model that is left has the adapter in it"
+    assert ("model.norm.weight" in moved) == (lora is None)
     third = trainer(model, rows, tmp_path / "halves", **changes)  # finished: nothing is left to do
     assert third.train(lambda metrics: None)
     assert len(lines_of(tmp_path / "halves")) == 6
@@ -347,6 +352,7 @@ def test_epochs_of_a_stream_are_refused(model: str, tmp_path: Path) -> None:
     [
         ({"trainer": {"advantage": "none"}}, r"trainer\.advantage belongs to RL"),
         ({"trainer": {"loss": {}}}, r"trainer\.loss belongs to RL"),
+        ({"checkpoint": {"keep_best": "a/b"}}, "keep_best reads evaluations"),
         ({"num_epochs": 2}, r"num_epochs and trainer\.num_steps both say when to end"),
         ({"held_out": {"dataset": {"path": "d", "streaming": True}}}, "a streaming set needs num_examples"),
         ({"dataset": {"target_column": "a"}}, "Extra inputs"),
@@ -361,7 +367,8 @@ def test_every_key_of_the_trainer_acts_here_or_is_refused() -> None:
     """Whoever adds one says which."""
     acts = {
         "num_steps", "local_batch_size", "seq_len", "device", "autocast", "gradient_checkpointing", "learning_rate",
-        "betas", "eps", "weight_decay", "warmup_steps", "schedule", "max_grad_norm",
+        "betas", "eps", "weight_decay", "warmup_steps", "schedule", "max_grad_norm", "max_tokens_per_microbatch",
+        "packing", "lora",
     }  # fmt: skip
     assert set(TrainerConfig.model_fields) == acts | set(RL_ONLY)
 

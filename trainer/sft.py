@@ -30,6 +30,7 @@ from trainer.batch import MicroBatch
 from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, restore_random_state, save_checkpoint
 from trainer.examples import Example, ExampleSource, micro_batches_of
 from trainer.export import export_checkpoint
+from trainer.lora import check_base
 from trainer.policy import TrainedPolicy
 from trainer.report import append_line
 
@@ -195,7 +196,12 @@ class SftTrainer:
 
     def _checkpoint(self) -> None:
         state = TrainerState(
-            step=self.step, version=0, cursor=self._cursor, random_state=random_state(), wall_s=self._wall_s
+            step=self.step,
+            version=0,
+            cursor=self._cursor,
+            random_state=random_state(),
+            wall_s=self._wall_s,
+            base_digest=self.policy.base_digest,
         )
         save_checkpoint(
             self.folder / "checkpoints",
@@ -210,6 +216,7 @@ class SftTrainer:
         found = newest_checkpoint(self.folder / "checkpoints")
         if found is None:
             return
+        check_base(found.state.base_digest, self.policy.base_digest)
         self.policy.restore(found.weights, found.optimizer)
         restore_random_state(found.state.random_state)
         self.step = self._saved_step = found.state.step

@@ -62,6 +62,8 @@ class SftConfig(Section):
     def _has_an_effect(self) -> SftConfig:
         if idle := [name for name in RL_ONLY if name in self.trainer.model_fields_set]:
             raise ValueError(f"trainer.{idle[0]} belongs to RL and has no effect in supervised training: remove it")
+        if self.checkpoint.keep_best is not None:
+            raise ValueError("checkpoint.keep_best reads evaluations of a run and has no effect in supervised training")
         if self.num_epochs is not None and "num_steps" in self.trainer.model_fields_set:
             raise ValueError("num_epochs and trainer.num_steps both say when to end: set one of them")
         return self

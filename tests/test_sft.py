@@ -15,7 +15,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from harness import ROOT, environment, sluice, tiny_folder, wait_for
+from harness import ROOT, environment, tiny_folder, wait_for
 from pydantic import ValidationError
 
 from common.assets import ModelAssets, read_assets
@@ -243,8 +243,9 @@ def test_one_epoch_sees_every_row_once_and_skips_and_counts_what_does_not_fit(
     assert "row 5: column 'completion' (completion_column) is null" in caplog.text
 
 
-def test_a_run_that_was_ended_goes_on_bit_for_bit(model: str, tmp_path: Path) -> None:
-    rows, changes = jsonl(tmp_path, ROWS), {"trainer": {"schedule": "cosine"}}
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole weights", "adapter"])
+def test_a_run_that_was_ended_goes_on_bit_for_bit(lora: dict[str, int] | None, model: str, tmp_path: Path) -> None:
+    rows, changes = jsonl(tmp_path, ROWS), {"trainer": {"schedule": "cosine", "lora": lora}}
     assert trainer(model, rows, tmp_path / "straight", **changes).train(lambda metrics: None)
     first = trainer(model, rows, tmp_path / "halves", **changes)
     assert not first.train(lambda metrics: None, stop=lambda: first.step == 3)
@@ -258,12 +259,18 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(model: str, tmp_path: Path) ->
     a, b = weights_of(tmp_path / "straight"), weights_of(tmp_path / "halves")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+    before = load_pretrained(model).state_dict()
+    moved = {name for name in a if not torch.equal(a[name], before[name])}
+    assert "model.layers.0.mlp.up_proj.weight" in moved, "the model that is left has the adapter in it"
+    assert ("model.norm.weight" in moved) == (lora is None)
     third = trainer(model, rows, tmp_path / "halves", **changes)  # finished: nothing is left to do
     assert third.train(lambda metrics: None)
     assert len(lines_of(tmp_path / "halves")) == 6
 
 
-def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(model: str, tmp_path: Path) -> None:
+def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = settings(
         model,
         jsonl(tmp_path, ROWS),
@@ -283,10 +290,13 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(model: s
     assert f"stopped after step {stopped_at}; go on with: sluice sft job.yaml --resume sft-job-1" in said
     assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
-    done = sluice("sft", "job.yaml", "--resume", cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
-    assert f"from step {stopped_at} on" in done.stderr
-    assert "step 60/60  loss " in done.stderr and "held out " in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sft", "job.yaml", "--resume"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 0, said
+    assert f"from step {stopped_at} on" in said
+    assert "step 60/60  loss " in said and "held out " in said
     assert [line["step"] for line in lines_of(run)] == list(range(1, 61))
     held_out = lines_of(run, "held_out/loss")
     assert [line["step"] for line in held_out] == [0, 50, 60]
@@ -342,6 +352,7 @@ def test_epochs_of_a_stream_are_refused(model: str, tmp_path: Path) -> None:
     [
         ({"trainer": {"advantage": "none"}}, r"trainer\.advantage belongs to RL"),
         ({"trainer": {"loss": {}}}, r"trainer\.loss belongs to RL"),
+        ({"checkpoint": {"keep_best": "a/b"}}, "keep_best reads evaluations"),
         ({"num_epochs": 2}, r"num_epochs and trainer\.num_steps both say when to end"),
         ({"held_out": {"dataset": {"path": "d", "streaming": True}}}, "a streaming set needs num_examples"),
         ({"dataset": {"target_column": "a"}}, "Extra inputs"),
@@ -356,7 +367,8 @@ def test_every_key_of_the_trainer_acts_here_or_is_refused() -> None:
     """Whoever adds one says which."""
     acts = {
         "num_steps", "local_batch_size", "seq_len", "device", "autocast", "gradient_checkpointing", "learning_rate",
-        "betas", "eps", "weight_decay", "warmup_steps", "schedule", "max_grad_norm",
+        "betas", "eps", "weight_decay", "warmup_steps", "schedule", "max_grad_norm", "max_tokens_per_microbatch",
+        "packing", "lora",
     }  # fmt: skip
     assert set(TrainerConfig.model_fields) == acts | set(RL_ONLY)
 

@@ -138,8 +138,9 @@ def opened(config: Config, ranks: Ranks | None = None) -> ParallelPolicy:
     [
         {},
         {"num_iterations": 2, "gradient_checkpointing": True, "loss": {"off_policy": "decoupled", "is_high": 5.0}},
+        {"lora": {"rank": 2}},
     ],
-    ids=["plain", "iterations"],
+    ids=["plain", "iterations", "lora"],
 )
 def test_two_ranks_make_the_steps_of_one(
     two_ranks: Ranks, model_folder: Path, parallel: str, settings: dict[str, Any]
@@ -163,10 +164,12 @@ def test_two_ranks_make_the_steps_of_one(
 
 
 def test_a_publication_is_the_same_from_shards(two_ranks: Ranks, model_folder: Path) -> None:
-    config = config_of(model_folder, parallel="fsdp")
-    alone, together = (opened(config, ranks).snapshot(torch.bfloat16) for ranks in (None, two_ranks))
-    assert alone.keys() == together.keys()
-    assert [name for name in alone if not alone[name].equal(together[name])] == []
+    """With an adapter: the weights that it is upon."""
+    for settings, whole in (({}, False), ({"lora": {"rank": 2}}, True)):
+        config = config_of(model_folder, parallel="fsdp", **settings)
+        alone, together = (opened(config, ranks).snapshot(torch.bfloat16, whole=whole) for ranks in (None, two_ranks))
+        assert alone.keys() == together.keys()
+        assert [name for name in alone if not alone[name].equal(together[name])] == []
 
 
 def save(policy: ParallelPolicy, folder: Path) -> dict[str, str]:
@@ -181,9 +184,12 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert [name for name in first if not first[name].equal(second[name])] == []
 
 
-def test_a_checkpoint_is_read_by_any_number_of_ranks(two_ranks: Ranks, model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"lora": {"rank": 2}}], ids=["weights", "lora"])
+def test_a_checkpoint_is_read_by_any_number_of_ranks(
+    two_ranks: Ranks, model_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """From two to one, goes on there, and back to two: nothing is changed on the way."""
-    config = config_of(model_folder, parallel="fsdp")
+    config = config_of(model_folder, parallel="fsdp", **settings)
     together = opened(config, two_ranks)
     steps(together, config, first=1, last=2)
     digests = save(together, tmp_path / "two")

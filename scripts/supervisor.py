@@ -138,12 +138,11 @@ def _worker(queue: str, replica: int, env: dict[str, str], folder: Path, *, conf
 
 
 def _trainer(env: dict[str, str], folder: Path, *, config: Config) -> Child:
-    argv, num_ranks = [sys.executable, "-m", "trainer"], config.replicas.trainer
-    if num_ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        argv[1:1] = [*torchrun, "--nproc-per-node", str(num_ranks)]
+    num_ranks = config.replicas.trainer
+    argv = [sys.executable, "-m", *(["trainer"] if num_ranks == 1 else ["scripts.torchrun", str(num_ranks)])]
     gpus = _gpus()[-num_ranks:]
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    is_free = config.trainer.device in ("auto", "cuda")  # cuda:N names one among all of them
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus and is_free else {}
     return Child(name="trainer", argv=argv, env=env | visible, log=folder / "logs" / "trainer.log")
 
 

@@ -20,6 +20,7 @@ from harness import running
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.config import Config
+from common.errors import ConfigError
 from common.types import Completion, Episode, Group
 from trainer.batch import build_micro_batches
 from trainer.checkpoint import SavedTensors
@@ -137,8 +138,9 @@ def opened(config: Config, ranks: Ranks | None = None) -> ParallelPolicy:
     [
         {},
         {"num_iterations": 2, "gradient_checkpointing": True, "loss": {"off_policy": "decoupled", "is_high": 5.0}},
+        {"lora": {"rank": 2}},
     ],
-    ids=["plain", "iterations"],
+    ids=["plain", "iterations", "lora"],
 )
 def test_two_ranks_make_the_steps_of_one(
     two_ranks: Ranks, model_folder: Path, parallel: str, settings: dict[str, Any]
@@ -162,10 +164,12 @@ def test_two_ranks_make_the_steps_of_one(
 
 
 def test_a_publication_is_the_same_from_shards(two_ranks: Ranks, model_folder: Path) -> None:
-    config = config_of(model_folder, parallel="fsdp")
-    alone, together = (opened(config, ranks).snapshot(torch.bfloat16) for ranks in (None, two_ranks))
-    assert alone.keys() == together.keys()
-    assert [name for name in alone if not alone[name].equal(together[name])] == []
+    """With an adapter: the weights that it is upon."""
+    for settings, whole in (({}, False), ({"lora": {"rank": 2}}, True)):
+        config = config_of(model_folder, parallel="fsdp", **settings)
+        alone, together = (opened(config, ranks).snapshot(torch.bfloat16, whole=whole) for ranks in (None, two_ranks))
+        assert alone.keys() == together.keys()
+        assert [name for name in alone if not alone[name].equal(together[name])] == []
 
 
 def save(policy: ParallelPolicy, folder: Path) -> dict[str, str]:
@@ -180,9 +184,12 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert [name for name in first if not first[name].equal(second[name])] == []
 
 
-def test_a_checkpoint_is_read_by_any_number_of_ranks(two_ranks: Ranks, model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"lora": {"rank": 2}}], ids=["weights", "lora"])
+def test_a_checkpoint_is_read_by_any_number_of_ranks(
+    two_ranks: Ranks, model_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """From two to one, goes on there, and back to two: nothing is changed on the way."""
-    config = config_of(model_folder, parallel="fsdp")
+    config = config_of(model_folder, parallel="fsdp", **settings)
     together = opened(config, two_ranks)
     steps(together, config, first=1, last=2)
     digests = save(together, tmp_path / "two")
@@ -228,6 +235,29 @@ with joined(3, Path({str(tmp_path)!r})) as ranks:
     later, other = (SavedTensors(tmp_path / name, "model").all() for name in ("two-later", "three-later"))
     for name, weight in later.items():
         torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-6)
+
+
+def test_shards_are_gathered_in_the_computing_precision_and_added_up_in_float32(
+    two_ranks: Ranks, model_folder: Path
+) -> None:
+    """bfloat16 over two ranks is as far from float32 as bfloat16 on one, and the master weights are float32."""
+    halves = config_of(model_folder, parallel="fsdp", autocast="bfloat16")
+    exact, alone, together = (
+        opened(config, ranks)
+        for config, ranks in ((config_of(model_folder), None), (halves, None), (halves, two_ranks))
+    )
+    (expected,), (near,), (found,) = (steps(policy, halves, first=1, last=1) for policy in (exact, alone, together))
+    assert found["loss/policy"] == pytest.approx(expected["loss/policy"], rel=0.02)
+    assert found["grad_norm"] == pytest.approx(near["grad_norm"], rel=0.02)
+    weights = together.snapshot(torch.float32)
+    for name, weight in exact.snapshot(torch.float32).items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=5e-3)
+    assert not all(weight.equal(weight.bfloat16().float()) for weight in weights.values())
+
+
+def test_one_gpu_for_several_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.device=cuda:1 is one GPU for 2 ranks: set trainer.device=cuda"):
+        Ranks(rank=1, size=2, local_rank=1).device("cuda:1")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])

@@ -82,10 +82,12 @@ def test_a_role_that_dies_while_redis_is_away_is_started_when_it_is_back(
     assert (summary["ledger_holds"], summary["ledger"]["trained"]) == (True, steps * 4)
 
 
-def gpu_config(engine: str = "vllm", *, rollout: int, evals: int = 0, size: int = 1, share: float = 0.9) -> Config:
+def gpu_config(
+    engine: str = "vllm", *, rollout: int, evals: int = 0, size: int = 1, share: float = 0.9, ranks: int = 1
+) -> Config:
     return make_config(
         rollout={"engine": engine, "tensor_parallel_size": size, "gpu_memory_utilization": share},
-        replicas={"rollout": rollout, "eval": evals},
+        replicas={"rollout": rollout, "eval": evals, "trainer": ranks},
         evaluation={"datasets": [{"dataset": {"path": "heldout.jsonl"}}]},
     )
 
@@ -97,6 +99,10 @@ def test_every_rollout_engine_gets_its_gpus_and_the_last_gpu_is_for_all_else(mon
     assert [assigned_gpus(pairs, "rollout,eval", i) for i in (0, 1)] == [["0", "1"], ["2", "3"]]
     assert assigned_gpus(pairs, "reference", 0) == ["4"]
     check_gpus(pairs)
+    two_ranks = gpu_config(rollout=3, ranks=2)
+    assert [assigned_gpus(two_ranks, "rollout,eval", i) for i in range(3)] == [["0"], ["1"], ["2"]]
+    assert assigned_gpus(two_ranks, "reference", 0) == ["4"]
+    check_gpus(two_ranks)
     shared = gpu_config("torch", rollout=6, evals=1)
     assert [assigned_gpus(shared, "rollout", i) for i in range(6)] == [["0"], ["1"], ["2"], ["3"], ["0"], ["1"]]
     check_gpus(shared)
@@ -113,6 +119,11 @@ def test_every_rollout_engine_gets_its_gpus_and_the_last_gpu_is_for_all_else(mon
         ),
         (gpu_config(rollout=7, evals=1), "would hold 1 vLLM engines .* beside the trainer: .* replicas.eval=0"),
         (gpu_config(rollout=1, size=8), "8 GPUs leave 7 for rollout workers"),
+        (
+            gpu_config(rollout=7, ranks=2),
+            "GPU 0 would hold 2 vLLM engines .*: set replicas.rollout=6 ",
+        ),
+        (gpu_config("torch", rollout=1, ranks=9), "replicas.trainer=9: a rank needs a GPU of its own, and there are 8"),
     ],
 )
 def test_vllm_engines_that_do_not_fit_on_the_gpus_are_refused(

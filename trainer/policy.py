@@ -172,7 +172,7 @@ class TrainedPolicy:
             **self._combined([metrics for _, metrics in scored]),
             "grad_norm": float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm),
             "learning_rate": learning_rate,
-            "padding_share": padding_share(batches, packed=self.is_packed),
+            "padding_share": self._padding_share(batches),
             "time/optimizer": optimizer_s,
         }
 
@@ -192,6 +192,12 @@ class TrainedPolicy:
             return own
         every = [{name: torch.tensor(value) for name, value in part.items()} for part in self._ranks.gather(own)]
         return {name: float(value) for name, value in combine_metrics(every).items()}
+
+    def _padding_share(self, batches: list[MicroBatch]) -> float:
+        """That of all ranks."""
+        own = [padding_share(batches, packed=self.is_packed), sum(batch.num_padded_tokens for batch in batches)]
+        every = self._ranks.gather(own)
+        return float(sum(share * tokens for share, tokens in every) / sum(tokens for _, tokens in every))
 
     @property
     def base_digest(self) -> str:

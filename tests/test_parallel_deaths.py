@@ -1,0 +1,94 @@
+"""Ranks of the trainer die, or are told to stop: all of them end, with the cause in the log, and the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+from harness import (
+    SMALL,
+    alive,
+    assert_trained_once,
+    children,
+    create_run,
+    metrics_of,
+    only_run,
+    quickstart_config,
+    running,
+    running_sluice,
+    tiny_folder,
+    wait_for,
+)
+
+from common.connection import connect
+from common.policy_store import PolicyStore
+from common.run import open_run
+from scripts.redis_server import EmbeddedServer
+
+
+def rank_of(pid: int, rank: int) -> psutil.Process | None:
+    """A rank of the trainer among the descendants of a process."""
+    for child in children(pid):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if child.environ().get("RANK") == str(rank):
+                return child
+    return None
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    steps = 12
+    settings = {"evaluation__datasets": [], "trainer__num_steps": steps, "checkpoint__every_steps": 2, **SMALL}
+    config = quickstart_config(tmp_path, tiny=tiny_folder(), replicas={"trainer": 2}, **settings)
+    sharded = ("trainer.parallel=fsdp", "lease.running_s=3", "lease.queued_s=3")
+    with running_sluice("run", str(config), *sharded, cwd=tmp_path) as process:
+        wait_for(
+            lambda: list(tmp_path.glob("runs/*/metrics.jsonl")) and len(metrics_of(only_run(tmp_path))) >= 3,
+            timeout=120,
+            what="three steps",
+        )
+        first, second = rank_of(process.pid, 0), rank_of(process.pid, 1)
+        assert first is not None and second is not None
+        second.kill()
+        wait_for(lambda: not alive([first]), timeout=20, what="rank 0 to end with rank 1")
+        assert process.wait(120) == 0
+    run_folder = only_run(tmp_path)
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert summary["restarts"] == {"trainer": 1}
+    assert (summary["ledger_holds"], summary["ledger"]["trained"]) == (True, steps * 4)
+    assert_trained_once(run_folder, steps, groups_per_step=4)
+    log = (run_folder / "logs" / "trainer.log").read_text()
+    assert f"rank 1 was killed by SIGKILL (pid {second.pid}), so all 2 ranks were ended" in log
+    assert "resumed at step" in log
+    newest = run_folder / "checkpoints" / f"step-{steps:08d}"
+    assert (newest / "model-00001.safetensors").is_file()
+
+
+def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, own_redis: EmbeddedServer) -> None:
+    """No worker lives: rank 0 waits for a batch, rank 1 for rank 0."""
+    env = create_run(tmp_path, own_redis.url, **SMALL)
+    client = connect(own_redis.url)
+    run = open_run(client, env["SLUICE_RUN"])
+    store = PolicyStore(client, run.keys, run.config.policy_store)
+    log = tmp_path / "trainer.log"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    argv = [*torchrun, "--nproc-per-node", "2", "-m", "trainer"]
+    for version, end in ((0, "kill"), (1, "stop")):
+        with running(argv, cwd=tmp_path, log=log, **env) as process:
+            wait_for(lambda v=version: store.latest_version() == v, timeout=90, what="the policy")  # type: ignore[misc]
+            ranks = [rank_of(process.pid, rank) for rank in (0, 1)]
+            assert None not in ranks
+            if end == "kill":
+                ranks[0].kill()  # type: ignore[union-attr]
+                assert process.wait(15) != 0
+                assert "rank 1 sluice.trainer: rank 0 is gone: ending" in log.read_text()
+            else:
+                process.send_signal(signal.SIGTERM)
+                process.wait(15)
+                assert "stopped at step 0" in log.read_text()
+                assert client.hget(run.keys("run"), "status") == b"stopped"
+            assert alive([rank for rank in ranks if rank]) == []
+    client.close()

@@ -16,6 +16,7 @@ from scripts.cli import cli
 
 STEPS = 24
 EVALUATE_EVERY = 12
+NUM_HELDOUT = 100
 GROUPS_PER_STEP = 8
 
 
@@ -23,13 +24,19 @@ GROUPS_PER_STEP = 8
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run of the quickstart, shortened; the folder it was started in and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
+    heldout = {
+        "dataset": {"path": str(tiny_folder() / "heldout.jsonl"), "max_req_tokens": 24},
+        "num_prompts": NUM_HELDOUT,
+        "num_samples": 4,
+        "function": "MathReward",
+    }
     config = quickstart_config(
         folder,
         tiny=tiny_folder(),
         trainer__num_steps=STEPS,
         audit="all",
         checkpoint__keep_best="heldout/sampled_pass@1",
-        evaluation__every_steps=EVALUATE_EVERY,
+        evaluation={"every_steps": EVALUATE_EVERY, "datasets": [heldout]},
     )
     done = sluice("run", str(config), cwd=folder, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -54,9 +61,9 @@ def test_evaluations_are_listed_by_version_and_the_best_checkpoint_is_kept(finis
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for entry in entries:
         assert entry["pass@4"] >= entry["sampled_pass@1"] > 0
-        assert 0 < entry["sampled_pass@1_stderr"] < 0.05  # 200 prompts
+        assert 0 < entry["sampled_pass@1_stderr"] < 0.06
         assert 15 < entry["mean_length"] < 40
-        assert (entry["num_prompts"], entry["num_dead"]) == (200, 0)
+        assert (entry["num_prompts"], entry["num_dead"]) == (NUM_HELDOUT, 0)
         assert any(
             line.get("eval/heldout/version") == entry["version"] and line["eval/heldout/maj@4"] == entry["maj@4"]
             for line in lines

@@ -53,9 +53,7 @@ def update_best(folder: Path, client: redis.Redis, run: Run) -> frozenset[int]:
     name, _, score = metric.rpartition("/")
     (dataset,) = (d for d in run.config.evaluation.datasets if d.name == name)
     saved, before = saved_versions(folder), read_best(folder)
-    unfinished = set(
-        evaluation.pending(client, run.keys)
-    )  # read before the results: one that ends meanwhile is protected
+    unfinished = set(evaluation.pending(client, run.keys))  # read before the results: who ends in between is awaited
     candidates: list[Best] = []
     awaited = set()
     for step, versions in _published_as(client, run.keys, saved).items():

@@ -130,7 +130,7 @@ def test_a_worker_that_serves_something_else_than_the_adapter_is_named_long_befo
         move(policy, 0.0, seed=1)
         publish(store, policy, 1)
         wait_for(lambda: beat().get("version") == 1, timeout=15, what="the fresh adapter to be served")
-        move(policy, 2e-4, seed=2)  # a first small step
+        move(policy, 5e-5, seed=2)  # a first small step
         manifest = publish(store, policy, 2)
         wait_for(lambda: beat().get("adapter_share"), timeout=15, what="the canary to be scored")
         assert manifest.digest.startswith(beat()["digest"]), "the bytes have arrived"

@@ -36,9 +36,10 @@ class Adapter:
         self.base_digest = base_digest(model, config)
         "of the base as loaded"
         targets = config.target_modules
+        alpha: Any = config.alpha  # peft declares a whole number, and computes with any
         settings = peft.LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,
+            lora_alpha=alpha,
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",
         )
@@ -92,7 +93,7 @@ class Adapter:
 
     def save(self, target: Path) -> None:
         """A folder that `PeftModel.from_pretrained` loads upon the base."""
-        self._peft.save_pretrained(target, save_embedding_layers=False)
+        self._peft.save_pretrained(str(target), save_embedding_layers=False)
 
 
 def base_digest(model: torch.nn.Module, config: LoraConfig) -> str:

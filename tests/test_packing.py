@@ -1,6 +1,7 @@
 """Packed rows against padded ones: values, gradients, isolation, budgets, and the models that must stay padded."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -106,6 +107,18 @@ def test_bfloat16_compute_is_near_float32():
                 found, _ = completion_logprobs(model, *batch)
             assert found.dtype == torch.float32
             assert float((found - expected).abs().mean()) < 0.1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_the_attention_of_this_device_gives_what_each_sequence_gives_alone(autocast):
+    device = os.environ.get("SLUICE_TEST_DEVICE", "cpu")  # scripts/gpu_check: there the varlen kernel runs
+    padded, packed = (model.to(device, torch.float32 if autocast else torch.bfloat16) for model in both())
+    batch = [tensor.to(device) for tensor in pad_sequences(*sequences(*RAGGED, (90, 150), (30, 150)))]
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+        (expected, _, gradients), (found, _, packed_gradients) = scored(padded, batch), scored(packed, batch)
+    assert float((found - expected).abs().mean()) < 0.1
+    for name, gradient in gradients.items():
+        assert float((packed_gradients[name] - gradient).norm()) < 0.2 * float(gradient.norm()), name
 
 
 def test_a_token_never_sees_another_sequence():

@@ -1,10 +1,12 @@
 """Packed rows against padded ones: values, gradients, isolation, budgets, and the models that must stay padded."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_logprobs import sequences, tiny_model
 from transformers import (
     FalconH1Config,
@@ -106,6 +108,18 @@ def test_bfloat16_compute_is_near_float32():
                 found, _ = completion_logprobs(model, *batch)
             assert found.dtype == torch.float32
             assert float((found - expected).abs().mean()) < 0.1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_half_precision_the_attention_of_this_device_gives_what_each_sequence_gives_alone(autocast):
+    device = os.environ.get("SLUICE_TEST_DEVICE", "cpu")  # scripts/gpu_check: there the varlen kernel runs
+    padded, packed = (model.to(device, torch.float32 if autocast else torch.bfloat16) for model in both())
+    batch = [tensor.to(device) for tensor in pad_sequences(*sequences(*RAGGED, (90, 150), (30, 150)))]
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+        (expected, _, gradients), (found, _, packed_gradients) = scored(padded, batch), scored(packed, batch)
+    assert float((found - expected).abs().mean()) < 0.1
+    for name, gradient in gradients.items():
+        assert float((packed_gradients[name] - gradient).norm()) < 0.2 * float(gradient.norm()), name
 
 
 def test_a_token_never_sees_another_sequence():
@@ -212,21 +226,19 @@ def test_packing_leaves_no_trace_in_a_saved_model(tmp_path):
     assert "sluice" not in (tmp_path / "config.json").read_text()
 
 
-def test_a_wrapped_model_is_packed_inside():
-    class Wrapper(torch.nn.Module):  # as peft's: its base_model is not transformers'
-        def __init__(self, model):
-            super().__init__()
-            self.base_model = torch.nn.ModuleDict({"model": model})
-            self.config = model.config
-
-        def get_base_model(self):
-            return self.base_model["model"]
-
-    padded, _ = both()
-    wrapped = Wrapper(tiny_model())
-    assert enable_packing(wrapped) is None
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PeftModel asks it
+def test_a_model_inside_peft_is_packed():
+    padded, packed = (
+        get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        for _ in range(2)
+    )
+    packed.load_state_dict(padded.state_dict())
+    assert enable_packing(packed) is None
+    assert is_packed(packed)
     batch = pad_sequences(*sequences(*RAGGED))
-    torch.testing.assert_close(completion_logprobs(wrapped, *batch)[0], completion_logprobs(padded, *batch)[0])
+    found, expected, bare = (completion_logprobs(m, *batch)[0] for m in (packed, padded, tiny_model()))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found, bare, atol=1e-2)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])

@@ -10,9 +10,9 @@ from common.config_trainer import Section, TrainerConfig
 
 RL_ONLY = (
     "num_iterations", "advantage", "filter_zero_variance", "max_refill", "loss", "mask_truncated", "overlong_penalty",
-    "stall_report_s",
+    "parallel", "stall_report_s",
 )  # fmt: skip
-"""Keys of `trainer` that nothing reads here; setting one is refused."""
+"""Keys of `trainer` that nothing reads here, in one process and without rewards; setting one is refused."""
 
 
 class ExamplesConfig(PromptConfig):
@@ -61,7 +61,7 @@ class SftConfig(Section):
     @model_validator(mode="after")
     def _has_an_effect(self) -> SftConfig:
         if idle := [name for name in RL_ONLY if name in self.trainer.model_fields_set]:
-            raise ValueError(f"trainer.{idle[0]} belongs to RL and has no effect in supervised training: remove it")
+            raise ValueError(f"trainer.{idle[0]} has no effect in supervised training: remove it")
         if self.checkpoint.keep_best is not None:
             raise ValueError("checkpoint.keep_best reads evaluations of a run and has no effect in supervised training")
         if self.num_epochs is not None and "num_steps" in self.trainer.model_fields_set:

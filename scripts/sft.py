@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from scripts.progress import LINE_EVERY_S, make_bar
 
 def run_sft(config_path: str, overrides: list[str], *, name: str | None, resume: str | None) -> None:
     """To the last step, or to Ctrl-C or SIGTERM: both leave a checkpoint. Raises ConfigError."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("sluice sft trains in one process: start it without torchrun")
     config, folder = _new(config_path, overrides, name) if resume is None else _old(config_path, overrides, resume)
     with interrupted_by_signals() as interrupted:
         from transformers.utils import logging as transformers_logging

@@ -350,8 +350,8 @@ def test_epochs_of_a_stream_are_refused(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainer": {"advantage": "none"}}, r"trainer\.advantage belongs to RL"),
-        ({"trainer": {"loss": {}}}, r"trainer\.loss belongs to RL"),
+        ({"trainer": {"advantage": "none"}}, r"trainer\.advantage has no effect in supervised"),
+        ({"trainer": {"loss": {}}}, r"trainer\.loss has no effect in supervised"),
         ({"checkpoint": {"keep_best": "a/b"}}, "keep_best reads evaluations"),
         ({"num_epochs": 2}, r"num_epochs and trainer\.num_steps both say when to end"),
         ({"held_out": {"dataset": {"path": "d", "streaming": True}}}, "a streaming set needs num_examples"),
@@ -387,6 +387,9 @@ def test_bad_input_of_the_command_is_one_paragraph(
         f"error: {tmp_path / 'job.yaml'}: unknown key 'dataset.completion_colum'; did you mean 'completion_column'?\n"
     )
     assert "there is no sft-job-* in" in refused(tmp_path / "job.yaml", "--resume")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert "start it without torchrun" in refused(tmp_path / "job.yaml")
     (tmp_path / "taken").mkdir()
     assert "taken exists: choose another --name" in refused(
         tmp_path / "job.yaml", "--name", "taken", f"output_dir={tmp_path}"

@@ -66,7 +66,7 @@ def test_ten_steps_are_five_a_kill_and_five_bit_for_bit(tmp_path: Path, own_redi
                 assert process.wait(60) == 0
         assert account_of(env).to_dict() | {"retried": 0, "resent": 0, "refused": 0} == {
             "admitted": 40, "trained": 40, "scored": 0, "dropped": {}, "dead": {}, "in_flight": 0,
-            "retried": 0, "resent": 0, "refused": 0, "reconciled": 0, "holds": True,
+            "retried": 0, "resent": 0, "refused": 0, "reconciled": 0, "kept_for_bound": 0, "holds": True,
         }  # fmt: skip
         results[name] = checkpoint_at(folder / "runs" / name / "checkpoints", 10)
     straight, killed = results["straight"], results["killed"]

@@ -135,7 +135,7 @@ def test_numpy_scalars_become_plain_numbers_and_tuples_lists():
         np.zeros(1, [("a", "i4")]),
         np.longdouble(1),
     ],
-    ids=repr,
+    ids=lambda value: f"{type(value).__name__}-{getattr(value, 'dtype', '')}",
 )
 def test_what_has_no_wire_form_is_refused_by_name(value):
     with pytest.raises(SerializationError, match="cannot encode a"):

@@ -54,7 +54,7 @@ def joined(size: int, folder: Path) -> Iterator[Ranks]:
             assert [process.wait(20) for process in others] == [0] * (size - 1)
         except BaseException:
             print(log.read_text())
-            ranks.leave()
+            torch.distributed.destroy_process_group()
             raise
 
 

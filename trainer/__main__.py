@@ -32,7 +32,7 @@ def main() -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave its ranks behind
         die_with(os.getppid())
     try:
-        if rank != "0":
+        if not is_alone and rank != "0":
             from trainer.parallel import follow
             from trainer.ranks import Ranks
 

@@ -124,8 +124,9 @@ class Ranks:
         return host == socket.gethostname() and not psutil.pid_exists(int(pid))
 
     def leave(self) -> None:
-        """After the last call."""
+        """After the last call, all together: the store goes with the first machine that ends."""
         if self.size > 1:
+            self.gather(None)
             dist.destroy_process_group()
 
 

@@ -288,7 +288,7 @@ class Config(Section):
 
     @property
     def max_filtered(self) -> int:
-        """Groups of equal rewards that may be dropped before one batch is ready."""
+        """Groups of equal rewards that may be dropped for one batch."""
         return self.trainer.max_refill * self.groups_per_step
 
     @property

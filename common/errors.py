@@ -11,6 +11,7 @@ SluiceError
     EngineClosed         the engine is shutting down; the group is handed back, no attempt is spent
   StateLost              Redis has lost the trainer's last writes: it was restarted, or another server took over
   DiskFull               a file could not be written: the trainer pauses until there is room
+  Diverged               the gradients of many steps in a row are not finite: training ends (exit code 2)
   RewardError            a reward function raised, ran out of time or returned nonsense: infrastructure, never a score
 """
 
@@ -59,6 +60,10 @@ class StateLost(SluiceError):
 
 class DiskFull(SluiceError):
     """There is no room for a file; nothing that was there before is harmed."""
+
+
+class Diverged(SluiceError):
+    """Training cannot go on: no gradient is finite any more."""
 
 
 class RewardError(SluiceError):

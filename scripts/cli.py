@@ -236,7 +236,7 @@ def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: 
 @cli.command()
 @click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
-    "--step", type=int, help="Only this step, from the nearest checkpoint under it; default: all, from the base."
+    "--step", type=int, help="Only this step, from the nearest checkpoint under it; default: all that can be."
 )
 @_JSON
 def replay(run_folder: Path, step: int | None, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.config import Config
 from common.config_file import load_config
-from common.errors import ConfigError
+from common.errors import ConfigError, Diverged
 from trainer.batch import MicroBatch
 from trainer.checkpoint import (
     TrainerState,
@@ -24,7 +24,7 @@ from trainer.checkpoint import (
     save_checkpoint,
 )
 from trainer.loss import policy_loss
-from trainer.policy import TrainedPolicy, schedule_factor
+from trainer.policy import MAX_SKIPPED, TrainedPolicy, schedule_factor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -204,3 +204,17 @@ def test_iterations_of_decoupled_clip_against_the_first_one() -> None:
         by_hand.optimizer.zero_grad()
     for x, y in zip(thrice.model.parameters(), by_hand.model.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_many_end_training(caplog: pytest.LogCaptureFixture) -> None:
+    policy = new_policy()
+    before = policy.snapshot(torch.float32)
+    bad = replace(micro_batch(0), advantages=torch.tensor([torch.nan, 1.0, 1.0, 1.0]))
+    assert policy.optimize([bad], step=1)["optimizer/skipped_in_a_row"] == 1
+    assert all(weight.equal(before[name]) for name, weight in policy.snapshot(torch.float32).items())
+    assert "step 1: the gradient is not finite" in caplog.text
+    assert policy.optimize([micro_batch(0)], step=2)["optimizer/skipped_in_a_row"] == 0
+    assert all(weight.isfinite().all() for weight in policy.snapshot(torch.float32).values())
+    with pytest.raises(Diverged, match=r"step 3: the gradients of 10 optimizer steps in a row"):
+        for _ in range(MAX_SKIPPED):
+            policy.optimize([bad], step=3)

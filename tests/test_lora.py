@@ -265,7 +265,8 @@ def test_a_recorded_stream_is_replayed_bit_for_bit(tmp_path: Path) -> None:
         before = weights_digest(policy.snapshot(torch.float32, whole=step == 1))  # step 1 begins with version 0
         groups = [make_group(step), make_group(step + 100)]
         metrics, _ = train_on(ParallelPolicy(policy), groups, config, step=step)
-        Audit(tmp_path, config).record(StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics))
+        record = StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics)
+        Audit(tmp_path, config).record(record, saved_step=step - 1)
         save(tmp_path / "checkpoints", policy, step=step)
     for steps in (list(replay(tmp_path)), list(replay(tmp_path, step=3))):
         assert all(step.recorded_loss == step.replayed_loss and step.began_with_same_weights for step in steps)

@@ -76,7 +76,8 @@ def run_of(folder: Path, model: Path, *, audit: str, every_steps: int = 2, keep:
         before = weights_digest(policy.snapshot(torch.float32))
         groups = [make_group(step), make_group(step + 100)]
         metrics, _ = train_on(policy, groups, config, step=step)
-        written.record(StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics))
+        record = StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics)
+        written.record(record, saved_step=(step - 1) // every_steps * every_steps)
         if step % every_steps == 0:
             state = TrainerState(step=step, version=step, cursor=0, random_state=random_state())
             save_checkpoint(folder / "checkpoints", state, write=policy.save, keep=keep)
@@ -86,7 +87,7 @@ def run_of(folder: Path, model: Path, *, audit: str, every_steps: int = 2, keep:
 
 def test_a_record_reads_back_as_it_was(tmp_path: Path) -> None:
     record = StepRecord(step=3, parent_digest="d", groups=[make_group(1), make_group(2)], metrics={"loss/policy": 0.5})
-    Audit(tmp_path, make_config(audit="all")).record(record)
+    Audit(tmp_path, make_config(audit="all")).record(record, saved_step=0)
     read = read_record(audit_folder(tmp_path), 3)
     assert (read.step, read.parent_digest, read.metrics) == (3, "d", {"loss/policy": 0.5})
     for group, written in zip(read.groups, record.groups, strict=True):
@@ -118,7 +119,8 @@ def test_a_step_trained_on_something_else_does_not_agree(tmp_path: Path, model_f
     config = run_of(tmp_path / "run", model_folder, audit="all")
     record = read_record(audit_folder(tmp_path / "run"), 2)
     Audit(tmp_path / "run", config).record(
-        StepRecord(step=2, parent_digest=record.parent_digest, groups=[make_group(77)], metrics=record.metrics)
+        StepRecord(step=2, parent_digest=record.parent_digest, groups=[make_group(77)], metrics=record.metrics),
+        saved_step=0,
     )
     first, second, third = list(replay(tmp_path / "run"))[:3]
     assert first.agrees and not second.agrees and not second.ended_with_same_weights
@@ -128,12 +130,27 @@ def test_a_step_trained_on_something_else_does_not_agree(tmp_path: Path, model_f
 def test_a_sample_is_what_kept_checkpoints_can_replay(tmp_path: Path, model_folder: Path) -> None:
     run_of(tmp_path / "run", model_folder, audit="sample", every_steps=1, keep=2)
     assert recorded_steps(audit_folder(tmp_path / "run")) == [1, 5]  # 4 and 5 are kept; 6 is not trained yet
-    (only,) = replay(tmp_path / "run", step=5)
-    assert only.agrees and only.ended_with_same_weights
-    with pytest.raises(ConfigError, match=r"step 2 is not recorded: run with audit=all"):
-        list(replay(tmp_path / "run"))
+    steps = list(replay(tmp_path / "run"))
+    assert [step.step for step in steps] == [1, 5]
+    assert all(step.agrees and step.began_with_same_weights for step in steps) and steps[1].ended_with_same_weights
     with pytest.raises(ConfigError, match=r"step 3 is not in .*recorded steps: 1, 5"):
         list(replay(tmp_path / "run", step=3))
+
+
+def test_a_step_whose_checkpoint_is_gone_says_what_is_missing(tmp_path: Path, model_folder: Path) -> None:
+    run_of(tmp_path / "run", model_folder, audit="all", every_steps=5)
+    (audit_folder(tmp_path / "run") / "step-00000002.zst").unlink()
+    with pytest.raises(ConfigError, match=r"step 4 is replayed from the base model, but step 2 is not recorded"):
+        list(replay(tmp_path / "run", step=4))
+    assert [step.step for step in replay(tmp_path / "run")] == [1], "of the rest none has its checkpoint"
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, model_folder: Path) -> None:
+    run_of(tmp_path / "run", model_folder, audit="all")
+    weights = tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-30])
+    with pytest.raises(ConfigError, match=r"step-00000004 is damaged"):
+        list(replay(tmp_path / "run", step=5))
 
 
 def test_none_keeps_nothing_and_a_full_disk_costs_no_run(
@@ -143,7 +160,7 @@ def test_none_keeps_nothing_and_a_full_disk_costs_no_run(
     assert recorded_steps(audit_folder(tmp_path / "run")) == []
     (tmp_path / "blocked").write_text("a file where the run folder should be")
     record = StepRecord(step=1, parent_digest="", groups=[], metrics={})
-    Audit(tmp_path / "blocked", make_config(audit="all")).record(record)
+    Audit(tmp_path / "blocked", make_config(audit="all")).record(record, saved_step=0)
     assert "step 1 is not in the audit" in caplog.text
 
 

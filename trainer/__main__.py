@@ -15,7 +15,7 @@ import sys
 from types import FrameType
 
 from common.connection import connect, give_up_after, persistence_warning, run_name
-from common.errors import ConfigError, ConnectionFailed, DiskFull
+from common.errors import ConfigError, ConnectionFailed, DiskFull, Diverged
 from common.parent import die_with
 from common.run import open_run, set_status
 
@@ -61,7 +61,7 @@ def main() -> int:
     set_status(client, run.keys, "running")
     try:
         trainer.train()
-    except ConfigError as error:  # of a model that does not load, or a run that Redis has lost
+    except (ConfigError, Diverged) as error:  # a model that does not load, a run that Redis has lost
         print(f"error: {error}", file=sys.stderr)
         return 2
     except DiskFull as error:

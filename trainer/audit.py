@@ -2,7 +2,7 @@
 
     <run folder>/audit/step-00000040.zst      zstd(wire format of a StepRecord)
 
-Written beside training into a temporary file and renamed; a step that is trained again after a roll-back replaces its
+Written into a temporary file and renamed; a step that is trained again after a roll-back replaces its
 record, so the records are those of the branch that the weights come from. A record is no part of the accounting: a full
 disk costs records, never the run.
 """
@@ -46,11 +46,10 @@ class Audit:
     def __init__(self, run_folder: Path, config: Config) -> None:
         self._folder = audit_folder(run_folder)
         self._kept = config.audit
-        self._period = config.checkpoint.every_steps
 
-    def record(self, record: StepRecord) -> None:
-        """Keep a step, if it is one that is kept."""
-        if self._kept == "none" or (self._kept == "sample" and (record.step - 1) % self._period):
+    def record(self, record: StepRecord, *, saved_step: int) -> None:
+        """Keep a step, if it is one that is kept. saved_step: that of the newest checkpoint; 0 = the base model."""
+        if self._kept == "none" or (self._kept == "sample" and record.step - 1 != saved_step):
             return
         path = _path(self._folder, record.step)
         temporary = path.with_suffix(".tmp")

@@ -196,9 +196,13 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     for path in reversed(_complete(folder)):
         try:
             return read_checkpoint(path)
-        except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        except _DAMAGE as error:
             log.warning("checkpoint %s is damaged and skipped: %s", path, error)
     return None
+
+
+_DAMAGE = (OSError, ValueError, TypeError, safetensors.SafetensorError)
+"""What reading a damaged checkpoint raises."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -215,7 +219,10 @@ def checkpoint_at(folder: Path, step: int | None) -> Checkpoint:
     found = newest_checkpoint(folder) if step is None else None
     path = folder / f"step-{step or 0:08d}"
     if step is not None and (path / "state.json").is_file():
-        found = read_checkpoint(path)
+        try:
+            found = read_checkpoint(path)
+        except _DAMAGE as error:
+            raise ConfigError(f"checkpoint {path} is damaged: {error}") from None
     if found is None:
         known = ", ".join(map(str, checkpoint_steps(folder))) or "none"
         raise ConfigError(f"no checkpoint of step {step or 'any'} in {folder} (steps there: {known})")

@@ -153,7 +153,8 @@ class Trainer:
         parent_digest = self._publish(parent=self.version)
         metrics["time/publish_pause"] = time.monotonic() - began
         metrics |= self.publisher.metrics()
-        self.audit.record(StepRecord(step=self.step, parent_digest=parent_digest, groups=groups, metrics=learnt))
+        record = StepRecord(step=self.step, parent_digest=parent_digest, groups=groups, metrics=learnt)
+        self.audit.record(record, saved_step=self.saved_step)
         self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages])
         return metrics
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from common.canary import CanarySequence
 from common.config import Config
 from common.config_trainer import LossConfig, TrainerConfig
-from common.errors import DigestMismatch, DiskFull
+from common.errors import DigestMismatch, DiskFull, Diverged
 from common.logprobs import UNTRUNCATED, completion_logprobs, pad_sequences
 from common.model import named_weights
 from common.packing import enable_packing
@@ -40,6 +40,9 @@ from trainer.ranks import Ranks
 from trainer.sharding import distributed, gathered, own_part, own_rows, release, without_reduction
 
 log = logging.getLogger("sluice.trainer")
+
+MAX_SKIPPED = 10
+"""Optimizer steps in a row that may be left out because their gradient is not finite."""
 
 Objective = Callable[[Tensor, MicroBatch, Tensor | None, int], tuple[Tensor, dict[str, Tensor]]]
 """(logprobs [B, T], micro-batch, logprobs before the first of several optimizer steps [B, T] or none, the step's
@@ -105,6 +108,7 @@ class TrainedPolicy:
     ) -> None:
         self._config = config
         self._objective = objective
+        self._num_skipped = 0
         self._ranks = ranks or Ranks()
         self.device = self._ranks.device(config.device)
         self.adapter = Adapter(model, config.lora) if config.lora else None
@@ -164,17 +168,37 @@ class TrainedPolicy:
             if iteration == 0 and self._config.num_iterations > 1:
                 prox = [logprobs for logprobs, _ in scored]
             began = time.monotonic()
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
-            self.optimizer.step()
+            grad_norm = self._clipped()
+            if math.isfinite(grad_norm):
+                self.optimizer.step()
+                self._num_skipped = 0
+            else:
+                self._skip(step)
             self.optimizer.zero_grad(set_to_none=True)
             optimizer_s += time.monotonic() - began
         return {
             **self._combined([metrics for _, metrics in scored]),
-            "grad_norm": float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm),
+            "grad_norm": grad_norm,
+            "optimizer/skipped_in_a_row": float(self._num_skipped),
             "learning_rate": learning_rate,
             "padding_share": self._padding_share(batches),
             "time/optimizer": optimizer_s,
         }
+
+    def _clipped(self) -> float:
+        """Scale the gradients to at most max_grad_norm; their norm before, over all ranks."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _skip(self, step: int) -> None:
+        """A gradient that is not finite moves nothing: one now and then is a bad batch, many in a row are no training."""
+        self._num_skipped += 1
+        log.error("step %d: the gradient is not finite; this optimizer step is left out", step)
+        if self._num_skipped == MAX_SKIPPED:
+            raise Diverged(
+                f"step {step}: the gradients of {MAX_SKIPPED} optimizer steps in a row were not finite; the weights are those "
+                "before them. Lower trainer.learning_rate, set trainer.autocast=float32, or look at the rewards of these steps"
+            )
 
     def _accumulate(self, batch: MicroBatch, prox: Tensor | None, normaliser: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds a micro-batch's gradient; its logprobs [B, T] before the step, and its metrics."""

@@ -51,28 +51,44 @@ class ReplayedStep:
 
 
 def replay(run_folder: Path, *, step: int | None = None) -> Iterator[ReplayedStep]:
-    """The step alone, from the nearest checkpoint under it (steps between are computed again and given too); without one,
-    the whole recorded stream from the base model. Raises ConfigError when a record that is needed is missing.
+    """That step, from the nearest checkpoint under it (steps between are computed again and given too). Without one, the
+    whole stream from the base model where every step is recorded, else each recorded step that has its checkpoint.
+
+    Raises ConfigError when a record that is needed is missing.
     """
     config = read_run_config(run_folder)
-    records, checkpoints = audit_folder(run_folder), run_folder / "checkpoints"
-    last = max(recorded_steps(records), default=0) if step is None else step
-    read_record(records, last)  # says what is recorded, before anything is loaded
-    first = 0 if step is None else max([0, *(s for s in checkpoint_steps(checkpoints) if s < last)])
-    if missing := set(range(first + 1, last + 1)) - set(recorded_steps(records)):
-        begins = f"the checkpoint of step {first}" if first else "the base model"
-        raise ConfigError(
-            f"step {last} is replayed from {begins}, but step {min(missing)} is not recorded: run with audit=all"
-        )
+    stretches = _stretches(audit_folder(run_folder), run_folder / "checkpoints", step)
     end_token_ids = read_assets(config.model.path, revision=config.model.revision).eos_token_ids
     policy = open_policy(config, end_token_ids=end_token_ids)
-    if first:
-        found = checkpoint_at(checkpoints, first)
-        check_base(found.state.base_digest, policy.base_digest)
-        policy.restore(found.path)
-        restore_random_state(found.state.random_state)
-    for number in range(first + 1, last + 1):
-        yield _replay_step(policy, config, run_folder, step=number)
+    for start, last in stretches:
+        if start:
+            found = checkpoint_at(run_folder / "checkpoints", start)
+            check_base(found.state.base_digest, policy.base_digest)
+            policy.restore(found.path)
+            restore_random_state(found.state.random_state)
+        for number in range(start + 1, last + 1):
+            yield _replay_step(policy, config, run_folder, step=number)
+
+
+def _stretches(records: Path, checkpoints: Path, step: int | None) -> list[tuple[int, int]]:
+    """(step of the checkpoint to begin with, or 0 for the base model; last step), ascending."""
+    recorded, saved = recorded_steps(records), [0, *checkpoint_steps(checkpoints)]
+    known = ", ".join(map(str, recorded)) or "none"
+    if step is None:
+        if recorded and recorded == list(range(1, len(recorded) + 1)):
+            return [(0, len(recorded))]
+        if found := [(number - 1, number) for number in recorded if number - 1 in saved]:
+            return found
+        raise ConfigError(f"{records}: no recorded step has its checkpoint any more (recorded steps: {known})")
+    read_record(records, step)  # says what is recorded, before anything is loaded
+    start = max(number for number in saved if number < step)
+    if missing := set(range(start + 1, step + 1)) - set(recorded):
+        begins = f"the checkpoint of step {start}" if start else "the base model"
+        raise ConfigError(
+            f"step {step} is replayed from {begins}, but step {min(missing)} is not recorded (recorded steps: {known}): "
+            "run with audit=all"
+        )
+    return [(start, step)]
 
 
 def _replay_step(policy: ParallelPolicy, config: Config, run_folder: Path, *, step: int) -> ReplayedStep:

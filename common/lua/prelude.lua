@@ -19,7 +19,7 @@
 --   batch:<step>       list     manifest of a trainer step: "<version>|<entry>|<group>"
 --   batches            zset     steps that have a manifest
 --   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
---   filtered           string   groups dropped for equal rewards, since the last batch was taken, while none was ready
+--   filtered           string   groups dropped for equal rewards since the last batch was taken
 --   readers            zset     "<version>|<reader>" -> ms until which a process that fetches a version keeps it
 --   processes          zset     process -> ms of its last heartbeat; process:<process> string: its facts, with a time to live
 --   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at; wanted_whole: the version

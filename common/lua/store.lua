@@ -13,10 +13,11 @@ if not redis.call('ZSCORE', key('deadlines'), owed) then
   return { 'refused' }
 end
 
--- Drops can starve the trainer only while no whole batch is ready: those are counted until the next batch is taken.
+-- Counted until the next batch is taken, and bounded for it and each whole batch that is ready: no waste without an end.
 if ARGV[10] ~= '' and redis.call('HGET', g, 'kind') == 'train' then
-  if tonumber(redis.call('GET', key('filtered')) or '0') < tonumber(ARGV[10]) then
-    if num_unread() < tonumber(ARGV[9]) then redis.call('INCR', key('filtered')) end
+  local bound = tonumber(ARGV[10]) * (1 + math.floor(num_unread() / tonumber(ARGV[9])))
+  if tonumber(redis.call('GET', key('filtered')) or '0') < bound then
+    redis.call('INCR', key('filtered'))
     settle(group, 'train', 'dropped:zero_variance')
     return { 'dropped' }
   end

@@ -128,8 +128,9 @@ class TrainerConfig(Section):
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Of several ranks (torchrun), each holds all weights (`ddp`) or its rows of them (`fsdp`); `auto`: fsdp on GPUs, ddp on
     CPUs. The batch is the same for any number of ranks."""
-    autocast: DType = "float32"
-    """Compute precision; master weights and optimizer state are float32 always."""
+    autocast: Literal["float32", "bfloat16"] = "float32"
+    """Compute precision; master weights and optimizer state are float32 always. (float16 has too small a range for
+    gradients of a loss that is divided by a whole step's tokens.)"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     advantage: Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl"] = "group"

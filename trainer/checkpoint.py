@@ -45,7 +45,7 @@ class TrainerState:
     """The small part of a checkpoint."""
 
     step: int
-    "optimizer steps done"
+    "batches trained on"
     version: int
     "policy version of these weights"
     cursor: int
@@ -73,11 +73,6 @@ class Checkpoint:
     def weights(self) -> dict[str, Tensor]:
         """All of them, read now."""
         return SavedTensors(self.path, "model").all()
-
-    @property
-    def optimizer(self) -> dict[str, Tensor]:
-        """`<parameter>/<exp_avg|exp_avg_sq|step>`, read now."""
-        return SavedTensors(self.path, "optimizer").all()
 
 
 class SavedTensors:

@@ -1,4 +1,4 @@
-"""The training loop: one optimizer step per batch of whole groups, one policy version per step.
+"""The training loop: one step per batch of whole groups, one policy version per step.
 
     sample -> advantages -> micro-batches -> loss -> clip -> step -> publish (overlapped) -> metrics
            -> every few steps: checkpoint, then acknowledge

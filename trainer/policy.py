@@ -37,7 +37,7 @@ from trainer.checkpoint import SavedTensors, write_tensors
 from trainer.lora import Adapter
 from trainer.loss import combine_metrics, policy_loss
 from trainer.ranks import Ranks
-from trainer.sharding import distributed, gathered, own_part, own_rows, release, without_reduction
+from trainer.sharding import distributed, gathered, is_sharded, own_part, own_rows, release, without_reduction
 
 log = logging.getLogger("sluice.trainer")
 
@@ -82,9 +82,7 @@ class Scorer(torch.nn.Module):
         self, input_ids: Tensor, prompt_lengths: Tensor, completion_lengths: Tensor, *, for_loss: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Logprobs [B, T] and, for a loss, entropy [B, T]; otherwise at temperature 1 of the whole softmax, and no entropy."""
-        with torch.autocast(
-            input_ids.device.type, dtype=getattr(torch, self._autocast), enabled=self._autocast != "float32"
-        ):
+        with _autocast(input_ids.device, self._autocast):
             options: dict[str, Any] = {**self._sampled_with, "with_entropy": True} if for_loss else {}
             return completion_logprobs(self.model, input_ids, prompt_lengths, completion_lengths, **options)
 
@@ -112,8 +110,10 @@ class TrainedPolicy:
         self._ranks = ranks or Ranks()
         self.device = self._ranks.device(config.device)
         self.adapter = Adapter(model, config.lora) if config.lora else None
-        self.model = model.to(dtype=torch.float32).train()
-        self.is_packed = config.packing == "auto" and _packs(self.model)
+        self.model = _without_dropout(model).to(dtype=torch.float32).train()
+        if not is_sharded(self._ranks, parallel=config.parallel, device=self.device):
+            self.model.to(self.device)
+        self.is_packed = config.packing == "auto" and _packs(self.model, autocast=config.autocast)
         if config.gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
             (enable or self.model.gradient_checkpointing_enable)()
@@ -351,8 +351,24 @@ class TrainedPolicy:
         }
 
 
-def _packs(model: Any) -> bool:
-    if reason := enable_packing(model):
+def _autocast(device: torch.device, dtype: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def _without_dropout(model: Any) -> Any:
+    """The trainer must compute the distribution that was sampled from, and a step must not depend on its split."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+    return model
+
+
+def _packs(model: Any, *, autocast: str) -> bool:
+    with _autocast(next(model.parameters()).device, autocast):
+        reason = enable_packing(model)
+    if reason:
         log.warning("micro-batches are padded: %s", reason)
     return reason is None
 

@@ -24,18 +24,23 @@ from common.errors import ConfigError
 from trainer.ranks import Ranks
 
 
+def is_sharded(ranks: Ranks, *, parallel: str, device: torch.device) -> bool:
+    """Whether a rank holds only its rows. parallel: `ddp`, `fsdp`, or `auto`: fsdp on GPUs, ddp on CPUs."""
+    return ranks.size > 1 and (parallel == "fsdp" or (parallel == "auto" and device.type != "cpu"))
+
+
 def distributed(
     module: nn.Module, ranks: Ranks, *, parallel: str, device: torch.device, compute: torch.dtype
 ) -> nn.Module:
     """The module to run forward with gradients; `module` itself for a single rank and, sharded in place, for fsdp.
 
-    parallel: `ddp`, `fsdp`, or `auto`: fsdp on GPUs, ddp on CPUs. compute: the precision in which fsdp gathers the
+    parallel: as in `is_sharded`. compute: the precision in which fsdp gathers the
     layers' weights; gradients are reduced in float32. Weights must be equal on all ranks before (ddp copies rank 0's).
     Raises ConfigError where no layers are found to shard.
     """
     if ranks.size == 1:
         return module.to(device)
-    if parallel == "ddp" or (parallel == "auto" and device.type == "cpu"):
+    if not is_sharded(ranks, parallel=parallel, device=device):
         wrapped = DistributedDataParallel(module.to(device), gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, _add_up)
         return wrapped

@@ -103,10 +103,10 @@ def main() -> None:
     runs: list[dict[str, Any]] = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     settings = ("treatment", "age", "seed", "learning_rate", "num_steps")
     done = {tuple(found[name] for name in settings) for found in runs}
-    wanted = product(range(args.seeds), args.learning_rates, AGES, TREATMENTS)
+    wanted = product(args.learning_rates, range(args.seeds), AGES, TREATMENTS)
     cells = [
         dict(zip(settings, (treatment, age, seed, rate, args.num_steps), strict=True))
-        for seed, rate, age, treatment in wanted
+        for rate, seed, age, treatment in wanted
         if (treatment, age, seed, rate, args.num_steps) not in done
     ]
 

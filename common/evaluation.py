@@ -1,8 +1,11 @@
 """Held-out evaluations: asked for by writing a line into Redis, answered by the same queues that serve training.
 
 `request` pins the policy version (the store keeps it) and names the set; the dataset role admits its groups, pinned to
-that version and filed under kind `eval`, so that they never enter the buffer; the scores collect in `eval:<id>`.
-Reading a result is a pure function of that hash. Over the prompts of a set, from n samples of which c are correct:
+that version and filed under kind `eval`, so that they never enter the buffer; the scores collect in `eval:<id>`. The
+first who reads a complete result folds what was kept of each group into a summary of a few kB, from which it is read
+from then on; a dead-lettered group that is sent again after that is folded in when it is scored.
+
+Over the prompts of a set, from n samples of which c are correct:
 
     pass@1          share whose greedy completion is correct
     sampled_pass@1  mean of c / n
@@ -10,14 +13,14 @@ Reading a result is a pure function of that hash. Over the prompts of a set, fro
     maj@n           share whose most frequent answer is correct                               (arXiv 2203.11171)
     <score>_stderr  standard error of that mean: s / sqrt(prompts), s the deviation between prompts (arXiv 2411.00640)
 
-A prompt whose group is dead-lettered is in none of them.
+A dead-lettered group is in none of them; the other group of its prompt (greedy, samples) is.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ from common.config import EvalDataset
 from common.keys import Keys
 from common.run import Run
 from common.scripts import Scripts
-from common.serialization import decode
+from common.serialization import decode, encode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +47,8 @@ class EvalResult:
     "whose greedy completion was scored"
     num_dead: int
     "prompts with a group that was dead-lettered, for infrastructure reasons; that group is left out of the means"
+    num_asked: int
+    "prompts with a group, scored or dead"
     scores: dict[str, float]
     "shares of correct answers, by the names in EvalDataset.scores; nan where no prompt was scored"
     stderr: dict[str, float]
@@ -125,50 +130,76 @@ def _admitted(client: redis.Redis, keys: Keys) -> list[str]:
     return [key.decode().rpartition(":eval:")[2] for key in client.scan_iter(match=pattern, count=1000)]
 
 
+class _Tally:
+    """What is known of the groups that were scored: how often each value of a score came up, and the greedy lengths."""
+
+    def __init__(self, summary: bytes | None) -> None:
+        known: dict[str, Any] = decode(summary) if summary else {"scores": {}, "num_tokens": 0, "num_clipped": 0}
+        self.scores: dict[str, Counter[float]] = defaultdict(Counter)
+        "of one value per prompt"
+        for name, values in known["scores"].items():
+            self.scores[name].update(dict(values))
+        self.num_tokens: int = known["num_tokens"]
+        self.num_clipped: int = known["num_clipped"]
+
+    def add(self, dataset: EvalDataset, group: dict[str, Any], *, is_greedy: bool) -> None:
+        """What the reward role stored of one group."""
+        rewards = group["by_function"]
+        values = rewards[dataset.function or next(iter(rewards))]
+        correct = [value is not None and value >= dataset.correct_if for value in values]
+        if is_greedy:
+            self.scores["pass@1"][float(correct[0])] += 1
+            self.num_tokens += sum(group["lengths"])
+            self.num_clipped += sum(group["clipped"])
+            return
+        for name, k in dataset.estimated.items():
+            self.scores[name][pass_at_k(correct, k=k)] += 1
+        if dataset.vote:
+            self.scores[dataset.vote][majority_vote(group["answers"], correct)] += 1
+
+    def summary(self) -> bytes:
+        """For the constructor; its size does not depend on the number of prompts."""
+        scores = {name: [list(pair) for pair in counts.items()] for name, counts in self.scores.items()}
+        return encode({"scores": scores, "num_tokens": self.num_tokens, "num_clipped": self.num_clipped})
+
+
 def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> EvalResult | None:
     """The result, or None while it is not finished."""
-    evaluation = keys("eval", evaluation_id(version, dataset.name))
-    total, done = client.hmget(evaluation, ["total", "done"])  # the trainer asks at every step, mostly in vain
+    name = evaluation_id(version, dataset.name)
+    total, done = client.hmget(keys("eval", name), ["total", "done"])  # the trainer asks at every step, mostly in vain
     if total is None or int(done or 0) < int(total):
         return None
-    greedy: list[dict[str, Any]] = []
-    sampled: list[dict[str, Any]] = []
-    dead = set()
-    for name, value in client.hgetall(evaluation).items():
-        kind, _, group = name.decode().partition(":")
+    before: bytes | None = None
+    dead, folded = set(), []
+    results: list[tuple[str, bytes]] = []
+    for field, value in client.hgetall(keys("eval", name)).items():
+        kind, _, group = field.decode().partition(":")
         if kind == "dead":
             dead.add(group[:-1])
-        elif kind == "result":
-            (greedy if group.endswith("g") else sampled).append(decode(value))
-    scored = _scores_by_prompt(dataset, greedy, sampled)
+        elif kind == "summary":
+            before = value
+        elif kind in ("result", "admitted"):
+            folded.append(field)
+            if kind == "result":
+                results.append((group, value))
+    tally = _Tally(before)
+    for group, value in results:
+        tally.add(dataset, decode(value), is_greedy=group.endswith("g"))
+    if folded:
+        Scripts(client, keys)("fold_eval", name, before or b"", tally.summary(), *folded)
+    scored = {score: sorted(tally.scores[score].elements()) for score in dataset.scores}
+    num_greedy = len(scored["pass@1"])
     return EvalResult(
         dataset=dataset.name,
         version=version,
-        num_prompts=len(greedy),
+        num_prompts=num_greedy,
         num_dead=len(dead),
+        num_asked=int(total) // (2 if dataset.num_samples else 1),
         scores={name: _mean(values) for name, values in scored.items()},
         stderr={name: _standard_error(values) for name, values in scored.items()},
-        mean_length=_mean([length for group in greedy for length in group.get("lengths", ())]),
-        clipped_ratio=_mean([clipped for group in greedy for clipped in group.get("clipped", ())]),
+        mean_length=tally.num_tokens / num_greedy if num_greedy else math.nan,
+        clipped_ratio=tally.num_clipped / num_greedy if num_greedy else math.nan,
     )
-
-
-def _scores_by_prompt(
-    dataset: EvalDataset, greedy: list[dict[str, Any]], sampled: list[dict[str, Any]]
-) -> dict[str, list[float]]:
-    """Score name -> one value per prompt, from what the reward role stored of each group."""
-
-    def correct(group: dict[str, Any]) -> list[bool]:
-        rewards = group["by_function"]
-        values = rewards[dataset.function or next(iter(rewards))]
-        return [value is not None and value >= dataset.correct_if for value in values]
-
-    found = {"pass@1": [float(correct(group)[0]) for group in greedy]}
-    for name, k in dataset.estimated.items():
-        found[name] = [pass_at_k(correct(group), k=k) for group in sampled]
-    if dataset.vote:  # groups scored before answers were kept do not vote
-        found[dataset.vote] = [majority_vote(g["answers"], correct(g)) for g in sampled if "answers" in g]
-    return found
 
 
 def pass_at_k(correct: list[bool], *, k: int) -> float:
@@ -201,7 +232,8 @@ def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
         line = client.hget(run.keys("lineage"), str(version))
         entry = {"dataset": name, "version": version, "step": int(line.split(b":")[1]) if line else None}
         metrics = {name: value if math.isfinite(value) else None for name, value in finished.metrics().items()}
-        found.append({**entry, **metrics, "num_prompts": finished.num_prompts, "num_dead": finished.num_dead})
+        counts = {name: getattr(finished, name) for name in ("num_prompts", "num_dead", "num_asked")}
+        found.append({**entry, **metrics, **counts})
     return sorted(found, key=lambda entry: (entry["dataset"], entry["version"]))
 
 

@@ -64,5 +64,5 @@ def describe(entry: dict[str, Any]) -> str:
     if entry["mean_length"] is not None:
         words.append(f"length {entry['mean_length']:.1f}  clipped {entry['clipped_ratio']:.3f}")
     if entry["num_dead"]:
-        words.append(f"dead {entry['num_dead']} of {entry['num_dead'] + entry['num_prompts']}")
+        words.append(f"dead {entry['num_dead']} of {entry['num_asked']}")
     return "  ".join([*words, *(["best"] if entry["best"] else [])])

@@ -98,6 +98,13 @@ def reward_payload(*, rewards: tuple[float | None, ...] = (1.0, 0.0), name: str 
     return encode(Scores(reward=list(rewards), by_function={name: list(rewards)}).to_wire())
 
 
+def evaluated_payload(*, rewards: tuple[float | None, ...], name: str = "MathReward", answer: str = "2") -> bytes:
+    """The reward part of an evaluation's group: every completion gives the same answer, in 3 tokens."""
+    scores = Scores(reward=list(rewards), by_function={name: list(rewards)}).to_wire()
+    count = len(rewards)
+    return encode({**scores, "answers": [answer] * count, "lengths": [3] * count, "clipped": [False] * count})
+
+
 def reference_payload(*, group_size: int = 2, length: int = 3) -> bytes:
     return encode([np.full(length, -0.25, np.float32)] * group_size)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 import torch
-from builders import make_config, make_ledger, publish_policy, reward_payload, rollout_payload, task_payload
+from builders import evaluated_payload, make_config, make_ledger, publish_policy, rollout_payload, task_payload
 from click.testing import CliRunner
 
 from common import evaluation
@@ -67,7 +67,7 @@ class Trained:
         self.ledger.admit_eval(f"{version}.heldout", dataset="heldout", version=version, tasks=tasks)
         for i, group in enumerate(groups):
             self.ledger.store(group, "rollout", rollout_payload(version=version), version=version)
-            self.ledger.store(group, "reward", reward_payload(rewards=(float(i < num_correct),)))
+            self.ledger.store(group, "reward", evaluated_payload(rewards=(float(i < num_correct),)))
 
     def settle(self) -> None:
         settle_best(self.folder, self.client, self.run)

@@ -9,7 +9,16 @@ from statistics import fmean
 
 import pytest
 import redis
-from builders import make_completion, make_config, make_ledger, publish_policy, rollout_payload, task_payload
+from builders import (
+    evaluated_payload,
+    make_completion,
+    make_config,
+    make_ledger,
+    publish_policy,
+    rollout_payload,
+    task_payload,
+)
+from consistency import assert_consistent
 
 from common import evaluation
 from common.broker import make_app
@@ -17,7 +26,9 @@ from common.config import EvalDataset
 from common.config_evaluation import DEFAULT_ANSWER
 from common.errors import ConfigError
 from common.keys import Keys
+from common.ledger import Ledger
 from common.run import create_run
+from common.scripts import Scripts
 from common.serialization import decode, encode
 from scripts.evaluate import describe, list_evaluations
 from scripts.launch import preflight
@@ -83,6 +94,13 @@ def test_the_vote_of_worked_cases(answers, correct, expected):
 )
 def test_equal_answers_are_equal_text(text, pattern, expected):
     assert read_answer(text, pattern) == expected
+
+
+def test_a_long_answer_is_kept_as_a_digest_that_votes_as_it_does():
+    long = "left " * 1000
+    first, same, other = (read_answer(f"<answer>{text}</answer>", DEFAULT_ANSWER) for text in (long, long, long + "x"))
+    assert first == same != other
+    assert first is not None and len(first) < 50
 
 
 SET = {
@@ -155,6 +173,7 @@ def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> No
         "clipped_ratio": 1 / 3,
         "num_prompts": 3,
         "num_dead": 1,  # the fourth prompt is in no mean
+        "num_asked": 4,
         "best": False,
     }
     assert entry == {name: pytest.approx(v) if isinstance(v, float) else v for name, v in expected.items()}
@@ -169,6 +188,88 @@ def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> No
     account = ledger.account("eval")
     assert (account.scored, account.dead, account.holds) == (6, {"EngineError": 2}, True)
     assert client.zcard(run.keys("versions")) == 0, "nothing is in the buffer"
+
+
+PLAIN = EvalDataset.model_validate({"dataset": {"path": "x"}, "num_samples": 2})
+
+
+def scored_evaluation(
+    client: redis.Redis, keys: Keys, *, num_prompts: int, dead: frozenset[str] = frozenset()
+) -> Ledger:
+    """Version 0 on PLAIN: the greedy completion of every second prompt is right; the groups named die."""
+    publish_policy(client, keys, 0)
+    ledger = make_ledger(client, keys, lease={"max_attempts": 1})
+    evaluation.request(client, keys, PLAIN, version=0)
+    groups = [f"e0.heldout.{i}{mode}" for i in range(num_prompts) for mode in "gs"]
+    tasks = {group: task_payload(group) for group in groups}
+    ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=tasks)
+    for i, group in enumerate(groups):
+        if group in dead:
+            claim = ledger.claim(group, "rollout", fields=())
+            assert claim is not None
+            ledger.fail(claim, reason="EngineError", detail="x")
+        else:
+            score(ledger, group, *([float(i % 4 == 0)] if group.endswith("g") else [1.0, 0.0]))
+    return ledger
+
+
+def score(ledger: Ledger, group: str, *rewards: float) -> None:
+    ledger.store(group, "rollout", rollout_payload(), version=0)
+    ledger.store(group, "reward", evaluated_payload(rewards=rewards))
+
+
+def test_what_is_kept_of_a_finished_evaluation_does_not_grow_with_its_prompts(client: redis.Redis, keys: Keys) -> None:
+    ledger = scored_evaluation(client, keys, num_prompts=30)
+    before = client.hlen(keys("eval", "0.heldout"))
+    first = evaluation.result(client, keys, PLAIN, version=0)
+    assert before > 100
+    assert {field.decode() for field in client.hkeys(keys("eval", "0.heldout"))} == {
+        "dataset", "version", "total", "done", "summary",
+    }  # fmt: skip
+    assert client.hstrlen(keys("eval", "0.heldout"), "summary") < 200
+    assert first is not None and first.scores["pass@1"] == 0.5 and first.num_asked == 30
+    assert evaluation.result(client, keys, PLAIN, version=0) == first
+    late = {"e0.heldout.0g": task_payload("x")}
+    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=late) == [], "the message came once more"
+    assert_consistent(client, keys)
+
+
+def test_a_dead_group_that_is_sent_again_after_its_evaluation_was_folded_still_counts(
+    client: redis.Redis, keys: Keys
+) -> None:
+    dead = "e0.heldout.0g"
+    ledger = scored_evaluation(client, keys, num_prompts=3, dead=frozenset([dead]))
+    before = evaluation.result(client, keys, PLAIN, version=0)
+    assert before is not None
+    assert (before.num_prompts, before.num_dead, before.scores["pass@1"]) == (2, 1, 0.5)
+    assert ledger.requeue(dead) == ["rollout"]
+    assert evaluation.result(client, keys, PLAIN, version=0) is None, "its groups are not all in"
+    assert evaluation.pending(client, keys) == ["0.heldout"], "so its version is kept"
+    score(ledger, dead, 1.0)
+    whole = evaluation.result(client, keys, PLAIN, version=0)
+    assert whole is not None
+    assert (whole.num_prompts, whole.num_dead, whole.scores["pass@1"]) == (3, 0, pytest.approx(2 / 3))
+    assert whole == evaluation.result(client, keys, PLAIN, version=0)
+    assert evaluation.pending(client, keys) == []
+    assert_consistent(client, keys)
+
+
+def test_two_readers_that_fold_at_once_lose_no_result(client: redis.Redis, keys: Keys) -> None:
+    """One has read before a group was sent again, and writes after the other has folded that as well."""
+    scored_evaluation(client, keys, num_prompts=2)
+    assert evaluation.result(client, keys, PLAIN, version=0) is not None
+    summary = client.hget(keys("eval", "0.heldout"), "summary")
+    assert Scripts(client, keys)("fold_eval", "0.heldout", b"", b"older") == 0
+    assert client.hget(keys("eval", "0.heldout"), "summary") == summary
+
+
+def test_a_prompt_of_which_one_group_died_is_counted_once(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    config = make_config(evaluation={"datasets": [PLAIN.model_dump(exclude_unset=True)]})
+    run = create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    scored_evaluation(client, keys, num_prompts=4, dead=frozenset(["e0.heldout.1s"]))
+    (entry,) = list_evaluations(client, run)
+    assert (entry["num_prompts"], entry["pass@1"], entry["sampled_pass@1"]) == (4, 0.5, 0.5)
+    assert describe(entry).endswith("dead 1 of 4")
 
 
 def test_a_training_group_carries_its_scores_only(role: RewardRole) -> None:

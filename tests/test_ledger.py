@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from builders import (
     admit_one,
+    evaluated_payload,
     make_ledger,
     part_payload,
     publish_policy,
@@ -540,7 +541,7 @@ def test_an_evaluation_is_scored_and_never_enters_the_buffer(client, keys):
         claim = ledger.claim(group_id, "rollout", fields=("pinned", "min_version", "task"))
         assert claim.fields == {"pinned": b"0", "min_version": b"0", "task": tasks[group_id]}
         assert ledger.store(group_id, "rollout", rollout_payload(), version=0) == ["reward"], "no reference part"
-        assert ledger.store(group_id, "reward", reward_payload(rewards=scores, name="M")) == []
+        assert ledger.store(group_id, "reward", evaluated_payload(rewards=scores, name="M")) == []
     result = evaluation.result(client, keys, HELDOUT, version=0)
     assert (result.num_prompts, result.num_dead) == (2, 0)
     assert result.scores["pass@1"] == 0.5, "greedy: one of two prompts"
@@ -563,7 +564,7 @@ def test_an_evaluation_ends_although_one_of_its_groups_died(client, keys):
     claim = ledger.claim("e0.heldout.0g", "rollout", fields=())
     assert ledger.fail(claim, reason="EngineError", detail="x") is False
     ledger.store("e0.heldout.1g", "rollout", rollout_payload(), version=0)
-    ledger.store("e0.heldout.1g", "reward", reward_payload(rewards=(1.0,), name="M"))
+    ledger.store("e0.heldout.1g", "reward", evaluated_payload(rewards=(1.0,), name="M"))
     result = evaluation.result(client, keys, HELDOUT, version=0)
     assert (result.num_prompts, result.num_dead, result.scores["pass@1"]) == (1, 1, 1.0)
     assert evaluation.pending(client, keys) == []

@@ -1,8 +1,10 @@
 -- An evaluation of one version on one dataset: its groups enter the ledger under kind `eval`, never the buffer.
 -- ARGV: evaluation id, dataset, version, queued_ms, group, task payload, group, task payload, ...
--- Returns the groups to send; a second call (the message was delivered twice) admits only what is missing.
+-- Returns the groups to send; a second call (the message was delivered twice) admits only what is missing: nothing, once
+-- all results are in and folded (fold_eval.lua).
 local id, dataset, version, queued_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local evaluation = key('eval:' .. id)
+if redis.call('HEXISTS', evaluation, 'summary') == 1 then return {} end
 local out, seconds = {}, now_s()
 redis.call('HSET', evaluation, 'dataset', dataset, 'version', version, 'total', (#ARGV - 4) / 2)
 if #ARGV == 4 then redis.call('HDEL', key('evaluations'), id) end -- no prompt can be used: it is finished already

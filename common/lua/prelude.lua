@@ -29,8 +29,9 @@
 --   bytes              string   payload bytes held by groups
 --   dead               zset     dead-lettered groups -> ms; their hash is kept
 --   evaluations        hash     id -> version: evaluations asked for and not finished; their versions are kept
---   eval:<id>          hash     one evaluation: dataset, version, total, done, and result:<group> or dead:<group>; reported: its
---                               result is in the metrics
+--   eval:<id>          hash     one evaluation: dataset, version, total, done; admitted:<group>, and result:<group> or
+--                               dead:<group>; when all are in, summary instead of admitted: and result: (fold_eval.lua);
+--                               reported: its result is in the metrics
 --
 -- Every script is atomic and idempotent: a second call with the same arguments changes nothing. A failed script is not
 -- rolled back, so scripts check first and write after.

@@ -5,7 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import xxhash
+
 from workers.rewards.math_reward import parse_number
+
+LONGEST_ANSWER = 200
+"""Characters; of a longer answer, a digest is kept: all that it must do is equal itself."""
 
 
 def evaluation_facts(completions: list[dict[str, Any]], *, answer: str) -> dict[str, Any]:
@@ -24,7 +29,7 @@ def read_answer(text: str, pattern: str) -> str | None:
     """The first match's first group, so written that equal answers are equal text; None where there is none.
 
     A number is written as a number, read as MathReward does: "42", " $42.0" and "42.00" are one answer. Of other text
-    only the spacing is evened out.
+    only the spacing is evened out, and over `LONGEST_ANSWER` characters it is its digest.
     """
     found = re.search(pattern, text)
     if found is None or found.group(1) is None:
@@ -32,4 +37,7 @@ def read_answer(text: str, pattern: str) -> str | None:
     number = parse_number(found.group(1))
     if number is not None:
         return repr(number + 0.0)  # -0.0 is 0.0
-    return " ".join(found.group(1).split()) or None
+    text = " ".join(found.group(1).split())
+    if len(text) > LONGEST_ANSWER:
+        return f"xxh3:{xxhash.xxh3_128_hexdigest(text.encode())}"
+    return text or None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 from pydantic import Field, model_validator
 
-from common.config import CheckpointConfig, ModelConfig, PromptConfig
+from common.config import ModelConfig, PromptConfig
 from common.config_trainer import Section, TrainerConfig
 
 RL_ONLY = (
@@ -36,6 +36,13 @@ class HeldOutConfig(Section):
         return self
 
 
+class SftCheckpointConfig(Section):
+    every_steps: int = Field(default=100, ge=1)
+    """A durable checkpoint every so many steps, and one at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+
+
 class SftConfig(Section):
     """One supervised training."""
 
@@ -50,10 +57,11 @@ class SftConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     """Examples per optimizer step."""
     num_epochs: int | None = Field(default=None, ge=1)
-    """Passes over the dataset, in place of trainer.num_steps; the last step may reach into the next one."""
+    """Passes over the examples of a table that are not skipped, in place of trainer.num_steps: all rows are read once to count
+    them. The last step may reach into the next pass."""
     trainer: TrainerConfig = TrainerConfig()
     """Optimisation: as in a run, without what is RL's alone."""
-    checkpoint: CheckpointConfig = CheckpointConfig(every_steps=100)
+    checkpoint: SftCheckpointConfig = SftCheckpointConfig()
     """Durable state."""
     held_out: HeldOutConfig | None = None
     """Held-out loss; none = not measured."""
@@ -62,17 +70,15 @@ class SftConfig(Section):
     def _has_an_effect(self) -> SftConfig:
         if idle := [name for name in RL_ONLY if name in self.trainer.model_fields_set]:
             raise ValueError(f"trainer.{idle[0]} has no effect in supervised training: remove it")
-        if self.checkpoint.keep_best is not None:
-            raise ValueError("checkpoint.keep_best reads evaluations of a run and has no effect in supervised training")
         if self.num_epochs is not None and "num_steps" in self.trainer.model_fields_set:
             raise ValueError("num_epochs and trainer.num_steps both say when to end: set one of them")
         return self
 
-    def for_rows(self, num_rows: int) -> SftConfig:
-        """The same with `num_epochs` turned into steps over a dataset of so many rows."""
+    def for_examples(self, num_examples: int) -> SftConfig:
+        """The same with `num_epochs` turned into steps over so many examples."""
         if self.num_epochs is None:
             return self
-        trainer = self.trainer.model_copy(update={"num_steps": -(-num_rows * self.num_epochs // self.batch_size)})
+        trainer = self.trainer.model_copy(update={"num_steps": -(-num_examples * self.num_epochs // self.batch_size)})
         return self.model_copy(update={"num_epochs": None, "trainer": trainer})
 
     def to_yaml(self) -> str:

@@ -9,12 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, sluice, trainer, wait_for, workers
+from harness import (
+    SMALL,
+    account_of,
+    assert_trained_once,
+    create_run,
+    metrics_of,
+    sluice,
+    tiny_folder,
+    trainer,
+    wait_for,
+    workers,
+)
 
+from common.config_sft import SftConfig
 from common.connection import connect, outage
 from common.diagnosis import _memory
+from common.errors import DiskFull
 from scripts.redis_server import EmbeddedServer, start_server
 from trainer.checkpoint import newest_checkpoint
+from trainer.sft import SftTrainer
 
 MIB = 2**20
 
@@ -134,3 +148,28 @@ def test_a_redis_whose_append_only_file_cannot_be_written_is_waited_for(small_di
         client.close()
     finally:
         server.stop()
+
+
+def test_a_model_of_supervised_training_is_replaced_whole_or_not_at_all(small_disk: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {a}+1?", "completion": f"{a + 1}"} for a in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = SftConfig.model_validate(
+        {
+            "model": {"path": str(tiny_folder(3) / "model")},
+            "dataset": {"path": str(tmp_path / "rows.jsonl")},
+            "batch_size": 4,
+            "trainer": {"num_steps": 1, "device": "cpu"},
+        }
+    )
+    folder = small_disk / "sft"
+    assert SftTrainer(config, folder).train(lambda metrics: None)
+    made = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+    again = SftTrainer(config, folder)
+    filler = fill(small_disk, leave=MIB)
+    with pytest.raises(DiskFull, match="no room for the model"):
+        again.train(lambda metrics: None)
+    assert {path.name: path.read_bytes() for path in (folder / "model").iterdir()} == made
+    filler.unlink()
+    assert SftTrainer(config, folder).train(lambda metrics: None)
+    assert {path.name: path.read_bytes() for path in (folder / "model").iterdir()} == made
+    assert not list(folder.glob(".*model"))

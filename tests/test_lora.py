@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import yaml
 from builders import make_config
 from harness import quickstart_config, tiny_folder
 from test_replay import make_group
@@ -304,6 +306,14 @@ def test_an_export_is_merged_and_the_adapter_alone_loads_in_peft(run_folder: Pat
     torch.testing.assert_close(logits(merged), logits(upon), rtol=0, atol=1e-5)
     assert_equal(named_weights(merged), named_weights(upon.merge_and_unload()), atol=1e-6)
     assert (logits(merged) - logits(load_pretrained(str(tmp_path / "model")))).abs().max() > 0.1
+
+
+def test_an_exported_adapter_names_the_revision_of_its_base(run_folder: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    config["model"]["revision"] = "v1.2"
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    export_checkpoint(run_folder, tmp_path / "adapter", adapter=True)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "v1.2"
 
 
 def test_an_export_upon_changed_weights_or_of_an_adapter_that_is_none_is_refused(

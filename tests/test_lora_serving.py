@@ -83,7 +83,7 @@ def test_a_worker_samples_from_the_adapter_and_proves_it(
             wait_for(lambda: beat()["version"] == version, timeout=15, what="the adapter to be served")  # noqa: B023
             adapter_bytes = sum(tensor.nbytes for tensor in policy.snapshot(torch.float32).values())
             assert adapter_bytes < manifest.payload_bytes < adapter_bytes + 8192 < base.num_bytes
-            assert manifest.digest.startswith(beat()["digest"]) and base.digest.startswith(beat()["base_digest"])
+            assert manifest.digest.startswith(beat()["digest"])
             wait_for(lambda: beat()["fetch_bytes"] == manifest.payload_bytes, timeout=15, what="what was read")  # noqa: B023
             assert beat()["mismatch"] < 1e-5
             assert beat()["adapter_share"] == pytest.approx([1.0, 0.0], abs=1e-3)

@@ -13,6 +13,7 @@ import redis
 from builders import make_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common import evaluation
 from common.keys import Keys
 from common.metrics import last_metrics, read_metrics
 from common.run import Run
@@ -94,6 +95,27 @@ def test_a_step_is_in_redis_jsonl_and_tensorboard(client: redis.Redis, keys: Key
     events.Reload()
     (scalar,) = events.Scalars("reward/mean")
     assert (scalar.step, scalar.value) == (7, 0.25)
+
+
+def test_an_evaluation_is_marked_as_reported_after_its_line_was_written(
+    client: redis.Redis, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(evaluation={"datasets": [{"dataset": {"path": "x"}}]})
+    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
+    (dataset,) = config.evaluation.datasets
+    evaluation.request(client, keys, dataset, version=2)
+    reporter = Reporter(client, run)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("trainer.report.append_line", killed)
+        reporter.report(3, 3, {"eval/heldout/version": 2.0, "eval/heldout/pass@1": 0.5})
+    assert evaluation.unreported(client, run) == {("heldout", 2)}
+    reporter.report(3, 3, {"eval/heldout/version": 2.0, "eval/heldout/pass@1": 0.5})
+    assert evaluation.unreported(client, run) == set()
+    reporter.close()
 
 
 def test_samples_are_kept_for_reading(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:

@@ -169,6 +169,33 @@ def test_held_out_loss_is_that_of_transformers(model: str, assets: ModelAssets, 
     assert found == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_held_out_set_is_computed_once_with_an_adapter_as_without(model: str, tmp_path: Path) -> None:
+    held_out = {"dataset": {"path": jsonl(tmp_path, ROWS[:7], "held_out")}}
+    num_tokens: list[int] = []
+    for lora in (None, {"rank": 2}):
+        changes: dict[str, Any] = {"held_out": held_out, "trainer": {"lora": lora}}
+        made = trainer(model, jsonl(tmp_path, ROWS), tmp_path / str(lora), **changes)
+        num_tokens.append(0)
+        made.policy.model.get_input_embeddings().register_forward_hook(
+            lambda module, given, found: num_tokens.__setitem__(-1, num_tokens[-1] + given[0].numel())
+        )
+        made.held_out_loss()
+    assert num_tokens[0] == num_tokens[1] > 0
+
+
+def test_the_tokens_of_a_step_are_those_that_are_learnt(model: str, assets: ModelAssets, tmp_path: Path) -> None:
+    rows = some_examples(assets, tmp_path, 8)
+    changes = {"dataset": {"shuffle": False}, "trainer": {"num_steps": 1}}
+    assert trainer(model, jsonl(tmp_path, ROWS), tmp_path / "run", **changes).train(lambda metrics: None)
+    (line,) = lines_of(tmp_path / "run")
+    assert line["num_tokens"] == sum(len(row.token_ids) for row in rows)
+
+
+def test_a_key_of_the_checkpoints_leaves_the_others_at_their_defaults() -> None:
+    plain, fewer = (SftConfig.model_validate(settings("m", "d", **c)) for c in ({}, {"checkpoint": {"keep": 3}}))
+    assert plain.checkpoint.every_steps == fewer.checkpoint.every_steps == 100
+
+
 def test_prompt_is_that_of_rl_and_completion_is_verbatim_with_the_end_of_the_turn(
     assets: ModelAssets, tmp_path: Path
 ) -> None:
@@ -220,9 +247,9 @@ def test_one_epoch_sees_every_row_once_and_skips_and_counts_what_does_not_fit(
     rows: list[dict[str, Any]] = [*ROWS[:10], {"prompt": "What is 9+9?", "completion": "9" * 80}, *ROWS[10:14]]
     rows.insert(5, {"prompt": "What is 8+8?", "completion": None})
     made = trainer(
-        model, jsonl(tmp_path, rows), tmp_path / "run", batch_size=4, num_epochs=1, trainer={"num_steps": None}
+        model, jsonl(tmp_path, rows), tmp_path / "run", batch_size=5, num_epochs=1, trainer={"num_steps": None}
     )
-    assert made.config.trainer.num_steps == 4  # 16 rows
+    assert made.config.trainer.num_steps == 3  # 14 of 16 rows; 16 would be 4 steps
     seen: list[str] = []
     read = ExampleSource.example_at
     tokenizer = read_assets(model).tokenizer()
@@ -237,9 +264,9 @@ def test_one_epoch_sees_every_row_once_and_skips_and_counts_what_does_not_fit(
     with caplog.at_level(logging.WARNING, logger="sluice.sft"):
         assert made.train(shown.append)
     assert len(set(seen[:14])) == 14, "each row that fits once, before any comes again"
-    assert len(seen) == 16
-    assert shown[2]["num_skipped"] <= 2 <= shown[3]["num_skipped"]
-    assert shown[3]["epoch"] == (16 + shown[3]["num_skipped"]) / 16 > 1.0
+    assert len(seen) == 15
+    assert shown[1]["num_skipped"] <= 2 <= shown[2]["num_skipped"]
+    assert shown[2]["epoch"] == (15 + shown[2]["num_skipped"]) / 16 > 1.0
     assert "row 5: column 'completion' (completion_column) is null" in caplog.text
 
 
@@ -337,6 +364,8 @@ def test_a_dataset_of_which_nothing_fits_is_refused(model: str, tmp_path: Path) 
     path = jsonl(tmp_path, [{"prompt": "What is 1+1?", "completion": "2" * 90}] * 3)
     with pytest.raises(ConfigError, match=r"no row can be trained on; all are longer than trainer\.seq_len = 64"):
         trainer(model, path, tmp_path / "run").train(lambda metrics: None)
+    with pytest.raises(ConfigError, match=r"no row can be trained on"):
+        trainer(model, path, tmp_path / "run", num_epochs=2, trainer={"num_steps": None})
     with pytest.raises(ConfigError, match=r"held_out\.dataset\.path = .*no row can be trained on"):
         trainer(model, jsonl(tmp_path, ROWS, "good"), tmp_path / "run", held_out={"dataset": {"path": path}})
 
@@ -352,7 +381,7 @@ def test_epochs_of_a_stream_are_refused(model: str, tmp_path: Path) -> None:
     [
         ({"trainer": {"advantage": "none"}}, r"trainer\.advantage has no effect in supervised"),
         ({"trainer": {"loss": {}}}, r"trainer\.loss has no effect in supervised"),
-        ({"checkpoint": {"keep_best": "a/b"}}, "keep_best reads evaluations"),
+        ({"checkpoint": {"keep_best": "a/b"}}, r"checkpoint\.keep_best\n  Extra inputs"),
         ({"num_epochs": 2}, r"num_epochs and trainer\.num_steps both say when to end"),
         ({"held_out": {"dataset": {"path": "d", "streaming": True}}}, "a streaming set needs num_examples"),
         ({"dataset": {"target_column": "a"}}, "Extra inputs"),
@@ -398,6 +427,6 @@ def test_bad_input_of_the_command_is_one_paragraph(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config" / "sft").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_parse_and_survive_their_own_resolved_yaml(path: Path) -> None:
-    config = load_as(SftConfig, path).for_rows(100)
+    config = load_as(SftConfig, path).for_examples(100)
     assert parse_as(SftConfig, config.to_yaml()) == config
     assert path.read_text().startswith("# "), "the first line says what the run is and what it reached"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,15 @@ class ExampleSource(PromptReader):
         except ConfigError as error:
             log.warning("skipped: %s", error)
             return None
+
+    def count(self) -> int:
+        """Examples of one pass over a table; the log names no row, since each will be met again."""
+        assert self.num_rows is not None, "a stream has no end"
+        found = 0
+        for cursor in range(self.num_rows):
+            with suppress(ConfigError):
+                found += self.example_at(cursor) is not None
+        return found
 
     def _split(self, messages: Any, where: str) -> tuple[list[Any], str]:
         """A conversation as what is given and what is learnt."""

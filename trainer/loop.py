@@ -334,11 +334,13 @@ class Trainer:
             self.evaluating.discard((name, version))
             metrics[f"eval/{name}/version"] = float(version)
             metrics |= {f"eval/{name}/{metric}": value for metric, value in found.metrics().items()}
-            evaluation.mark_reported(self.client, self.run.keys, dataset=name, version=version)
             log.info("evaluation of version %d on %s: pass@1 %.3f", version, name, found.scores["pass@1"])
         if metrics:
-            self._when_there_is_room(lambda: settle_best(self.checkpoints, self.client, self.run))
+            self._settle_best()
         return metrics
+
+    def _settle_best(self) -> None:
+        self._when_there_is_room(lambda: settle_best(self.checkpoints, self.client, self.run))
 
     def _finish(self) -> None:
         """The last step is saved, its groups are freed, and its evaluation is awaited."""
@@ -351,7 +353,7 @@ class Trainer:
             time.sleep(0.1)
         if self.evaluating and not self.stopping:
             log.error("evaluations %s did not finish within %.0f s", sorted(self.evaluating), EVALUATION_WAIT_S)
-        settle_best(self.checkpoints, self.client, self.run)  # results that came in while no trainer lived
+        self._settle_best()  # results that came in while no trainer lived
         log.info("%s at step %d", "stopped" if self.stopping else "finished", self.step)
 
     def close(self) -> None:

@@ -91,8 +91,9 @@ class Adapter:
         """While inside, the model is its base."""
         return self._peft.disable_adapter()
 
-    def save(self, target: Path) -> None:
-        """A folder that `PeftModel.from_pretrained` loads upon the base."""
+    def save(self, target: Path, *, revision: str | None = None) -> None:
+        """A folder that `PeftModel.from_pretrained` loads upon the base, whose revision (of a hub id) it names."""
+        self._peft.peft_config[_NAME].revision = revision
         self._peft.save_pretrained(str(target), save_embedding_layers=False)
 
 

@@ -22,6 +22,7 @@ import redis
 from common.config import QUEUES
 from common.diagnosis import Cause, queue_depths
 from common.errors import PolicyNotFound
+from common.evaluation import mark_reported
 from common.keys import Keys
 from common.ledger import read_account
 from common.lineage import policy_ages
@@ -51,13 +52,16 @@ class Reporter:
         self._board = _tensorboard(folder) if run.config.metrics.tensorboard else None
 
     def report(self, step: int, version: int, metrics: dict[str, float]) -> None:
-        """One trainer step."""
+        """One trainer step. Evaluations whose results are in it are marked last: killed before, the next trainer tells them."""
         line = {"step": step, "version": version, "time": time.time(), **metrics}
         write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
         append_line(self._path, {name: value for name, value in line.items() if math.isfinite(value)})
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
+        for dataset in self._run.config.evaluation.datasets:
+            if (evaluated := metrics.get(f"eval/{dataset.name}/version")) is not None:
+                mark_reported(self._client, self._run.keys, dataset=dataset.name, version=int(evaluated))
 
     def report_stall(self, step: int, cause: Cause, waited_s: float) -> None:
         """A line of metrics.jsonl while the trainer does not move: for how long, and why. Needs no Redis."""

@@ -58,12 +58,8 @@ class SftTrainer:
         self._tokenizer, self._eos_token_ids = assets.tokenizer(), assets.eos_token_ids
         self.folder = folder
         self._source = self._open(config, config.dataset, section="dataset")
-        if config.num_epochs is not None and self._source.num_rows is None:
-            raise ConfigError(
-                "num_epochs counts passes over a table, and dataset.streaming is on: set trainer.num_steps"
-            )
         self._source.example_at(0)
-        self.config = config.for_rows(self._source.num_rows or 0)
+        self.config = config if config.num_epochs is None else config.for_examples(self._num_examples(config))
         "as given, with the epochs turned into steps"
         self._held_out = self._read_held_out()
         torch.manual_seed(config.seed)
@@ -112,7 +108,7 @@ class SftTrainer:
         metrics = self.policy.optimize(micro_batches, step=self.step + 1)
         self.step += 1
         metrics["step"] = float(self.step)
-        metrics["num_tokens"] = float(sum(example.num_tokens for example in examples))
+        metrics["num_tokens"] = float(sum(len(example.token_ids) for example in examples))
         metrics["time/step"] = time.monotonic() - began
         metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
         metrics["num_skipped"] = float(self.num_skipped)
@@ -139,18 +135,14 @@ class SftTrainer:
             if example:
                 examples.append(example)
             elif skipped >= (self._source.num_rows or MOST_SKIPPED):
-                raise ConfigError(self._nothing_fits(self.config.dataset, "dataset"))
+                raise ConfigError(_nothing_fits(self.config, self.config.dataset, "dataset"))
         return examples
 
     def held_out_loss(self) -> float:
         """Mean NLL of the held-out completion tokens, in nats."""
-        total, longest_first = 0.0, sorted(self._held_out, key=lambda example: example.num_tokens, reverse=True)
-        while longest_first:
-            size = max(1, self.config.trainer.microbatch_tokens // longest_first[0].num_tokens)
-            batch, longest_first = longest_first[:size], longest_first[size:]
-            scored = self.policy.score([(example.prompt_ids, example.token_ids) for example in batch])
-            total -= sum(float(sequence.logprobs.sum(dtype=np.float64)) for sequence in scored)
-        return total / sum(len(example.token_ids) for example in self._held_out)
+        scored = self.policy.logprobs([(example.prompt_ids, example.token_ids) for example in self._held_out])
+        total = sum(float(logprobs.sum(dtype=np.float64)) for logprobs in scored)
+        return -total / sum(len(example.token_ids) for example in self._held_out)
 
     def _read_held_out(self) -> list[Example]:
         config = self.config.held_out
@@ -168,10 +160,21 @@ class SftTrainer:
         source.close()
         examples = [example for example in rows if example]
         if not examples:
-            raise ConfigError(self._nothing_fits(config.dataset, section))
+            raise ConfigError(_nothing_fits(self.config, config.dataset, section))
         if len(examples) < len(rows):
             log.warning("%s: %d of %d rows are left out", section, len(rows) - len(examples), len(rows))
         return examples
+
+    def _num_examples(self, config: SftConfig) -> int:
+        """Of one epoch."""
+        if self._source.num_rows is None:
+            raise ConfigError(
+                "num_epochs counts passes over a table, and dataset.streaming is on: set trainer.num_steps"
+            )
+        found = self._source.count()
+        if not found:
+            raise ConfigError(_nothing_fits(config, config.dataset, "dataset"))
+        return found
 
     def _open(self, config: SftConfig, dataset: ExamplesConfig, *, section: str) -> ExampleSource:
         return ExampleSource(
@@ -181,12 +184,6 @@ class SftTrainer:
             max_tokens=config.trainer.seq_len,
             seed=config.seed,
             section=section,
-        )
-
-    def _nothing_fits(self, dataset: ExamplesConfig, section: str) -> str:
-        return (
-            f"{section}.path = {dataset.path!r}: no row can be trained on; all are longer than trainer.seq_len = "
-            f"{self.config.trainer.seq_len} tokens, or wrong in themselves"
         )
 
     def _report(self, metrics: dict[str, float], on_step: Callable[[dict[str, float]], None]) -> None:
@@ -223,9 +220,24 @@ class SftTrainer:
         log.info("resumed at step %d from %s", self.step, found.path)
 
     def _export(self) -> None:
-        """`<folder>/model`, whole or not at all."""
-        target, draft = self.folder / "model", self.folder / ".model"
-        for leftover in (draft, target):
+        """`<folder>/model`, whole or not at all; one that is there already stays until the new one is whole."""
+        target, draft, old = self.folder / "model", self.folder / ".model", self.folder / ".old-model"
+        del self.policy  # the checkpoint has it all, and one model in memory is enough
+        for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        export_checkpoint(self.folder, draft)
+        try:
+            export_checkpoint(self.folder, draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        if target.exists():
+            target.rename(old)
         draft.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _nothing_fits(config: SftConfig, dataset: ExamplesConfig, section: str) -> str:
+    return (
+        f"{section}.path = {dataset.path!r}: no row can be trained on; all are longer than trainer.seq_len = "
+        f"{config.trainer.seq_len} tokens, or wrong in themselves"
+    )

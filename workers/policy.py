@@ -110,7 +110,6 @@ class ServedPolicy:
             "mismatch": self.mismatch,
             "cache_mismatch": self.cache_mismatch,
             "adapter_share": self.adapter_share,
-            "base_digest": self._base.manifest.digest[:12] if self._base else "",
             "fetch_s": round(self._store.last_fetch_s, 4),
             "fetch_bytes": self._store.last_fetch_bytes,
         }

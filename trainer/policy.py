@@ -28,7 +28,7 @@ from common.canary import CanarySequence
 from common.config import Config
 from common.config_trainer import LossConfig, TrainerConfig
 from common.errors import DigestMismatch, DiskFull, Diverged
-from common.logprobs import UNTRUNCATED, completion_logprobs, pad_sequences, score_sequences
+from common.logprobs import UNTRUNCATED, completion_logprobs, pad_sequences
 from common.model import named_weights
 from common.packing import enable_packing
 from common.truncation import Truncation
@@ -257,16 +257,6 @@ class TrainedPolicy:
             )
             for i, (prompt, tokens) in enumerate(sequences)
         ]
-
-    @torch.no_grad()
-    def logprobs(self, sequences: list[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> list[NDArray[np.float32]]:
-        """Of the present weights, [T] for each (prompt_ids, token_ids), at temperature 1 and without gradients; one rank only."""
-        self.model.eval()
-        precision = getattr(torch, self._config.autocast)
-        with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
-            found = score_sequences(self.model, sequences, max_batch_tokens=self._config.microbatch_tokens)
-        self.model.train()
-        return found
 
     @torch.no_grad()
     def snapshot(self, dtype: torch.dtype, *, whole: bool = False) -> dict[str, Tensor]:

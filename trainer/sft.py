@@ -25,6 +25,7 @@ from torch import Tensor
 from common.assets import read_assets
 from common.config_sft import ExamplesConfig, SftConfig
 from common.errors import ConfigError
+from common.logprobs import score_sequences
 from common.model import load_pretrained
 from trainer.batch import MicroBatch
 from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, restore_random_state, save_checkpoint
@@ -138,11 +139,17 @@ class SftTrainer:
                 raise ConfigError(_nothing_fits(self.config, self.config.dataset, "dataset"))
         return examples
 
+    @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean NLL of the held-out completion tokens, in nats."""
-        scored = self.policy.logprobs([(example.prompt_ids, example.token_ids) for example in self._held_out])
+        sequences = [(example.prompt_ids, example.token_ids) for example in self._held_out]
+        model, config = self.policy.model.eval(), self.config.trainer
+        precision = getattr(torch, config.autocast)
+        with torch.autocast(self.policy.device.type, dtype=precision, enabled=precision != torch.float32):
+            scored = score_sequences(model, sequences, max_batch_tokens=config.microbatch_tokens)
+        model.train()
         total = sum(float(logprobs.sum(dtype=np.float64)) for logprobs in scored)
-        return -total / sum(len(example.token_ids) for example in self._held_out)
+        return -total / sum(len(tokens) for _, tokens in sequences)
 
     def _read_held_out(self) -> list[Example]:
         config = self.config.held_out
@@ -171,6 +178,7 @@ class SftTrainer:
             raise ConfigError(
                 "num_epochs counts passes over a table, and dataset.streaming is on: set trainer.num_steps"
             )
+        log.info("num_epochs: counting the examples among %d rows", self._source.num_rows)
         found = self._source.count()
         if not found:
             raise ConfigError(_nothing_fits(config, config.dataset, "dataset"))

@@ -231,13 +231,15 @@ class SftTrainer:
         """`<folder>/model`, whole or not at all; one that is there already stays until the new one is whole."""
         target, draft, old = self.folder / "model", self.folder / ".model", self.folder / ".old-model"
         del self.policy  # the checkpoint has it all, and one model in memory is enough
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if old.exists() and not target.exists():  # killed between the two renames
+            old.rename(target)
+        shutil.rmtree(draft, ignore_errors=True)
         try:
             export_checkpoint(self.folder, draft)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
+        shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         draft.rename(target)

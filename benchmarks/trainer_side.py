@@ -1,16 +1,17 @@
 """One side of `trainer.py` in a process of its own: Sluice's trainer (packed or padded), bare PyTorch, or TRL's GRPOTrainer.
 
-    python benchmarks/trainer_side.py '{"side": "bare", "size": "1M", "device": "cpu", "step_tokens": 4096, "seed": 0}'
+    python benchmarks/trainer_side.py '{"side": "bare", "size": "1M", "device": "cpu", "step_tokens": 4096}'
 
-Makes the model from the seed, prints a JSON line with what it is, then answers each JSON line on stdin with one:
+Makes the model from a seed, prints a JSON line with what it is, then answers each JSON line on stdin with one:
 
-    {"do": "step", "batch": "equal" | "ragged"}  one optimizer step: seconds, global gradient norm, peak memory over the weights
-    {"do": "entropy", "batch": ...}              sluice only: seconds of the head's scores for one step, with entropy and without
-    {"do": "publish", "version": n}              sluice only: seconds and bytes of one publication in bfloat16
+    {"do": "step", "batch": "equal" | "ragged"}  one optimizer step: seconds, and the gradient norm before clipping
+    {"do": "memory", "batch": ...}               the same, for the bytes that it takes over those of the weights, at its peak
+    {"do": "entropy", "batch": ...}              sluice only: seconds of the scores of a step, with entropy and without
+    {"do": "publish", "version": n}              sluice only: wall seconds and bytes of one publication in bfloat16
 
 Seconds are CPU seconds of the process on a CPU, wall seconds between two synchronisations on a GPU. Every side trains float32
-weights with AdamW, in bfloat16 autocast on a GPU, with the same learning rate, gradient clip and sequences. The TRL side runs in
-an environment of its own, without Sluice.
+weights with fused AdamW, in bfloat16 autocast on a GPU, with the same learning rate, gradient clip and sequences. The TRL side
+runs in an environment of its own, without Sluice.
 
 Legend: B = sequences, P = prompt tokens, T = completion tokens, S = P + T.
 """
@@ -25,8 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +78,11 @@ def build_model(size: str) -> Qwen3ForCausalLM:
     )  # fmt: skip
 
 
-def draw_batch(kind: str, *, vocab_size: int, step_tokens: int, seed: int) -> list[Sequence]:
+def draw_batch(kind: str, *, size: str, step_tokens: int) -> list[Sequence]:
     """Groups of 4 until the step's tokens are full. Lengths scale with the step: `equal` is 1/64 of it as prompt and 3/64 as
     completion; `ragged` has prompts of 1/128 to 1/64 and log-normal completions of at most 7/64."""
-    rng = np.random.default_rng([seed, kind == "ragged"])
-    unit = step_tokens // 128
+    rng = np.random.default_rng(kind == "ragged")
+    vocab_size, unit = SHAPES[size][0], step_tokens // 128
     bound = 14 * unit
     sequences: list[Sequence] = []
     while sum(len(s.prompt) + len(s.completion) for s in sequences) < step_tokens:
@@ -114,19 +116,23 @@ class Clock:
         found = work()
         return self.now() - began, found
 
-    def start_memory(self) -> None:
-        """From here on `peak_bytes` counts."""
+    def note_weights(self) -> None:
+        """What is in memory now is what `peak_bytes` leaves out."""
+        self._reset()
+        self._base = _status_bytes("VmRSS") if self.device == "cpu" else torch.cuda.memory_allocated()
+
+    def peak_bytes(self, work: Callable[[], Any]) -> int:
+        self._reset()
+        work()
+        return (_status_bytes("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated()) - self._base
+
+    def _reset(self) -> None:
+        gc.collect()
         if self.device == "cpu":
-            gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-            self._base = _status_bytes("VmRSS")
         else:
             torch.cuda.reset_peak_memory_stats()
-            self._base = torch.cuda.memory_allocated()
-
-    def peak_bytes(self) -> int:
-        return (_status_bytes("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated()) - self._base
 
 
 def _status_bytes(name: str) -> int:
@@ -143,7 +149,9 @@ def bare_side(model: Any, batches: dict[str, list[Sequence]], *, device: str) ->
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}], **ADAMW, fused=True
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        **ADAMW,
+        fused=True,
     )
     rows = batches["equal"]
     prompt_length, num_tokens = len(rows[0].prompt), sum(len(row.completion) for row in rows)
@@ -156,7 +164,9 @@ def bare_side(model: Any, batches: dict[str, list[Sequence]], *, device: str) ->
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu"):
                 hidden = model.model(input_ids=part, use_cache=False).last_hidden_state
                 logits = model.lm_head(hidden[:, prompt_length - 1 : -1]).float()  # [B, T, V]
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, prompt_length:].flatten(), reduction="none")
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), part[:, prompt_length:].flatten(), reduction="none"
+            )
             ((losses.view(len(part), -1) * weights.unsqueeze(-1)).sum() / num_tokens).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
@@ -169,7 +179,9 @@ def bare_side(model: Any, batches: dict[str, list[Sequence]], *, device: str) ->
 class SluiceSide:
     """`trainer.step.train_on`, the whole of what the loop does with a batch: advantages, micro-batches, loss, step, metrics."""
 
-    def __init__(self, model: Any, batches: dict[str, list[Sequence]], *, device: str, packing: str, budget: int) -> None:
+    def __init__(
+        self, model: Any, batches: dict[str, list[Sequence]], *, device: str, packing: str, budget: int
+    ) -> None:
         from builders import make_config
 
         from trainer.parallel import ParallelPolicy
@@ -195,15 +207,15 @@ class SluiceSide:
 
         with torch.no_grad():
             scored = score_sequences(self.policy.model, [(r.prompt, r.completion) for r in rows], max_batch_tokens=4096)
+        spans = [((0, len(row.completion)),) for row in rows]
+        completions = [
+            Completion(token_ids=row.completion, rollout_logprobs=logprobs, policy_versions=span, finish_reason="stop")
+            for row, logprobs, span in zip(rows, scored, spans, strict=True)
+        ]
         episodes = [
-            Episode(
-                completion=Completion(
-                    token_ids=row.completion, rollout_logprobs=logprobs, policy_versions=((0, len(logprobs)),), finish_reason="stop"
-                ),
-                reward=row.advantage, rewards={}, ref_logprobs=None,
-            )
-            for row, logprobs in zip(rows, scored, strict=True)
-        ]  # fmt: skip
+            Episode(completion=completion, reward=row.advantage, rewards={}, ref_logprobs=None)
+            for row, completion in zip(rows, completions, strict=True)
+        ]
         return [
             Group(
                 group_id=str(start), policy_version=0, prompt_ids=rows[start].prompt, prompt="", target=None,
@@ -220,22 +232,22 @@ class SluiceSide:
         return metrics["grad_norm"]
 
     def entropy(self, kind: str, clock: Clock) -> dict[str, float]:
-        """The scores of one step's completion tokens from hidden states, in chunks as `completion_logprobs` makes them."""
+        """Seconds for the scores of one step's completion tokens from their logits, forward and backward."""
         from common.logprobs import UNTRUNCATED, _score
 
         num_tokens = sum(len(e.completion.token_ids) for group in self._groups[kind] for e in group.episodes)
-        weight = self.policy.model.get_output_embeddings().weight
-        targets = torch.randint(len(weight), (num_tokens,), device=weight.device)
-        hidden = torch.randn(num_tokens, weight.shape[1], device=weight.device)
+        logits = torch.randn(1024, self.policy.vocab_size, device=self.policy.device, requires_grad=True)
+        targets = torch.randint(self.policy.vocab_size, (1024,), device=self.policy.device)
 
         def score(with_entropy: bool) -> None:
-            with torch.no_grad():
-                for part, tokens in zip(hidden.split(1024), targets.split(1024), strict=True):
-                    _score(part, weight, None, (tokens, 1.0, UNTRUNCATED, tokens < 0), with_entropy)
+            for _ in range(max(1, num_tokens // 1024)):
+                logprobs, _ = _score(logits, None, None, (targets, 1.0, UNTRUNCATED, targets < 0), with_entropy)
+                logprobs.sum().backward()
+                logits.grad = None
 
         return {name: clock.time(lambda: score(name == "with"))[0] for name in ("without", "with")}  # noqa: B023
 
-    def publisher(self, stack: ExitStack, clock: Clock) -> Callable[[int], dict[str, float]]:
+    def publisher(self, stack: ExitStack) -> Callable[[int], dict[str, float]]:
         """Versions published through a directory in memory, with a Redis of its own."""
         from common.config import PolicyStoreConfig
         from common.connection import connect
@@ -253,10 +265,12 @@ class SluiceSide:
         store = PolicyStore(client, Keys("trainer"), PolicyStoreConfig(transport="directory", path=path))
 
         def publish(version: int) -> dict[str, float]:
-            snapshot_s, tensors = clock.time(lambda: self.policy.snapshot(torch.bfloat16))
-            publish_s, found = clock.time(lambda: store.publish(version, tensors, step=version, parent=version - 1))
+            began = time.monotonic()
+            tensors = self.policy.snapshot(torch.bfloat16)
+            copied = time.monotonic()
+            found = store.publish(version, tensors, step=version, parent=version - 1)
             sizes = {"whole_bytes": found.num_bytes, "delta_bytes": found.delta_bytes}
-            return {"snapshot_s": snapshot_s, "publish_s": publish_s, **sizes}
+            return {"snapshot_s": copied - began, "publish_s": time.monotonic() - copied, **sizes}
 
         return publish
 
@@ -319,22 +333,43 @@ def _trl_batches(rows: list[Sequence], *, device: str, budget: int) -> list[dict
     whole["advantages"] = torch.tensor([row.advantage for row in rows])
     size = max(1, budget // sum(widths))
     return [
-        {**{name: x[i : i + size].to(device) for name, x in whole.items()}, "num_items_in_batch": masks[1].sum().to(device)}
+        {
+            **{name: x[i : i + size].to(device) for name, x in whole.items()},
+            "num_items_in_batch": masks[1].sum().to(device),
+        }
         for i in range(0, len(rows), size)
     ]
+
+
+def measured_sizes(batches: dict[str, list[Sequence]]) -> dict[str, dict[str, int]]:
+    """Per batch: tokens, completion tokens, sequences, and the sum of squared lengths."""
+    lengths = {kind: [len(row.prompt) + len(row.completion) for row in rows] for kind, rows in batches.items()}
+    return {
+        kind: {
+            "tokens": sum(lengths[kind]),
+            "completion_tokens": sum(len(row.completion) for row in rows),
+            "sequences": len(rows),
+            "longest": max(lengths[kind]),
+            "sum_of_squares": sum(length**2 for length in lengths[kind]),
+        }
+        for kind, rows in batches.items()
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "trl"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
     replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
     torch.set_num_threads(1)
-    device, clock = job["device"], Clock(job["device"])
-    vocab_size = SHAPES[job["size"]][0]
-    batches = {
-        kind: draw_batch(kind, vocab_size=vocab_size, step_tokens=job["step_tokens"], seed=job["seed"])
-        for kind in ("equal", "ragged")
-    }
-    budget = job["step_tokens"] // PASSES
+    device, budget = job["device"], job["step_tokens"] // PASSES
+    batches = {kind: draw_batch(kind, size=job["size"], step_tokens=job["step_tokens"]) for kind in ("equal", "ragged")}
     model: Any = build_model(job["size"]).to(device).train()
     sluice: Any = None
     if job["side"] == "bare":
@@ -342,28 +377,35 @@ def main() -> None:
     elif job["side"] == "trl":
         step = trl_side(model, batches, device=device, budget=budget)
     else:
-        packing = "auto" if job["side"] == "sluice" else "off"
+        packing = "off" if job["side"] == "sluice_padded" else "auto"
         sluice = SluiceSide(model, batches, device=device, packing=packing, budget=budget)
         step = sluice.step
-    counts = {
-        kind: {"tokens": sum(len(r.prompt) + len(r.completion) for r in rows), "scored": sum(len(r.completion) for r in rows),
-               "sequences": len(rows), "squares": sum((len(r.prompt) + len(r.completion)) ** 2 for r in rows)}
-        for kind, rows in batches.items()
-    }  # fmt: skip
-    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "counts": counts}), file=replies, flush=True)
-    clock.start_memory()
+    hello = {"parameters": sum(p.numel() for p in model.parameters()), "versions": versions()}
+    print(json.dumps({**hello, "batches": measured_sizes(batches)}), file=replies, flush=True)
+    clock = Clock(device)
+    clock.note_weights()
     with ExitStack() as stack:
         publish: Callable[[int], dict[str, float]] | None = None
+
+        def answer(request: dict[str, Any]) -> dict[str, Any]:
+            nonlocal publish
+            match request["do"]:
+                case "step":
+                    seconds, norm = clock.time(lambda: step(request["batch"]))
+                    return {"s": seconds, "grad_norm": norm}
+                case "memory":
+                    return {"peak_bytes": clock.peak_bytes(lambda: step(request["batch"]))}
+                case "entropy":
+                    return sluice.entropy(request["batch"], clock)
+                case _:
+                    publish = publish or sluice.publisher(stack)
+                    return publish(request["version"])
+
         for line in sys.stdin:
-            request = json.loads(line)
-            if request["do"] == "step":
-                seconds, norm = clock.time(lambda: step(request["batch"]))  # noqa: B023
-                reply = {"s": seconds, "grad_norm": norm, "peak_bytes": clock.peak_bytes()}
-            elif request["do"] == "entropy":
-                reply = sluice.entropy(request["batch"], clock)
-            else:
-                publish = publish or sluice.publisher(stack, clock)
-                reply = publish(request["version"])
+            try:
+                reply = answer(json.loads(line))
+            except torch.OutOfMemoryError as error:
+                reply = {"error": str(error).splitlines()[0]}
             print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -159,7 +159,9 @@ def _score(
             logits = torch.nn.functional.linear(logits, weight, None if bias is None else bias.float())
         if temperature != 1.0:
             logits = logits / temperature
-        scored: tuple[Tensor, Tensor] = _Score.apply(_truncated(logits, targets, truncation, is_early), targets, with_entropy)
+        scored: tuple[Tensor, Tensor] = _Score.apply(
+            _truncated(logits, targets, truncation, is_early), targets, with_entropy
+        )
         return scored
 
 

@@ -13,11 +13,12 @@ gradient norms of all sides must agree: they do the same work.
 * `ragged`: log-normal completion lengths (sigma 0.8, median a fifth of the bound). `sluice` packs, `sluice_padded` does not;
   `trl` pads as it does, to the longest of the step, in micro-batches that hold as many tokens, pads counted, as ours.
 
-Reported per side: median seconds, tokens per second (pads are none), peak memory over that of the weights (gradients, AdamW's
-state, activations), `flop_share`: the step's own FLOPs (6 per weight and token in a matrix product, the head at completion
-tokens only, causal attention) over those of a large matrix product in the same time; and the median of the paired ratios
-sluice / side. Besides: the share of the step that entropy costs, and the publication of a version in bfloat16, whole and as
-a delta, through a directory in memory. Without --trl-python TRL is left out.
+Reported per side: median seconds, share of pads in what runs, tokens per second (pads are none), peak memory over that of the
+weights (gradients, AdamW's state, activations), `flop_share`: the step's own FLOPs (6 per weight and token in a matrix
+product, the head at completion tokens only, causal attention) over those of a large matrix product in the same time; and the
+median and the range of the paired ratios sluice / side. Besides: the share of the step that entropy costs, and the publication
+of a version in bfloat16, whole and as a delta, through a directory in memory, in wall seconds. Without --trl-python TRL is
+left out.
 """
 
 from __future__ import annotations
@@ -105,9 +106,10 @@ def measure(size: str, arguments: argparse.Namespace) -> Reply:
         with ExitStack() as stack:
             sides = {name: SideProcess(name, python=pythons[name], job=job, stack=stack) for name in names}
             for kind, found in run_sides(sides, rounds=arguments.rounds).items():
-                runs[kind] |= found
-            for name, side in sides.items():
-                versions[name] = side.hello["versions"]
+                runs[kind] |= {
+                    name: {**run, "pad_share": sides[name].hello["pad_share"][kind]} for name, run in found.items()
+                }
+            versions |= {name: side.hello["versions"] for name, side in sides.items()}
             if "sluice" in sides:
                 hello = sides["sluice"].hello
                 extras = measure_extras(sides["sluice"], rounds=arguments.rounds)
@@ -155,6 +157,7 @@ def summarise(runs: dict[str, Reply], batch: Reply, *, flops: float, speed: floa
     found = {
         name: {
             "s": round(median(rounds), 4),
+            "pad_share": round(runs[name]["pad_share"], 3),
             "tokens_per_s": round(batch["tokens"] / median(rounds)),
             "flop_share": round(flops / median(rounds) / speed, 3),
             "peak_mb_over_weights": round(runs[name]["peak_bytes"] / 1e6, 1),

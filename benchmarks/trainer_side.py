@@ -11,7 +11,7 @@ Makes the model from a seed, prints a JSON line with what it is, then answers ea
 
 Seconds are CPU seconds of the process on a CPU, wall seconds between two synchronisations on a GPU. Every side trains float32
 weights with fused AdamW, in bfloat16 autocast on a GPU, with the same learning rate, gradient clip and sequences. The TRL side
-runs in an environment of its own, without Sluice.
+runs in an environment of its own, without Sluice (`trainer_trl.py`).
 
 Legend: B = sequences, P = prompt tokens, T = completion tokens, S = P + T.
 """
@@ -37,7 +37,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -224,6 +223,14 @@ class SluiceSide:
             for start in range(0, len(rows), GROUP_SIZE)
         ]  # fmt: skip
 
+    def pad_share(self, kind: str, *, budget: int) -> float:
+        from trainer.batch import build_micro_batches, padding_share
+
+        advantages = [torch.zeros(GROUP_SIZE)] * len(self._groups[kind])
+        packed = self.policy.is_packed
+        batches = build_micro_batches(self._groups[kind], advantages, max_tokens=budget, packed=packed)
+        return padding_share(batches, packed=packed)
+
     def step(self, kind: str) -> float:
         from trainer.step import train_on
 
@@ -275,72 +282,6 @@ class SluiceSide:
         return publish
 
 
-def trl_side(model: Any, batches: dict[str, list[Sequence]], *, device: str, budget: int) -> Step:
-    """GRPOTrainer.training_step on given completions, then its clip and optimizer; its own padding, to the batch's longest.
-
-    The logprobs of sampling are the step's own, as TRL takes them on policy; gradient checkpointing, its default, is off.
-    """
-    import logging
-
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from trl import GRPOConfig, GRPOTrainer
-
-    logging.disable(logging.WARNING)
-    plans = {kind: _trl_batches(rows, device=device, budget=budget) for kind, rows in batches.items()}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"P": 0, "U": 1, "E": 2}, unk_token="U")),
-        pad_token="P", unk_token="U", eos_token="E",
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder, use_cpu=device == "cpu", bf16=device != "cpu", report_to="none", num_generations=GROUP_SIZE,
-            per_device_train_batch_size=GROUP_SIZE, beta=0.0, loss_type="dapo", gradient_checkpointing=False,
-            learning_rate=ADAMW["lr"], adam_beta1=ADAMW["betas"][0], adam_beta2=ADAMW["betas"][1],
-            adam_epsilon=ADAMW["eps"], weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
-        )  # fmt: skip
-        trainer = GRPOTrainer(
-            model=model, reward_funcs=[lambda completions, **_: [0.0]], args=config, processing_class=tokenizer,
-            train_dataset=Dataset.from_dict({"prompt": ["a"] * 64}),
-        )  # fmt: skip
-    trainer._prepare_inputs = lambda inputs: inputs  # which would sample
-    trainer.create_optimizer()
-
-    def step(kind: str) -> float:
-        trainer.args.steps_per_generation = trainer.current_gradient_accumulation_steps = len(plans[kind])
-        for inputs in plans[kind]:
-            trainer.training_step(trainer.model, inputs, inputs["num_items_in_batch"])
-        norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), MAX_GRAD_NORM)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
-
-    return step
-
-
-def _trl_batches(rows: list[Sequence], *, device: str, budget: int) -> list[dict[str, Tensor]]:
-    """Prompts padded on the left, completions on the right, to the longest of the step; as many rows as the budget holds."""
-    widths = [max(len(part) for part in parts) for parts in zip(*((r.prompt, r.completion) for r in rows), strict=True)]
-    ids = [torch.zeros(len(rows), width, dtype=torch.long) for width in widths]
-    masks = [torch.zeros_like(x) for x in ids]
-    for i, row in enumerate(rows):
-        for x, values in ((ids[0], row.prompt), (masks[0], np.ones_like(row.prompt))):
-            x[i, widths[0] - len(values) :] = torch.from_numpy(values)
-        for x, values in ((ids[1], row.completion), (masks[1], np.ones_like(row.completion))):
-            x[i, : len(values)] = torch.from_numpy(values)
-    whole = {"prompt_ids": ids[0], "prompt_mask": masks[0], "completion_ids": ids[1], "completion_mask": masks[1]}
-    whole["advantages"] = torch.tensor([row.advantage for row in rows])
-    size = max(1, budget // sum(widths))
-    return [
-        {
-            **{name: x[i : i + size].to(device) for name, x in whole.items()},
-            "num_items_in_batch": masks[1].sum().to(device),
-        }
-        for i in range(0, len(rows), size)
-    ]
-
-
 def measured_sizes(batches: dict[str, list[Sequence]]) -> dict[str, dict[str, int]]:
     """Per batch: tokens, completion tokens, sequences, and the sum of squared lengths."""
     lengths = {kind: [len(row.prompt) + len(row.completion) for row in rows] for kind, rows in batches.items()}
@@ -372,15 +313,19 @@ def main() -> None:
     batches = {kind: draw_batch(kind, size=job["size"], step_tokens=job["step_tokens"]) for kind in ("equal", "ragged")}
     model: Any = build_model(job["size"]).to(device).train()
     sluice: Any = None
+    pads = {"equal": 0.0, "ragged": 0.0}
     if job["side"] == "bare":
         step = bare_side(model, batches, device=device)
     elif job["side"] == "trl":
-        step = trl_side(model, batches, device=device, budget=budget)
+        from trainer_trl import trl_side
+
+        step, pads["ragged"] = trl_side(model, batches, device=device, budget=budget)
     else:
         packing = "off" if job["side"] == "sluice_padded" else "auto"
         sluice = SluiceSide(model, batches, device=device, packing=packing, budget=budget)
         step = sluice.step
-    hello = {"parameters": sum(p.numel() for p in model.parameters()), "versions": versions()}
+        pads["ragged"] = sluice.pad_share("ragged", budget=budget)
+    hello = {"parameters": sum(p.numel() for p in model.parameters()), "versions": versions(), "pad_share": pads}
     print(json.dumps({**hello, "batches": measured_sizes(batches)}), file=replies, flush=True)
     clock = Clock(device)
     clock.note_weights()

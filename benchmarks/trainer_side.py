@@ -204,7 +204,8 @@ class SluiceSide:
         from common.logprobs import score_sequences
         from common.types import Completion, Episode, Group
 
-        with torch.no_grad():
+        device = self.policy.device.type
+        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu"):
             scored = score_sequences(self.policy.model, [(r.prompt, r.completion) for r in rows], max_batch_tokens=4096)
         spans = [((0, len(row.completion)),) for row in rows]
         completions = [

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from common.packing import causal_lm, is_packed, pack, plan_batches
@@ -156,15 +157,41 @@ def _score(
         logits = inputs.float()
         if weight is not None:
             logits = torch.nn.functional.linear(logits, weight, None if bias is None else bias.float())
-        logits = _truncated(logits / temperature, targets, truncation, is_early)
-        normaliser = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
-    entropy = torch.zeros_like(normaliser)
-    if with_entropy:
-        with torch.no_grad():
-            log_p = logits - normaliser.unsqueeze(-1)
-            entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)  # 0 log 0 = 0
-    return logprobs, entropy
+        if temperature != 1.0:
+            logits = logits / temperature
+        scored: tuple[Tensor, Tensor] = _Score.apply(
+            _truncated(logits, targets, truncation, is_early), targets, with_entropy
+        )
+        return scored
+
+
+class _Score(torch.autograd.Function):
+    """Logprobs [N] of targets [N] and entropy [N] from logits [N, V], some of which may be -inf.
+
+    In as few passes over [N, V] as there can be: what is kept are the probabilities, which the entropy needs anyway, and
+
+        d logprob / d logits = onehot(target) - p
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+        log_p = logits.log_softmax(-1)
+        logprobs = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        entropy = torch.zeros_like(logprobs)
+        if with_entropy or ctx.needs_input_grad[0]:
+            p = log_p.exp()
+            ctx.save_for_backward(p, targets)
+            if with_entropy:
+                entropy = -log_p.clamp_(min=torch.finfo(log_p.dtype).min).mul_(p).sum(-1)  # 0 log 0 = 0
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        p, targets = ctx.saved_tensors
+        to_logits = p * -grad.unsqueeze(-1)
+        return to_logits.scatter_add_(-1, targets.unsqueeze(-1), grad.unsqueeze(-1)), None, None
 
 
 def _truncated(logits: Tensor, targets: Tensor, truncation: Truncation, is_early: Tensor) -> Tensor:

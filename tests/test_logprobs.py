@@ -82,7 +82,7 @@ def test_pads_are_invisible_to_values_and_gradients():
 
     def gradients(ids, *lengths):
         model.zero_grad()
-        logprobs, _ = completion_logprobs(model, ids, *lengths)
+        logprobs, _ = completion_logprobs(model, ids, *lengths, temperature=0.7, with_entropy=True)
         logprobs.square().sum().backward()
         return logprobs.detach(), [weight.grad.clone() for weight in model.parameters()]
 
@@ -97,7 +97,9 @@ def test_pads_are_invisible_to_values_and_gradients():
     torch.testing.assert_close(padded, narrow, atol=1e-5, rtol=1e-4)
 
     model.zero_grad()
-    sum(naive_logprobs(model, *pair)[0].square().sum() for pair in zip(prompts, completions, strict=True)).backward()
+    sum(
+        naive_logprobs(model, *pair, 0.7)[0].square().sum() for pair in zip(prompts, completions, strict=True)
+    ).backward()
     torch.testing.assert_close(narrow[1], [weight.grad for weight in model.parameters()], atol=1e-4, rtol=1e-3)
 
 

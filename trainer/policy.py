@@ -130,7 +130,7 @@ class TrainedPolicy:
             lr=config.learning_rate,
             betas=config.betas,
             eps=config.eps,
-            fused=self.device.type == "cuda",
+            fused=True,
         )
 
     @classmethod

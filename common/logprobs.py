@@ -26,7 +26,7 @@ from common.packing import causal_lm, is_packed, pack, plan_batches
 from common.truncation import Truncation
 
 RECOMPUTE_ELEMENTS = 2**26
-"""Over this many logits (256 MiB in float32) a backward pass recomputes them chunk by chunk instead of keeping them."""
+"""So many logits (256 MiB in float32) are computed at once; of more, the backward pass recomputes chunk by chunk."""
 
 UNTRUNCATED = Truncation()
 
@@ -95,7 +95,7 @@ def completion_logprobs(
     temperature: float = 1.0,
     truncation: Truncation = UNTRUNCATED,
     with_entropy: bool = False,
-    chunk_tokens: int = 4096,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Logprobs float32 [B, T] of every completion token, in nats, and the entropy [B, T] of its distribution, or none.
 
@@ -105,7 +105,7 @@ def completion_logprobs(
     hold 0. temperature 0 (greedy sampling) counts as 1. The entropy carries no gradient. With a truncation, the softmax is
     over the tokens that it keeps of these logits and the sampled token itself (which another policy may have sampled); the
     set is a constant for the gradient. So the ratio to rollout_logprobs is 1 for equal weights, where the whole softmax
-    gives the kept mass.
+    gives the kept mass. chunk_tokens: rows of logits that live at once; by default as many as RECOMPUTE_ELEMENTS are.
     """
     device = input_ids.device
     width = int(completion_lengths.max())
@@ -128,7 +128,8 @@ def completion_logprobs(
         weight, bias, vocabulary = head.weight.float(), head.bias, head.weight.shape[0]
     is_early = columns < truncation.min_tokens  # [N]
     scored = []
-    for chunk, chunk_targets, early in zip(*(x.split(chunk_tokens) for x in (inputs, targets, is_early)), strict=True):
+    size = chunk_tokens or max(1, RECOMPUTE_ELEMENTS // vocabulary)
+    for chunk, chunk_targets, early in zip(*(x.split(size) for x in (inputs, targets, is_early)), strict=True):
         arguments = (chunk, weight, bias, (chunk_targets, temperature or 1.0, truncation, early), with_entropy)
         if torch.is_grad_enabled() and inputs.shape[0] * vocabulary > RECOMPUTE_ELEMENTS:
             scored.append(checkpoint(_score, *arguments, use_reentrant=False))

@@ -3,8 +3,8 @@
     b"SL" | schema version (1 byte) | msgpack body
     array = ExtType(1, msgpack([dtype, shape, raw little-endian bytes]))
 
-Bounds on what is decoded: `MAX_BYTES` per message, and numeric dtypes only, so that a hostile message cannot allocate
-without end or smuggle objects.
+Bounds on what is decoded: `MAX_BYTES` per message (but for a trainer's ranks, which know the size beforehand), and numeric
+dtypes only, so that a hostile message cannot allocate without end or smuggle objects.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ def encode(value: Any) -> bytes:
         raise SerializationError(f"cannot encode a {type(value).__name__}: {error}") from error
 
 
-def decode(data: bytes) -> Any:
-    """Inverse of `encode`; tuples come back as lists. Raises SerializationError on anything that `encode` did not write."""
+def decode(data: bytes, *, max_bytes: int | None = MAX_BYTES) -> Any:
+    """Inverse of `encode`; tuples come back as lists. Raises SerializationError on anything that `encode` did not write.
+
+    max_bytes: longer messages are refused; none = no bound.
+    """
     if data[:2] != _HEADER[:2]:
         raise SerializationError(f"not a Sluice message: starts with {bytes(data[:8])!r}")
     if data[2:3] != _HEADER[2:]:
         raise SerializationError(
             f"schema version {data[2:3]!r}, this build reads {SCHEMA_VERSION}: upgrade the older role"
         )
-    if len(data) > MAX_BYTES:
-        raise SerializationError(f"message of {len(data)} bytes, more than {MAX_BYTES}")
+    if max_bytes is not None and len(data) > max_bytes:
+        raise SerializationError(f"message of {len(data)} bytes, more than {max_bytes}")
     try:
         # timestamp=1: msgpack's own extension type never reaches ext_hook; as a float it is at least no object
         return msgpack.unpackb(

@@ -20,7 +20,7 @@ from harness import running
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.config import Config
-from common.errors import ConfigError
+from common.errors import ConfigError, Diverged
 from common.types import Completion, Episode, Group
 from trainer.batch import build_micro_batches
 from trainer.checkpoint import SavedTensors
@@ -119,11 +119,7 @@ def steps(policy: ParallelPolicy, config: Config, *, first: int, last: int) -> l
         groups = make_groups(step)
         generator = torch.Generator().manual_seed(step)
         advantages = [torch.randn(len(group.episodes), generator=generator) for group in groups]
-        shares = [
-            build_micro_batches(*share, max_tokens=config.trainer.microbatch_tokens, packed=policy.is_packed)
-            for share in deal(groups, advantages, num_ranks=policy.num_ranks)
-        ]
-        metrics = policy.optimize(shares, step=step)
+        metrics = policy.optimize(groups, advantages, step=step, max_tokens=config.trainer.microbatch_tokens)
         found.append({name: value for name, value in metrics.items() if not name.startswith("time/")})
     return found
 
@@ -139,8 +135,9 @@ def opened(config: Config, ranks: Ranks | None = None) -> ParallelPolicy:
         {},
         {"num_iterations": 2, "gradient_checkpointing": True, "loss": {"off_policy": "decoupled", "is_high": 5.0}},
         {"lora": {"rank": 2}},
+        {"max_grad_norm": 0.01, "learning_rate": 50.0, "weight_decay": 0.0, "loss": {"aggregation": "sequence_mean"}},
     ],
-    ids=["plain", "iterations", "lora"],
+    ids=["plain", "iterations", "lora", "clipped"],
 )
 def test_two_ranks_make_the_steps_of_one(
     two_ranks: Ranks, model_folder: Path, parallel: str, settings: dict[str, Any]
@@ -157,6 +154,7 @@ def test_two_ranks_make_the_steps_of_one(
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
         moved = max(moved, float((weight - before[name]).abs().max()))
     assert moved > 0.01, "the steps are too small to show a wrong gradient"
+    assert ("max_grad_norm" in settings) == (expected[0]["grad_norm"] > config.trainer.max_grad_norm)
     (a,), (b,) = (
         policy.score([(np.array([1, 2], np.int32), np.array([3, 4, 5], np.int32))]) for policy in (alone, together)
     )
@@ -283,7 +281,30 @@ def test_every_episode_goes_to_one_rank_with_its_advantage(num_ranks: int) -> No
 def test_a_rank_with_fewer_micro_batches_gets_passes_without_a_loss_token() -> None:
     groups = make_groups(1)
     batches = build_micro_batches(groups, [torch.ones(3)] * 3, max_tokens=60)
-    shares = evened([batches, batches[:1], []])
-    assert [len(share) for share in shares] == [len(batches)] * 3
-    assert shares[0] == batches and shares[1][0] is batches[0]
-    assert not any(batch.loss_mask.any() for batch in [*shares[1][1:], *shares[2]])
+    assert evened(batches, count=len(batches)) == batches
+    first, *idle = evened(batches[:1], count=len(batches))
+    assert first is batches[0] and len(idle) == len(batches) - 1 > 0
+    assert not any(batch.loss_mask.any() for batch in idle)
+
+
+def test_a_step_of_fewer_sequences_than_ranks_is_that_of_one(two_ranks: Ranks, model_folder: Path) -> None:
+    config = config_of(model_folder, parallel="fsdp")
+    group, advantages = make_groups(1, num_groups=1, group_size=1), [torch.ones(1)]
+    shares = deal(group, advantages, num_ranks=2)
+    assert [len(groups) for groups, _ in shares] == [1, 1]
+    assert shares[1][0][0].episodes[0].reward is None
+    weights = []
+    for ranks in (None, two_ranks):
+        policy = opened(config, ranks)
+        policy.optimize(group, advantages, step=1, max_tokens=60)
+        weights.append(policy.snapshot(torch.float32))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-6)
+
+
+def test_ranks_of_a_run_that_diverged_still_hear_rank_0(two_ranks: Ranks, model_folder: Path) -> None:
+    policy = opened(config_of(model_folder, parallel="ddp"), two_ranks)
+    with pytest.raises(Diverged, match="10 optimizer steps in a row"):
+        for step in range(1, 11):
+            policy.optimize(make_groups(1), [torch.full([3], torch.nan)] * 3, step=step, max_tokens=60)
+    assert policy.snapshot(torch.float32)

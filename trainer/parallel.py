@@ -2,13 +2,14 @@
 
     rank 0: Trainer (trainer/loop.py)                   rank 1 ... N-1: `follow`
     open_policy(...)          -- open -->               the same TrainedPolicy, of the same model folder
-    policy.optimize(shares)   -- optimize, its share --> TrainedPolicy.optimize    collectives inside
+    policy.optimize(groups)   -- optimize, its share --> its micro-batches, TrainedPolicy.optimize    collectives inside
     policy.score / snapshot / save / restore  -- ... --> the same
       (waits for a batch, publishes, ...)               waits, for hours if need be
     policy.close()            -- end -->                exit 0
 
-Only rank 0 knows Redis. A rank that fails ends by itself, torchrun then ends all of them, and who started torchrun starts it
-again (`sluice run` does); the trainer goes on from its newest checkpoint, on as many ranks as there are then.
+Only rank 0 knows Redis. A rank that fails ends by itself, who started it (`scripts.ranks`, torchrun) then ends all of them,
+and they are started again (`sluice run` does); the trainer goes on from its newest checkpoint, on as many ranks as there are
+then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,10 +31,10 @@ from torch import Tensor
 from common.canary import CanarySequence
 from common.config import Config
 from common.config_file import parse_config
-from common.errors import DiskFull
+from common.errors import DiskFull, Diverged
 from common.model import load_pretrained
 from common.types import Group
-from trainer.batch import MicroBatch
+from trainer.batch import MicroBatch, build_micro_batches
 from trainer.policy import TrainedPolicy
 from trainer.ranks import COLLECTIVE_TIMEOUT_S, Ranks
 
@@ -41,6 +42,8 @@ log = logging.getLogger("sluice.trainer")
 
 Sequences = list[tuple[NDArray[np.int32], NDArray[np.int32]]]
 """(prompt_ids, token_ids)"""
+Share = tuple[list[Group], list[Tensor]]
+"""What a rank trains on: groups with its episodes only, and their advantages, [G] per group."""
 
 
 class ParallelPolicy:
@@ -61,19 +64,20 @@ class ParallelPolicy:
         return self._policy.vocab_size
 
     @property
-    def is_packed(self) -> bool:
-        return self._policy.is_packed
-
-    @property
     def base_digest(self) -> str:
         return self._policy.base_digest
 
-    def optimize(self, shares: list[list[MicroBatch]], *, step: int) -> dict[str, float]:
-        """As TrainedPolicy's, on the micro-batches of each rank (`deal`); metrics are those of all."""
-        own, *others = evened(shares)
-        bodies = [{"step": step, "micro_batches": [_to_wire(batch) for batch in share]} for share in others]
-        with self._call("optimize", bodies):
-            return self._policy.optimize(own, step=step)
+    def optimize(
+        self, groups: list[Group], advantages: list[Tensor], *, step: int, max_tokens: int, mask_truncated: bool = False
+    ) -> dict[str, float]:
+        """TrainedPolicy's, on the micro-batches that every rank makes of its share (`deal`); metrics are those of all.
+
+        advantages: [G] per group. max_tokens, mask_truncated: as in `build_micro_batches`.
+        """
+        options = {"step": step, "max_tokens": max_tokens, "mask_truncated": mask_truncated}
+        own, *others = deal(groups, advantages, num_ranks=self.num_ranks)
+        with self._call("optimize", [{"share": _to_wire(share), "options": options} for share in others]):
+            return _optimize(self._policy, own, self._ranks, **options)
 
     def score(self, sequences: Sequences) -> list[CanarySequence]:
         with self._call("score", {"sequences": sequences}):
@@ -140,14 +144,17 @@ def follow(ranks: Ranks) -> int:
                 policy = _build(config, call["end_token_ids"], ranks)
                 continue
             assert policy is not None
-            _make(call, policy)
+            _make(call, policy, ranks)
 
 
-def _make(call: dict[str, Any], policy: TrainedPolicy) -> None:
+def _make(call: dict[str, Any], policy: TrainedPolicy, ranks: Ranks) -> None:
     """One call of rank 0, on this rank."""
     match call["call"]:
         case "optimize":
-            policy.optimize([_from_wire(wire) for wire in call["micro_batches"]], step=call["step"])
+            try:
+                _optimize(policy, _from_wire(call["share"]), ranks, **call["options"])
+            except Diverged:  # rank 0 has raised the same, says so, and ends the run
+                log.warning("step %d: training has diverged", call["options"]["step"])
         case "score":
             policy.score([(prompt, tokens) for prompt, tokens in call["sequences"]])
         case "snapshot":
@@ -161,6 +168,14 @@ def _make(call: dict[str, Any], policy: TrainedPolicy) -> None:
             policy.restore(Path(call["folder"]))
         case name:
             raise AssertionError(f"no call {name}")
+
+
+def _optimize(
+    policy: TrainedPolicy, share: Share, ranks: Ranks, *, step: int, max_tokens: int, mask_truncated: bool
+) -> dict[str, float]:
+    """This rank's part of an optimizer step."""
+    batches = build_micro_batches(*share, max_tokens=max_tokens, packed=policy.is_packed, mask_truncated=mask_truncated)
+    return policy.optimize(evened(batches, count=max(ranks.gather(len(batches)))), step=step)
 
 
 def _build(config: Config, end_token_ids: Sequence[int], ranks: Ranks) -> TrainedPolicy:
@@ -188,11 +203,11 @@ def _explained(call: str, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def deal(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> list[tuple[list[Group], list[Tensor]]]:
+def deal(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> list[Share]:
     """Every episode to one rank, so that their real tokens are balanced: the longest first, each to whom has least so far.
 
-    advantages: per group [G]. The groups of a rank hold its episodes only, the advantages go with them. The same input
-    gives the same shares.
+    advantages: per group [G]. A rank for which there is none gets the shortest one without its reward, which leaves it out of
+    the loss. The same input gives the same shares.
     """
     if num_ranks == 1:
         return [(groups, advantages)]
@@ -207,29 +222,40 @@ def deal(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> li
         rank = loads.index(min(loads))
         loads[rank] += length
         mine[rank].setdefault(g, []).append(e)
+    _, g, e = min(lengths)
+    idle = [replace(groups[g], episodes=[replace(groups[g].episodes[e], reward=None)])], [torch.zeros(1)]
     return [
         (
             [replace(groups[g], episodes=[groups[g].episodes[e] for e in sorted(found[g])]) for g in sorted(found)],
             [advantages[g][sorted(found[g])] for g in sorted(found)],
         )
+        if found
+        else idle
         for found in mine
     ]
 
 
-def evened(shares: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
-    """The same number of passes for every rank: one with fewer gets some without a loss token, the smallest there is."""
-    count = max(len(share) for share in shares)
-    smallest = min((batch for share in shares for batch in share), key=lambda batch: batch.num_tokens)
+def evened(batches: list[MicroBatch], *, count: int) -> list[MicroBatch]:
+    """`count` passes, as many as the other ranks make: those that lack are the smallest one without a loss token."""
+    smallest = min(batches, key=lambda batch: batch.num_tokens)
     idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
-    return [[*share, *[idle] * (count - len(share))] for share in shares]
+    return [*batches, *[idle] * (count - len(batches))]
 
 
-def _to_wire(batch: MicroBatch) -> dict[str, Any]:
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in values.items()}
+def _to_wire(share: Share) -> dict[str, Any]:
+    """Without the texts, which no rank reads: some 12 bytes a token."""
+    groups = [
+        replace(
+            group,
+            prompt="",
+            target=None,
+            timestamps={},
+            episodes=[replace(e, completion=replace(e.completion, text="")) for e in group.episodes],
+        )
+        for group in share[0]
+    ]
+    return {"groups": [group.to_wire() for group in groups], "advantages": [a.numpy() for a in share[1]]}
 
 
-def _from_wire(wire: dict[str, Any]) -> MicroBatch:
-    return MicroBatch(
-        **{name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in wire.items()}
-    )
+def _from_wire(wire: dict[str, Any]) -> Share:
+    return [Group.from_wire(group) for group in wire["groups"]], [torch.from_numpy(a) for a in wire["advantages"]]

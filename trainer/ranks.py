@@ -1,4 +1,4 @@
-"""The processes that train one policy together (torchrun's ranks): who this one is, and what they tell each other.
+"""The processes that train one policy together (ranks): who this one is, and what they tell each other.
 
     rank 0                                  rank 1 ... N-1
     tell_others(bodies) -- key in store -->  next_call(): looks for its key, for hours if need be, and says so
@@ -47,11 +47,20 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """The ranks that torchrun's environment names (RANK, WORLD_SIZE, ...); without it, the only one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        """The ranks that the environment names (RANK, WORLD_SIZE, ...); without it, the only one.
+
+        They meet in the file SLUICE_RANKS_STORE (`scripts.ranks`), otherwise as torchrun says (MASTER_ADDR, MASTER_PORT).
+        """
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
             return cls()
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store: dist.Store
+        if path := os.environ.get("SLUICE_RANKS_STORE"):
+            store = dist.FileStore(path, size)
+            store.set_timeout(timeout)
+        else:
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         if rank == 0:
@@ -114,11 +123,11 @@ class Ranks:
         message = torch.empty(int(self._store.get(key)), dtype=torch.uint8)
         dist.recv(message, src=0)
         self._store.delete_key(key)
-        body: dict[str, Any] = decode(message.numpy().tobytes())
+        body: dict[str, Any] = decode(message.numpy().tobytes(), max_bytes=None)
         return body
 
     def rank_0_is_gone(self) -> bool:
-        """Whether rank 0 was on this machine and no longer lives; on another one, its own torchrun ends it all."""
+        """Whether rank 0 was on this machine and no longer lives; on another one, who started it ends it all."""
         assert self._store is not None
         host, pid = self._store.get("rank0").decode().split()
         return host == socket.gethostname() and not psutil.pid_exists(int(pid))

@@ -11,7 +11,7 @@ SluiceError
     EngineClosed         the engine is shutting down; the group is handed back, no attempt is spent
   StateLost              Redis has lost the trainer's last writes: it was restarted, or another server took over
   DiskFull               a file could not be written: the trainer pauses until there is room
-  Diverged               the gradients of many steps in a row are not finite: training ends (exit code 2)
+  Diverged               the gradients of many steps in a row are not finite: training ends (exit code 3)
   RewardError            a reward function raised, ran out of time or returned nonsense: infrastructure, never a score
 """
 
@@ -63,7 +63,9 @@ class DiskFull(SluiceError):
 
 
 class Diverged(SluiceError):
-    """Training cannot go on: no gradient is finite any more."""
+    """Training cannot go on: no gradient is finite any more. Started again it would come to the same."""
+
+    EXIT_CODE = 3
 
 
 class RewardError(SluiceError):

@@ -27,11 +27,12 @@ from common.config_file import load_config
 from common.config_trainer import PEFT_MISSING
 from common.connection import connect, give_up_after
 from common.errors import ConfigError
+from common.metrics import is_silent, read_heartbeats
 from common.run import Run, create_run, open_run, set_status
 from scripts.progress import Progress
 from scripts.redis_server import EmbeddedServer, reading_server, running_url, start_server
 from scripts.summary import write_summary
-from scripts.supervisor import RunFailed, Supervisor, check_gpus
+from scripts.supervisor import TRAINER_STOP_S, RunFailed, Supervisor, check_gpus
 
 POLL_S = 0.1
 READER_WAIT_S = 5.0
@@ -123,6 +124,7 @@ def _drive(
         url=url,
         folder=folder,
         status=lambda: (client.hget(run.keys("run"), "status") or b"").decode(),
+        trainer_beats=lambda: _trainer_beats(client, run),
     )
     started = time.monotonic()
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
@@ -139,7 +141,10 @@ def _drive(
     finally:
         was_interrupted = interrupted()
         if was_interrupted:
-            progress.say("stopping: the trainer finishes its step and writes a checkpoint")
+            progress.say(
+                f"stopping: the trainer finishes its step and writes a checkpoint, for up to {TRAINER_STOP_S:.0f} s (Ctrl-C "
+                "again: without waiting)"
+            )
         supervisor.stop()
     if was_interrupted:
         set_status(client, run.keys, "stopped")
@@ -149,6 +154,14 @@ def _drive(
         progress.say(f"stopped; go on with: sluice run {config_path} --resume {run.name}")
         return 130
     return 0 if summary.holds else 1
+
+
+def _trainer_beats(client: redis.Redis, run: Run) -> bool:
+    try:
+        beats = read_heartbeats(client, run.keys)
+    except (redis.ConnectionError, redis.TimeoutError):
+        return False
+    return any(name.startswith("trainer@") and not is_silent(facts) for name, facts in beats.items())
 
 
 def _watch(supervisor: Supervisor, server: EmbeddedServer | None, progress: Progress) -> bool:

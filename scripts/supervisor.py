@@ -4,8 +4,9 @@
     a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
     while Redis is away nothing is started, and who died of that dies once
     exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, it ends
-    the run in good order; exit 2 (bad input) at the first start ends it with the reason
-    Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed
+    the run in good order; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged) at any
+    Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed, but for a trainer that
+    beats: it may be writing a checkpoint, and has TRAINER_STOP_S
 
 Children ask the kernel to be told when the supervisor dies, so even SIGKILL of the supervisor leaves nothing behind.
 """
@@ -17,19 +18,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from common.config import QUEUES, Config
-from common.errors import ConfigError
+from common.errors import ConfigError, Diverged
 from scripts.processes import signal_group, spawn
 
 STOP_S = 7.0
+TRAINER_STOP_S = 120.0
 MAX_CRASHES = 5
 CRASH_WINDOW_S = 60.0
+
+
+POLL_S = 0.2
+"""How often a trainer that ends is looked at."""
 
 
 class RunFailed(Exception):
@@ -53,9 +59,21 @@ class Child:
 class Supervisor:
     """Keeps the roles of one run alive until the trainer has finished."""
 
-    def __init__(self, config: Config, *, run: str, url: str, folder: Path, status: Callable[[], str]) -> None:
-        """`status` reads the run's; while Redis is away it raises its ConnectionError, and so does `poll` then."""
-        self._status = status
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run: str,
+        url: str,
+        folder: Path,
+        status: Callable[[], str],
+        trainer_beats: Callable[[], bool],
+    ) -> None:
+        """`status` reads the run's; while Redis is away it raises its ConnectionError, and so does `poll` then.
+
+        `trainer_beats`: whether a heartbeat of the trainer came in the last seconds; false while Redis is away.
+        """
+        self._status, self._trainer_beats = status, trainer_beats
         env = {"SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._children = [_worker(queue, i, env, folder, config=config) for queue, i in planned_workers(config)]
@@ -88,6 +106,8 @@ class Supervisor:
         child.process = None
         if code == 2 and child.num_restarts == 0:  # a later one may have been refused for what is going on around it
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
+        if code == Diverged.EXIT_CODE and child is self._trainer:
+            raise RunFailed(f"training has diverged:\n{_tail(child.log)}")
         if code == 0:
             return
         now = time.monotonic()
@@ -100,23 +120,38 @@ class Supervisor:
         child.start_at = now + 0.5 * 2 ** (len(child.crashes) - 1)
 
     def stop(self) -> None:
-        """SIGTERM to all, SIGKILL to what is left after STOP_S. Idempotent."""
+        """SIGTERM to all, SIGKILL to what is left after STOP_S; to a trainer that beats after TRAINER_STOP_S. Idempotent.
+
+        Interrupted itself (a second Ctrl-C) it kills at once.
+        """
         alive = [child.process for child in self._children if child.process and child.process.poll() is None]
         for process in alive:
             process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_S
-        for process in alive:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        for child in self._children:
-            if child.process:
-                signal_group(child.process, signal.SIGKILL)  # prefork children of a worker that had to be killed
-                child.process.wait()
+        began = time.monotonic()
+        try:
+            for process in alive:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.0, began + STOP_S - time.monotonic()))
+            _kill(child.process for child in self._children if child is not self._trainer)
+            while self._trainer.process in alive and self._trainer.process.poll() is None:
+                if time.monotonic() > began + TRAINER_STOP_S or not self._trainer_beats():
+                    break
+                time.sleep(POLL_S)
+        finally:
+            _kill(child.process for child in self._children)
 
     @property
     def restarts(self) -> dict[str, int]:
         """Roles that had to be started again."""
         return {child.name: child.num_restarts for child in self._children if child.num_restarts}
+
+
+def _kill(processes: Iterable[subprocess.Popen[bytes] | None]) -> None:
+    """Each with its group: a worker that had to be killed leaves its prefork children."""
+    for process in processes:
+        if process:
+            signal_group(process, signal.SIGKILL)
+            process.wait()
 
 
 def planned_workers(config: Config) -> list[tuple[str, int]]:
@@ -139,7 +174,8 @@ def _worker(queue: str, replica: int, env: dict[str, str], folder: Path, *, conf
 
 def _trainer(env: dict[str, str], folder: Path, *, config: Config) -> Child:
     num_ranks = config.replicas.trainer
-    argv = [sys.executable, "-m", *(["trainer"] if num_ranks == 1 else ["scripts.torchrun", str(num_ranks)])]
+    argv = [sys.executable, "-m", *(["trainer"] if num_ranks == 1 else ["scripts.ranks", str(num_ranks)])]
+    env = env | {"RANK": "0", "WORLD_SIZE": "1"}  # a machine's own must not make it wait for ranks that nobody starts
     gpus = _gpus()[-num_ranks:]
     is_free = config.trainer.device in ("auto", "cuda")  # cuda:N names one among all of them
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus and is_free else {}

@@ -3,7 +3,8 @@
 SIGTERM and Ctrl-C finish the step, write a checkpoint and exit 0; a second signal exits at once. Started again, it goes on
 from the newest checkpoint by itself.
 
-`torchrun --nproc-per-node N -m trainer`: the same over N ranks, of which only rank 0 reads Redis (`trainer.parallel`).
+`python -m scripts.ranks N`: the same over N ranks of one machine, of which only rank 0 reads Redis (`trainer.parallel`);
+`torchrun ... -m trainer`: of several machines.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ STOP_WITHOUT_REDIS_S = 30.0
 
 
 def main() -> int:
-    """Exit code 0: finished or stopped in good order; 2: the input is wrong; anything else: started again by a supervisor."""
+    """Exit code 0: finished or stopped in good order; 2: the input is wrong; 3: diverged; anything else: start it again."""
     rank, is_alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
     who = "" if is_alone else f" rank {rank}"
     line = f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"
@@ -61,9 +62,14 @@ def main() -> int:
     set_status(client, run.keys, "running")
     try:
         trainer.train()
-    except (ConfigError, Diverged) as error:  # a model that does not load, a run that Redis has lost
+    except ConfigError as error:  # a model that does not load, a run that Redis has lost
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        trainer.policy.close()
+        print(f"error: training has diverged: {error}", file=sys.stderr)
+        set_status(client, run.keys, "failed")
+        return Diverged.EXIT_CODE
     except DiskFull as error:
         print(f"error: stopped without a checkpoint of step {trainer.step}: {error}", file=sys.stderr)
         return 1

@@ -43,12 +43,12 @@ def run(num_ranks: int) -> int:
 
 def _start(rank: int, num_ranks: int, *, store: str) -> subprocess.Popen[bytes]:
     """A rank in a process group of its own: Ctrl-C in a terminal comes through `forward`, once."""
-    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    env = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
     env |= {"SLUICE_RANKS_STORE": store, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     parent = os.getpid()
     return subprocess.Popen(
         [sys.executable, "-m", "trainer"],
-        env=os.environ | {name: str(value) for name, value in env.items()},
+        env=os.environ | env,
         process_group=0,
         preexec_fn=lambda: die_with(parent),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def rank_of(pid: int, rank: int) -> psutil.Process | None:
     return None
 
 
+def loopback_only(ranks: list[psutil.Process | None]) -> bool:
+    """Whether what the ranks listen at, if anything, is reached from this machine alone."""
+    sockets = [connection for rank in ranks if rank for connection in rank.net_connections(kind="inet")]
+    return {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN} <= {"127.0.0.1", "::1"}
+
+
 def test_a_killed_rank_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     steps = 12
     settings = {"evaluation__datasets": [], "trainer__num_steps": steps, "checkpoint__every_steps": 2, **SMALL}
@@ -67,17 +74,43 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_path
     assert (newest / "model-00001.safetensors").is_file()
 
 
+def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path: Path, redis_url: str) -> None:
+    """Rank 0 does not find its run, while rank 1 waits for it."""
+    log = tmp_path / "ranks.log"
+    argv, env = [sys.executable, "-m", "scripts.ranks", "2"], {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": "none"}
+    with running(argv, cwd=tmp_path, log=log, **env) as process:
+        assert process.wait(60) == 2
+    assert "error: there is no run 'none' on this Redis" in log.read_text()
+    assert "rank 0 ended with code 2" in log.read_text().splitlines()[-1]
+
+
+def test_a_run_whose_gradients_are_no_longer_finite_ends_with_the_reason(tmp_path: Path) -> None:
+    """The first of the optimizer steps on a batch throws the weights out of range, for the ten after it."""
+    settings = {"evaluation__datasets": [], "trainer__learning_rate": 1e30, "trainer__warmup_steps": 0, **SMALL}
+    config = quickstart_config(tmp_path, tiny=tiny_folder(), replicas={"trainer": 2}, **settings)
+    with running_sluice("run", str(config), "trainer.num_iterations=12", cwd=tmp_path) as process:
+        assert process.wait(120) == 1
+    output = (tmp_path / "output.log").read_text()
+    assert "training has diverged" in output
+    assert "step 1: the gradients of 10 optimizer steps in a row were not finite" in output
+    assert "Lower trainer.learning_rate" in output
+    assert "Traceback" not in output
+
+
 def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, own_redis: EmbeddedServer) -> None:
-    """No worker lives: rank 0 waits for a batch, rank 1 for rank 0."""
+    """No worker lives: rank 0 waits for a batch, rank 1 for rank 0. Started by torchrun, then as `sluice run` does."""
     env = create_run(tmp_path, own_redis.url, **SMALL)
     client = connect(own_redis.url)
     run = open_run(client, env["SLUICE_RUN"])
     store = PolicyStore(client, run.keys, run.config.policy_store)
     log = tmp_path / "trainer.log"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    argv = [*torchrun, "--nproc-per-node", "2", "-m", "trainer"]
-    for version, end in ((0, "kill"), (1, "stop")):
-        with running(argv, cwd=tmp_path, log=log, **env) as process:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torchrun = ["torch.distributed.run", "--nnodes", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    starts = {"kill": [*torchrun, "--nproc-per-node", "2", "-m", "trainer"], "stop": ["scripts.ranks", "2"]}
+    for version, end in enumerate(starts):
+        with running([sys.executable, "-m", *starts[end]], cwd=tmp_path, log=log, **env) as process:
             wait_for(lambda v=version: store.latest_version() == v, timeout=90, what="the policy")  # type: ignore[misc]
             ranks = [rank_of(process.pid, rank) for rank in (0, 1)]
             assert None not in ranks
@@ -86,8 +119,9 @@ def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, 
                 assert process.wait(15) != 0
                 assert "rank 1 sluice.trainer: rank 0 is gone: ending" in log.read_text()
             else:
+                assert loopback_only(ranks), "ranks of one machine listen to it alone"
                 process.send_signal(signal.SIGTERM)
-                process.wait(15)
+                assert process.wait(15) == 0
                 assert "stopped at step 0" in log.read_text()
                 assert client.hget(run.keys("run"), "status") == b"stopped"
             assert alive([rank for rank in ranks if rank]) == []

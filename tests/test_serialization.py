@@ -319,3 +319,10 @@ def test_groups_are_joined_from_their_decoded_parts():
     assert group.episodes[0].rewards == {"f": 0.5, "g": 0.5}
     assert_same(group.episodes[1].ref_logprobs, reference[1])
     assert_same(group.episodes[1].completion.token_ids, completions[1].token_ids)
+
+
+def test_a_message_over_the_bound_is_refused_where_there_is_one() -> None:
+    message = encode({"token_ids": np.zeros(100, np.int32)})
+    with pytest.raises(SerializationError, match="more than 400"):
+        decode(message, max_bytes=400)
+    assert len(decode(message, max_bytes=None)["token_ids"]) == 100

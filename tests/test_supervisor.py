@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from harness import (
 from common.config import Config
 from common.errors import ConfigError
 from scripts.redis_server import EmbeddedServer
-from scripts.supervisor import assigned_gpus, check_gpus, planned_workers
+from scripts.supervisor import Child, RunFailed, Supervisor, assigned_gpus, check_gpus, planned_workers
 
 UNLICENSED = """
 import os, sys
@@ -51,6 +52,63 @@ def test_a_crash_loop_ends_the_run_with_the_reason_and_the_tail_of_the_log(tmp_p
     assert "reward-0 died 5 times within 60 s (last exit code 9)" in output
     assert "the grader's licence has run out" in output
     assert "Traceback" not in output
+
+
+def supervising(folder: Path, program: str, *, beats: bool = True) -> tuple[Supervisor, Child]:
+    """A supervisor of a trainer alone, which is this Python program."""
+    supervisor = Supervisor(
+        make_config(), run="test", url="redis://", folder=folder, status=lambda: "running", trainer_beats=lambda: beats
+    )
+    trainer = supervisor._trainer
+    trainer.argv = [sys.executable, "-c", program]
+    supervisor._children = [trainer]
+    return supervisor, trainer
+
+
+def test_a_run_that_diverged_ends_also_after_restarts(tmp_path: Path) -> None:
+    program = "import sys; print('lower trainer.learning_rate'); sys.exit(3)"
+    supervisor, trainer = supervising(tmp_path, program)
+    trainer.num_restarts = 4
+    supervisor.start()
+    assert trainer.process is not None
+    trainer.process.wait(20)
+    with pytest.raises(RunFailed, match=r"training has diverged:\nlower trainer\.learning_rate"):
+        supervisor.poll()
+
+
+def test_a_trainer_of_one_rank_waits_for_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose environment names some."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    program = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'])"
+    supervisor, trainer = supervising(tmp_path, program)
+    supervisor.start()
+    assert trainer.process is not None
+    assert trainer.process.wait(20) == 0
+    assert trainer.log.read_text() == "0 1\n"
+
+
+@pytest.mark.parametrize(("beats", "is_waited_for"), [(True, True), (False, False)])
+def test_a_trainer_that_beats_has_time_for_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool, is_waited_for: bool
+) -> None:
+    monkeypatch.setattr("scripts.supervisor.STOP_S", 0.2)
+    program = f"""
+import pathlib, signal, time
+def write(*signal):
+    time.sleep(1.5)
+    pathlib.Path({str(tmp_path / "checkpoint")!r}).touch()
+    raise SystemExit
+signal.signal(signal.SIGTERM, write)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    supervisor, trainer = supervising(tmp_path, program, beats=beats)
+    supervisor.start()
+    wait_for(lambda: "ready" in trainer.log.read_text(), timeout=20, what="the trainer")
+    supervisor.stop()
+    assert (tmp_path / "checkpoint").exists() == is_waited_for
+    assert trainer.process is not None and trainer.process.poll() is not None
 
 
 def test_a_role_that_dies_while_redis_is_away_is_started_when_it_is_back(

@@ -74,7 +74,7 @@ class ParallelPolicy:
 
         advantages: [G] per group. max_tokens, mask_truncated: as in `build_micro_batches`.
         """
-        options = {"step": step, "max_tokens": max_tokens, "mask_truncated": mask_truncated}
+        options: dict[str, Any] = {"step": step, "max_tokens": max_tokens, "mask_truncated": mask_truncated}
         own, *others = deal(groups, advantages, num_ranks=self.num_ranks)
         with self._call("optimize", [{"share": _to_wire(share), "options": options} for share in others]):
             return _optimize(self._policy, own, self._ranks, **options)

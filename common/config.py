@@ -226,7 +226,7 @@ class ReplicasConfig(Section):
     eval: int = Field(default=1, ge=0)
     """Evaluation workers, none where no evaluation set is configured; 0 = the rollout workers evaluate with their engines."""
     trainer: int = Field(default=1, ge=1)
-    """Ranks of the trainer, one per GPU; over 1 they are started by torchrun."""
+    """Ranks of the trainer, one per GPU."""
 
 
 class MetricsConfig(Section):

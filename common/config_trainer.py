@@ -126,7 +126,7 @@ class TrainerConfig(Section):
     device: str = "auto"
     """As rollout.device."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Of several ranks (torchrun), each holds all weights (`ddp`) or its rows of them (`fsdp`); `auto`: fsdp on GPUs, ddp on
+    """Of several ranks, each holds all weights (`ddp`) or its rows of them (`fsdp`); `auto`: fsdp on GPUs, ddp on
     CPUs. The batch is the same for any number of ranks."""
     autocast: Literal["float32", "bfloat16"] = "float32"
     """Compute precision; master weights and optimizer state are float32 always. (float16 has too small a range for

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -37,8 +36,6 @@ _HARMLESS = {"position_ids", "cache_position", "use_cache", "is_causal"}
 _PROBE_LENGTHS = (9, 6, 6, 1)
 _PROBE_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Relative differences of the outputs. Rounding stays a decade below; who sees its neighbour is off by its own size."""
-_VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-"""torch 2.11 takes fewer key heads without being told."""
 
 
 class CannotPackError(ValueError):
@@ -225,8 +222,13 @@ def _has_varlen(query: Tensor, value: Tensor) -> bool:
 
 def _by_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None) -> Tensor:
     """[N, H, D] by one kernel for all lengths."""
+    # imported here: it loads torch's compiler, seconds that a process on a CPU need not spend
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes fewer key heads without being told
+    gqa: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     span = (layout.offsets, layout.offsets, layout.longest, layout.longest)
-    attended = varlen_attn(query, key, value, *span, scale=scaling, window_size=(-1, 0), **_VARLEN_GQA)
+    attended = varlen_attn(query, key, value, *span, scale=scaling, window_size=(-1, 0), **gqa)
     assert isinstance(attended, Tensor)
     return attended
 

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from common.canary import CanarySequence
 from common.config import Config
@@ -188,7 +187,7 @@ class TrainedPolicy:
     def _clipped(self) -> float:
         """Scale the gradients to at most max_grad_norm; their norm before, over all ranks."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return float(gathered(norm, norm.dtype))
 
     def _skip(self, step: int) -> None:
         """A gradient that is not finite moves nothing: one now and then is a bad batch, many in a row are no training."""
@@ -272,8 +271,7 @@ class TrainedPolicy:
         copies = {}
         for name, weight in weights.items():
             kept_dtype = dtype if weight.is_floating_point() else weight.dtype
-            if isinstance(weight, DTensor):
-                weight = gathered(weight, kept_dtype)
+            weight = gathered(weight, kept_dtype)
             if self._ranks.rank == 0:
                 copies[name] = _on_cpu(weight.detach(), kept_dtype)
         return copies

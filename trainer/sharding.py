@@ -6,6 +6,9 @@
 
 Gradients are sums over ranks, not means: each micro-batch's loss is already divided by the step's normaliser.
 A sharded tensor lies in equal pieces along its first axis, rank after rank, the last ones shorter (torch.chunk).
+
+One rank must not load torch's distributed packages, which take seconds: they are imported where there are several, and a
+sharded tensor or module is known by its methods.
 """
 
 # annotations are objects here, not texts: ddp checks those of `_add_up`
@@ -15,10 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import ConfigError
 from trainer.ranks import Ranks
@@ -40,6 +39,10 @@ def distributed(
     """
     if ranks.size == 1:
         return module.to(device)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
     if not is_sharded(ranks, parallel=parallel, device=device):
         wrapped = DistributedDataParallel(module.to(device), gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, _add_up)
@@ -59,34 +62,39 @@ def distributed(
     return module
 
 
-def without_reduction(module: nn.Module) -> AbstractContextManager[Any]:
+def without_reduction(module: Any) -> AbstractContextManager[Any]:
     """For all but the last micro-batch of a step: ddp keeps gradients local; fsdp would have to keep them whole."""
-    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+    return module.no_sync() if hasattr(module, "no_sync") else nullcontext()
 
 
-def release(module: nn.Module) -> None:
+def release(module: Any) -> None:
     """After a forward pass without a backward one: fsdp's root module lets go of the weights that it gathered."""
-    if isinstance(module, FSDPModule):
+    if hasattr(module, "reshard"):
         module.reshard()
 
 
-def gathered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def gathered(tensor: Any, dtype: torch.dtype) -> Tensor:
     """All of a tensor in a dtype. Of a sharded one every rank must ask; it travels in that dtype."""
     tensor = tensor.detach().to(dtype)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_distributed(tensor) else tensor
 
 
-def own_part(tensor: Tensor, ranks: Ranks) -> Tensor | None:
+def _is_distributed(tensor: Any) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def own_part(tensor: Any, ranks: Ranks) -> Tensor | None:
     """What this rank keeps of a tensor in a checkpoint: its rows, or all where it is not sharded (rank 0); none = nothing."""
-    if isinstance(tensor, DTensor):
+    if _is_distributed(tensor):
         local = tensor.to_local().detach()
         return local if local.shape[0] else None
     return tensor.detach() if ranks.rank == 0 else None
 
 
-def own_rows(tensor: Tensor, ranks: Ranks) -> tuple[Tensor, int | None]:
+def own_rows(tensor: Any, ranks: Ranks) -> tuple[Tensor, int | None]:
     """This rank's memory of a tensor, and the row of the whole at which it begins; none = it is the whole."""
-    if not isinstance(tensor, DTensor):
+    if not _is_distributed(tensor):
         return tensor.detach(), None
     local = tensor.to_local().detach()
     rows_each = -(-tensor.shape[0] // ranks.size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, trainer, workers
 
 from scripts.redis_server import EmbeddedServer
-from trainer.checkpoint import checkpoint_at, newest_checkpoint
+from trainer.checkpoint import SavedTensors, checkpoint_at, newest_checkpoint
 
 KILLS = [
     ("trainer.policy:TrainedPolicy.optimize", "after", 2),  # between optimizer step and publication
@@ -71,8 +71,8 @@ def test_ten_steps_are_five_a_kill_and_five_bit_for_bit(tmp_path: Path, own_redi
         results[name] = checkpoint_at(folder / "runs" / name / "checkpoints", 10)
     straight, killed = results["straight"], results["killed"]
     assert killed.state.version > straight.state.version
-    for kind in ("weights", "optimizer"):
-        a, b = getattr(straight, kind), getattr(killed, kind)
+    for kind in ("model", "optimizer"):
+        a, b = (SavedTensors(found.path, kind).all() for found in (straight, killed))
         assert a.keys() == b.keys()
         assert [name for name in a if not a[name].equal(b[name])] == []
     assert straight.state.random_state == killed.state.random_state

@@ -212,7 +212,8 @@ def terminate(process: subprocess.Popen[bytes], *, number: int = signal.SIGTERM,
 def metrics_of(run_folder: Path) -> list[dict[str, float]]:
     """Lines of metrics.jsonl that describe a trainer step."""
     path = run_folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last one may be half written
     return [line for line in lines if "reward/mean" in line]
 
 

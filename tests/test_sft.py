@@ -116,7 +116,8 @@ def loss_of_transformers(model: Any, examples: list[Example]) -> torch.Tensor:
 
 
 def lines_of(folder: Path, key: str = "loss") -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    text = (folder / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last one may be half written
     return [line for line in lines if key in line]
 
 

@@ -11,7 +11,6 @@ machine; an engine that cannot run is reported with its error.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -28,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 import torch
 from builders import letter_tokenizer, make_config
+from report import publish
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.assets import ModelAssets
@@ -144,10 +144,7 @@ def main() -> None:
     results = {name: measured(name, arguments) for name in ("torch", "vllm")}
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
     report = {"benchmark": "engines", "date": time.strftime("%Y-%m-%d"), "machine": machine(arguments.device)}
-    text = json.dumps({**report, "settings": settings, "results": results}, indent=1)
-    print(text)
-    if arguments.out:
-        Path(arguments.out).write_text(text + "\n")
+    publish({**report, "settings": settings, "results": results}, arguments.out)
     sys.exit(1 if any("error" in result for result in results.values()) else 0)
 
 

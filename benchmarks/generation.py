@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import transformers
+from report import publish
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from common.model import named_weights
@@ -316,10 +317,7 @@ def main() -> None:
         "repeats": arguments.repeats,
         "results": results,
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if arguments.out:
-        Path(arguments.out).write_text(text + "\n")
+    publish(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Models are those of generation.py. Prints one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from generation import SHAPES, build_model, machine
+from report import publish
 
 from common.model import named_weights
 from common.types import SamplingParams
@@ -183,10 +183,7 @@ def main() -> None:
         "memory": [memory(size, sequences=arguments.sequences, long=arguments.longest) for size in SHAPES],
         "swap": [swap(size, sequences=32, swaps=6) for size in SHAPES],
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if arguments.out:
-        Path(arguments.out).write_text(text + "\n")
+    publish(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Prints one JSON object. Needs 4 GB of memory and three minutes.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -28,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import torch
 from builders import make_config
+from report import publish
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from common.canary import adapter_share, mean_difference, random_sequences
@@ -133,10 +133,7 @@ def main() -> None:
         "merge": measure_merge(repeats=arguments.repeats),
         "rounding": [r for lr in arguments.lr for r in measure_rounding(learning_rate=lr, steps=arguments.steps)],
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ Prints one JSON object. Needs about 9 GB of memory and, with the default setting
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import resource
 import sys
@@ -37,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from report import publish
 
 from common import delta
 from common.config import PolicyStoreConfig
@@ -231,10 +231,7 @@ def main() -> None:
         finally:
             server.stop()
     result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    publish(result, arguments.out)
 
 
 if __name__ == "__main__":

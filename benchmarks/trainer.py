@@ -38,6 +38,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from generation import gemm_rate, machine
+from report import publish
 from trainer_side import SHAPES
 
 STEP_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -226,10 +227,7 @@ def main() -> None:
         "settings": {name: getattr(arguments, name) for name in ("device", "rounds", "step_tokens")},
         "results": results,
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if arguments.out:
-        Path(arguments.out).write_text(text + "\n")
+    publish(report, arguments.out)
 
 
 if __name__ == "__main__":

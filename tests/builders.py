@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import redis
@@ -16,6 +16,9 @@ from common.ledger import Ledger
 from common.scripts import Scripts
 from common.serialization import encode
 from common.types import Completion, SamplingParams, Scores, Task
+
+if TYPE_CHECKING:
+    from trainer.batch import MicroBatch
 
 _MINIMAL: dict[str, Any] = {
     "model": {"path": "model"},
@@ -158,3 +161,21 @@ def file_groups(ledger: Ledger, versions: list[int]) -> list[str]:
             ledger.store(group_id, "reward", reward_payload(), client=pipe)
         pipe.execute()
     return group_ids
+
+
+def micro_batch(seed: int, *, vocab_size: int = 50) -> MicroBatch:
+    """Four random rows of 4 prompt and 6 completion tokens."""
+    import torch
+
+    from trainer.batch import MicroBatch
+
+    generator = torch.Generator().manual_seed(seed)
+    return MicroBatch(
+        input_ids=torch.randint(0, vocab_size, (4, 10), generator=generator),
+        prompt_lengths=torch.full((4,), 4),
+        completion_lengths=torch.full((4,), 6),
+        rollout_logprobs=-4.0 + torch.rand(4, 6, generator=generator) * 0.1,
+        ref_logprobs=None,
+        advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        loss_mask=torch.ones(4, 6, dtype=torch.bool),
+    )

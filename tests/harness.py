@@ -211,10 +211,14 @@ def terminate(process: subprocess.Popen[bytes], *, number: int = signal.SIGTERM,
 
 def metrics_of(run_folder: Path) -> list[dict[str, float]]:
     """Lines of metrics.jsonl that describe a trainer step."""
+    return [line for line in metrics_lines(run_folder) if "reward/mean" in line]
+
+
+def metrics_lines(run_folder: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl that are whole: the last one may be half written."""
     path = run_folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last one may be half written
-    return [line for line in lines if "reward/mean" in line]
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def only_run(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import micro_batch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from common.config import Config
@@ -40,19 +41,6 @@ def new_policy(seed: int = 0, **trainer: object) -> TrainedPolicy:
         num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
     return TrainedPolicy.of_run(Qwen3ForCausalLM(shape), config(**{"loss": "{kl_beta: 0.0}", **trainer}))
-
-
-def micro_batch(seed: int) -> MicroBatch:
-    generator = torch.Generator().manual_seed(seed)
-    return MicroBatch(
-        input_ids=torch.randint(0, 50, (4, 10), generator=generator),
-        prompt_lengths=torch.full((4,), 4),
-        completion_lengths=torch.full((4,), 6),
-        rollout_logprobs=-4.0 + torch.rand(4, 6, generator=generator) * 0.1,
-        ref_logprobs=None,
-        advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]),
-        loss_mask=torch.ones(4, 6, dtype=torch.bool),
-    )
 
 
 def save(folder: Path, policy: TrainedPolicy, step: int, *, keep: int = 2) -> Path:

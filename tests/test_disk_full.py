@@ -14,6 +14,7 @@ from harness import (
     account_of,
     assert_trained_once,
     create_run,
+    metrics_lines,
     metrics_of,
     sluice,
     tiny_folder,
@@ -92,8 +93,7 @@ def test_training_pauses_while_a_disk_is_full(
 
 
 def stalls_of(run_folder: Path) -> list[dict[str, str]]:
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "stall" in line]
+    return [line for line in metrics_lines(run_folder) if "stall" in line]
 
 
 def test_a_trainer_stopped_while_the_disk_is_full_keeps_the_checkpoint_before(

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import yaml
-from builders import make_config
+from builders import make_config, micro_batch
 from harness import quickstart_config, tiny_folder
 from test_replay import make_group
 from transformers import (
@@ -36,7 +36,6 @@ from common.errors import ConfigError, DigestMismatch
 from common.lora import merge_adapter
 from common.model import load_pretrained, load_weights, named_weights
 from trainer.audit import Audit, StepRecord
-from trainer.batch import MicroBatch
 from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, save_checkpoint
 from trainer.export import export_checkpoint
 from trainer.lora import Adapter, check_base
@@ -70,22 +69,9 @@ def new_policy(model: Any = None, *, seed: int = 0, **trainer: Any) -> TrainedPo
     return TrainedPolicy.of_run(model, make_config(trainer=settings))
 
 
-def micro_batch(seed: int) -> MicroBatch:
-    generator = torch.Generator().manual_seed(seed)
-    return MicroBatch(
-        input_ids=torch.randint(0, VOCAB, (4, 10), generator=generator),
-        prompt_lengths=torch.full((4,), 4),
-        completion_lengths=torch.full((4,), 6),
-        rollout_logprobs=-4.0 + torch.rand(4, 6, generator=generator) * 0.1,
-        ref_logprobs=None,
-        advantages=torch.tensor([1.0, -1.0, 0.5, -0.5]),
-        loss_mask=torch.ones(4, 6, dtype=torch.bool),
-    )
-
-
 def trained(policy: TrainedPolicy, *, first: int = 1, last: int = 3) -> TrainedPolicy:
     for step in range(first, last + 1):
-        policy.optimize([micro_batch(step)], step=step)
+        policy.optimize([micro_batch(step, vocab_size=VOCAB)], step=step)
     return policy
 
 

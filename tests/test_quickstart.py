@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from harness import metrics_of, only_run, quickstart_config, sluice, tiny_folder
+from harness import metrics_lines, metrics_of, only_run, quickstart_config, sluice, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.evaluation import read_best
@@ -58,7 +58,7 @@ def test_evaluations_are_listed_by_version_and_the_best_checkpoint_is_kept(finis
     entries = json.loads(listed.stdout)["evaluations"]
     assert entries == json.loads((run / "summary.json").read_text())["evaluations"]
     assert [entry["step"] for entry in entries] == [0, EVALUATE_EVERY, STEPS]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_lines(run)
     for entry in entries:
         assert entry["pass@4"] >= entry["sampled_pass@1"] > 0
         assert 0 < entry["sampled_pass@1_stderr"] < 0.06

@@ -15,13 +15,12 @@ import datasets
 import pytest
 import torch
 import yaml
-from harness import ROOT, environment, tiny_folder, wait_for
-from pydantic import ValidationError
+from harness import ROOT, environment, metrics_lines, tiny_folder, wait_for
+from test_config_sft import settings
 
 from common.assets import ModelAssets, read_assets
 from common.config import DatasetConfig
-from common.config_file import load_as, parse_as
-from common.config_sft import RL_ONLY, ExamplesConfig, SftConfig
+from common.config_sft import ExamplesConfig, SftConfig
 from common.config_trainer import TrainerConfig
 from common.errors import ConfigError
 from common.model import load_pretrained
@@ -69,20 +68,6 @@ def jsonl(folder: Path, rows: list[dict[str, Any]], name: str = "examples") -> s
     return str(path)
 
 
-def settings(model: str, path: str, **changes: Any) -> dict[str, Any]:
-    """A small config as data; a keyword replaces keys of one section."""
-    data: dict[str, Any] = {
-        "model": {"path": model},
-        "dataset": {"path": path},
-        "batch_size": 8,
-        "trainer": {"num_steps": 6, "seq_len": 64, "local_batch_size": 3, "device": "cpu", "learning_rate": 1e-3},
-    }
-    for name, value in changes.items():
-        data[name] = {**data.get(name, {}), **value} if isinstance(value, dict) else value
-    data["trainer"] = {name: value for name, value in data["trainer"].items() if value is not None}
-    return data
-
-
 def trainer(model: str, path: str, folder: Path, **changes: Any) -> SftTrainer:
     return SftTrainer(SftConfig.model_validate(settings(model, path, **changes)), folder)
 
@@ -116,9 +101,7 @@ def loss_of_transformers(model: Any, examples: list[Example]) -> torch.Tensor:
 
 
 def lines_of(folder: Path, key: str = "loss") -> list[dict[str, float]]:
-    text = (folder / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last one may be half written
-    return [line for line in lines if key in line]
+    return [line for line in metrics_lines(folder) if key in line]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -190,11 +173,6 @@ def test_the_tokens_of_a_step_are_those_that_are_learnt(model: str, assets: Mode
     assert trainer(model, jsonl(tmp_path, ROWS), tmp_path / "run", **changes).train(lambda metrics: None)
     (line,) = lines_of(tmp_path / "run")
     assert line["num_tokens"] == sum(len(row.token_ids) for row in rows)
-
-
-def test_a_key_of_the_checkpoints_leaves_the_others_at_their_defaults() -> None:
-    plain, fewer = (SftConfig.model_validate(settings("m", "d", **c)) for c in ({}, {"checkpoint": {"keep": 3}}))
-    assert plain.checkpoint.every_steps == fewer.checkpoint.every_steps == 100
 
 
 def test_prompt_is_that_of_rl_and_completion_is_verbatim_with_the_end_of_the_turn(
@@ -377,32 +355,6 @@ def test_epochs_of_a_stream_are_refused(model: str, tmp_path: Path) -> None:
         trainer(model, jsonl(tmp_path, ROWS), tmp_path / "run", **changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"trainer": {"advantage": "none"}}, r"trainer\.advantage has no effect in supervised"),
-        ({"trainer": {"loss": {}}}, r"trainer\.loss has no effect in supervised"),
-        ({"checkpoint": {"keep_best": "a/b"}}, r"checkpoint\.keep_best\n  Extra inputs"),
-        ({"num_epochs": 2}, r"num_epochs and trainer\.num_steps both say when to end"),
-        ({"held_out": {"dataset": {"path": "d", "streaming": True}}}, "a streaming set needs num_examples"),
-        ({"dataset": {"target_column": "a"}}, "Extra inputs"),
-    ],
-)
-def test_a_setting_without_effect_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        SftConfig.model_validate(settings("m", "d", **changes))
-
-
-def test_every_key_of_the_trainer_acts_here_or_is_refused() -> None:
-    """Whoever adds one says which."""
-    acts = {
-        "num_steps", "local_batch_size", "seq_len", "device", "autocast", "gradient_checkpointing", "learning_rate",
-        "betas", "eps", "weight_decay", "warmup_steps", "schedule", "max_grad_norm", "max_tokens_per_microbatch",
-        "packing", "lora",
-    }  # fmt: skip
-    assert set(TrainerConfig.model_fields) == acts | set(RL_ONLY)
-
-
 def test_bad_input_of_the_command_is_one_paragraph(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -424,10 +376,3 @@ def test_bad_input_of_the_command_is_one_paragraph(
     assert "taken exists: choose another --name" in refused(
         tmp_path / "job.yaml", "--name", "taken", f"output_dir={tmp_path}"
     )
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "config" / "sft").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configs_parse_and_survive_their_own_resolved_yaml(path: Path) -> None:
-    config = load_as(SftConfig, path).for_examples(100)
-    assert parse_as(SftConfig, config.to_yaml()) == config
-    assert path.read_text().startswith("# "), "the first line says what the run is and what it reached"

@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from common.disk import needing_room
 from common.errors import ConfigError
+from trainer.lora import check_base
 
 log = logging.getLogger("sluice.checkpoint")
 
@@ -163,7 +164,7 @@ def save_checkpoint(
 def remove_old_checkpoints(folder: Path, *, keep: int, protected: Collection[int] = ()) -> None:
     """All but the newest `keep`, and those of `protected` steps."""
     for old in _complete(folder)[:-keep]:
-        if int(old.name.removeprefix("step-")) not in protected:
+        if _step_of(old) not in protected:
             shutil.rmtree(old)
 
 
@@ -226,7 +227,23 @@ def checkpoint_at(folder: Path, step: int | None) -> Checkpoint:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps that have a complete checkpoint, ascending."""
-    return [int(path.name.removeprefix("step-")) for path in _complete(folder)]
+    return [_step_of(path) for path in _complete(folder)]
+
+
+class Restorable(Protocol):
+    """A policy that a checkpoint was made of: `TrainedPolicy`, or that of all ranks."""
+
+    @property
+    def base_digest(self) -> str: ...
+
+    def restore(self, folder: Path) -> None: ...
+
+
+def go_on_from(found: Checkpoint, policy: Restorable) -> None:
+    """Weights, optimizer and random state as they were. Raises ConfigError, DigestMismatch: it is of another policy."""
+    check_base(found.state.base_digest, policy.base_digest)
+    policy.restore(found.path)
+    restore_random_state(found.state.random_state)
 
 
 def random_state() -> str:
@@ -240,6 +257,10 @@ def restore_random_state(state: str) -> None:
 def _files_of(folder: Path, kind: str) -> list[Path]:
     """In the order of the ranks that wrote them."""
     return [folder / f"{kind}.safetensors", *sorted(folder.glob(f"{kind}-*.safetensors"))]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _complete(folder: Path) -> list[Path]:

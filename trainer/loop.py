@@ -47,12 +47,11 @@ from trainer.best import settle_best, update_best
 from trainer.checkpoint import (
     TrainerState,
     checkpoint_steps,
+    go_on_from,
     newest_checkpoint,
     random_state,
-    restore_random_state,
     save_checkpoint,
 )
-from trainer.lora import check_base
 from trainer.parallel import open_policy
 from trainer.publish import Publisher
 from trainer.ranks import Ranks
@@ -236,7 +235,7 @@ class Trainer:
 
         self._when_there_is_room(save)
         self.saved_step = self.step
-        self.audit.keep_only_replayable(checkpoint_steps(self.folder / "checkpoints"))
+        self.audit.keep_only_replayable(checkpoint_steps(self.checkpoints))
         self.trained_groups = []
         self.buffer.acknowledge(self.step, trained=list(dict.fromkeys(state.trained_groups + state.recent_groups)))
 
@@ -273,9 +272,7 @@ class Trainer:
             self.version = newest  # -1 on a fresh run: the base model becomes version 0, and 0 has no parent
             self._publish(parent=min(newest, 0))
         else:
-            check_base(found.state.base_digest, self.policy.base_digest)
-            self.policy.restore(found.path)
-            restore_random_state(found.state.random_state)
+            go_on_from(found, self.policy)
             self.step, self.version, self.wall_s = found.state.step, found.state.version, found.state.wall_s
             self.saved_step = self.step
             self._remember([*found.state.recent_groups, *found.state.trained_groups])

@@ -179,10 +179,9 @@ def _optimize(
 
 
 def _build(config: Config, end_token_ids: Sequence[int], ranks: Ranks) -> TrainedPolicy:
-    torch.manual_seed(config.seed)  # the same on all ranks: what the model is made with
+    torch.manual_seed(config.seed)  # the same on all ranks: what an adapter begins with
     model = load_pretrained(config.model.path, revision=config.model.revision)
     policy = TrainedPolicy.of_run(model, config, end_token_ids=end_token_ids, ranks=ranks)
-    torch.manual_seed(config.seed + ranks.rank)  # another one on each: what it drops out
     if ranks.rank == 0 and ranks.size > 1:
         log.info("%d ranks on %s; a step's groups stay %d", ranks.size, policy.device.type, config.groups_per_step)
     return policy

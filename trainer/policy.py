@@ -81,7 +81,7 @@ class Scorer(torch.nn.Module):
         self, input_ids: Tensor, prompt_lengths: Tensor, completion_lengths: Tensor, *, for_loss: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Logprobs [B, T] and, for a loss, entropy [B, T]; otherwise at temperature 1 of the whole softmax, and no entropy."""
-        with _autocast(input_ids.device, self._autocast):
+        with autocast(input_ids.device, self._autocast):
             options: dict[str, Any] = {**self._sampled_with, "with_entropy": True} if for_loss else {}
             return completion_logprobs(self.model, input_ids, prompt_lengths, completion_lengths, **options)
 
@@ -112,7 +112,7 @@ class TrainedPolicy:
         self.model = _without_dropout(model).to(dtype=torch.float32).train()
         if not is_sharded(self._ranks, parallel=config.parallel, device=self.device):
             self.model.to(self.device)
-        self.is_packed = config.packing == "auto" and _packs(self.model, autocast=config.autocast)
+        self.is_packed = config.packing == "auto" and _packs(self.model, compute=config.autocast)
         if config.gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
             (enable or self.model.gradient_checkpointing_enable)()
@@ -349,7 +349,8 @@ class TrainedPolicy:
         }
 
 
-def _autocast(device: torch.device, dtype: str) -> torch.autocast:
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Compute in `trainer.autocast`."""
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 
 
@@ -363,8 +364,8 @@ def _without_dropout(model: Any) -> Any:
     return model
 
 
-def _packs(model: Any, *, autocast: str) -> bool:
-    with _autocast(next(model.parameters()).device, autocast):
+def _packs(model: Any, *, compute: str) -> bool:
+    with autocast(next(model.parameters()).device, compute):
         reason = enable_packing(model)
     if reason:
         log.warning("micro-batches are padded: %s", reason)

@@ -21,8 +21,7 @@ from common.config_file import read_run_config
 from common.digest import weights_digest
 from common.errors import ConfigError
 from trainer.audit import audit_folder, read_record, recorded_steps
-from trainer.checkpoint import checkpoint_at, checkpoint_steps, restore_random_state
-from trainer.lora import check_base
+from trainer.checkpoint import checkpoint_at, checkpoint_steps, go_on_from
 from trainer.parallel import ParallelPolicy, open_policy
 from trainer.step import train_on
 
@@ -62,10 +61,7 @@ def replay(run_folder: Path, *, step: int | None = None) -> Iterator[ReplayedSte
     policy = open_policy(config, end_token_ids=end_token_ids)
     for start, last in stretches:
         if start:
-            found = checkpoint_at(run_folder / "checkpoints", start)
-            check_base(found.state.base_digest, policy.base_digest)
-            policy.restore(found.path)
-            restore_random_state(found.state.random_state)
+            go_on_from(checkpoint_at(run_folder / "checkpoints", start), policy)
         for number in range(start + 1, last + 1):
             yield _replay_step(policy, config, run_folder, step=number)
 

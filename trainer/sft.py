@@ -28,11 +28,10 @@ from common.errors import ConfigError
 from common.logprobs import score_sequences
 from common.model import load_pretrained
 from trainer.batch import MicroBatch
-from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, restore_random_state, save_checkpoint
+from trainer.checkpoint import TrainerState, go_on_from, newest_checkpoint, random_state, save_checkpoint
 from trainer.examples import Example, ExampleSource, micro_batches_of
 from trainer.export import export_checkpoint
-from trainer.lora import check_base
-from trainer.policy import TrainedPolicy
+from trainer.policy import TrainedPolicy, autocast
 from trainer.report import append_line
 
 log = logging.getLogger("sluice.sft")
@@ -144,8 +143,7 @@ class SftTrainer:
         """Mean NLL of the held-out completion tokens, in nats."""
         sequences = [(example.prompt_ids, example.token_ids) for example in self._held_out]
         model, config = self.policy.model.eval(), self.config.trainer
-        precision = getattr(torch, config.autocast)
-        with torch.autocast(self.policy.device.type, dtype=precision, enabled=precision != torch.float32):
+        with autocast(self.policy.device, config.autocast):
             scored = score_sequences(model, sequences, max_batch_tokens=config.microbatch_tokens)
         model.train()
         total = sum(float(logprobs.sum(dtype=np.float64)) for logprobs in scored)
@@ -220,9 +218,7 @@ class SftTrainer:
         found = newest_checkpoint(self.folder / "checkpoints")
         if found is None:
             return
-        check_base(found.state.base_digest, self.policy.base_digest)
-        self.policy.restore(found.path)
-        restore_random_state(found.state.random_state)
+        go_on_from(found, self.policy)
         self.step = self._saved_step = found.state.step
         self._cursor, self._wall_s = found.state.cursor, found.state.wall_s
         log.info("resumed at step %d from %s", self.step, found.path)

@@ -115,7 +115,8 @@ def send(app: Celery, name: str, queue: str, *args: Any) -> bool:
         pause.num_skipped += 1
         return False
     try:
-        app.send_task(name, args=args, queue=queue, argsrepr=repr(args)[:100], ignore_result=True)
+        headers = {"sent_at": time.time()}
+        app.send_task(name, args=args, queue=queue, argsrepr=repr(args)[:100], ignore_result=True, headers=headers)
     except (OperationalError, redis.RedisError, OSError) as error:
         log.warning("%s%r was not sent (%s): the ledger sends it again when it is overdue", name, args, error)
         pause.until = time.monotonic() + SEND_PAUSE_S

@@ -21,23 +21,45 @@ sampler_mismatch (it computes other logprobs with them than the trainer), reject
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from common.canary import is_adapter_missing, mismatch_bound
-from common.connection import connect
 from common.errors import ConnectionFailed
 from common.ledger import read_account
 from common.metrics import is_silent, last_metrics, read_heartbeats
+from common.queues import Queue, broker_client, read_queues
 from common.run import Run
 from common.serialization import decode
 
+STALL_KINDS = (
+    "paused",
+    "no_trainer",
+    "silent_trainer",
+    "redis_unreachable",
+    "redis_full",
+    "no_workers",
+    "silent_worker",
+    "alarm",
+    "not_picked_up",
+    "admission",
+    "stale_drops",
+    "zero_variance",
+    "queue_backed_up",
+    "working",
+)
+ALARM_KINDS = (
+    "silent_worker",
+    "alarm",
+    "not_picked_up",
+    "digest_mismatch",
+    "sampler_mismatch",
+    "redis_full",
+    "rejected_messages",
+    "redis_unreachable",
+)
 _NEARLY_FULL = 0.9
 _FULL = 0.99
 """At the limit the server hovers around it: what is refused leaves its buffers free again."""
@@ -52,25 +74,6 @@ class Cause:
 
     kind: str
     text: str
-
-
-def broker_client(client: redis.Redis) -> redis.Redis:
-    """The server that holds Celery's queues: SLUICE_BROKER_URL's, else the data server that `client` speaks to."""
-    url = os.environ.get("SLUICE_BROKER_URL")
-    return _connect_once(url) if url else client
-
-
-@cache
-def _connect_once(url: str) -> redis.Redis:
-    return connect(url, retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
-
-
-def queue_depths(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[str, int]:
-    """Messages waiting per queue, on the broker where it is another server than the data's."""
-    with broker_client(client).pipeline(transaction=False) as pipe:
-        for queue in queues:
-            pipe.llen(run.keys.celery_prefix + queue)
-        return dict(zip(queues, pipe.execute(), strict=True))
 
 
 def explain_stall(client: redis.Redis, run: Run) -> str:
@@ -106,13 +109,13 @@ def _unreachable(error: Exception) -> Cause:
 def _first_cause(client: redis.Redis, run: Run) -> Cause:
     needed = ("dataset", "rollout", *run.config.parts)
     beats = read_heartbeats(client, run.keys)
-    depths = queue_depths(client, run, needed)
+    queues = read_queues(client, run, needed)
     serving = {facts["role"] for facts in beats.values()}
     on_path = {name: facts for name, facts in beats.items() if facts["role"] in (*needed, "trainer")}
     causes = [
         *_memory(client, over=_FULL),
         *(
-            Cause("no_workers", f"0 workers on `{queue}`, {depths[queue]} messages queued")
+            Cause("no_workers", f"0 workers on `{queue}`, {_waiting(queues[queue])}")
             for queue in needed
             if queue not in serving
         ),
@@ -120,7 +123,7 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
         *_reported(on_path),
         *_not_picked_up(client, run, beats),
     ]
-    return causes[0] if causes else _from_flow(client, run, beats, depths)
+    return causes[0] if causes else _from_flow(client, run, beats, queues)
 
 
 def _memory(client: redis.Redis, *, over: float) -> list[Cause]:
@@ -202,7 +205,13 @@ def _mismatched(run: Run, beats: Beats) -> list[Cause]:
     return found
 
 
-def _from_flow(client: redis.Redis, run: Run, beats: Beats, depths: dict[str, int]) -> Cause:
+def _waiting(queue: Queue) -> str:
+    """What waits, and since when if that is long."""
+    text = f"{queue.depth} messages queued"
+    return f"{text}, the oldest for {queue.oldest_age_s:.0f} s" if queue.oldest_age_s >= 1 else text
+
+
+def _from_flow(client: redis.Redis, run: Run, beats: Beats, queues: dict[str, Queue]) -> Cause:
     """Everybody is there: where the groups are."""
     account = read_account(client, run.keys)
     if account.in_flight == 0:
@@ -218,14 +227,14 @@ def _from_flow(client: redis.Redis, run: Run, beats: Beats, depths: dict[str, in
         left = max(0, run.config.max_filtered - int(client.get(run.keys("filtered")) or 0))
         text = f"{filtered} groups were dropped for equal rewards since step {int(last.get('step', 0))}; "
         return Cause("zero_variance", text + f"{left} more may be, then they are kept; {account.in_flight} in flight")
-    running = {queue: sum(f.get("running", 0) for f in beats.values() if f["role"] == queue) for queue in depths}
+    running = {queue: sum(f.get("running", 0) for f in beats.values() if f["role"] == queue) for queue in queues}
     busy = ", ".join(f"{count} on {queue}" for queue, count in running.items() if count) or "none"
-    deepest = max(depths, key=lambda queue: depths[queue])
-    if 2 * depths[deepest] >= account.in_flight:
+    deepest = max(queues, key=lambda queue: queues[queue].depth)
+    if 2 * queues[deepest].depth >= account.in_flight:
         workers = sum(facts["role"] == deepest for facts in beats.values())
-        text = f"queue `{deepest}` is backed up: {depths[deepest]} messages for {workers} workers"
+        text = f"queue `{deepest}` is backed up: {_waiting(queues[deepest])} for {workers} workers"
         return Cause("queue_backed_up", f"{text}; {account.in_flight} groups in flight, being worked on: {busy}")
-    queued = f"; longest queue: {depths[deepest]} on `{deepest}`" if depths[deepest] else ""
+    queued = f"; longest queue: {queues[deepest].depth} on `{deepest}`" if queues[deepest].depth else ""
     if "redis_memory" in (held := " ".join(str(f.get("stopped_by", "")) for f in beats.values())):
         queued += f"; admission stopped by {held.strip()}"
     return Cause("working", f"{account.in_flight} groups in flight, being worked on: {busy}{queued}")

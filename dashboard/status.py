@@ -1,10 +1,8 @@
-"""The state of a run, read from Redis: one dictionary, and how a terminal shows it.
-
-`sluice status`, `sluice status --json` and the coming web page show the same reading.
-"""
+"""The state of a run, read from Redis: one dictionary, which `sluice status`, the web page and Prometheus all show."""
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -14,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import QUEUES
-from common.diagnosis import Cause, alarms, diagnose, queue_depths
+from common.diagnosis import Cause, alarms, diagnose
 from common.ledger import read_account
 from common.metrics import is_silent, last_metrics, read_heartbeats
+from common.queues import read_queues
 from common.run import Run
 
 STALLED_AFTER_S = 5.0
@@ -29,7 +28,9 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
     metrics = last_metrics(client, run.keys)
     beats = read_heartbeats(client, run.keys)
     status = record.get(b"status", b"?").decode()
+    queues = read_queues(client, run, QUEUES)
     cause = _stall_cause(client, run, beats) if status == "running" else None
+    alarmed = alarms(client, run) if status == "running" else []
     return {
         "run": run.name,
         "status": status,
@@ -40,13 +41,23 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "policy_age": metrics.get("staleness/mean"),
         "trained_tokens_per_s": metrics.get("throughput/trained_tokens_per_s"),
         "age_of_last_step_s": round(time.time() - metrics["time"], 1) if "time" in metrics else None,
-        "queues": queue_depths(client, run, QUEUES),
+        "queues": {name: queue.depth for name, queue in queues.items()},
+        "oldest_age_s": {name: queue.oldest_age_s for name, queue in queues.items()},
         "ledger": {kind: read_account(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
         "processes": beats,
         "stalled_by": cause and cause.text,
         "stall_kind": cause and cause.kind,
-        "alarms": [alarm.text for alarm in alarms(client, run)] if status == "running" else [],
+        "alarms": [alarm.text for alarm in alarmed],
+        "alarm_kinds": [alarm.kind for alarm in alarmed],
+        "desired_replicas": _desired_replicas(client, run),
+        "metrics": metrics,
     }
+
+
+def _desired_replicas(client: redis.Redis, run: Run) -> dict[str, int]:
+    """What the load asks for, per queue (common/autoscale.py)."""
+    wishes = client.hgetall(run.keys("autoscale"))
+    return {queue.decode(): int(json.loads(wish)["desired"]) for queue, wish in wishes.items()}
 
 
 def _stall_cause(client: redis.Redis, run: Run, beats: dict[str, dict[str, Any]]) -> Cause | None:

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from common.config import QUEUES
-from common.diagnosis import explain_stall, queue_depths
+from common.diagnosis import explain_stall
 from common.metrics import read_metrics
+from common.queues import queue_depths
 from common.run import Run
 
 LINE_EVERY_S = 5.0

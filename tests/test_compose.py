@@ -25,7 +25,7 @@ TUTORIAL_REPLICAS = {"dataset": 2, "rollout": 8, "reference": 1, "reward": 16, "
 # Keys of the Compose specification that this file may use; a misspelt key is refused by Compose, and here.
 SERVICE_KEYS = {
     *("image", "build", "init", "restart", "stop_grace_period", "environment", "volumes", "depends_on"),
-    *("command", "deploy", "ports", "healthcheck"),
+    *("command", "deploy", "ports", "healthcheck", "profiles"),
 }
 CONDITIONS = {"service_started", "service_healthy", "service_completed_successfully"}
 DURATION = re.compile(r"(\d+(us|ms|s|m|h))+")
@@ -41,7 +41,7 @@ def services() -> dict[str, dict[str, Any]]:
 
 
 def command(name: str) -> list[str]:
-    return shlex.split(services()[name]["command"])
+    return shlex.split(services()[name].get("command", ""))
 
 
 def test_only_known_top_level_and_service_keys() -> None:
@@ -49,7 +49,7 @@ def test_only_known_top_level_and_service_keys() -> None:
     assert {key for key in document if not key.startswith("x-")} <= {"services", "volumes", "networks"}
     for name, service in document["services"].items():
         assert set(service) <= SERVICE_KEYS, name
-        assert isinstance(service["command"], str), name
+        assert isinstance(service.get("command", ""), str), name
 
 
 @pytest.mark.parametrize("name", services())
@@ -71,8 +71,8 @@ def test_dependencies_exist_with_valid_conditions(name: str) -> None:
 @pytest.mark.parametrize("name", services())
 def test_named_volumes_are_declared_and_mounted_at_absolute_paths(name: str) -> None:
     for mount in services()[name].get("volumes", []):
-        source, target = mount.split(":")
-        assert source in resolved()["volumes"]
+        source, target = mount.removesuffix(":ro").split(":")
+        assert (ROOT / source).is_dir() if source.startswith(".") else source in resolved()["volumes"]
         assert target.startswith("/")
 
 
@@ -89,7 +89,7 @@ def test_replicas_agree_with_the_shipped_config() -> None:
 
 def test_every_queue_has_one_service_and_every_worker_a_known_queue() -> None:
     prefix = ["celery", "-A", "workers.app", "worker", "-Q"]
-    workers = {name: command(name) for name in services() if command(name)[0] == "celery"}
+    workers = {name: command(name) for name in services() if command(name)[:4] == prefix[:4]}
     assert set(workers) == set(QUEUES)
     for name, line in workers.items():
         assert line == [*prefix, name]
@@ -128,6 +128,17 @@ def test_redis_is_durable_healthy_and_reachable_from_this_machine_only() -> None
 def test_every_process_with_a_policy_shares_the_policy_store() -> None:
     for name in ("create", "rollout", "reference", "eval", "trainer"):
         assert "policies:/policies" in services()[name]["volumes"]
+
+
+def test_observability_is_a_profile_and_its_ports_are_this_machines_only() -> None:
+    optional = {name: service for name, service in services().items() if service.get("profiles") == ["observability"]}
+    assert set(optional) == {"metrics", "prometheus", "grafana", "flower"}
+    assert all(port.startswith("127.0.0.1:") for service in services().values() for port in service.get("ports", []))
+    scraped = yaml.safe_load((ROOT / "config" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    targets = [target for job in scraped for config in job["static_configs"] for target in config["targets"]]
+    assert targets == ["metrics:9464", "flower:5555"]
+    assert command("metrics")[-1] == "0.0.0.0:9464"
+    assert "--port=5555" in command("flower")
 
 
 def test_image_runs_as_an_unprivileged_user_who_owns_the_policy_store() -> None:

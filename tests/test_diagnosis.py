@@ -188,7 +188,7 @@ def test_a_queue_that_holds_most_of_what_is_in_flight_is_backed_up(client: redis
     queue_up(client, keys, "reward", 3)
     found = diagnose(client, run)
     assert found.kind == "queue_backed_up"
-    assert found.text.startswith("queue `reward` is backed up: 3 messages for 1 workers; 4 groups in flight")
+    assert found.text.startswith("queue `reward` is backed up: 3 messages queued for 1 workers; 4 groups in flight")
 
 
 def test_broker_messages_that_were_set_aside_raise_an_alarm(client: redis.Redis, keys: Keys, run: Run) -> None:

@@ -20,13 +20,14 @@ from typing import Any
 import redis
 
 from common.config import QUEUES
-from common.diagnosis import Cause, queue_depths
+from common.diagnosis import Cause
 from common.errors import PolicyNotFound
 from common.evaluation import mark_reported
 from common.keys import Keys
 from common.ledger import read_account
 from common.lineage import policy_ages
 from common.metrics import last_metrics, read_heartbeats, write_metrics
+from common.queues import read_queues
 from common.run import Run
 from common.scripts import Scripts
 from common.serialization import encode
@@ -187,7 +188,9 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
         pipe.hget(run.keys("totals"), "generated_tokens")
         held, credits, generated = pipe.execute()
     account = read_account(client, run.keys)
-    metrics = {f"queue/{queue}/depth": float(depth) for queue, depth in queue_depths(client, run, QUEUES).items()}
+    metrics: dict[str, float] = {}
+    for name, queue in read_queues(client, run, QUEUES).items():
+        metrics |= {f"queue/{name}/depth": float(queue.depth), f"queue/{name}/oldest_age_s": queue.oldest_age_s}
     shares: dict[str, list[float]] = defaultdict(list)
     beats = read_heartbeats(client, run.keys).values()
     for facts in beats:

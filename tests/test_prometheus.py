@@ -1,0 +1,178 @@
+"""What Prometheus reads: the exposition against Redis, and rules and Grafana's dashboard against the exposition."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import yaml
+from builders import admit_one, make_config, make_ledger, publish_policy, push_group
+from harness import ROOT, running_sluice, sluice, wait_for
+from prometheus_client.parser import text_string_to_metric_families
+
+from common import diagnosis
+from common.diagnosis import ALARM_KINDS, STALL_KINDS
+from common.keys import RUNS, Keys
+from common.metrics import beat, write_metrics
+from common.run import Run, create_run, set_status
+from dashboard.prometheus import PREFIX, exposition
+
+ALERTS = ROOT / "config" / "prometheus" / "alerts.yml"
+DASHBOARD = ROOT / "config" / "grafana" / "dashboards" / "sluice.json"
+
+
+@pytest.fixture
+def run(client: redis.Redis, keys: Keys, tmp_path: Path) -> Iterator[Run]:
+    config = make_config(trainer={"loss": {"kl_beta": 0.0}})
+    yield create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    client.hdel(RUNS, keys.run)
+
+
+def series(text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """(name, labels without the run's) -> value. Every series stands once."""
+    found = {}
+    for family in text_string_to_metric_families(text.decode()):
+        assert family.documentation, family.name
+        for sample in family.samples:
+            labels = frozenset((name, value) for name, value in sample.labels.items() if name != "run")
+            assert (sample.name, labels) not in found
+            found[sample.name.removeprefix(PREFIX), labels] = sample.value
+    return found
+
+
+def labels(**values: str) -> frozenset[tuple[str, str]]:
+    return frozenset(values.items())
+
+
+def fill(client: redis.Redis, keys: Keys) -> None:
+    """Groups at several stages, a trainer that waits, a step, a wish for more workers."""
+    ledger = make_ledger(client, keys, trainer={"loss": {"kl_beta": 0.0}})
+    publish_policy(client, keys, 0)
+    push_group(ledger)
+    ledger.drop([admit_one(ledger)], reason="bad_row")
+    beat(client, keys, "trainer@h:1", {"role": "trainer", "waiting_s": 60.0, "version": 0, "step": 3})
+    beat(client, keys, "rollout@h:2", {"role": "rollout", "running": 2, "version": 0, "idle_fraction": 0.25})
+    write_metrics(client, keys, {"step": 3, "time": 1.0, "reward/mean": 0.5, "off_policy/ess": 0.9}, max_length=10)
+    client.hset(keys("autoscale"), "reward", json.dumps({"desired": 3, "have": 1}))
+    client.lpush(keys.celery_prefix + "reward", "a", "b")
+    set_status(client, keys, "running")
+
+
+def test_the_exposition_says_what_redis_holds(client: redis.Redis, keys: Keys, run: Run) -> None:
+    fill(client, keys)
+    found = series(exposition(client, [run]))
+    assert found["groups_admitted_total", labels(set="train")] == 2
+    assert found["groups_dropped_total", labels(set="train", reason="bad_row")] == 1
+    assert found["groups_in_flight", labels(set="train")] == 1
+    assert found["ledger_holds", labels(set="train")] == 1
+    assert found["queue_depth", labels(queue="reward")] == 2
+    assert found["desired_replicas", labels(queue="reward")] == 3
+    assert found["processes", labels(role="rollout", state="live")] == 1
+    assert found["processes", labels(role="reward", state="live")] == 0
+    assert found["idle_share", labels(process="rollout@h:2", role="rollout")] == 0.25
+    assert found["step", labels()] == 3
+    assert found["reward_mean", labels()] == 0.5
+    assert found["run_status", labels(status="running")] == 1
+    assert found["run_status", labels(status="failed")] == 0
+    stalls = {dict(names)["kind"]: value for (name, names), value in found.items() if name == "stalled"}
+    assert stalls == {kind: float(kind == "no_workers") for kind in STALL_KINDS}
+    client.hincrby(keys("counts:train"), "admitted", 1)
+    assert series(exposition(client, [run]))["ledger_holds", labels(set="train")] == 0
+
+
+def test_several_runs_stand_side_by_side_and_a_deleted_one_is_left_out(
+    client: redis.Redis, keys: Keys, run: Run, tmp_path: Path
+) -> None:
+    gone = create_run(client, keys.run + "-gone", make_config(), assets={}, folder=str(tmp_path))
+    client.hdel(RUNS, gone.name)
+    assert exposition(client, [run, gone]).count(b"sluice_step{") == 2
+    for key in client.scan_iter(gone.keys.root + "*"):
+        client.delete(key)
+    assert exposition(client, [run, gone]).count(b"sluice_step{") == 1
+
+
+def test_every_kind_of_cause_in_the_diagnosis_has_a_series() -> None:
+    named = set()
+    for path in (Path(diagnosis.__file__), ROOT / "dashboard" / "status.py"):
+        named |= set(re.findall(r'Cause\(\s*"(\w+)"', path.read_text()))
+    assert named <= {*STALL_KINDS, *ALARM_KINDS}
+    documented = set(re.findall(r"^    (\w+)  ", diagnosis.__doc__ or "", re.M))
+    assert documented <= set(STALL_KINDS)
+
+
+def test_every_stall_and_every_alarm_has_a_rule() -> None:
+    rules = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
+    text = " ".join(rule["expr"] for rule in rules)
+    assert all(f'sluice_stalled{{kind="{kind}"}}' in text for kind in STALL_KINDS)
+    assert all(f'sluice_alarm{{kind="{kind}"}}' in text for kind in ALARM_KINDS)
+    for rule in rules:
+        assert set(rule) == {"alert", "expr", "for", "labels", "annotations"}
+        assert rule["labels"]["severity"] in ("info", "warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "description"}
+        assert re.fullmatch(r"\d+[smh]", rule["for"])
+    assert len({rule["alert"] for rule in rules}) == len(rules)
+
+
+def test_rules_and_dashboard_name_only_what_is_exported(client: redis.Redis, keys: Keys, run: Run) -> None:
+    fill(client, keys)
+    families = {f.name for f in text_string_to_metric_families(exposition(client, [run]).decode())}
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    expressions += [rule["expr"] for rule in yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]]
+    named = {name for text in expressions for name in re.findall(r"sluice_\w+", text)}
+    assert len(named) > 20
+    assert {name.removesuffix("_total") for name in named} <= {name.removesuffix("_total") for name in families}
+
+
+def test_panels_of_the_dashboard_do_not_overlap() -> None:
+    cells = set()
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        place = panel["gridPos"]
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert 0 <= x < 24
+                assert (x, y) not in cells
+                cells.add((x, y))
+
+
+def test_grafana_finds_the_dashboard_and_the_source_that_it_names() -> None:
+    provisioning = ROOT / "config" / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "sluice.yml").read_text())["providers"]
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
+    assert provider["options"]["path"] in (ROOT / "docker-compose.yml").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool on PATH")
+def test_promtool_accepts_rules_and_config() -> None:
+    folder = ROOT / "config" / "prometheus"
+    for check, name in (("rules", "alerts.yml"), ("config", "prometheus.yml")):
+        done = subprocess.run(["promtool", "check", check, folder / name], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_command_prints_and_serves_the_exposition(
+    redis_url: str, client: redis.Redis, keys: Keys, run: Run, tmp_path: Path
+) -> None:
+    fill(client, keys)
+    printed = sluice("metrics", run.name, cwd=tmp_path, SLUICE_REDIS_URL=redis_url)
+    assert printed.returncode == 0, printed.stderr
+    assert f'sluice_queue_depth{{queue="reward",run="{run.name}"}} 2.0' in printed.stdout
+    refused = sluice("metrics", "--listen", "9464", cwd=tmp_path, SLUICE_REDIS_URL=redis_url, SLUICE_RUN=run.name)
+    assert refused.returncode == 2
+    assert "give HOST:PORT" in refused.stderr
+    with running_sluice("metrics", "--all", "--listen", "127.0.0.1:0", cwd=tmp_path, SLUICE_REDIS_URL=redis_url):
+        log = tmp_path / "output.log"
+        (url,) = wait_for(lambda: re.findall(r"http://\S+", log.read_text()), timeout=60, what="the address")
+        for depth in (2, 1):
+            served = urllib.request.urlopen(url, timeout=20).read().decode()
+            assert f'sluice_queue_depth{{queue="reward",run="{run.name}"}} {depth}.0' in served
+            client.rpop(keys.celery_prefix + "reward")

@@ -14,13 +14,20 @@ from common.serialization import decode
 
 
 def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | None = None) -> list[dict[str, Any]]:
-    """The newest kept groups, newest first; of one trainer step where that is given."""
+    """The newest kept groups, newest first, as plain data without tokens; of one trainer step where that is given."""
     found: list[dict[str, Any]] = []
     for _, fields in client.xrevrange(keys("samples"), count=None if step is not None else count):
         sample = decode(fields[b"sample"])
         if step is None or sample["step"] == step:
-            found.append(sample)
+            found.append(without_tokens(sample))
     return found[:count]
+
+
+def without_tokens(sample: dict[str, Any]) -> dict[str, Any]:
+    """Only what JSON can say."""
+    hidden = {"token_ids", "rollout_logprobs", "policy_logprobs"}
+    shown = [{name: c[name] for name in c if name not in hidden} for c in sample["completions"]]
+    return {**sample, "completions": shown}
 
 
 def render_sample(sample: dict[str, Any]) -> RenderableType:

@@ -18,6 +18,7 @@ from rich.live import Live
 from common.config import QUEUES
 from common.errors import ConfigError, SluiceError
 from common.ledger import read_account
+from scripts.dashboard import dashboard, trace
 from scripts.metrics import metrics
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
@@ -115,7 +116,7 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(reading))
         elif not watch:
-            _console().print(render(reading))
+            console().print(render(reading))
         else:
             with suppress(KeyboardInterrupt), Live(render(reading), refresh_per_second=4) as live:
                 while True:
@@ -162,9 +163,9 @@ def samples(name: str | None, count: int, step: int | None, as_json: bool) -> No
     if as_json:
         click.echo(json.dumps({"samples": found}))
         return
-    console = _console()
+    terminal = console()
     for sample in found:
-        console.print(render_sample(sample))
+        terminal.print(render_sample(sample))
     if not found:
         click.echo("no samples yet", err=True)
 
@@ -189,7 +190,7 @@ def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json:
     if as_json:
         click.echo(json.dumps({"dead": letters}))
     elif letters:
-        _console().print(render_dead(letters))
+        console().print(render_dead(letters))
     else:
         click.echo("no dead letters", err=True)
 
@@ -268,11 +269,11 @@ def doctor(config: str | None) -> None:
     sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
 
 
-for _command in (metrics,):
+for _command in (dashboard, metrics, trace):
     cli.add_command(_command)
 
 
-def _console() -> Console:
+def console() -> Console:
     """As wide as the terminal; elsewhere wide enough that no column is cut."""
     console = Console()
     return console if console.is_terminal else Console(width=160)

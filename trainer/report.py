@@ -17,8 +17,10 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 import redis
 
+from common.broker import PART_TASKS
 from common.config import QUEUES
 from common.diagnosis import Cause
 from common.errors import PolicyNotFound
@@ -36,6 +38,8 @@ from common.types import Group, have_preference
 log = logging.getLogger("sluice.trainer")
 
 SAMPLES_PER_STEP = 2
+_WORK = [f"{fact}:{part}" for part in PART_TASKS for fact in ("by", "n", "s")]
+"""Who held each part last, its claims, and how often it was sent again."""
 
 
 class Reporter:
@@ -72,13 +76,19 @@ class Reporter:
         )
 
     def keep_samples(self, step: int, groups: list[Group], advantages: list[list[float]]) -> None:
-        """The first groups of the step, for `sluice samples`."""
+        """The first groups of the step, for `sluice samples`, the sample browser and `sluice trace`."""
         kept = self._run.config.metrics.samples_kept
         if not kept:
             return
+        chosen = list(zip(groups, advantages, strict=True))[:SAMPLES_PER_STEP]
         with self._client.pipeline(transaction=False) as pipe:
-            for group, values in list(zip(groups, advantages, strict=True))[:SAMPLES_PER_STEP]:
-                sample = encode(_sample(step, group, values))
+            for group, _ in chosen:
+                pipe.hmget(self._run.keys("g", group.group_id), _WORK)
+            work = pipe.execute()
+        with self._client.pipeline(transaction=False) as pipe:
+            for (group, values), done in zip(chosen, work, strict=True):
+                facts = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
+                sample = encode(_sample(step, group, values) | {"work": facts})
                 self._scripts("small", "XADD", "samples", "MAXLEN", kept, "*", "sample", sample, client=pipe)
             pipe.execute()
 
@@ -120,9 +130,13 @@ def _sample(step: int, group: Group, advantages: list[float]) -> dict[str, objec
         "version": group.policy_version,
         "prompt": group.prompt,
         "target": group.target,
+        "timestamps": group.timestamps,
         "completions": [
             {
                 "text": episode.completion.text,
+                "token_ids": episode.completion.token_ids,
+                "rollout_logprobs": episode.completion.rollout_logprobs.astype(np.float32),
+                "policy_versions": episode.completion.policy_versions,
                 "reward": episode.reward,
                 "rewards": episode.rewards,
                 "advantage": advantage,

@@ -1,0 +1,102 @@
+"""One group's whole life: when it reached each stage, who worked on it, how often it was tried."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import redis
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from common.broker import PART_TASKS
+from common.errors import ConfigError
+from common.keys import Keys
+from common.serialization import decode
+
+STAGES = {
+    "admitted": "admitted",
+    "task": "prompt prepared",
+    "rollout_started": "generation begun",
+    "rollout": "generated",
+    "reward_started": "scoring begun",
+    "reward": "scored",
+    "reference_started": "reference begun",
+    "reference": "referenced",
+    "ready": "complete, in the buffer",
+    "leased": "taken for a batch",
+}
+"""Field `t:<stage>` of a group -> what happened."""
+
+
+def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
+    """Of a group in flight, dead-lettered, or trained and kept as a sample. Raises ConfigError for another."""
+    found = client.hgetall(keys("g", group))
+    facts = {name.decode(): value for name, value in found.items()}
+    if facts:
+        times = {name[2:]: float(value) for name, value in facts.items() if name.startswith("t:")}
+        work = {name: facts[name].decode() for name in facts if name.partition(":")[0] in ("by", "n", "s")}
+        stage = facts.get("stage", b"?").decode()
+        trace = _trace(group, "dead" if stage == "dead" else "in flight", times, work)
+        version = facts.get("version")
+        trace |= {"stage": stage, "version": int(version) if version else None}
+        for name in ("dead_reason", "dead_worker", "dead_detail", "last_error"):
+            if name in facts:
+                trace[name] = facts[name].decode(errors="replace")
+        return trace
+    for _, fields in client.xrevrange(keys("samples")):
+        sample = decode(fields[b"sample"])
+        if sample["group"] == group:
+            trace = _trace(group, "trained", sample["timestamps"], sample["work"])
+            return trace | {"stage": "trained", "version": sample["version"], "step": sample["step"]}
+    raise ConfigError(
+        f"group {group!r} is not in flight, no dead letter, and not among the trained groups that are kept (the first of each "
+        "step): `sluice samples` and `sluice dead` list those"
+    )
+
+
+def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]) -> dict[str, Any]:
+    ordered = sorted(((at, stage) for stage, at in times.items()), key=lambda found: found[0])
+    began = ordered[0][0] if ordered else 0.0
+    before = [at for at, _ in ordered[:1]] + [at for at, _ in ordered]
+    stages = [
+        {
+            "stage": stage,
+            "what": STAGES.get(stage, stage),
+            "at": at,
+            "since_start_s": at - began,
+            "since_last_s": at - last,
+        }
+        for (at, stage), last in zip(ordered, before, strict=False)
+    ]
+    parts = [
+        {
+            "part": part,
+            "held_by": work.get(f"by:{part}", ""),
+            "attempts": int(work.get(f"n:{part}", 0)),
+            "sent_again": int(work.get(f"s:{part}", 0)),
+        }
+        for part in PART_TASKS
+        if f"n:{part}" in work
+    ]
+    return {"group": group, "where": where, "stages": stages, "parts": parts}
+
+
+def render_trace(trace: dict[str, Any]) -> RenderableType:
+    """For a terminal."""
+    head = f"group {trace['group']}: {trace['where']}"
+    head += f", step {trace['step']}" if "step" in trace else f", stage {trace['stage']}"
+    head += f", policy version {trace['version']}" if trace["version"] is not None else ""
+    stages, parts = Table(), Table()
+    for name, side in (("stage", "left"), ("at", "left"), ("since start", "right"), ("since the one before", "right")):
+        stages.add_column(name, justify=side)  # type: ignore[arg-type]
+    for stage in trace["stages"]:
+        clock = f"{datetime.fromtimestamp(stage['at']):%Y-%m-%d %H:%M:%S.%f}"[:-3]
+        stages.add_row(stage["what"], clock, f"{stage['since_start_s']:.3f} s", f"{stage['since_last_s']:.3f} s")
+    for name in ("part", "held by", "attempts", "sent again"):
+        parts.add_column(name, overflow="fold")
+    for part in trace["parts"]:
+        parts.add_row(part["part"], part["held_by"], str(part["attempts"]), str(part["sent_again"]))
+    reasons = [Text(f"{name}: {trace[name]}") for name in ("dead_reason", "dead_detail", "last_error") if name in trace]
+    return Group(Text(head, style="bold"), stages, parts, *reasons)

@@ -20,9 +20,10 @@ def chart(title: str, *, unit: str = "", stacked: bool = False) -> dict[str, Any
         "animation": False,
         "textStyle": {"fontFamily": "inherit"},
         "title": {"text": title, "left": 0, "top": 0, "textStyle": {"fontSize": 13, "fontWeight": 600, "color": _INK}},
-        "grid": {"left": 8, "right": 12, "top": 52, "bottom": 4, "containLabel": True},
+        "grid": {"left": 8, "right": 12, "top": 56, "bottom": 4, "containLabel": True},
         "legend": {
-            "top": 22,
+            "top": 24,
+            "padding": [2, 4],
             "left": 0,
             "type": "scroll",
             "itemWidth": 12,

@@ -53,15 +53,21 @@ def _reward(readings: Readings) -> list[dict[str, Any]]:
 
 
 def _accuracy(readings: Readings) -> list[dict[str, Any]]:
+    """Scores of evaluations, at the step that made the version which was judged."""
     found = []
     for run, reading in readings.items():
+        made_by = {step["version"]: step["step"] for step in reading.steps if "version" in step}
         scores: dict[str, Points] = {}
-        for step in reading.steps:
-            for name, value in step.items():
-                if name.startswith("eval/") and "@" in name and not name.endswith("_stderr") and math.isfinite(value):
-                    at = step.get(name.rpartition("/")[0] + "/step", step["step"])
-                    scores.setdefault(name.removeprefix("eval/"), []).append((at, value))
-        found += [line(_named(run, name, readings), sorted(points), dots=True) for name, points in scores.items()]
+        for entry in reading.evaluations:
+            for name, value in entry.items():
+                dataset, _, score = name.removeprefix("eval/").rpartition("/")
+                if name.startswith("eval/") and "@" in score and not score.endswith("_stderr") and math.isfinite(value):
+                    version = entry[f"eval/{dataset}/version"]
+                    scores.setdefault(f"{dataset} {score}", []).append((made_by.get(version, version), value))
+        datasets = {name.split()[0] for name in scores}
+        for name, points in scores.items():
+            shown = name if len(datasets) > 1 else name.split()[1]
+            found.append(line(_named(run, shown, readings), sorted(points), dots=True))
     return found
 
 

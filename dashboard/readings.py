@@ -33,6 +33,8 @@ class Reading:
     status: dict[str, Any]
     steps: list[dict[str, float]] = field(default_factory=list)
     "trainer steps, oldest first; one that was trained again after a crash stands once"
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    "entries that hold results of evaluations"
     orders: list[dict[str, str]] = field(default_factory=list)
     "what operators have changed, newest first: at, who, step, key, old, new"
     scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -50,6 +52,7 @@ class Reader:
         self._reading: Reading | None = None
         self._last_entry = "-"
         self._steps: dict[int, dict[str, float]] = {}
+        self._evaluations: list[dict[str, float]] = []
         self._samples: list[dict[str, Any]] = []
         self._newest_sample = "-"
 
@@ -66,6 +69,8 @@ class Reader:
             self._last_entry = entry
             if "reward/mean" in metrics:
                 self._steps[int(metrics["step"])] = metrics
+            if any(name.startswith("eval/") for name in metrics):
+                self._evaluations.append(metrics)
         with self.client.pipeline(transaction=False) as pipe:
             pipe.xrevrange(self.run.keys("controls"), count=20)
             pipe.hgetall(self.run.keys("autoscale"))
@@ -73,6 +78,7 @@ class Reader:
         return Reading(
             status=collect_status(self.client, self.run),
             steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
+            evaluations=list(self._evaluations),
             orders=[{name.decode(): value.decode() for name, value in fields.items()} for _, fields in orders],
             scaling={queue.decode(): json.loads(wish) for queue, wish in wishes.items()},
         )

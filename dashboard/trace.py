@@ -48,7 +48,7 @@ def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
     for _, fields in client.xrevrange(keys("samples")):
         sample = decode(fields[b"sample"])
         if sample["group"] == group:
-            trace = _trace(group, "trained", sample["timestamps"], sample["work"])
+            trace = _trace(group, "trained", sample.get("timestamps", {}), sample.get("work", {}))
             return trace | {"stage": "trained", "version": sample["version"], "step": sample["step"]}
     raise ConfigError(
         f"group {group!r} is not in flight, no dead letter, and not among the trained groups that are kept (the first of each "

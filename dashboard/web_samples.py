@@ -114,7 +114,7 @@ def sample_html(sample: dict[str, Any], *, run: str, shade: str, tokenizer: Toke
         f'<h2>step {sample["step"]} · <a href="{escape(trace)}">group {escape(sample["group"])}</a> · policy version '
         f"{sample['version']} · target {escape(str(sample['target']))}</h2>"
     )
-    versions = sorted({version for c in sample["completions"] for version, _ in c["policy_versions"]})
+    versions = sorted({version for c in sample["completions"] for version, _ in c.get("policy_versions", ())})
     body = "".join(_completion(c, shade=shade, tokenizer=tokenizer, versions=versions) for c in sample["completions"])
     return f'{head}<div class="prompt">{escape(prompt)}</div>{_legend(shade, versions)}{body}'
 
@@ -126,7 +126,11 @@ def _completion(c: dict[str, Any], *, shade: str, tokenizer: Tokenizer | None, v
         f'<div class="facts"><span>reward <b>{reward}</b></span>{by_function}<span>advantage {c["advantage"]:+.3f}</span>'
         f"<span>{c['tokens']} tokens</span><span>{escape(c['finish_reason'])}</span></div>"
     )
-    text = escape(c["text"]) if shade == "none" or tokenizer is None else _tokens(c, shade, tokenizer, versions)
+    text = (
+        escape(c["text"])
+        if shade == "none" or tokenizer is None or "token_ids" not in c
+        else _tokens(c, shade, tokenizer, versions)
+    )
     return f'<div class="completion">{facts}<div class="tokens">{text}</div></div>'
 
 
@@ -180,7 +184,7 @@ def _legend(shade: str, versions: list[int]) -> str:
 async def trace_page(reader: Reader, group: str) -> None:
     """One group's life."""
     with ui.element("div").classes("page"):
-        field = ui.input("group", value=group).props("dense outlined")
+        field = ui.input("group", value=group).props("dense outlined").style("max-width: 260px")
         field.on(
             "keydown.enter",
             lambda: ui.navigate.to(f"/trace?run={quote(reader.run.name)}&group={quote(field.value)}"),

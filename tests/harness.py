@@ -66,8 +66,8 @@ def quickstart_config(folder: Path, *, tiny: Path, **overrides: Any) -> Path:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Our environment without anything that names a Redis or a run."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
+    """Our environment without anything that names a Redis, a run or a test (NiceGUI acts otherwise under pytest)."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLUICE_", "PYTEST_"))}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
 
 

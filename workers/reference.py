@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from common.assets import ModelAssets
 from common.ledger import Claim
 from common.logprobs import UNTRUNCATED, score_sequences
-from common.model import build_model, load_weights
+from common.model import build_model, device_name, load_weights
 from common.packing import enable_packing
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
@@ -49,6 +49,7 @@ class ReferenceRole:
         self.context = context
         self._config = context.run.config
         self._model: ReferenceModel | None = None
+        context.facts = lambda: {"device": device_name(self._config.reference.device)}
         context.busy_s = lambda: self._model.busy_s if self._model else 0.0
         self._loading = threading.Lock()
 

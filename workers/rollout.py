@@ -78,6 +78,14 @@ def _make_vllm(config: Config, assets: ModelAssets) -> Engine:
     return VllmEngine(config, assets)
 
 
+def _device_name(config: Config) -> str:
+    from common.model import device_name, resolve_device
+
+    if config.rollout.engine == "vllm":  # its own processes hold the GPUs: this one must not open them
+        return str(resolve_device("auto"))
+    return device_name(config.rollout.device)
+
+
 class RolloutRole:
     """One engine, fed by task threads and kept at the newest policy."""
 
@@ -88,6 +96,8 @@ class RolloutRole:
         self._eos = frozenset(assets.eos_token_ids)
         self._tokenizer = assets.tokenizer()
         self.engine = make_engine(context.run.config, assets)
+        self._device = _device_name(context.run.config)
+        self._beat_at, self._beat_tokens = time.monotonic(), 0
         self._policy = ServedPolicy(context.client, context.run.keys, context.run.config.policy_store, self.engine)
         context.progress_age_s = lambda: time.monotonic() - self.engine.progress_at
         context.facts = self._facts
@@ -133,8 +143,12 @@ class RolloutRole:
         return replace(completion, text=str(text))
 
     def _facts(self) -> dict[str, Any]:
-        stats = self.engine.stats()
+        stats, now = self.engine.stats(), time.monotonic()
+        tokens_per_s = (stats.generated_tokens - self._beat_tokens) / max(now - self._beat_at, 1e-9)
+        self._beat_at, self._beat_tokens = now, stats.generated_tokens
         return {
+            "device": self._device,
+            "tokens_per_s": round(tokens_per_s, 1),
             "version": self.engine.version,
             "digest": self.engine.digest[:12],
             "evaluates": self._evaluates,

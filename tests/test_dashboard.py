@@ -1,0 +1,345 @@
+"""The dashboard in a real browser over a real run: what it shows against Redis, live, in both themes and widths, and its door."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from harness import only_run, quickstart_config, running_sluice, sluice, tiny_folder, wait_for
+
+from common.connection import connect
+from common.keys import Keys
+from common.ledger import read_account
+from common.metrics import beat, last_metrics, write_metrics
+from common.serialization import decode, encode
+from scripts.redis_server import EmbeddedServer, start_server
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+RUN = "shown"
+HOSTILE = '<script>document.title = "taken"</script><img src=x onerror="document.title=1">'
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+
+
+@pytest.fixture(scope="module")
+def ended_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, EmbeddedServer]]:
+    """A short run of the real command, and its Redis, serving again."""
+    folder = tmp_path_factory.mktemp("dashboard")
+    steps = {"trainer__num_steps": 6, "sampling__group_size": 4, "checkpoint__every_steps": 3}
+    config = quickstart_config(folder, tiny=tiny_folder(), evaluation__datasets=[], **steps)
+    done = sluice("run", str(config), "--name", RUN, cwd=folder, timeout=280)
+    assert done.returncode == 0, done.stderr
+    server = start_server(only_run(folder) / "redis")
+    yield folder, server
+    server.stop()
+
+
+@pytest.fixture
+def shown(ended_run: tuple[Path, EmbeddedServer]) -> Iterator[tuple[redis.Redis, Keys]]:
+    client = connect(ended_run[1].url)
+    yield client, Keys(RUN)
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def address(ended_run: tuple[Path, EmbeddedServer]) -> Iterator[str]:
+    """A dashboard on loopback."""
+    folder, server = ended_run
+    with running_sluice("dashboard", "--port", "0", cwd=folder, SLUICE_REDIS_URL=server.url):
+        yield _address_in(folder / "output.log")
+
+
+def _address_in(log: Path) -> str:
+    (found,) = wait_for(lambda: re.findall(r"http://\S+", log.read_text()), timeout=60, what="the dashboard's address")
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+    """Opens a page of the dashboard; whatever it asks for must come from there, and its console must stay empty."""
+    opened: list[tuple[Any, list[str]]] = []
+
+    def open_(path: str = "/", *, width: int = 1280, height: int = 800, scheme: str = "light") -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        page, trouble = context.new_page(), []
+        page.on(
+            "request", lambda r: trouble.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None
+        )
+        page.on("console", lambda m: trouble.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        opened.append((context, trouble))
+        page.goto(address.rstrip("/") + path)
+        return page
+
+    yield open_
+    for context, trouble in opened:
+        assert trouble == []
+        context.close()
+
+
+def keep(page: Any, name: str) -> None:
+    """A picture, where SLUICE_SCREENSHOTS names a folder."""
+    if folder := os.environ.get("SLUICE_SCREENSHOTS"):
+        page.wait_for_timeout(1500)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+def tile(page: Any, name: str) -> Any:
+    return page.locator(f'[data-tile="{name}"]')
+
+
+def wait_text(page: Any, locator: Any, text: str) -> None:
+    from playwright.sync_api import expect
+
+    expect(locator).to_have_text(text, timeout=20_000)
+
+
+@needs_browser
+def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
+    open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
+) -> None:
+    client, keys = shown
+    account, metrics = read_account(client, keys), last_metrics(client, keys)
+    page = open_page(f"/?run={RUN}")
+    wait_text(page, tile(page, "step"), "6 / 6")
+    wait_text(page, tile(page, "reward"), f"{metrics['reward/mean']:.3f}")
+    wait_text(page, tile(page, "ledger"), "holds")
+    assert page.locator("td", has_text=f"trained {account.trained}").count() == 1
+    assert page.locator("canvas").count() >= 15
+    keep(page, "overview-light")
+    beat(client, keys, "reward@host:7", {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"})
+    entry = client.xadd(
+        keys("controls"), {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
+    )
+    write_metrics(client, keys, {**metrics, "step": 7, "reward/mean": 0.123}, max_length=100)
+    wait_text(page, tile(page, "step"), "7 / 6")
+    wait_text(page, tile(page, "reward"), "0.123")
+    page.locator("td", has_text="reward@host:7").wait_for(timeout=20_000)
+    assert page.locator("td", has_text="75%").count() == 1
+    assert page.locator("td", has_text="paused: false → true").count() == 1
+    client.xdel(keys("controls"), entry)
+    client.delete(keys("process", "reward@host:7"))
+    client.xdel(keys("metrics"), client.xrevrange(keys("metrics"), count=1)[0][0])
+
+
+@needs_browser
+def test_a_broken_ledger_and_a_stall_stand_out(open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]) -> None:
+    client, keys = shown
+    client.hincrby(keys("counts:train"), "admitted", 1)
+    client.hset(keys("run"), "status", "running")
+    page = open_page(f"/?run={RUN}")
+    wait_text(page, tile(page, "ledger"), "BROKEN")
+    page.locator(".alarm", has_text="no trainer is running").wait_for(timeout=20_000)
+    client.hincrby(keys("counts:train"), "admitted", -1)
+    client.hset(keys("run"), "status", "finished")
+    wait_text(page, tile(page, "ledger"), "holds")
+    page.locator(".alarm").wait_for(state="detached", timeout=20_000)
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+@pytest.mark.parametrize("path", ["/", "/samples", "/trace"])
+def test_no_page_scrolls_sideways_and_the_ground_follows_the_system(
+    open_page: Callable[..., Any], path: str, width: int, height: int, scheme: str
+) -> None:
+    page = open_page(path, width=width, height=height, scheme=scheme)
+    page.locator(".bar").wait_for(timeout=20_000)
+    page.wait_for_function(f"document.body.classList.contains('body--{scheme}')", timeout=20_000)
+    if path != "/trace":
+        page.locator(".card h2").first.wait_for(timeout=20_000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(value) for value in re.findall(r"\d+", colour)[:3]) / 3
+    assert (brightness < 60) == (scheme == "dark"), colour
+    keep(page, f"{path.strip('/') or 'overview'}-{width}-{scheme}")
+
+
+@needs_browser
+def test_the_theme_can_be_switched_and_stays(open_page: Callable[..., Any]) -> None:
+    page = open_page("/", scheme="light")
+    page.get_by_label("light or dark").click()
+    page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
+    page.reload()
+    page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
+
+
+@needs_browser
+def test_samples_are_filtered_shaded_and_lead_to_their_trace(
+    open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
+) -> None:
+    client, keys = shown
+    samples = [decode(fields[b"sample"]) for _, fields in client.xrevrange(keys("samples"))]
+    page = open_page(f"/samples?run={RUN}")
+    page.locator(".card h2").first.wait_for(timeout=20_000)
+    assert page.locator(".completion").count() == 5 * 4
+    page.get_by_label("step", exact=True).fill("2")
+    of_step = [sample for sample in samples if sample["step"] == 2]
+    page.get_by_text(f"1–{len(of_step)} of {len(of_step)}").wait_for(timeout=20_000)
+    assert page.locator(".completion").count() == sum(len(sample["completions"]) for sample in of_step)
+    first = of_step[0]["completions"][0]
+    shown_text = page.locator(".tokens").first.text_content()
+    assert shown_text == first["text"]
+    page.locator(".q-select", has_text="shade tokens by").click()
+    page.get_by_role("option", name="sampler's logprob").click()
+    token = page.locator(".tokens span[title]").first
+    token.wait_for(timeout=20_000)
+    assert token.get_attribute("title") == f"{first['rollout_logprobs'][0]:.3f} nats"
+    assert page.locator(".tokens").first.locator("span").count() == first["tokens"]
+    keep(page, "samples-shaded")
+    page.get_by_role("link", name=f"group {of_step[0]['group']}").click()
+    page.locator("td", has_text="taken for a batch").wait_for(timeout=20_000)
+    assert page.locator("td", has_text=of_step[0]["work"]["by:rollout"]).count() == 1
+    keep(page, "trace")
+
+
+@needs_browser
+def test_what_a_model_writes_is_text_and_never_markup(
+    open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
+) -> None:
+    client, keys = shown
+    sample = decode(client.xrevrange(keys("samples"), count=1)[0][1][b"sample"])
+    sample["prompt"] = sample["completions"][0]["text"] = HOSTILE
+    entry = client.xadd(keys("samples"), {"sample": encode({**sample, "step": 99, "group": "t<b>9</b>"})})
+    page = open_page(f"/samples?run={RUN}")
+    page.locator(".tokens", has_text=HOSTILE).first.wait_for(timeout=20_000)
+    assert page.title() == "Sluice"
+    assert page.locator(".card script, .card img, .card b b").count() == 0
+    client.xdel(keys("samples"), entry)
+
+
+@needs_browser
+def test_two_runs_stand_side_by_side(open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]) -> None:
+    client, keys = shown
+    other = Keys("other")
+    for name, value in client.hgetall(keys("run")).items():
+        client.hset(other("run"), name, value)
+    write_metrics(client, other, {**last_metrics(client, keys), "reward/mean": 0.5}, max_length=10)
+    client.hset("sluice:runs", "other", time.time())
+    page = open_page(f"/?run={RUN}&run=other")
+    wait_text(page, tile(page, "reward").nth(1), "0.500")
+    assert page.locator(".card h2", has_text="other").count() >= 1
+    keep(page, "two-runs")
+    client.hdel("sluice:runs", "other")
+    for key in client.scan_iter(other.root + "*"):
+        client.delete(key)
+
+
+@needs_browser
+def test_a_run_that_is_not_there_is_named(open_page: Callable[..., Any]) -> None:
+    page = open_page("/?run=nobody")
+    page.locator(".alarm", has_text="there is no run 'nobody' here").wait_for(timeout=20_000)
+
+
+def status_of(url: str, **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    opener = urllib.request.build_opener(_NoRedirect)
+    try:
+        with opener.open(request, timeout=20) as answer:
+            return answer.status, str(answer.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, str(error.headers)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def test_on_loopback_only_its_own_names_are_answered(address: str) -> None:
+    port = address.rstrip("/").rpartition(":")[2]
+    assert status_of(address)[0] == 200
+    assert status_of(address, Host=f"localhost:{port}")[0] == 200
+    assert status_of(address, Host=f"rebound.example:{port}")[0] == 403
+    assert status_of(address, Origin="http://elsewhere.example")[0] == 403
+    assert status_of(address + "metrics")[0] == 200
+
+
+def test_other_machines_need_the_token(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
+    _, server = ended_run
+    for options, env in ((("--host", "0.0.0.0"), {}), ((), {"SLUICE_DASHBOARD_TOKEN": "short"})):
+        refused = sluice("dashboard", *options, cwd=tmp_path, SLUICE_REDIS_URL=server.url, **env)
+        assert refused.returncode == 2
+        assert "token" in refused.stderr
+    token = "correct-horse-battery"
+    (tmp_path / "token").write_text(token + "\n")
+    options = ("--host", "0.0.0.0", "--port", "0", "--token-file", "token")
+    with running_sluice("dashboard", *options, cwd=tmp_path, SLUICE_REDIS_URL=server.url):
+        url = _address_in(tmp_path / "output.log").replace("0.0.0.0", "127.0.0.1")
+        for path in ("", "metrics", "samples", "_nicegui_ws/socket.io/?EIO=4&transport=polling"):
+            assert status_of(url + path)[0] == 401, path
+        assert status_of(url, Authorization=f"Bearer {token}")[0] == 200
+        assert status_of(url, Authorization="Bearer correct-horse-batterz")[0] == 401
+        status, headers = status_of(f"{url}samples?run={RUN}&token={token}")
+        assert status == 303
+        assert f"/samples?run={RUN}\n" in headers
+        cookie = re.search(r"sluice_token=[^;]+", headers)
+        assert cookie
+        assert token not in headers
+        assert "HttpOnly; SameSite=Strict" in headers
+        assert status_of(url, Cookie=cookie[0])[0] == 200
+        assert server.url not in (tmp_path / "output.log").read_text()
+
+
+def test_the_pages_write_nothing(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
+    """Over a user that may not write: every page answers."""
+    _, server = ended_run
+    client = connect(server.url)
+    allowed = ("~*", "+@read", "+@connection", "+info", "+time", "+evalsha", "+eval", "+script|load", "+script|exists")
+    client.execute_command("ACL", "SETUSER", "viewer", "on", ">looking-only-123", *allowed)
+    port = server.url.rpartition(":")[2]
+    with running_sluice(
+        "dashboard", "--port", "0", cwd=tmp_path, SLUICE_REDIS_URL=f"redis://viewer:looking-only-123@127.0.0.1:{port}"
+    ):
+        url = _address_in(tmp_path / "output.log")
+        text = urllib.request.urlopen(url + "metrics", timeout=20).read().decode()
+        assert f'sluice_ledger_holds{{run="{RUN}",set="train"}} 1.0' in text
+        for path in ("", f"samples?run={RUN}", f"trace?run={RUN}&group=t0"):
+            assert status_of(url + path)[0] == 200
+        log = (tmp_path / "output.log").read_text()
+        assert "NOPERM" not in log and "Traceback" not in log
+    client.execute_command("ACL", "DELUSER", "viewer")
+
+
+def test_the_trace_of_a_group_is_printed(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
+    _, server = ended_run
+    client = connect(server.url)
+    kept = decode(client.xrevrange(Keys(RUN)("samples"), count=1)[0][1][b"sample"])["group"]
+    env = {"SLUICE_REDIS_URL": server.url}
+    printed = sluice("trace", kept, RUN, "--json", cwd=tmp_path, **env)
+    found = json.loads(printed.stdout)
+    assert (found["where"], found["step"]) == ("trained", 6)
+    stages = [stage["stage"] for stage in found["stages"]]
+    assert stages[0] == "admitted"
+    assert stages[-1] == "leased"
+    assert all(stage["since_last_s"] >= 0 for stage in found["stages"])
+    assert {part["part"] for part in found["parts"]} == {"task", "rollout", "reward", "reference"}
+    assert "generated" in sluice("trace", kept, cwd=tmp_path, **env).stdout
+    missing = sluice("trace", "t99999", cwd=tmp_path, **env)
+    assert missing.returncode == 2
+    assert "is not in flight, no dead letter" in missing.stderr

@@ -3,6 +3,7 @@
 Read from heartbeats, queues, the ledger and the server's own word, so that `sluice status`, the trainer's log and the
 dashboard say the same. Kinds of cause, in the order in which they are looked for:
 
+    paused              an operator holds the run
     redis_unreachable   the data server, or the broker, does not answer
     redis_full          at maxmemory, or its append-only file cannot be written
     no_workers          nobody serves a queue that the run needs
@@ -21,6 +22,7 @@ sampler_mismatch (it computes other logprobs with them than the trainer), reject
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +34,7 @@ from redis.retry import Retry
 
 from common.canary import is_adapter_missing, mismatch_bound
 from common.connection import connect
+from common.control import describe_paused
 from common.errors import ConnectionFailed
 from common.ledger import read_account
 from common.metrics import is_silent, last_metrics, read_heartbeats
@@ -105,6 +108,8 @@ def _unreachable(error: Exception) -> Cause:
 
 def _first_cause(client: redis.Redis, run: Run) -> Cause:
     needed = ("dataset", "rollout", *run.config.parts)
+    if held := paused(client, run):
+        return held
     beats = read_heartbeats(client, run.keys)
     depths = queue_depths(client, run, needed)
     serving = {facts["role"] for facts in beats.values()}
@@ -121,6 +126,12 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
         *_not_picked_up(client, run, beats),
     ]
     return causes[0] if causes else _from_flow(client, run, beats, depths)
+
+
+def paused(client: redis.Redis, run: Run) -> Cause | None:
+    """Whether an operator holds the run."""
+    order = client.hget(run.keys("run"), "paused")
+    return Cause("paused", describe_paused(json.loads(order))) if order else None
 
 
 def _memory(client: redis.Redis, *, over: float) -> list[Cause]:

@@ -71,7 +71,7 @@ def open_run(client: redis.Redis, name: str) -> Run:
 
 
 def set_status(client: redis.Redis, keys: Keys, status: str) -> None:
-    """created | running | finished | stopped | failed."""
+    """created | running | finished | drained | stopped | failed | deleting."""
     client.hset(keys("run"), "status", status)
 
 

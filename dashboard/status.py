@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import QUEUES
-from common.diagnosis import Cause, alarms, diagnose, queue_depths
+from common.diagnosis import Cause, alarms, diagnose, paused, queue_depths
 from common.ledger import read_account
 from common.metrics import is_silent, last_metrics, read_heartbeats
 from common.run import Run
@@ -51,6 +51,8 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
 
 def _stall_cause(client: redis.Redis, run: Run, beats: dict[str, dict[str, Any]]) -> Cause | None:
     """Why no step is made; none where one is being made."""
+    if held := paused(client, run):
+        return held
     trainer = next((facts for facts in beats.values() if facts["role"] == "trainer"), None)
     if trainer is None:
         return Cause("no_trainer", "no trainer is running")

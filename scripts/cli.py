@@ -18,6 +18,7 @@ from rich.live import Live
 from common.config import QUEUES
 from common.errors import ConfigError, SluiceError
 from common.ledger import read_account
+from scripts.control import drain, pause, resume, set_
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
@@ -265,6 +266,10 @@ def doctor(config: str | None) -> None:
     for finding in findings:
         click.echo(f"{finding.level:8} {finding.text}")
     sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
+
+
+for _command in (pause, resume, drain, set_):
+    cli.add_command(_command)
 
 
 def _console() -> Console:

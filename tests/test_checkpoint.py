@@ -178,7 +178,7 @@ def test_iterations_of_decoupled_clip_against_the_first_one() -> None:
     for _ in range(3):
         logprobs, _ = by_hand._scorer(batch.input_ids, batch.prompt_lengths, batch.completion_lengths)
         loss, _ = policy_loss(
-            by_hand._config.loss,
+            by_hand.config.loss,
             policy_logprobs=logprobs,
             rollout_logprobs=batch.rollout_logprobs,
             advantages=batch.advantages,

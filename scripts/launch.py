@@ -224,7 +224,7 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
         give_up_after(client, READER_WAIT_S)
         yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client)), url
         return
-    folder = _existing_folder(name or os.environ.get("SLUICE_RUN"))
+    folder = existing_folder(name or os.environ.get("SLUICE_RUN"))
     with reading_server(folder / "redis") as url:
         client = connect(url)
         give_up_after(client, READER_WAIT_S)
@@ -241,7 +241,7 @@ def _newest_name(client: redis.Redis) -> str:
     return max(runs, key=lambda name: runs[name])
 
 
-def _existing_folder(name: str | None) -> Path:
+def existing_folder(name: str | None) -> Path:
     base = Path("runs")
     if name:
         if (base / name / "redis").is_dir():

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import QUEUES
+from common.control import effective
 from common.diagnosis import Cause, alarms, diagnose, paused, queue_depths
 from common.ledger import read_account
 from common.metrics import is_silent, last_metrics, read_heartbeats
@@ -34,7 +35,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "run": run.name,
         "status": status,
         "step": int(metrics.get("step", 0)),
-        "num_steps": run.config.trainer.num_steps,
+        "num_steps": effective(client, run).trainer.num_steps,
         "policy": {name: policy.get(name) for name in ("version", "step", "digest", "published_at")},
         "reward": metrics.get("reward/mean"),
         "policy_age": metrics.get("staleness/mean"),

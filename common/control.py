@@ -24,6 +24,7 @@ from datetime import datetime
 from typing import Any
 
 import redis
+from pydantic import ValidationError
 
 from common.config import Config
 from common.config_file import parse_config
@@ -86,8 +87,17 @@ def with_settings(config: Config, settings: Mapping[str, str]) -> Config:
     """A stored config with what was set since. Raises ConfigError when they do not go together."""
     if not settings:
         return config
-    overrides = [f"{key}={value}" for key, value in sorted(settings.items())]
-    return parse_config(config.to_yaml(), overrides=overrides, source="settings in force")
+    data = config.model_dump()
+    for key, value in settings.items():
+        *sections, last = key.split(".")
+        section = data
+        for name in sections:
+            section = section[name]
+        section[last] = json.loads(value)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:  # `change` checks: somebody wrote into the hash by hand
+        raise ConfigError(f"the settings in force do not fit the run's config: {error}") from None
 
 
 def effective(client: redis.Redis, run: Run) -> Config:

@@ -21,6 +21,13 @@ from common.run import Run, create_run, open_run, set_status
 
 
 @pytest.fixture
+def client(server_flavours: str) -> Iterator[redis.Redis]:
+    connection = connect(server_flavours)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
 def run(client: redis.Redis, keys: Keys) -> Iterator[Run]:
     config = make_config(replay_buffer={"batch_size": 2, "max_policy_age": 1}, trainer={"seq_len": 16, "num_steps": 50})
     yield create_run(client, keys.run, config, assets={}, folder="runs/x")
@@ -107,12 +114,14 @@ def test_a_run_that_has_ended_takes_no_orders(client: redis.Redis, run: Run, ord
         order(client, run, who="a")
 
 
-def test_operators_at_once_lose_no_change_and_break_no_rule(redis_url: str, client: redis.Redis, run: Run) -> None:
+def test_operators_at_once_lose_no_change_and_break_no_rule(
+    server_flavours: str, client: redis.Redis, run: Run
+) -> None:
     """What a change calls old is what the change before it calls new, and the last one holds."""
     refused = []
 
     def set_many(number: int) -> None:
-        own = connect(redis_url)
+        own = connect(server_flavours)
         for value in range(1, 6):
             try:
                 control.change(
@@ -218,13 +227,13 @@ def test_what_no_batch_holds_is_untrained(client: redis.Redis, keys: Keys) -> No
     assert buffer.num_untrained() == 4
 
 
-def test_two_creators_of_one_name_make_one_run(redis_url: str, keys: Keys) -> None:
+def test_two_creators_of_one_name_make_one_run(server_flavours: str, keys: Keys) -> None:
     configs = [make_config(seed=seed) for seed in range(8)]
     made, refused = [], []
     barrier = threading.Barrier(len(configs))
 
     def create(seed: int) -> None:
-        own = connect(redis_url)
+        own = connect(server_flavours)
         barrier.wait(10)
         try:
             made.append(create_run(own, keys.run, configs[seed], assets={}, folder=f"runs/{seed}"))
@@ -239,7 +248,7 @@ def test_two_creators_of_one_name_make_one_run(redis_url: str, keys: Keys) -> No
         thread.join(30)
     assert (len(made), len(refused)) == (1, 7)
     assert all("is in use" in message for message in refused)
-    own = connect(redis_url)
+    own = connect(server_flavours)
     assert open_run(own, keys.run).config == made[0].config
     own.hdel(RUNS, keys.run)
     own.close()

@@ -21,6 +21,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 import redis
@@ -116,8 +117,9 @@ def resume(client: redis.Redis, run: Run, *, who: str) -> bool:
 
 
 def lift_drain(client: redis.Redis, run: Run, *, who: str) -> None:
-    """A drained run is gone on with; a pause stays. Nothing for a finished one."""
-    if client.hexists(run.keys("run"), "draining"):
+    """A drained run is gone on with; a pause stays. Nothing for one that was finished while it was draining."""
+    draining, status = client.hmget(run.keys("run"), ["draining", "status"])
+    if draining and status != b"finished":
         _order(client, run, who, _unmark("draining"))
 
 
@@ -199,8 +201,8 @@ def _order(
     client: redis.Redis, run: Run, who: str, *changes: tuple[str, ...], seen: Mapping[str, str] | None = None
 ) -> int:
     """Changes made; -1: the settings are not those `seen` any more. Raises ConfigError for a run that has ended."""
-    judged = "*" if seen is None else "\n".join(sorted(f"{key}={value}" for key, value in seen.items()))
-    state, *rest = Scripts(client, run.keys)("control", who, judged, *(part for change in changes for part in change))
+    judged = [-1] if seen is None else [len(seen), *chain.from_iterable(seen.items())]
+    state, *rest = Scripts(client, run.keys)("control", who, *judged, *chain.from_iterable(changes))
     if state == b"refused":
         raise ConfigError(f"run {run.name} is {rest[0].decode() or 'gone'}: there is nothing to change any more")
     return -1 if state == b"moved" else int(rest[0])

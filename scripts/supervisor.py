@@ -3,9 +3,9 @@
     redis (embedded, if no URL is given) --> workers, one process per replica --> trainer
     a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
     while Redis is away nothing is started, and who died of that dies once
-    exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, or
-    drained, it ends the run in good order; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
-    at any
+    exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, or of a
+    drain, it ends the run in good order; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
+    ends it always
     Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed, but for a trainer that
     beats: it may be writing a checkpoint, and has TRAINER_STOP_S
 

@@ -15,12 +15,14 @@ from harness import sluice
 
 from common import control
 from common.broker import make_app, send
+from common.connection import connect
 from common.errors import ConfigError
 from common.keys import RUNS, Keys
 from common.metrics import beat, write_metrics
 from common.run import Run, create_run, open_run, set_status
 from common.serialization import encode
 from scripts.archive import archive_run, delete_run, scan_keys
+from scripts.redis_server import start_server
 from scripts.runs import read_runs
 
 
@@ -183,3 +185,27 @@ def test_an_archive_holds_what_the_run_has_told(
     assert "policy" in texts["events.jsonl"]
     with pytest.raises(ConfigError, match="is there already"):
         archive_run(client, run, file)
+
+
+def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "x"
+    server = start_server(folder / "redis")
+    try:
+        client = connect(server.url)
+        config = make_config(policy_store={"path": str(tmp_path / "policies")})
+        (folder / "config.yaml").write_text(config.to_yaml())
+        (tmp_path / "policies" / "x").mkdir(parents=True)
+        create_run(client, "x", config, assets={}, folder=str(folder))
+        client.close()
+        assert sluice("runs", cwd=tmp_path).stdout.startswith("x  running  step 0  0 processes  0.")
+        refused = sluice("runs", "delete", "x", "--yes", cwd=tmp_path)
+        assert refused.returncode == 2
+        assert "run x is alive: its Redis answers" in refused.stderr
+    finally:
+        server.stop()
+    assert sluice("runs", cwd=tmp_path).stdout.startswith("x  ended  step 0  0 processes")
+    assert sluice("runs", "archive", "x", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "x.tar").is_file()
+    assert sluice("runs", "delete", "x", "--yes", cwd=tmp_path).returncode == 0
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert not (tmp_path / "policies" / "x").exists()

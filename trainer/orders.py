@@ -28,6 +28,7 @@ class OrderReader:
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client, self._run = client, run
         self._path = Path(run.folder) / "metrics.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._told = _last_told(self._path)
         self.orders = Orders()
         self.config = run.config

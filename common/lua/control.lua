@@ -1,19 +1,20 @@
 -- An order to a run from outside: what it holds at, and settings other than those it was created with. All or nothing.
--- ARGV: who, the settings that the caller has judged by (as written below; '*' = any), then per change:
+-- ARGV: who, number of settings that the caller has judged by (-1 = any will do), these as key, value, ...; then per change:
 --       hash (run | settings), field, value ('' = remove), and for the trail: key, old, new
 -- Returns {'done', changes made} (what holds already is no change) | {'moved'} (settings are others now: judge again)
 --       | {'refused', status} (the run has ended for good, or is gone)
-local who, seen = ARGV[1], ARGV[2]
+local who, num_seen = ARGV[1], tonumber(ARGV[2])
 local status = redis.call('HGET', key('run'), 'status') or ''
 if status == '' or status == 'finished' or status == 'deleting' then return { 'refused', status } end
 
-local flat, lines = redis.call('HGETALL', key('settings')), {}
-for i = 1, #flat, 2 do lines[#lines + 1] = flat[i] .. '=' .. flat[i + 1] end
-table.sort(lines)
-if seen ~= '*' and seen ~= table.concat(lines, '\n') then return { 'moved' } end
+local first = 3 + 2 * math.max(num_seen, 0)
+if num_seen >= 0 and redis.call('HLEN', key('settings')) ~= num_seen then return { 'moved' } end
+for i = 3, first - 1, 2 do
+  if redis.call('HGET', key('settings'), ARGV[i]) ~= ARGV[i + 1] then return { 'moved' } end
+end
 
 local step, changed = redis.call('HGET', key('policy'), 'step') or '0', 0
-for i = 3, #ARGV, 6 do
+for i = first, #ARGV, 6 do
   local place, field, value = key(ARGV[i]), ARGV[i + 1], ARGV[i + 2]
   local held = redis.call('HGET', place, field) or ''
   -- whoever paused a run first is who it was paused by

@@ -3,6 +3,7 @@
 Read from heartbeats, queues, the ledger and the server's own word, so that `sluice status`, the trainer's log and the
 dashboard say the same. Kinds of cause, in the order in which they are looked for:
 
+    paused              an operator holds the run
     redis_unreachable   the data server, or the broker, does not answer
     redis_full          at maxmemory, or its append-only file cannot be written
     no_workers          nobody serves a queue that the run needs
@@ -21,12 +22,14 @@ sampler_mismatch (it computes other logprobs with them than the trainer), reject
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import redis
 
 from common.canary import is_adapter_missing, mismatch_bound
+from common.control import describe_paused
 from common.errors import ConnectionFailed
 from common.ledger import read_account
 from common.metrics import is_silent, last_metrics, read_heartbeats
@@ -108,6 +111,8 @@ def _unreachable(error: Exception) -> Cause:
 
 def _first_cause(client: redis.Redis, run: Run) -> Cause:
     needed = ("dataset", "rollout", *run.config.parts)
+    if held := paused(client, run):
+        return held
     beats = read_heartbeats(client, run.keys)
     queues = read_queues(client, run, needed)
     serving = {facts["role"] for facts in beats.values()}
@@ -124,6 +129,12 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
         *_not_picked_up(client, run, beats),
     ]
     return causes[0] if causes else _from_flow(client, run, beats, queues)
+
+
+def paused(client: redis.Redis, run: Run) -> Cause | None:
+    """Whether an operator holds the run."""
+    order = client.hget(run.keys("run"), "paused")
+    return Cause("paused", describe_paused(json.loads(order))) if order else None
 
 
 def _memory(client: redis.Redis, *, over: float) -> list[Cause]:

@@ -54,7 +54,7 @@ class Admission:
     """Groups handed out by `admit`; the caller holds the claim on their task part."""
 
     stopped_by: str
-    "most | no_credit | run_complete | max_bytes | no_policy"
+    "most | no_credit | run_complete | max_bytes | no_policy | paused | draining"
     policy_version: int
     cursors: list[int]
     holder: str
@@ -112,7 +112,8 @@ class Ledger:
     def __init__(self, client: redis.Redis, keys: Keys, config: Config, *, worker: str = "trainer") -> None:
         self.client = client
         self.keys = keys
-        self._config = config
+        self.config = config
+        "may be replaced by one with other settings in force"
         self._worker = worker
         self._claims = itertools.count()
         self.scripts = Scripts(client, keys)
@@ -120,7 +121,7 @@ class Ledger:
     def admit(self, most: int) -> Admission:
         """Up to `most` new groups, as far as credit, memory and the run's length allow."""
         holder = self._new_holder()
-        config = self._config
+        config = self.config
         reply = self.scripts(
             "admit",
             most,
@@ -143,7 +144,7 @@ class Ledger:
     def claim(self, group_id: str, part: str, *, fields: tuple[str, ...], lease_s: float | None = None) -> Claim | None:
         """Take on a part, reading `fields` of the group in the same round trip. None: not owed, or held by another."""
         holder = self._new_holder()
-        lease_s = lease_s or self._config.lease.running_s
+        lease_s = lease_s or self.config.lease.running_s
         reply = self.scripts("claim", group_id, part, holder, _ms(lease_s), *fields)
         if not reply[0]:
             return None
@@ -154,7 +155,7 @@ class Ledger:
         """Let leases end so long from now. Returns the "group|part" that were taken over in the meantime."""
         if not claims:
             return []
-        lease_s = lease_s or self._config.lease.running_s
+        lease_s = lease_s or self.config.lease.running_s
         flat = itertools.chain.from_iterable((c.group_id, c.part, c.holder) for c in claims)
         return [lost.decode() for lost in self.scripts("renew", _ms(lease_s), *flat)]
 
@@ -190,8 +191,8 @@ class Ledger:
             ",".join(following),
             ",".join(complete),
             num_tokens,
-            self._config.groups_per_step,
-            self._config.max_filtered if is_zero_variance else "",
+            self.config.groups_per_step,
+            self.config.max_filtered if is_zero_variance else "",
             client=client,
         )
         return None if client is not None else stored_parts(reply)
@@ -213,14 +214,14 @@ class Ledger:
             claim.holder,
             reason,
             detail[:4000],
-            self._config.lease.max_attempts,
+            self.config.lease.max_attempts,
             self._queued_ms,
         )
         return reply == b"again"
 
     def reap(self, most: int = 200) -> list[tuple[str, str, Kind]]:
         """Overdue parts to send again: (group, part, kind)."""
-        reply = self.scripts("reap", self._config.lease.max_attempts, self._queued_ms, most)
+        reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, most)
         flat = [item.decode() for item in reply]
         return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
 
@@ -239,11 +240,11 @@ class Ledger:
 
     def _complete(self, group_id: str) -> tuple[str, ...]:
         """Parts that a complete group has after its rollout."""
-        return self._config.parts if kind_of(group_id) == "train" else ("reward",)
+        return self.config.parts if kind_of(group_id) == "train" else ("reward",)
 
     @property
     def _queued_ms(self) -> int:
-        return _ms(self._config.lease.queued_s)
+        return _ms(self.config.lease.queued_s)
 
     def _new_holder(self) -> str:
         return f"{self._worker}/{next(self._claims)}"

@@ -49,7 +49,8 @@ class ReplayBuffer:
         self._ledger = ledger
         self._mark = ""
         self._k = groups_per_step
-        self._max_policy_age = max_policy_age
+        self.max_policy_age = max_policy_age
+        "may be changed between two samples"
         self._max_resample_count = -1 if max_resample_count is None else max_resample_count
 
     def sample(self, curr_policy_version: int, *, step: int, published: int = -1) -> Sample:
@@ -60,7 +61,7 @@ class ReplayBuffer:
         """
         mark = token_hex(8)
         reply = self._ledger.scripts(
-            "take", step, self._k, curr_policy_version, self._max_policy_age, published, self._mark, mark
+            "take", step, self._k, curr_policy_version, self.max_policy_age, published, self._mark, mark
         )
         if int(reply[0]) < 0:
             self._mark = ""
@@ -85,6 +86,17 @@ class ReplayBuffer:
     def roll_back(self, step: int) -> int:
         """The newest checkpoint that can be read is of this step: what was acknowledged after it counts as dropped."""
         return int(self._ledger.scripts("roll_back", step))
+
+    def num_untrained(self) -> int:
+        """Groups in flight, wherever they are, that no trained and not yet acknowledged batch holds."""
+        client, keys = self._ledger.client, self._ledger.keys
+        steps = client.zrange(keys("batches"), 0, -1)
+        with client.pipeline(transaction=False) as pipe:
+            pipe.scard(keys("live", "train"))
+            for step in steps:
+                pipe.llen(keys("batch", step.decode()))
+            live, *held = pipe.execute()
+        return int(live) - sum(held)
 
     def sizes(self) -> dict[int, int]:
         """Policy version -> groups in its stream, leased ones included."""

@@ -42,6 +42,8 @@ def create_run(
     if not client.hsetnx(keys("run"), "created_at", time.time()):
         if may_exist and client.hget(keys("run"), "config") == config.to_yaml().encode():
             return open_run(client, name)
+        if client.hget(keys("run"), "status") == b"deleting":
+            raise ConfigError(f"run {name!r} is being deleted: choose another name, or wait (`sluice runs`)")
         raise ConfigError(
             f"run name {name!r} is in use on this Redis: choose another with --name, or continue it with --resume {name}"
         )
@@ -54,7 +56,9 @@ def create_run(
 def open_run(client: redis.Redis, name: str) -> Run:
     """Read a run. Raises ConfigError when there is none of that name."""
     keys = Keys(name)
-    config, assets, folder = client.hmget(keys("run"), ["config", "assets", "folder"])
+    config, assets, folder, status = client.hmget(keys("run"), ["config", "assets", "folder", "status"])
+    if status == b"deleting":
+        raise ConfigError(f"run {name!r} is being deleted; if that was cut off: `sluice runs delete {name}`")
     if config is None or assets is None or folder is None:
         known = ", ".join(sorted(run.decode() for run in client.hkeys(RUNS))) or "none"
         raise ConfigError(
@@ -71,7 +75,7 @@ def open_run(client: redis.Redis, name: str) -> Run:
 
 
 def set_status(client: redis.Redis, keys: Keys, status: str) -> None:
-    """created | running | finished | stopped | failed."""
+    """created | running | finished | drained | stopped | failed | deleting."""
     client.hset(keys("run"), "status", status)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from common.config import SamplingConfig
+from common.types import SamplingParams
 
 _CANDIDATES = 64
 "Likeliest tokens looked at first; times 8 until they hold top_p of every row. Sorting whole vocabularies is far slower."
@@ -41,8 +42,8 @@ class Truncation:
     "what min_tokens forbade"
 
     @classmethod
-    def of(cls, sampling: SamplingConfig, *, end_token_ids: Sequence[int]) -> Truncation:
-        """What the run's training completions are sampled with, by a model that ends with any of `end_token_ids`."""
+    def of(cls, sampling: SamplingConfig | SamplingParams, *, end_token_ids: Sequence[int]) -> Truncation:
+        """What completions are sampled with, by a model that ends with any of `end_token_ids`."""
         ends = tuple(end_token_ids) if sampling.min_tokens else ()
         return cls(
             top_k=sampling.top_k,

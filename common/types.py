@@ -15,7 +15,7 @@ Masks come from lengths, never from comparing with a pad id; text is never re-to
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +53,16 @@ class SamplingParams:
     seed: int = 0
     "noise of this group alone: same seed and weights, same tokens, whatever else is in the batch"
 
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> SamplingParams:
+        ends = {name: tuple(wire.get(name, ())) for name in ("stop_token_ids", "stop")}
+        return cls(**{**wire, **ends})
+
+    @property
+    def distribution(self) -> SamplingParams:
+        """The same without the noise: groups that agree in it can be scored in one pass."""
+        return replace(self, seed=0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
@@ -81,9 +91,7 @@ class Task:
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Task:
-        sampling = wire["sampling"]
-        ends = {name: tuple(sampling.get(name, ())) for name in ("stop_token_ids", "stop")}
-        return cls(**{**wire, "sampling": SamplingParams(**{**sampling, **ends})})
+        return cls(**{**wire, "sampling": SamplingParams.from_wire(wire["sampling"])})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +177,8 @@ class Group:
     episodes: list[Episode]
     timestamps: dict[str, float]
     "stage -> seconds since the epoch, by Redis' clock"
+    sampling: SamplingParams | None = None
+    "what it was sampled with, which may change during a run; none = what the run was created with (records of before)"
 
     @classmethod
     def from_parts(
@@ -199,6 +209,7 @@ class Group:
             target=task["target"],
             episodes=episodes,
             timestamps=timestamps,
+            sampling=SamplingParams.from_wire(task["sampling"]),
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -209,6 +220,7 @@ class Group:
             "prompt": self.prompt,
             "target": self.target,
             "timestamps": self.timestamps,
+            **({"sampling": asdict(self.sampling)} if self.sampling else {}),
             "episodes": [
                 {
                     "completion": episode.completion.to_wire(),
@@ -226,4 +238,5 @@ class Group:
             Episode(**{**episode, "completion": Completion.from_wire(episode["completion"])})
             for episode in wire["episodes"]
         ]
-        return cls(**{**wire, "episodes": episodes})
+        sampling = SamplingParams.from_wire(wire["sampling"]) if "sampling" in wire else None
+        return cls(**{**wire, "episodes": episodes, "sampling": sampling})

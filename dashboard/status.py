@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from common.config import QUEUES
-from common.diagnosis import Cause, alarms, diagnose
+from common.control import effective
+from common.diagnosis import Cause, alarms, diagnose, paused
 from common.ledger import read_account
 from common.metrics import is_silent, last_metrics, read_heartbeats
 from common.queues import read_queues
@@ -35,7 +36,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "run": run.name,
         "status": status,
         "step": int(metrics.get("step", 0)),
-        "num_steps": run.config.trainer.num_steps,
+        "num_steps": effective(client, run).trainer.num_steps,
         "policy": {name: policy.get(name) for name in ("version", "step", "digest", "published_at")},
         "reward": metrics.get("reward/mean"),
         "policy_age": metrics.get("staleness/mean"),
@@ -62,6 +63,8 @@ def _desired_replicas(client: redis.Redis, run: Run) -> dict[str, int]:
 
 def _stall_cause(client: redis.Redis, run: Run, beats: dict[str, dict[str, Any]]) -> Cause | None:
     """Why no step is made; none where one is being made."""
+    if held := paused(client, run):
+        return held
     trainer = next((facts for facts in beats.values() if facts["role"] == "trainer"), None)
     if trainer is None:
         return Cause("no_trainer", "no trainer is running")

@@ -18,8 +18,10 @@ from rich.live import Live
 from common.config import QUEUES
 from common.errors import ConfigError, SluiceError
 from common.ledger import read_account
+from scripts.control import drain, pause, resume, set_
 from scripts.dashboard import dashboard, trace
 from scripts.metrics import metrics
+from scripts.runs import runs
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
@@ -249,15 +251,6 @@ def replay(run_folder: Path, step: int | None, as_json: bool) -> None:
 
 
 @cli.command()
-def runs() -> None:
-    """Runs on the Redis of SLUICE_REDIS_URL, else the run folders here."""
-    from scripts.doctor import list_runs
-
-    for line in list_runs():
-        click.echo(line)
-
-
-@cli.command()
 @click.argument("config", required=False, type=click.Path())
 def doctor(config: str | None) -> None:
     """Check this machine, Redis and (if given) a config; says what to do about each finding. Exit code 1 on a problem."""
@@ -269,7 +262,7 @@ def doctor(config: str | None) -> None:
     sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
 
 
-for _command in (dashboard, metrics, trace):
+for _command in (dashboard, drain, metrics, pause, resume, runs, set_, trace):
     cli.add_command(_command)
 
 

@@ -1,13 +1,11 @@
-"""`sluice doctor` and `sluice runs`: what is here, and what stands in the way."""
+"""`sluice doctor`: what is here, and what stands in the way."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from dataclasses import dataclass
-from datetime import datetime
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,8 +14,7 @@ from common import sentinel
 from common.config_file import load_config
 from common.connection import connect, persistence_warning, without_password
 from common.errors import SluiceError
-from common.keys import RUNS, Keys
-from scripts.redis_server import find_server, running_url
+from scripts.redis_server import find_server
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +101,3 @@ def _config(path: str) -> list[Finding]:
     except SluiceError as error:
         return [Finding("problem", str(error))]
     return [Finding("ok", f"{path}: config, model, datasets and reward functions load")]
-
-
-def list_runs() -> list[str]:
-    """One line per run, oldest first."""
-    if not os.environ.get("SLUICE_REDIS_URL"):
-        folders = sorted(Path("runs").glob("*/config.yaml"), key=lambda p: p.stat().st_mtime)
-        states = ["running" if running_url(path.parent / "redis") else "ended" for path in folders]
-        return [f"{path.parent.name}  {state}" for path, state in zip(folders, states, strict=True)] or ["no runs here"]
-    client = connect()
-    lines = []
-    for name, created in sorted(client.hgetall(RUNS).items(), key=lambda item: float(item[1])):
-        status = client.hget(Keys(name.decode())("run"), "status") or b"?"
-        lines.append(
-            f"{name.decode()}  {status.decode()}  created {datetime.fromtimestamp(float(created)):%Y-%m-%d %H:%M:%S}"
-        )
-    return lines or ["no runs on this Redis"]

@@ -26,6 +26,7 @@ from common.config import Config
 from common.config_file import load_config
 from common.config_trainer import PEFT_MISSING
 from common.connection import connect, give_up_after
+from common.control import default_who, lift_drain
 from common.errors import ConfigError
 from common.metrics import is_silent, read_heartbeats
 from common.run import Run, create_run, open_run, set_status
@@ -96,11 +97,13 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         client = connect(url, retry=Retry(ExponentialBackoff(), 1))  # the supervisor must not wait while Redis is away
         if assets is None:
             run = open_run(client, name)
+            lift_drain(client, run, who=default_who())
         else:
             run = create_run(client, name, config, assets=assets, folder=str(folder))
             write_config(run)
         code = _drive(client, run, url, server, interrupted, config_path)
-        if code == 0 and run.config.policy_store.path is None:  # finished: its policies need not stay in memory
+        is_finished = code == 0 and client.hget(run.keys("run"), "status") == b"finished"
+        if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
             from common.policy_store import store_folder
 
             shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
@@ -150,6 +153,8 @@ def _drive(
         set_status(client, run.keys, "stopped")
     summary = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
     progress.say(summary.text)
+    if client.hget(run.keys("run"), "status") == b"drained":
+        progress.say(f"drained; go on with: sluice run {config_path} --resume {run.name}")
     if was_interrupted:
         progress.say(f"stopped; go on with: sluice run {config_path} --resume {run.name}")
         return 130
@@ -219,7 +224,7 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
         give_up_after(client, READER_WAIT_S)
         yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client)), url
         return
-    folder = _existing_folder(name or os.environ.get("SLUICE_RUN"))
+    folder = existing_folder(name or os.environ.get("SLUICE_RUN"))
     with reading_server(folder / "redis") as url:
         client = connect(url)
         give_up_after(client, READER_WAIT_S)
@@ -236,7 +241,7 @@ def _newest_name(client: redis.Redis) -> str:
     return max(runs, key=lambda name: runs[name])
 
 
-def _existing_folder(name: str | None) -> Path:
+def existing_folder(name: str | None) -> Path:
     base = Path("runs")
     if name:
         if (base / name / "redis").is_dir():

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from common.config import QUEUES
+from common.control import effective
 from common.diagnosis import explain_stall
 from common.metrics import read_metrics
 from common.queues import queue_depths
@@ -105,7 +106,7 @@ class Progress:
                 )
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
-        step, total = int(metrics["step"]), self._run.config.trainer.num_steps
+        step, total = int(metrics["step"]), effective(self._client, self._run).trainer.num_steps
         if self._first_step is None:
             self._first_step, self._started_at = step, now
         text = (
@@ -113,7 +114,7 @@ class Progress:
             f"{metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s  in flight {metrics['admission/credits']:.0f}"
         )
         if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=step, total=total, description=text)
         elif now - self._line_at >= LINE_EVERY_S or step == total:
             self._line_at = now
             rate = (step - self._first_step) / max(now - self._started_at, 1e-9)

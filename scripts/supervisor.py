@@ -3,8 +3,9 @@
     redis (embedded, if no URL is given) --> workers, one process per replica --> trainer
     a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
     while Redis is away nothing is started, and who died of that dies once
-    exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, it ends
-    the run in good order; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged) at any
+    exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, or of a
+    drain, it ends the run in good order; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
+    ends it always
     Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed, but for a trainer that
     beats: it may be writing a checkpoint, and has TRAINER_STOP_S
 
@@ -93,7 +94,7 @@ class Supervisor:
             status = (
                 self._status()
             )  # while Redis is away no death is judged, and nothing is started that could not work
-            if child is self._trainer and code == 0 and status == "finished":
+            if child is self._trainer and code == 0 and status in ("finished", "drained"):
                 return False
             if child.process:
                 self._after_exit(child, code or 0)

@@ -49,7 +49,7 @@ def move(policy: TrainedPolicy, size: float, *, seed: int) -> None:
 
 def publish(store: PolicyStore, policy: TrainedPolicy, version: int) -> Manifest:
     canary = policy.score(random_sequences(policy.vocab_size))
-    scale = policy._config.lora.scale if policy._config.lora else None
+    scale = policy.config.lora.scale if policy.config.lora else None
     weights = policy.snapshot(torch.float32)
     return store.publish(version, weights, step=version, parent=version - 1, canary=canary, adapter_scale=scale)
 

@@ -223,7 +223,7 @@ def test_prompts_of_a_dataset_worker_that_died_after_admission_are_prepared_by_a
 def test_groups_of_a_killed_reference_worker_are_scored_by_another(make_fleet: Callable[..., Fleet]) -> None:
     fleet = make_fleet(trainer={"loss": {"kl_beta": 0.1}})
     patch = "from workers.reference import ReferenceModel\n"
-    patch += "ReferenceModel.forward = lambda self, sequences: os.kill(os.getpid(), 9)"
+    patch += "ReferenceModel.forward = lambda self, sequences, sampling: os.kill(os.getpid(), 9)"
     group_ids = fleet.admit(3, until="rollout")
     with fleet.odd("reference", patch=patch) as killed:
         assert killed.wait(30) == -signal.SIGKILL

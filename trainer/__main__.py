@@ -25,7 +25,7 @@ STOP_WITHOUT_REDIS_S = 30.0
 
 
 def main() -> int:
-    """Exit code 0: finished or stopped in good order; 2: the input is wrong; 3: diverged; anything else: start it again."""
+    """Exit code 0: finished, drained or stopped in order; 2: the input is wrong; 3: diverged; anything else: start it again."""
     rank, is_alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
     who = "" if is_alone else f" rank {rank}"
     line = f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"
@@ -75,7 +75,7 @@ def main() -> int:
         return 1
     finally:
         trainer.close()
-    set_status(client, run.keys, "stopped" if trainer.stopping else "finished")
+    set_status(client, run.keys, trainer.outcome)
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class StepRecord:
     groups: list[Group]
     "in the order they were trained in"
     metrics: dict[str, float]
+    settings: dict[str, str] = field(default_factory=dict)
+    "keys of the config that an operator had set to other values than the stored ones, as JSON"
 
 
 class Audit:
@@ -108,6 +110,7 @@ def _to_wire(record: StepRecord) -> dict[str, Any]:
         "parent_digest": record.parent_digest,
         "groups": [group.to_wire() for group in record.groups],
         "metrics": record.metrics,
+        "settings": record.settings,
     }
 
 

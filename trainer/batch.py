@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from common.logprobs import pad_sequences
 from common.packing import plan_batches
-from common.types import Episode, Group
+from common.types import Episode, Group, SamplingParams
 from trainer.masks import loss_tokens
 
 
@@ -40,6 +41,8 @@ class MicroBatch:
     "float32 [B]"
     loss_mask: Tensor
     "bool [B, T]"
+    sampling: SamplingParams | None = None
+    "what all its rows were sampled with; none = what the run was created with"
 
     @property
     def num_tokens(self) -> int:
@@ -53,8 +56,9 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,7 @@ class _Row:
     episode: Episode
     advantage: Tensor
     "scalar"
+    sampling: SamplingParams | None
 
     @property
     def length(self) -> int:
@@ -78,17 +83,29 @@ def build_micro_batches(
     mask_truncated: bool = False,
 ) -> list[MicroBatch]:
     """Every episode of the groups once, in as few micro-batches as hold max_tokens each; a longer sequence goes alone.
+    Rows of one micro-batch were sampled with the same parameters: a run may change them while it goes on.
 
     packed: whether the model runs without pads, which then count nothing; otherwise B * S counts. advantages: per group [G],
     in the order of its episodes. `trainer.masks.loss_tokens` says which tokens are in the loss.
     """
     rows = [
-        _Row(prompt_ids=group.prompt_ids, episode=episode, advantage=advantage)
+        _Row(
+            prompt_ids=group.prompt_ids,
+            episode=episode,
+            advantage=advantage,
+            sampling=group.sampling and group.sampling.distribution,
+        )
         for group, group_advantages in zip(groups, advantages, strict=True)
         for episode, advantage in zip(group.episodes, group_advantages, strict=True)
     ]
-    batches = plan_batches([row.length for row in rows], max_tokens=max_tokens, packed=packed)
-    return [_collate([rows[i] for i in batch], mask_truncated=mask_truncated) for batch in batches]
+    alike: dict[SamplingParams | None, list[_Row]] = {}
+    for row in rows:
+        alike.setdefault(row.sampling, []).append(row)
+    return [
+        _collate([same[i] for i in batch], mask_truncated=mask_truncated)
+        for same in alike.values()
+        for batch in plan_batches([row.length for row in same], max_tokens=max_tokens, packed=packed)
+    ]
 
 
 def padding_share(micro_batches: Iterable[MicroBatch], *, packed: bool) -> float:
@@ -129,6 +146,7 @@ def _collate(rows: list[_Row], *, mask_truncated: bool) -> MicroBatch:
         ref_logprobs=_pad(references, width=width) if references else None,
         advantages=torch.stack([row.advantage for row in rows]).float(),
         loss_mask=_pad(in_loss, width=width).bool(),
+        sampling=rows[0].sampling,
     )
 
 

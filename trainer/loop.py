@@ -4,8 +4,9 @@
            -> every few steps: checkpoint, then acknowledge
 
 What it waits for: a whole batch young enough to train on (woken by the script that files the last group; the cause is
-logged while it waits), and the publication before the one it starts. What ends it: the last step, SIGTERM (finish the
-step, checkpoint, exit 0), or an error (the supervisor starts it again from the newest checkpoint).
+logged while it waits), the publication before the one it starts, and an operator who has paused the run. What ends it: the
+last step, SIGTERM (finish the step, checkpoint, exit 0), a drain (whole batches of what is in flight, checkpoint, exit 0), or
+an error (the supervisor starts it again from the newest checkpoint).
 
 A batch is freed only after a durable checkpoint names its step. After a crash the manifests in Redis give the same
 groups for the same steps again, and training goes on under a new version whose parent is the checkpoint's. A version that
@@ -34,6 +35,7 @@ from common import evaluation
 from common.assets import ModelAssets
 from common.broker import make_app
 from common.canary import choose_sequences, mismatch_bound, random_sequences
+from common.config import Config
 from common.digest import weights_digest
 from common.errors import ConfigError, DiskFull, PolicyNotFound, StateLost
 from common.ledger import Ledger
@@ -52,10 +54,11 @@ from trainer.checkpoint import (
     random_state,
     save_checkpoint,
 )
+from trainer.orders import HELD_POLL_S, OrderReader
 from trainer.parallel import open_policy
 from trainer.publish import Publisher
 from trainer.ranks import Ranks
-from trainer.report import Reporter, batch_metrics, flow_metrics, token_age
+from trainer.report import Reporter, batch_metrics, flow_metrics, log_step, token_age
 from trainer.step import train_on
 from trainer.watch import Watch
 
@@ -74,11 +77,13 @@ class Trainer:
 
     def __init__(self, client: redis.Redis, run: Run, *, ranks: Ranks | None = None) -> None:
         """ranks: those that train together; this process is the first of them, by default the only one."""
-        self.client, self.run, self.config = client, run, run.config
+        self.client, self.run = client, run
+        self.orders = OrderReader(client, run)
+        self.orders.read()
         self.ranks = ranks or Ranks()
         self.folder = Path(run.folder)
         self.checkpoints = self.folder / "checkpoints"
-        self.stopping = False
+        self.stopping, self.is_drained = False, False
         self.incarnation = int(client.hincrby(run.keys("run"), "incarnation", 1))
         self.store = PolicyStore(client, run.keys, self.config.policy_store)
         self.ledger = Ledger(client, run.keys, self.config)
@@ -113,13 +118,21 @@ class Trainer:
         self.watch = Watch(run, client, process=process_name("trainer"), facts=facts)
         self.watch.report = lambda cause, waited_s: self.reporter.report_stall(self.step, cause, waited_s)
 
+    @property
+    def config(self) -> Config:
+        """The run's, with the settings in force at the last look."""
+        return self.orders.config
+
     def train(self) -> None:
-        """From wherever the run is to its last step, or to SIGTERM."""
+        """From wherever the run is to its last step, or to SIGTERM, or to the end of a drain."""
         end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
         self.policy = open_policy(self.config, end_token_ids=end_token_ids, ranks=self.ranks)
         self._resume_or_begin()
         started = time.monotonic() - self.wall_s
-        while self.step < self.config.trainer.num_steps and not self.stopping:
+        while not self.stopping:
+            self.orders.read()
+            if self.step >= self.config.trainer.num_steps:
+                break
             began = time.monotonic()
             groups = self._next_batch()
             if groups is None:
@@ -133,7 +146,7 @@ class Trainer:
             metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
             metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations()
             self.reporter.report(self.step, self.version, metrics)
-            self._log(metrics)
+            log_step(self.step, self.config.trainer.num_steps, metrics, canary_bound=self._canary_bound)
             if self.step % self.config.checkpoint.every_steps == 0 or self._may_become_best():
                 self.checkpoint()
         self._finish()
@@ -152,7 +165,10 @@ class Trainer:
         parent_digest = self._publish(parent=self.version)
         metrics["time/publish_pause"] = time.monotonic() - began
         metrics |= self.publisher.metrics()
-        record = StepRecord(step=self.step, parent_digest=parent_digest, groups=groups, metrics=learnt)
+        settings = self.orders.orders.settings
+        record = StepRecord(
+            step=self.step, parent_digest=parent_digest, groups=groups, metrics=learnt, settings=settings
+        )
         self.audit.record(record, saved_step=self.saved_step)
         self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages])
         return metrics
@@ -167,10 +183,15 @@ class Trainer:
             return policy_ages(self.client, self.run.keys, versions, current=self.version)
 
     def _next_batch(self) -> list[Group] | None:
-        """The groups of the next step, in the order of their cursors; None when told to stop while waiting."""
+        """The groups of the next step, in the order of their cursors; None when told to stop while waiting, or drained."""
         self.watch.waits()
         while not self.stopping:
             self.publisher.mend()
+            if self.orders.orders.paused:
+                time.sleep(HELD_POLL_S)
+                self.orders.read()
+                continue
+            self.buffer.max_policy_age = self.config.replay_buffer.max_policy_age
             try:
                 sample = self.buffer.sample(self.version, step=self.step + 1, published=self.publisher.published)
             except StateLost as lost:
@@ -180,8 +201,16 @@ class Trainer:
                 self.available = sample.available - len(sample.groups)
                 self.watch.moves()
                 return sorted(sample.groups, key=lambda group: int(group.group_id[1:]))
+            if self.orders.orders.draining and self._nothing_is_left(sample.available):
+                self.is_drained = True
+                return None
             self.buffer.wait(1.0)
+            self.orders.read()
         return None
+
+    def _nothing_is_left(self, available: int) -> bool:
+        """Whether no whole batch can come any more: what is not trained is ready, and fewer groups than a batch."""
+        return available == self.buffer.num_untrained() < self.config.groups_per_step
 
     def _publish(self, *, parent: int) -> str:
         """Begin to publish the present weights under the next version; returns the digest of the version before it."""
@@ -351,28 +380,15 @@ class Trainer:
         if self.evaluating and not self.stopping:
             log.error("evaluations %s did not finish within %.0f s", sorted(self.evaluating), EVALUATION_WAIT_S)
         self._settle_best()  # results that came in while no trainer lived
-        log.info("%s at step %d", "stopped" if self.stopping else "finished", self.step)
+        log.info("%s at step %d", self.outcome, self.step)
+
+    @property
+    def outcome(self) -> str:
+        """Status of a run whose trainer has ended in good order."""
+        return "stopped" if self.stopping else "drained" if self.is_drained else "finished"
 
     def close(self) -> None:
         """In order: publisher, sinks, heartbeat."""
         self.publisher.close()
         self.watch.close()
         self.reporter.close()
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        log.info(
-            "step %d/%d reward %.3f loss %.4f grad_norm %.2f age %.2f waited %.2f s",
-            self.step,
-            self.config.trainer.num_steps,
-            metrics["reward/mean"],
-            metrics["loss/policy"],
-            metrics["grad_norm"],
-            metrics["staleness/mean"],
-            metrics["time/wait_for_batch"],
-        )
-        if metrics.get("off_policy/canary_abs_diff", 0.0) > self._canary_bound:
-            log.error(
-                "a sampler's logprobs are %.3g nats from the trainer's on the canary (bound %g): see `sluice status`",
-                metrics["off_policy/canary_abs_diff"],
-                self._canary_bound,
-            )

@@ -31,6 +31,7 @@ from torch import Tensor
 from common.canary import CanarySequence
 from common.config import Config
 from common.config_file import parse_config
+from common.config_trainer import TrainerConfig
 from common.errors import DiskFull, Diverged
 from common.model import load_pretrained
 from common.types import Group
@@ -78,6 +79,12 @@ class ParallelPolicy:
         own, *others = deal(groups, advantages, num_ranks=self.num_ranks)
         with self._call("optimize", [{"share": _to_wire(share), "options": options} for share in others]):
             return _optimize(self._policy, own, self._ranks, **options)
+
+    def configure(self, config: TrainerConfig) -> None:
+        """TrainedPolicy's. Nobody is told where nothing changes."""
+        if config != self._policy.config:  # the config of SFT never comes here
+            with self._call("configure", {"trainer": config.model_dump(mode="json")}):
+                self._policy.configure(config)
 
     def score(self, sequences: Sequences) -> list[CanarySequence]:
         with self._call("score", {"sequences": sequences}):
@@ -155,6 +162,8 @@ def _make(call: dict[str, Any], policy: TrainedPolicy, ranks: Ranks) -> None:
                 _optimize(policy, _from_wire(call["share"]), ranks, **call["options"])
             except Diverged:  # rank 0 has raised the same, says so, and ends the run
                 log.warning("step %d: training has diverged", call["options"]["step"])
+        case "configure":
+            policy.configure(TrainerConfig.model_validate(call["trainer"]))
         case "score":
             policy.score([(prompt, tokens) for prompt, tokens in call["sequences"]])
         case "snapshot":

@@ -27,7 +27,7 @@ from common.canary import CanarySequence
 from common.config import Config
 from common.config_trainer import LossConfig, TrainerConfig
 from common.errors import DigestMismatch, DiskFull, Diverged
-from common.logprobs import UNTRUNCATED, completion_logprobs, pad_sequences
+from common.logprobs import UNTRUNCATED, pad_sequences
 from common.model import named_weights
 from common.packing import enable_packing
 from common.truncation import Truncation
@@ -36,6 +36,7 @@ from trainer.checkpoint import SavedTensors, write_tensors
 from trainer.lora import Adapter
 from trainer.loss import combine_metrics, policy_loss
 from trainer.ranks import Ranks
+from trainer.scorer import Scorer, autocast
 from trainer.sharding import distributed, gathered, is_sharded, own_part, own_rows, release, without_reduction
 
 log = logging.getLogger("sluice.trainer")
@@ -68,28 +69,11 @@ def policy_objective(config: LossConfig) -> Objective:
     return objective
 
 
-class Scorer(torch.nn.Module):
-    """A model's logprobs and their entropy as one module: what wrappers for many GPUs wrap, because all runs inside it."""
-
-    def __init__(self, model: Any, *, temperature: float, truncation: Truncation, autocast: str) -> None:
-        super().__init__()
-        self.model = model
-        self._sampled_with = {"temperature": temperature, "truncation": truncation}
-        self._autocast = autocast
-
-    def forward(
-        self, input_ids: Tensor, prompt_lengths: Tensor, completion_lengths: Tensor, *, for_loss: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logprobs [B, T] and, for a loss, entropy [B, T]; otherwise at temperature 1 of the whole softmax, and no entropy."""
-        with autocast(input_ids.device, self._autocast):
-            options: dict[str, Any] = {**self._sampled_with, "with_entropy": True} if for_loss else {}
-            return completion_logprobs(self.model, input_ids, prompt_lengths, completion_lengths, **options)
-
-
 class TrainedPolicy:
     """Model, optimizer and schedule, moved on by `optimize`.
 
-    temperature, truncation: what the completions are sampled with; the trainer's logprobs are those of that distribution.
+    temperature, truncation: what the completions are sampled with, where a micro-batch does not say it itself; the trainer's
+    logprobs are those of that distribution. end_token_ids: what ends a completion.
     ranks: those that train it together, of which this process is one; by default the only one.
     """
 
@@ -101,9 +85,10 @@ class TrainedPolicy:
         objective: Objective,
         temperature: float = 1.0,
         truncation: Truncation = UNTRUNCATED,
+        end_token_ids: Sequence[int] = (),
         ranks: Ranks | None = None,
     ) -> None:
-        self._config = config
+        self.config = config
         self._objective = objective
         self._num_skipped = 0
         self._ranks = ranks or Ranks()
@@ -116,7 +101,13 @@ class TrainedPolicy:
         if config.gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
             (enable or self.model.gradient_checkpointing_enable)()
-        self._scorer = Scorer(self.model, temperature=temperature, truncation=truncation, autocast=config.autocast)
+        self._scorer = Scorer(
+            self.model,
+            temperature=temperature,
+            truncation=truncation,
+            autocast=config.autocast,
+            end_token_ids=end_token_ids,
+        )
         self._trained = distributed(
             self._scorer,
             self._ranks,
@@ -143,8 +134,13 @@ class TrainedPolicy:
             objective=policy_objective(config.trainer.loss),
             temperature=config.sampling.temperature,
             truncation=Truncation.of(config.sampling, end_token_ids=end_token_ids),
+            end_token_ids=end_token_ids,
             ranks=ranks,
         )
+
+    def configure(self, config: TrainerConfig) -> None:
+        """From the next `optimize` on: learning rate, schedule, clipping and policy loss of this config, a run's."""
+        self.config, self._objective = config, policy_objective(config.loss)
 
     def optimize(self, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float]:
         """`num_iterations` optimizer steps on one batch (`step` counts batches from 1); the metrics of the last of them.
@@ -153,18 +149,18 @@ class TrainedPolicy:
         ranks. From the second iteration on, `decoupled` losses take the logprobs of the first as those of the proximal policy.
         """
         batches = [batch.to(self.device) for batch in micro_batches]
-        normaliser = sum(self._ranks.gather(step_normaliser(batches, aggregation=self._config.loss.aggregation)))
-        learning_rate = self._config.learning_rate * schedule_factor(self._config, step)
+        normaliser = sum(self._ranks.gather(step_normaliser(batches, aggregation=self.config.loss.aggregation)))
+        learning_rate = self.config.learning_rate * schedule_factor(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         prox: list[Tensor | None] = [None] * len(batches)
         optimizer_s = 0.0
-        for iteration in range(self._config.num_iterations):
+        for iteration in range(self.config.num_iterations):
             scored = []
             for i, (batch, before) in enumerate(zip(batches, prox, strict=True), start=1):
                 with nullcontext() if i == len(batches) else without_reduction(self._trained):
                     scored.append(self._accumulate(batch, before, normaliser))
-            if iteration == 0 and self._config.num_iterations > 1:
+            if iteration == 0 and self.config.num_iterations > 1:
                 prox = [logprobs for logprobs, _ in scored]
             began = time.monotonic()
             grad_norm = self._clipped()
@@ -186,7 +182,7 @@ class TrainedPolicy:
 
     def _clipped(self) -> float:
         """Scale the gradients to at most max_grad_norm; their norm before, over all ranks."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         return float(gathered(norm, norm.dtype))
 
     def _skip(self, step: int) -> None:
@@ -201,7 +197,9 @@ class TrainedPolicy:
 
     def _accumulate(self, batch: MicroBatch, prox: Tensor | None, normaliser: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds a micro-batch's gradient; its logprobs [B, T] before the step, and its metrics."""
-        logprobs, entropy = self._trained(batch.input_ids, batch.prompt_lengths, batch.completion_lengths)
+        logprobs, entropy = self._trained(
+            batch.input_ids, batch.prompt_lengths, batch.completion_lengths, sampling=batch.sampling
+        )
         loss, metrics = self._objective(logprobs, batch, prox, normaliser)
         loss.backward()
         assert entropy is not None
@@ -347,11 +345,6 @@ class TrainedPolicy:
             for parameter, state in self.optimizer.state.items()
             for key, value in state.items()
         }
-
-
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Compute in `trainer.autocast`."""
-    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def _without_dropout(model: Any) -> Any:

@@ -18,6 +18,7 @@ import torch
 from common.assets import read_assets
 from common.config import Config
 from common.config_file import read_run_config
+from common.control import with_settings
 from common.digest import weights_digest
 from common.errors import ConfigError
 from trainer.audit import audit_folder, read_record, recorded_steps
@@ -89,6 +90,7 @@ def _stretches(records: Path, checkpoints: Path, step: int | None) -> list[tuple
 
 def _replay_step(policy: ParallelPolicy, config: Config, run_folder: Path, *, step: int) -> ReplayedStep:
     record = read_record(audit_folder(run_folder), step)
+    config = with_settings(config, record.settings)
     dtype = getattr(torch, config.rollout.dtype)
     began_with = {
         weights_digest(policy.snapshot(dtype, whole=whole)) for whole in {False, step == 1}

@@ -97,6 +97,20 @@ class Reporter:
             self._board.close()
 
 
+def log_step(step: int, num_steps: int, metrics: Mapping[str, float], *, canary_bound: float) -> None:
+    """One line for the log; an error where a sampler scores the canary otherwise than the trainer."""
+    shown = [
+        metrics[name] for name in ("reward/mean", "loss/policy", "grad_norm", "staleness/mean", "time/wait_for_batch")
+    ]
+    log.info("step %d/%d reward %.3f loss %.4f grad_norm %.2f age %.2f waited %.2f s", step, num_steps, *shown)
+    if metrics.get("off_policy/canary_abs_diff", 0.0) > canary_bound:
+        log.error(
+            "a sampler's logprobs are %.3g nats from the trainer's on the canary (bound %g): see `sluice status`",
+            metrics["off_policy/canary_abs_diff"],
+            canary_bound,
+        )
+
+
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """One line of JSON, whole or not at all: a full disk costs lines of this file, never the run."""
     size = path.stat().st_size if path.exists() else 0

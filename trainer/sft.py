@@ -31,8 +31,9 @@ from trainer.batch import MicroBatch
 from trainer.checkpoint import TrainerState, go_on_from, newest_checkpoint, random_state, save_checkpoint
 from trainer.examples import Example, ExampleSource, micro_batches_of
 from trainer.export import export_checkpoint
-from trainer.policy import TrainedPolicy, autocast
+from trainer.policy import TrainedPolicy
 from trainer.report import append_line
+from trainer.scorer import autocast
 
 log = logging.getLogger("sluice.sft")
 

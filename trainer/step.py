@@ -21,6 +21,7 @@ def train_on(
     `step` counts from 1. The order of the groups is part of the input: sums of floats depend on it in the last bits.
     """
     trainer = config.trainer
+    policy.configure(trainer)
     rewards = [rewards_of(group, config) for group in groups]
     advantages = batch_advantages(rewards, method=trainer.advantage)
     began = time.monotonic()

@@ -22,6 +22,7 @@ from celery import Celery, signals
 from common.assets import ModelAssets
 from common.broker import send_part
 from common.config import EvalDataset
+from common.control import effective
 from common.errors import ConfigError
 from common.evaluation import evaluation_id
 from common.ledger import stored_parts
@@ -82,8 +83,9 @@ class DatasetRole:
         self.context.close()
 
     def fill(self) -> None:
-        """Admit until there is no credit left."""
+        """Admit until there is no credit left, by the settings in force."""
         with self._lock:
+            self._refresh()
             while not self._stop.is_set():
                 if full := self._full_memory():
                     self._stopped_by = full
@@ -93,6 +95,9 @@ class DatasetRole:
                 if not admission.cursors:
                     return
                 self._prepare(admission.cursors)
+
+    def _refresh(self) -> None:
+        self._config = self.context.ledger.config = effective(self.context.client, self.context.run)
 
     def _full_memory(self) -> str:
         """Why nothing is admitted while Redis is nearly full: what is in flight needs the rest to finish."""
@@ -108,6 +113,7 @@ class DatasetRole:
         cursor = claim and claim.fields["cursor"]
         if cursor:
             with self._lock:
+                self._refresh()
                 self._prepare([int(cursor)])
 
     def _prepare(self, cursors: list[int]) -> None:

@@ -19,17 +19,19 @@ from numpy.typing import NDArray
 
 from common.assets import ModelAssets
 from common.ledger import Claim
-from common.logprobs import UNTRUNCATED, score_sequences
+from common.logprobs import score_sequences
 from common.model import build_model, device_name, load_weights
 from common.packing import enable_packing
 from common.policy_store import PolicyStore
 from common.serialization import decode, encode
 from common.truncation import Truncation
+from common.types import SamplingParams
 from workers.context import Context, CooperativePool, Result
 
 log = logging.getLogger("sluice.reference")
 
 Sequence = tuple[NDArray[np.int32], NDArray[np.int32]]
+_Waiting = tuple[SamplingParams, list[Sequence], Future[list[NDArray[np.float32]]]]
 
 
 def prepare(app: Celery, role: str) -> tuple[Any, int]:
@@ -58,9 +60,12 @@ class ReferenceRole:
         self.context.perform(group_id, "reference", self._score, fields=("task", "rollout"))
 
     def _score(self, claim: Claim) -> Result:
-        prompt_ids = decode(claim.fields["task"] or b"")["prompt_ids"]
+        task = decode(claim.fields["task"] or b"")
+        prompt_ids, sampling = task["prompt_ids"], SamplingParams.from_wire(task["sampling"])
         completions = [c["token_ids"] for c in decode(claim.fields["rollout"] or b"")["completions"]]
-        logprobs = self._reference_model().forward([(prompt_ids, token_ids) for token_ids in completions])
+        logprobs = self._reference_model().forward(
+            [(prompt_ids, token_ids) for token_ids in completions], sampling=sampling.distribution
+        )
         return Result(payload=encode(logprobs))
 
     def _reference_model(self) -> ReferenceModel:
@@ -77,33 +82,29 @@ class ReferenceRole:
                     log.warning("batches are padded: %s", reason)
                 self._model = ReferenceModel(
                     model,
-                    temperature=config.sampling.temperature,
-                    truncation=Truncation.of(config.sampling, end_token_ids=assets.eos_token_ids),
+                    end_token_ids=assets.eos_token_ids,
                     max_batch_tokens=config.reference.max_batch_tokens,
                 )
             return self._model
 
 
 class ReferenceModel:
-    """`forward(sequences)` from many threads, computed in common batches."""
+    """`forward(sequences)` from many threads, computed in common batches of what was sampled alike."""
 
-    def __init__(
-        self, model: torch.nn.Module, *, temperature: float, max_batch_tokens: int, truncation: Truncation = UNTRUNCATED
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, *, max_batch_tokens: int, end_token_ids: tuple[int, ...] = ()) -> None:
         self._model = model
-        self._temperature = temperature
-        self._truncation = truncation
+        self._end_token_ids = end_token_ids
         self._max_batch_tokens = max_batch_tokens
-        self._waiting: list[tuple[list[Sequence], Future[list[NDArray[np.float32]]]]] = []
+        self._waiting: list[_Waiting] = []
         self.busy_s = 0.0
         self._queue_lock = threading.Lock()
         self._model_lock = threading.Lock()
 
-    def forward(self, sequences: list[Sequence]) -> list[NDArray[np.float32]]:
-        """ref_logprobs, float32 [T] each, of (prompt_ids [P], token_ids [T])."""
+    def forward(self, sequences: list[Sequence], *, sampling: SamplingParams) -> list[NDArray[np.float32]]:
+        """ref_logprobs, float32 [T] each, of (prompt_ids [P], token_ids [T]) that were sampled so."""
         future: Future[list[NDArray[np.float32]]] = Future()
         with self._queue_lock:
-            self._waiting.append((sequences, future))
+            self._waiting.append((sampling, sequences, future))
         with self._model_lock:
             if not future.done():
                 self._compute_waiting()
@@ -112,24 +113,28 @@ class ReferenceModel:
     def _compute_waiting(self) -> None:
         with self._queue_lock:
             waiting, self._waiting = self._waiting, []
+        for sampling in dict.fromkeys(sampling for sampling, _, _ in waiting):
+            self._compute_alike([one for one in waiting if one[0] == sampling], sampling)
+
+    def _compute_alike(self, waiting: list[_Waiting], sampling: SamplingParams) -> None:
         started = time.monotonic()
         try:
-            results = iter(self._compute([s for sequences, _ in waiting for s in sequences]))
+            results = iter(self._compute([s for _, sequences, _ in waiting for s in sequences], sampling))
         except Exception as error:
-            for _, future in waiting:
+            for _, _, future in waiting:
                 future.set_exception(error)
             return
         self.busy_s += time.monotonic() - started
-        for sequences, future in waiting:
+        for _, sequences, future in waiting:
             future.set_result([next(results) for _ in sequences])
 
     @torch.no_grad()
-    def _compute(self, sequences: list[Sequence]) -> list[NDArray[np.float32]]:
+    def _compute(self, sequences: list[Sequence], sampling: SamplingParams) -> list[NDArray[np.float32]]:
         """All logprobs, in the order asked."""
         return score_sequences(
             self._model,
             sequences,
-            temperature=self._temperature,
-            truncation=self._truncation,
+            temperature=sampling.temperature,
+            truncation=Truncation.of(sampling, end_token_ids=self._end_token_ids),
             max_batch_tokens=self._max_batch_tokens,
         )

@@ -1,11 +1,14 @@
 -- Admission: hand out dataset cursors while there is credit. The caller holds the claim on each group's `task` part.
 -- ARGV: most groups, max_in_flight, max_bytes, trainer steps of the run, groups per step, lease_ms, holder
--- Returns {reason it stopped, policy version, cursor, cursor, ...}
+-- Returns {reason it stopped, policy version, cursor, cursor, ...}; nothing is admitted while the run is paused or drained
 local most, bound, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local num_steps, groups_per_step, lease_ms, holder = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 local version = redis.call('HGET', key('policy'), 'version')
 
 if not version then return { 'no_policy', -1 } end
+for _, order in ipairs({ 'paused', 'draining' }) do
+  if redis.call('HEXISTS', key('run'), order) == 1 then return { order, tonumber(version) } end
+end
 if tonumber(redis.call('GET', key('bytes')) or '0') >= max_bytes then return { 'max_bytes', tonumber(version) } end
 
 local reason = 'most'

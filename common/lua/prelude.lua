@@ -1,7 +1,10 @@
 -- Put in front of every script: the keys, and the few operations that all transitions share.
 -- KEYS[1] is the run's root, `sluice:{run}:`; the braces keep all keys of a run in one cluster slot.
 --
---   run                hash     config, assets, status, created_at, incarnation; mark of the batch dealt out last
+--   run                hash     config, assets, status, created_at, incarnation; mark of the batch dealt out last;
+--                               paused, draining: JSON {who, at} while an operator holds or ends the run
+--   settings           hash     key of the config -> JSON, where an operator has set another value than the stored one
+--   controls           stream   capped; what operators did: at, who, step, key, old, new
 --   cursor             string   next dataset cursor
 --   ahead              set      groups beyond the cursor that are settled already (Redis lost their admission, see acknowledge)
 --   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent, reconciled,

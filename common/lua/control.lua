@@ -1,0 +1,29 @@
+-- An order to a run from outside: what it holds at, and settings other than those it was created with. All or nothing.
+-- ARGV: who, number of settings that the caller has judged by (-1 = any will do), these as key, value, ...; then per change:
+--       hash (run | settings), field, value ('' = remove), and for the trail: key, old, new
+-- Returns {'done', changes made} (what holds already is no change) | {'moved'} (settings are others now: judge again)
+--       | {'refused', status} (the run has ended for good, or is gone)
+local who, num_seen = ARGV[1], tonumber(ARGV[2])
+local status = redis.call('HGET', key('run'), 'status') or ''
+if status == '' or status == 'finished' or status == 'deleting' then return { 'refused', status } end
+
+local first = 3 + 2 * math.max(num_seen, 0)
+if num_seen >= 0 and redis.call('HLEN', key('settings')) ~= num_seen then return { 'moved' } end
+for i = 3, first - 1, 2 do
+  if redis.call('HGET', key('settings'), ARGV[i]) ~= ARGV[i + 1] then return { 'moved' } end
+end
+
+local step, changed = redis.call('HGET', key('policy'), 'step') or '0', 0
+for i = first, #ARGV, 6 do
+  local place, field, value = key(ARGV[i]), ARGV[i + 1], ARGV[i + 2]
+  local held = redis.call('HGET', place, field) or ''
+  -- whoever paused a run first is who it was paused by
+  local is_same = held == value or (ARGV[i] == 'run' and held ~= '' and value ~= '')
+  if not is_same then
+    if value == '' then redis.call('HDEL', place, field) else redis.call('HSET', place, field, value) end
+    redis.call('XADD', key('controls'), 'MAXLEN', '~', '1000', '*', 'at', now_s(), 'who', who, 'step', step,
+      'key', ARGV[i + 3], 'old', ARGV[i + 4], 'new', ARGV[i + 5])
+    changed = changed + 1
+  end
+end
+return { 'done', changed }

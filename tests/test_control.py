@@ -1,0 +1,254 @@
+"""Orders to a run: what is refused, what is recorded, what two operators at once leave, and what the ledger does then."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import redis
+from builders import admit_one, make_config, make_ledger, publish_policy, push_group
+
+from common import control
+from common.connection import connect
+from common.diagnosis import diagnose
+from common.errors import ConfigError
+from common.keys import RUNS, Keys
+from common.ledger import Ledger
+from common.replay_buffer import ReplayBuffer
+from common.run import Run, create_run, open_run, set_status
+
+
+@pytest.fixture
+def client(server_flavours: str) -> Iterator[redis.Redis]:
+    connection = connect(server_flavours)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def run(client: redis.Redis, keys: Keys) -> Iterator[Run]:
+    config = make_config(replay_buffer={"batch_size": 2, "max_policy_age": 1}, trainer={"seq_len": 16, "num_steps": 50})
+    yield create_run(client, keys.run, config, assets={}, folder="runs/x")
+    client.hdel(RUNS, keys.run)
+
+
+def trail(client: redis.Redis, run: Run) -> list[tuple[str, str, str, str]]:
+    entries = control.read_orders(client, run.keys).trail
+    return [(fields["who"], fields["key"], fields["old"], fields["new"]) for _, fields in entries]
+
+
+def test_a_setting_is_in_the_effective_config_and_the_stored_one_stays(client: redis.Redis, run: Run) -> None:
+    stored = client.hget(run.keys("run"), "config")
+    publish_policy(client, run.keys, 0)
+    publish_policy(client, run.keys, 1)
+    publish_policy(client, run.keys, 2)
+    control.change(client, run, ["max_policy_age=3", "trainer.learning_rate=2e-6"], who="alice")
+    config = control.effective(client, run)
+    assert config.replay_buffer.max_policy_age == 3
+    assert config.trainer.learning_rate == 2e-6
+    assert config.max_in_flight == 8
+    assert client.hget(run.keys("run"), "config") == stored
+    assert trail(client, run) == [
+        ("alice", "replay_buffer.max_policy_age", "1", "3"),
+        ("alice", "trainer.learning_rate", "1e-05", "2e-06"),
+    ]
+    (_, entry), _ = control.read_orders(client, run.keys).trail
+    assert entry["step"] == "2"
+    assert abs(float(entry["at"]) - client.time()[0]) < 60
+
+
+def test_the_same_order_twice_is_one_change_and_the_stored_value_is_no_override(client: redis.Redis, run: Run) -> None:
+    for _ in range(2):
+        control.change(client, run, ["sampling.temperature=0.7"], who="a")
+    assert len(trail(client, run)) == 1
+    control.change(client, run, ["sampling.temperature=1.0"], who="b")
+    assert control.read_orders(client, run.keys).settings == {}
+    assert trail(client, run)[-1] == ("b", "sampling.temperature", "0.7", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("max_policy_age=-1", "replay_buffer.max_policy_age = -1: Input should be greater than or equal to 0"),
+        ("sampling.temperature=11", "sampling.temperature = 11: Input should be less than or equal to 10"),
+        ("sampling.temperature=0", "nothing would be learnt"),
+        (
+            "sampling.group_size=4",
+            "sampling.group_size cannot be changed while a run goes on; these can: replay_buffer.max",
+        ),
+        ("trainer.lerning_rate=1", "cannot be changed"),
+        ("trainer.loss.kl_beta=0.1", "whether references are computed"),
+        ("trainer.num_steps=3", "step 3 is trained already"),
+        ("trainer.learning_rate=", "is not of the form key=value"),
+        ("trainer.learning_rate=fast", "trainer.learning_rate = 'fast'"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_and_nothing_is_changed(
+    client: redis.Redis, run: Run, assignment: str, message: str
+) -> None:
+    for version in range(4):
+        publish_policy(client, run.keys, version)
+    with pytest.raises(ConfigError) as error:
+        control.change(client, run, ["sampling.top_p=0.9", assignment], who="a")
+    assert message in str(error.value)
+    assert control.read_orders(client, run.keys) == control.Orders()
+
+
+def test_vllm_gets_no_temperature_that_it_refuses(client: redis.Redis, keys: Keys) -> None:
+    run = create_run(client, keys.run, make_config(rollout={"engine": "vllm"}), assets={}, folder="runs/x")
+    with pytest.raises(ConfigError, match=r"vLLM samples at 0\.01 to 2\.0"):
+        control.change(client, run, ["sampling.temperature=3"], who="a")
+
+
+@pytest.mark.parametrize("order", [control.pause, control.drain, control.resume])
+def test_a_run_that_has_ended_takes_no_orders(client: redis.Redis, run: Run, order) -> None:
+    set_status(client, run.keys, "finished")
+    with pytest.raises(ConfigError, match="is finished: there is nothing to change"):
+        order(client, run, who="a")
+    with pytest.raises(ConfigError, match="is finished"):
+        control.change(client, run, ["sampling.top_p=0.9"], who="a")
+    client.delete(run.keys("run"))
+    with pytest.raises(ConfigError, match="is gone"):
+        order(client, run, who="a")
+
+
+def test_operators_at_once_lose_no_change_and_break_no_rule(
+    server_flavours: str, client: redis.Redis, run: Run
+) -> None:
+    """What a change calls old is what the change before it calls new, and the last one holds."""
+    refused = []
+
+    def set_many(number: int) -> None:
+        own = connect(server_flavours)
+        for value in range(1, 6):
+            try:
+                control.change(
+                    own,
+                    run,
+                    [f"sampling.top_k={number * 10 + value}", f"trainer.max_grad_norm={value}"],
+                    who=str(number),
+                )
+            except ConfigError as error:
+                refused.append(error)
+        own.close()
+
+    threads = [threading.Thread(target=set_many, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not refused
+    changes = [(key, old, new) for _, key, old, new in trail(client, run)]
+    for name in ("sampling.top_k", "trainer.max_grad_norm"):
+        values = [(old, new) for key, old, new in changes if key == name]
+        assert all(before[1] == after[0] for before, after in pairwise(values)), values
+        assert str(control.at(control.effective(client, run), name)) in {values[-1][1], values[-1][1] + ".0"}
+
+
+def test_a_change_is_judged_again_when_another_came_first(client: redis.Redis, run: Run, monkeypatch) -> None:
+    checked = control._checked
+
+    def slow(*arguments):
+        if not control.read_orders(client, run.keys).settings:
+            monkeypatch.setattr(control, "_checked", checked)
+            control.change(client, run, ["sampling.top_p=0.5"], who="faster")
+        return checked(*arguments)
+
+    monkeypatch.setattr(control, "_checked", slow)
+    control.change(client, run, ["sampling.top_k=7"], who="slower")
+    config = control.effective(client, run)
+    assert (config.sampling.top_p, config.sampling.top_k) == (0.5, 7)
+
+
+def test_a_paused_run_admits_nothing_and_says_who_paused_it(client: redis.Redis, run: Run) -> None:
+    ledger = Ledger(client, run.keys, run.config, worker="w")
+    publish_policy(client, run.keys, 0)
+    admit_one(ledger)
+    assert control.pause(client, run, who="alice")
+    assert not control.pause(client, run, who="bob")
+    admission = ledger.admit(10)
+    assert (admission.stopped_by, admission.cursors) == ("paused", [])
+    cause = diagnose(client, run)
+    assert cause.kind == "paused"
+    assert cause.text.startswith("paused by alice since 20")
+    assert control.resume(client, run, who="bob")
+    assert not control.resume(client, run, who="bob")
+    assert diagnose(client, run).kind != "paused"
+    admit_one(ledger)
+    assert trail(client, run) == [("alice", "paused", "false", "true"), ("bob", "paused", "true", "false")]
+
+
+def test_a_drain_lifts_a_pause_and_a_resumption_lifts_both(client: redis.Redis, run: Run) -> None:
+    ledger = Ledger(client, run.keys, run.config, worker="w")
+    publish_policy(client, run.keys, 0)
+    control.pause(client, run, who="a")
+    control.drain(client, run, who="b")
+    orders = control.read_orders(client, run.keys)
+    assert orders.paused is None
+    assert orders.draining is not None and orders.draining["who"] == "b"
+    assert ledger.admit(1).stopped_by == "draining"
+    control.pause(client, run, who="a")
+    control.resume(client, run, who="a")
+    assert control.read_orders(client, run.keys).draining is None
+    admit_one(ledger)
+
+
+def test_a_higher_bound_admits_more_and_a_lower_one_drops_what_is_too_old(client: redis.Redis, run: Run) -> None:
+    ledger = Ledger(client, run.keys, run.config, worker="w")
+    buffer = ReplayBuffer(ledger, groups_per_step=2, max_policy_age=1)
+    publish_policy(client, run.keys, 0)
+    assert len(ledger.admit(100).cursors) == 4
+    ledger.config = control.change(client, run, ["max_policy_age=2"], who="a")
+    assert len(ledger.admit(100).cursors) == 2
+    for cursor in range(6):
+        push_group(ledger, group_id=f"t{cursor}")
+    publish_policy(client, run.keys, 1)
+    assert buffer.sample(1, step=1).groups is not None
+    publish_policy(client, run.keys, 2)
+    buffer.max_policy_age = control.change(client, run, ["max_policy_age=1"], who="a").replay_buffer.max_policy_age
+    sample = buffer.sample(2, step=2)
+    assert (sample.groups, sample.evicted) == (None, 4)
+    assert ledger.account().holds
+
+
+def test_what_no_batch_holds_is_untrained(client: redis.Redis, keys: Keys) -> None:
+    ledger = make_ledger(client, keys, replay_buffer={"batch_size": 2, "max_policy_age": 3})
+    buffer = ReplayBuffer(ledger, groups_per_step=2, max_policy_age=3)
+    publish_policy(client, keys, 0)
+    for _ in range(5):
+        push_group(ledger)
+    admit_one(ledger)
+    assert buffer.num_untrained() == 6
+    buffer.sample(0, step=1)
+    assert buffer.num_untrained() == 4
+    buffer.acknowledge(1)
+    assert buffer.num_untrained() == 4
+
+
+def test_two_creators_of_one_name_make_one_run(server_flavours: str, keys: Keys) -> None:
+    configs = [make_config(seed=seed) for seed in range(8)]
+    made, refused = [], []
+    barrier = threading.Barrier(len(configs))
+
+    def create(seed: int) -> None:
+        own = connect(server_flavours)
+        barrier.wait(10)
+        try:
+            made.append(create_run(own, keys.run, configs[seed], assets={}, folder=f"runs/{seed}"))
+        except ConfigError as error:
+            refused.append(str(error))
+        own.close()
+
+    threads = [threading.Thread(target=create, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert (len(made), len(refused)) == (1, 7)
+    assert all("is in use" in message for message in refused)
+    own = connect(server_flavours)
+    assert open_run(own, keys.run).config == made[0].config
+    own.hdel(RUNS, keys.run)
+    own.close()

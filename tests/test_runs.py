@@ -1,0 +1,211 @@
+"""Many runs on one Redis: listed, compared, archived, and one deleted without a touch of its neighbours' keys."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from builders import make_config, make_ledger, publish_policy, push_group
+from harness import sluice
+
+from common import control
+from common.broker import make_app, send
+from common.connection import connect
+from common.errors import ConfigError
+from common.keys import RUNS, Keys
+from common.metrics import beat, write_metrics
+from common.run import Run, create_run, open_run, set_status
+from common.serialization import encode
+from scripts.archive import archive_run, delete_run, scan_keys
+from scripts.redis_server import start_server
+from scripts.runs import read_runs
+
+
+@pytest.fixture
+def names(client: redis.Redis) -> Iterator[list[str]]:
+    """Names that are beginnings of one another."""
+    base = f"test-{uuid.uuid4().hex[:10]}"
+    found = [base, f"{base}b", f"{base}.b", f"{base}-b", base[:-1]]
+    yield found
+    for name in found:
+        for key in client.scan_iter(match=Keys(name).root + "*", count=1000):
+            client.unlink(key)
+        client.hdel(RUNS, name)
+
+
+def make_run(client: redis.Redis, name: str, url: str, tmp_path: Path) -> Run:
+    """A run with a group in every kind of place, metrics, a sample, an order, a message on a queue and published policies."""
+    config = make_config(policy_store={"path": str(tmp_path / "policies")}, output_dir=str(tmp_path / "runs"))
+    folder = tmp_path / "runs" / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "policies" / name).mkdir(parents=True)
+    run = create_run(client, name, config, assets={}, folder=str(folder))
+    publish_policy(client, run.keys, 0)
+    ledger = make_ledger(client, run.keys)
+    push_group(ledger)
+    push_group(ledger, until="rollout")
+    metrics = {"step": 3, "reward/mean": 0.5, "loss/policy": float("nan"), "time": 1.0}
+    write_metrics(client, run.keys, metrics, max_length=100)
+    client.xadd(run.keys("samples"), {"sample": encode({"step": 3, "group": "t0", "completions": []})})
+    control.change(client, run, ["sampling.temperature=0.5"], who="alice")
+    assert send(make_app(name, url=url), "reward.score", "reward", "t0")
+    return run
+
+
+def contents(client: redis.Redis, name: str) -> dict[bytes, bytes | None]:
+    return {key: client.dump(key) for key in scan_keys(client, Keys(name).root)}
+
+
+def test_one_run_is_deleted_and_its_neighbours_stay_byte_for_byte(
+    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
+) -> None:
+    for name in names:
+        make_run(client, name, redis_url, tmp_path)
+    target, *others = names
+    before = {name: contents(client, name) for name in others}
+    assert all(len(keys) > 15 for keys in before.values())
+    assert any(b":mq:" in key for key in contents(client, target))
+    env = {"SLUICE_REDIS_URL": redis_url}
+    asked = sluice("runs", "delete", target, cwd=tmp_path, **env)
+    assert asked.returncode == 1, "nobody said yes"
+    assert contents(client, target)
+    done = sluice("runs", "delete", target, "--yes", cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    assert contents(client, target) == {}
+    assert not client.hexists(RUNS, target)
+    assert {name: contents(client, name) for name in others} == before
+    assert all(client.hexists(RUNS, name) for name in others)
+    assert not (tmp_path / "policies" / target).exists()
+    assert all((tmp_path / "policies" / name).is_dir() for name in others)
+    assert (tmp_path / "runs" / target / "config.yaml").is_file(), "checkpoints are never deleted unasked"
+    again = sluice("runs", "delete", target, "--yes", cwd=tmp_path, **env)
+    assert again.returncode == 2
+    assert f"there is no run '{target}'" in again.stderr
+
+
+def test_a_live_run_is_deleted_by_force_only(
+    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
+) -> None:
+    run = make_run(client, names[0], redis_url, tmp_path)
+    beat(client, run.keys, "rollout@host:1", {"role": "rollout"})
+    before = contents(client, run.name)
+    with pytest.raises(ConfigError, match=r"is alive \(rollout@host:1\)"):
+        delete_run(client, run.name)
+    assert contents(client, run.name).keys() == before.keys()
+    assert delete_run(client, run.name, force=True) == len(before)
+    assert contents(client, run.name) == {}
+
+
+def test_a_folder_goes_only_when_asked_and_only_if_it_is_the_runs(
+    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
+) -> None:
+    run, other = (make_run(client, name, redis_url, tmp_path) for name in names[:2])
+    client.hset(other.keys("run"), "folder", str(tmp_path))
+    with pytest.raises(ConfigError, match="is not the run folder"):
+        delete_run(client, other.name, with_folder=True)
+    assert contents(client, other.name)
+    delete_run(client, run.name, with_folder=True)
+    assert not Path(run.folder).exists()
+    assert Path(other.folder).is_dir()
+
+
+def test_a_name_is_in_use_until_its_run_is_deleted_to_the_end(
+    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
+) -> None:
+    run = make_run(client, names[0], redis_url, tmp_path)
+    with pytest.raises(ConfigError, match="is in use"):
+        create_run(client, run.name, make_config(), assets={}, folder="x")
+    set_status(client, run.keys, "deleting")  # one that was cut off
+    with pytest.raises(ConfigError, match="is being deleted"):
+        create_run(client, run.name, make_config(), assets={}, folder="x")
+    with pytest.raises(ConfigError, match=f"sluice runs delete {run.name}"):
+        open_run(client, run.name)
+    delete_run(client, run.name)
+    create_run(client, run.name, make_config(), assets={}, folder="x")
+    assert open_run(client, run.name).config == make_config()
+
+
+def test_runs_are_listed_with_what_they_hold(
+    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
+) -> None:
+    for name in names:
+        make_run(client, name, redis_url, tmp_path)
+    beat(client, Keys(names[1]), "rollout@host:1", {"role": "rollout"})
+    client.set(Keys(names[1])("g", "big"), b"x" * 1_000_000)
+    client.delete(Keys(names[2])("run"))
+    listed = {run["run"]: run for run in read_runs(client)}
+    assert set(names) <= set(listed)
+    first, second = (listed[name] for name in names[:2])
+    assert (first["status"], first["step"], first["reward"], first["live"]) == ("created", 3, 0.5, 0)
+    assert second["live"] == 1
+    assert second["memory_bytes"] > 1_000_000 > first["memory_bytes"] > 1000
+    assert listed[names[2]]["status"] == "incomplete"
+    shown = sluice("runs", cwd=tmp_path, SLUICE_REDIS_URL=redis_url)
+    (line,) = [line for line in shown.stdout.splitlines() if line.startswith(f"{names[0]} ")]
+    assert line.startswith(f"{names[0]}  created  step 3  reward 0.500  0 processes  0.")
+    as_json = json.loads(sluice("runs", "list", "--json", cwd=tmp_path, SLUICE_REDIS_URL=redis_url).stdout)
+    assert names[1] in [run["run"] for run in as_json["runs"]]
+
+
+def test_runs_are_compared_side_by_side(client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]) -> None:
+    one, two = (make_run(client, name, redis_url, tmp_path) for name in names[:2])
+    control.change(client, two, ["trainer.learning_rate=3e-6"], who="a")
+    done = sluice("runs", "compare", one.name, two.name, "--json", cwd=tmp_path, SLUICE_REDIS_URL=redis_url)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["config"] == {"trainer.learning_rate": {one.name: 1e-5, two.name: 3e-6}}
+    assert told["metrics"][one.name]["reward/mean"] == 0.5
+    shown = sluice("runs", "compare", one.name, two.name, cwd=tmp_path, SLUICE_REDIS_URL=redis_url).stdout
+    assert "trainer.learning_rate" in shown and "3e-06" in shown
+
+
+def test_an_archive_holds_what_the_run_has_told(
+    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
+) -> None:
+    run = make_run(client, names[0], redis_url, tmp_path)
+    file = tmp_path / "archives" / "run.tar"
+    archive_run(client, run, file)
+    with tarfile.open(file) as tar:
+        held = {Path(name).name: tar.extractfile(name) for name in tar.getnames() if "." in Path(name).name}
+        texts = {name: member.read().decode() for name, member in held.items() if member}
+    assert [path.name for path in file.parent.iterdir()] == ["run.tar"], "nothing half written is left"
+    record = json.loads(texts["run.json"])
+    assert record["ledger"]["train"]["in_flight"] == 2
+    assert record["settings"] == {"sampling.temperature": 0.5}
+    assert texts["config.yaml"] == run.config.to_yaml()
+    assert [json.loads(line)["step"] for line in texts["metrics.jsonl"].splitlines()] == [3.0]
+    assert json.loads(texts["samples.jsonl"])["group"] == "t0"
+    assert json.loads(texts["controls.jsonl"])["who"] == "alice"
+    assert "policy" in texts["events.jsonl"]
+    with pytest.raises(ConfigError, match="is there already"):
+        archive_run(client, run, file)
+
+
+def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "x"
+    server = start_server(folder / "redis")
+    try:
+        client = connect(server.url)
+        config = make_config(policy_store={"path": str(tmp_path / "policies")})
+        (folder / "config.yaml").write_text(config.to_yaml())
+        (tmp_path / "policies" / "x").mkdir(parents=True)
+        create_run(client, "x", config, assets={}, folder=str(folder))
+        client.close()
+        assert sluice("runs", cwd=tmp_path).stdout.startswith("x  running  step 0  0 processes  0.")
+        refused = sluice("runs", "delete", "x", "--yes", cwd=tmp_path)
+        assert refused.returncode == 2
+        assert "run x is alive: its Redis answers" in refused.stderr
+    finally:
+        server.stop()
+    assert sluice("runs", cwd=tmp_path).stdout.startswith("x  ended  step 0  0 processes")
+    assert sluice("runs", "archive", "x", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "x.tar").is_file()
+    assert sluice("runs", "delete", "x", "--yes", cwd=tmp_path).returncode == 0
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert not (tmp_path / "policies" / "x").exists()

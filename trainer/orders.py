@@ -1,0 +1,66 @@
+"""What operators have ordered, as the trainer goes by it: read before each batch, and while it waits for one.
+
+Each order that is new becomes a line of metrics.jsonl, once, also over restarts of the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+import redis
+
+from common.control import Orders, describe_paused, read_orders, with_settings
+from common.run import Run
+from trainer.report import append_line
+
+log = logging.getLogger("sluice.trainer")
+
+HELD_POLL_S = 0.5
+"""While the run is paused, how often the trainer looks whether it still is."""
+
+
+class OrderReader:
+    """The orders in force, and the config that follows from them."""
+
+    def __init__(self, client: redis.Redis, run: Run) -> None:
+        self._client, self._run = client, run
+        self._path = Path(run.folder) / "metrics.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._told = _last_told(self._path)
+        self.orders = Orders()
+        self.config = run.config
+
+    def read(self) -> None:
+        """Look again: `orders` and `config` are those in force now."""
+        before, self.orders = self.orders, read_orders(self._client, self._run.keys, after=self._told)
+        if self.orders.settings != before.settings:
+            self.config = with_settings(self._run.config, self.orders.settings)
+        if self.orders.paused and not before.paused:
+            log.warning("%s", describe_paused(self.orders.paused))
+        for entry, fields in self.orders.trail:
+            line = {
+                "step": int(fields["step"]),
+                "time": float(fields["at"]),
+                "control": fields["key"],
+                "who": fields["who"],
+            }
+            append_line(
+                self._path, line | {name: json.loads(fields[name]) for name in ("old", "new")} | {"entry": entry}
+            )
+            log.info("%s: %s from %s to %s", fields["who"], fields["key"], fields["old"], fields["new"])
+            self._told = entry
+
+
+def _last_told(path: Path) -> str:
+    """Entry id of the newest order that is in the file."""
+    told = "-"
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                if b'"control": ' in line:
+                    with suppress(ValueError, KeyError):  # a torn line
+                        told = str(json.loads(line)["entry"])
+    return told

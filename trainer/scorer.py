@@ -1,0 +1,61 @@
+"""The model being trained as a scorer: logprobs of completions as they were sampled, with gradients.
+
+Legend: B = sequences, T = completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.logprobs import completion_logprobs
+from common.truncation import Truncation
+from common.types import SamplingParams
+
+
+class Scorer(torch.nn.Module):
+    """A model's logprobs and their entropy as one module: what wrappers for many GPUs wrap, because all runs inside it."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        temperature: float,
+        truncation: Truncation,
+        autocast: str,
+        end_token_ids: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._sampled_with = {"temperature": temperature, "truncation": truncation}
+        self._end_token_ids = end_token_ids
+        self._autocast = autocast
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        prompt_lengths: Tensor,
+        completion_lengths: Tensor,
+        *,
+        for_loss: bool = True,
+        sampling: SamplingParams | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logprobs [B, T] and, for a loss, entropy [B, T]; otherwise at temperature 1 of the whole softmax, and no entropy.
+
+        sampling: what these rows were sampled with; none = what the run was created with.
+        """
+        sampled_with: dict[str, Any] = self._sampled_with
+        if sampling is not None:
+            truncation = Truncation.of(sampling, end_token_ids=self._end_token_ids)
+            sampled_with = {"temperature": sampling.temperature, "truncation": truncation}
+        with autocast(input_ids.device, self._autocast):
+            options = {**sampled_with, "with_entropy": True} if for_loss else {}
+            return completion_logprobs(self.model, input_ids, prompt_lengths, completion_lengths, **options)
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Compute in `trainer.autocast`."""
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")

@@ -4,7 +4,7 @@
     dataset.prepare(group)   the task part of one admitted group, when its first owner died
     dataset.evaluate         admit the groups of evaluations that were asked for
 
-A tick thread does all of this once a second as well, so that a lost message costs a second, never a group. Any number of
+A tick thread does all of this once a second as well, and says how many workers each queue should have (common/autoscale.py), so that a lost message costs a second, never a group. Any number of
 dataset workers may run: every step is one atomic script, and a lock lets one of them tick at a time.
 """
 
@@ -19,6 +19,7 @@ import redis
 import xxhash
 from celery import Celery, signals
 
+from common import autoscale
 from common.assets import ModelAssets
 from common.broker import send_part
 from common.config import EvalDataset
@@ -237,3 +238,4 @@ class DatasetRole:
                 send_part(self.context.app, group_id, part)
         self.fill()
         self.evaluate()
+        autoscale.update(self.context.client, self.context.run)

@@ -4,8 +4,9 @@
     dataset.prepare(group)   the task part of one admitted group, when its first owner died
     dataset.evaluate         admit the groups of evaluations that were asked for
 
-A tick thread does all of this once a second as well, and says how many workers each queue should have (common/autoscale.py), so that a lost message costs a second, never a group. Any number of
-dataset workers may run: every step is one atomic script, and a lock lets one of them tick at a time.
+A tick thread does all of this once a second as well, so that a lost message costs a second, never a group, and says how many
+workers each queue should have (common/autoscale.py). Any number of dataset workers may run: every step is one atomic script,
+and a lock lets one of them tick at a time.
 """
 
 from __future__ import annotations

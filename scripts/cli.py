@@ -18,6 +18,7 @@ from rich.live import Live
 from common.config import QUEUES
 from common.errors import ConfigError, SluiceError
 from common.ledger import read_account
+from scripts.plan import plan
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
@@ -265,6 +266,9 @@ def doctor(config: str | None) -> None:
     for finding in findings:
         click.echo(f"{finding.level:8} {finding.text}")
     sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
+
+
+cli.add_command(plan)
 
 
 def _console() -> Console:

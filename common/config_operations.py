@@ -71,7 +71,7 @@ class AutoscaleConfig(Section):
     """How `replicas.<queue>: {min, max}` follows the load (docs/scaling.md has the formula)."""
 
     up_after_s: float = Field(default=5.0, gt=0)
-    """Seconds over which load is averaged, between two growths at least, and that work must pile up before one."""
+    """Seconds: load is averaged over so many, must be high for so many before workers are added, and is left alone after it."""
     cooldown_s: float = Field(default=120.0, gt=0)
     """Seconds without a need for them before workers go, and after any change; over the time that a worker takes to load."""
     wait_s: float = Field(default=1.0, ge=0)

@@ -125,9 +125,8 @@ class Supervisor:
 
     def _after_exit(self, child: Child, code: int) -> None:
         child.process = None
-        if (
-            code == 2 and child.num_restarts == 0 and not child.was_added
-        ):  # a later one may have been refused for what is going on around it
+        is_first = child.num_restarts == 0 and not child.was_added
+        if code == 2 and is_first:  # a later one may have been refused for what is going on around it
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
         if code == Diverged.EXIT_CODE and child is self._trainer:
             raise RunFailed(f"training has diverged:\n{_tail(child.log)}")

@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from common.config_evaluation import EvalScores
-from common.config_operations import MetricsConfig, ReplicasConfig
+from common.config_operations import AutoscaleConfig, MetricsConfig, ReplicasConfig
 from common.config_trainer import DType, Section, TrainerConfig
 
 QUEUES = ("dataset", "rollout", "reference", "reward", "eval")
@@ -246,6 +246,8 @@ class Config(Section):
     """Deadlines and retries."""
     replicas: ReplicasConfig = ReplicasConfig()
     """Worker processes per queue."""
+    autoscale: AutoscaleConfig = AutoscaleConfig()
+    """How worker processes follow the load, where replicas gives a range."""
     metrics: MetricsConfig = MetricsConfig()
     """Sinks."""
     audit: Literal["all", "sample", "none"] = "sample"

@@ -21,6 +21,7 @@ from common.ledger import read_account
 from scripts.control import drain, pause, resume, set_
 from scripts.dashboard import dashboard, trace
 from scripts.metrics import metrics
+from scripts.plan import plan
 from scripts.runs import runs
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
@@ -262,7 +263,7 @@ def doctor(config: str | None) -> None:
     sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
 
 
-for _command in (dashboard, drain, metrics, pause, resume, runs, set_, trace):
+for _command in (dashboard, drain, metrics, pause, plan, resume, runs, set_, trace):
     cli.add_command(_command)
 
 

@@ -32,8 +32,10 @@ from common.metrics import is_silent, read_heartbeats
 from common.run import Run, create_run, open_run, set_status
 from scripts.progress import Progress
 from scripts.redis_server import EmbeddedServer, reading_server, running_url, start_server
+from scripts.roles import check_gpus
+from scripts.scaling import Scaler
 from scripts.summary import write_summary
-from scripts.supervisor import TRAINER_STOP_S, RunFailed, Supervisor, check_gpus
+from scripts.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
 
 POLL_S = 0.1
 READER_WAIT_S = 5.0
@@ -129,12 +131,13 @@ def _drive(
         status=lambda: (client.hget(run.keys("run"), "status") or b"").decode(),
         trainer_beats=lambda: _trainer_beats(client, run),
     )
+    scaler = Scaler(client, run, supervisor, say=progress.say)
     started = time.monotonic()
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
     try:
         supervisor.start()
         with progress:
-            while _watch(supervisor, server, progress) and not interrupted():
+            while _watch(supervisor, scaler, server, progress) and not interrupted():
                 time.sleep(POLL_S)
             progress.update()
     except RunFailed:
@@ -169,13 +172,15 @@ def _trainer_beats(client: redis.Redis, run: Run) -> bool:
     return any(name.startswith("trainer@") and not is_silent(facts) for name, facts in beats.items())
 
 
-def _watch(supervisor: Supervisor, server: EmbeddedServer | None, progress: Progress) -> bool:
+def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None, progress: Progress) -> bool:
     """One look at everything; False when the trainer has finished. Redis may be away for a while: the roles wait for it."""
     if server and server.process.poll() is not None:
         progress.say(f"the embedded Redis ended by itself (exit code {server.process.returncode}): starting it again")
         server.restart()
     try:
         goes_on = supervisor.poll()
+        if goes_on:
+            scaler.update()
         progress.update()
         return goes_on
     except (redis.ConnectionError, redis.TimeoutError) as error:

@@ -6,6 +6,8 @@
     exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, or of a
     drain, it ends the run in good order; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
     ends it always
+    scale() starts workers of a queue or drains them: SIGUSR2, after autoscale.drain_s SIGTERM, STOP_S later SIGKILL. What a
+    drained worker ends with is neither a crash nor a restart
     Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed, but for a trainer that
     beats: it may be writing a checkpoint, and has TRAINER_STOP_S
 
@@ -17,17 +19,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
-from common.config import QUEUES, Config
-from common.errors import ConfigError, Diverged
+from common.config import Config
+from common.errors import Diverged
 from scripts.processes import signal_group, spawn
+from scripts.roles import Role, planned_workers, trainer_role, worker_bounds, worker_role
 
 STOP_S = 7.0
 TRAINER_STOP_S = 120.0
@@ -55,6 +56,14 @@ class Child:
     crashes: list[float] = field(default_factory=list)
     start_at: float = 0.0
     num_restarts: int = 0
+    queue: str = ""
+    "of a worker"
+    replica: int = 0
+    was_added: bool = False
+    "by scale()"
+    drained_at: float | None = None
+    "when it was told to finish and go"
+    told_to_stop: bool = False
 
 
 class Supervisor:
@@ -77,9 +86,19 @@ class Supervisor:
         self._status, self._trainer_beats = status, trainer_beats
         env = {"SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        self._children = [_worker(queue, i, env, folder, config=config) for queue, i in planned_workers(config)]
-        self._trainer = _trainer(env, folder, config=config)
+        self._config, self._env, self._logs = config, env, folder / "logs"
+        self._restarts: dict[str, int] = {}  # of workers that have gone
+        self._children = [self._worker(queue, i) for queue, i in planned_workers(config)]
+        self._trainer = self._child(trainer_role(config))
         self._children.append(self._trainer)
+
+    def _worker(self, queue: str, replica: int, *, was_added: bool = False) -> Child:
+        child = self._child(worker_role(self._config, queue, replica))
+        child.queue, child.replica, child.was_added = queue, replica, was_added
+        return child
+
+    def _child(self, role: Role) -> Child:
+        return Child(name=role.name, argv=role.argv, env=self._env | role.env, log=self._logs / f"{role.name}.log")
 
     def start(self) -> None:
         for child in self._children:
@@ -87,13 +106,15 @@ class Supervisor:
 
     def poll(self) -> bool:
         """Reap and restart. True while the trainer has not finished. Raises RunFailed."""
+        self._poll_draining()
         for child in self._children:
+            if child.drained_at is not None:
+                continue
             code = child.process.poll() if child.process else None
             if code is None and child.process:
                 continue
-            status = (
-                self._status()
-            )  # while Redis is away no death is judged, and nothing is started that could not work
+            # while Redis is away no death is judged, and nothing is started that could not work
+            status = self._status()
             if child is self._trainer and code == 0 and status in ("finished", "drained"):
                 return False
             if child.process:
@@ -105,7 +126,8 @@ class Supervisor:
 
     def _after_exit(self, child: Child, code: int) -> None:
         child.process = None
-        if code == 2 and child.num_restarts == 0:  # a later one may have been refused for what is going on around it
+        is_first = child.num_restarts == 0 and not child.was_added
+        if code == 2 and is_first:  # a later one may have been refused for what is going on around it
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
         if code == Diverged.EXIT_CODE and child is self._trainer:
             raise RunFailed(f"training has diverged:\n{_tail(child.log)}")
@@ -119,6 +141,48 @@ class Supervisor:
                 f"its log {child.log} ends:\n{_tail(child.log)}"
             )
         child.start_at = now + 0.5 * 2 ** (len(child.crashes) - 1)
+
+    def num_workers(self, queue: str) -> int:
+        """Workers of a queue, those included that are loading or about to be started again; without those that drain."""
+        return sum(child.queue == queue and child.drained_at is None for child in self._children)
+
+    def scale(self, queue: str, number: int) -> None:
+        """Start workers of a queue or begin to drain some, the newest first, so that `number` stay.
+
+        A worker that drains keeps its number, and so its GPUs, until it has gone: fewer may be started than are wanted.
+        """
+        active = sorted(
+            (c for c in self._children if c.queue == queue and c.drained_at is None), key=lambda c: c.replica
+        )
+        for child in active[number:]:
+            child.drained_at = time.monotonic()
+            if child.process and child.process.poll() is None:
+                child.process.send_signal(signal.SIGUSR2)
+        taken = {child.replica for child in self._children if child.queue == queue}
+        most = worker_bounds(self._config)[queue][1]
+        free = [replica for replica in range(most) if replica not in taken]
+        for replica in free[: max(0, number - len(active))]:
+            child = self._worker(queue, replica, was_added=True)
+            child.process = spawn(child.argv, log=child.log, env=child.env)
+            self._children.append(child)
+
+    def _poll_draining(self) -> None:
+        """Let go of workers that have finished; hurry those that take too long."""
+        for child in [child for child in self._children if child.drained_at is not None]:
+            process, limit_s = child.process, self._config.autoscale.drain_s
+            if process is None or process.poll() is not None:
+                if process:
+                    signal_group(process, signal.SIGKILL)  # killed itself, it leaves its prefork children
+                self._children.remove(child)
+                if child.num_restarts:
+                    self._restarts[child.name] = self._restarts.get(child.name, 0) + child.num_restarts
+                continue
+            late_s = time.monotonic() - (child.drained_at or 0.0) - limit_s
+            if late_s > self._config.lease.shutdown_grace_s + STOP_S:
+                signal_group(process, signal.SIGKILL)
+            elif late_s > 0 and not child.told_to_stop:
+                child.told_to_stop = True
+                process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
         """SIGTERM to all, SIGKILL to what is left after STOP_S; to a trainer that beats after TRAINER_STOP_S. Idempotent.
@@ -144,7 +208,10 @@ class Supervisor:
     @property
     def restarts(self) -> dict[str, int]:
         """Roles that had to be started again."""
-        return {child.name: child.num_restarts for child in self._children if child.num_restarts}
+        counts = dict(self._restarts)
+        for child in self._children:
+            counts[child.name] = counts.get(child.name, 0) + child.num_restarts
+        return {name: count for name, count in counts.items() if count}
 
 
 def _kill(processes: Iterable[subprocess.Popen[bytes] | None]) -> None:
@@ -153,98 +220,6 @@ def _kill(processes: Iterable[subprocess.Popen[bytes] | None]) -> None:
         if process:
             signal_group(process, signal.SIGKILL)
             process.wait()
-
-
-def planned_workers(config: Config) -> list[tuple[str, int]]:
-    """(queue, replica) of every worker process that a run on this machine gets; `rollout,eval` is one queue here."""
-    counts = {queue: getattr(config.replicas, queue) for queue in QUEUES}
-    if not config.evaluation.datasets:
-        counts["eval"] = 0
-    elif counts["eval"] == 0:
-        counts["rollout,eval"] = counts.pop("rollout")
-    return [(queue, i) for queue, count in counts.items() for i in range(count)]
-
-
-def _worker(queue: str, replica: int, env: dict[str, str], folder: Path, *, config: Config) -> Child:
-    argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queue, "--loglevel", "INFO"]
-    name = f"{queue.partition(',')[0]}-{replica}"
-    gpus = assigned_gpus(config, queue, replica)
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    return Child(name=name, argv=argv, env=env | visible, log=folder / "logs" / f"{name}.log")
-
-
-def _trainer(env: dict[str, str], folder: Path, *, config: Config) -> Child:
-    num_ranks = config.replicas.trainer
-    argv = [sys.executable, "-m", *(["trainer"] if num_ranks == 1 else ["scripts.ranks", str(num_ranks)])]
-    env = env | {"RANK": "0", "WORLD_SIZE": "1"}  # a machine's own must not make it wait for ranks that nobody starts
-    gpus = _gpus()[-num_ranks:]
-    is_free = config.trainer.device in ("auto", "cuda")  # cuda:N names one among all of them
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus and is_free else {}
-    return Child(name="trainer", argv=argv, env=env | visible, log=folder / "logs" / "trainer.log")
-
-
-def check_gpus(config: Config) -> None:
-    """Refuse ranks and vLLM engines that do not fit on this machine's GPUs, before anything starts. Raises ConfigError."""
-    gpus, num_ranks = _gpus(), config.replicas.trainer
-    if num_ranks > max(1, len(gpus)) and gpus and config.trainer.device != "cpu":
-        raise ConfigError(
-            f"replicas.trainer={num_ranks}: a rank needs a GPU of its own, and there are {len(gpus)}; lower it"
-        )
-    if config.rollout.engine != "vllm" or not gpus:
-        return
-    size, share = _gpus_per_engine(config), config.rollout.gpu_memory_utilization
-    num_free = max(len(gpus) - num_ranks, 1)  # the last ones of several are the trainer's
-    if size > num_free:
-        raise ConfigError(
-            f"rollout.tensor_parallel_size={size}: {len(gpus)} GPUs leave {num_free} for rollout workers (the last "
-            f"{num_ranks} of several for all else); lower it, or start the roles one by one"
-        )
-    workers = planned_workers(config)
-    engines = [
-        assigned_gpus(config, *worker) or gpus for worker in workers if worker[0].startswith(("rollout", "eval"))
-    ]
-    for gpu in gpus:
-        count = sum(gpu in engine for engine in engines)
-        is_trainers = gpu in gpus[-num_ranks:] and len(gpus) > 1
-        if count * share > 1 or (count and is_trainers and share > 0.5):
-            raise ConfigError(
-                f"GPU {gpu} would hold {count} vLLM engines at rollout.gpu_memory_utilization={share:g}"
-                f"{' beside the trainer' if gpu in gpus[-num_ranks:] else ''}: set replicas.rollout={num_free // size} "
-                "replicas.eval=0 (the rollout workers then evaluate), or lower rollout.gpu_memory_utilization"
-            )
-
-
-def assigned_gpus(config: Config, queue: str, replica: int) -> list[str]:
-    """Of several GPUs: those of one rollout engine after the other, but for the last `replicas.trainer`, which are the
-    trainer's; the very last for everything else. Empty = no choice is made."""
-    gpus, size = _gpus(), _gpus_per_engine(config)
-    if len(gpus) < 2:
-        return []
-    if not queue.startswith("rollout"):
-        return gpus[-1:]
-    first = replica % max(1, (len(gpus) - config.replicas.trainer) // size) * size
-    return gpus[first : first + size]
-
-
-def _gpus_per_engine(config: Config) -> int:
-    return config.rollout.tensor_parallel_size if config.rollout.engine == "vllm" else 1
-
-
-def _gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES lists; where it is not set, every NVIDIA GPU."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [gpu for gpu in listed.split(",") if gpu]
-    return [str(i) for i in range(_num_gpus())]
-
-
-@cache
-def _num_gpus() -> int:
-    try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in told.splitlines())
 
 
 def _tail(log: Path, *, lines: int = 15) -> str:

@@ -13,7 +13,7 @@ PARTS = ("task", "rollout", "reward", "reference")
 FIXED = {
     "run", "cursor", "counts:train", "counts:eval", "totals", "live:train", "live:eval", "credit", "deadlines", "versions",
     "batches", "want", "wake", "policy", "lineage", "events", "bytes", "dead", "evaluations",
-    "settled", "ahead", "filtered", "settings", "controls",
+    "settled", "ahead", "filtered", "settings", "controls", "autoscale",
 }  # fmt: skip
 
 

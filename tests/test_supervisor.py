@@ -25,7 +25,8 @@ from harness import (
 from common.config import Config
 from common.errors import ConfigError
 from scripts.redis_server import EmbeddedServer
-from scripts.supervisor import Child, RunFailed, Supervisor, assigned_gpus, check_gpus, planned_workers
+from scripts.roles import assigned_gpus, check_gpus, planned_workers
+from scripts.supervisor import Child, RunFailed, Supervisor
 
 UNLICENSED = """
 import os, sys

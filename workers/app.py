@@ -15,6 +15,7 @@ Only SLUICE_REDIS_URL and SLUICE_RUN are needed; config, model config, tokenizer
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from importlib import import_module
 from secrets import token_hex
@@ -28,6 +29,7 @@ from common.broker import make_app
 from common.config import QUEUES
 from common.connection import run_name
 from common.errors import ConfigError, ConnectionFailed
+from workers.context import Context
 
 
 class QueueWorker(Worker):
@@ -42,6 +44,7 @@ class QueueWorker(Worker):
         except (ConfigError, ConnectionFailed) as error:
             _refuse(str(error))
         _refuse_other_pool(role, pool)
+        signal.signal(signal.SIGUSR2, Context.drain)
         options["pool"] = pool
         options["concurrency"] = options.get("concurrency") or concurrency
         options["without_gossip"] = options["without_mingle"] = True  # no worker needs to know another: starts faster

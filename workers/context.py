@@ -11,6 +11,8 @@
 The heart thread beats, and renews the leases of running parts up to one lease after the last progress; a process that
 makes none for two leases (an endless loop in a kernel, a hung device) is ended, so that it does not go on pulling groups.
 
+SIGUSR2 = SIGTERM with more time: no new messages, and running parts may finish for autoscale.drain_s. A later SIGTERM ends that.
+
 A part on its last attempt is worked on alone in its process. If it kills the process (a poison prompt) it takes nobody
 with it, and one that was only beside a poison prompt gets an attempt that nobody else can spoil.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 import traceback
@@ -26,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import redis
 from celery import Celery
@@ -87,6 +90,19 @@ class Context:
     _room: Room = field(default_factory=Room)
     _was_hung: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
+    _is_draining: ClassVar[bool] = False
+
+    @classmethod
+    def drain(cls, *_: object) -> None:
+        """Handler of SIGUSR2."""
+        cls._is_draining = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def take_grace_s(self) -> float:
+        """Seconds that running parts have when the process is told to end: autoscale.drain_s once after SIGUSR2."""
+        was_draining, Context._is_draining = Context._is_draining, False
+        config = self.run.config
+        return config.autoscale.drain_s if was_draining else config.lease.shutdown_grace_s
 
     @classmethod
     def open(cls, app: Celery, role: str) -> Context:

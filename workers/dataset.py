@@ -4,8 +4,9 @@
     dataset.prepare(group)   the task part of one admitted group, when its first owner died
     dataset.evaluate         admit the groups of evaluations that were asked for
 
-A tick thread does all of this once a second as well, so that a lost message costs a second, never a group. Any number of
-dataset workers may run: every step is one atomic script, and a lock lets one of them tick at a time.
+A tick thread does all of this once a second as well, so that a lost message costs a second, never a group, and says how many
+workers each queue should have (common/autoscale.py). Any number of dataset workers may run: every step is one atomic script,
+and a lock lets one of them tick at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import redis
 import xxhash
 from celery import Celery, signals
 
+from common import autoscale
 from common.assets import ModelAssets
 from common.broker import send_part
 from common.config import EvalDataset
@@ -243,3 +245,4 @@ class DatasetRole:
                 send_part(self.context.app, group_id, part)
         self.fill()
         self.evaluate()
+        autoscale.update(self.context.client, self.context.run)

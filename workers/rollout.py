@@ -161,8 +161,8 @@ class RolloutRole:
         }
 
     def stop_soon(self) -> None:
-        """SIGTERM: what is not finished after the grace period goes back to the queue."""
-        timer = threading.Timer(self.context.run.config.lease.shutdown_grace_s, self.engine.close)
+        """SIGTERM, SIGUSR2: what is not finished after the grace period goes back to the queue."""
+        timer = threading.Timer(self.context.take_grace_s(), self.engine.close)
         timer.daemon = True
         timer.start()
 

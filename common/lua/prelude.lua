@@ -28,7 +28,8 @@
 --   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at; wanted_whole: the version
 --                               that a reader last failed to verify
 --   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
---   events             stream   capped; policy published, dead letters, ...
+--   events             stream   capped; policy published, dead letters, scaled (queue, from, to, reason), ...
+--   autoscale          hash     queue -> JSON {desired, have, min, max, reason, at, since, ...} (common/autoscale.py)
 --   bytes              string   payload bytes held by groups
 --   dead               zset     dead-lettered groups -> ms; their hash is kept
 --   evaluations        hash     id -> version: evaluations asked for and not finished; their versions are kept

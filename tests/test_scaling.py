@@ -1,0 +1,290 @@
+"""`sluice run` with a range of workers: it grows under load, drains when the load has gone, and survives what interrupts that."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+from builders import make_config
+from harness import (
+    SMALL,
+    alive,
+    children,
+    create_run,
+    metrics_of,
+    only_run,
+    quickstart_config,
+    running_sluice,
+    serving,
+    terminate,
+    tiny_folder,
+    trainer,
+    wait_for,
+    worker,
+)
+
+from common.autoscale import read_scales
+from common.connection import connect
+from common.ledger import Account, read_account
+from common.run import Run, open_run
+from scripts.redis_server import EmbeddedServer
+from scripts.roles import Role
+from scripts.supervisor import Child, Supervisor
+
+GRADER = """
+import pathlib, time
+
+def grade(completions, **kwargs):
+    if pathlib.Path({flag!r}).exists():
+        time.sleep({seconds})
+    return [float(len(text) % 2) for text in completions]
+"""
+
+
+class Scaled:
+    """A run in progress whose reward takes its time while the file `slow` is there."""
+
+    def __init__(self, folder: Path, url: str, pid: int) -> None:
+        self.folder, self.pid = folder, pid
+        self.slow, self.output = folder / "slow", folder / "output.log"
+        self._url = url
+
+    def events(self) -> list[tuple[int, int]]:
+        """(from, to) of every change of the reward workers."""
+        client = connect(self._url)
+        try:
+            found = [fields for _, fields in client.xrange(self.run(client).keys("events"))]
+        finally:
+            client.close()
+        return [
+            (int(f[b"from"]), int(f[b"to"])) for f in found if f[b"event"] == b"scaled" and f[b"queue"] == b"reward"
+        ]
+
+    def run(self, client: redis.Redis) -> Run:
+        return open_run(client, only_run(self.folder).name)
+
+    def num_steps(self) -> int:
+        return len(metrics_of(only_run(self.folder)))
+
+    def account(self) -> Account:
+        client = connect(self._url)
+        try:
+            return read_account(client, self.run(client).keys)
+        finally:
+            client.close()
+
+    def workers(self) -> list[psutil.Process]:
+        """Reward workers that `sluice run` itself started, without their pool children."""
+        found = serving(self.pid, "reward")
+        return [process for process in found if process.ppid() == self.pid]
+
+    def wait_for_workers(self, count: int) -> None:
+        wait_for(lambda: len(self.workers()) == count, timeout=120, what=f"{count} reward workers")
+
+
+@contextmanager
+def scaled_run(folder: Path, server: EmbeddedServer, *, seconds: float = 3.0, **autoscale: float) -> Iterator[Scaled]:
+    (folder / "grader.py").write_text(GRADER.format(flag=str(folder / "slow"), seconds=seconds))
+    (folder / "slow").touch()
+    config = quickstart_config(
+        folder,
+        tiny=tiny_folder(),
+        evaluation__datasets=[],
+        reward__functions=[{"function": f"{folder / 'grader.py'}:grade"}],
+        trainer__num_steps=100_000,
+        replicas={"reward": {"min": 1, "max": 3}},
+        autoscale={"up_after_s": 1.0, "cooldown_s": 6.0, "wait_s": 0.2, **autoscale},
+        lease={"running_s": 5.0, "queued_s": 30.0},
+        **SMALL,
+    )
+    with running_sluice("run", str(config), cwd=folder, SLUICE_REDIS_URL=server.url) as process:
+        wait_for(lambda: list(folder.glob("runs/*/config.yaml")), timeout=60, what="the run")
+        scaled = Scaled(folder, server.url, process.pid)
+        yield scaled
+        family = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, scaled.output.read_text()
+        assert alive(family) == []
+    summary = json.loads((only_run(folder) / "summary.json").read_text())
+    assert summary["ledger_holds"]
+    assert summary["ledger"]["dead"] == {}
+
+
+def test_workers_follow_the_load_and_a_drain_costs_no_attempt(tmp_path: Path, own_redis: EmbeddedServer) -> None:
+    with scaled_run(tmp_path, own_redis) as run:
+        run.wait_for_workers(3)
+        wait_for(lambda: run.num_steps() >= 1, timeout=60, what="a step")
+        run.slow.unlink()
+        run.wait_for_workers(1)
+        assert "reward-0" not in run.output.read_text()
+        assert run.account().retried == 0
+        changes = run.events()
+        assert changes[0][0] == changes[-1][1] == 1
+        assert max(to for _, to in changes) == 3
+        assert f"reward workers {changes[-1][0]} -> 1: " in run.output.read_text()
+        client = connect(own_redis.url)
+        scales = read_scales(client, run.run(client))
+        client.close()
+        assert (scales["reward"].desired, scales["reward"].max) == (1, 3)
+        assert (scales["rollout"].desired, scales["rollout"].have, scales["eval"].desired) == (1, 1, 0)
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert (summary["restarts"], summary["ledger"]["retried"]) == ({}, 0)
+
+
+def test_a_worker_that_was_added_may_be_killed(tmp_path: Path, own_redis: EmbeddedServer) -> None:
+    with scaled_run(tmp_path, own_redis, cooldown_s=60.0) as run:
+        run.wait_for_workers(3)
+        newest = max(run.workers(), key=lambda process: process.create_time())
+        newest.kill()
+        wait_for(
+            lambda: len(run.workers()) == 3 and newest not in run.workers(), timeout=60, what="another in its place"
+        )
+        before = run.num_steps()
+        wait_for(lambda: run.num_steps() >= before + 2, timeout=60, what="two more steps")
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert sum(summary["restarts"].values()) == 1
+
+
+def test_a_worker_that_drains_finishes_what_it_holds(tmp_path: Path, own_redis: EmbeddedServer) -> None:
+    """With no time at SIGTERM, which would hand the groups back, and much at SIGUSR2."""
+    env = create_run(
+        tmp_path,
+        own_redis.url,
+        lease__shutdown_grace_s=0.0,
+        sampling__min_tokens=40,
+        autoscale={"drain_s": 60.0},
+        trainer__loss={"kl_beta": 0.0},
+    )
+    client = connect(own_redis.url)
+    keys = open_run(client, env["SLUICE_RUN"]).keys
+
+    def claimed() -> set[str]:
+        owed = [line.decode().partition("|")[0] for line in client.zrange(keys("deadlines"), 0, -1)]
+        return {group for group in owed if client.hexists(keys("g", group), "by:rollout")}
+
+    with ExitStack() as stack:
+        stack.enter_context(trainer(tmp_path, env))
+        stack.enter_context(worker("dataset", cwd=tmp_path, **env))
+        process = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
+        held = wait_for(claimed, timeout=90, what="groups in generation")
+        assert terminate(process, number=signal.SIGUSR2, timeout=60) == 0
+        assert all(client.hexists(keys("g", group), "rollout") for group in held)
+        account = read_account(client, keys)
+        assert (account.retried, account.refused) == (0, 0)
+    client.close()
+
+
+FINISHES = "import signal, sys; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(0))"
+"""A worker that holds nothing."""
+HOLDS = "import signal; signal.signal(signal.SIGUSR2, lambda *_: print('drains', flush=True))"
+"""A worker that does not finish what it holds; it goes at SIGTERM."""
+IGNORES = f"{HOLDS}; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+
+
+@pytest.fixture
+def supervising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Supervisor]]:
+    """A supervisor of one reward worker of up to 3, which are programs of this test, and of no other role."""
+    started: list[Supervisor] = []
+
+    def supervise(program: str, **autoscale: float) -> Supervisor:
+        argv = [sys.executable, "-c", f"{program}; print('ready', flush=True)\nwhile True: signal.pause()"]
+        monkeypatch.setattr(
+            "scripts.supervisor.worker_role", lambda config, queue, replica: Role(name=f"{queue}-{replica}", argv=argv)
+        )
+        config = make_config(
+            replicas={"dataset": 0, "rollout": 0, "reference": 0, "eval": 0, "reward": {"min": 1, "max": 3}},
+            autoscale=autoscale,
+            lease={"shutdown_grace_s": 0.2},
+        )
+        supervisor = Supervisor(
+            config, run="test", url="redis://", folder=tmp_path, status=lambda: "running", trainer_beats=lambda: False
+        )
+        supervisor._trainer.argv = [sys.executable, "-c", "import signal; signal.pause()"]
+        supervisor.start()
+        started.append(supervisor)
+        return supervisor
+
+    yield supervise
+    for supervisor in started:
+        supervisor.stop()
+
+
+def workers_of(supervisor: Supervisor) -> list[Child]:
+    return [child for child in supervisor._children if child.queue]
+
+
+def wait_until_ready(supervisor: Supervisor) -> None:
+    for child in workers_of(supervisor):
+        wait_for(lambda log=child.log: log.exists() and "ready" in log.read_text(), timeout=30, what=child.name)
+
+
+def polled(supervisor: Supervisor, condition: Callable[[], bool]) -> Callable[[], bool]:
+    def check() -> bool:
+        supervisor.poll()
+        return condition()
+
+    return check
+
+
+def test_the_newest_workers_go_and_their_exit_is_no_restart(supervising: Callable[..., Supervisor]) -> None:
+    supervisor = supervising(FINISHES)
+    supervisor.scale("reward", 3)
+    assert [child.name for child in workers_of(supervisor)] == ["reward-0", "reward-1", "reward-2"]
+    wait_until_ready(supervisor)
+    supervisor.scale("reward", 1)
+    assert supervisor.num_workers("reward") == 1
+    wait_for(polled(supervisor, lambda: len(workers_of(supervisor)) == 1), timeout=30, what="two workers to go")
+    assert workers_of(supervisor)[0].name == "reward-0"
+    assert supervisor.restarts == {}
+
+
+def test_a_worker_that_drains_keeps_its_number_until_it_has_gone(supervising: Callable[..., Supervisor]) -> None:
+    """With its number go its GPUs: they are not given away while it still holds their memory."""
+    supervisor = supervising(HOLDS, drain_s=600)
+    supervisor.scale("reward", 3)
+    wait_until_ready(supervisor)
+    supervisor.scale("reward", 2)
+    supervisor.scale("reward", 3)
+    assert supervisor.num_workers("reward") == 2
+    going = workers_of(supervisor)[2]
+    assert going.process is not None
+    going.process.kill()  # dying of something else while it drains is fine
+    wait_for(
+        polled(supervisor, lambda: going not in workers_of(supervisor)), timeout=30, what="the killed worker to go"
+    )
+    supervisor.scale("reward", 3)
+    assert [child.replica for child in workers_of(supervisor)] == [0, 1, 2]
+    assert supervisor.restarts == {}
+
+
+@pytest.mark.parametrize("program", [HOLDS, IGNORES])
+def test_a_drain_ends_in_time(
+    supervising: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    """After drain_s by SIGTERM, after STOP_S more by SIGKILL."""
+    monkeypatch.setattr("scripts.supervisor.STOP_S", 0.2)
+    supervisor = supervising(program, drain_s=0.5)
+    supervisor.scale("reward", 2)
+    wait_until_ready(supervisor)
+    going = workers_of(supervisor)[1]
+    supervisor.scale("reward", 1)
+    wait_for(polled(supervisor, lambda: going not in workers_of(supervisor)), timeout=30, what="the worker to go")
+    assert "drains" in going.log.read_text()
+    assert going.process is not None
+    assert going.process.returncode == (-signal.SIGTERM if program == HOLDS else -signal.SIGKILL)
+
+
+def test_stopping_does_not_wait_for_a_drain(supervising: Callable[..., Supervisor]) -> None:
+    supervisor = supervising(HOLDS, drain_s=600)
+    supervisor.scale("reward", 2)
+    wait_until_ready(supervisor)
+    supervisor.scale("reward", 1)
+    supervisor.stop()
+    assert {child.process.returncode for child in workers_of(supervisor) if child.process} == {-signal.SIGTERM}

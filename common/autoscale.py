@@ -36,8 +36,8 @@ import redis
 
 from common.config import QUEUES, Config
 from common.config_operations import AutoscaleConfig
-from common.diagnosis import queue_depths
 from common.metrics import is_silent, read_heartbeats
+from common.queues import queue_depths
 from common.run import Run
 from common.scripts import Scripts
 

@@ -19,11 +19,15 @@ _WAITS_WHEN_FULL = frozenset(["admit", "admit_eval", "claim", "reap", "requeue",
 """Refused as a whole while Redis is at maxmemory: what brings payloads in, and what begins work or judges its deadlines.
 Every other script works then too, or nothing would be freed again."""
 
+_READS = frozenset(["account"])
+"""Write nothing, not even to open the way: users who may only look call them."""
+
 
 @cache
 def _source(name: str) -> str:
     folder = files("common") / "lua"
     guard = "refuse_when_full()" if name in _WAITS_WHEN_FULL else "write_when_full()"
+    guard = "" if name in _READS else guard
     return f"{(folder / 'prelude.lua').read_text()}\n{guard}\n{(folder / f'{name}.lua').read_text()}"
 
 

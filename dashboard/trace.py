@@ -36,7 +36,7 @@ def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
     facts = {name.decode(): value for name, value in found.items()}
     if facts:
         times = {name[2:]: float(value) for name, value in facts.items() if name.startswith("t:")}
-        work = {name: facts[name].decode() for name in facts if name.partition(":")[0] in ("by", "n", "s")}
+        work = {name: facts[name].decode() for name in facts if name.partition(":")[0] in ("by", "w", "n", "s")}
         stage = facts.get("stage", b"?").decode()
         trace = _trace(group, "dead" if stage == "dead" else "in flight", times, work)
         version = facts.get("version")
@@ -73,7 +73,7 @@ def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]
     parts = [
         {
             "part": part,
-            "held_by": work.get(f"by:{part}", ""),
+            "held_by": (work.get(f"by:{part}") or work.get(f"w:{part}", "")).rpartition("/")[0],
             "attempts": int(work.get(f"n:{part}", 0)),
             "sent_again": int(work.get(f"s:{part}", 0)),
         }

@@ -38,8 +38,8 @@ from common.types import Group, have_preference
 log = logging.getLogger("sluice.trainer")
 
 SAMPLES_PER_STEP = 2
-_WORK = [f"{fact}:{part}" for part in PART_TASKS for fact in ("by", "n", "s")]
-"""Who held each part last, its claims, and how often it was sent again."""
+_WORK = [f"{fact}:{part}" for part in PART_TASKS for fact in ("w", "n", "s")]
+"""Who did each part, its claims, and how often it was sent again."""
 
 
 class Reporter:

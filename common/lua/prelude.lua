@@ -15,6 +15,7 @@
 --   credit             set      training groups that hold an admission credit
 --   g:<group>          hash     kind, stage, cursor, min_version, pinned, version, samples, bytes, eval,
 --                               payloads task|rollout|reward|reference, and per part: n:<part> claims, by:<part> worker,
+--                               w:<part> who did it,
 --                               s:<part> times sent again; t:<stage> seconds
 --   deadlines          zset     "<group>|<part>" -> ms: every part somebody owes us
 --   stream:<version>   stream   groups ready for training, filed under their oldest version; consumer group `trainer`

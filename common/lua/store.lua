@@ -26,6 +26,8 @@ end
 
 redis.call('ZREM', key('deadlines'), owed)
 redis.call('HSET', g, part, payload, 't:' .. part, now_s())
+local holder = redis.call('HGET', g, 'by:' .. part)
+if holder then redis.call('HSET', g, 'w:' .. part, holder) end
 redis.call('HDEL', g, 'by:' .. part)
 redis.call('HINCRBY', g, 'bytes', #payload)
 redis.call('INCRBY', key('bytes'), #payload)

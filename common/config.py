@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from common.config_evaluation import EvalScores
-from common.config_operations import AutoscaleConfig, MetricsConfig, ReplicasConfig
+from common.config_operations import AutoscaleConfig, DashboardConfig, MetricsConfig, ReplicasConfig
 from common.config_trainer import DType, Section, TrainerConfig
 
 QUEUES = ("dataset", "rollout", "reference", "reward", "eval")
@@ -250,6 +250,8 @@ class Config(Section):
     """How worker processes follow the load, where replicas gives a range."""
     metrics: MetricsConfig = MetricsConfig()
     """Sinks."""
+    dashboard: DashboardConfig = DashboardConfig()
+    """The web page beside `sluice run`."""
     audit: Literal["all", "sample", "none"] = "sample"
     """Groups kept in the run folder, for `sluice replay`: of every step, of the step after each checkpoint, or none."""
 

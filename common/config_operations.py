@@ -80,6 +80,15 @@ class AutoscaleConfig(Section):
     """A worker that goes may finish what it holds for so many seconds; then it hands back, as at SIGTERM."""
 
 
+class DashboardConfig(Section):
+    """The web page that `sluice run` starts beside the run, on 127.0.0.1 (docs/dashboard.md)."""
+
+    enabled: bool = True
+    """False = none; `sluice dashboard` shows any run at any time."""
+    port: int = Field(default=8265, ge=0, le=65535)
+    """Port; another free one is taken where it is in use. 0 = any."""
+
+
 class MetricsConfig(Section):
     stream_length: int = Field(default=100_000, ge=1)
     """Trainer steps kept in the Redis metrics stream."""

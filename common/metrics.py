@@ -39,8 +39,12 @@ def read_metrics(
 
 def last_metrics(client: redis.Redis, keys: Keys) -> dict[str, float]:
     """The newest value of every metric of the last entries; empty before the first."""
-    entries = client.xrevrange(keys("metrics"), count=20)
-    return {name: value for _, fields in reversed(entries) for name, value in _floats(fields).items()}
+    return {name: value for line in newest_metrics(client, keys, count=20) for name, value in line.items()}
+
+
+def newest_metrics(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[str, float]]:
+    """The last entries, oldest first."""
+    return [_floats(fields) for _, fields in reversed(client.xrevrange(keys("metrics"), count=count))]
 
 
 def _floats(fields: Mapping[bytes, bytes]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -18,6 +19,7 @@ from common.errors import ConfigError
 
 MIN_TOKEN = 16
 COOKIE = "sluice_token"
+LOOPBACK = "127.0.0.1"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -33,6 +35,22 @@ def check_token(host: str, token: str | None) -> None:
             f"--host {host} lets other machines look: set SLUICE_DASHBOARD_TOKEN or --token-file to a token of {MIN_TOKEN} or "
             "more characters, or stay on 127.0.0.1"
         )
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or any free one for 0. Raises ConfigError when it is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"--port {port} on {host}: {error.strerror}; choose another one, or 0") from None
+        return int(probe.getsockname()[1])
+
+
+def page_url(host: str, port: int) -> str:
+    """Where a browser finds the dashboard."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 class Door:

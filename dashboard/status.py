@@ -7,19 +7,17 @@ import time
 from typing import Any
 
 import redis
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from common.config import QUEUES
-from common.control import effective
 from common.diagnosis import Cause, alarms, diagnose, paused
 from common.ledger import read_account
-from common.metrics import is_silent, last_metrics, read_heartbeats
+from common.metrics import is_silent, last_metrics, newest_metrics, read_heartbeats
 from common.queues import read_queues
 from common.run import Run
 
 STALLED_AFTER_S = 5.0
+CURVE_STEPS = 200
+"Newest steps that the terminal's curve and the time that remains are made of."
 
 
 def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
@@ -27,6 +25,9 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
     record = client.hgetall(run.keys("run"))
     policy = {k.decode(): v.decode() for k, v in client.hgetall(run.keys("policy")).items()}
     metrics = last_metrics(client, run.keys)
+    settings = {key.decode(): json.loads(value) for key, value in client.hgetall(run.keys("settings")).items()}
+    num_steps = settings.get("trainer.num_steps", run.config.trainer.num_steps)
+    steps = [s for s in newest_metrics(client, run.keys, count=CURVE_STEPS) if "reward/mean" in s]
     beats = read_heartbeats(client, run.keys)
     status = record.get(b"status", b"?").decode()
     queues = read_queues(client, run, QUEUES)
@@ -36,10 +37,17 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "run": run.name,
         "status": status,
         "step": int(metrics.get("step", 0)),
-        "num_steps": effective(client, run).trainer.num_steps,
+        "num_steps": num_steps,
+        "eta_s": _eta_s(steps, num_steps) if status == "running" else None,
+        "dashboard": record.get(b"dashboard", b"").decode() or None,
+        "settings": settings,
+        "paused": json.loads(record[b"paused"]) if b"paused" in record else None,
+        "draining": json.loads(record[b"draining"]) if b"draining" in record else None,
         "policy": {name: policy.get(name) for name in ("version", "step", "digest", "published_at")},
         "reward": metrics.get("reward/mean"),
+        "rewards": [round(s["reward/mean"], 4) for s in steps],
         "policy_age": metrics.get("staleness/mean"),
+        "generated_tokens_per_s": metrics.get("throughput/generated_tokens_per_s"),
         "trained_tokens_per_s": metrics.get("throughput/trained_tokens_per_s"),
         "age_of_last_step_s": round(time.time() - metrics["time"], 1) if "time" in metrics else None,
         "queues": {name: queue.depth for name, queue in queues.items()},
@@ -53,6 +61,13 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "desired_replicas": _desired_replicas(client, run),
         "metrics": metrics,
     }
+
+
+def _eta_s(steps: list[dict[str, float]], num_steps: int) -> float | None:
+    """Seconds to the last step at the pace of the newest ones; none before there is a pace."""
+    done = steps[-1]["step"] - steps[0]["step"] if steps else 0
+    passed = steps[-1]["time"] - steps[0]["time"] if steps else 0.0
+    return round(passed / done * (num_steps - steps[-1]["step"]), 1) if done > 0 and passed > 0 else None
 
 
 def _desired_replicas(client: redis.Redis, run: Run) -> dict[str, int]:
@@ -72,51 +87,3 @@ def _stall_cause(client: redis.Redis, run: Run, beats: dict[str, dict[str, Any]]
         text = f"the trainer has been silent for {trainer['silent_s']:.0f} s: dead, stopped or cut off"
         return Cause("silent_trainer", text)
     return diagnose(client, run) if trainer["waiting_s"] > STALLED_AFTER_S else None
-
-
-def render(status: dict[str, Any]) -> RenderableType:
-    """A screen for `sluice status`."""
-    title = Text(f"{status['run']}: {status['status']}, step {status['step']}/{status['num_steps']}", style="bold")
-    title.append(f", policy version {status['policy']['version']}", style="default")
-    if status["stalled_by"]:
-        title.append(f"\nstalled: {status['stalled_by']}", style="bold red")
-    for alarm in status["alarms"]:
-        title.append(f"\nalarm: {alarm}", style="red")
-    return Group(title, _numbers(status), _flow(status), _processes(status))
-
-
-def _numbers(status: dict[str, Any]) -> Text:
-    shown = [
-        ("reward", status["reward"], "{:.3f}"),
-        ("policy age", status["policy_age"], "{:.2f}"),
-        ("trained tokens/s", status["trained_tokens_per_s"], "{:,.0f}"),
-        ("last step", status["age_of_last_step_s"], "{:.1f} s ago"),
-    ]
-    return Text("   ".join(f"{name} {form.format(value)}" for name, value, form in shown if value is not None))
-
-
-def _flow(status: dict[str, Any]) -> Table:
-    account = status["ledger"]["train"]
-    table = Table(title="ledger", title_justify="left")
-    columns = ["admitted", "trained", "in_flight", "dropped", "dead", "retried", "resent", "refused", "identity"]
-    for name in columns:
-        table.add_column(name, justify="right")
-    values = [str(sum(account[n].values()) if isinstance(account[n], dict) else account[n]) for n in columns[:-1]]
-    table.add_row(*values, "holds" if account["holds"] else "BROKEN")
-    return table
-
-
-def _processes(status: dict[str, Any]) -> Table:
-    table = Table(title="queues and processes", title_justify="left")
-    for name in ("role", "queued", "process", "running", "done", "version", "digest", "up", "note"):
-        table.add_column(name)
-    for queue in (*QUEUES, "trainer"):
-        depth = str(status["queues"].get(queue, ""))
-        mine = {name: facts for name, facts in status["processes"].items() if facts["role"] == queue}
-        if not mine:
-            table.add_row(queue, depth, "-")
-        for name, facts in mine.items():
-            cells = [str(facts.get(key, "")) for key in ("running", "done", "version", "digest", "up_s")]
-            table.add_row(queue, depth, name, *cells, str(facts.get("alarm") or ""))
-            depth = ""
-    return table

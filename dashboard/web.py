@@ -10,7 +10,6 @@ A page draws itself once and then updates what has changed, once a second. All a
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -21,7 +20,7 @@ from fastapi import Request, Response
 from nicegui import app, run, ui
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from common.errors import ConfigError, SluiceError
+from common.errors import SluiceError
 from dashboard import overview
 from dashboard.door import Door
 from dashboard.html import alarms_html, table_html, tiles_html
@@ -44,7 +43,7 @@ TOGGLE = """
 def serve(
     client: redis.Redis, names: tuple[str, ...], *, host: str, port: int, token: str | None, started: Callable[[], None]
 ) -> None:
-    """Until Ctrl-C. `started` is called when pages can be asked for. Raises ConfigError when the port is taken."""
+    """Until Ctrl-C or SIGTERM. `started` is called when pages can be asked for."""
     readers = Readers(client, names)
     app.add_middleware(Door, token=token)
     app.on_startup(started)
@@ -60,18 +59,8 @@ def serve(
         show_welcome_message=False,
         tailwind=False,
         uvicorn_logging_level="warning",
+        timeout_graceful_shutdown=1,  # open pages are not waited for
     )
-
-
-def free_port(host: str, port: int) -> int:
-    """The port, or any free one for 0. Raises ConfigError when it is taken."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"--port {port} on {host}: {error.strerror}; choose another one, or 0") from None
-        return int(probe.getsockname()[1])
 
 
 def _pages(readers: Readers) -> None:

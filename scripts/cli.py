@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 import redis
 from rich.console import Console
-from rich.live import Live
 
 from common.config import QUEUES
 from common.errors import ConfigError, SluiceError
@@ -23,6 +20,7 @@ from scripts.dashboard import dashboard, trace
 from scripts.metrics import metrics
 from scripts.plan import plan
 from scripts.runs import runs
+from scripts.status import status
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
@@ -103,28 +101,6 @@ def worker(queue: str, options: tuple[str, ...]) -> None:
 def train() -> None:
     """The trainer of SLUICE_RUN: short for `python -m trainer`."""
     os.execv(sys.executable, [sys.executable, "-m", "trainer"])
-
-
-@cli.command()
-@RunName
-@click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
-@_JSON
-def status(name: str | None, watch: bool, as_json: bool) -> None:
-    """Where the run is: step, reward, queues, processes, and what it waits for."""
-    from dashboard.status import collect_status, render
-    from scripts.launch import opened_run
-
-    with opened_run(name) as (client, opened, _):
-        reading = collect_status(client, opened)
-        if as_json:
-            click.echo(json.dumps(reading))
-        elif not watch:
-            console().print(render(reading))
-        else:
-            with suppress(KeyboardInterrupt), Live(render(reading), refresh_per_second=4) as live:
-                while True:
-                    time.sleep(1.0)
-                    live.update(render(collect_status(client, opened)))
 
 
 @cli.command()
@@ -263,7 +239,7 @@ def doctor(config: str | None) -> None:
     sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
 
 
-for _command in (dashboard, drain, metrics, pause, plan, resume, runs, set_, trace):
+for _command in (dashboard, drain, metrics, pause, plan, resume, runs, set_, status, trace):
     cli.add_command(_command)
 
 

@@ -18,22 +18,21 @@ from common.errors import ConfigError
 @click.option("--token-file", type=click.Path(dir_okay=False, path_type=Path), help="Else SLUICE_DASHBOARD_TOKEN.")
 def dashboard(names: tuple[str, ...], host: str, port: int, token_file: Path | None) -> None:
     """A web page over Redis, live and read-only: curves, queues, workers, the ledger, samples. Default: every run."""
-    from dashboard.door import check_token
-    from dashboard.web import free_port, serve
+    from dashboard.door import check_token, free_port, page_url
+    from dashboard.web import serve
     from scripts.launch import opened_run
 
     token = _token(token_file)
     check_token(host, token)
     with opened_run(names[0] if names else None) as (client, _, _):
         port = free_port(host, port)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
         serve(
             client,
             names,
             host=host,
             port=port,
             token=token,
-            started=lambda: click.echo(f"dashboard at {address}", err=True),
+            started=lambda: click.echo(f"dashboard at {page_url(host, port)}", err=True),
         )
 
 

@@ -17,6 +17,7 @@ from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from urllib.parse import quote
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -30,9 +31,10 @@ from common.control import default_who, lift_drain
 from common.errors import ConfigError
 from common.metrics import is_silent, read_heartbeats
 from common.run import Run, create_run, open_run, set_status
+from dashboard.door import LOOPBACK, free_port, page_url
 from scripts.progress import Progress
 from scripts.redis_server import EmbeddedServer, reading_server, running_url, start_server
-from scripts.roles import check_gpus
+from scripts.roles import Role, check_gpus, dashboard_role
 from scripts.scaling import Scaler
 from scripts.summary import write_summary
 from scripts.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
@@ -123,6 +125,7 @@ def _drive(
     """Start every role and watch until the trainer has finished."""
     folder = Path(run.folder)
     progress = Progress(client, run)
+    pages, address = _dashboard(run)
     supervisor = Supervisor(
         run.config,
         run=run.name,
@@ -130,10 +133,15 @@ def _drive(
         folder=folder,
         status=lambda: (client.hget(run.keys("run"), "status") or b"").decode(),
         trainer_beats=lambda: _trainer_beats(client, run),
+        extra=pages,
+        say=progress.say,
     )
     scaler = Scaler(client, run, supervisor, say=progress.say)
     started = time.monotonic()
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
+    if address:
+        client.hset(run.keys("run"), "dashboard", address)
+        progress.say(f"dashboard at {address}")
     try:
         supervisor.start()
         with progress:
@@ -152,6 +160,8 @@ def _drive(
                 "again: without waiting)"
             )
         supervisor.stop()
+        with suppress(redis.ConnectionError, redis.TimeoutError):
+            client.hdel(run.keys("run"), "dashboard")
     if was_interrupted:
         set_status(client, run.keys, "stopped")
     summary = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
@@ -162,6 +172,17 @@ def _drive(
         progress.say(f"stopped; go on with: sluice run {config_path} --resume {run.name}")
         return 130
     return 0 if summary.holds else 1
+
+
+def _dashboard(run: Run) -> tuple[list[Role], str | None]:
+    """The web page's role and its address; on a free port if the configured one is taken."""
+    if not run.config.dashboard.enabled:
+        return [], None
+    try:
+        port = free_port(LOOPBACK, run.config.dashboard.port)
+    except ConfigError:
+        port = free_port(LOOPBACK, 0)
+    return [dashboard_role(port)], f"{page_url(LOOPBACK, port)}?run={quote(run.name)}"
 
 
 def _trainer_beats(client: redis.Redis, run: Run) -> bool:

@@ -63,6 +63,12 @@ def trainer_role(config: Config) -> Role:
     return Role(name="trainer", argv=argv, env=env | visible)
 
 
+def dashboard_role(port: int) -> Role:
+    """The web page over the run, and the others on its Redis."""
+    argv = [sys.executable, "-m", "scripts.cli", "dashboard", "--port", str(port)]
+    return Role(name="dashboard", argv=argv)
+
+
 def trainer_gpus(config: Config) -> list[str]:
     """The last ones, one per rank; empty = no choice is made."""
     is_free = config.trainer.device in ("auto", "cuda")  # cuda:N names one among all of them

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,9 +13,8 @@ import redis
 from common.ledger import Account, read_account
 from common.metrics import read_metrics
 from common.run import Run
+from dashboard.terminal import sparkline
 from scripts.evaluate import describe, list_evaluations
-
-_BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,15 +108,6 @@ def ledger_text(account: Account) -> str:
     count = account.scored if account.kind == "eval" else account.trained
     verdict = "holds" if account.holds else f"BROKEN: the right side is {account.settled + account.in_flight}"
     return f"admitted {account.admitted} = {settled} {count}{dropped}{dead} + in_flight {account.in_flight}: {verdict}"
-
-
-def sparkline(values: list[float], *, width: int = 40) -> str:
-    """Values as a row of bars, averaged down to `width`."""
-    values = [v for v in values if math.isfinite(v)]
-    size = max(1, math.ceil(len(values) / width))
-    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
-    low, high = min(means, default=0.0), max(means, default=0.0)
-    return "".join(_BARS[round((v - low) / ((high - low) or 1.0) * (len(_BARS) - 1))] for v in means)
 
 
 def _draw(path: Path, steps: list[int], rewards: list[float], evals: list[dict[str, Any]], *, title: str) -> None:

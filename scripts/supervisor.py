@@ -3,6 +3,7 @@
     redis (embedded, if no URL is given) --> workers, one process per replica --> trainer
     a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
     while Redis is away nothing is started, and who died of that dies once
+    one that the run can do without (the dashboard) is given up instead, with a word about it
     exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, or of a
     drain, it ends the run in good order; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
     ends it always
@@ -56,6 +57,8 @@ class Child:
     crashes: list[float] = field(default_factory=list)
     start_at: float = 0.0
     num_restarts: int = 0
+    is_needed: bool = True
+    "false = the run goes on without it"
     queue: str = ""
     "of a worker"
     replica: int = 0
@@ -78,11 +81,15 @@ class Supervisor:
         folder: Path,
         status: Callable[[], str],
         trainer_beats: Callable[[], bool],
+        extra: Iterable[Role] = (),
+        say: Callable[[str], None] = print,
     ) -> None:
         """`status` reads the run's; while Redis is away it raises its ConnectionError, and so does `poll` then.
 
         `trainer_beats`: whether a heartbeat of the trainer came in the last seconds; false while Redis is away.
+        `extra`: roles that the run can do without; `say` tells when one is given up.
         """
+        self._say = say
         self._status, self._trainer_beats = status, trainer_beats
         env = {"SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -91,6 +98,9 @@ class Supervisor:
         self._children = [self._worker(queue, i) for queue, i in planned_workers(config)]
         self._trainer = self._child(trainer_role(config))
         self._children.append(self._trainer)
+        for role in extra:
+            self._children.append(self._child(role))
+            self._children[-1].is_needed = False
 
     def _worker(self, queue: str, replica: int, *, was_added: bool = False) -> Child:
         child = self._child(worker_role(self._config, queue, replica))
@@ -107,7 +117,7 @@ class Supervisor:
     def poll(self) -> bool:
         """Reap and restart. True while the trainer has not finished. Raises RunFailed."""
         self._poll_draining()
-        for child in self._children:
+        for child in list(self._children):
             if child.drained_at is not None:
                 continue
             code = child.process.poll() if child.process else None
@@ -119,7 +129,7 @@ class Supervisor:
                 return False
             if child.process:
                 self._after_exit(child, code or 0)
-            if time.monotonic() >= child.start_at:
+            if child in self._children and time.monotonic() >= child.start_at:
                 child.process = spawn(child.argv, log=child.log, env=child.env)
                 child.num_restarts += 1
         return True
@@ -127,7 +137,9 @@ class Supervisor:
     def _after_exit(self, child: Child, code: int) -> None:
         child.process = None
         is_first = child.num_restarts == 0 and not child.was_added
-        if code == 2 and is_first:  # a later one may have been refused for what is going on around it
+        if (
+            code == 2 and is_first and child.is_needed
+        ):  # a later one may have been refused for what is going on around it
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
         if code == Diverged.EXIT_CODE and child is self._trainer:
             raise RunFailed(f"training has diverged:\n{_tail(child.log)}")
@@ -136,6 +148,10 @@ class Supervisor:
         now = time.monotonic()
         child.crashes = [t for t in child.crashes if now - t < CRASH_WINDOW_S] + [now]
         if len(child.crashes) >= MAX_CRASHES:
+            if not child.is_needed:
+                self._children.remove(child)
+                self._say(f"{child.name} died {len(child.crashes)} times and is given up (its log: {child.log})")
+                return
             raise RunFailed(
                 f"{child.name} died {len(child.crashes)} times within {CRASH_WINDOW_S:.0f} s (last exit code {code}); "
                 f"its log {child.log} ends:\n{_tail(child.log)}"

@@ -54,6 +54,7 @@ def quickstart_config(folder: Path, *, tiny: Path, **overrides: Any) -> Path:
     for dataset in config["evaluation"]["datasets"]:
         dataset["dataset"]["path"] = str(tiny / "heldout.jsonl")
     config["policy_store"] = {"path": str(folder / "policies")}
+    config["dashboard"] = {"enabled": False}
     for key, value in overrides.items():
         section, _, name = key.partition("__")
         if name:

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from common.types import Completion, Episode, Group
-from trainer.batch import build_micro_batches, num_loss_tokens, num_sequences, padding_share, step_normaliser
+from trainer.batch import (
+    build_micro_batches,
+    find_logprobs,
+    num_loss_tokens,
+    num_sequences,
+    padding_share,
+    step_normaliser,
+)
 
 
 def episode_of(length, *, first_token=1, reward=1.0, finish_reason="stop", with_reference=False):
@@ -139,3 +146,16 @@ def test_no_reference_is_none_and_a_batch_moves_as_a_whole():
 def test_advantages_that_do_not_match_the_episodes_are_refused():
     with pytest.raises(ValueError, match="zip"):
         build_micro_batches([group_of(episode_of(2))], [torch.zeros(2)], max_tokens=8)
+
+
+def test_the_logprobs_of_a_sequence_are_found_in_whichever_micro_batch_it_is():
+    groups = random_groups(3)
+    batches = build(*groups, max_tokens=24)
+    assert len(batches) > 2
+    # each token's "logprob" is its own rollout logprob, so that a wrong row or a wrong width shows
+    scored = [(batch, batch.rollout_logprobs) for batch in batches]
+    episodes = [(group, episode) for group in groups for episode in group.episodes]
+    found = find_logprobs(scored, [(group.prompt_ids, e.completion.token_ids) for group, e in episodes])
+    for (_, episode), row in zip(episodes, found, strict=True):
+        assert row.tolist() == episode.completion.rollout_logprobs.tolist()
+    assert find_logprobs(scored, [(np.full(3, 51, np.int32), episodes[0][1].completion.token_ids)]) == [None]

@@ -38,16 +38,43 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH
 
 
 @pytest.fixture(scope="module")
-def ended_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, EmbeddedServer]]:
-    """A short run of the real command, and its Redis, serving again."""
+def during_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A short run of the real command, to its end: its folder, where it said its dashboard is, and what that showed meanwhile."""
     folder = tmp_path_factory.mktemp("dashboard")
     steps = {"trainer__num_steps": 6, "sampling__group_size": 4, "checkpoint__every_steps": 3}
-    config = quickstart_config(folder, tiny=tiny_folder(), evaluation__datasets=[], **steps)
-    done = sluice("run", str(config), "--name", RUN, cwd=folder, timeout=280)
-    assert done.returncode == 0, done.stderr
+    config = quickstart_config(folder, tiny=tiny_folder(), evaluation__datasets=[], dashboard={"port": 0}, **steps)
+    with running_sluice("run", str(config), "--name", RUN, cwd=folder) as process:
+        page = _address_in(folder / "output.log")
+        wait_for(lambda: _metrics(page), timeout=60, what="the run's own dashboard")
+        seen = sluice("status", RUN, cwd=folder).stdout + _metrics(page)
+        assert process.wait(280) == 0, (folder / "output.log").read_text()
+    assert _metrics(page) == "", "it ends with the run"
+    return folder, page, seen
+
+
+def _metrics(page: str) -> str:
+    """Nothing where nobody answers."""
+    try:
+        with urllib.request.urlopen(page.partition("?")[0] + "metrics", timeout=20) as answer:
+            return str(answer.read().decode())
+    except urllib.error.URLError:
+        return ""
+
+
+@pytest.fixture(scope="module")
+def ended_run(during_run: tuple[Path, str, str]) -> Iterator[tuple[Path, EmbeddedServer]]:
+    """That run's Redis, serving again."""
+    folder = during_run[0]
     server = start_server(only_run(folder) / "redis")
     yield folder, server
     server.stop()
+
+
+def test_a_run_serves_its_dashboard_while_it_lasts_and_says_where(during_run: tuple[Path, str, str]) -> None:
+    _, page, seen = during_run
+    assert page.endswith(f"/?run={RUN}")
+    assert page in seen, "sluice status says it too"
+    assert f'run="{RUN}"' in seen
 
 
 @pytest.fixture
@@ -60,9 +87,10 @@ def shown(ended_run: tuple[Path, EmbeddedServer]) -> Iterator[tuple[redis.Redis,
 @pytest.fixture(scope="module")
 def address(ended_run: tuple[Path, EmbeddedServer]) -> Iterator[str]:
     """A dashboard on loopback."""
-    folder, server = ended_run
-    with running_sluice("dashboard", "--port", "0", cwd=folder, SLUICE_REDIS_URL=server.url):
-        yield _address_in(folder / "output.log")
+    elsewhere = ended_run[0] / "elsewhere"
+    elsewhere.mkdir()
+    with running_sluice("dashboard", "--port", "0", cwd=elsewhere, SLUICE_REDIS_URL=ended_run[1].url):
+        yield _address_in(elsewhere / "output.log")
 
 
 def _address_in(log: Path) -> str:
@@ -196,6 +224,11 @@ def test_samples_are_filtered_shaded_and_lead_to_their_trace(
 ) -> None:
     client, keys = shown
     samples = [decode(fields[b"sample"]) for _, fields in client.xrevrange(keys("samples"))]
+    for sample in samples:  # the same policy in the sampler and in the trainer, but for the age of what was sampled
+        for c in sample["completions"]:
+            assert c["policy_logprobs"].shape == c["rollout_logprobs"].shape == (c["tokens"],)
+            if sample["step"] == 1:
+                assert abs(c["policy_logprobs"] - c["rollout_logprobs"]).max() < 1e-3
     page = open_page(f"/samples?run={RUN}")
     page.locator(".card h2").first.wait_for(timeout=20_000)
     assert page.locator(".completion").count() == 5 * 4

@@ -159,6 +159,11 @@ def test_two_ranks_make_the_steps_of_one(
         policy.score([(np.array([1, 2], np.int32), np.array([3, 4, 5], np.int32))]) for policy in (alone, together)
     )
     np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    of_last = [(group.prompt_ids, e.completion.token_ids) for group in make_groups(2) for e in group.episodes]
+    rows = zip(*(policy.logprobs_of(of_last) for policy in (alone, together)), strict=True)
+    for ours, theirs in rows:
+        assert ours is not None and theirs is not None and ours.max() < 0
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_a_publication_is_the_same_from_shards(two_ranks: Ranks, model_folder: Path) -> None:

@@ -122,7 +122,9 @@ def test_samples_are_kept_for_reading(client: redis.Redis, keys: Keys, tmp_path:
     run = Run(name=keys.run, keys=keys, config=make_config(), assets={}, folder=str(tmp_path))
     reporter = Reporter(client, run)
     for step in (1, 2):
-        reporter.keep_samples(step, [group([1.0, 0.0])] * 3, [[0.7, -0.7]] * 3)
+        reporter.keep_samples(
+            step, [group([1.0, 0.0])] * 3, [[0.7, -0.7]] * 3, lambda sequences: [None] * len(sequences)
+        )
     reporter.close()
     newest = read_samples(client, keys, count=10)
     assert [sample["step"] for sample in newest] == [2, 2, 1, 1]  # two groups a step

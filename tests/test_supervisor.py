@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import make_config
@@ -25,7 +26,7 @@ from harness import (
 from common.config import Config
 from common.errors import ConfigError
 from scripts.redis_server import EmbeddedServer
-from scripts.roles import assigned_gpus, check_gpus, planned_workers
+from scripts.roles import Role, assigned_gpus, check_gpus, planned_workers
 from scripts.supervisor import Child, RunFailed, Supervisor
 
 UNLICENSED = """
@@ -55,14 +56,20 @@ def test_a_crash_loop_ends_the_run_with_the_reason_and_the_tail_of_the_log(tmp_p
     assert "Traceback" not in output
 
 
-def supervising(folder: Path, program: str, *, beats: bool = True) -> tuple[Supervisor, Child]:
-    """A supervisor of a trainer alone, which is this Python program."""
+def supervising(folder: Path, program: str, *, beats: bool = True, **options: Any) -> tuple[Supervisor, Child]:
+    """A supervisor of a trainer alone, which is this Python program, and of what is in `options`."""
     supervisor = Supervisor(
-        make_config(), run="test", url="redis://", folder=folder, status=lambda: "running", trainer_beats=lambda: beats
+        make_config(),
+        run="test",
+        url="redis://",
+        folder=folder,
+        status=lambda: "running",
+        trainer_beats=lambda: beats,
+        **options,
     )
     trainer = supervisor._trainer
     trainer.argv = [sys.executable, "-c", program]
-    supervisor._children = [trainer]
+    supervisor._children = [child for child in supervisor._children if not child.queue]
     return supervisor, trainer
 
 
@@ -87,6 +94,25 @@ def test_a_trainer_of_one_rank_waits_for_no_others(tmp_path: Path, monkeypatch: 
     assert trainer.process is not None
     assert trainer.process.wait(20) == 0
     assert trainer.log.read_text() == "0 1\n"
+
+
+def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> None:
+    said: list[str] = []
+    fails = Role(name="dashboard", argv=[sys.executable, "-c", "import sys; sys.exit(2)"])
+    supervisor, trainer = supervising(tmp_path, "import time; time.sleep(60)", extra=[fails], say=said.append)
+    supervisor.start()
+
+    def is_given_up() -> bool:
+        assert supervisor.poll()
+        for child in supervisor._children:
+            child.start_at = 0.0  # its pauses are not what is tested
+        return bool(said)
+
+    wait_for(is_given_up, timeout=20, what="the word")
+    assert said == [f"dashboard died 5 times and is given up (its log: {tmp_path / 'logs' / 'dashboard.log'})"]
+    assert supervisor._children == [trainer]
+    assert trainer.process is not None and trainer.process.poll() is None
+    supervisor.stop()
 
 
 @pytest.mark.parametrize(("beats", "is_waited_for"), [(True, True), (False, False)])

@@ -22,6 +22,9 @@ from common.packing import plan_batches
 from common.types import Episode, Group, SamplingParams
 from trainer.masks import loss_tokens
 
+Sequences = list[tuple[NDArray[np.int32], NDArray[np.int32]]]
+"(prompt_ids, token_ids) each"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
@@ -127,6 +130,21 @@ def num_loss_tokens(micro_batches: Iterable[MicroBatch]) -> int:
 def num_sequences(micro_batches: Iterable[MicroBatch]) -> int:
     """Sequences with at least one token in the loss, before any off-policy masking."""
     return sum(int(batch.loss_mask.any(-1).sum()) for batch in micro_batches)
+
+
+def find_logprobs(
+    scored: Iterable[tuple[MicroBatch, Tensor]], sequences: Sequences
+) -> list[NDArray[np.float32] | None]:
+    """The row [T] of each sequence among micro-batches with their logprobs [B, T]; None for one that is in none of them."""
+    found: list[NDArray[np.float32] | None] = [None] * len(sequences)
+    for batch, logprobs in scored:
+        for i, (prompt_ids, token_ids) in enumerate(sequences):
+            ids = torch.from_numpy(np.concatenate([prompt_ids, token_ids]).astype(np.int64))
+            alike = (batch.prompt_lengths == len(prompt_ids)) & (batch.completion_lengths == len(token_ids))
+            for row in alike.nonzero().flatten().tolist():
+                if torch.equal(batch.input_ids[row, : len(ids)], ids):
+                    found[i] = logprobs[row, : len(token_ids)].float().cpu().numpy()
+    return found
 
 
 def _collate(rows: list[_Row], *, mask_truncated: bool) -> MicroBatch:

@@ -40,6 +40,7 @@ from common.digest import weights_digest
 from common.errors import ConfigError, DiskFull, PolicyNotFound, StateLost
 from common.ledger import Ledger
 from common.lineage import abandoned_versions, policy_ages
+from common.model import device_name
 from common.policy_store import PolicyStore
 from common.replay_buffer import ReplayBuffer
 from common.run import Run, process_name
@@ -114,14 +115,19 @@ class Trainer:
         self._canary_bound = mismatch_bound(self.config.rollout.dtype, self.config.trainer.autocast)
         self._canary_sequences: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
         self.evaluating: set[tuple[str, int]] = set()
-        facts = lambda: {"step": self.step, "version": self.version}  # noqa: E731
-        self.watch = Watch(run, client, process=process_name("trainer"), facts=facts)
+        self.idle_fraction = 1.0
+        self.device = device_name(self.config.trainer.device)
+        self.watch = Watch(run, client, process=process_name("trainer"), facts=self._facts)
         self.watch.report = lambda cause, waited_s: self.reporter.report_stall(self.step, cause, waited_s)
 
     @property
     def config(self) -> Config:
         """The run's, with the settings in force at the last look."""
         return self.orders.config
+
+    def _facts(self) -> dict[str, object]:
+        device = f"{self.ranks.size} x {self.device}" if self.ranks.size > 1 else self.device
+        return {"step": self.step, "version": self.version, "idle_fraction": self.idle_fraction, "device": device}
 
     def train(self) -> None:
         """From wherever the run is to its last step, or to SIGTERM, or to the end of a drain."""
@@ -142,7 +148,7 @@ class Trainer:
             self.wall_s = time.monotonic() - started
             metrics["time/wait_for_batch"] = waited
             metrics["time/step"] = time.monotonic() - began
-            metrics["idle_fraction/trainer"] = waited / metrics["time/step"]
+            metrics["idle_fraction/trainer"] = self.idle_fraction = waited / metrics["time/step"]
             metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
             metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations()
             self.reporter.report(self.step, self.version, metrics)
@@ -170,7 +176,7 @@ class Trainer:
             step=self.step, parent_digest=parent_digest, groups=groups, metrics=learnt, settings=settings
         )
         self.audit.record(record, saved_step=self.saved_step)
-        self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages])
+        self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages], self.policy.logprobs_of)
         return metrics
 
     def _ages_of(self, groups: list[Group]) -> list[int]:

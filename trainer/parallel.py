@@ -35,13 +35,12 @@ from common.config_trainer import TrainerConfig
 from common.errors import DiskFull, Diverged
 from common.model import load_pretrained
 from common.types import Group
-from trainer.batch import MicroBatch, build_micro_batches
+from trainer.batch import MicroBatch, Sequences, build_micro_batches
 from trainer.policy import TrainedPolicy
 from trainer.ranks import COLLECTIVE_TIMEOUT_S, Ranks
 
 log = logging.getLogger("sluice.trainer")
 
-Sequences = list[tuple[NDArray[np.int32], NDArray[np.int32]]]
 """(prompt_ids, token_ids)"""
 Share = tuple[list[Group], list[Tensor]]
 """What a rank trains on: groups with its episodes only, and their advantages, [G] per group."""
@@ -85,6 +84,10 @@ class ParallelPolicy:
         if config != self._policy.config:  # the config of SFT never comes here
             with self._call("configure", {"trainer": config.model_dump(mode="json")}):
                 self._policy.configure(config)
+
+    def logprobs_of(self, sequences: Sequences) -> list[NDArray[np.float32] | None]:
+        with self._call("logprobs_of", {"sequences": sequences}):
+            return self._policy.logprobs_of(sequences)
 
     def score(self, sequences: Sequences) -> list[CanarySequence]:
         with self._call("score", {"sequences": sequences}):
@@ -164,6 +167,8 @@ def _make(call: dict[str, Any], policy: TrainedPolicy, ranks: Ranks) -> None:
                 log.warning("step %d: training has diverged", call["options"]["step"])
         case "configure":
             policy.configure(TrainerConfig.model_validate(call["trainer"]))
+        case "logprobs_of":
+            policy.logprobs_of([(prompt, tokens) for prompt, tokens in call["sequences"]])
         case "score":
             policy.score([(prompt, tokens) for prompt, tokens in call["sequences"]])
         case "snapshot":

@@ -31,7 +31,7 @@ from common.logprobs import UNTRUNCATED, pad_sequences
 from common.model import named_weights
 from common.packing import enable_packing
 from common.truncation import Truncation
-from trainer.batch import MicroBatch, padding_share, step_normaliser
+from trainer.batch import MicroBatch, Sequences, find_logprobs, padding_share, step_normaliser
 from trainer.checkpoint import SavedTensors, write_tensors
 from trainer.lora import Adapter
 from trainer.loss import combine_metrics, policy_loss
@@ -91,6 +91,7 @@ class TrainedPolicy:
         self.config = config
         self._objective = objective
         self._num_skipped = 0
+        self._first_pass: list[tuple[MicroBatch, Tensor]] = []
         self._ranks = ranks or Ranks()
         self.device = self._ranks.device(config.device)
         self.adapter = Adapter(model, config.lora) if config.lora else None
@@ -160,8 +161,11 @@ class TrainedPolicy:
             for i, (batch, before) in enumerate(zip(batches, prox, strict=True), start=1):
                 with nullcontext() if i == len(batches) else without_reduction(self._trained):
                     scored.append(self._accumulate(batch, before, normaliser))
-            if iteration == 0 and self.config.num_iterations > 1:
-                prox = [logprobs for logprobs, _ in scored]
+            if iteration == 0:
+                self._first_pass = [
+                    (batch, logprobs) for batch, (logprobs, _) in zip(micro_batches, scored, strict=True)
+                ]
+                prox = [logprobs for logprobs, _ in scored] if self.config.num_iterations > 1 else prox
             began = time.monotonic()
             grad_norm = self._clipped()
             if math.isfinite(grad_norm):
@@ -229,8 +233,13 @@ class TrainedPolicy:
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
+    def logprobs_of(self, sequences: Sequences) -> list[NDArray[np.float32] | None]:
+        """Float32 [T] each, as the last `optimize` found them before its first step; None for what was not in it."""
+        every = self._ranks.gather(find_logprobs(self._first_pass, sequences))
+        return [next((row for row in found if row is not None), None) for found in zip(*every, strict=True)]
+
     @torch.no_grad()
-    def score(self, sequences: list[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> list[CanarySequence]:
+    def score(self, sequences: Sequences) -> list[CanarySequence]:
         """The canary of the present weights, from (prompt_ids, token_ids): logprobs at temperature 1.
 
         With an adapter also those of its base, so that a sampler that serves the base can be told.

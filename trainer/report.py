@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import redis
+from numpy.typing import NDArray
 
 from common.broker import PART_TASKS
 from common.config import QUEUES
@@ -34,6 +35,7 @@ from common.run import Run
 from common.scripts import Scripts
 from common.serialization import encode
 from common.types import Group, have_preference
+from trainer.batch import Sequences
 
 log = logging.getLogger("sluice.trainer")
 
@@ -75,8 +77,17 @@ class Reporter:
             {"step": step, "time": time.time(), "stall": cause.kind, "cause": cause.text, "waited_s": waited_s},
         )
 
-    def keep_samples(self, step: int, groups: list[Group], advantages: list[list[float]]) -> None:
-        """The first groups of the step, for `sluice samples`, the sample browser and `sluice trace`."""
+    def keep_samples(
+        self,
+        step: int,
+        groups: list[Group],
+        advantages: list[list[float]],
+        logprobs_of: Callable[[Sequences], Sequence[NDArray[np.float32] | None]],
+    ) -> None:
+        """The first groups of the step, for `sluice samples`, the sample browser and `sluice trace`.
+
+        logprobs_of: the trainer's, before the step, of the completions that are kept.
+        """
         kept = self._run.config.metrics.samples_kept
         if not kept:
             return
@@ -85,10 +96,13 @@ class Reporter:
             for group, _ in chosen:
                 pipe.hmget(self._run.keys("g", group.group_id), _WORK)
             work = pipe.execute()
+        trained = iter(
+            logprobs_of([(group.prompt_ids, e.completion.token_ids) for group, _ in chosen for e in group.episodes])
+        )
         with self._client.pipeline(transaction=False) as pipe:
             for (group, values), done in zip(chosen, work, strict=True):
                 facts = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
-                sample = encode(_sample(step, group, values) | {"work": facts})
+                sample = encode(_sample(step, group, values, trained) | {"work": facts})
                 self._scripts("small", "XADD", "samples", "MAXLEN", kept, "*", "sample", sample, client=pipe)
             pipe.execute()
 
@@ -137,7 +151,9 @@ def _last_version(path: Path) -> int:
     return -1
 
 
-def _sample(step: int, group: Group, advantages: list[float]) -> dict[str, object]:
+def _sample(
+    step: int, group: Group, advantages: list[float], trained: Iterator[NDArray[np.float32] | None]
+) -> dict[str, object]:
     return {
         "step": step,
         "group": group.group_id,
@@ -150,6 +166,7 @@ def _sample(step: int, group: Group, advantages: list[float]) -> dict[str, objec
                 "text": episode.completion.text,
                 "token_ids": episode.completion.token_ids,
                 "rollout_logprobs": episode.completion.rollout_logprobs.astype(np.float32),
+                "policy_logprobs": next(trained),
                 "policy_versions": episode.completion.policy_versions,
                 "reward": episode.reward,
                 "rewards": episode.rewards,
@@ -222,7 +239,7 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
     shares: dict[str, list[float]] = defaultdict(list)
     beats = read_heartbeats(client, run.keys).values()
     for facts in beats:
-        if "idle_fraction" in facts:
+        if "idle_fraction" in facts and facts["role"] != "trainer":
             shares[facts["role"]].append(facts["idle_fraction"])
     compared = [facts.get(key) for facts in beats for key in ("mismatch", "cache_mismatch")]
     if differences := [difference for difference in compared if difference is not None]:

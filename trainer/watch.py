@@ -47,6 +47,7 @@ class Watch:
         self._reported_at = 0.0
         self._streamed = "", 0.0
         self._closed = threading.Event()
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run_until_closed, name="heart", daemon=True)
         self._thread.start()
 
@@ -89,7 +90,8 @@ class Watch:
     def _run_until_closed(self) -> None:
         while not self._closed.is_set():
             self._look_at_the_trainers_client()
-            facts = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm, **self._facts()}
+            facts = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm}
+            facts |= {"up_s": round(time.monotonic() - self._began, 1), **self._facts()}
             try:
                 beat(self._client, self._run.keys, self._process, facts)
                 self._away_since = None

@@ -36,6 +36,7 @@ from common.metrics import is_silent, last_metrics, read_heartbeats
 from common.queues import Queue, broker_client, read_queues
 from common.run import Run
 from common.serialization import decode
+from common.signing import unsealed
 
 STALL_KINDS = (
     "paused",
@@ -184,7 +185,7 @@ def _other_digests(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
         if not facts.get("digest"):
             continue
         wire = client.hget(run.keys("manifests"), str(facts["version"]))
-        if wire is not None and not decode(wire)["digest"].startswith(facts["digest"]):
+        if wire is not None and not decode(unsealed(wire))["digest"].startswith(facts["digest"]):
             text = (
                 f"{name} serves policy version {facts['version']} with digest {facts['digest']}, not the published one"
             )

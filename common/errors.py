@@ -7,6 +7,7 @@ SluiceError
   PolicyError            a policy version cannot be published, found or verified
     PolicyNotFound       no such version in the store
     DigestMismatch       the bytes are not those that the manifest names
+    SignatureRefused     the manifest is not signed with the run's key
   EngineError            an engine could not generate; the group is retried elsewhere
     EngineClosed         the engine is shutting down; the group is handed back, no attempt is spent
   StateLost              Redis has lost the trainer's last writes: it was restarted, or another server took over
@@ -44,6 +45,10 @@ class PolicyNotFound(PolicyError):
 
 class DigestMismatch(PolicyError):
     """The bytes read are not those that the manifest names."""
+
+
+class SignatureRefused(PolicyError):
+    """The manifest does not come from whoever has the run's key."""
 
 
 class EngineError(SluiceError):

@@ -1,7 +1,8 @@
 """Versioned weights: `publish(...)`, `latest()`, `fetch(version)`.
 
     publish: write weights or delta -> manifest (digest per tensor) -> move the pointer (one script) -> event
-    fetch:   manifest -> tensors -> verify every digest; what cannot be verified is never served
+    fetch:   manifest -> verify its signature (`common/signing.py`) -> tensors -> verify every digest; what cannot be
+             verified is never served
 
 Versions only grow. The manifest names (version, trainer step, incarnation, parent); the pointer lives in Redis, so all
 roles agree on it whichever transport carries the bytes (`common/weights_transport.py`).
@@ -35,10 +36,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
 
 import redis
 import torch
@@ -49,9 +49,10 @@ from common.config import PolicyStoreConfig
 from common.digest import policy_digest, tensor_digest, weights_digest
 from common.errors import DigestMismatch, PolicyError, PolicyNotFound
 from common.keys import Keys
+from common.manifest import Manifest, Policy
 from common.run import process_name
 from common.scripts import Scripts
-from common.serialization import decode, encode
+from common.signing import Signer
 from common.weights_transport import DirectoryTransport, RedisTransport, Transport
 
 log = logging.getLogger("sluice.policy_store")
@@ -60,52 +61,16 @@ READER_S = 120.0
 """A reader that says nothing for so long is taken for dead."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What one policy version is."""
-
-    version: int
-    step: int
-    "trainer step that made it; 0 is the base model"
-    incarnation: int
-    "of the trainer process, growing by one with each start"
-    parent: int
-    "version it was trained from; -1 for the base model"
-    num_bytes: int
-    "of the whole weights as stored; 0 = there is a delta only"
-    digest: str
-    "sha256 over names and digests of all tensors"
-    tensors: dict[str, str]
-    "name -> xxh3-128"
-    canary: list[dict[str, Any]] = field(default_factory=list)
-    "CanarySequence each: what a sampler that serves this version must reproduce"
-    base: int = -1
-    "version that the delta applies to; -1 = there are whole weights only"
-    delta_bytes: int = 0
-    "of the delta as stored"
-    adapter_scale: float | None = None
-    "of a LoRA adapter upon version 0, which the tensors then are (`common/lora.py`)"
-
-    @property
-    def payload_bytes(self) -> int:
-        """What a reader downloads who has the version before."""
-        return self.num_bytes if self.base < 0 else self.delta_bytes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
-    """A verified version in memory."""
-
-    manifest: Manifest
-    tensors: Mapping[str, torch.Tensor]
-
-
 class PolicyStore:
     """Publication and retrieval of policy versions, over either transport."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, config: PolicyStoreConfig) -> None:
+    def __init__(
+        self, client: redis.Redis, keys: Keys, config: PolicyStoreConfig, *, signer: Signer | None = None
+    ) -> None:
+        """signer: by default with the key of the environment, if there is one."""
         self._client = client
         self._keys = keys
+        self._signer = signer or Signer.of_environment(keys.run)
         self._keep = config.keep
         self._anchor_every = config.anchor_every if config.delta else 1
         self._scripts = Scripts(client, keys)
@@ -169,8 +134,8 @@ class PolicyStore:
         return manifest
 
     def _record(self, manifest: Manifest) -> None:
-        self._scripts("small", "HSET", "manifests", manifest.version, encode(asdict(manifest)))
-        self._known_bases[manifest.version] = _rests_on(manifest)
+        self._scripts("small", "HSET", "manifests", manifest.version, manifest.sealed(self._signer))
+        self._known_bases[manifest.version] = manifest.rests_on
 
     def _base_for(self, version: int) -> tuple[Policy | None, int]:
         """What this version can be a delta upon, and the versions that one consists of; (None, 0) = nothing."""
@@ -180,7 +145,9 @@ class PolicyStore:
         try:
             if self.manifest(held.manifest.version).digest != held.manifest.digest:
                 return None, 0
-        except PolicyNotFound:  # a Redis that lost it has lost all that would have been built upon it
+        except (
+            PolicyError
+        ):  # a Redis that lost it has lost all that would have been built upon it; or somebody replaced it
             return None, 0
         return held, 1 + len(self._foundations(held.manifest.version))
 
@@ -190,8 +157,8 @@ class PolicyStore:
         while True:
             if version not in self._known_bases:
                 try:
-                    self._known_bases[version] = _rests_on(self.manifest(version))
-                except PolicyNotFound:
+                    self._known_bases[version] = self.manifest(version).rests_on
+                except PolicyError:
                     return found
             version = self._known_bases[version]
             if version < 0:
@@ -263,14 +230,14 @@ class PolicyStore:
         return (-1, "") if version is None else (int(version), (digest or b"").decode())
 
     def manifest(self, version: int) -> Manifest:
-        """Raises PolicyNotFound."""
-        wire = self._client.hget(self._keys("manifests"), str(version))
-        if wire is None:
+        """Raises PolicyNotFound, SignatureRefused, DigestMismatch."""
+        sealed = self._client.hget(self._keys("manifests"), str(version))
+        if sealed is None:
             raise PolicyNotFound(f"policy version {version} was never published in this run, or was removed")
-        return Manifest(**decode(wire))
+        return Manifest.opened(sealed, self._signer, version=version)
 
     def fetch(self, version: int) -> tuple[Manifest, dict[str, torch.Tensor]]:
-        """Verified tensors of a version, not to be written to. Raises PolicyNotFound, DigestMismatch."""
+        """Verified tensors of a version, not to be written to. Raises PolicyNotFound, SignatureRefused, DigestMismatch."""
         began = time.monotonic()
         with self._reading(version) as go_on:
             manifest = self.manifest(version)
@@ -385,11 +352,6 @@ class PolicyStore:
                 self._transport.delete(version)
                 self._client.hdel(self._keys("manifests"), str(version))
                 self._known_bases.pop(version, None)
-
-
-def _rests_on(manifest: Manifest) -> int:
-    """The version without which this one cannot be read; -1 = it is stored whole."""
-    return -1 if manifest.num_bytes else manifest.base
 
 
 def store_folder(config: PolicyStoreConfig, run: str) -> Path:

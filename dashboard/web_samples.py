@@ -38,7 +38,7 @@ async def samples_page(reader: Reader) -> None:
         with ui.element("div").classes("card filters"):
             for name, label in (
                 ("step", "step"),
-                ("version", "policy version"),
+                ("version", "version"),
                 ("low", "reward from"),
                 ("high", "to"),
             ):

@@ -14,6 +14,8 @@ from common import sentinel
 from common.config_file import load_config
 from common.connection import connect, persistence_warning, without_password
 from common.errors import SluiceError
+from common.secrets import secret
+from common.signing import RUN_KEY
 from scripts.redis_server import find_server
 
 
@@ -69,6 +71,10 @@ def examine_redis() -> list[Finding]:
         host, port = sentinel.parse(url).master_address()
         findings.append(
             Finding("ok", f"Sentinel names {host}:{port} as the master, {info['connected_slaves']} replicas")
+        )
+    if secret(RUN_KEY) is None:
+        findings.append(
+            Finding("note", f"{RUN_KEY} is not set: only `sluice run` signs policies then (docs/security.md)")
         )
     if warning := persistence_warning(client):
         findings.append(Finding("warning", warning))

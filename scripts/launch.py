@@ -31,6 +31,8 @@ from common.control import default_who, lift_drain
 from common.errors import ConfigError
 from common.metrics import is_silent, read_heartbeats
 from common.run import Run, create_run, open_run, set_status
+from common.secrets import secret
+from common.signing import RUN_KEY, make_key
 from dashboard.door import LOOPBACK, free_port, page_url
 from scripts.progress import Progress
 from scripts.redis_server import EmbeddedServer, reading_server, running_url, start_server
@@ -40,6 +42,7 @@ from scripts.summary import write_summary
 from scripts.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
 
 POLL_S = 0.1
+KEY_FILE = "run.key"
 READER_WAIT_S = 5.0
 """How long a command that only reads waits for a Redis that goes away while it reads."""
 
@@ -105,6 +108,8 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         else:
             run = create_run(client, name, config, assets=assets, folder=str(folder))
             write_config(run)
+            if secret(RUN_KEY) is None:
+                make_key(folder / KEY_FILE)
         code = _drive(client, run, url, server, interrupted, config_path)
         is_finished = code == 0 and client.hget(run.keys("run"), "status") == b"finished"
         if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
@@ -135,6 +140,7 @@ def _drive(
         trainer_beats=lambda: _trainer_beats(client, run),
         extra=pages,
         say=progress.say,
+        key_file=folder / KEY_FILE if secret(RUN_KEY) is None and (folder / KEY_FILE).exists() else None,
     )
     scaler = Scaler(client, run, supervisor, say=progress.say)
     started = time.monotonic()

@@ -12,9 +12,11 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 from common.config import QUEUES, Config
 from common.errors import ConfigError
+from common.signing import RUN_KEY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,14 @@ def trainer_role(config: Config) -> Role:
     gpus = trainer_gpus(config)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     return Role(name="trainer", argv=argv, env=env | visible)
+
+
+def key_environment(role: Role, key_file: Path | None) -> dict[str, str]:
+    """The run's key for a role that publishes or loads policies: that of the file, else what is in our own environment. For
+    the others, which run code of users among them, none."""
+    if role.name.partition("-")[0] not in ("trainer", "rollout", "eval", "reference"):
+        return {RUN_KEY: "", f"{RUN_KEY}_FILE": ""}
+    return {f"{RUN_KEY}_FILE": str(key_file)} if key_file else {}
 
 
 def dashboard_role(port: int) -> Role:

@@ -29,7 +29,7 @@ from pathlib import Path
 from common.config import Config
 from common.errors import Diverged
 from scripts.processes import signal_group, spawn
-from scripts.roles import Role, planned_workers, trainer_role, worker_bounds, worker_role
+from scripts.roles import Role, key_environment, planned_workers, trainer_role, worker_bounds, worker_role
 
 STOP_S = 7.0
 TRAINER_STOP_S = 120.0
@@ -83,13 +83,15 @@ class Supervisor:
         trainer_beats: Callable[[], bool],
         extra: Iterable[Role] = (),
         say: Callable[[str], None] = print,
+        key_file: Path | None = None,
     ) -> None:
         """`status` reads the run's; while Redis is away it raises its ConnectionError, and so does `poll` then.
 
         `trainer_beats`: whether a heartbeat of the trainer came in the last seconds; false while Redis is away.
-        `extra`: roles that the run can do without; `say` tells when one is given up.
+        `extra`: roles that the run can do without; `say` tells when one is given up. `key_file`: the run's key, where the
+        environment has none (common/signing.py).
         """
-        self._say = say
+        self._say, self._key_file = say, key_file
         self._status, self._trainer_beats = status, trainer_beats
         env = {"SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -108,7 +110,8 @@ class Supervisor:
         return child
 
     def _child(self, role: Role) -> Child:
-        return Child(name=role.name, argv=role.argv, env=self._env | role.env, log=self._logs / f"{role.name}.log")
+        env = self._env | role.env | key_environment(role, self._key_file)
+        return Child(name=role.name, argv=role.argv, env=env, log=self._logs / f"{role.name}.log")
 
     def start(self) -> None:
         for child in self._children:

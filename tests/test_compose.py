@@ -132,7 +132,7 @@ def test_every_process_with_a_policy_shares_the_policy_store() -> None:
 
 def test_observability_is_a_profile_and_its_ports_are_this_machines_only() -> None:
     optional = {name: service for name, service in services().items() if service.get("profiles") == ["observability"]}
-    assert set(optional) == {"metrics", "prometheus", "grafana", "flower"}
+    assert set(optional) == {"dashboard", "metrics", "prometheus", "grafana", "flower"}
     assert all(port.startswith("127.0.0.1:") for service in services().values() for port in service.get("ports", []))
     scraped = yaml.safe_load((ROOT / "config" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     targets = [target for job in scraped for config in job["static_configs"] for target in config["targets"]]
@@ -146,3 +146,9 @@ def test_image_runs_as_an_unprivileged_user_who_owns_the_policy_store() -> None:
     assert "USER sluice" in dockerfile
     assert "--uid 1000" in dockerfile
     assert "uid=1000" in resolved()["volumes"]["policies"]["driver_opts"]["o"]
+
+
+def test_only_roles_that_publish_or_load_policies_have_the_runs_key() -> None:
+    with_key = {name for name, service in services().items() if "SLUICE_RUN_KEY" in service.get("environment", {})}
+    assert with_key == {"trainer", "rollout", "reference", "eval"}
+    assert all(services()[name]["environment"]["SLUICE_REDIS_URL"] for name in with_key)

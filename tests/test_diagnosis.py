@@ -15,8 +15,8 @@ from harness import wait_for
 from common.connection import connect
 from common.diagnosis import Cause, alarms, diagnose, explain_stall
 from common.keys import Keys
+from common.manifest import Manifest
 from common.metrics import SILENT_AFTER_S, beat, read_heartbeats, write_metrics
-from common.policy_store import Manifest
 from common.replay_buffer import ReplayBuffer
 from common.run import Run, create_run
 from common.serialization import encode

@@ -147,12 +147,14 @@ def test_roles_with_a_model_get_a_gpu_and_no_other() -> None:
     assert with_gpu == {"rollout", "reference", "eval", "trainer"}
 
 
-def test_the_password_comes_from_a_secret_only() -> None:
+def test_passwords_and_the_runs_key_come_from_secrets_only() -> None:
     for name, pod in pods().items():
         for container in containers(pod):
             refs = {e["name"]: e["valueFrom"]["secretKeyRef"] for e in container["env"]}
             wanted = {"REDIS_PASSWORD": "password"} if name == "redis" else {"SLUICE_REDIS_URL": "url"}
-            assert refs == {key: {"name": "sluice-redis", "key": value} for key, value in wanted.items()}
+            has_key = name in ("rollout", "reference", "eval") or container["name"] == "trainer"
+            signed = {"SLUICE_RUN_KEY": {"name": "sluice-run-key", "key": "key"}} if has_key else {}
+            assert refs == signed | {key: {"name": "sluice-redis", "key": value} for key, value in wanted.items()}
     assert not any(each["kind"] == "Secret" for path in FILES for each in objects(path))
 
 

@@ -30,6 +30,7 @@ TORCH_IN_COMMON = {
         "delta",
         "digest",
         "logprobs",
+        "manifest",
         "lora",
         "model",
         "packing",

@@ -21,8 +21,9 @@ from common.config import Config
 from common.connection import connect
 from common.diagnosis import alarms
 from common.logprobs import score_sequences
+from common.manifest import Manifest
 from common.model import load_pretrained
-from common.policy_store import Manifest, PolicyStore
+from common.policy_store import PolicyStore
 from common.run import open_run
 from common.types import SamplingParams
 from scripts.redis_server import EmbeddedServer

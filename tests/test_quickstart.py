@@ -11,8 +11,13 @@ from click.testing import CliRunner
 from harness import metrics_lines, metrics_of, only_run, quickstart_config, sluice, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.connection import connect
 from common.evaluation import read_best
+from common.keys import Keys
+from common.manifest import Manifest
+from common.signing import Signer
 from scripts.cli import cli
+from scripts.redis_server import reading_server
 
 STEPS = 24
 EVALUATE_EVERY = 12
@@ -109,6 +114,22 @@ def test_the_reference_is_in_the_loss(finished: tuple[Path, str]) -> None:
     steps = metrics_of(only_run(finished[0]))
     assert steps[0]["loss/kl"] == pytest.approx(0.0, abs=1e-6)  # the policy is the reference
     assert steps[-1]["loss/kl"] > 1e-3
+
+
+def test_what_was_published_is_signed_with_the_key_of_the_run_folder(finished: tuple[Path, str]) -> None:
+    run = only_run(finished[0])
+    key = (run / "run.key").read_text().strip()
+    assert (run / "run.key").stat().st_mode & 0o077 == 0
+    with reading_server(run / "redis") as url:
+        client = connect(url)
+        keys = Keys(run.name)
+        sealed = client.hgetall(keys("manifests"))
+        client.close()
+    assert len(sealed) >= 2
+    for version, manifest in sealed.items():
+        assert Manifest.opened(manifest, Signer(run.name, key), version=int(version)).version == int(version)
+    for file in [*run.glob("logs/*"), run / "config.yaml", run / "summary.json", *run.glob("redis/**/*.aof")]:
+        assert key.encode() not in file.read_bytes(), file
 
 
 def test_commands_read_the_ended_run(finished: tuple[Path, str]) -> None:

@@ -19,9 +19,10 @@ from common.canary import CanarySequence, random_sequences
 from common.diagnosis import alarms
 from common.errors import EngineError
 from common.logprobs import completion_logprobs, pad_sequences
+from common.manifest import Manifest
 from common.metrics import read_heartbeats
 from common.model import load_pretrained, load_weights, named_weights
-from common.policy_store import Manifest, PolicyStore
+from common.policy_store import PolicyStore
 from common.run import open_run
 from common.types import SamplingParams
 from workers.context import Context

@@ -33,7 +33,8 @@ from common.connection import BLOCK_S
 from common.errors import EngineError, PolicyError
 from common.keys import Keys
 from common.lora import merge_adapter
-from common.policy_store import Manifest, Policy, PolicyStore
+from common.manifest import Manifest, Policy
+from common.policy_store import PolicyStore
 from common.types import Completion
 from workers.engine import Engine, GenerationRequest
 

@@ -1,0 +1,186 @@
+"""Signed policies: what somebody without the run's key has published is served by nobody who has it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import torch
+from harness import wait_for
+from test_rollout_policy import serving
+from test_worker_deaths import Fleet, make_fleet  # noqa: F401
+
+from common.config import PolicyStoreConfig
+from common.diagnosis import alarms
+from common.errors import ConfigError, DigestMismatch, SignatureRefused
+from common.keys import Keys
+from common.manifest import Manifest
+from common.policy_store import PolicyStore
+from common.run import open_run
+from common.secrets import secret
+from common.serialization import encode
+from common.signing import Signer, make_key, unsealed
+from scripts.roles import key_environment, trainer_role, worker_role
+
+KEY, OTHER_KEY = "k" * 32, "o" * 32
+
+
+@pytest.fixture
+def make(client: redis.Redis, keys: Keys, tmp_path: Path) -> Callable[[str | None], PolicyStore]:
+    config = PolicyStoreConfig(transport="redis")
+    return lambda key: PolicyStore(client, keys, config, signer=Signer(keys.run, key))
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.randn(64, generator=torch.Generator().manual_seed(seed))}
+
+
+def publish(store: PolicyStore, version: int, *, seed: int | None = None) -> Manifest:
+    return store.publish(version, weights(version if seed is None else seed), step=version, parent=version - 1)
+
+
+def test_who_has_the_key_serves_what_its_trainer_published(make: Callable[..., PolicyStore]) -> None:
+    trainer, worker = make(KEY), make(KEY)
+    for version in range(3):
+        publish(trainer, version)
+        manifest, tensors = worker.fetch(version)
+        assert manifest.version == version
+        assert torch.equal(tensors["w"], weights(version)["w"])
+
+
+@pytest.mark.parametrize(
+    ("forger", "message"),
+    [(None, "is not signed, and this process has"), (OTHER_KEY, "is not signed with this process'")],
+)
+def test_a_policy_of_somebody_without_the_key_is_refused(
+    make: Callable[..., PolicyStore], forger: str | None, message: str
+) -> None:
+    publish(make(KEY), 0)
+    publish(make(forger), 1, seed=666)  # sound in itself: manifest, digests, pointer and event
+    worker = make(KEY)
+    with pytest.raises(SignatureRefused, match=f"policy version 1 {message}"):
+        worker.fetch(1)
+    assert worker.fetch(0)[0].version == 0
+    assert make(None).fetch(1)[0].version == 1, "who has no key asks for no signature"
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Manifest)])
+def test_every_field_is_signed(client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore], name: str) -> None:
+    manifest = publish(make(KEY), 0)
+    sealed = client.hget(keys("manifests"), "0")
+    head = sealed[: -len(unsealed(sealed))]
+    other: dict[str, Any] = {
+        "digest": "0" * 64,
+        "tensors": {**manifest.tensors, "x": "0"},
+        "canary": [{"prompt_ids": [1]}],
+        "adapter_scale": 2.0,
+    }
+    changed = replace(manifest, **{name: other[name] if name in other else getattr(manifest, name) + 1})
+    client.hset(keys("manifests"), "0", head + encode(asdict(changed)))
+    with pytest.raises(SignatureRefused):
+        make(KEY).fetch(0)
+
+
+def test_a_signed_manifest_is_of_one_version_and_one_run(
+    client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore]
+) -> None:
+    publish(make(KEY), 0)
+    sealed = client.hget(keys("manifests"), "0")
+    client.hset(keys("manifests"), "7", sealed)
+    with pytest.raises(DigestMismatch, match="the manifest of policy version 7 is that of version 0"):
+        make(KEY).fetch(7)
+    with pytest.raises(SignatureRefused):
+        Manifest.opened(sealed, Signer("another-run", KEY), version=0)
+
+
+@pytest.mark.parametrize("sealed", [b"", b"SL+", b"SL+" + b"x" * 31, b"\x00" * 40, b"SL\x01\xc1", b"SL\x01\x90"])
+def test_garbage_is_refused_with_or_without_a_key(sealed: bytes) -> None:
+    with pytest.raises((SignatureRefused, DigestMismatch)):
+        Manifest.opened(sealed, Signer("r", KEY), version=0)
+    with pytest.raises(DigestMismatch, match="the manifest of policy version 0 is damaged"):
+        Manifest.opened(sealed, Signer("r", None), version=0)
+
+
+def test_a_mended_version_is_signed_as_well(client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore]) -> None:
+    trainer = make(KEY)
+    publish(trainer, 0)
+    client.hset(keys("policy"), "wanted_whole", 0)
+    if trainer.is_wanted_whole():
+        trainer.mend()
+    assert make(KEY).fetch(0)[0].version == 0
+
+
+def test_a_rollout_worker_goes_on_with_the_last_policy_of_its_trainer(
+    make_fleet: Callable[..., Fleet],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    client: redis.Redis,
+) -> None:
+    fleet = make_fleet()
+    keys, config = fleet.ledger.keys, fleet.config.policy_store
+    trainer = PolicyStore(client, keys, config, signer=Signer(keys.run, KEY))
+    _, tensors = PolicyStore(client, keys, config).fetch(0)
+    trainer.publish(1, tensors, step=1, parent=0)
+    monkeypatch.setenv("SLUICE_RUN_KEY", KEY)
+    with serving(fleet, monkeypatch) as (role, beat):
+        role.start()
+        wait_for(lambda: beat().get("version") == 1, timeout=15, what="version 1 to be served")
+        forged = {name: tensor + 1.0 for name, tensor in tensors.items()}
+        PolicyStore(client, keys, config, signer=Signer(keys.run, None)).publish(2, forged, step=2, parent=1)
+        wait_for(lambda: beat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
+        assert "still serves version 1: policy version 2 is not signed" in beat()["alarm"]
+        assert any("is not signed" in alarm.text for alarm in alarms(client, open_run(client, keys.run)))
+        assert role.engine.version == 1
+        trainer.publish(3, {name: tensor + 0.001 for name, tensor in tensors.items()}, step=3, parent=1)
+        wait_for(lambda: beat().get("version") == 3, timeout=15, what="the trainer's next version to be served")
+        assert beat()["alarm"] == ""
+    for key in client.scan_iter(keys.root + "*"):
+        assert KEY.encode() not in (client.dump(key) or b""), key
+    assert KEY not in json.dumps(fleet.config.model_dump(mode="json"))
+
+
+def test_reward_workers_and_the_dashboard_have_no_key(tmp_path: Path) -> None:
+    config = make_config_of_roles()
+    file = tmp_path / "run.key"
+    for queue in ("rollout", "rollout,eval", "reference", "eval"):
+        assert key_environment(worker_role(config, queue, 0), file) == {"SLUICE_RUN_KEY_FILE": str(file)}
+    assert key_environment(trainer_role(config), file) == {"SLUICE_RUN_KEY_FILE": str(file)}
+    for queue in ("reward", "dataset"):
+        assert key_environment(worker_role(config, queue, 0), file) == {"SLUICE_RUN_KEY": "", "SLUICE_RUN_KEY_FILE": ""}
+
+
+def make_config_of_roles() -> Any:
+    from builders import make_config
+
+    return make_config()
+
+
+def test_keys_come_from_the_environment_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    make_key(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert len(file.read_text().strip()) == 64
+    for name in ("SLUICE_RUN_KEY", "SLUICE_RUN_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert secret("SLUICE_RUN_KEY") is None
+    monkeypatch.setenv("SLUICE_RUN_KEY_FILE", str(file))
+    assert secret("SLUICE_RUN_KEY") == file.read_text().strip()
+    monkeypatch.setenv("SLUICE_RUN_KEY", "")
+    assert secret("SLUICE_RUN_KEY") == file.read_text().strip(), "an empty variable is none"
+    monkeypatch.setenv("SLUICE_RUN_KEY", KEY)
+    with pytest.raises(ConfigError, match="are both set"):
+        secret("SLUICE_RUN_KEY")
+    monkeypatch.delenv("SLUICE_RUN_KEY")
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        secret("SLUICE_RUN_KEY")
+    os.remove(file)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        secret("SLUICE_RUN_KEY")
+    with pytest.raises(ConfigError, match="SLUICE_RUN_KEY has 5 characters: use 32"):
+        Signer("run", "short")

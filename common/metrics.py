@@ -13,11 +13,24 @@ from typing import Any
 
 import redis
 
+from common.errors import SerializationError
 from common.keys import Keys
 from common.scripts import Scripts
+from common.serialization import decode_json
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TTL_S = 15
+_NUMBERS = (
+    "idle_fraction",
+    "up_s",
+    "waiting_s",
+    "done",
+    "running",
+    "version",
+    "tokens_per_s",
+    "mismatch",
+    "cache_mismatch",
+)
 SILENT_AFTER_S = 4.0
 """Three beats missed: dead, stopped or cut off."""
 
@@ -71,10 +84,22 @@ def read_heartbeats(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]
     values = client.mget([keys("process", name.decode()) for name, _ in beaten]) if beaten else []
     now = seconds + microseconds / 1e6
     return {
-        name.decode(): {**json.loads(value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
+        name.decode(): {**_facts(name.decode(), value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
         for (name, at_ms), value in zip(beaten, values, strict=True)
         if value is not None
     }
+
+
+def _facts(process: str, value: bytes) -> dict[str, Any]:
+    """What a process says of itself; where that is no sound record, only that it is none: it must not harm who reads it."""
+    try:
+        facts = decode_json(value)
+        wrong = [key for key in _NUMBERS if not isinstance(facts.get(key), int | float | None)]
+        if wrong or not isinstance(facts["role"], str):
+            raise SerializationError(f"{', '.join(wrong) or 'role'} has another type")
+    except (SerializationError, AttributeError, KeyError, TypeError) as error:
+        return {"role": process.partition("@")[0], "alarm": f"its heartbeat cannot be read: {error}"[:300]}
+    return dict(facts)
 
 
 def is_silent(facts: Mapping[str, Any]) -> bool:

@@ -6,7 +6,6 @@ sent stands in its header `sent_at` (`broker.send`), in seconds of the sender's 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from redis.retry import Retry
 
 from common.connection import connect
 from common.run import Run
+from common.serialization import decode_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,11 @@ def _age_s(message: bytes | None, *, now: float) -> float:
     if message is None:
         return 0.0
     try:
-        return round(max(0.0, now - float(json.loads(message)["headers"]["sent_at"])), 3)
-    except (ValueError, KeyError, TypeError):  # a foreign element: the transport sets it aside when it gets there
+        return round(max(0.0, now - float(decode_json(message)["headers"]["sent_at"])), 3)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+    ):  # a foreign element: the transport sets it aside when it gets there
         return 0.0

@@ -10,10 +10,12 @@ or a lost reply, returns the same groups. They are freed by `acknowledge`, once 
 
 The bound is a guarantee, also for a batch that was dealt out before a roll-back: one that holds a group too old for the
 branch that the trainer is on now is dissolved (the stale are dropped, the others may be taken again), and so are those after it.
+A batch with a group that cannot be decoded is dissolved too: that one is a dead letter, and never stops the trainer.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from secrets import token_hex
@@ -21,8 +23,11 @@ from secrets import token_hex
 from common.connection import BLOCK_S
 from common.errors import SluiceError, StateLost
 from common.ledger import Ledger
+from common.run import process_name
 from common.serialization import decode
 from common.types import Group
+
+log = logging.getLogger("sluice.replay_buffer")
 
 _FIELDS = ("task", "rollout", "reward", "reference", "version")
 _STAGES = ("admitted", "rollout_started", "rollout", "reward", "reference", "ready", "leased")
@@ -67,9 +72,12 @@ class ReplayBuffer:
             self._mark = ""
             raise StateLost("Redis has lost the trainer's last writes: it was restarted, or another server took over")
         group_ids = [group.decode() for group in reply[2:]]
-        groups = self._read(group_ids) if group_ids else None
+        groups, damaged = self._read(group_ids)
         self._mark = mark if group_ids else self._mark
-        return Sample(groups=groups, evicted=int(reply[0]), available=int(reply[1]))
+        evicted, available = int(reply[0]), int(reply[1]) - len(damaged)
+        if damaged:
+            self._bury(step, damaged)
+        return Sample(groups=None if damaged else groups or None, evicted=evicted, available=available)
 
     def wait(self, timeout_s: float) -> bool:
         """Block until a whole batch may be ready, at most `timeout_s`. `sample` decides whether it is."""
@@ -107,20 +115,33 @@ class ReplayBuffer:
                 pipe.xlen(keys("stream", version))
             return dict(zip(versions, pipe.execute(), strict=True))
 
-    def _read(self, group_ids: list[str]) -> list[Group]:
+    def _bury(self, step: int, damaged: dict[str, str]) -> None:
+        for group_id, detail in damaged.items():
+            log.error("group %s is a dead letter (undecodable): %s", group_id, detail)
+        pairs = [item for group_id, detail in damaged.items() for item in (group_id, detail[:4000])]
+        self._ledger.scripts("bury", step, process_name("trainer"), *pairs)
+
+    def _read(self, group_ids: list[str]) -> tuple[list[Group], dict[str, str]]:
+        """Groups, and of those that cannot be decoded why."""
         keys = self._ledger.keys
         names = [*_FIELDS, *(f"t:{stage}" for stage in _STAGES)]
         with self._ledger.client.pipeline(transaction=False) as pipe:
             for group_id in group_ids:
                 pipe.hmget(keys("g", group_id), names)
             rows = pipe.execute()
-        return [_decode_group(group_id, row) for group_id, row in zip(group_ids, rows, strict=True)]
+        groups, damaged = [], {}
+        for group_id, row in zip(group_ids, rows, strict=True):
+            try:
+                groups.append(_decode_group(row))
+            except (SluiceError, LookupError, TypeError, ValueError, AttributeError) as error:
+                damaged[group_id] = f"{type(error).__name__}: {error}"
+        return groups, damaged
 
 
-def _decode_group(group_id: str, row: list[bytes | None]) -> Group:
+def _decode_group(row: list[bytes | None]) -> Group:
     task, rollout, reward, reference, version = row[: len(_FIELDS)]
     if task is None or rollout is None or reward is None or version is None:
-        raise SluiceError(f"group {group_id} is in the buffer without all of its parts: was its key deleted by hand?")
+        raise SluiceError("it is in the buffer without all of its parts: was its key deleted by hand?")
     stamps = zip(_STAGES, row[len(_FIELDS) :], strict=True)
     return Group.from_parts(
         task=decode(task),

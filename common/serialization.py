@@ -3,12 +3,15 @@
     b"SL" | schema version (1 byte) | msgpack body
     array = ExtType(1, msgpack([dtype, shape, raw little-endian bytes]))
 
-Bounds on what is decoded: `MAX_BYTES` per message (but for a trainer's ranks, which know the size beforehand), and numeric
-dtypes only, so that a hostile message cannot allocate without end or smuggle objects.
+Bounds on what is decoded: `MAX_BYTES` per message (but for a trainer's ranks, which know the size beforehand), containers
+nested 1024 deep at most (msgpack's own bound) and never declared longer than their message, and numeric dtypes only, so that
+a hostile message cannot allocate without end or smuggle objects. `decode_json` bounds the small JSON that roles leave for
+one another.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -18,7 +21,9 @@ import numpy as np
 from common.errors import SerializationError
 
 SCHEMA_VERSION = 1
-MAX_BYTES = 512 * 1024 * 1024  # Redis refuses larger values too
+MAX_BYTES = 128 * 1024 * 1024
+"""A group of 64 completions of 128k tokens has 67 MB; decoded, no value takes more than some 64 times its bytes."""
+MAX_JSON_BYTES = 1024 * 1024
 _HEADER = b"SL" + bytes([SCHEMA_VERSION])
 _ARRAY = 1
 _DTYPES = frozenset(["|b1", "|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", "<u8", "<i8", "<f8"])
@@ -54,6 +59,16 @@ def decode(data: bytes, *, max_bytes: int | None = MAX_BYTES) -> Any:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise SerializationError(f"damaged message of {len(data)} bytes: {error}") from error
+
+
+def decode_json(data: bytes) -> Any:
+    """A small JSON value. Raises SerializationError."""
+    if len(data) > MAX_JSON_BYTES:
+        raise SerializationError(f"JSON of {len(data)} bytes, more than {MAX_JSON_BYTES}")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SerializationError(f"damaged JSON of {len(data)} bytes: {error}") from None
 
 
 def _encode_array(value: Any) -> Any:

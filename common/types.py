@@ -21,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from common.errors import SerializationError
+
 FinishReason = Literal["stop", "length", "abort"]
 VersionSpans = tuple[tuple[int, int], ...]
 """Run-length (policy version, number of tokens), in order; the counts sum to T."""
@@ -191,7 +193,9 @@ class Group:
         policy_version: int,
         timestamps: dict[str, float],
     ) -> Group:
+        """Raises SerializationError, LookupError, TypeError or ValueError for parts that are not of one sound group."""
         completions = [Completion.from_wire(wire) for wire in rollout["completions"]]
+        _check_lengths(completions, reward["reward"], reference)
         episodes = [
             Episode(
                 completion=completion,
@@ -240,3 +244,18 @@ class Group:
         ]
         sampling = SamplingParams.from_wire(wire["sampling"]) if "sampling" in wire else None
         return cls(**{**wire, "episodes": episodes, "sampling": sampling})
+
+
+def _check_lengths(
+    completions: list[Completion], rewards: list[float | None], reference: list[NDArray[np.float32]] | None
+) -> None:
+    """Raises SerializationError where a part has another number of completions, or of tokens, than the rollout."""
+    if len(rewards) != len(completions) or (reference is not None and len(reference) != len(completions)):
+        raise SerializationError(f"{len(completions)} completions have other numbers of rewards or reference logprobs")
+    for i, completion in enumerate(completions):
+        tokens, rows = completion.token_ids, [completion.rollout_logprobs]
+        rows += [] if reference is None else [reference[i]]
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or any(row.shape != tokens.shape for row in rows):
+            raise SerializationError(
+                f"completion {i} has {tokens.shape} tokens, and logprobs of {[r.shape for r in rows]}"
+            )

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import ConfigError
+from common.errors import ConfigError, SerializationError
 from common.keys import Keys
 from common.serialization import decode
 
@@ -32,17 +32,26 @@ def read_dead(client: redis.Redis, keys: Keys, *, group: str | None = None) -> l
 
 def _letter(name: str, died_at: float, row: list[bytes | None]) -> dict[str, Any]:
     reason, worker, detail, _, task, rollout = row
-    completions = decode(rollout)["completions"] if rollout else []
+    prompt, target = _read(task, "prompt"), _read(task, "target")
+    completions = _read(rollout, "completions") or []
     return {
         "group": name,
         "died_at": died_at,
         "reason": (reason or b"?").decode(),
         "worker": (worker or b"?").decode(),
         "detail": (detail or b"").decode(errors="replace"),
-        "prompt": decode(task)["prompt"] if task else None,
-        "target": decode(task)["target"] if task else None,
-        "completions": [completion["text"] for completion in completions],
+        "prompt": prompt,
+        "target": target,
+        "completions": [text for completion in completions if (text := completion.get("text")) is not None],
     }
+
+
+def _read(payload: bytes | None, name: str) -> Any:
+    """One field of a part; none of what cannot be decoded, which may be what the group died of."""
+    try:
+        return decode(payload)[name] if payload else None
+    except (SerializationError, LookupError, TypeError):
+        return None
 
 
 def render_dead(letters: list[dict[str, Any]]) -> RenderableType:

@@ -86,4 +86,4 @@ def _stall_cause(client: redis.Redis, run: Run, beats: dict[str, dict[str, Any]]
     if is_silent(trainer):
         text = f"the trainer has been silent for {trainer['silent_s']:.0f} s: dead, stopped or cut off"
         return Cause("silent_trainer", text)
-    return diagnose(client, run) if trainer["waiting_s"] > STALLED_AFTER_S else None
+    return diagnose(client, run) if trainer.get("waiting_s", 0.0) > STALLED_AFTER_S else None

@@ -11,9 +11,11 @@ from builders import make_config
 
 from common.broker import make_app, send_part
 from common.keys import Keys
+from common.metrics import beat
 from common.queues import queue_depths, read_queues
-from common.run import create_run
+from common.run import create_run, set_status
 from dashboard.status import collect_status
+from trainer.report import flow_metrics
 
 
 def test_the_oldest_message_of_a_queue_is_the_one_sent_first(
@@ -42,3 +44,21 @@ def test_an_element_that_is_no_message_counts_and_has_no_age(client: redis.Redis
         assert queue_depths(client, run, ("reward",)) == {"reward": left}
         assert read_queues(client, run, ("reward",))["reward"].oldest_age_s == 0.0
         client.rpop(keys.celery_prefix + "reward")
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [b"{", b"[]", b"[" * 50_000, b'{"role": 1}', b'{"role": "rollout", "idle_fraction": "x"}', b'{"up_s": 1}'],
+)
+def test_a_heartbeat_that_is_none_harms_nobody_who_reads_it(
+    client: redis.Redis, keys: Keys, tmp_path: Path, hostile: bytes
+) -> None:
+    run = create_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
+    set_status(client, keys, "running")
+    for role in ("rollout", "trainer"):
+        beat(client, keys, f"{role}@here:1", {"role": role})
+        client.set(keys("process", f"{role}@here:1"), hostile)
+    status = collect_status(client, run)
+    assert {facts["role"] for facts in status["processes"].values()} == {"rollout", "trainer"}
+    assert any("its heartbeat cannot be read" in alarm for alarm in status["alarms"])
+    assert "idle_fraction/rollout" not in flow_metrics(client, run, generated_before=0.0)

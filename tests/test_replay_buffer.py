@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections import Counter
 
+import numpy as np
 import pytest
-from builders import file_groups, make_ledger, publish_policy, push_group
+from builders import file_groups, make_completion, make_ledger, publish_policy, push_group
 
 from common.connection import connect
-from common.errors import PolicyNotFound, SluiceError, StateLost
+from common.errors import PolicyNotFound, StateLost
 from common.lineage import abandoned_versions, policy_ages
 from common.replay_buffer import ReplayBuffer
+from common.serialization import encode
+from dashboard.dead import read_dead
 
 
 def make_buffer(client, keys, *, k=2, max_policy_age=1, max_resample_count=0):
@@ -276,13 +280,43 @@ def test_without_a_resample_limit_a_group_is_trained_until_it_is_too_old_and_the
     assert (account.trained, account.dropped, account.in_flight, account.holds) == (1, {}, 0, True)
 
 
-def test_a_group_without_its_parts_is_named(client, keys):
+SHORT = encode({"completions": [{**make_completion().to_wire(), "token_ids": np.arange(1)}] * 2, "worker": "w"})
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "detail"),
+    [
+        ("rollout", None, "without all of its parts: was its key deleted by hand?"),
+        ("rollout", b"SL\x01\xc1", "damaged message of 4 bytes"),
+        ("rollout", b"\x80\x04.", "not a Sluice message"),
+        ("rollout", encode({"completions": [{"text": "no tokens"}]}), "token_ids"),
+        ("rollout", SHORT, r"completion 0 has \(1,\) tokens, and logprobs of \[\(3,\)\]"),
+        ("reward", encode({"reward": [1.0], "by_function": {}}), "other numbers of rewards"),
+        ("reward", encode([1, 2]), "list indices"),
+        ("reference", encode([np.zeros(3, np.float32)] * 5), "other numbers of rewards or reference logprobs"),
+        ("task", encode(None), "NoneType"),
+    ],
+)
+def test_a_group_that_cannot_be_read_is_a_dead_letter_and_the_others_of_its_batch_are_trained(
+    client, keys, part, damage, detail
+):
     publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, k=1)
-    (group_id,) = file_groups(ledger, [0])
-    client.hdel(keys("g", group_id), "rollout")
-    with pytest.raises(SluiceError, match=f"group {group_id} is in the buffer without all of its parts"):
-        buffer.sample(0, step=1)
+    ledger, buffer = make_buffer(client, keys, k=3)
+    bad, *sound = file_groups(ledger, [0] * 5)
+    if damage is None:
+        client.hdel(keys("g", bad), part)
+    else:
+        client.hset(keys("g", bad), part, damage)
+    sample = buffer.sample(0, step=1)
+    assert (sample.groups, sample.available) == (None, 4)
+    trained = ids(buffer.sample(0, step=1))
+    assert len(trained) == 3 and set(trained) < set(sound)
+    (letter,) = read_dead(client, keys, group=None)
+    assert (letter["group"], letter["reason"]) == (bad, "undecodable")
+    assert re.search(detail, letter["detail"])
+    buffer.acknowledge(1)
+    account = ledger.account()
+    assert (account.trained, account.dead, account.in_flight, account.holds) == (3, {"undecodable": 1}, 1, True)
 
 
 # Waiting

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import random
+import tracemalloc
 from dataclasses import replace
 
 import msgpack
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.errors import SerializationError
-from common.serialization import SCHEMA_VERSION, decode, encode
+from common.serialization import MAX_JSON_BYTES, SCHEMA_VERSION, decode, decode_json, encode
 from common.types import Completion, Group, SamplingParams, Scores, Task, oldest_version
 
 settings.register_profile(
@@ -326,3 +328,23 @@ def test_a_message_over_the_bound_is_refused_where_there_is_one() -> None:
     with pytest.raises(SerializationError, match="more than 400"):
         decode(message, max_bytes=400)
     assert len(decode(message, max_bytes=None)["token_ids"]) == 100
+
+
+@pytest.mark.parametrize("head", [b"\xdd", b"\xdf", b"\xdb", b"\xc6"], ids=["array", "map", "text", "bytes"])
+def test_a_container_longer_than_its_message_costs_no_memory(head):
+    tracemalloc.start()
+    with pytest.raises(SerializationError):
+        decode(b"SL\x01" + head + b"\xff\xff\xff\xff" + b"\x00" * 100)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+@given(
+    st.binary(max_size=100) | st.recursive(st.none() | st.integers(), st.lists).map(lambda v: json.dumps(v).encode())
+)
+def test_json_is_bounded_and_raises_one_error(data):
+    with contextlib.suppress(SerializationError):
+        decode_json(data)
+    for hostile in (b"[" * 100_000, b'{"a":' * 100_000, b" " * (MAX_JSON_BYTES + 1)):
+        with pytest.raises(SerializationError):
+            decode_json(hostile)

@@ -87,7 +87,7 @@ def models_of(field: FieldInfo) -> list[tuple[type[BaseModel], bool]]:
 
 def _is_range(field: FieldInfo) -> bool:
     """A number or a range of them: the text says what a range is."""
-    return int in get_args(field.annotation)
+    return int in get_args(field.annotation) and bool(models_of(field))
 
 
 def type_of(field: FieldInfo) -> str:
@@ -142,7 +142,7 @@ def _cell(text: str) -> str:
 
 def _readers(section: str) -> str:
     """Modules in which `config.<section>` stands."""
-    pattern = re.compile(rf"\bconfig\.{section}\b")
+    pattern = re.compile(rf"config\.{section}\b")
     files = [path for role in ROLES for path in sorted((ROOT / role).rglob("*.py")) if pattern.search(path.read_text())]
     return ", ".join(f"`{path.relative_to(ROOT).as_posix()}`" for path in files if not path.name.startswith("config"))
 
@@ -172,12 +172,9 @@ def commands() -> str:
         context = click.Context(command, info_name=path)
         usage = command.get_usage(context).removeprefix("Usage: ")
         parts += [f"## `{path}`", "", _sentence(command.help), "", "```text", " ".join(usage.split()), "```", ""]
-        records = [
-            record for p in command.get_params(context) if (record := p.get_help_record(context)) and p.name != "help"
-        ]
-        if records:
-            rows = [f"| `{_cell(option)}` | {_cell(_sentence(text or '-'))} |" for option, text in records]
-            parts += ["| option | |", "|---|---|", *rows, ""]
+        helps = [p.get_help_record(context) for p in command.params]
+        rows = [f"| `{_cell(option)}` | {_cell(_sentence(text))} |" for option, text in filter(None, helps) if text]
+        parts += ["| option | |", "|---|---|", *rows, ""] if rows else []
     return "\n".join(parts)
 
 

@@ -4,7 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils.nodes import SkipNode
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -24,18 +27,18 @@ pygments_style = "tango"
 pygments_dark_style = "github-dark"
 
 
+def draw_formula(self: Any, node: Any) -> None:
+    """MathML, by docutils' own converter: browsers draw it without a script."""
+    is_block = node.tagname == "math_block"
+    try:
+        mathml = tex2mathml(node.astext(), as_block=is_block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("formula: %s", error, location=node)
+        raise SkipNode from error
+    self.body.append(f'<div class="formula">{mathml}</div>' if is_block else mathml)
+    raise SkipNode
+
+
 def setup(app: Any) -> None:
-    """Formulas become MathML here, by docutils' own converter: browsers draw it without a script."""
-
-    def visit(self: Any, node: Any) -> None:
-        block = node.tagname == "math_block"
-        mathml = tex2mathml(node.astext(), as_block=block)
-        self.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
-        raise_skip()
-
-    def raise_skip() -> None:
-        from docutils.nodes import SkipNode
-
-        raise SkipNode
-
-    app.add_html_math_renderer("mathml", inline_renderers=(visit, None), block_renderers=(visit, None))
+    renderers = {"inline_renderers": (draw_formula, None), "block_renderers": (draw_formula, None)}
+    app.add_html_math_renderer("mathml", **renderers)

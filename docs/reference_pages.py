@@ -185,9 +185,19 @@ def walk(command: click.Command, path: str) -> list[tuple[str, click.Command]]:
 
 
 def redis_keys() -> str:
-    """The key layout, which is the comment on top of common/lua/prelude.lua."""
+    """The key layout, which is the comment on top of common/lua/prelude.lua, as a table between its paragraphs."""
     text = (ROOT / "common" / "lua" / "prelude.lua").read_text().partition("\n\n")[0]
-    return "\n".join(["```text", re.sub(r"^--( |$)", "", text, flags=re.M), "```"])
+    before, layout, *after = re.split(r"^--\n", text, flags=re.M)
+    joined = re.sub(r"\n-- {10,}", " ", layout)
+    rows = re.findall(r"^-- +(\S.*?) {2,}([\w, ]*?(?:hash|set|list|string|stream))?\b:? *(.*)", joined, flags=re.M)
+    table = ["| key | type | what it holds |", "|---|---|---|"]
+    table += [f"| `{name}` | {kind} | {_plain(what)} |" for name, kind, what in rows]
+    paragraphs = [_plain(" ".join(re.sub("^--", "", part, flags=re.M).split())) for part in (before, *after)]
+    return "\n\n".join([paragraphs[0], "\n".join(table), *paragraphs[1:]])
+
+
+def _plain(text: str) -> str:
+    return _cell(text).replace("<", "&lt;")
 
 
 PAGES = {page.__name__: page for page in (configuration, sft, presets, changeable, commands, redis_keys)}

@@ -52,6 +52,7 @@ def link_sources(app: Sphinx, doctree: nodes.document) -> None:
     docname = app.env.docname
     for link in [*doctree.findall(addnodes.download_reference), *doctree.findall(addnodes.pending_xref)]:
         path = (DOCS / docname).parent.joinpath(link["reftarget"]).resolve()
+        path = path if path.is_file() else path.with_suffix(".md")  # MyST takes README.md for a page of its own
         if path.is_file() and path.is_relative_to(ROOT) and not path.is_relative_to(DOCS):
             link.replace_self(_reference(app, path.relative_to(ROOT).as_posix(), 0, link.children))
     for code in list(doctree.findall(nodes.literal)):

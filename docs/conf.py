@@ -14,6 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 project = "Sluice"
 extensions = ["myst_parser", "reference_pages", "source_pages"]
 source_suffix = {".md": "markdown"}
+smartquotes = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 

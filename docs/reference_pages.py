@@ -189,7 +189,8 @@ def redis_keys() -> str:
     text = (ROOT / "common" / "lua" / "prelude.lua").read_text().partition("\n\n")[0]
     before, layout, *after = re.split(r"^--\n", text, flags=re.M)
     joined = re.sub(r"\n-- {10,}", " ", layout)
-    rows = re.findall(r"^-- +(\S.*?) {2,}([\w, ]*?(?:hash|set|list|string|stream))?\b:? *(.*)", joined, flags=re.M)
+    kind = "(?:hash|z?set|list|string|stream)"
+    rows = re.findall(rf"^-- +(\S.*?) {{2,}}({kind}(?:, {kind})*)?:? *(.*)", joined, flags=re.M)
     table = ["| key | type | what it holds |", "|---|---|---|"]
     table += [f"| `{name}` | {kind} | {_plain(what)} |" for name, kind, what in rows]
     paragraphs = [_plain(" ".join(re.sub("^--", "", part, flags=re.M).split())) for part in (before, *after)]

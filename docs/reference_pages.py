@@ -1,7 +1,7 @@
 """Sphinx extension: reference pages made from the code, so that they cannot fall behind it.
 
 A page says `<!-- generated: configuration -->`, and the Markdown that the function of that name returns takes its place
-when the site is built: configuration, sft, presets, changeable, commands, redis_keys.
+when the site is built: configuration, sft, presets, commands, redis_keys.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ def configuration() -> str:
 
 def sft() -> str:
     """The same of `sluice sft`, but for the sections that both share."""
-    return _sections(SftConfig, skipped={"model": "model", "trainer": "trainer"})
+    return _sections(SftConfig, without=("model", "trainer"))
 
 
-def _sections(root: type[BaseModel], *, readers: bool = False, skipped: dict[str, str] | None = None) -> str:
+def _sections(root: type[BaseModel], *, readers: bool = False, without: tuple[str, ...] = ()) -> str:
     top = {name: field for name, field in root.model_fields.items() if not models_of(field)}
     parts = [_table(top, ""), ""]
     for name, field in root.model_fields.items():
-        if name in (skipped or {}) or not models_of(field):
-            continue
-        parts += _section(name, field, f"Read in {_readers(name)}." if readers else "")
+        if models_of(field) and name not in without:
+            parts += _section(name, field, f"Read in {_readers(name)}." if readers else "")
     return "\n".join(parts)
 
 
@@ -156,13 +155,6 @@ def presets() -> str:
     )
 
 
-def changeable() -> str:
-    """What `sluice set` takes, and when it acts."""
-    return "\n".join(
-        ["| key | acts on |", "|---|---|", *(f"| `{key}` | {_cell(acts)} |" for key, acts in CHANGEABLE.items())]
-    )
-
-
 def commands() -> str:
     """Every command with its arguments and options."""
     parts = []
@@ -201,7 +193,7 @@ def _plain(text: str) -> str:
     return _cell(text).replace("<", "&lt;")
 
 
-PAGES = {page.__name__: page for page in (configuration, sft, presets, changeable, commands, redis_keys)}
+PAGES = {page.__name__: page for page in (configuration, sft, presets, commands, redis_keys)}
 
 
 def insert(app: Sphinx, docname: str, content: list[str]) -> None:

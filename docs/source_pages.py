@@ -19,6 +19,8 @@ from sphinx.application import Sphinx
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 LEXERS = {
+    "": "bash",
+    ".sh": "bash",
     ".py": "python",
     ".lua": "lua",
     ".yaml": "yaml",
@@ -42,8 +44,8 @@ def tests() -> dict[str, tuple[str, int]]:
 
 def source_of(text: str) -> tuple[str, int] | None:
     """File and line (0: none) that a piece of code in the text names."""
-    if re.fullmatch(r"[\w./-]+/[\w.-]+", text) and ".." not in text and not text.startswith(("/", "runs/")):
-        return (text, 0) if (ROOT / text).is_file() else None
+    if re.fullmatch(r"(\w[\w-]*/)+[\w.-]+", text) and not text.startswith(("docs/", "runs/")):
+        return (text, 0) if (ROOT / text).is_file() and Path(text).suffix in LEXERS else None
     return tests().get(text.partition("[")[0])
 
 
@@ -71,8 +73,8 @@ def _reference(app: Sphinx, path: str, line: int, children: list[nodes.Node]) ->
 def named(app: Sphinx) -> set[str]:
     """Files that get a page."""
     if not hasattr(app.env, "named_sources"):
-        app.env.named_sources = set()  # type: ignore[attr-defined]
-    return app.env.named_sources  # type: ignore[attr-defined,no-any-return]
+        app.env.named_sources = set()
+    return app.env.named_sources
 
 
 def make_pages(app: Sphinx) -> Any:
@@ -80,7 +82,7 @@ def make_pages(app: Sphinx) -> Any:
     highlighter = getattr(app.builder, "highlighter", None)
     for path in sorted(named(app)) if highlighter else ():
         text = (ROOT / path).read_text()
-        shown = highlighter.highlight_block(text, LEXERS.get(Path(path).suffix, "bash"), lineanchors="L", force=True)
+        shown = highlighter.highlight_block(text, LEXERS.get(Path(path).suffix, "text"), lineanchors="L", force=True)
         yield f"source/{path}", {"title": path, "body": f"<h1>{path}</h1>{shown}"}, "page.html"
 
 

@@ -115,7 +115,7 @@ def test_every_stall_and_every_alarm_has_a_rule() -> None:
     for rule in rules:
         assert set(rule) == {"alert", "expr", "for", "labels", "annotations"}
         assert rule["labels"]["severity"] in ("info", "warning", "critical")
-        assert set(rule["annotations"]) == {"summary", "description"}
+        assert set(rule["annotations"]) == {"summary", "description", "runbook"}
         assert re.fullmatch(r"\d+[smh]", rule["for"])
     assert len({rule["alert"] for rule in rules}) == len(rules)
 

@@ -1,0 +1,293 @@
+"""The documentation as a site: it builds, needs no network, its links lead somewhere, and what it names is there and works."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import pytest
+import yaml
+from harness import ROOT
+from pydantic import BaseModel
+
+from common.config import Config
+from common.config_file import parse_as
+from common.config_sft import RL_ONLY, SftConfig
+from common.control import SHORT
+from common.diagnosis import ALARM_KINDS, STALL_KINDS
+from common.errors import ConfigError
+from scripts.cli import cli
+from workers.rewards.loading import load_reward_functions
+
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
+BUILD = ["-m", "sphinx", "--quiet", "--fresh-env", "--fail-on-warning", "--keep-going", "--nitpicky"]
+CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+ANOTHERS = re.compile(r"# (TRL|verl|torchforge): ")
+"""First line of a block that holds another project's config."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built once, as scripts/docs does: without a warning, in less than 15 seconds of a core."""
+    folder = tmp_path_factory.mktemp("site")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *BUILD, str(DOCS), str(folder)], capture_output=True, text=True, timeout=200)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
+    return folder
+
+
+@cache
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", path.read_text(), re.M | re.S)
+
+
+def code_of(path: Path) -> Iterator[str]:
+    """Inline code, and lines of blocks."""
+    text = path.read_text()
+    for block in re.findall(r"^ *```.*?\n(.*?)^ *```$", text, re.M | re.S):
+        yield from block.replace("\\\n", " ").splitlines()
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S))
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config; `[]` marks the entries of a list."""
+    for name, field in model.model_fields.items():
+        if below := _model_in(field.annotation):
+            child, is_list = below
+            yield f"{prefix}{name}"
+            if child.__name__ != "ReplicaRange":
+                yield from keys_of(child, f"{prefix}{name}{'[]' if is_list else ''}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _model_in(annotation: Any) -> tuple[type[BaseModel], bool] | None:
+    for found in (annotation, *get_args(annotation)):
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found, getattr(annotation, "__origin__", None) is tuple
+    return None
+
+
+PLACEHOLDERS = ("key", "trainer.lerning_rate")
+"""`key=value`, and what the README shows an error with."""
+NO_METRICS = ("call", "heldout", "sluice")
+"""What else has a slash in the trainer's code: keys of the ranks' store, a set of the evaluation, a thread."""
+ALL_KEYS = {*keys_of(Config), *keys_of(SftConfig), "trainer.preset"}
+
+
+# The site.
+
+
+def test_the_script_builds_what_is_tested_here(site: Path) -> None:
+    assert f"python {' '.join(BUILD)} docs build/docs" in (ROOT / "scripts" / "docs").read_text()
+    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert (site / "index.html").is_file()
+
+
+def test_the_reference_names_every_key_of_the_config(site: Path) -> None:
+    page = (site / "reference" / "configuration.html").read_text()
+    shown = set(re.findall(r'<span class="pre">([\w.\[\]]+)</span>', page))
+    assert len(shown) > 100
+    assert set(keys_of(Config)) <= shown
+    page = (site / "reference" / "sft.html").read_text()
+    ours = {key for key in keys_of(SftConfig) if not key.startswith(("trainer.", "model."))}
+    assert ours - {"trainer", "model"} <= set(re.findall(r'<span class="pre">([\w.\[\]]+)</span>', page))
+    assert all(f'<span class="pre">{name}</span>' in page for name in RL_ONLY)
+
+
+def test_every_page_gets_everything_from_the_site(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 50
+    elsewhere = re.compile(r"""<(?:script|link|img|iframe|source|use)\b[^>]*\b(?:src|href)=["'](?:https?:)?//""")
+    for page in pages:
+        assert not elsewhere.search(page.read_text()), page
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text()), sheet
+
+
+def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
+    ids, links = {}, 0
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        ids[page.resolve()] = {*re.findall(r'\bid="([^"]+)"', text), ""}
+    for page in ids:
+        for href in re.findall(r'<a\b[^>]*\bhref="([^"]*)"', page.read_text()):
+            if re.match(r"https?:|mailto:", href):
+                continue
+            path, _, anchor = href.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {href}"
+            assert target.suffix != ".html" or anchor in ids[target], f"{page.name}: {href}"
+            links += 1
+    assert links > 3000
+
+
+def test_formulas_are_drawn_without_a_script(site: Path) -> None:
+    page = (site / "algorithms.html").read_text()
+    assert page.count("<math ") > 10
+    assert "MathJax" not in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+def test_a_reader_without_a_network_finds_a_key_in_both_themes_on_a_phone(site: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        backgrounds = set()
+        for theme in ("light", "dark"):
+            context = browser.new_context(color_scheme=theme, viewport={"width": 390, "height": 844})
+            asked: list[str] = []
+            page = context.new_page()
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            for name in ("index", "failures", "reference/configuration", "algorithms"):
+                page.goto((site / f"{name}.html").as_uri())
+                assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), name
+            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            page.goto((site / "search.html").as_uri() + "?q=pickup_alarm_s")
+            page.get_by_role("link", name="Configuration", exact=True).last.wait_for(timeout=30_000)
+            assert page.locator("ul.search li").count() > 0
+            assert all(url.startswith(("file:", "data:")) for url in asked)
+            context.close()
+        assert len(backgrounds) == 2
+        browser.close()
+
+
+# What the pages name.
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_yaml_blocks_load_as_a_config(path: Path) -> None:
+    needed = {
+        "model": {"path": "m"},
+        "dataset": {"path": "d.jsonl"},
+        "reward": {"functions": [{"function": "workers.rewards.MathReward"}]},
+    }
+    for text in blocks(path, "yaml"):
+        data = yaml.safe_load(text)
+        assert isinstance(data, dict), text
+        if ANOTHERS.match(text):
+            continue
+        try:
+            if "batch_size" in data:
+                parse_as(SftConfig, text)
+            else:
+                parse_as(Config, yaml.safe_dump(needed | data))
+        except ConfigError as error:
+            pytest.fail(f"{error}\n{text}")
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_python_blocks_run_and_the_rewards_that_the_page_configures_load(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in blocks(path, "python"):
+        if named := re.match(r"# (\w+\.py)", text):
+            (tmp_path / named[1]).write_text(text)
+        exec(compile(text, str(path), "exec"), {"__name__": "docs"})
+    for text in blocks(path, "yaml"):
+        data = yaml.safe_load(text)
+        if not ANOTHERS.match(text) and "reward" in data:
+            config = parse_as(Config, yaml.safe_dump({"model": {"path": "m"}, "dataset": {"path": "d"}} | data))
+            load_reward_functions(config.reward.functions)
+
+
+def walk(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    yield path, command
+    for name, child in command.commands.items() if isinstance(command, click.Group) else ():
+        yield from walk(child, (*path, name))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_commands_exist_with_the_options_that_are_shown(path: Path) -> None:
+    known = dict(walk(cli))
+    for line in code_of(path):
+        for typed in re.findall(r"(?<![\w/.:-])(?<!-n )sluice ([a-z][^#&;`]*)", line):
+            words = typed.split()
+            name = (words[0],)
+            assert name in known, f"sluice {typed}"
+            name = (words[0], words[1]) if len(words) > 1 and (words[0], words[1]) in known else name
+            command = known[name]
+            options = {option for p in command.params for option in p.opts} | {"--help", "-h"}
+            shown = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", typed)) if name != ("worker",) else set()
+            assert shown <= options, f"sluice {typed}"
+            settings = set(re.findall(r"[ ']([a-z_]+(?:\.[a-z_]+)*)=", typed))
+            assert settings <= ALL_KEYS | {*SHORT, *PLACEHOLDERS}, f"sluice {typed}"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "coming_from").glob("*.md")), ids=name_of)
+def test_every_key_of_ours_in_the_tables_of_other_projects_exists(path: Path) -> None:
+    count = 0
+    for row in re.findall(r"^\|(?:[^|\n]+)\|([^|\n]+)\|", path.read_text(), re.M):
+        for key in re.findall(r"`([^`:]+)(?:: [^`]*)?`", row):
+            assert key in ALL_KEYS, key
+            count += 1
+    assert count > 25
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_tests_and_files_that_are_named_exist(path: Path) -> None:
+    defined = {
+        name
+        for file in (ROOT / "tests").glob("*.py")
+        for name in [file.stem, *re.findall(r"^def (test_\w+)", file.read_text(), re.M)]
+    }
+    for code in re.findall(r"`([^`\n]+)`", path.read_text()):
+        if re.fullmatch(r"test_\w+(\[\w+\])?", code):
+            assert code.partition("[")[0] in defined, code
+        if re.fullmatch(r"(common|workers|trainer|dashboard|scripts|tests|benchmarks|config|docs)/[\w./-]+", code):
+            assert (ROOT / code).exists(), code
+
+
+def test_every_stall_and_every_alarm_has_a_section_that_its_alert_names() -> None:
+    text = (DOCS / "runbook.md").read_text()
+    sections = set(re.findall(r"^### `(\w+)`$", text, re.M))
+    assert sections == {*STALL_KINDS, *ALARM_KINDS}
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^### ([\w ]+)$", text, re.M)}
+    rules = yaml.safe_load((ROOT / "config" / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
+    for rule in rules:
+        page, _, anchor = rule["annotations"]["runbook"].partition("#")
+        assert page == "docs/runbook.md"
+        assert anchor in sections | headings, rule["alert"]
+        kind = re.search(r'kind="(\w+)"', rule["expr"])
+        assert kind is None or kind[1] == anchor
+
+
+def test_every_environment_variable_is_explained() -> None:
+    explained = (DOCS / "reference" / "environment.md").read_text()
+    files = [
+        p for folder in ("common", "workers", "trainer", "dashboard", "scripts") for p in (ROOT / folder).rglob("*")
+    ]
+    files = [p for p in files if p.is_file() and p.suffix != ".pyc"] + [ROOT / "docker-compose.yml"]
+    named = {name for path in files for name in re.findall(r"\bSLUICE_[A-Z_]+", path.read_text())}
+    assert len(named) > 10
+    assert {name for name in named if f"`{name}`" not in explained} == set()
+
+
+def test_every_metric_of_a_step_is_explained() -> None:
+    """Names as they stand in the trainer's code; `{...}` there is `<...>` on the page."""
+    explained = (DOCS / "reference" / "metrics.md").read_text()
+    literal = re.compile(r'f?"((?:[a-z_]+|\{)[\w{}.@]*/[\w{}./@]+)"')
+    named = {name for path in (ROOT / "trainer").glob("*.py") for name in literal.findall(path.read_text())}
+    metrics = {name for name in named if name.partition("/")[0] not in NO_METRICS}
+    assert len(metrics) > 40
+    patterns = [re.sub(r"<[^>]+>", "X", name) for name in re.findall(r"`([a-z_]+/[^`]+)`", explained)]
+    missing = {name for name in metrics if re.sub(r"\{[^}]+\}", "X", name) not in patterns}
+    assert missing == set()

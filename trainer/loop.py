@@ -144,7 +144,7 @@ class Trainer:
             metrics["time/step"] = time.monotonic() - began
             metrics["idle_fraction/trainer"] = waited / metrics["time/step"]
             metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
-            metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations()
+            metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations() | self.orders.metrics()
             self.reporter.report(self.step, self.version, metrics)
             log_step(self.step, self.config.trainer.num_steps, metrics, canary_bound=self._canary_bound)
             if self.step % self.config.checkpoint.every_steps == 0 or self._may_become_best():
@@ -170,7 +170,9 @@ class Trainer:
             step=self.step, parent_digest=parent_digest, groups=groups, metrics=learnt, settings=settings
         )
         self.audit.record(record, saved_step=self.saved_step)
-        self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages])
+        values = [a.tolist() for a in advantages]
+        self.reporter.keep_samples(self.step, groups, values)
+        self.reporter.keep_completions(self.step, groups, values)
         return metrics
 
     def _ages_of(self, groups: list[Group]) -> list[int]:
@@ -315,6 +317,7 @@ class Trainer:
             parent, self.version = self.version, max(newest, self.version, self.reporter.last_version)
             self._publish(parent=parent)
         self.audit.forget_after(self.step)
+        self.reporter.begin(self.step, self.config)
         self.publisher.wait()
 
     def _tell_redis_again(self, lost: StateLost) -> None:

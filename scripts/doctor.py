@@ -100,7 +100,7 @@ def _config(path: str) -> list[Finding]:
     try:
         config = with_absolute_paths(load_config(path))
         preflight(config)
-        check_trackers(config.metrics, log_in=True)
+        check_trackers(config.metrics)
     except SluiceError as error:
         return [Finding("problem", str(error))]
     return [Finding("ok", f"{path}: config, model, datasets and reward functions load")]

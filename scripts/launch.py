@@ -90,7 +90,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
     check_engine(config.rollout.engine)  # here the rollout workers run in this environment; with `create` they need not
     if config.trainer.lora and find_spec("peft") is None:
         raise ConfigError(PEFT_MISSING)
-    check_trackers(config.metrics, log_in=True)
+    check_trackers(config.metrics)
     check_gpus(config)
     assets = None if resume is not None else preflight(config)
     name = name or default_name(config_path)

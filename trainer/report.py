@@ -35,7 +35,7 @@ from common.scripts import Scripts
 from common.serialization import encode
 from common.types import Group, have_preference
 from trainer.completions import CompletionsTable
-from trainer.sinks import Sinks, TrackedRun, check_trackers, tracked_id
+from trainer.sinks import Sinks, TrackedRun, check_packages, tracked_id
 
 log = logging.getLogger("sluice.trainer")
 
@@ -56,7 +56,7 @@ class Reporter:
         self._path = folder / "metrics.jsonl"
         self._last_step, self.last_version = _last_told(self._path)
         "newest policy version that an earlier process has reported; -1 when there was none"
-        check_trackers(run.config.metrics)
+        check_packages(run.config.metrics)
         self._trackers: Sinks | None = None
         self._completions = CompletionsTable(folder) if run.config.metrics.completions else None
 

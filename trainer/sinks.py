@@ -243,27 +243,29 @@ def tracked_id(name: str, created_at: str) -> str:
     return hashlib.sha256(f"{name} {created_at}".encode()).hexdigest()[:16]
 
 
-def check_trackers(config: MetricsConfig, *, log_in: bool = False) -> None:
-    """Raises ConfigError where a package or W&B's key is missing. log_in: ask W&B's server too (10 s at most)."""
+def check_packages(config: MetricsConfig) -> None:
+    """Raises ConfigError where the package of a tracker is missing."""
     for name in chosen(config):
         if find_spec(name) is None:
             raise ConfigError(f"metrics.{name}=true needs the extra: pip install 'sluice[{name}]'")
+
+
+def check_trackers(config: MetricsConfig) -> None:
+    """Before anything starts: packages, and whether W&B's server takes our key (10 s at most). Raises ConfigError."""
+    check_packages(config)
     if not config.wandb:
         return
     wandb = _wandb()
-    if wandb.setup().settings.mode != "online":
-        return
-    instead = "Set WANDB_MODE=offline to record into the run folder without an account, or metrics.wandb=false"
+    instead = "WANDB_MODE=offline records into the run folder without an account"
     try:
-        is_known = wandb.login(prompt=False, verify=log_in)
+        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=True):
+            raise ConfigError(
+                f"metrics.wandb=true, but there is no API key: WANDB_API_KEY, or `wandb login`; {instead}"
+            )
     except wandb.Error as error:
-        raise ConfigError(f"metrics.wandb=true, and the login failed: {error}. {instead}") from None
+        raise ConfigError(f"metrics.wandb=true, but the login failed: {error}; {instead}") from None
     finally:
         wandb.teardown()
-    if not is_known:
-        raise ConfigError(
-            f"metrics.wandb=true, and there is no API key: set WANDB_API_KEY, or `wandb login`. {instead}"
-        )
 
 
 def _wandb() -> Any:

@@ -8,15 +8,14 @@ import json
 import logging
 import os
 import signal
-import socket
 import sqlite3
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -184,24 +183,81 @@ def test_a_trackio_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path
     assert rows == [("r-0123", step) for step in (1, 2, 3, 4)]
 
 
+@contextmanager
+def online(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], tuple[int, dict[str, Any]]]) -> Iterator[None]:
+    """W&B is at a server of ours, which answers the bodies of requests with a status and JSON."""
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, data = answer(self.rfile.read(int(self.headers["content-length"])).decode())
+            with suppress(BrokenPipeError):
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps(data).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
 def test_wandb_without_a_network_records_offline_and_nothing_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hole = socket.create_server(("127.0.0.1", 0))  # takes connections, and never answers
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
     monkeypatch.setattr(sinks, "OPEN_S", 1)
-    began = time.monotonic()
-    sink = Sink(name="wandb", open=sinks.WandB, run=tracked(tmp_path))
-    for step in (1, 2, 3):
-        sink.log(step, {"reward/mean": 0.5})
-    assert time.monotonic() - began < 0.5
-    sink.close()
-    assert time.monotonic() - began < 20
+    ended = threading.Event()
+    with online(monkeypatch, lambda body: (500, {"quiet": ended.wait(20)})):
+        began = time.monotonic()
+        sink = Sink(name="wandb", open=sinks.WandB, run=tracked(tmp_path))
+        for step in (1, 2, 3):
+            sink.log(step, {"reward/mean": 0.5})
+        assert time.monotonic() - began < 0.5
+        sink.close()
+        assert time.monotonic() - began < 15
+        ended.set()
     assert [row["step"] for row in wandb_rows(tmp_path)] == [1, 2, 3]
     assert "recorded offline: `wandb sync` uploads it" in caplog.text
-    hole.close()
+
+
+def test_a_network_that_goes_away_meanwhile_holds_the_end_up_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = {"id": "p", "name": "demo", "entity": {"id": "e", "name": "e"}}
+    run = {"id": "x", "name": "r", "displayName": "r", "config": "{}", "project": project, "historyLineCount": 0}
+    opened, ended = threading.Event(), threading.Event()
+
+    def answer(body: str) -> tuple[int, dict[str, Any]]:
+        if opened.is_set():
+            ended.wait(20)
+        elif "RunResumeStatus" in body:
+            return 200, {"data": {"model": {**project, "bucket": None}}}
+        elif "UpsertBucket" in body:
+            opened.set()
+            return 200, {"data": {"upsertBucket": {"bucket": run, "inserted": True}}}
+        return 200, {"data": {}}
+
+    monkeypatch.setattr(sinks, "FINISH_S", 1)
+    with online(monkeypatch, answer):
+        sink = Sink(name="wandb", open=sinks.WandB, run=tracked(tmp_path))
+        assert opened.wait(20)
+        began = time.monotonic()
+        for step in (1, 2, 3):
+            sink.log(step, {"reward/mean": 0.5})
+        assert time.monotonic() - began < 0.5
+        sink.close()
+        assert time.monotonic() - began < 10
+        ended.set()
+    assert [row["step"] for row in wandb_rows(tmp_path)] == [1, 2, 3]
+    assert not list(tmp_path.glob("wandb/offline-*")), "it was online"
 
 
 def test_a_tracker_that_fails_loses_its_own_lines_and_says_so_once(
@@ -295,31 +351,16 @@ def test_a_missing_package_is_named_before_anything_starts(
 
 
 def test_a_login_that_fails_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refuses(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            self.send_response(401)
-            self.end_headers()
-            self.wfile.write(b'{"errors": [{"message": "no such key"}]}')
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     wanted = MetricsConfig(wandb=True)
-    with pytest.raises(ConfigError, match="no API key: WANDB_API_KEY"):
-        check_trackers(wanted)
-    for key, complaint in [("short", "must have 40"), ("0" * 40, "no such key")]:
-        monkeypatch.setenv("WANDB_API_KEY", key)
-        with pytest.raises(ConfigError, match=f"{complaint}.*WANDB_MODE=offline"):
+    with online(monkeypatch, lambda body: (401, {"errors": [{"message": "no such key"}]})):
+        for key, complaint in [("short", "must have 40"), ("0" * 40, "no such key")]:
+            monkeypatch.setenv("WANDB_API_KEY", key)
+            with pytest.raises(ConfigError, match=f"{complaint}.*WANDB_MODE=offline"):
+                check_trackers(wanted)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("WANDB_API_KEY")
+        with pytest.raises(ConfigError, match="no API key: WANDB_API_KEY"):
             check_trackers(wanted)
-    server.shutdown()
-    server.server_close()
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_trackers(wanted)
 

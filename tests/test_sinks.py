@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import itertools
 import json
-import logging
 import os
 import signal
 import sqlite3
@@ -38,6 +37,7 @@ from common.metrics import last_metrics
 from common.run import Run
 from scripts.cli import cli
 from trainer import sinks
+from trainer.completions import CompletionsTable
 from trainer.report import Reporter
 from trainer.sinks import Sink, TrackedRun, check_trackers, tracked_id
 
@@ -370,13 +370,11 @@ def test_trained_completions_are_a_table_that_datasets_reads(client: redis.Redis
     run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
     scored, chat = group([1.0, None]), group([None, None], tokens=8)  # the first file has scores, the second has none
     chat = replace(chat, group_id="t1", prompt=[{"role": "user", "content": "ja?"}], timestamps={"rollout": 12.5})
-    reporter = Reporter(client, run)
-    reporter.begin(0, config)
-    reporter.keep_completions(1, [scored], [[0.7, 0.0]])
-    reporter.keep_completions(2, [chat], [[0.0, 0.0]])
-    reporter.keep_completions(3, [scored], [[0.1, 0.0]])
-    reporter = Reporter(client, run)
-    reporter.begin(2, config)  # killed in step 3 or after it, before a checkpoint
+    written = CompletionsTable(tmp_path)
+    written.write(1, [scored], [[0.7, 0.0]])
+    written.write(2, [chat], [[0.0, 0.0]])
+    written.write(3, [scored], [[0.1, 0.0]])
+    Reporter(client, run).begin(2, config)  # killed in step 3 or after it, before a checkpoint
     table = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "completions" / "*.parquet"), split="train", cache_dir=str(tmp_path / "hf")
     )
@@ -396,14 +394,10 @@ def test_trained_completions_are_a_table_that_datasets_reads(client: redis.Redis
 
 
 def test_completions_that_cannot_be_written_do_not_stop_the_run(
-    client: redis.Redis, keys: Keys, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = make_config(metrics={"completions": True})
-    reporter = Reporter(client, Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path)))
-    reporter.begin(0, config)
     (tmp_path / "completions").write_text("in the way")
-    with caplog.at_level(logging.ERROR):
-        reporter.keep_completions(1, [group([1.0, 0.0])], [[0.7, -0.7]])
+    CompletionsTable(tmp_path).write(1, [group([1.0, 0.0])], [[0.7, -0.7]])
     assert "the completions of step 1 were not written" in caplog.text
 
 
@@ -412,6 +406,5 @@ def test_nothing_is_written_unless_asked_for(client: redis.Redis, keys: Keys, tm
     reporter = Reporter(client, Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path)))
     reporter.begin(0, config)
     reporter.report(1, 1, {"reward/mean": 0.5})
-    reporter.keep_completions(1, [group([1.0, 0.0])], [[0.7, -0.7]])
     reporter.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

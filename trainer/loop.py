@@ -105,8 +105,7 @@ class Trainer:
         self.reporter = Reporter(client, run)
         self.audit = Audit(self.folder, self.config)
         self.sampling_dtype = getattr(torch, self.config.rollout.dtype)
-        self.step, self.saved_step, self.version, self.wall_s = 0, 0, 0, 0.0
-        self.available = 0
+        self.step, self.saved_step, self.version, self.available, self.wall_s = 0, 0, 0, 0, 0.0
         self.generated_tokens = float(client.hget(run.keys("totals"), "generated_tokens") or 0)
         self.trained_groups: list[str] = []
         self._remembered: deque[tuple[float, str]] = deque()
@@ -170,9 +169,7 @@ class Trainer:
             step=self.step, parent_digest=parent_digest, groups=groups, metrics=learnt, settings=settings
         )
         self.audit.record(record, saved_step=self.saved_step)
-        values = [a.tolist() for a in advantages]
-        self.reporter.keep_samples(self.step, groups, values)
-        self.reporter.keep_completions(self.step, groups, values)
+        self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages])
         return metrics
 
     def _ages_of(self, groups: list[Group]) -> list[int]:

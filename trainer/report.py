@@ -97,6 +97,8 @@ class Reporter:
 
     def keep_samples(self, step: int, groups: list[Group], advantages: list[list[float]]) -> None:
         """The first groups of the step, for `sluice samples`, the sample browser and `sluice trace`."""
+        if self._completions is not None:
+            self._completions.write(step, groups, advantages)  # all of them, into the run folder
         kept = self._run.config.metrics.samples_kept
         if not kept:
             return
@@ -111,11 +113,6 @@ class Reporter:
                 sample = encode(_sample(step, group, values) | {"work": facts})
                 self._scripts("small", "XADD", "samples", "MAXLEN", kept, "*", "sample", sample, client=pipe)
             pipe.execute()
-
-    def keep_completions(self, step: int, groups: list[Group], advantages: list[list[float]]) -> None:
-        """All groups of the step, with `metrics.completions`."""
-        if self._completions is not None:
-            self._completions.write(step, groups, advantages)
 
     def close(self) -> None:
         if self._trackers is not None:

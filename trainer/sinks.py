@@ -98,6 +98,7 @@ class WandB:
                 self._run = self._wandb.init(**options, mode="offline")
         else:
             self._run = self._wandb.init(**options)
+        log.info("W&B: %s", self._run.url or f"offline, in {run.folder}/wandb")
         self._run.define_metric("*", step_metric="step")  # its own steps cannot be written to twice
 
     def _settings(self) -> Any:

@@ -98,7 +98,7 @@ class WandB:
                 self._run = self._wandb.init(**options, mode="offline")
         else:
             self._run = self._wandb.init(**options)
-        log.info("W&B: %s", self._run.url or f"offline, in {run.folder}/wandb")
+        log.info("W&B: %s", f"offline, in {run.folder}/wandb" if self._run.offline else self._run.url)
         self._run.define_metric("*", step_metric="step")  # its own steps cannot be written to twice
 
     def _settings(self) -> Any:

@@ -304,6 +304,35 @@ def test_a_tracker_that_stands_still_costs_no_time(
     fake.free.set()
 
 
+def test_a_step_is_sent_once_however_often_the_trainer_dies(
+    client: redis.Redis, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(metrics={"trackio": True})
+    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
+    fake = Fake()
+    monkeypatch.setitem(sinks.TRACKERS, "trackio", lambda run: fake)
+    version = itertools.count()
+    for resumed, steps in [(0, [1, 2, 3, 4]), (1, [2]), (1, [2, 3, 4, 5, 6]), (6, [6])]:
+        reporter = Reporter(client, run)
+        reporter.begin(resumed, config)
+        for step in steps:
+            reporter.report(step, next(version), {"reward/mean": 0.5})
+        reporter.close()
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 90')  # torn by a kill
+            file.write("\n")
+    assert [step for step, _ in fake.seen] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        6,
+    ]  # an evaluation after the last step is one more line
+    assert Reporter(client, run).last_version == next(version) - 1
+
+
 def test_what_a_tracker_lost_is_in_the_metrics(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     config = make_config(metrics={"tensorboard": True})
     (tmp_path / "tensorboard").write_text("in the way")

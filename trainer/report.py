@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -40,6 +41,8 @@ from trainer.sinks import Sinks, TrackedRun, check_packages, tracked_id
 log = logging.getLogger("sluice.trainer")
 
 SAMPLES_PER_STEP = 2
+_REPORTED = re.compile(rb'\{"step": (\d+), "version": (\d+)')
+"""Beginning of the line of a step."""
 _WORK = [f"{fact}:{part}" for part in PART_TASKS for fact in ("w", "n", "s")]
 """Who did each part, its claims, and how often it was sent again."""
 
@@ -55,7 +58,7 @@ class Reporter:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._last_step, self.last_version = _last_told(self._path)
-        "newest policy version that an earlier process has reported; -1 when there was none"
+        "newest policy version that earlier processes have reported; -1 when there was none"
         check_packages(run.config.metrics)
         self._trackers: Sinks | None = None
         self._completions = CompletionsTable(folder) if run.config.metrics.completions else None
@@ -146,17 +149,13 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def _last_told(path: Path) -> tuple[int, int]:
-    """(step, version) of the last line that names both, or (-1, -1); a torn last line is passed over."""
-    if not path.exists():
-        return -1, -1
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 65536))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        with suppress(ValueError):
-            if "version" in (fields := json.loads(line)):
-                return int(fields["step"]), int(fields["version"])
-    return -1, -1
+    """Highest step and newest version of all steps that were reported, or (-1, -1)."""
+    step = version = -1
+    if path.exists():
+        with path.open("rb") as file:
+            for found in filter(None, map(_REPORTED.match, file)):
+                step, version = max(step, int(found[1])), max(version, int(found[2]))
+    return step, version
 
 
 def _sample(step: int, group: Group, advantages: list[float]) -> dict[str, object]:

@@ -54,7 +54,7 @@ class TrackedRun:
     resumed_step: int = 0
     "the trainer goes on from it"
     told_step: int = -1
-    "the last one that an earlier trainer has reported"
+    "the highest that earlier trainers have reported"
 
 
 class Tracker(Protocol):

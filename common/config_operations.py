@@ -94,5 +94,13 @@ class MetricsConfig(Section):
     """Trainer steps kept in the Redis metrics stream."""
     samples_kept: int = Field(default=1000, ge=0)
     """Trained groups kept for `sluice samples`."""
+    completions: bool = False
+    """Write every trained completion into the run folder: `completions/step-000012.parquet`, one file per step."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (extra `sluice[tensorboard]`)."""
+    wandb: bool = False
+    """Also report to Weights & Biases (extra `sluice[wandb]`); account, entity and mode come from its own variables."""
+    trackio: bool = False
+    """Also report to Trackio (extra `sluice[trackio]`): in the run folder, or where TRACKIO_DIR or TRACKIO_SPACE_ID says."""
+    project: str = Field(default="sluice", min_length=1)
+    """Project of the run at Weights & Biases and Trackio."""

@@ -101,9 +101,12 @@ def _memory_bound(info: dict[str, Any]) -> Finding:
 
 def _config(path: str) -> list[Finding]:
     from scripts.launch import preflight, with_absolute_paths
+    from trainer.sinks import check_trackers
 
     try:
-        preflight(with_absolute_paths(load_config(path)))
+        config = with_absolute_paths(load_config(path))
+        preflight(config)
+        check_trackers(config.metrics)
     except SluiceError as error:
         return [Finding("problem", str(error))]
     return [Finding("ok", f"{path}: config, model, datasets and reward functions load")]

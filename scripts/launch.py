@@ -40,6 +40,7 @@ from scripts.roles import Role, check_gpus, dashboard_role
 from scripts.scaling import Scaler
 from scripts.summary import write_summary
 from scripts.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
+from trainer.sinks import check_trackers
 
 POLL_S = 0.1
 KEY_FILE = "run.key"
@@ -94,6 +95,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
     check_engine(config.rollout.engine)  # here the rollout workers run in this environment; with `create` they need not
     if config.trainer.lora and find_spec("peft") is None:
         raise ConfigError(PEFT_MISSING)
+    check_trackers(config.metrics)
     check_gpus(config)
     assets = None if resume is not None else preflight(config)
     name = name or default_name(config_path)

@@ -18,6 +18,7 @@ from rich.table import Table
 from common.config import Config
 from common.config_file import load_config
 from scripts.roles import assigned_gpus, check_gpus, trainer_gpus, trainer_role, worker_bounds
+from trainer.sinks import check_trackers
 
 
 @click.command()
@@ -36,6 +37,7 @@ def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """Everything that is shown; plain data. Raises ConfigError where this machine's GPUs do not suffice."""
     check_gpus(config)
+    check_trackers(config.metrics)
     roles = [_worker(config, queue, *bounds) for queue, bounds in worker_bounds(config).items()]
     ranks = config.replicas.trainer
     roles.append(

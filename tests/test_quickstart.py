@@ -9,6 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from harness import metrics_lines, metrics_of, only_run, quickstart_config, sluice, tiny_folder
+from pyarrow import parquet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_sinks import trackio_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.connection import connect
@@ -40,6 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         tiny=tiny_folder(),
         trainer__num_steps=STEPS,
         audit="all",
+        metrics={"completions": True, "tensorboard": True, "trackio": True},
         checkpoint__keep_best="heldout/sampled_pass@1",
         evaluation={"every_steps": EVALUATE_EVERY, "datasets": [heldout]},
     )
@@ -165,6 +169,20 @@ def test_the_recorded_stream_gives_the_same_weights_again(finished: tuple[Path, 
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     assert all(step["began_with_same_weights"] for step in steps)
     assert [step["step"] for step in steps if step["ended_with_same_weights"]] == [20, STEPS]  # those with a checkpoint
+
+
+def test_trackers_and_completions_show_every_step(finished: tuple[Path, str]) -> None:
+    run = only_run(finished[0])
+    means = {line["step"]: line["reward/mean"] for line in metrics_of(run)}
+    rows = [(step, metrics["reward/mean"]) for _, step, metrics in trackio_rows(run) if "reward/mean" in metrics]
+    assert rows == [(step, pytest.approx(means[step])) for step in range(1, STEPS + 1)]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("reward/mean")] == list(range(1, STEPS + 1))
+    table = parquet.read_table(run / "completions").to_pandas()
+    assert list(table.groupby("step").group_id.nunique()) == [GROUPS_PER_STEP] * STEPS
+    assert table.groupby("step").reward.mean().to_dict() == pytest.approx(means)
+    assert table.completion.str.contains("<answer>").mean() > 0.5
 
 
 def test_the_curve_is_drawn(finished: tuple[Path, str]) -> None:

@@ -82,6 +82,7 @@ def test_a_step_is_in_redis_jsonl_and_tensorboard(client: redis.Redis, keys: Key
         name=keys.run, keys=keys, config=make_config(metrics={"tensorboard": True}), assets={}, folder=str(tmp_path)
     )
     reporter = Reporter(client, run)
+    reporter.begin(0, run.config)
     reporter.report(7, 9, {"reward/mean": 0.25, "learning_rate": 3e-9, "eval/x/pass@1": float("nan")})
     reporter.close()
     ((_, metrics),) = read_metrics(client, keys)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from pathlib import Path
 
 from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, trainer, workers
+from pyarrow import parquet
 
 from scripts.redis_server import EmbeddedServer
 from trainer.checkpoint import SavedTensors, checkpoint_at, newest_checkpoint
@@ -25,7 +28,8 @@ def test_a_trainer_killed_at_any_point_goes_on_and_trains_every_group_once(
     tmp_path: Path, own_redis: EmbeddedServer
 ) -> None:
     steps = 30
-    env = create_run(tmp_path, own_redis.url, trainer__num_steps=steps, checkpoint__every_steps=3, **SMALL)
+    settings = {"trainer__num_steps": steps, "checkpoint__every_steps": 3, "metrics__completions": True}
+    env = create_run(tmp_path, own_redis.url, **settings, **SMALL)
     run_folder = tmp_path / "runs" / "roles"
     with workers(tmp_path, env):
         for place in KILLS:
@@ -40,6 +44,18 @@ def test_a_trainer_killed_at_any_point_goes_on_and_trains_every_group_once(
     assert (account.in_flight, account.dead) == (0, {})
     assert account.trained == steps * 4
     assert_trained_once(run_folder, steps, groups_per_step=4)
+    assert_completions_are_those_trained(run_folder, every_steps=3)
+
+
+def assert_completions_are_those_trained(run_folder: Path, *, every_steps: int) -> None:
+    """The files hold each completion of the groups that the checkpoints name once, at the steps that they cover."""
+    rows = parquet.read_table(run_folder / "completions").to_pylist()
+    assert len({(row["group_id"], row["sample"]) for row in rows}) == len(rows) > 0
+    written: dict[int, set[str]] = defaultdict(set)
+    for row in rows:
+        written[-(-row["step"] // every_steps) * every_steps].add(row["group_id"])
+    states = [json.loads(path.read_text()) for path in (run_folder / "checkpoints").glob("step-*/state.json")]
+    assert written == {state["step"]: set(state["trained_groups"]) for state in states}
 
 
 def test_ten_steps_are_five_a_kill_and_five_bit_for_bit(tmp_path: Path, own_redis: EmbeddedServer) -> None:

@@ -106,8 +106,7 @@ class Trainer:
         self.reporter = Reporter(client, run)
         self.audit = Audit(self.folder, self.config)
         self.sampling_dtype = getattr(torch, self.config.rollout.dtype)
-        self.step, self.saved_step, self.version, self.wall_s = 0, 0, 0, 0.0
-        self.available = 0
+        self.step, self.saved_step, self.version, self.available, self.wall_s = 0, 0, 0, 0, 0.0
         self.generated_tokens = float(client.hget(run.keys("totals"), "generated_tokens") or 0)
         self.trained_groups: list[str] = []
         self._remembered: deque[tuple[float, str]] = deque()
@@ -150,7 +149,7 @@ class Trainer:
             metrics["time/step"] = time.monotonic() - began
             metrics["idle_fraction/trainer"] = self.idle_fraction = waited / metrics["time/step"]
             metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
-            metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations()
+            metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations() | self.orders.metrics()
             self.reporter.report(self.step, self.version, metrics)
             log_step(self.step, self.config.trainer.num_steps, metrics, canary_bound=self._canary_bound)
             if self.step % self.config.checkpoint.every_steps == 0 or self._may_become_best():
@@ -321,6 +320,7 @@ class Trainer:
             parent, self.version = self.version, max(newest, self.version, self.reporter.last_version)
             self._publish(parent=parent)
         self.audit.forget_after(self.step)
+        self.reporter.begin(self.step, self.config)
         self.publisher.wait()
 
     def _tell_redis_again(self, lost: StateLost) -> None:

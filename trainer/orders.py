@@ -12,7 +12,7 @@ from pathlib import Path
 
 import redis
 
-from common.control import Orders, describe_paused, read_orders, with_settings
+from common.control import Orders, at, describe_paused, read_orders, with_settings
 from common.run import Run
 from trainer.report import append_line
 
@@ -32,12 +32,19 @@ class OrderReader:
         self._told = _last_told(self._path)
         self.orders = Orders()
         self.config = run.config
+        self._changed: set[str] = set()
+
+    def metrics(self) -> dict[str, float]:
+        """`setting/<key>`: the numbers in force of keys that were changed, so that every tracker shows when they were."""
+        values = {key: at(self.config, key) for key in sorted(self._changed)}
+        return {f"setting/{key}": float(value) for key, value in values.items() if value is not None}
 
     def read(self) -> None:
         """Look again: `orders` and `config` are those in force now."""
         before, self.orders = self.orders, read_orders(self._client, self._run.keys, after=self._told)
         if self.orders.settings != before.settings:
             self.config = with_settings(self._run.config, self.orders.settings)
+            self._changed |= self.orders.settings.keys()
         if self.orders.paused and not before.paused:
             log.warning("%s", describe_paused(self.orders.paused))
         for entry, fields in self.orders.trail:

@@ -1,4 +1,4 @@
-"""What a trainer step says of itself: metrics to Redis and JSONL (and TensorBoard), samples for people to read.
+"""What a trainer step says of itself: metrics to Redis, JSONL and trackers; samples and completions for people to read.
 
 The glossary with formulas is in docs/algorithms.md.
 """
@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import redis
 from numpy.typing import NDArray
 
 from common.broker import PART_TASKS
-from common.config import QUEUES
+from common.config import QUEUES, Config
 from common.diagnosis import Cause
 from common.errors import PolicyNotFound
 from common.evaluation import mark_reported
@@ -36,16 +37,20 @@ from common.scripts import Scripts
 from common.serialization import encode
 from common.types import Group, have_preference
 from trainer.batch import Sequences
+from trainer.completions import CompletionsTable
+from trainer.sinks import Sinks, TrackedRun, check_packages, tracked_id
 
 log = logging.getLogger("sluice.trainer")
 
 SAMPLES_PER_STEP = 2
+_REPORTED = re.compile(rb'\{"step": (\d+), "version": (\d+)')
+"""Beginning of the line of a step."""
 _WORK = [f"{fact}:{part}" for part in PART_TASKS for fact in ("w", "n", "s")]
 """Who did each part, its claims, and how often it was sent again."""
 
 
 class Reporter:
-    """Writes one line per step to every sink."""
+    """Writes one line per step to every sink. Trackers, and the files of completions, begin with `begin`."""
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client = client
@@ -54,18 +59,36 @@ class Reporter:
         folder = Path(run.folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        self.last_version = _last_version(self._path)
-        "newest policy version that an earlier process has reported; -1 when there was none"
-        self._board = _tensorboard(folder) if run.config.metrics.tensorboard else None
+        self._last_step, self.last_version = _last_told(self._path)
+        "newest policy version that earlier processes have reported; -1 when there was none"
+        check_packages(run.config.metrics)
+        self._trackers: Sinks | None = None
+        self._completions = CompletionsTable(folder) if run.config.metrics.completions else None
+
+    def begin(self, step: int, config: Config) -> None:
+        """The run goes on from this step, under this config: what was kept of steps that will be trained again goes."""
+        created_at = self._client.hget(self._run.keys("run"), "created_at") or b""
+        tracked = TrackedRun(
+            name=self._run.name,
+            run_id=tracked_id(self._run.name, created_at.decode()),
+            project=config.metrics.project,
+            folder=Path(self._run.folder),
+            config=config.model_dump(mode="json"),
+            resumed_step=step,
+            told_step=self._last_step,
+        )
+        self._trackers = Sinks(config.metrics, tracked)
+        if self._completions is not None:
+            self._completions.forget_after(step)
 
     def report(self, step: int, version: int, metrics: dict[str, float]) -> None:
         """One trainer step. Evaluations whose results are in it are marked last: killed before, the next trainer tells them."""
+        metrics = metrics | (self._trackers.metrics() if self._trackers else {})
         line = {"step": step, "version": version, "time": time.time(), **metrics}
         write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
         append_line(self._path, {name: value for name, value in line.items() if math.isfinite(value)})
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        if self._trackers is not None:
+            self._trackers.log(step, metrics)
         for dataset in self._run.config.evaluation.datasets:
             if (evaluated := metrics.get(f"eval/{dataset.name}/version")) is not None:
                 mark_reported(self._client, self._run.keys, dataset=dataset.name, version=int(evaluated))
@@ -88,6 +111,8 @@ class Reporter:
 
         logprobs_of: the trainer's, before the step, of the completions that are kept.
         """
+        if self._completions is not None:
+            self._completions.write(step, groups, advantages)  # all of them, into the run folder
         kept = self._run.config.metrics.samples_kept
         if not kept:
             return
@@ -107,8 +132,8 @@ class Reporter:
             pipe.execute()
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def log_step(step: int, num_steps: int, metrics: Mapping[str, float], *, canary_bound: float) -> None:
@@ -137,18 +162,14 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
             os.truncate(path, size)
 
 
-def _last_version(path: Path) -> int:
-    """Of the last line that names one; a torn last line is passed over."""
-    if not path.exists():
-        return -1
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 65536))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        with suppress(ValueError):
-            if "version" in (fields := json.loads(line)):
-                return int(fields["version"])
-    return -1
+def _last_told(path: Path) -> tuple[int, int]:
+    """Highest step and newest version of all steps that were reported, or (-1, -1)."""
+    step = version = -1
+    if path.exists():
+        with path.open("rb") as file:
+            for found in filter(None, map(_REPORTED.match, file)):
+                step, version = max(step, int(found[1])), max(version, int(found[2]))
+    return step, version
 
 
 def _sample(
@@ -266,13 +287,3 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
         "ledger/retried": float(account.retried),
         "ledger/dead": float(sum(account.dead.values())),
     }
-
-
-def _tensorboard(folder: Path):  # type: ignore[no-untyped-def]
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        from common.errors import ConfigError
-
-        raise ConfigError("metrics.tensorboard=true needs the extra: pip install 'sluice[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,439 @@
+"""Trackers show the run, each step once, also over crashes; none of them can stop or slow it. Completions are in Parquet."""
+
+from __future__ import annotations
+
+import http.server
+import itertools
+import json
+import os
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import pytest
+import redis
+from builders import make_config
+from click.testing import CliRunner
+from harness import environment, wait_for
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_report import group
+
+from common.config_operations import MetricsConfig
+from common.errors import ConfigError
+from common.keys import Keys
+from common.metrics import last_metrics
+from common.run import Run
+from scripts.cli import cli
+from trainer import sinks
+from trainer.completions import CompletionsTable
+from trainer.report import Reporter
+from trainer.sinks import Sink, TrackedRun, check_trackers, tracked_id
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
+
+TRAINER = """
+import json, os, sys, time
+from pathlib import Path
+from common.config_operations import MetricsConfig
+from trainer.sinks import Sinks, TrackedRun
+
+folder, tracker, resumed, told, steps, end = sys.argv[1:]
+config = MetricsConfig.model_validate({tracker: True, "project": "demo"})
+run = TrackedRun(
+    name="r", run_id="0123456789abcdef", project="demo", folder=Path(folder), config={"trainer": {"learning_rate": 0.5}},
+    resumed_step=int(resumed), told_step=int(told),
+)
+sinks = Sinks(config, run)
+for step in json.loads(steps):
+    sinks.log(step, {"reward/mean": step / 10, "loss/kl": float("nan"), "eval/x/pass@1": 1.0})
+print("logged", flush=True)
+if end == "close":
+    sinks.close()
+    import psutil
+    print([child.name() for child in psutil.Process().children(recursive=True)])
+else:
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def trainer_process(
+    folder: Path, tracker: str, *, steps: list[int], resumed: int = 0, told: int = -1, end: str = "close", **env: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that reports like a trainer; killed when the block ends."""
+    argv = [sys.executable, "-c", TRAINER, str(folder), tracker, str(resumed), str(told), json.dumps(steps), end]
+    where = environment(PYTHONPATH=str(Path(sinks.__file__).parent.parent), WANDB_MODE="offline", **env)
+    where = {name: value for name, value in where.items() if not name.startswith("TRACKIO_")}
+    process = subprocess.Popen(argv, env=where, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wandb_records(folder: Path) -> list[tuple[Path, Any]]:
+    """(file, record) of every W&B run in a run folder. The format is that of LevelDB's logs, around protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(folder.glob("wandb/*run-*/*.wandb")):
+        data, at, part = path.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if 32768 - at % 32768 < 7:
+                at += 32768 - at % 32768
+                continue
+            size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+            part += data[at + 7 : at + 7 + size]
+            at += 7 + size
+            if kind in (1, 4):  # whole, or its last piece
+                record = Record()
+                record.ParseFromString(part)
+                found.append((path, record))
+                part = b""
+    return found
+
+
+def wandb_rows(folder: Path) -> list[dict[str, float]]:
+    rows = [record.history for _, record in wandb_records(folder) if record.WhichOneof("record_type") == "history"]
+    return [{(item.key or item.nested_key[0]): json.loads(item.value_json) for item in row.item} for row in rows]
+
+
+def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, float]]]:
+    """(run, step, metrics) in the order they came."""
+    (path,) = (folder / "trackio").glob("*.db")
+    with sqlite3.connect(path) as database:
+        rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    database.close()
+    return [(run, step, json.loads(metrics)) for run, step, metrics in rows]
+
+
+def tracked(folder: Path, **changed: Any) -> TrackedRun:
+    run = TrackedRun(name="r", run_id="0123456789abcdef", project="demo", folder=folder, config={})
+    return replace(run, **changed)
+
+
+class Fake:
+    """A tracker that fails from its `fails_from`-th step on, and stands still in the step `stuck_in`."""
+
+    def __init__(self, *, fails_from: int = 10**9, stuck_in: int = 0) -> None:
+        self.seen: list[tuple[int, Mapping[str, float]]] = []
+        self.fails_from, self.stuck_in, self.free, self.is_closed = fails_from, stuck_in, threading.Event(), False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step >= self.fails_from:
+            raise OSError(28, "No space left on device")
+        if step == self.stuck_in:
+            self.free.wait(30)
+        self.seen.append((step, metrics))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_wandb_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path: Path) -> None:
+    for resumed, told, steps in [(0, -1, [1, 2, 3]), (2, 3, [3, 4])]:
+        with trainer_process(tmp_path, "wandb", steps=steps, resumed=resumed, told=told) as process:
+            output, _ = process.communicate(timeout=60)
+            assert output.splitlines()[-1] == "[]", "W&B's service process outlives the sink"
+    records = wandb_records(tmp_path)
+    runs = [record.run for _, record in records if record.WhichOneof("record_type") == "run"]
+    assert {(run.run_id, run.project, run.display_name) for run in runs} == {("0123456789abcdef", "demo", "r")}
+    config = {update.key: json.loads(update.value_json) for update in runs[0].config.update}
+    assert config["trainer"] == {"learning_rate": 0.5}
+    rows = wandb_rows(tmp_path)
+    assert [(row["step"], row["reward/mean"]) for row in rows if "reward/mean" in row] == [
+        (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4),
+    ]  # fmt: skip
+    assert [row["step"] for row in rows if "eval/x/pass@1" in row] == [1, 2, 3, 3, 4]  # results are told once only
+    assert not any("loss/kl" in row for row in rows)
+    axes = [record.metric for _, record in records if record.WhichOneof("record_type") == "metric"]
+    assert {axis.step_metric for axis in axes if axis.glob_name == "*"} == {"step"}
+
+
+def test_a_killed_trainer_leaves_no_process_of_wandb_and_keeps_what_was_told(tmp_path: Path) -> None:
+    with trainer_process(tmp_path, "wandb", steps=[1, 2], end="kill") as process:
+        wait_for(lambda: [row["step"] for row in wandb_rows(tmp_path)] == [1, 2], timeout=40, what="two steps on disk")
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any(child.name() == "wandb-core" for child in family)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_trackio_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path: Path) -> None:
+    for resumed, told, steps in [(0, -1, [1, 2, 3]), (2, 3, [3, 4])]:
+        with trainer_process(tmp_path, "trackio", steps=steps, resumed=resumed, told=told) as process:
+            output, _ = process.communicate(timeout=60)
+            assert output.splitlines()[-1] == "[]"
+    rows = [(run, step) for run, step, metrics in trackio_rows(tmp_path) if metrics.get("reward/mean") == step / 10]
+    assert rows == [("r-0123", step) for step in (1, 2, 3, 4)]
+
+
+@contextmanager
+def online(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], tuple[int, dict[str, Any]]]) -> Iterator[None]:
+    """W&B is at a server of ours, which answers the bodies of requests with a status and JSON."""
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, data = answer(self.rfile.read(int(self.headers["content-length"])).decode())
+            with suppress(BrokenPipeError):
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps(data).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_wandb_without_a_network_records_offline_and_nothing_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sinks, "OPEN_S", 1)
+    ended = threading.Event()
+    with online(monkeypatch, lambda body: (500, {"quiet": ended.wait(20)})):
+        began = time.monotonic()
+        sink = Sink(name="wandb", open=sinks.WandB, run=tracked(tmp_path))
+        for step in (1, 2, 3):
+            sink.log(step, {"reward/mean": 0.5})
+        assert time.monotonic() - began < 0.5
+        sink.close()
+        assert time.monotonic() - began < 15
+        ended.set()
+    assert [row["step"] for row in wandb_rows(tmp_path)] == [1, 2, 3]
+    assert "recorded offline: `wandb sync` uploads it" in caplog.text
+
+
+def test_a_network_that_goes_away_meanwhile_holds_the_end_up_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = {"id": "p", "name": "demo", "entity": {"id": "e", "name": "e"}}
+    run = {"id": "x", "name": "r", "displayName": "r", "config": "{}", "project": project, "historyLineCount": 0}
+    opened, ended = threading.Event(), threading.Event()
+
+    def answer(body: str) -> tuple[int, dict[str, Any]]:
+        if opened.is_set():
+            ended.wait(20)
+        elif "RunResumeStatus" in body:
+            return 200, {"data": {"model": {**project, "bucket": None}}}
+        elif "UpsertBucket" in body:
+            opened.set()
+            return 200, {"data": {"upsertBucket": {"bucket": run, "inserted": True}}}
+        return 200, {"data": {}}
+
+    monkeypatch.setattr(sinks, "FINISH_S", 1)
+    with online(monkeypatch, answer):
+        sink = Sink(name="wandb", open=sinks.WandB, run=tracked(tmp_path))
+        assert opened.wait(20)
+        began = time.monotonic()
+        for step in (1, 2, 3):
+            sink.log(step, {"reward/mean": 0.5})
+        assert time.monotonic() - began < 0.5
+        sink.close()
+        assert time.monotonic() - began < 10
+        ended.set()
+    assert [row["step"] for row in wandb_rows(tmp_path)] == [1, 2, 3]
+    assert not list(tmp_path.glob("wandb/offline-*")), "it was online"
+
+
+def test_a_tracker_that_fails_loses_its_own_lines_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = Fake(fails_from=3)
+    sink = Sink(name="fake", open=lambda run: fake, run=tracked(tmp_path))
+    for step in range(1, 8):
+        sink.log(step, {"reward/mean": 0.5})
+    sink.close()
+    assert [step for step, _ in fake.seen] == [1, 2]
+    assert sink.dropped == 5
+    assert fake.is_closed
+    assert caplog.text.count("No space left on device") == 1
+    assert "5 steps are missing there" in caplog.text
+
+
+def test_a_tracker_that_does_not_open_is_no_reason_to_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def opens(run: TrackedRun) -> Fake:
+        raise PermissionError("not you")
+
+    sink = Sink(name="fake", open=opens, run=tracked(tmp_path))
+    sink.log(1, {"reward/mean": 0.5})
+    sink.close()
+    assert sink.dropped == 1
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+    assert "not you" in caplog.text
+
+
+def test_a_tracker_that_stands_still_costs_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sinks, "CLOSE_S", 0.2)
+    fake = Fake(stuck_in=1)
+    sink = Sink(name="fake", open=lambda run: fake, run=tracked(tmp_path))
+    began = time.monotonic()
+    for step in range(1, sinks.LINES_HELD + 12):
+        sink.log(step, {"reward/mean": 0.5})
+    assert time.monotonic() - began < 2
+    assert sink.dropped in (10, 11)  # the thread may have taken the first line already
+    sink.close()
+    assert time.monotonic() - began < 4
+    assert "did not finish" in caplog.text
+    fake.free.set()
+
+
+def test_a_step_is_sent_once_however_often_the_trainer_dies(
+    client: redis.Redis, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(metrics={"trackio": True})
+    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
+    fake = Fake()
+    monkeypatch.setitem(sinks.TRACKERS, "trackio", lambda run: fake)
+    version = itertools.count()
+    for resumed, steps in [(0, [1, 2, 3, 4]), (1, [2]), (1, [2, 3, 4, 5, 6]), (6, [6])]:
+        reporter = Reporter(client, run)
+        reporter.begin(resumed, config)
+        for step in steps:
+            reporter.report(step, next(version), {"reward/mean": 0.5})
+        reporter.close()
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 90')  # torn by a kill
+            file.write("\n")
+    assert [step for step, _ in fake.seen] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        6,
+    ]  # an evaluation after the last step is one more line
+    assert Reporter(client, run).last_version == next(version) - 1
+
+
+def test_what_a_tracker_lost_is_in_the_metrics(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    config = make_config(metrics={"tensorboard": True})
+    (tmp_path / "tensorboard").write_text("in the way")
+    reporter = Reporter(client, Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path)))
+    reporter.begin(0, config)
+    for step in itertools.count(1):
+        reporter.report(step, step, {"reward/mean": 0.5})
+        if last_metrics(client, keys).get("trackers/dropped"):
+            break
+        assert step < 500
+        time.sleep(0.02)
+    reporter.close()
+
+
+def test_tensorboard_shows_the_second_training_of_a_step(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    config = make_config(metrics={"tensorboard": True})
+    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
+    for resumed, values in [(0, {1: 0.1, 2: 0.2, 3: 0.3}), (1, {2: 0.7})]:
+        reporter = Reporter(client, run)
+        reporter.begin(resumed, config)
+        for step, value in values.items():
+            reporter.report(step, step, {"reward/mean": value})
+        reporter.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(scalar.step, scalar.value) for scalar in events.Scalars("reward/mean")] == [
+        (1, pytest.approx(0.1)), (2, pytest.approx(0.7)),
+    ]  # fmt: skip
+
+
+def test_a_tracked_id_is_that_of_one_run() -> None:
+    assert tracked_id("r", "1.5") == tracked_id("r", "1.5")
+    assert len({tracked_id("r", "1.5"), tracked_id("r", "2.5"), tracked_id("s", "1.5")}) == 3
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_package_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(sinks, "find_spec", lambda wanted: None if wanted == name else find_spec(wanted))
+    quickstart = str(Path(sinks.__file__).parent.parent / "config" / "quickstart.yaml")
+    done = CliRunner().invoke(cli, ["plan", quickstart, f"metrics.{name}=true"])
+    assert isinstance(done.exception, ConfigError)
+    assert f"pip install 'sluice[{name}]'" in str(done.exception)
+
+
+def test_a_login_that_fails_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = MetricsConfig(wandb=True)
+    with online(monkeypatch, lambda body: (401, {"errors": [{"message": "no such key"}]})):
+        for key, complaint in [("short", "must have 40"), ("0" * 40, "no such key")]:
+            monkeypatch.setenv("WANDB_API_KEY", key)
+            with pytest.raises(ConfigError, match=f"{complaint}.*WANDB_MODE=offline"):
+                check_trackers(wanted)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("WANDB_API_KEY")
+        with pytest.raises(ConfigError, match="no API key: WANDB_API_KEY"):
+            check_trackers(wanted)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(wanted)
+
+
+def test_trained_completions_are_a_table_that_datasets_reads(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    config = make_config(metrics={"completions": True})
+    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
+    scored, chat = group([1.0, None]), group([None, None], tokens=8)  # the first file has scores, the second has none
+    chat = replace(chat, group_id="t1", prompt=[{"role": "user", "content": "ja?"}], timestamps={"rollout": 12.5})
+    written = CompletionsTable(tmp_path)
+    written.write(1, [scored], [[0.7, 0.0]])
+    written.write(2, [chat], [[0.0, 0.0]])
+    written.write(3, [scored], [[0.1, 0.0]])
+    Reporter(client, run).begin(2, config)  # killed in step 3 or after it, before a checkpoint
+    table = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "completions" / "*.parquet"), split="train", cache_dir=str(tmp_path / "hf")
+    )
+    assert table[0] == {
+        "step": 1, "group_id": "t0", "sample": 0, "version_min": 3, "version_max": 3, "prompt": "p", "target": "1",
+        "completion": "x", "reward": 1.0, "advantage": 0.7, "finish_reason": "stop", "num_tokens": 4, "generated_at": None,
+        "reward/Math": 1.0,
+    }  # fmt: skip
+    assert [(row["step"], row["sample"], row["reward/Math"]) for row in table] == [
+        (1, 0, 1.0), (1, 1, None), (2, 0, None), (2, 1, None),
+    ]  # fmt: skip
+    assert json.loads(table[2]["prompt"]) == chat.prompt
+    assert table[2]["generated_at"] == 12.5
+    assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == [
+        "step-000001.parquet", "step-000002.parquet",
+    ]  # fmt: skip
+
+
+def test_completions_that_cannot_be_written_do_not_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "completions").write_text("in the way")
+    CompletionsTable(tmp_path).write(1, [group([1.0, 0.0])], [[0.7, -0.7]])
+    assert "the completions of step 1 were not written" in caplog.text
+
+
+def test_nothing_is_written_unless_asked_for(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    config = make_config()
+    reporter = Reporter(client, Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path)))
+    reporter.begin(0, config)
+    reporter.report(1, 1, {"reward/mean": 0.5})
+    reporter.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -12,12 +12,14 @@ import logging
 import time
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit
 from weakref import WeakKeyDictionary
 
 import redis
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
+from kombu.transport import TRANSPORT_ALIASES
 
 from common import sentinel
 from common.config import QUEUES
@@ -84,11 +86,24 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
 
 def _broker(url: str) -> tuple[str, str, dict[str, str]]:
     """Celery's broker URL, transport and transport options for one of our URLs."""
+    if url.startswith("unix://"):  # redis-py's form of it; ours so that one URL serves both
+        TRANSPORT_ALIASES["sluice"] = "common.transport:Transport"  # a socket's URL wants a name before its plus
+        return f"sluice+{_socket_url(url)}", "sluice", {}
     if not sentinel.is_sentinel(url):
         return url, "common.transport:Transport", {}
     address = sentinel.parse(url)
     host, port = address.sentinels[0]  # only shown: the transport asks the sentinels of its option
     return f"sentinel://{host}:{port}/{address.database}", "common.transport:SentinelTransport", {"sentinel_url": url}
+
+
+def _socket_url(url: str) -> str:
+    """`unix://user:password@/path?db=0`, or with `&password=`, as kombu says it."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    user = quote(query["username"], safe="") if "username" in query else parts.username or ""
+    password = quote(query["password"], safe="") if "password" in query else parts.password or ""
+    who = f"{user}:{password}@" if user or password else ""
+    return f"socket://{who}{parts.path}?virtual_host={query.get('db', '0')}"
 
 
 def send_part(app: Celery, group_id: str, part: str) -> None:

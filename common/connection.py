@@ -1,6 +1,7 @@
 """Connections to Redis: one place for time-outs, retries and the message when it cannot be reached.
 
-`SLUICE_REDIS_URL` names the data server, `SLUICE_BROKER_URL` the Celery broker where it is another one, `SLUICE_RUN` the run.
+`SLUICE_REDIS_URL` names the data server, `SLUICE_BROKER_URL` the Celery broker where it is another one, `SLUICE_RUN` the run;
+each URL may stand in a file that `SLUICE_REDIS_URL_FILE` or `SLUICE_BROKER_URL_FILE` names (see secrets.py).
 Both may be a `sentinel://` URL (see sentinel.py).
 
 Every client that `connect` makes waits out an outage (see patience.py); the first connection does not, so that a wrong URL
@@ -24,6 +25,7 @@ from redis.retry import Retry
 from common import sentinel
 from common.errors import ConfigError, ConnectionFailed
 from common.patience import Patience
+from common.secrets import secret
 
 SOCKET_TIMEOUT_S = 5.0
 BLOCK_S = 2.0
@@ -33,7 +35,7 @@ _OLDEST_SERVER = (6, 2)
 
 def redis_url() -> str:
     """The data server's URL. Raises ConfigError when it is not named."""
-    url = os.environ.get("SLUICE_REDIS_URL")
+    url = secret("SLUICE_REDIS_URL")
     if not url:
         raise ConfigError(
             "SLUICE_REDIS_URL is not set: name the Redis server, e.g. SLUICE_REDIS_URL=redis://127.0.0.1:6379/0"
@@ -43,7 +45,7 @@ def redis_url() -> str:
 
 def broker_url() -> str:
     """The Celery broker's URL: the data server unless SLUICE_BROKER_URL names another."""
-    return os.environ.get("SLUICE_BROKER_URL") or redis_url()
+    return secret("SLUICE_BROKER_URL") or redis_url()
 
 
 def run_name() -> str:
@@ -101,6 +103,8 @@ def connect(url: str | None = None, **options: Any) -> redis.Redis:
         "protocol": 2,
         "retry": Patience(without_password(url)),
     }
+    if url.startswith("unix://"):
+        del settings["socket_keepalive"], settings["socket_connect_timeout"]
     client = _open(url, **{**settings, **options})
     _check_server(url)
     return client
@@ -149,7 +153,8 @@ def persistence_warning(client: redis.Redis) -> str | None:
 def _check_server(url: str) -> None:
     if sentinel.is_sentinel(url):
         sentinel.parse(url).master_address()
-    probe = _open(url, socket_timeout=5.0, socket_connect_timeout=5.0, protocol=2, retry=Retry(ExponentialBackoff(), 1))
+    timeouts = {} if url.startswith("unix://") else {"socket_connect_timeout": 5.0}
+    probe = _open(url, socket_timeout=5.0, protocol=2, retry=Retry(ExponentialBackoff(), 1), **timeouts)
     try:
         version = str(probe.info("server")["redis_version"])
     except redis.AuthenticationError:

@@ -19,6 +19,8 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from common.errors import ConnectionFailed
+
 OUTAGE_S = 600.0
 """Longest wait of a role for its data server: a server that is restarted, moved or given more memory is back sooner."""
 FIRST_REPORT_S = 2.0
@@ -72,6 +74,18 @@ def _trouble(error: BaseException) -> str | None:
         reason = re.sub(r"^Error -?\d+ connecting to \S+\. ", "", str(error)).rstrip(".")
         return f"is unreachable ({reason}): waiting"
     return None
+
+
+def not_permitted(error: BaseException) -> str | None:
+    """What an ACL refused, and what to do about it; None for any other error. Also what a script may not do comes here."""
+    text = str(error)
+    in_script = "ACL failure" in text or "user executing the script can't" in text
+    if not isinstance(error, redis.exceptions.NoPermissionError) and not in_script:
+        return None
+    return (
+        f"does not permit this: {text.rstrip('.')}. Is SLUICE_REDIS_URL that of the right role? "
+        "config/redis/users.acl says what each may do (docs/security.md)"
+    )
 
 
 class Patience(Retry):
@@ -133,6 +147,8 @@ class Patience(Retry):
             try:
                 reply = do()
             except self._supported_errors as error:
+                if words := not_permitted(error):
+                    raise ConnectionFailed(f"Redis at {self.server} {words}") from None
                 trouble = _trouble(error)
                 if trouble is None or (is_retryable and not is_retryable(error)):
                     raise

@@ -169,7 +169,7 @@ class PolicyStore:
         """Whether a reader could not verify the version that this process published last; each version is mended once."""
         if self._held is None or self._held.manifest.version == self._mended:
             return False
-        return self._client.hget(self._keys("policy"), "wanted_whole") == b"%d" % self._held.manifest.version
+        return self._client.get(self._keys("wanted_whole")) == b"%d" % self._held.manifest.version
 
     def mend(self) -> None:
         """Write the version that this process published last whole, beside any delta of it. Raises DiskFull."""
@@ -245,7 +245,7 @@ class PolicyStore:
             try:
                 tensors, num_bytes = self._load_somehow(manifest, held=held, go_on=go_on)
             except PolicyError:
-                self._scripts("small", "HSET", "policy", "wanted_whole", version)
+                self._scripts("small", "SET", "wanted_whole", version)
                 raise
         has_deltas = manifest.base >= 0 or any(tensor.dtype != torch.float32 for tensor in tensors.values())
         self._held = Policy(manifest=manifest, tensors=tensors) if has_deltas and self._anchor_every > 1 else None

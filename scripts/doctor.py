@@ -58,7 +58,7 @@ def _machine() -> list[Finding]:
 
 def examine_redis() -> list[Finding]:
     """The Redis of SLUICE_REDIS_URL: is it there, and may it lose what a run keeps in it."""
-    url = os.environ.get("SLUICE_REDIS_URL")
+    url = secret("SLUICE_REDIS_URL")
     try:
         if not url:
             return [Finding("ok", f"SLUICE_REDIS_URL is not set: `sluice run` starts its own server, {find_server()}")]

@@ -220,7 +220,7 @@ def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None
 @contextmanager
 def _redis_for(folder: Path) -> Iterator[tuple[str, EmbeddedServer | None]]:
     """URL of the server of SLUICE_REDIS_URL, or of an embedded one that ends with the run."""
-    if url := os.environ.get("SLUICE_REDIS_URL"):
+    if url := secret("SLUICE_REDIS_URL"):
         yield url, None
         return
     if running_url(folder / "redis"):
@@ -253,7 +253,7 @@ def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
     """An existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
-    if url := os.environ.get("SLUICE_REDIS_URL"):
+    if url := secret("SLUICE_REDIS_URL"):
         client = connect(url)
         give_up_after(client, READER_WAIT_S)
         yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client)), url

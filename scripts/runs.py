@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import redis
 
 from common.errors import ConfigError
 from common.keys import RUNS, Keys
+from common.secrets import secret
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 _SHOWN = (
@@ -108,7 +108,7 @@ def delete(name: str, yes: bool, force: bool, with_folder: bool) -> None:
     if not yes:
         what = "its keys in Redis and its run folder with all checkpoints" if with_folder else "its keys in Redis"
         click.confirm(f"Delete run {name}: {what}?", abort=True)
-    if os.environ.get("SLUICE_REDIS_URL"):
+    if secret("SLUICE_REDIS_URL"):
         removed = delete_run(connect(), name, force=force, with_folder=with_folder)
         click.echo(f"{name} is deleted: {removed} keys")
     else:
@@ -133,7 +133,7 @@ def _delete_folder(name: str, *, with_folder: bool) -> None:
 def _list(as_json: bool) -> None:
     from common.connection import connect
 
-    on_redis = bool(os.environ.get("SLUICE_REDIS_URL"))
+    on_redis = secret("SLUICE_REDIS_URL") is not None
     found = read_runs(connect()) if on_redis else list(_folders())
     if as_json:
         click.echo(json.dumps({"runs": found}))

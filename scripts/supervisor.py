@@ -93,7 +93,8 @@ class Supervisor:
         """
         self._say, self._key_file = say, key_file
         self._status, self._trainer_beats = status, trainer_beats
-        env = {"SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        env = {"SLUICE_REDIS_URL": url, "SLUICE_REDIS_URL_FILE": "", "SLUICE_RUN": run}
+        env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._config, self._env, self._logs = config, env, folder / "logs"
         self._restarts: dict[str, int] = {}  # of workers that have gone

@@ -244,7 +244,10 @@ def test_no_password_is_shown():
 
 def test_doctor_warns_of_a_server_that_may_lose_groups(monkeypatch, server, patient):
     monkeypatch.setenv("SLUICE_REDIS_URL", server.url)
+    monkeypatch.setenv("SLUICE_RUN_KEY", "k" * 32)
     assert [finding.level for finding in examine_redis()] == ["ok"]
+    monkeypatch.delenv("SLUICE_RUN_KEY")
+    assert [finding.level for finding in examine_redis()] == ["ok", "note"]
     patient.config_set("appendonly", "no")
     patient.config_set("maxmemory", "512mb")
     levels = {finding.level: finding.text for finding in examine_redis()}

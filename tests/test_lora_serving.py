@@ -163,7 +163,7 @@ def test_an_adapter_that_does_not_fit_is_reported_while_the_version_before_serve
 def test_a_run_with_an_adapter_is_on_policy_throughout_and_survives_its_trainers_death(
     tmp_path: Path, own_redis: EmbeddedServer
 ) -> None:
-    steps = 6
+    steps = 10
     env = create_run(
         tmp_path,
         own_redis.url,

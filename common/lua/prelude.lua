@@ -26,8 +26,8 @@
 --   filtered           string   groups dropped for equal rewards since the last batch was taken
 --   readers            zset     "<version>|<reader>" -> ms until which a process that fetches a version keeps it
 --   processes          zset     process -> ms of its last heartbeat; process:<process> string: its facts, with a time to live
---   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at; wanted_whole: the version
---                               that a reader last failed to verify
+--   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at
+--   wanted_whole       string   the version that a reader last failed to verify
 --   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
 --   events             stream   capped; policy published, dead letters, scaled (queue, from, to, reason), ...
 --   autoscale          hash     queue -> JSON {desired, have, min, max, reason, at, since, ...} (common/autoscale.py)

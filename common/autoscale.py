@@ -16,7 +16,7 @@ Where we differ from the HPA:
 * The total is divided, never a ratio multiplied with what runs now: workers that are still loading are not asked for twice.
 * Up: over the tolerance for up_after_s without a break, up_after_s after the last change at the earliest, and only if a
   part spends over wait_s here (Little's law: owed / parts finished per second); from 0 workers at once. Then to
-  the need of that moment.
+  the need of that moment. Not while the run is paused or draining, but for a first worker.
 * Down: under it for cooldown_s without a break, cooldown_s after the last change at the earliest; to the highest need of
   that time.
 
@@ -80,6 +80,8 @@ class Load:
     "messages that no worker has taken"
     done: Mapping[str, int]
     "live worker -> parts that it has finished since it started"
+    is_held: bool = False
+    "the run is paused or draining: nothing is admitted, so what is owed only gets less"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +152,8 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
     over, under = _need(owed / (1 + TOLERANCE), bounds), _need(owed * (1 + TOLERANCE), bounds)
     if have == 0 and load.owed > 0:
         over = max(over, 1)
+    if load.is_held:
+        over = min(over, max(have, 1))
 
     over_since = (state.over_since or now) if over > have and (stays_s >= settings.wait_s or have == 0) else None
     under_since = (state.under_since or now) if under < have else None
@@ -206,11 +210,12 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
         queue = _QUEUE_OF[part]
         owed["eval" if has_eval and queue == "rollout" and group.startswith("e") else queue] += 1
     depths = queue_depths(client, run, QUEUES)
+    is_held = any(client.hmget(run.keys("run"), ["paused", "draining"]))
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}
     for name, facts in read_heartbeats(client, run.keys).items():
         if facts["role"] in done and not is_silent(facts):
             done[facts["role"]][name] = int(facts.get("done", 0))
-    return {queue: Load(owed=owed[queue], waiting=depths[queue], done=done[queue]) for queue in QUEUES}
+    return {queue: Load(owed=owed[queue], waiting=depths[queue], done=done[queue], is_held=is_held) for queue in QUEUES}
 
 
 def read_scales(client: redis.Redis, run: Run) -> dict[str, Scale]:

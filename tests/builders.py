@@ -97,6 +97,21 @@ def rollout_payload(*, version: int = 0, group_size: int = 2) -> bytes:
     return encode({"completions": [make_completion(version=version).to_wire()] * group_size, "worker": "w"})
 
 
+def random_completions(group_size: int, num_tokens: int) -> list[dict[str, Any]]:
+    """As an engine returns them: random tokens and logprobs, four characters of text a token."""
+    draw = np.random.default_rng(0)
+    return [
+        Completion(
+            token_ids=draw.integers(0, 150_000, num_tokens).astype(np.int32),
+            rollout_logprobs=-draw.random(num_tokens, np.float32),
+            policy_versions=((0, num_tokens),),
+            finish_reason="stop",
+            text="word" * num_tokens,
+        ).to_wire()
+        for _ in range(group_size)
+    ]
+
+
 def reward_payload(*, rewards: tuple[float | None, ...] = (1.0, 0.0), name: str = "MathReward") -> bytes:
     return encode(Scores(reward=list(rewards), by_function={name: list(rewards)}).to_wire())
 

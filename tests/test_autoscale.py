@@ -26,7 +26,7 @@ class Queue:
 
     def __init__(self, bounds: Bounds = BOUNDS, settings: AutoscaleConfig = SETTINGS) -> None:
         self.bounds, self.settings = bounds, settings
-        self.now, self.done = 1000.0, 0
+        self.now, self.done, self.is_held = 1000.0, 0, False
         self.state: Scale | None = None
         self.changes: list[tuple[float, int, int]] = []
 
@@ -34,7 +34,7 @@ class Queue:
         """One second with so many parts owed, in which `done` were finished; the workers wanted."""
         self.done += done
         before = self.state
-        load = Load(owed=owed, waiting=owed, done={"w": self.done})
+        load = Load(owed=owed, waiting=owed, done={"w": self.done}, is_held=self.is_held)
         self.state = step(before, load, bounds=self.bounds, settings=self.settings, now=self.now)
         assert Scale.from_json(self.state.to_json()) == self.state
         if before and before.desired != self.state.desired:
@@ -96,6 +96,14 @@ def test_from_none_the_first_part_calls_a_worker_at_once() -> None:
     assert set(queue.hold(0, seconds=10)) == {0}
     assert queue.look(1) == 1
     assert queue.hold(0, seconds=90)[-1] == 0
+
+
+def test_a_run_that_admits_nothing_grows_nowhere_but_from_none() -> None:
+    queue = Queue(Bounds(min=0, max=4, concurrency=1, in_flight=16))
+    queue.is_held = True
+    assert queue.hold(16, seconds=60)[-1] == 1  # the groups in flight are still finished
+    queue.is_held = False
+    assert queue.hold(16, seconds=6)[-1] == 4
 
 
 def test_a_fixed_number_stays_whatever_comes() -> None:
@@ -192,3 +200,6 @@ def test_a_tick_writes_what_every_queue_should_have(client: redis.Redis, keys: K
         "dataset": 1, "rollout": 1, "reference": 1, "reward": 2, "eval": 0,
     }  # fmt: skip
     assert (scales["rollout"].have, scales["rollout"].waiting, scales["reward"].max) == (1, 1, 4)
+    assert not any(load.is_held for load in loads.values())
+    client.hset(keys("run"), "draining", '{"who": "me", "at": 0}')
+    assert all(load.is_held for load in read_loads(client, run).values())

@@ -1,0 +1,342 @@
+"""What the pipeline itself costs: groups per second with an engine and a trainer of zero cost (SYNTHETIC).
+
+    python benchmarks/pipeline.py [--groups 1500] [--rounds 3] [--quick] [--out benchmarks/results/pipeline.json]
+
+throughput   real Redis (append-only); dataset, rollout and reward workers (a process each), Celery, ledger and buffer; groups of
+             8 completions of 512 tokens. The engine returns completions made beforehand; the trainer takes batches, moves the
+             pointer and acknowledges. Beside it, in turn: (a) bare Celery, as many no-op tasks on the same queues, pools and
+             broker settings; (b) bare Redis, one client that moves the same bytes, one round trip per step
+backlog      cost per group of every step of the ledger while 10^2 .. 10^5 small groups wait in the buffer and in the queue
+workers      1 .. 64 rollout workers, one in four three times slower, latency simulated by sleeping: makespan against the ideal,
+             total work / total speed
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+import psutil
+from builders import (
+    file_groups,
+    make_config,
+    publish_policy,
+    random_completions,
+    reward_payload,
+    rollout_payload,
+    task_payload,
+)
+from publication import machine
+from report import publish
+
+from common.broker import make_app, send, send_part
+from common.config import Config
+from common.connection import connect
+from common.keys import Keys
+from common.ledger import Ledger
+from common.replay_buffer import ReplayBuffer
+from common.run import create_run
+from common.scripts import Scripts
+from common.serialization import encode
+from scripts.launch import preflight, with_absolute_paths
+from scripts.prepare_tiny import prepare
+from scripts.redis_server import start_server
+
+GROUP_SIZE, TOKENS, BATCH = 8, 512, 16
+SLOWER, LATENCY_S, GROUPS_PER_WORKER, FLEET_TOKENS = 3.0, 1.0, 24, 4
+
+
+@contextlib.contextmanager
+def workers(
+    folder: Path, url: str, run: str, plan: list[tuple[str, float]], *, app: str = "pipeline_worker"
+) -> Iterator[list[Any]]:
+    """Celery workers: (queue, latency) each; when the block ends they are killed."""
+    env = {**os.environ, "SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'benchmarks'}:{ROOT / 'tests'}"
+    started = []
+    try:
+        for i, (queue, latency_s) in enumerate(plan):
+            argv = [sys.executable, "-m", "celery", "-A", app, "worker", "-Q", queue, "--loglevel", "INFO"]
+            argv += ["-P", "prefork" if queue == "reward" else "threads", "-c", "1"] if app.endswith("noop") else []
+            with (folder / f"{queue}-{i}.log").open("wb") as log:
+                here = {
+                    **env,
+                    "BENCH_LATENCY_S": str(latency_s),
+                    "BENCH_TOKENS": str(FLEET_TOKENS if latency_s else TOKENS),
+                }
+                started.append(psutil.Popen(argv, env=here, cwd=folder, stdout=log, stderr=log))
+        for log_file in [folder / f"{queue}-{i}.log" for i, (queue, _) in enumerate(plan)]:
+            try:
+                until(lambda log_file=log_file: b" ready." in log_file.read_bytes(), log_file.stem, 180)
+            except SystemExit:
+                print(log_file.read_text())
+                raise
+        yield started
+    finally:
+        family = [child for process in started for child in process.children(recursive=True)] + started
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for process in started:
+            process.wait(10)
+
+
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"waited {timeout_s:.0f} s for {what}")
+        time.sleep(0.02)
+
+
+def cpu_of(processes: list[Any]) -> float:
+    """CPU seconds of processes so far, with their children (but for this process's own, which are the others)."""
+    family = [p for process in processes for p in [process, *process.children(recursive=True)]]
+    times = [p.cpu_times() for p in (processes if processes[0].pid == os.getpid() else family)]
+    return sum(t.user + t.system for t in times)
+
+
+def job(folder: Path, tiny: Path, **sections: Any) -> Config:
+    (folder / "ones.py").write_text("def ones(prompts, completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    return with_absolute_paths(
+        make_config(
+            model={"path": str(tiny / "model")},
+            dataset={"path": str(tiny / "train.jsonl"), "max_req_tokens": 24},
+            sampling={"group_size": GROUP_SIZE, "max_res_tokens": TOKENS},
+            reward={"functions": [{"function": f"{folder / 'ones.py'}:ones"}]},
+            trainer={"seq_len": 1024, "num_steps": 1_000_000, "loss": {"kl_beta": 0.0}},
+            replay_buffer={"batch_size": BATCH, "max_policy_age": 7, "max_bytes": 10**12},
+            output_dir=str(folder / "runs"),
+            **sections,
+        )
+    )
+
+
+def pipeline_round(
+    folder: Path, url: str, tiny: Path, *, groups: int, name: str, server: Any
+) -> tuple[float, dict[str, float]]:
+    """Groups per second through every step, and CPU ms per group of each process."""
+    config, client, keys = job(folder, tiny), connect(url), Keys(name)
+    create_run(client, name, config, assets=preflight(config), folder=str(folder))
+    publish_policy(client, keys, 0)
+    app, scripts, ledger = make_app(name, url=url), Scripts(client, keys), Ledger(client, keys, config)
+    buffer = ReplayBuffer(ledger, groups_per_step=BATCH, max_policy_age=7)
+    with workers(folder, url, name, [("dataset", 0.0), ("rollout", 0.0), ("reward", 0.0)]) as started:
+        step, trained, version, began = 0, 0, 0, 0.0
+        before: list[float] = []
+        warm = max(BATCH * 8, groups // 10)
+        send(app, "dataset.fill", "dataset")
+        while trained < warm + groups:
+            sample = buffer.sample(version, step=step + 1)
+            if sample.groups is None:
+                buffer.wait(1.0)
+                continue
+            step, version = step + 1, version + 1
+            trained += len(sample.groups)
+            scripts("publish", version, version - 1, step, 1, f"digest-{version}", 0)
+            send(app, "dataset.fill", "dataset")
+            if step % 4 == 0:
+                buffer.acknowledge(step)
+            if trained >= warm and not began:
+                began, counted = time.monotonic(), trained
+                before = [cpu_of([process]) for process in [*started, server, psutil.Process()]]
+        took = time.monotonic() - began
+        after = [cpu_of([process]) for process in [*started, server, psutil.Process()]]
+    buffer.acknowledge(step)
+    account = ledger.account()
+    assert account.holds and not account.dead and not account.retried, account
+    done = trained - counted
+    names = ("dataset", "rollout", "reward", "redis", "trainer")
+    cpu_ms = {n: round(1000 * (b - a) / done, 2) for n, a, b in zip(names, before, after, strict=True)}
+    client.close()
+    return done / took, cpu_ms
+
+
+def noop_round(folder: Path, url: str, *, groups: int, name: str) -> float:
+    """The same number of tasks that do nothing, in groups per second: two tasks make one."""
+    app, client, keys = make_app(name, url=url), connect(url), Keys(name)
+    queues = [keys.celery_prefix + queue for queue in ("rollout", "reward")]
+    with workers(folder, url, name, [("rollout", 0.0), ("reward", 0.0)], app="pipeline_worker:noop"):
+        began = time.monotonic()
+        for group in range(groups):  # one client sends, as one dataset worker and one rollout worker do
+            for part in ("rollout", "reward"):
+                send_part(app, f"t{group}", part)
+        until(
+            lambda: not any(client.llen(q) for q in queues) and not client.hlen(keys.celery_prefix + "unacked"),
+            "the no-ops",
+        )
+        took = time.monotonic() - began
+    client.close()
+    return groups / took
+
+
+def bytes_round(url: str, *, groups: int) -> tuple[float, int]:
+    """One client: task and rollout in, rollout out for the reward, score in, everything out for the trainer, gone."""
+    client = connect(url)
+    task, scores = task_payload("t0", group_size=GROUP_SIZE), reward_payload(rewards=(1.0,) * GROUP_SIZE)
+    rollout = encode({"completions": random_completions(GROUP_SIZE, TOKENS), "worker": "w"})
+    began = time.monotonic()
+    for i in range(groups):
+        key = f"bare:{i}"
+        client.hset(key, "task", task)
+        client.hset(key, "rollout", rollout)
+        client.hmget(key, ["task", "rollout"])
+        client.hset(key, "reward", scores)
+        client.hmget(key, ["task", "rollout", "reward"])
+        client.unlink(key)
+    took = time.monotonic() - began
+    client.close()
+    return groups / took, 3 * len(task) + 3 * len(rollout) + 2 * len(scores)
+
+
+class Stopwatch:
+    """Milliseconds of each named step."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        result = work(*args, **kwargs)
+        self.ms.setdefault(name, []).append(1000 * (time.perf_counter() - began))
+        return result
+
+
+def backlog(url: str, size: int, *, repeats: int, rounds: int) -> dict[str, Any]:
+    """ms per group of each step while `size` small groups (2 x 3 tokens) wait in the buffer, and `size` messages in the queue."""
+    client, keys = connect(url), Keys(f"backlog-{size}")
+    client.hset(keys("run"), "status", "running")
+    publish_policy(client, keys, 0)
+    ledger = Ledger(client, keys, make_config(replay_buffer={"batch_size": BATCH, "max_bytes": 10**12}))
+    app, buffer = make_app(keys.run, url=url), ReplayBuffer(ledger, groups_per_step=BATCH, max_policy_age=1)
+    held_before = client.info("memory")["used_memory"]
+    for start in range(0, size, 1000):
+        file_groups(ledger, [0] * min(1000, size - start))
+    bytes_per_group = (client.info("memory")["used_memory"] - held_before) / size
+    with client.pipeline(transaction=False) as pipe:
+        for _ in range(size):
+            pipe.lpush(keys.celery_prefix + "rollout", b"x" * 700)  # as long as a message
+        pipe.execute()
+    timed = Stopwatch()
+    for step in range(1, rounds + 1):
+        for _ in range(repeats):
+            reply = timed("admit", ledger.scripts, "admit", 1, 10**9, 10**12, 10**9, 10**6, 60_000, "b/1")
+            group = f"t{int(reply[2])}"
+            timed("store task", ledger.store, group, "task", task_payload(group))
+            timed("send", send_part, app, group, "rollout")
+            timed("claim", ledger.claim, group, "rollout", fields=("task",))
+            timed("store rollout", ledger.store, group, "rollout", rollout_payload(), version=0)
+            timed("store reward", ledger.store, group, "reward", reward_payload())
+        assert timed("take 16", buffer.sample, 0, step=step).groups
+        timed("acknowledge 16", buffer.acknowledge, step)
+    assert ledger.account().holds
+    client.flushdb()
+    client.close()
+    per_group = {name: median(values) / (16 if name.endswith("16") else 1) for name, values in timed.ms.items()}
+    return {
+        "total_ms_per_group": round(sum(per_group.values()), 3),
+        "steps_ms": {name: round(value, 3) for name, value in per_group.items()},
+        "redis_bytes_per_group": round(bytes_per_group),
+    }
+
+
+def fleet(folder: Path, url: str, tiny: Path, *, count: int, per_worker: int) -> dict[str, Any]:
+    """Makespan of `count` workers, one in four slower, over the ideal. Latency is SIMULATED."""
+    name, num_groups = f"fleet-{count}", count * per_worker
+    config = job(folder, tiny, rollout={"concurrency": 1}, lease={"queued_s": 600.0, "running_s": 60.0})
+    client, keys = connect(url), Keys(name)
+    create_run(client, name, config, assets=preflight(config), folder=str(folder))
+    publish_policy(client, keys, 0)
+    ledger, app = Ledger(client, keys, config), make_app(name, url=url)
+    plan = [("rollout", LATENCY_S * (SLOWER if i % 4 == 3 else 1.0)) for i in range(count)]
+    with workers(folder, url, name, plan):
+        reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**9, 10**6, 600_000, "b/1")
+        groups = [f"t{int(cursor)}" for cursor in reply[2:]]
+        for group in groups:
+            ledger.store(group, "task", task_payload(group, group_size=GROUP_SIZE))
+        began = time.monotonic()
+        for group in groups:
+            send_part(app, group, "rollout")
+        tokens = num_groups * GROUP_SIZE * FLEET_TOKENS
+        until(lambda: int(client.hget(keys("totals"), "generated_tokens") or 0) >= tokens, "the fleet", 600)
+        makespan = time.monotonic() - began
+    ideal = num_groups / sum(1 / latency for _, latency in plan)
+    client.close()
+    return {
+        "groups": num_groups,
+        "makespan_s": round(makespan, 2),
+        "ideal_s": round(ideal, 2),
+        "ratio": round(makespan / ideal, 3),
+    }
+
+
+def throughput(folder: Path, server: Any, tiny: Path, *, groups: int, rounds: int) -> dict[str, Any]:
+    """The pipeline, the no-ops and the bytes in turn; medians."""
+    rates: dict[str, list[float]] = {"pipeline": [], "celery_noop": [], "bare_redis": []}
+    for i in range(rounds):
+        redis_process = psutil.Process(server.process.pid)
+        rate, cpu_ms = pipeline_round(folder, server.url, tiny, groups=groups, name=f"run-{i}", server=redis_process)
+        rates["pipeline"].append(rate)
+        rates["celery_noop"].append(noop_round(folder, server.url, groups=groups, name=f"noop-{i}"))
+        rate, num_bytes = bytes_round(server.url, groups=groups)
+        rates["bare_redis"].append(rate)
+        connect(server.url).flushdb()
+    middle = {name: median(values) for name, values in rates.items()}
+    return {
+        "group": f"{GROUP_SIZE} completions of {TOKENS} tokens",
+        "bytes_moved_per_group": num_bytes,
+        "groups_per_s": {name: round(value, 1) for name, value in middle.items()},
+        "spread": {name: [round(min(v), 1), round(max(v), 1)] for name, v in rates.items()},
+        "pipeline_over_celery_noop": round(middle["pipeline"] / middle["celery_noop"], 3),
+        "pipeline_over_bare_redis": round(middle["pipeline"] / middle["bare_redis"], 3),
+        "cpu_ms_per_group": cpu_ms,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=1500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, measures nothing")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    groups, rounds = (64, 1) if options.quick else (options.groups, options.rounds)
+    per_worker = 4 if options.quick else GROUPS_PER_WORKER
+    sizes = [100, 1000] if options.quick else [100, 1000, 10_000, 100_000]
+    counts = [1, 4] if options.quick else [1, 4, 16, 64]
+    with tempfile.TemporaryDirectory(prefix="sluice-pipeline-") as made:
+        folder = Path(made)
+        tiny = folder / "tiny"
+        prepare(tiny, warmup_steps=1)
+        server = start_server(folder / "redis")
+        try:
+            report = {
+                "machine": machine(),
+                "synthetic": "engine and trainer of zero cost; the rollout latencies of `workers` are slept",
+                "throughput": throughput(folder, server, tiny, groups=groups, rounds=rounds),
+                "backlog": {
+                    str(size): backlog(server.url, size, repeats=16, rounds=2 if options.quick else 12)
+                    for size in sizes
+                },
+                "workers": {str(n): fleet(folder, server.url, tiny, count=n, per_worker=per_worker) for n in counts},
+            }
+        finally:
+            server.stop()
+    totals = [report["backlog"][str(size)]["total_ms_per_group"] for size in sizes]
+    report["backlog"]["largest_over_smallest"] = round(totals[-1] / totals[0], 3)
+    publish(report, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,8 +15,9 @@ stabilisation windows. The metric is the parts that a queue owes, waiting and in
 Where we differ from the HPA:
 * The total is divided, never a ratio multiplied with what runs now: workers that are still loading are not asked for twice.
 * Up: over the tolerance for up_after_s without a break, up_after_s after the last change at the earliest, and only if a
-  part spends over wait_s here (Little's law: owed / parts finished per second); from 0 workers at once. Then to
-  the need of that moment. Not while the run is paused or draining, but for a first worker.
+  part spends over wait_s here (Little's law: owed / parts finished per second) while the workers are busy for
+  busy_share of their time or more; from 0 workers at once. Then to the need of that moment. Not while the run is paused
+  or draining, but for a first worker.
 * Down: under it for cooldown_s without a break, cooldown_s after the last change at the earliest; to the highest need of
   that time.
 
@@ -31,6 +32,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 
 import redis
 
@@ -80,6 +82,8 @@ class Load:
     "messages that no worker has taken"
     done: Mapping[str, int]
     "live worker -> parts that it has finished since it started"
+    busy: float = 1.0
+    "mean share of the last second or so that its live workers were busy for; 1 where none says"
     is_held: bool = False
     "the run is paused or draining: nothing is admitted, so what is owed only gets less"
 
@@ -104,6 +108,8 @@ class Scale:
     "messages, now"
     done_per_s: float = 0.0
     "parts finished a second, mean over the longer of up_after_s and 10 s"
+    busy: float = 1.0
+    "share of their time that its workers are busy for, mean over up_after_s"
     done: dict[str, int] = field(default_factory=dict)
     over_since: float | None = None
     "since when more workers are needed without a break"
@@ -141,12 +147,22 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
         least = bounds.min if state is None else min(max(state.desired, bounds.min), bounds.most)
         since = now if state is None else min(state.since, now)
         state = Scale(
-            desired=least, have=0, min=0, max=0, reason="", at=now, since=since, owed=load.owed, done=dict(load.done)
+            desired=least,
+            have=0,
+            min=0,
+            max=0,
+            reason="",
+            at=now,
+            since=since,
+            owed=load.owed,
+            busy=load.busy,
+            done=dict(load.done),
         )
     passed = now - state.at
     owed = _mean(state.owed, load.owed, passed, settings.up_after_s)
     finished = sum(max(0, count - state.done.get(name, count)) for name, count in load.done.items())
     rate = _mean(state.done_per_s, finished / max(passed, 1e-9), passed, max(settings.up_after_s, 10.0))
+    busy = _mean(state.busy, load.busy, passed, settings.up_after_s)
     have = min(max(state.desired, bounds.min), bounds.most)  # the config may have changed since
     stays_s = owed / rate if rate > 1e-6 else math.inf
     over, under = _need(owed / (1 + TOLERANCE), bounds), _need(owed * (1 + TOLERANCE), bounds)
@@ -155,7 +171,8 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
     if load.is_held:
         over = min(over, max(have, 1))
 
-    over_since = (state.over_since or now) if over > have and (stays_s >= settings.wait_s or have == 0) else None
+    is_worth_it = have == 0 or (stays_s >= settings.wait_s and busy >= settings.busy_share)
+    over_since = (state.over_since or now) if over > have and is_worth_it else None
     under_since = (state.under_since or now) if under < have else None
     under_most = max(under, state.under_most if state.under_since else 0)
     if bounds.min == bounds.max:
@@ -169,8 +186,10 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
         desired = under_most if is_due else have
         reason = f"{owed:.1f} parts owed, {bounds.share} per worker: {under} suffice"
         reason += "" if is_due else f"; fewer after {settings.cooldown_s:g} s of that"
-    elif over > have:
+    elif over > have and stays_s < settings.wait_s:
         desired, reason = have, f"{owed:.1f} parts owed, but a part is through in {stays_s:.2f} s"
+    elif over > have:
+        desired, reason = have, f"{owed:.1f} parts owed, but its workers are busy for {busy:.0%} of their time"
     else:
         desired, reason = have, f"{owed:.1f} parts owed, {bounds.share} per worker: as needed"
     has_changed = desired != state.desired
@@ -185,6 +204,7 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
         owed=round(owed, 4),
         waiting=load.waiting,
         done_per_s=round(rate, 6),
+        busy=round(busy, 4),
         done=dict(load.done),
         over_since=None if has_changed else over_since,
         under_since=None if has_changed else under_since,
@@ -212,10 +232,21 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     depths = queue_depths(client, run, QUEUES)
     is_held = any(client.hmget(run.keys("run"), ["paused", "draining"]))
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}
+    busy: dict[str, list[float]] = {queue: [] for queue in QUEUES}
     for name, facts in read_heartbeats(client, run.keys).items():
         if facts["role"] in done and not is_silent(facts):
             done[facts["role"]][name] = int(facts.get("done", 0))
-    return {queue: Load(owed=owed[queue], waiting=depths[queue], done=done[queue], is_held=is_held) for queue in QUEUES}
+            busy[facts["role"]].append(1.0 - facts.get("idle_fraction", 0.0))
+    return {
+        queue: Load(
+            owed=owed[queue],
+            waiting=depths[queue],
+            done=done[queue],
+            busy=fmean(busy[queue] or [1.0]),
+            is_held=is_held,
+        )
+        for queue in QUEUES
+    }
 
 
 def read_scales(client: redis.Redis, run: Run) -> dict[str, Scale]:

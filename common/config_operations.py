@@ -76,6 +76,8 @@ class AutoscaleConfig(Section):
     """Seconds without a need for them before workers go, and after any change; over the time that a worker takes to load."""
     wait_s: float = Field(default=1.0, ge=0)
     """No growth while a part spends less than so many seconds in its queue and its worker, however many there are."""
+    busy_share: float = Field(default=0.5, ge=0, le=1)
+    """No growth while its workers are busy for less of their time: what waits then waits for something else, such as weights."""
     drain_s: float = Field(default=60.0, ge=0)
     """A worker that goes may finish what it holds for so many seconds; then it hands back, as at SIGTERM."""
 

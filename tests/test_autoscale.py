@@ -26,7 +26,8 @@ class Queue:
 
     def __init__(self, bounds: Bounds = BOUNDS, settings: AutoscaleConfig = SETTINGS) -> None:
         self.bounds, self.settings = bounds, settings
-        self.now, self.done, self.is_held = 1000.0, 0, False
+        self.now, self.done = 1000.0, 0
+        self.busy, self.is_held = 1.0, False
         self.state: Scale | None = None
         self.changes: list[tuple[float, int, int]] = []
 
@@ -34,7 +35,7 @@ class Queue:
         """One second with so many parts owed, in which `done` were finished; the workers wanted."""
         self.done += done
         before = self.state
-        load = Load(owed=owed, waiting=owed, done={"w": self.done}, is_held=self.is_held)
+        load = Load(owed=owed, waiting=owed, done={"w": self.done}, busy=self.busy, is_held=self.is_held)
         self.state = step(before, load, bounds=self.bounds, settings=self.settings, now=self.now)
         assert Scale.from_json(self.state.to_json()) == self.state
         if before and before.desired != self.state.desired:
@@ -89,6 +90,16 @@ def test_parts_that_pass_quickly_call_for_nobody() -> None:
     """40 a second with 8 owed: a part is through in 0.2 s (Little), and another worker would gain nothing."""
     assert set(Queue().hold(8, seconds=120, done=40)[20:]) == {1}
     assert Queue().hold(8, seconds=120, done=2)[-1] == 4
+
+
+def test_idle_workers_call_for_nobody() -> None:
+    """What they wait for, weights for example, more of them would wait for as well."""
+    queue = Queue()
+    queue.busy = 0.3
+    assert queue.hold(16, seconds=90)[-1] == 1
+    assert queue.state and queue.state.reason == "16.0 parts owed, but its workers are busy for 30% of their time"
+    queue.busy = 0.9
+    assert queue.hold(16, seconds=20)[-1] == 4
 
 
 def test_from_none_the_first_part_calls_a_worker_at_once() -> None:
@@ -189,17 +200,19 @@ def test_a_tick_writes_what_every_queue_should_have(client: redis.Redis, keys: K
     for cursor in admitted.cursors[1:]:
         ledger.store(f"t{cursor}", "task", b"task")
     client.lpush(keys.celery_prefix + "rollout", b"a message")
-    beat(client, keys, "rollout@here:1", {"role": "rollout", "done": 7})
+    beat(client, keys, "rollout@here:1", {"role": "rollout", "done": 7, "idle_fraction": 0.25})
+    beat(client, keys, "rollout@here:2", {"role": "rollout", "done": 0, "idle_fraction": 0.75})
     loads = read_loads(client, run)
     assert {queue: load.owed for queue, load in loads.items() if load.owed} == {"dataset": 1, "rollout": 3}
-    assert (loads["rollout"].waiting, loads["rollout"].done) == (1, {"rollout@here:1": 7})
+    assert (loads["rollout"].waiting, loads["rollout"].done) == (1, {"rollout@here:1": 7, "rollout@here:2": 0})
+    assert (loads["rollout"].busy, loads["reward"].busy) == (0.5, 1.0)
     update(client, run)
     update(client, run)
     scales = read_scales(client, run)
     assert {queue: scale.desired for queue, scale in scales.items()} == {
         "dataset": 1, "rollout": 1, "reference": 1, "reward": 2, "eval": 0,
     }  # fmt: skip
-    assert (scales["rollout"].have, scales["rollout"].waiting, scales["reward"].max) == (1, 1, 4)
+    assert (scales["rollout"].have, scales["rollout"].waiting, scales["reward"].max) == (2, 1, 4)
     assert not any(load.is_held for load in loads.values())
     client.hset(keys("run"), "draining", '{"who": "me", "at": 0}')
     assert all(load.is_held for load in read_loads(client, run).values())

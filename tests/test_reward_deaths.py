@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import redis
@@ -12,6 +13,7 @@ from harness import alive, children, wait_for, worker
 from common.broker import make_app, send_part
 from common.keys import Keys
 from common.ledger import Ledger
+from common.metrics import read_heartbeats
 from common.run import create_run
 from common.serialization import encode
 from common.types import SamplingParams, Task
@@ -85,14 +87,26 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
         send_part(app, group_id, "reward")
     env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}
     with worker("reward", cwd=tmp_path, **env) as process:
+        told: list[dict[str, Any]] = []
+
+        def facts() -> dict[str, Any]:
+            return next((f for f in read_heartbeats(client, keys).values() if f["role"] == "reward"), {})
 
         def is_settled() -> bool:
+            told.append(facts())
             account = ledger.account()
             return sum(account.dead.values()) == len(EXPECTED) and client.xlen(keys("stream", 0)) == 4
 
         wait_for(is_settled, timeout=45, what="two attempts at every bad group, and one at the others")
         assert process.poll() is None, "the worker itself lives"
         wait_for(lambda: len(alive(children(process.pid))) >= 3, timeout=10, what="all scoring processes to be back")
+        assert max(f.get("running", 0) for f in told) >= 2
+        assert min(f.get("idle_fraction", 1.0) for f in told) < 0.5, "two of three sleep, and are busy with it"
+        wait_for(
+            lambda: (facts()["running"], facts()["idle_fraction"]) == (0, 1.0),
+            timeout=10,
+            what="those that died at work to be counted as idle",
+        )
 
     groups = {kind: client.hgetall(keys("g", group_id)) for group_id, kind in kinds.items()}
     for kind, (reason, detail) in EXPECTED.items():

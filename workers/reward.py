@@ -11,13 +11,16 @@ import logging
 import multiprocessing
 import re
 import resource
+import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import redis
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, signals
+from celery.utils.log import current_process_index
 
 from common.broker import send_part
 from common.ledger import Claim
@@ -31,6 +34,9 @@ log = logging.getLogger("sluice.reward")
 
 _KILL_AFTER_S = 2.0
 """A child that ignores its soft time limit is killed this much later."""
+_MOST_CHILDREN = 1024
+"""Of a reward worker; more than that share places in the tally."""
+_IDLE = -1.0
 
 
 def prepare(app: Celery, role: str) -> tuple[Any, int]:
@@ -51,6 +57,51 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
     return "prefork", config.concurrency
 
 
+class Tally:
+    """What the children do, in memory that they share with the parent, which tells of it.
+
+    A child writes its own place only: there is no lock that one could take with it when it is killed.
+    """
+
+    def __init__(self) -> None:
+        self._num_done = multiprocessing.RawArray("d", _MOST_CHILDREN)
+        self._worked_s = multiprocessing.RawArray("d", _MOST_CHILDREN)
+        self._since = multiprocessing.RawArray("d", _MOST_CHILDREN)  # 0: no child, _IDLE, or when its part began
+
+    def join(self) -> None:
+        """In a fresh child; the one before it in this place may have died at work."""
+        self._since[self._place] = _IDLE
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[None]:
+        place, began = self._place, time.monotonic()  # one clock for all processes of a machine
+        self._since[place] = began
+        try:
+            yield
+        finally:
+            self._since[place] = _IDLE
+            self._worked_s[place] += time.monotonic() - began
+            self._num_done[place] += 1
+
+    @property
+    def _place(self) -> int:
+        return (current_process_index(0) or 0) % _MOST_CHILDREN
+
+    @property
+    def num_done(self) -> int:
+        return int(sum(self._num_done))
+
+    @property
+    def num_running(self) -> int:
+        return sum(since > 0 for since in self._since)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of work, in the mean of the children; a part that is not done counts up to now."""
+        now, children = time.monotonic(), [since for since in self._since if since]
+        return (sum(self._worked_s) + sum(now - since for since in children if since > 0)) / max(1, len(children))
+
+
 class RewardRole:
     """The reward functions, loaded once, and the context of whichever process this is."""
 
@@ -58,12 +109,14 @@ class RewardRole:
         self.context = context
         self._functions = functions
         self._reported: deque[str] = deque(maxlen=1000)
-        self._num_done = multiprocessing.Value("q", 0)  # shared with the children
-        context.facts = lambda: {"done": self._num_done.value}
+        self._tally = Tally()
+        context.facts = lambda: {"done": self._tally.num_done, "running": self._tally.num_running}
+        context.busy_s = lambda: self._tally.busy_s
 
     def reopen(self, app: Celery, role: str) -> None:
         """In a fresh child: connections of its own, its own name in claims, and less memory than the machine has."""
         self.context = Context.open(app, role)
+        self._tally.join()
         limit_mib = self.context.run.config.reward.memory_limit_mib
         if limit_mib is not None:
             _, most = resource.getrlimit(resource.RLIMIT_DATA)
@@ -95,11 +148,10 @@ class RewardRole:
         """Task: the reward part of a group."""
         config = self.context.run.config
         lease_s = max(config.lease.running_s, config.reward.time_limit_s + 2 * _KILL_AFTER_S)
-        self.context.perform(
-            group_id, "reward", self._score, fields=("task", "rollout", "version", "eval"), lease_s=lease_s
-        )
-        with self._num_done.get_lock():
-            self._num_done.value += 1
+        with self._tally.part():
+            self.context.perform(
+                group_id, "reward", self._score, fields=("task", "rollout", "version", "eval"), lease_s=lease_s
+            )
 
     def _score(self, claim: Claim) -> Result:
         task = decode(claim.fields["task"] or b"")

@@ -56,6 +56,8 @@ class ReplayBuffer:
         self._k = groups_per_step
         self.max_policy_age = max_policy_age
         "may be changed between two samples"
+        self.vocab_size = 1 << 31
+        "of the model that is trained: a group with other token ids is a dead letter"
         self._max_resample_count = -1 if max_resample_count is None else max_resample_count
 
     def sample(self, curr_policy_version: int, *, step: int, published: int = -1) -> Sample:
@@ -132,18 +134,19 @@ class ReplayBuffer:
         groups, damaged = [], {}
         for group_id, row in zip(group_ids, rows, strict=True):
             try:
-                groups.append(_decode_group(row))
+                groups.append(_decode_group(row, self.vocab_size))
             except (SluiceError, LookupError, TypeError, ValueError, AttributeError) as error:
                 damaged[group_id] = f"{type(error).__name__}: {error}"
         return groups, damaged
 
 
-def _decode_group(row: list[bytes | None]) -> Group:
+def _decode_group(row: list[bytes | None], vocab_size: int) -> Group:
     task, rollout, reward, reference, version = row[: len(_FIELDS)]
     if task is None or rollout is None or reward is None or version is None:
         raise SluiceError("it is in the buffer without all of its parts: was its key deleted by hand?")
     stamps = zip(_STAGES, row[len(_FIELDS) :], strict=True)
     return Group.from_parts(
+        vocab_size=vocab_size,
         task=decode(task),
         rollout=decode(rollout),
         reward=decode(reward),

@@ -14,6 +14,7 @@ Masks come from lengths, never from comparing with a pad id; text is never re-to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -192,10 +193,12 @@ class Group:
         reference: list[NDArray[np.float32]] | None,
         policy_version: int,
         timestamps: dict[str, float],
+        vocab_size: int = 1 << 31,
     ) -> Group:
         """Raises SerializationError, LookupError, TypeError or ValueError for parts that are not of one sound group."""
         completions = [Completion.from_wire(wire) for wire in rollout["completions"]]
         _check_lengths(completions, reward["reward"], reference)
+        _check_values(task["prompt_ids"], completions, reward["reward"], reference, vocab_size)
         episodes = [
             Episode(
                 completion=completion,
@@ -259,3 +262,21 @@ def _check_lengths(
             raise SerializationError(
                 f"completion {i} has {tokens.shape} tokens, and logprobs of {[r.shape for r in rows]}"
             )
+
+
+def _check_values(
+    prompt_ids: NDArray[np.int32],
+    completions: list[Completion],
+    rewards: list[float | None],
+    reference: list[NDArray[np.float32]] | None,
+    vocab_size: int,
+) -> None:
+    """Raises SerializationError for what no tokenizer, engine or reward can have said: training on it would end the trainer."""
+    for ids in (prompt_ids, *(completion.token_ids for completion in completions)):
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise SerializationError(f"token ids from {ids.min()} to {ids.max()}, in a vocabulary of {vocab_size}")
+    for row in (*(completion.rollout_logprobs for completion in completions), *(reference or ())):
+        if not np.isfinite(row).all():
+            raise SerializationError("a logprob is not finite")
+    if not all(reward is None or math.isfinite(reward) for reward in rewards):
+        raise SerializationError(f"a reward is not finite: {rewards}")

@@ -6,10 +6,11 @@ import random
 import re
 import threading
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
-from builders import file_groups, make_completion, make_ledger, publish_policy, push_group
+from builders import file_groups, make_completion, make_ledger, publish_policy, push_group, reward_payload
 
 from common.connection import connect
 from common.errors import PolicyNotFound, StateLost
@@ -280,7 +281,8 @@ def test_without_a_resample_limit_a_group_is_trained_until_it_is_too_old_and_the
     assert (account.trained, account.dropped, account.in_flight, account.holds) == (1, {}, 0, True)
 
 
-SHORT = encode({"completions": [{**make_completion().to_wire(), "token_ids": np.arange(1)}] * 2, "worker": "w"})
+def rollout_with(**changed: Any) -> bytes:
+    return encode({"completions": [{**make_completion().to_wire(), **changed}] * 2, "worker": "w"})
 
 
 @pytest.mark.parametrize(
@@ -290,7 +292,20 @@ SHORT = encode({"completions": [{**make_completion().to_wire(), "token_ids": np.
         ("rollout", b"SL\x01\xc1", "damaged message of 4 bytes"),
         ("rollout", b"\x80\x04.", "not a Sluice message"),
         ("rollout", encode({"completions": [{"text": "no tokens"}]}), "token_ids"),
-        ("rollout", SHORT, r"completion 0 has \(1,\) tokens, and logprobs of \[\(3,\)\]"),
+        (
+            "rollout",
+            rollout_with(token_ids=np.array([5, -1, 6], np.int32)),
+            "token ids from -1 to 6, in a vocabulary of 100",
+        ),
+        ("rollout", rollout_with(token_ids=np.array([5, 100, 6], np.int32)), "token ids from 5 to 100, in a vocab"),
+        ("rollout", rollout_with(rollout_logprobs=np.array([0, np.nan, 0], np.float32)), "a logprob is not finite"),
+        ("reference", encode([np.full(3, -np.inf, np.float32)] * 2), "a logprob is not finite"),
+        ("reward", reward_payload(rewards=(1.0, float("nan"))), r"a reward is not finite: \[1.0, nan\]"),
+        (
+            "rollout",
+            rollout_with(token_ids=np.arange(1)),
+            r"completion 0 has \(1,\) tokens, and logprobs of \[\(3,\)\]",
+        ),
         ("reward", encode({"reward": [1.0], "by_function": {}}), "other numbers of rewards"),
         ("reward", encode([1, 2]), "list indices"),
         ("reference", encode([np.zeros(3, np.float32)] * 5), "other numbers of rewards or reference logprobs"),
@@ -302,6 +317,7 @@ def test_a_group_that_cannot_be_read_is_a_dead_letter_and_the_others_of_its_batc
 ):
     publish_policy(client, keys, 0)
     ledger, buffer = make_buffer(client, keys, k=3)
+    buffer.vocab_size = 100
     bad, *sound = file_groups(ledger, [0] * 5)
     if damage is None:
         client.hdel(keys("g", bad), part)

@@ -121,7 +121,7 @@ class Trainer:
 
     @property
     def config(self) -> Config:
-        """The run's, with the settings in force at the last look."""
+        """With the settings in force at the last look."""
         return self.orders.config
 
     def _facts(self) -> dict[str, object]:
@@ -130,8 +130,9 @@ class Trainer:
 
     def train(self) -> None:
         """From wherever the run is to its last step, or to SIGTERM, or to the end of a drain."""
-        end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
-        self.policy = open_policy(self.config, end_token_ids=end_token_ids, ranks=self.ranks)
+        assets = ModelAssets.from_wire(self.run.assets)
+        self.policy = open_policy(self.config, end_token_ids=assets.eos_token_ids, ranks=self.ranks)
+        self.buffer.vocab_size = self.policy.vocab_size
         self._resume_or_begin()
         started = time.monotonic() - self.wall_s
         while not self.stopping:
@@ -139,8 +140,7 @@ class Trainer:
             if self.step >= self.config.trainer.num_steps:
                 break
             began = time.monotonic()
-            groups = self._next_batch()
-            if groups is None:
+            if (groups := self._next_batch()) is None:
                 break
             waited = time.monotonic() - began
             metrics = self._train_on(groups)

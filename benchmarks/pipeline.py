@@ -93,6 +93,7 @@ def workers(
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> None:
+    """The tests' wait_for, but looking more often: times are taken with it."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -100,10 +101,10 @@ def until(condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> 
         time.sleep(0.02)
 
 
-def cpu_of(processes: list[Any]) -> float:
-    """CPU seconds of processes so far, with their children (but for this process's own, which are the others)."""
-    family = [p for process in processes for p in [process, *process.children(recursive=True)]]
-    times = [p.cpu_times() for p in (processes if processes[0].pid == os.getpid() else family)]
+def cpu_of(process: Any) -> float:
+    """CPU seconds of a process so far, with its children (but for this process's own, which are the others)."""
+    children = [] if process.pid == os.getpid() else process.children(recursive=True)
+    times = [p.cpu_times() for p in [process, *children]]
     return sum(t.user + t.system for t in times)
 
 
@@ -150,9 +151,9 @@ def pipeline_round(
                 buffer.acknowledge(step)
             if trained >= warm and not began:
                 began, counted = time.monotonic(), trained
-                before = [cpu_of([process]) for process in [*started, server, psutil.Process()]]
+                before = [cpu_of(process) for process in [*started, server, psutil.Process()]]
         took = time.monotonic() - began
-        after = [cpu_of([process]) for process in [*started, server, psutil.Process()]]
+        after = [cpu_of(process) for process in [*started, server, psutil.Process()]]
     buffer.acknowledge(step)
     account = ledger.account()
     assert account.holds and not account.dead and not account.retried, account

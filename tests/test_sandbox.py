@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -68,8 +70,16 @@ def test_a_conversation_is_scored_by_its_last_message_and_the_last_block() -> No
     assert CodeReward(isolation="limits")([[{"role": "assistant", "content": text}]], test_list=[TESTS]) == [1.0]
 
 
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
 @pytest.mark.parametrize("level", HERE)
-def test_what_a_program_can_reach(level: Isolation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_program_can_reach(
+    level: Isolation, listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLUICE_REDIS_URL", "redis://:secret@h:1/0")
     (tmp_path / "secret").write_text("treasure")
     program = f"""
@@ -80,7 +90,7 @@ try:
 except OSError:
     print("no file")
 try:
-    socket.create_connection(("127.0.0.1", {_listener().getsockname()[1]}), timeout=1)
+    socket.create_connection(("127.0.0.1", {listener.getsockname()[1]}), timeout=1)
     print("connected")
 except OSError:
     print("no network")
@@ -95,17 +105,6 @@ open("scratch", "w").write("x")
     assert ("connected" in found.output) == (level == "limits")
     assert level != "files" or "alone" in found.output
     assert not (Path.cwd() / "scratch").exists()
-
-
-def _listener():  # type: ignore[no-untyped-def]
-    import socket
-
-    server = socket.create_server(("127.0.0.1", 0))
-    _KEPT.append(server)
-    return server
-
-
-_KEPT: list[object] = []
 
 
 @pytest.mark.parametrize("level", [level for level in HERE if level != "limits"])

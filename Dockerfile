@@ -1,4 +1,4 @@
-# One image for every role: `sluice ...`, `celery -A workers.app worker -Q QUEUE`, `python -m trainer`.
+# One image for every role: `sluice ...`, `celery -A sluice worker -Q QUEUE`, `python -m sluice.trainer`.
 # --build-arg EXTRAS=tensorboard adds an optional dependency.
 FROM python:3.11-slim
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import psutil
 from far_worker import FarWorker, far_worker
 
-from scripts.prepare_tiny import prepare
+from sluice.scripts.prepare_tiny import prepare
 
 ROLES = ("dataset", "rollout", "reference", "reward", "trainer", "redis")
 FAR = "far rollout"
@@ -106,7 +106,7 @@ class Killer:
                 continue
             is_worker = "-Q" in words and words[words.index("-Q") + 1] == role
             is_redis = role == "redis" and any(name in words[0] for name in ("redis-server", "valkey") if words)
-            if is_worker or is_redis or (role == "trainer" and words[1:3] == ["-m", "trainer"]):
+            if is_worker or is_redis or (role == "trainer" and words[1:3] == ["-m", "sluice.trainer"]):
                 found.append(process)
         return self._draw.choice(found) if found else None
 
@@ -176,7 +176,13 @@ def _sluice_run(name: str, folder: Path, tiny: Path, *, steps: int, log: Any) ->
         "lease.max_attempts": 20,  # a group may lose many workers here; a dead letter would not be a loss, but would hide one
         "output_dir": str(folder / "runs"),
     }
-    argv = [sys.executable, "-c", "from scripts.cli import main; main()", "run", str(ROOT / "config/quickstart.yaml")]
+    argv = [
+        sys.executable,
+        "-c",
+        "from sluice.scripts.cli import main; main()",
+        "run",
+        str(ROOT / "config/quickstart.yaml"),
+    ]
     argv += [f"{key}={json.dumps(value)}" for key, value in overrides.items()] + ["--name", name]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env.pop("SLUICE_REDIS_URL", None)

@@ -107,7 +107,7 @@ class Watcher:
                 role = "supervisor"
             elif "-Q" in words:
                 role = words[words.index("-Q") + 1]
-            elif words[1:3] == ["-m", "trainer"]:
+            elif words[1:3] == ["-m", "sluice.trainer"]:
                 role = "trainer"
             elif words and any(name in words[0] for name in ("redis", "valkey")):
                 role = "redis"

@@ -30,11 +30,11 @@ from builders import letter_tokenizer, make_config
 from report import publish
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.assets import ModelAssets
-from common.model import named_weights
-from common.types import SamplingParams
-from workers.engine import Engine, GenerationRequest
-from workers.rollout import make_engine
+from sluice.common.models.assets import ModelAssets
+from sluice.common.models.causal_lm import named_weights
+from sluice.common.types import SamplingParams
+from sluice.workers.engine import Engine, GenerationRequest
+from sluice.workers.rollout import make_engine
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,

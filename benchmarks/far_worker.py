@@ -62,7 +62,7 @@ class FarWorker:
         url = urlunsplit(parts._replace(netloc=f"{user}@{HERE}:{relay_port}"))
         env = {**os.environ, "SLUICE_REDIS_URL": url, "SLUICE_RUN": self._run, "OMP_NUM_THREADS": "1"}
         env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
-        argv = ["ip", "netns", "exec", self.name, sys.executable, "-m", "celery", "-A", "workers.app", "worker"]
+        argv = ["ip", "netns", "exec", self.name, sys.executable, "-m", "celery", "-A", "sluice", "worker"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen([*argv, "-Q", "rollout", "-l", "INFO"], env=env, stdout=log, stderr=log)
         self.num_starts += 1

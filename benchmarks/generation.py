@@ -41,11 +41,11 @@ import transformers
 from report import publish
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from common.model import named_weights
-from common.types import SamplingParams
-from workers.engine import GenerationRequest
-from workers.engine.kv_cache import bytes_per_token
-from workers.engine.torch_engine import TorchEngine
+from sluice.common.models.causal_lm import named_weights
+from sluice.common.types import SamplingParams
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.torch.engine import TorchEngine
+from sluice.workers.engine.torch.kv_cache import bytes_per_token
 
 GROUP_SIZE, MAX_TOKENS, PROMPT_LENGTHS, MAX_MODEL_LEN, PAD = 8, 64, (12, 18), 256, 0
 SHAPES: dict[str, dict[str, Any]] = {

@@ -30,13 +30,13 @@ import torch
 from generation import SHAPES, build_model, machine
 from report import publish
 
-from common.model import named_weights
-from common.types import SamplingParams
-from workers.engine import GenerationRequest
-from workers.engine.batch import RunningBatch
-from workers.engine.kv_cache import bytes_per_token
-from workers.engine.row import Group
-from workers.engine.torch_engine import TorchEngine
+from sluice.common.models.causal_lm import named_weights
+from sluice.common.types import SamplingParams
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.torch.engine import TorchEngine
+from sluice.workers.engine.torch.kv_cache import bytes_per_token
+from sluice.workers.engine.torch.running_batch import RunningBatch
+from sluice.workers.engine.torch.sequence import Group
 
 SHORT, STEPS, MAX_MODEL_LEN = 64, 8, 4096
 NEVER = 2**62

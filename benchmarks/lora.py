@@ -1,6 +1,6 @@
 """LoRA: what a worker pays to merge an adapter, and how much of a small adapter is left after rounding.
 
-    OMP_NUM_THREADS=1 python benchmarks/lora.py --out benchmarks/results/lora.json        (needs `sluice[lora]`)
+    OMP_NUM_THREADS=1 python benchmarks/lora.py --out benchmarks/results/lora.json        (needs `sluice-rl[lora]`)
 
 * merge: the weights of Qwen3-0.6B's shapes in bfloat16 and an adapter of rank 16 for all linear layers: bytes of both, CPU
   seconds of one thread for `merge_adapter` (best of `--repeats`), beside a copy of all weights;
@@ -30,12 +30,12 @@ from builders import make_config
 from report import publish
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.canary import adapter_share, mean_difference, random_sequences
-from common.logprobs import score_sequences
-from common.lora import PREFIX, merge_adapter
-from common.model import load_weights, named_weights
-from trainer.batch import MicroBatch
-from trainer.policy import TrainedPolicy
+from sluice.common.models.causal_lm import load_weights, named_weights
+from sluice.common.models.logprobs import score_sequences
+from sluice.common.models.lora import PREFIX, merge_adapter
+from sluice.common.policies.canary import adapter_share, mean_difference, random_sequences
+from sluice.trainer.micro_batches import MicroBatch
+from sluice.trainer.trained_policy import TrainedPolicy
 
 RANK, ALPHA, VOCAB = 16, 32.0, 512
 

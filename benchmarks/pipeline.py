@@ -40,18 +40,18 @@ from builders import (
 from publication import machine
 from report import publish
 
-from common.broker import make_app, send, send_part
-from common.config import Config
-from common.connection import connect
-from common.keys import Keys
-from common.ledger import Ledger
-from common.replay_buffer import ReplayBuffer
-from common.run import create_run
-from common.scripts import Scripts
-from common.serialization import encode
-from scripts.launch import preflight, with_absolute_paths
-from scripts.prepare_tiny import prepare
-from scripts.redis_server import start_server
+from sluice.common.config import Config
+from sluice.common.connections.broker import make_app, send, send_part
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.replay_buffer import ReplayBuffer
+from sluice.common.ledger.scripts import Scripts
+from sluice.common.run import create_run
+from sluice.common.serialization import encode
+from sluice.scripts.launcher.launch import preflight, with_absolute_paths
+from sluice.scripts.launcher.redis_server import start_server
+from sluice.scripts.prepare_tiny import prepare
 
 GROUP_SIZE, TOKENS, BATCH = 8, 512, 16
 SLOWER, LATENCY_S, GROUPS_PER_WORKER, FLEET_TOKENS = 3.0, 1.0, 24, 4

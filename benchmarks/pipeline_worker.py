@@ -15,17 +15,17 @@ from typing import Any
 from builders import random_completions
 from celery import Celery, signals
 
-from common.broker import make_app
-from common.connection import run_name
-from common.serialization import decode, encode
-from workers.context import Context, CooperativePool, Result
+from sluice.common.connections.broker import make_app
+from sluice.common.connections.client import run_name
+from sluice.common.serialization import decode, encode
+from sluice.workers.context import Context, CooperativePool, Result
 
 LATENCY_S = float(os.environ.get("BENCH_LATENCY_S", "0"))
 TOKENS = int(os.environ.get("BENCH_TOKENS", "512"))
 
 
 def prepare(app: Celery, role: str) -> tuple[Any, int]:
-    """In place of workers.rollout's."""
+    """In place of sluice.workers.rollout's."""
     context = Context.open(app, role)
     made = random_completions(context.run.config.sampling.group_size, TOKENS)
 
@@ -46,9 +46,9 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
     return CooperativePool, context.run.config.rollout.concurrency
 
 
-sys.modules["workers.rollout"] = sys.modules[__name__]  # what workers.app asks for the rollout role
+sys.modules["sluice.workers.rollout"] = sys.modules[__name__]  # what sluice.workers.app asks for the rollout role
 
-from workers.app import app
+from sluice.workers.app import app
 
 __all__ = ["app", "noop"]
 

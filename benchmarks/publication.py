@@ -38,14 +38,14 @@ import numpy as np
 import torch
 from report import publish
 
-from common import delta
-from common.config import PolicyStoreConfig
-from common.connection import connect
-from common.digest import tensor_digest
-from common.keys import Keys
-from common.model import adopt_weights, load_weights
-from common.policy_store import PolicyStore
-from scripts.redis_server import start_server
+from sluice.common.config import PolicyStoreConfig
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.common.models.causal_lm import adopt_weights, load_weights
+from sluice.common.policies import delta
+from sluice.common.policies.digest import tensor_digest
+from sluice.common.policies.store import PolicyStore
+from sluice.scripts.launcher.redis_server import start_server
 
 Weights = dict[str, torch.Tensor]
 

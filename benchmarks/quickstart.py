@@ -41,10 +41,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from benchmarks.cpu_account import MODEL_WORK, Watcher, account
 from benchmarks.generation import processor
 from benchmarks.sync_baseline import generate
-from common.config import Config
-from common.config_file import load_config
-from common.model import load_pretrained, load_weights
-from workers.rewards import MathReward
+from sluice.common.config import Config
+from sluice.common.config.file import load_config
+from sluice.common.models.causal_lm import load_pretrained, load_weights
+from sluice.workers.rewards import MathReward
 
 CONFIG = ROOT / "config" / "quickstart.yaml"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -91,7 +91,7 @@ class Accuracy:
 
 def prepare(folder: Path, *, seed: int) -> None:
     """The tiny model of a seed; one made before is used again."""
-    argv = [sys.executable, "-m", "scripts.prepare_tiny", str(folder), "--seed", str(seed)]
+    argv = [sys.executable, "-m", "sluice.scripts.prepare_tiny", str(folder), "--seed", str(seed)]
     subprocess.run(argv, check=True, cwd=ROOT, env={**os.environ, **ONE_THREAD}, stdout=sys.stderr)
 
 
@@ -100,7 +100,7 @@ def sluice_run(overrides: dict[str, Any], *, folder: Path) -> dict[str, Any]:
     probe = folder / "probe"
     probe.mkdir(parents=True)
     values = {**overrides, "output_dir": str(folder), "policy_store.path": _policies(folder)}
-    argv = [sys.executable, "-c", "from scripts.cli import main; main()", "run", str(CONFIG)]
+    argv = [sys.executable, "-c", "from sluice.scripts.cli import main; main()", "run", str(CONFIG)]
     argv += [f"{key}={json.dumps(value)}" for key, value in values.items()] + ["--name", "run"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")} | ONE_THREAD
     env |= {"SLUICE_PROBE": str(probe), "PYTHONPATH": f"{ROOT / 'benchmarks' / 'probe'}:{ROOT}"}
@@ -339,7 +339,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder = arguments.folder.resolve()
     if not arguments.skip_trl and subprocess.run([arguments.trl_python, "-c", "import trl"], check=False).returncode:
-        parser.error(f"{arguments.trl_python} cannot import trl: pip install 'sluice[trl]', or give --trl-python PATH")
+        parser.error(
+            f"{arguments.trl_python} cannot import trl: pip install 'sluice-rl[trl]', or give --trl-python PATH"
+        )
     torch.set_num_threads(1)
     report: dict[str, Any] = {"benchmark": "quickstart", "date": f"{datetime.date.today()}", "machine": machine()}
     report["threshold"] = arguments.threshold

@@ -1,6 +1,6 @@
 """What the age of the policy costs, and what each off-policy treatment saves, on the quickstart's task with forced ages.
 
-    python -m scripts.prepare_tiny runs/tiny
+    python -m sluice.scripts.prepare_tiny runs/tiny
     OMP_NUM_THREADS=1 python benchmarks/staleness.py --jobs 2 --out benchmarks/results/staleness.json
 
 Every batch is sampled by the policy of exactly `age` steps before (benchmarks/sync_baseline.py: the real model, rewards,
@@ -47,7 +47,7 @@ def one_run(treatment: str, *, age: int, seed: int, learning_rate: float, num_st
     import torch
 
     from benchmarks.sync_baseline import run
-    from common.config_file import load_config
+    from sluice.common.config.file import load_config
 
     torch.set_num_threads(1)
     loss = {"clip_low": 0.2, "clip_high": 0.28, **TREATMENTS[treatment]}

@@ -5,7 +5,7 @@ and the place where the values of config/quickstart.yaml were found. It asks two
 not: all prompts have one length, and a batch fits one forward pass; and it draws from the whole vocabulary (no top_p).
 `--policy-age N` samples every batch with the weights of N steps before: an asynchronous run at its worst.
 
-    python -m scripts.prepare_tiny runs/tiny
+    python -m sluice.scripts.prepare_tiny runs/tiny
     python -m benchmarks.sync_baseline config/quickstart.yaml [key=value ...] [--policy-age 1] [--json out.json]
 
 JSON: the settings, the mean reward of each step, and per evaluation the step, greedy and sampled accuracy, and CPU
@@ -31,15 +31,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.assets import read_assets
-from common.config import Config
-from common.config_file import load_config
-from common.model import load_pretrained
-from trainer.advantage import compute_advantages
-from trainer.loss import policy_loss
-from trainer.policy import schedule_factor
-from workers.engine.kv_cache import cache_argument
-from workers.rewards import MathReward, ThinkingReward
+from sluice.common.config import Config
+from sluice.common.config.file import load_config
+from sluice.common.models.assets import read_assets
+from sluice.common.models.causal_lm import load_pretrained
+from sluice.trainer.advantage import compute_advantages
+from sluice.trainer.loss import policy_loss
+from sluice.trainer.trained_policy import schedule_factor
+from sluice.workers.engine.torch.kv_cache import cache_argument
+from sluice.workers.rewards import MathReward, ThinkingReward
 
 REWARDS = (MathReward(), ThinkingReward())  # the quickstart's; their unweighted mean is the reward
 

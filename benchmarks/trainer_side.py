@@ -183,8 +183,8 @@ class SluiceSide:
     ) -> None:
         from builders import make_config
 
-        from trainer.parallel import ParallelPolicy
-        from trainer.policy import TrainedPolicy
+        from sluice.trainer.distributed.parallel import ParallelPolicy
+        from sluice.trainer.trained_policy import TrainedPolicy
 
         self.config = make_config(
             trainer={
@@ -201,8 +201,8 @@ class SluiceSide:
 
     def _scored_groups(self, rows: list[Sequence]) -> list[Any]:
         """With the model's own logprobs as the sampler's: the ratio of the first step is 1."""
-        from common.logprobs import score_sequences
-        from common.types import Completion, Episode, Group
+        from sluice.common.models.logprobs import score_sequences
+        from sluice.common.types import Completion, Episode, Group
 
         device = self.policy.device.type
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu"):
@@ -225,7 +225,7 @@ class SluiceSide:
         ]  # fmt: skip
 
     def pad_share(self, kind: str, *, budget: int) -> float:
-        from trainer.batch import build_micro_batches, padding_share
+        from sluice.trainer.micro_batches import build_micro_batches, padding_share
 
         advantages = [torch.zeros(GROUP_SIZE)] * len(self._groups[kind])
         packed = self.policy.is_packed
@@ -233,7 +233,7 @@ class SluiceSide:
         return padding_share(batches, packed=packed)
 
     def step(self, kind: str) -> float:
-        from trainer.step import train_on
+        from sluice.trainer.step import train_on
 
         self._step += 1
         metrics, _ = train_on(self._parallel, self._groups[kind], self.config, step=self._step)
@@ -241,7 +241,7 @@ class SluiceSide:
 
     def entropy(self, kind: str, clock: Clock) -> dict[str, float]:
         """Seconds for the scores of one step's completion tokens from their logits, forward and backward."""
-        from common.logprobs import UNTRUNCATED, _score
+        from sluice.common.models.logprobs import UNTRUNCATED, _score
 
         num_tokens = sum(len(e.completion.token_ids) for group in self._groups[kind] for e in group.episodes)
         logits = torch.randn(1024, self.policy.vocab_size, device=self.policy.device, requires_grad=True)
@@ -257,11 +257,11 @@ class SluiceSide:
 
     def publisher(self, stack: ExitStack) -> Callable[[int], dict[str, float]]:
         """Versions published through a directory in memory, with a Redis of its own."""
-        from common.config import PolicyStoreConfig
-        from common.connection import connect
-        from common.keys import Keys
-        from common.policy_store import PolicyStore
-        from scripts.redis_server import start_server
+        from sluice.common.config import PolicyStoreConfig
+        from sluice.common.connections.client import connect
+        from sluice.common.keys import Keys
+        from sluice.common.policies.store import PolicyStore
+        from sluice.scripts.launcher.redis_server import start_server
 
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = start_server(folder)

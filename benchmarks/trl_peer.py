@@ -2,7 +2,7 @@
 
     python -m benchmarks.trl_peer SPEC.json WEIGHTS_FOLDER
 
-Needs torch, trl and accelerate (`pip install 'sluice[trl]'`), nothing of Sluice but its reward functions. Prints one
+Needs torch, trl and accelerate (`pip install 'sluice-rl[trl]'`), nothing of Sluice but its reward functions. Prints one
 JSON line per optimizer step: step, wall_s and cpu_s since the first step began, reward. The weights of every step are
 written to WEIGHTS_FOLDER/policy-<step>.safetensors; the time for that is taken off both clocks.
 """
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from workers.rewards import MathReward, ThinkingReward
+from sluice.workers.rewards import MathReward, ThinkingReward
 
 REWARDS = (MathReward(), ThinkingReward())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from common.errors import ConfigError
+from sluice.common.errors import ConfigError
 
 RUNS = "sluice:runs"
 "Hash: run name -> seconds of creation."

@@ -14,11 +14,11 @@ from typing import Any
 
 import redis
 
-from common.config import Config
-from common.config_file import parse_config
-from common.errors import ConfigError
-from common.keys import RUNS, Keys
-from common.serialization import decode, encode
+from sluice.common.config import Config
+from sluice.common.config.file import parse_config
+from sluice.common.errors import ConfigError
+from sluice.common.keys import RUNS, Keys
+from sluice.common.serialization import decode, encode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class Run:
     keys: Keys
     config: Config
     assets: dict[str, Any]
-    "wire form of common.assets.ModelAssets"
+    "wire form of sluice.common.models.assets.ModelAssets"
     folder: str
     "absolute path of the run folder on the machine that created the run"
 

@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from common.errors import SerializationError
+from sluice.common.errors import SerializationError
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 128 * 1024 * 1024

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import SerializationError
+from sluice.common.errors import SerializationError
 
 FinishReason = Literal["stop", "length", "abort"]
 VersionSpans = tuple[tuple[int, int], ...]

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from common.config import QUEUES
-from dashboard.charts import Points, area, chart, curve, line
-from dashboard.readings import Reading
+from sluice.common.config import QUEUES
+from sluice.dashboard.charts import Points, area, chart, curve, line
+from sluice.dashboard.snapshots import Reading
 
 Readings = dict[str, Reading]
 Series = Callable[[Readings], list[dict[str, Any]]]

@@ -15,11 +15,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from common.config import QUEUES
-from common.diagnosis import ALARM_KINDS, STALL_KINDS
-from common.metrics import is_silent
-from common.run import Run
-from dashboard.status import collect_status
+from sluice.common.config import QUEUES
+from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
+from sluice.common.monitoring.metrics import is_silent
+from sluice.common.run import Run
+from sluice.dashboard.run_state import collect_status
 
 PREFIX = "sluice_"
 STATUSES = ("created", "running", "finished", "stopped", "drained", "failed")

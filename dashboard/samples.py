@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.keys import Keys
-from common.serialization import decode
+from sluice.common.keys import Keys
+from sluice.common.serialization import decode
 
 
 def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | None = None) -> list[dict[str, Any]]:

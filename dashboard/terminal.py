@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.config import QUEUES
-from common.control import describe_paused
+from sluice.common.config import QUEUES
+from sluice.common.operations.control import describe_paused
 
 _BARS = "▁▂▃▄▅▆▇█"
 

@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common.broker import PART_TASKS
-from common.errors import ConfigError
-from common.keys import Keys
-from common.serialization import decode
+from sluice.common.connections.broker import PART_TASKS
+from sluice.common.errors import ConfigError
+from sluice.common.keys import Keys
+from sluice.common.serialization import decode
 
 STAGES = {
     "admitted": "admitted",

@@ -20,13 +20,13 @@ from fastapi import Request, Response
 from nicegui import app, run, ui
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from common.errors import SluiceError
-from dashboard import overview
-from dashboard.door import Door
-from dashboard.html import alarms_html, table_html, tiles_html
-from dashboard.prometheus import exposition
-from dashboard.readings import Readers, Reading
-from dashboard.web_samples import samples_page, trace_page
+from sluice.common.errors import SluiceError
+from sluice.dashboard import overview
+from sluice.dashboard.auth import Door
+from sluice.dashboard.html import alarms_html, table_html, tiles_html
+from sluice.dashboard.prometheus import exposition
+from sluice.dashboard.snapshots import Readers, Reading
+from sluice.dashboard.web_samples import samples_page, trace_page
 
 STYLE = Path(__file__).parent / "style.css"
 REFRESH_S = 1.0

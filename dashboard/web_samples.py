@@ -14,10 +14,10 @@ from nicegui import run, ui
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from common.errors import ConfigError
-from dashboard.html import alarms_html, table_html
-from dashboard.readings import Reader
-from dashboard.trace import read_trace
+from sluice.common.errors import ConfigError
+from sluice.dashboard.html import alarms_html, table_html
+from sluice.dashboard.snapshots import Reader
+from sluice.dashboard.trace import read_trace
 
 PER_PAGE = 5
 FULL_AT = 1.0

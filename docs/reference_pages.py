@@ -18,11 +18,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 
-from common.config import Config
-from common.config_sft import SftConfig
-from common.control import CHANGEABLE
-from common.presets import PRESETS, preset_values
-from scripts.cli import cli
+from sluice.common.config import Config
+from sluice.common.config.presets import PRESETS, preset_values
+from sluice.common.config.sft import SftConfig
+from sluice.common.operations.control import CHANGEABLE
+from sluice.scripts.cli import cli
 
 ROOT = Path(__file__).parent.parent
 ROLES = ("workers", "trainer", "dashboard", "scripts", "common")
@@ -177,8 +177,8 @@ def walk(command: click.Command, path: str) -> list[tuple[str, click.Command]]:
 
 
 def redis_keys() -> str:
-    """The key layout, which is the comment on top of common/lua/prelude.lua, as a table between its paragraphs."""
-    text = (ROOT / "common" / "lua" / "prelude.lua").read_text().partition("\n\n")[0]
+    """The key layout, which is the comment on top of common/ledger/lua/prelude.lua, as a table between its paragraphs."""
+    text = (ROOT / "common" / "ledger" / "lua" / "prelude.lua").read_text().partition("\n\n")[0]
     before, layout, *after = re.split(r"^--\n", text, flags=re.M)
     joined = re.sub(r"\n-- {10,}", " ", layout)
     kind = "(?:hash|z?set|list|string|stream)"

@@ -12,22 +12,22 @@ import click
 import redis
 from rich.console import Console
 
-from common.config import QUEUES
-from common.errors import ConfigError, SluiceError
-from common.ledger import read_account
-from scripts.control import drain, pause, resume, set_
-from scripts.dashboard import dashboard, trace
-from scripts.metrics import metrics
-from scripts.plan import plan
-from scripts.runs import runs
-from scripts.status import status
+from sluice.common.config import QUEUES
+from sluice.common.errors import ConfigError, SluiceError
+from sluice.common.ledger.ledger import read_account
+from sluice.scripts.commands.control import drain, pause, resume, set_
+from sluice.scripts.commands.dashboard import dashboard, trace
+from sluice.scripts.commands.metrics import metrics
+from sluice.scripts.commands.plan import plan
+from sluice.scripts.commands.runs import runs
+from sluice.scripts.commands.status import status
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="sluice")
+@click.version_option(package_name="sluice-rl")
 def cli() -> None:
     """Asynchronous RL post-training for language models on Celery and Redis.
 
@@ -48,8 +48,8 @@ def cli() -> None:
 )
 def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
     """Everything on this machine: Redis if none is given, one worker per queue and replica, the trainer, live progress."""
-    from scripts.launch import run_to_the_end
-    from scripts.supervisor import RunFailed
+    from sluice.scripts.launcher.launch import run_to_the_end
+    from sluice.scripts.launcher.supervisor import RunFailed
 
     try:
         sys.exit(run_to_the_end(config, list(overrides), name=name, resume=resume))
@@ -71,7 +71,7 @@ def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str |
 )
 def sft(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
     """Supervised training on prompts and completions, in this process, without Redis: a model to begin a run with."""
-    from scripts.sft import run_sft
+    from sluice.scripts.commands.sft import run_sft
 
     run_sft(config, list(overrides), name=name, resume=resume)
 
@@ -82,7 +82,7 @@ def sft(config: str, overrides: tuple[str, ...], name: str | None, resume: str |
 @click.option("--name", help="Name of the run; default: the config's name and the time.")
 def create(config: str, overrides: tuple[str, ...], name: str | None) -> None:
     """Store a new run in Redis, for roles that are started one by one (on many machines)."""
-    from scripts.launch import create as create_run
+    from sluice.scripts.launcher.launch import create as create_run
 
     made = create_run(config, list(overrides), name=name)
     click.echo(f"export SLUICE_RUN={made.name}")
@@ -92,15 +92,15 @@ def create(config: str, overrides: tuple[str, ...], name: str | None) -> None:
 @click.argument("queue", type=click.Choice(QUEUES))
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def worker(queue: str, options: tuple[str, ...]) -> None:
-    """One Celery worker for a queue of SLUICE_RUN: short for `celery -A workers.app worker -Q QUEUE [OPTIONS]`."""
-    argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queue, "--loglevel", "INFO", *options]
+    """One Celery worker for a queue of SLUICE_RUN: short for `celery -A sluice worker -Q QUEUE [OPTIONS]`."""
+    argv = [sys.executable, "-m", "celery", "-A", "sluice", "worker", "-Q", queue, "--loglevel", "INFO", *options]
     os.execv(sys.executable, argv)
 
 
 @cli.command()
 def train() -> None:
-    """The trainer of SLUICE_RUN: short for `python -m trainer`."""
-    os.execv(sys.executable, [sys.executable, "-m", "trainer"])
+    """The trainer of SLUICE_RUN: short for `python -m sluice.trainer`."""
+    os.execv(sys.executable, [sys.executable, "-m", "sluice.trainer"])
 
 
 @cli.command()
@@ -108,8 +108,8 @@ def train() -> None:
 @_JSON
 def ledger(name: str | None, as_json: bool) -> None:
     """The accounting identity: admitted = trained + dropped + dead + in flight. Exit code 1 when it does not hold."""
-    from scripts.launch import opened_run
-    from scripts.summary import ledger_text
+    from sluice.scripts.launcher.launch import opened_run
+    from sluice.scripts.launcher.summary import ledger_text
 
     with opened_run(name) as (client, opened, _):
         accounts = [read_account(client, opened.keys, "train"), read_account(client, opened.keys, "eval")]
@@ -134,8 +134,8 @@ def ledger(name: str | None, as_json: bool) -> None:
 @_JSON
 def samples(name: str | None, count: int, step: int | None, as_json: bool) -> None:
     """Prompts and completions that were trained on, with rewards and advantages."""
-    from dashboard.samples import read_samples, render_sample
-    from scripts.launch import opened_run
+    from sluice.dashboard.samples import read_samples, render_sample
+    from sluice.scripts.launcher.launch import opened_run
 
     with opened_run(name) as (client, opened, _):
         found = read_samples(client, opened.keys, count=count, step=step)
@@ -156,9 +156,9 @@ def samples(name: str | None, count: int, step: int | None, as_json: bool) -> No
 @_JSON
 def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json: bool) -> None:
     """Groups that were given up, with reason, worker and traceback; sends them again on request."""
-    from dashboard.dead import read_dead, render_dead
-    from scripts.launch import opened_run
-    from scripts.requeue import requeue_groups
+    from sluice.dashboard.dead_letters import read_dead, render_dead
+    from sluice.scripts.commands.requeue import requeue_groups
+    from sluice.scripts.launcher.launch import opened_run
 
     with opened_run(name) as (client, opened, url):
         if requeue:
@@ -181,8 +181,8 @@ def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json:
 @_JSON
 def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool) -> None:
     """Evaluate the newest policy of a running run on its held-out sets, beside training."""
-    from scripts.evaluate import describe, evaluate_latest, list_evaluations
-    from scripts.launch import opened_run
+    from sluice.scripts.commands.evaluate import describe, evaluate_latest, list_evaluations
+    from sluice.scripts.launcher.launch import opened_run
 
     with opened_run(name) as (client, opened, url):
         if not only_list:
@@ -204,8 +204,8 @@ def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool)
 @click.option("--adapter", is_flag=True, help="Of a run with trainer.lora: the adapter alone, as a folder of peft.")
 def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: str, adapter: bool) -> None:
     """A checkpoint as a Hugging Face model folder that `transformers` loads; a LoRA adapter is merged into it."""
-    from trainer.best import best_step
-    from trainer.export import export_checkpoint
+    from sluice.trainer.best import best_step
+    from sluice.trainer.export import export_checkpoint
 
     if best and step is not None:
         raise ConfigError("--best and --step name two checkpoints: give one of them")
@@ -222,7 +222,7 @@ def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: 
 @_JSON
 def replay(run_folder: Path, step: int | None, as_json: bool) -> None:
     """Compute recorded steps again from the groups that `audit` kept. Exit code 1 when a loss differs by over 1e-6."""
-    from scripts.replay import print_replay
+    from sluice.scripts.commands.replay import print_replay
 
     sys.exit(0 if print_replay(run_folder, step=step, as_json=as_json) else 1)
 
@@ -231,7 +231,7 @@ def replay(run_folder: Path, step: int | None, as_json: bool) -> None:
 @click.argument("config", required=False, type=click.Path())
 def doctor(config: str | None) -> None:
     """Check this machine, Redis and (if given) a config; says what to do about each finding. Exit code 1 on a problem."""
-    from scripts.doctor import examine
+    from sluice.scripts.commands.doctor import examine
 
     findings = examine(config)
     for finding in findings:

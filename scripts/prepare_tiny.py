@@ -9,7 +9,7 @@ The demonstrations are those of a *forgetful pupil*: he works column by column, 
 0.65. The model so learns every skill, and one bad habit for RL to undo. Everything is written into a folder beside
 FOLDER, which is renamed last: FOLDER is complete or absent.
 
-    python -m scripts.prepare_tiny runs/tiny [--seed 0]
+    python -m sluice.scripts.prepare_tiny runs/tiny [--seed 0]
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from common.config_sft import SftConfig
-from common.errors import ConfigError
-from trainer.sft import SftTrainer
+from sluice.common.config.sft import SftConfig
+from sluice.common.errors import ConfigError
+from sluice.trainer.sft import SftTrainer
 
 RECIPE = 2  # raise it when anything below changes what is made
 WARMUP_STEPS = 700

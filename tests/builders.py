@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import redis
 
-from common.config import Config
-from common.keys import Keys
-from common.ledger import Ledger
-from common.scripts import Scripts
-from common.serialization import encode
-from common.types import Completion, SamplingParams, Scores, Task
+from sluice.common.config import Config
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.scripts import Scripts
+from sluice.common.serialization import encode
+from sluice.common.types import Completion, SamplingParams, Scores, Task
 
 if TYPE_CHECKING:
-    from trainer.batch import MicroBatch
+    from sluice.trainer.micro_batches import MicroBatch
 
 _MINIMAL: dict[str, Any] = {
     "model": {"path": "model"},
     "dataset": {"path": "train.jsonl", "max_req_tokens": 8},
     "sampling": {"group_size": 2, "max_res_tokens": 8},
-    "reward": {"functions": [{"function": "workers.rewards.MathReward"}]},
+    "reward": {"functions": [{"function": "sluice.workers.rewards.MathReward"}]},
     "trainer": {"seq_len": 16, "num_steps": 1_000_000},
 }
 
@@ -182,7 +182,7 @@ def micro_batch(seed: int, *, vocab_size: int = 50) -> MicroBatch:
     """Four random rows of 4 prompt and 6 completion tokens."""
     import torch
 
-    from trainer.batch import MicroBatch
+    from sluice.trainer.micro_batches import MicroBatch
 
     generator = torch.Generator().manual_seed(seed)
     return MicroBatch(

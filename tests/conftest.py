@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from common.connection import connect
-from common.keys import Keys
-from scripts.redis_server import EmbeddedServer, start_server
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 
 if TYPE_CHECKING:
     from served import Served

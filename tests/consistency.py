@@ -7,7 +7,7 @@ from collections import Counter
 import redis
 from builders import make_ledger
 
-from common.keys import Keys
+from sluice.common.keys import Keys
 
 PARTS = ("task", "rollout", "reward", "reference")
 FIXED = {

@@ -18,10 +18,10 @@ from typing import Any
 import psutil
 import yaml
 
-from common.connection import connect
-from common.ledger import Account, read_account
-from common.run import open_run
-from scripts.prepare_tiny import prepare
+from sluice.common.connections.client import connect
+from sluice.common.ledger.ledger import Account, read_account
+from sluice.common.run import open_run
+from sluice.scripts.prepare_tiny import prepare
 
 SMALL = {
     "sampling__group_size": 4,
@@ -74,7 +74,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 def sluice(*arguments: str, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
-    argv = [sys.executable, "-m", "scripts.cli", *arguments]
+    argv = [sys.executable, "-m", "sluice.scripts.cli", *arguments]
     where = environment(PYTHONPATH=str(ROOT), **env)
     return subprocess.run(argv, cwd=cwd, env=where, capture_output=True, text=True, timeout=timeout, check=False)
 
@@ -107,14 +107,16 @@ def running(argv: list[str], *, cwd: Path, log: Path, **env: str) -> Iterator[su
 @contextlib.contextmanager
 def running_sluice(*arguments: str, cwd: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
     """`sluice ...` in the background; its output is in cwd/output.log."""
-    with running([sys.executable, "-m", "scripts.cli", *arguments], cwd=cwd, log=cwd / "output.log", **env) as process:
+    with running(
+        [sys.executable, "-m", "sluice.scripts.cli", *arguments], cwd=cwd, log=cwd / "output.log", **env
+    ) as process:
         yield process
 
 
 @contextlib.contextmanager
 def worker(queue: str, *, cwd: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
     """A worker started with the plain Celery command, in a folder that is not the project's."""
-    argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-Q", queue, "--loglevel", "INFO"]
+    argv = [sys.executable, "-m", "celery", "-A", "sluice", "worker", "-Q", queue, "--loglevel", "INFO"]
     with running(argv, cwd=cwd, log=cwd / f"{queue}.log", **env) as process:
         yield process
 
@@ -122,9 +124,9 @@ def worker(queue: str, *, cwd: Path, **env: str) -> Iterator[subprocess.Popen[by
 @contextlib.contextmanager
 def trainer(folder: Path, env: dict[str, str], *, kill_at: tuple[str, str, int] | None = None) -> Iterator[Any]:
     """The trainer daemon of a run; with `kill_at` it dies by SIGKILL at that place (tests/kill_at.py)."""
-    argv = [sys.executable, "-m", "trainer"]
+    argv = [sys.executable, "-m", "sluice.trainer"]
     if kill_at:
-        argv = [sys.executable, str(ROOT / "tests" / "kill_at.py"), *map(str, kill_at), "trainer"]
+        argv = [sys.executable, str(ROOT / "tests" / "kill_at.py"), *map(str, kill_at), "sluice.trainer"]
     with running(argv, cwd=folder, log=folder / "trainer.log", **env) as process:
         yield process
 

@@ -1,7 +1,7 @@
 """Run a module as `python -m` does, and SIGKILL the process at an exact place.
 
-python tests/kill_at.py trainer.checkpoint:_fsync before 2 trainer       # before the second call of _fsync
-python tests/kill_at.py trainer.policy:TrainedPolicy.optimize after 3 trainer
+python tests/kill_at.py sluice.trainer.checkpoint:_fsync before 2 sluice.trainer       # before the second call of _fsync
+python tests/kill_at.py sluice.trainer.trained_policy:TrainedPolicy.optimize after 3 sluice.trainer
 """
 
 from __future__ import annotations

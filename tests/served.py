@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from common.model import load_weights, named_weights
-from common.types import Completion, SamplingParams
-from workers.engine import GenerationRequest
-from workers.engine.kv_cache import cache_argument
-from workers.engine.torch_engine import TorchEngine
+from sluice.common.models.causal_lm import load_weights, named_weights
+from sluice.common.types import Completion, SamplingParams
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.torch.engine import TorchEngine
+from sluice.workers.engine.torch.kv_cache import cache_argument
 
 VOCAB = 48
 EOS = (1, 2)

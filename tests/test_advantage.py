@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from common.config_trainer import TrainerConfig
-from trainer.advantage import batch_advantages, compute_advantages
+from sluice.common.config.trainer import TrainerConfig
+from sluice.trainer.advantage import batch_advantages, compute_advantages
 
 METHODS = TrainerConfig.model_fields["advantage"].annotation.__args__
 NAN = float("nan")

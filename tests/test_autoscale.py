@@ -11,11 +11,11 @@ import pytest
 import redis
 from builders import make_config, make_ledger, publish_policy
 
-from common.autoscale import Bounds, Load, Scale, bounds_of, read_loads, read_scales, step, update
-from common.config_operations import AutoscaleConfig
-from common.keys import Keys
-from common.metrics import beat
-from common.run import Run
+from sluice.common.config.operations import AutoscaleConfig
+from sluice.common.keys import Keys
+from sluice.common.monitoring.metrics import beat
+from sluice.common.operations.autoscale import Bounds, Load, Scale, bounds_of, read_loads, read_scales, step, update
+from sluice.common.run import Run
 
 SETTINGS = AutoscaleConfig(up_after_s=5.0, cooldown_s=60.0, wait_s=1.0)
 BOUNDS = Bounds(min=1, max=4, concurrency=1, in_flight=16)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.types import Completion, Episode, Group
-from trainer.batch import (
+from sluice.common.types import Completion, Episode, Group
+from sluice.trainer.micro_batches import (
     build_micro_batches,
     find_logprobs,
     num_loss_tokens,

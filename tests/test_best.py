@@ -11,14 +11,14 @@ import torch
 from builders import evaluated_payload, make_config, make_ledger, publish_policy, rollout_payload, task_payload
 from click.testing import CliRunner
 
-from common import evaluation
-from common.errors import ConfigError
-from common.evaluation import read_best
-from common.keys import Keys
-from common.run import Run, create_run
-from scripts.cli import cli
-from trainer.best import best_step, settle_best, update_best
-from trainer.checkpoint import TrainerState, random_state, save_checkpoint, write_tensors
+from sluice.common.errors import ConfigError
+from sluice.common.keys import Keys
+from sluice.common.ledger import evaluations as evaluation
+from sluice.common.ledger.evaluations import read_best
+from sluice.common.run import Run, create_run
+from sluice.scripts.cli import cli
+from sluice.trainer.best import best_step, settle_best, update_best
+from sluice.trainer.checkpoint import TrainerState, random_state, save_checkpoint, write_tensors
 
 NUM_PROMPTS = 4
 

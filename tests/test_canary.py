@@ -11,7 +11,8 @@ import torch
 from builders import make_completion, make_config
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.canary import (
+from sluice.common.models.logprobs import completion_logprobs, pad_sequences
+from sluice.common.policies.canary import (
     MAX_TOKENS,
     NUM_SEQUENCES,
     WORST,
@@ -20,9 +21,8 @@ from common.canary import (
     mismatch_bound,
     random_sequences,
 )
-from common.logprobs import completion_logprobs, pad_sequences
-from common.types import Episode, Group
-from trainer.policy import TrainedPolicy
+from sluice.common.types import Episode, Group
+from sluice.trainer.trained_policy import TrainedPolicy
 
 VOCAB = 48
 

@@ -12,11 +12,10 @@ import torch
 from builders import micro_batch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from common.config import Config
-from common.config_file import load_config
-from common.errors import ConfigError, Diverged
-from trainer.batch import MicroBatch
-from trainer.checkpoint import (
+from sluice.common.config import Config
+from sluice.common.config.file import load_config
+from sluice.common.errors import ConfigError, Diverged
+from sluice.trainer.checkpoint import (
     TrainerState,
     checkpoint_at,
     newest_checkpoint,
@@ -24,8 +23,9 @@ from trainer.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from trainer.loss import policy_loss
-from trainer.policy import MAX_SKIPPED, TrainedPolicy, schedule_factor
+from sluice.trainer.loss import policy_loss
+from sluice.trainer.micro_batches import MicroBatch
+from sluice.trainer.trained_policy import MAX_SKIPPED, TrainedPolicy, schedule_factor
 
 ROOT = Path(__file__).resolve().parent.parent
 

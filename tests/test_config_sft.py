@@ -9,9 +9,9 @@ import pytest
 from harness import ROOT
 from pydantic import ValidationError
 
-from common.config_file import load_as, parse_as
-from common.config_sft import RL_ONLY, SftConfig
-from common.config_trainer import TrainerConfig
+from sluice.common.config.file import load_as, parse_as
+from sluice.common.config.sft import RL_ONLY, SftConfig
+from sluice.common.config.trainer import TrainerConfig
 
 
 def settings(model: str, path: str, **changes: Any) -> dict[str, Any]:

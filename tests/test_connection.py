@@ -16,8 +16,8 @@ from harness import wait_for
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from common import patience
-from common.connection import (
+from sluice.common.connections import outage as patience
+from sluice.common.connections.client import (
     BLOCK_S,
     SOCKET_TIMEOUT_S,
     connect,
@@ -26,9 +26,9 @@ from common.connection import (
     persistence_warning,
     without_password,
 )
-from common.errors import ConnectionFailed
-from scripts.doctor import examine_redis
-from scripts.redis_server import EmbeddedServer, start_server
+from sluice.common.errors import ConnectionFailed
+from sluice.scripts.commands.doctor import examine_redis
+from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 
 
 @pytest.fixture

@@ -12,18 +12,18 @@ import redis
 from builders import admit_one, make_config, make_ledger, publish_policy, task_payload
 from harness import environment, running, wait_for
 
-from common.broker import make_app
-from common.config import Config
-from common.keys import Keys
-from common.metrics import read_heartbeats
-from common.run import create_run
-from workers.context import HUNG_EXIT_CODE, Context
-from workers.room import Room
+from sluice.common.config import Config
+from sluice.common.connections.broker import make_app
+from sluice.common.keys import Keys
+from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.run import create_run
+from sluice.workers.context import HUNG_EXIT_CODE, Context
+from sluice.workers.execution_lock import Room
 
 CHILD = """
 import sys, time
-from common.broker import make_app
-from workers.context import Context
+from sluice.common.connections.broker import make_app
+from sluice.workers.context import Context
 context = Context.open(make_app("{run}"), "rollout")
 hang_at = time.time() + {works_s}
 context.progress_age_s = lambda: max(0.0, time.time() - hang_at)

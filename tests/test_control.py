@@ -10,14 +10,14 @@ import pytest
 import redis
 from builders import admit_one, make_config, make_ledger, publish_policy, push_group
 
-from common import control
-from common.connection import connect
-from common.diagnosis import diagnose
-from common.errors import ConfigError
-from common.keys import RUNS, Keys
-from common.ledger import Ledger
-from common.replay_buffer import ReplayBuffer
-from common.run import Run, create_run, open_run, set_status
+from sluice.common.connections.client import connect
+from sluice.common.errors import ConfigError
+from sluice.common.keys import RUNS, Keys
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.replay_buffer import ReplayBuffer
+from sluice.common.monitoring.diagnosis import diagnose
+from sluice.common.operations import control
+from sluice.common.run import Run, create_run, open_run, set_status
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from harness import (
     workers,
 )
 
-from common.connection import connect
-from common.keys import Keys
-from scripts.redis_server import EmbeddedServer
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 ON_POLICY = {
     "trainer__loss": {"kl_beta": 0.0},

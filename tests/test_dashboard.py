@@ -17,12 +17,12 @@ import pytest
 import redis
 from harness import only_run, quickstart_config, running_sluice, sluice, tiny_folder, wait_for
 
-from common.connection import connect
-from common.keys import Keys
-from common.ledger import read_account
-from common.metrics import beat, last_metrics, write_metrics
-from common.serialization import decode, encode
-from scripts.redis_server import EmbeddedServer, start_server
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import read_account
+from sluice.common.monitoring.metrics import beat, last_metrics, write_metrics
+from sluice.common.serialization import decode, encode
+from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

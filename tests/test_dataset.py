@@ -8,14 +8,14 @@ import pytest
 from builders import make_config, publish_policy
 from harness import tiny_folder
 
-from common.assets import read_assets
-from common.broker import make_app
-from common.connection import connect
-from common.ledger import read_account
-from common.run import create_run
-from scripts.redis_server import start_server
-from workers.context import Context
-from workers.dataset import DatasetRole
+from sluice.common.connections.broker import make_app
+from sluice.common.connections.client import connect
+from sluice.common.ledger.ledger import read_account
+from sluice.common.models.assets import read_assets
+from sluice.common.run import create_run
+from sluice.scripts.launcher.redis_server import start_server
+from sluice.workers.context import Context
+from sluice.workers.dataset import DatasetRole
 
 
 def test_admission_pauses_while_redis_is_nearly_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

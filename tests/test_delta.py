@@ -11,9 +11,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import delta
-from common.digest import tensor_bytes, tensor_digest
-from common.errors import DigestMismatch
+from sluice.common.errors import DigestMismatch
+from sluice.common.policies import delta
+from sluice.common.policies.digest import tensor_bytes, tensor_digest
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.int8, torch.int64, torch.bool]
 

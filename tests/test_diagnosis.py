@@ -12,16 +12,16 @@ import redis
 from builders import admit_one, make_config, make_ledger, publish_policy, push_group, reward_payload
 from harness import wait_for
 
-from common.connection import connect
-from common.diagnosis import Cause, alarms, diagnose, explain_stall
-from common.keys import Keys
-from common.manifest import Manifest
-from common.metrics import SILENT_AFTER_S, beat, read_heartbeats, write_metrics
-from common.replay_buffer import ReplayBuffer
-from common.run import Run, create_run
-from common.serialization import encode
-from dashboard.status import collect_status
-from scripts.redis_server import start_server
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.common.ledger.replay_buffer import ReplayBuffer
+from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, explain_stall
+from sluice.common.monitoring.metrics import SILENT_AFTER_S, beat, read_heartbeats, write_metrics
+from sluice.common.policies.manifest import Manifest
+from sluice.common.run import Run, create_run
+from sluice.common.serialization import encode
+from sluice.dashboard.run_state import collect_status
+from sluice.scripts.launcher.redis_server import start_server
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ from harness import (
     workers,
 )
 
-from common.config_sft import SftConfig
-from common.connection import connect, outage
-from common.diagnosis import _memory
-from common.errors import DiskFull
-from scripts.redis_server import EmbeddedServer, start_server
-from trainer.checkpoint import newest_checkpoint
-from trainer.sft import SftTrainer
+from sluice.common.config.sft import SftConfig
+from sluice.common.connections.client import connect, outage
+from sluice.common.errors import DiskFull
+from sluice.common.monitoring.diagnosis import _memory
+from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
+from sluice.trainer.checkpoint import newest_checkpoint
+from sluice.trainer.sft import SftTrainer
 
 MIB = 2**20
 

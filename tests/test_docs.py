@@ -18,14 +18,14 @@ import yaml
 from harness import ROOT
 from pydantic import BaseModel
 
-from common.config import Config
-from common.config_file import parse_as
-from common.config_sft import RL_ONLY, SftConfig
-from common.control import SHORT
-from common.diagnosis import ALARM_KINDS, STALL_KINDS
-from common.errors import ConfigError
-from scripts.cli import cli
-from workers.rewards.loading import load_reward_functions
+from sluice.common.config import Config
+from sluice.common.config.file import parse_as
+from sluice.common.config.sft import RL_ONLY, SftConfig
+from sluice.common.errors import ConfigError
+from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
+from sluice.common.operations.control import SHORT
+from sluice.scripts.cli import cli
+from sluice.workers.rewards.loading import load_reward_functions
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
@@ -177,7 +177,7 @@ def test_yaml_blocks_load_as_a_config(path: Path) -> None:
     needed = {
         "model": {"path": "m"},
         "dataset": {"path": "d.jsonl"},
-        "reward": {"functions": [{"function": "workers.rewards.MathReward"}]},
+        "reward": {"functions": [{"function": "sluice.workers.rewards.MathReward"}]},
     }
     for text in blocks(path, "yaml"):
         data = yaml.safe_load(text)
@@ -222,7 +222,7 @@ def walk(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 def test_commands_exist_with_the_options_that_are_shown(path: Path) -> None:
     known = dict(walk(cli))
     for line in code_of(path):
-        for typed in re.findall(r"(?<![\w/.:-])(?<!-n )sluice ([a-z][^#&;`]*)", line):
+        for typed in re.findall(r"(?<![\w/.:-])(?<!-n )(?<!-A )sluice ([a-z][^#&;`]*)", line):
             words = typed.split()
             name = (words[0],)
             assert name in known, f"sluice {typed}"

@@ -17,13 +17,13 @@ from builders import make_config, publish_policy
 from harness import ROOT, SMALL, account_of, create_run, environment, sluice, trainer, wait_for, worker
 from test_flower import NUM_GROUPS, generated
 
-from common.broker import make_app, send_part
-from common.connection import connect
-from common.errors import ConnectionFailed
-from common.keys import Keys
-from common.ledger import Ledger
-from common.run import create_run as store_run
-from scripts.redis_server import EmbeddedServer, free_port
+from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.client import connect
+from sluice.common.errors import ConnectionFailed
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.run import create_run as store_run
+from sluice.scripts.launcher.redis_server import EmbeddedServer, free_port
 
 REDIS = shutil.which("redis-server")
 pytestmark = pytest.mark.skipif(REDIS is None, reason="no redis-server on PATH")
@@ -191,6 +191,6 @@ def test_the_embedded_servers_password_is_in_its_folder_only(tmp_path: Path, own
         redis.Redis.from_url(re.sub(r"//.*@", "//", own_redis.url), retry=None).ping()
     env = environment(PYTHONPATH=str(ROOT), SLUICE_REDIS_URL=own_redis.url)
     for command in (["doctor"], ["status"], ["runs", "list"]):
-        argv = [sys.executable, "-m", "scripts.cli", *command]
+        argv = [sys.executable, "-m", "sluice.scripts.cli", *command]
         done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert password not in done.stdout + done.stderr, command

@@ -24,8 +24,8 @@ from served import (
     sequence,
 )
 
-from common.errors import EngineClosed, EngineError
-from workers.engine.torch_engine import TorchEngine
+from sluice.common.errors import EngineClosed, EngineError
+from sluice.workers.engine.torch.engine import TorchEngine
 
 
 def test_completions_have_the_promised_shapes_lengths_and_reasons(serve: Callable[..., Served]) -> None:

@@ -22,14 +22,14 @@ import torch
 from builders import letter_tokenizer, make_config
 from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from common.assets import ModelAssets
-from common.errors import ConfigError, EngineClosed, EngineError
-from common.model import load_weights, named_weights, resolve_device
-from common.types import Completion, SamplingParams
-from workers.engine import GenerationRequest
-from workers.engine.kv_cache import cache_argument
-from workers.engine.vllm_core import check_config
-from workers.rollout import make_engine
+from sluice.common.errors import ConfigError, EngineClosed, EngineError
+from sluice.common.models.assets import ModelAssets
+from sluice.common.models.causal_lm import load_weights, named_weights, resolve_device
+from sluice.common.types import Completion, SamplingParams
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.torch.kv_cache import cache_argument
+from sluice.workers.engine.vllm.core import check_config
+from sluice.workers.rollout import make_engine
 
 ENGINES = ["torch", "vllm"] if find_spec("vllm") else ["torch"]
 DEVICE = os.environ.get("SLUICE_TEST_DEVICE", "cpu")

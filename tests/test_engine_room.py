@@ -23,14 +23,14 @@ from served import (
 )
 from transformers import DynamicCache
 
-import workers.engine.passes
-from common.errors import EngineError
-from common.types import Completion
-from workers.engine import GenerationRequest
-from workers.engine.admission import PATIENCE, choose
-from workers.engine.kv_cache import SlotCache, bytes_per_token
-from workers.engine.passes import plan_passes, saved_positions
-from workers.engine.row import Group
+import sluice.workers.engine.torch.split_batch
+from sluice.common.errors import EngineError
+from sluice.common.types import Completion
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.torch.kv_cache import SlotCache, bytes_per_token
+from sluice.workers.engine.torch.scheduler import PATIENCE, choose
+from sluice.workers.engine.torch.sequence import Group
+from sluice.workers.engine.torch.split_batch import plan_passes, saved_positions
 
 
 def test_a_group_larger_than_max_sequences_runs_alone(serve: Callable[..., Served]) -> None:
@@ -98,7 +98,7 @@ def test_requests_over_the_kv_budget_wait_and_one_that_never_fits_is_refused(ser
 def test_short_requests_are_admitted_and_finish_beside_a_very_long_one(
     serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(workers.engine.passes.SPLIT_SAVES, "cpu", 200)  # rows are few here
+    monkeypatch.setitem(sluice.workers.engine.torch.split_batch.SPLIT_SAVES, "cpu", 200)  # rows are few here
     served = serve(eos_token_ids=(), max_sequences=12, max_model_len=512)
     long = request(5, group_id="long", n=1, max_tokens=300)
     short = [request(3 + k, group_id=str(k), n=1 + k % 5, max_tokens=5 + k) for k in range(20)]
@@ -114,7 +114,7 @@ def test_short_requests_are_admitted_and_finish_beside_a_very_long_one(
 def test_prompts_of_very_different_lengths_admitted_together_keep_their_own_keys_and_values(
     serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, lengths: list[int]
 ) -> None:
-    monkeypatch.setitem(workers.engine.passes.SPLIT_SAVES, "cpu", 50)
+    monkeypatch.setitem(sluice.workers.engine.torch.split_batch.SPLIT_SAVES, "cpu", 50)
     served = serve(eos_token_ids=())
     requests = [request(p, group_id=str(k), n=1 + k % 2, max_tokens=6) for k, p in enumerate(lengths)]
     for what, group in zip(requests, served.run(requests), strict=True):
@@ -125,7 +125,7 @@ def test_prompts_of_very_different_lengths_admitted_together_keep_their_own_keys
 def test_long_prompts_admitted_beside_running_short_rows_keep_their_keys_and_values(
     serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(workers.engine.passes.SPLIT_SAVES, "cpu", 50)
+    monkeypatch.setitem(sluice.workers.engine.torch.split_batch.SPLIT_SAVES, "cpu", 50)
     served = serve(eos_token_ids=())
     late = [request(p, group_id=f"late{p}", n=2, max_tokens=6) for p in (7, 200, 90, 6)]
     arrived: list[Future[list[Completion]]] = []

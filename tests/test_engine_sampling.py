@@ -18,8 +18,8 @@ from served import (
     sequence,
 )
 
-from common.errors import EngineError
-from workers.engine.sampling import sample
+from sluice.common.errors import EngineError
+from sluice.workers.engine.torch.sampling import sample
 
 
 def naive_truncation(logits: torch.Tensor, *, top_k: int, top_p: float) -> list[float]:

@@ -21,7 +21,7 @@ from served import (
     sequence,
 )
 
-from common.model import load_weights
+from sluice.common.models.causal_lm import load_weights
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "recompute"])

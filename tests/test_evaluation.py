@@ -20,22 +20,22 @@ from builders import (
 )
 from consistency import assert_consistent
 
-from common import evaluation
-from common.broker import make_app
-from common.config import EvalDataset
-from common.config_evaluation import DEFAULT_ANSWER
-from common.errors import ConfigError
-from common.keys import Keys
-from common.ledger import Ledger
-from common.run import create_run
-from common.scripts import Scripts
-from common.serialization import decode, encode
-from scripts.evaluate import describe, list_evaluations
-from scripts.launch import preflight
-from workers.context import Context
-from workers.reward import RewardRole
-from workers.rewards.answers import read_answer
-from workers.rewards.loading import load_reward_functions
+from sluice.common.config import EvalDataset
+from sluice.common.config.evaluation import DEFAULT_ANSWER
+from sluice.common.connections.broker import make_app
+from sluice.common.errors import ConfigError
+from sluice.common.keys import Keys
+from sluice.common.ledger import evaluations as evaluation
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.scripts import Scripts
+from sluice.common.run import create_run
+from sluice.common.serialization import decode, encode
+from sluice.scripts.commands.evaluate import describe, list_evaluations
+from sluice.scripts.launcher.launch import preflight
+from sluice.workers.context import Context
+from sluice.workers.reward import RewardRole
+from sluice.workers.rewards.answers import read_answer
+from sluice.workers.rewards.loading import load_reward_functions
 
 
 @pytest.mark.parametrize("n", range(1, 7))

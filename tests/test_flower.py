@@ -12,11 +12,11 @@ import redis
 from builders import make_config, publish_policy, rollout_payload, task_payload
 from harness import running, wait_for, worker
 
-from common.broker import make_app, send_part
-from common.keys import Keys
-from common.ledger import Ledger
-from common.run import create_run
-from scripts.redis_server import free_port
+from sluice.common.connections.broker import make_app, send_part
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.run import create_run
+from sluice.scripts.launcher.redis_server import free_port
 
 NUM_GROUPS = 3
 
@@ -33,7 +33,7 @@ def test_flower_and_events_show_what_a_worker_does(
     publish_policy(client, keys, 0)
     env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}
     port = free_port()
-    flower = [sys.executable, "-m", "celery", "-A", "workers.app", "flower", "--address=127.0.0.1", f"--port={port}"]
+    flower = [sys.executable, "-m", "celery", "-A", "sluice", "flower", "--address=127.0.0.1", f"--port={port}"]
     with (
         worker("reward", cwd=tmp_path, **env),
         running(flower, cwd=tmp_path, log=tmp_path / "flower.log", FLOWER_UNAUTHENTICATED_API="true", **env),

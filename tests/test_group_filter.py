@@ -21,16 +21,16 @@ from consistency import assert_consistent
 from harness import account_of, metrics_of, trainer, wait_for, worker, workers
 from harness import create_run as start_run
 
-from common.broker import make_app, send_part
-from common.config import Config
-from common.connection import connect
-from common.keys import Keys
-from common.ledger import Ledger
-from common.replay_buffer import ReplayBuffer
-from common.run import Run, create_run
-from common.types import have_preference
-from scripts.redis_server import EmbeddedServer
-from trainer.report import Reporter, flow_metrics
+from sluice.common.config import Config
+from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.replay_buffer import ReplayBuffer
+from sluice.common.run import Run, create_run
+from sluice.common.types import have_preference
+from sluice.scripts.launcher.redis_server import EmbeddedServer
+from sluice.trainer.report import Reporter, flow_metrics
 
 K = 2
 EQUAL = reward_payload(rewards=(1.0, 1.0))

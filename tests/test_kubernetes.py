@@ -11,10 +11,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from common.autoscale import bounds_of
-from common.config import QUEUES, Config
-from common.config_file import load_config
-from common.keys import Keys
+from sluice.common.config import QUEUES, Config
+from sluice.common.config.file import load_config
+from sluice.common.keys import Keys
+from sluice.common.operations.autoscale import bounds_of
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "config" / "kubernetes"
@@ -87,7 +87,7 @@ def test_every_queue_has_one_deployment_with_its_worker() -> None:
     assert set(deployments) == set(QUEUES)
     for queue, deployment in deployments.items():
         (worker,) = deployment["spec"]["template"]["spec"]["containers"]
-        assert worker["command"] == ["celery", "-A", "workers.app", "worker", "-Q", queue]
+        assert worker["command"] == ["celery", "-A", "sluice", "worker", "-Q", queue]
         labels = deployment["spec"]["template"]["metadata"]["labels"]
         assert deployment["spec"]["selector"]["matchLabels"] == labels == {"app": "sluice", "role": queue}
 
@@ -95,7 +95,7 @@ def test_every_queue_has_one_deployment_with_its_worker() -> None:
 def test_there_is_one_trainer_and_it_is_replaced_only_when_it_has_ended() -> None:
     job = named("Job", "trainer")["spec"]
     assert (job["completions"], job["parallelism"], job["podReplacementPolicy"]) == (1, 1, "Failed")
-    assert pods()["trainer"]["containers"][0]["command"] == ["python", "-m", "trainer"]
+    assert pods()["trainer"]["containers"][0]["command"] == ["python", "-m", "sluice.trainer"]
 
 
 def test_replicas_are_those_of_the_config_and_scaled_ones_are_left_to_keda() -> None:

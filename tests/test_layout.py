@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom, what must start without torch, and how long a file may grow.
+"""The layers: who may import whom, what must start without torch, and how long a file may grow.
 
 common <- workers | trainer | dashboard <- scripts
 """
@@ -14,32 +14,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("common", "workers", "trainer", "dashboard", "scripts")
+LAYERS = ("common", "workers", "trainer", "dashboard", "scripts")
 MAY_IMPORT = {
     "common": {"common"},
     "workers": {"common", "workers"},
     "trainer": {"common", "trainer"},
     "dashboard": {"common", "dashboard"},
-    "scripts": set(PACKAGES),
+    "scripts": set(LAYERS),
 }
 TORCH = {"torch", "transformers", "safetensors"}
 TORCH_IN_COMMON = {
-    "torch": {
-        "policy_store",
-        "weights_transport",
-        "delta",
-        "digest",
-        "logprobs",
-        "manifest",
-        "lora",
-        "model",
-        "packing",
-        "truncation",
-    },
-    "transformers": {"model", "packing", "assets", "prompts"},
+    "torch": {"models", "policies"},
+    "transformers": {"models", "data"},
 }
-"""`assets` reads tokenizers, for which transformers needs no torch; `prompts` names their type."""
-MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+"""Rooms of `common`. `assets` reads tokenizers, for which transformers needs no torch; `data` names their type."""
+MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+PYTHON = [
+    *MODULES,
+    *(path for folder in ("tests", "benchmarks", "docs") for path in sorted((ROOT / folder).rglob("*.py"))),
+]
 
 
 def name_of(path):
@@ -54,14 +47,14 @@ def imports_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
+            above = ["sluice", *package[: len(package) - node.level + 1]] if node.level else ()
             module = ".".join([*above, *([node.module] if node.module else [])])
             found |= {f"{module}.{alias.name}" for alias in node.names}
     return found
 
 
-def test_the_walk_finds_every_package():
-    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == set(PACKAGES)
+def test_the_walk_finds_every_layer():
+    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == set(LAYERS)
     assert len(MODULES) > 40
 
 
@@ -69,22 +62,32 @@ def test_the_walk_sees_imports_in_functions_and_relative_ones(tmp_path, monkeypa
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / "workers" / "engine" / "x.py"
     path.parent.mkdir(parents=True)
-    path.write_text("from ..rows import a\ndef f():\n    import trainer.loop\n    from . import b\n")
-    assert imports_of(path) == {"workers.rows.a", "trainer.loop", "workers.engine.b"}
+    path.write_text("from ..rows import a\ndef f():\n    import sluice.trainer.loop\n    from . import b\n")
+    assert imports_of(path) == {"sluice.workers.rows.a", "sluice.trainer.loop", "sluice.workers.engine.b"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_point_down_the_floors_only(path):
-    package = path.relative_to(ROOT).parts[0]
-    ours = {name.split(".")[0] for name in imports_of(path)} & {*PACKAGES, "tests", "benchmarks"}
-    assert ours <= MAY_IMPORT[package]
+def test_the_package_links_to_every_layer_and_to_nothing_else():
+    links = {path.name: path.readlink().as_posix() for path in (ROOT / "sluice").iterdir() if path.is_symlink()}
+    assert links == {layer: f"../{layer}" for layer in LAYERS}
 
 
-@pytest.mark.parametrize("library", TORCH_IN_COMMON)
-def test_common_touches_torch_in_few_modules_only(library):
-    modules = (ROOT / "common").glob("*.py")
-    users = {path.stem for path in modules if library in {name.split(".")[0] for name in imports_of(path)}}
-    assert users <= TORCH_IN_COMMON[library]
+def test_nothing_is_imported_by_a_name_that_may_be_a_users():
+    bare = {name_of(path): [n for n in imports_of(path) if n.split(".")[0] in LAYERS] for path in PYTHON}
+    assert not {path: names for path, names in bare.items() if names}
+
+
+def test_imports_point_down_the_layers_only():
+    for path in MODULES:
+        layers = {name.split(".")[1] for name in imports_of(path) if name.startswith("sluice.")}
+        assert layers <= MAY_IMPORT[path.relative_to(ROOT).parts[0]], path
+        assert not {name.split(".")[0] for name in imports_of(path)} & {"tests", "benchmarks"}, path
+
+
+def test_common_touches_torch_in_few_rooms_only():
+    for library, rooms in TORCH_IN_COMMON.items():
+        for path in (ROOT / "common").rglob("*.py"):
+            if library in {name.split(".")[0] for name in imports_of(path)}:
+                assert path.parent.name in rooms, (path, library)
 
 
 def test_the_dashboard_never_names_torch():
@@ -95,9 +98,20 @@ def test_the_dashboard_never_names_torch():
 @pytest.mark.parametrize(
     "modules",
     [
-        ["workers.reward", "workers.rewards.scoring"],
-        sorted(f"dashboard.{path.stem}" for path in (ROOT / "dashboard").glob("*.py") if path.stem != "__init__"),
-        ["common.ledger", "common.replay_buffer", "common.run", "common.evaluation", "common.diagnosis"],
+        ["sluice.workers.reward", "sluice.workers.rewards.scoring"],
+        [
+            f"sluice.dashboard.{path.stem}"
+            for path in sorted((ROOT / "dashboard").glob("*.py"))
+            if path.stem != "__init__"
+        ],
+        [
+            "sluice",
+            *(f"sluice.common.ledger.{path.stem}" for path in sorted((ROOT / "common" / "ledger").glob("*.py"))),
+            *(
+                f"sluice.common.monitoring.{path.stem}"
+                for path in sorted((ROOT / "common" / "monitoring").glob("*.py"))
+            ),
+        ],
     ],
     ids=["reward worker", "dashboard", "ledger"],
 )
@@ -109,19 +123,16 @@ def test_roles_that_need_no_model_start_without_torch(modules):
     assert shown.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_files_are_short_enough_to_read_at_a_sitting(path):
-    assert len(path.read_text().splitlines()) <= 400
+def test_files_are_short_enough_to_read_at_a_sitting():
+    assert not [name_of(path) for path in MODULES if len(path.read_text().splitlines()) > 400]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_module_says_what_it_holds(path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
+def test_every_module_says_what_it_holds():
+    assert not [name_of(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "common" / "lua").glob("*.lua")), ids=lambda path: path.stem)
-def test_every_lua_script_says_what_it_does(path):
-    assert path.read_text().startswith("-- ")
+def test_every_lua_script_says_what_it_does():
+    assert not [path for path in (ROOT / "common").rglob("*.lua") if not path.read_text().startswith("-- ")]
 
 
 def test_every_test_that_the_failure_matrix_names_exists():

@@ -21,10 +21,10 @@ from builders import (
 )
 from consistency import PARTS, assert_consistent
 
-from common import evaluation
-from common.config import EvalDataset
-from common.connection import connect
-from common.replay_buffer import ReplayBuffer
+from sluice.common.config import EvalDataset
+from sluice.common.connections.client import connect
+from sluice.common.ledger import evaluations as evaluation
+from sluice.common.ledger.replay_buffer import ReplayBuffer
 
 KL = {"loss": {"kl_beta": 0.1}, "num_steps": 1_000_000, "seq_len": 16}
 

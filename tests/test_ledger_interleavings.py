@@ -12,10 +12,10 @@ import pytest
 from builders import make_ledger, publish_policy, reward_payload
 from consistency import assert_consistent
 
-from common import evaluation
-from common.connection import connect
-from common.ledger import Ledger
-from common.replay_buffer import ReplayBuffer
+from sluice.common.connections.client import connect
+from sluice.common.ledger import evaluations as evaluation
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.replay_buffer import ReplayBuffer
 
 
 @pytest.fixture

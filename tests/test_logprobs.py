@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import common.logprobs
-from common.logprobs import completion_logprobs, pad_sequences
+import sluice.common.models.logprobs
+from sluice.common.models.logprobs import completion_logprobs, pad_sequences
 
 VOCABULARY = 61
 SMALL = {
@@ -107,7 +107,7 @@ def test_pads_are_invisible_to_values_and_gradients():
 def test_chunks_and_recomputation_change_neither_values_nor_gradients(monkeypatch, recompute_elements):
     model = tiny_model()
     batch = pad_sequences(*sequences((3, 7), (1, 4)))
-    monkeypatch.setattr(common.logprobs, "RECOMPUTE_ELEMENTS", recompute_elements)
+    monkeypatch.setattr(sluice.common.models.logprobs, "RECOMPUTE_ELEMENTS", recompute_elements)
     results = []
     for chunk_tokens in (4096, 3):
         model.zero_grad()
@@ -160,9 +160,11 @@ def test_the_whole_logits_are_never_held(monkeypatch):
     model = tiny_model()
     batch = pad_sequences(*sequences((30, 4), (30, 4)))
     widths = []
-    score = common.logprobs._score
+    score = sluice.common.models.logprobs._score
     monkeypatch.setattr(
-        common.logprobs, "_score", lambda inputs, *rest: widths.append(inputs.shape) or score(inputs, *rest)
+        sluice.common.models.logprobs,
+        "_score",
+        lambda inputs, *rest: widths.append(inputs.shape) or score(inputs, *rest),
     )
     completion_logprobs(model, *batch, chunk_tokens=5)
     assert widths == [(5, 32), (3, 32)]  # hidden states of the 8 completion tokens alone

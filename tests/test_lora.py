@@ -27,22 +27,22 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import scripts.launch
-from common.canary import CanarySequence, adapter_share, is_adapter_missing, random_sequences
-from common.config import Config
-from common.config_trainer import LoraConfig
-from common.digest import weights_digest
-from common.errors import ConfigError, DigestMismatch
-from common.lora import merge_adapter
-from common.model import load_pretrained, load_weights, named_weights
-from trainer.audit import Audit, StepRecord
-from trainer.checkpoint import TrainerState, newest_checkpoint, random_state, save_checkpoint
-from trainer.export import export_checkpoint
-from trainer.lora import Adapter, check_base
-from trainer.parallel import ParallelPolicy
-from trainer.policy import TrainedPolicy
-from trainer.replay import replay
-from trainer.step import train_on
+import sluice.scripts.launcher.launch
+from sluice.common.config import Config
+from sluice.common.config.trainer import LoraConfig
+from sluice.common.errors import ConfigError, DigestMismatch
+from sluice.common.models.causal_lm import load_pretrained, load_weights, named_weights
+from sluice.common.models.lora import merge_adapter
+from sluice.common.policies.canary import CanarySequence, adapter_share, is_adapter_missing, random_sequences
+from sluice.common.policies.digest import weights_digest
+from sluice.trainer.adapter import Adapter, check_base
+from sluice.trainer.audit import Audit, StepRecord
+from sluice.trainer.checkpoint import TrainerState, newest_checkpoint, random_state, save_checkpoint
+from sluice.trainer.distributed.parallel import ParallelPolicy
+from sluice.trainer.export import export_checkpoint
+from sluice.trainer.replay import replay
+from sluice.trainer.step import train_on
+from sluice.trainer.trained_policy import TrainedPolicy
 
 VOCAB = 48
 SHAPE: dict[str, Any] = {
@@ -190,12 +190,14 @@ def test_a_missing_peft_is_named_with_what_to_install(monkeypatch: pytest.Monkey
 def test_a_run_is_refused_before_anything_starts_where_peft_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scripts.launch, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    monkeypatch.setattr(
+        sluice.scripts.launcher.launch, "find_spec", lambda name: None if name == "peft" else find_spec(name)
+    )
     config = quickstart_config(
         tmp_path, tiny=tiny_folder(3), trainer__lora={"rank": 2}, output_dir=str(tmp_path / "runs")
     )
     with pytest.raises(ConfigError, match=r"pip install 'sluice\[lora\]'"):
-        scripts.launch.run_to_the_end(str(config), [], name=None, resume=None)
+        sluice.scripts.launcher.launch.run_to_the_end(str(config), [], name=None, resume=None)
     assert not (tmp_path / "runs").exists()
 
 

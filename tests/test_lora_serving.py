@@ -15,20 +15,20 @@ from harness import workers as worker_per_queue
 from test_rollout_policy import serving
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
-import workers.policy
-from common.canary import mismatch_bound, random_sequences
-from common.config import Config
-from common.connection import connect
-from common.diagnosis import alarms
-from common.logprobs import score_sequences
-from common.manifest import Manifest
-from common.model import load_pretrained
-from common.policy_store import PolicyStore
-from common.run import open_run
-from common.types import SamplingParams
-from scripts.redis_server import EmbeddedServer
-from trainer.policy import TrainedPolicy
-from workers.engine import GenerationRequest
+import sluice.workers.policy_updates
+from sluice.common.config import Config
+from sluice.common.connections.client import connect
+from sluice.common.models.causal_lm import load_pretrained
+from sluice.common.models.logprobs import score_sequences
+from sluice.common.monitoring.diagnosis import alarms
+from sluice.common.policies.canary import mismatch_bound, random_sequences
+from sluice.common.policies.manifest import Manifest
+from sluice.common.policies.store import PolicyStore
+from sluice.common.run import open_run
+from sluice.common.types import SamplingParams
+from sluice.scripts.launcher.redis_server import EmbeddedServer
+from sluice.trainer.trained_policy import TrainedPolicy
+from sluice.workers.engine import GenerationRequest
 
 LORA = {"lora": {"rank": 2, "alpha": 4.0}}
 
@@ -109,7 +109,7 @@ IGNORED: dict[str, Callable[..., Mapping[str, torch.Tensor]]] = {
     "another scale": lambda base, adapter, scale: merge(base, adapter, scale=scale / 4),
 }
 IGNORED_BEFORE: dict[str, Mapping[str, torch.Tensor]] = {}
-merge = workers.policy.merge_adapter
+merge = sluice.workers.policy_updates.merge_adapter
 
 
 @pytest.mark.parametrize("served", IGNORED)
@@ -124,7 +124,9 @@ def test_a_worker_that_serves_something_else_than_the_adapter_is_named_long_befo
     run, policy = open_run(client, fleet.ledger.keys.run), trained_policy(fleet.config)
     IGNORED_BEFORE.clear()
     monkeypatch.setattr(
-        workers.policy, "merge_adapter", lambda base, adapter, *, scale: IGNORED[served](base, adapter, scale)
+        sluice.workers.policy_updates,
+        "merge_adapter",
+        lambda base, adapter, *, scale: IGNORED[served](base, adapter, scale),
     )
     with serving(fleet, monkeypatch) as (role, beat):
         role.start()
@@ -175,7 +177,9 @@ def test_a_run_with_an_adapter_is_on_policy_throughout_and_survives_its_trainers
         checkpoint__every_steps=2,
     )
     with worker_per_queue(tmp_path, env):
-        with trainer(tmp_path, env, kill_at=("trainer.policy:TrainedPolicy.optimize", "after", 4)) as process:
+        with trainer(
+            tmp_path, env, kill_at=("sluice.trainer.trained_policy:TrainedPolicy.optimize", "after", 4)
+        ) as process:
             assert process.wait(60) == -9
         with trainer(tmp_path, env) as process:
             assert process.wait(60) == 0

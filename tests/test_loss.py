@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from common.config_trainer import LossConfig
-from trainer.loss import combine_metrics, policy_loss
+from sluice.common.config.trainer import LossConfig
+from sluice.trainer.loss import combine_metrics, policy_loss
 
 LOSSES = LossConfig.model_fields["loss"].annotation.__args__
 AGGREGATIONS = ("token_mean", "sequence_mean", "fixed_horizon")

@@ -10,14 +10,14 @@ from builders import make_completion, make_config
 from pydantic import ValidationError
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.config_trainer import LossConfig
-from common.types import Episode, Group
-from trainer.batch import build_micro_batches, num_loss_tokens, num_sequences
-from trainer.loss import policy_loss
-from trainer.masks import loss_tokens, mask_metrics, overlong_penalty, rewards_of
-from trainer.parallel import ParallelPolicy
-from trainer.policy import TrainedPolicy
-from trainer.step import train_on
+from sluice.common.config.trainer import LossConfig
+from sluice.common.types import Episode, Group
+from sluice.trainer.distributed.parallel import ParallelPolicy
+from sluice.trainer.loss import policy_loss
+from sluice.trainer.micro_batches import build_micro_batches, num_loss_tokens, num_sequences
+from sluice.trainer.reward_shaping import loss_tokens, mask_metrics, overlong_penalty, rewards_of
+from sluice.trainer.step import train_on
+from sluice.trainer.trained_policy import TrainedPolicy
 
 
 def episode_of(length, *tool_spans, reward=1.0, finish_reason="stop"):

@@ -22,11 +22,11 @@ from harness import (
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from common.connection import connect
-from common.keys import Keys
-from common.metrics import last_metrics, write_metrics
-from common.replay_buffer import ReplayBuffer
-from scripts.redis_server import EmbeddedServer
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.common.ledger.replay_buffer import ReplayBuffer
+from sluice.common.monitoring.metrics import last_metrics, write_metrics
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 
 def fill_up(client: redis.Redis) -> None:

@@ -12,13 +12,13 @@ from builders import make_config
 from harness import wait_for
 from test_logprobs import naive_logprobs, sequences, tiny_model
 
-from common.serialization import decode, encode
-from common.types import Completion, Episode, Group, SamplingParams
-from trainer.batch import build_micro_batches
-from trainer.parallel import ParallelPolicy
-from trainer.policy import TrainedPolicy
-from trainer.step import train_on
-from workers.reference import ReferenceModel
+from sluice.common.serialization import decode, encode
+from sluice.common.types import Completion, Episode, Group, SamplingParams
+from sluice.trainer.distributed.parallel import ParallelPolicy
+from sluice.trainer.micro_batches import build_micro_batches
+from sluice.trainer.step import train_on
+from sluice.trainer.trained_policy import TrainedPolicy
+from sluice.workers.reference import ReferenceModel
 
 TEMPERATURES = (1.0, 0.5, 2.0, 0.5)
 

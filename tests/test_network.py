@@ -21,10 +21,10 @@ from harness import metrics_of, quickstart_config, running, sluice, tiny_folder,
 from proxy import Proxy
 from test_roles import assert_trained_once
 
-from common.connection import connect
-from common.keys import Keys
-from common.ledger import read_account
-from scripts.redis_server import start_server
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import read_account
+from sluice.scripts.launcher.redis_server import start_server
 
 RECOVERY_S = 25.0
 OUTAGE_S = 12.0
@@ -79,7 +79,7 @@ def roles(tmp_path: Path) -> Iterator[Roles]:
         processes: dict[str, Any] = {
             queue: stack.enter_context(worker(queue, cwd=tmp_path, **env)) for queue in ("dataset", "reward", "rollout")
         }
-        trainer = [sys.executable, "-m", "trainer"]
+        trainer = [sys.executable, "-m", "sluice.trainer"]
         processes["trainer"] = stack.enter_context(running(trainer, cwd=tmp_path, log=tmp_path / "trainer.log", **env))
         client = connect(server.url)
         stack.callback(client.close)

@@ -10,11 +10,11 @@ import redis
 from builders import make_config
 from harness import metrics_lines
 
-from common import control
-from common.keys import RUNS, Keys
-from common.run import Run, create_run
-from trainer.orders import OrderReader
-from trainer.report import append_line
+from sluice.common.keys import RUNS, Keys
+from sluice.common.operations import control
+from sluice.common.run import Run, create_run
+from sluice.trainer.orders import OrderReader
+from sluice.trainer.report import append_line
 
 
 @pytest.fixture

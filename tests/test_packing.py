@@ -27,11 +27,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from common.config import TrainerConfig
-from common.logprobs import completion_logprobs, pad_sequences, score_sequences
-from common.packing import CannotPackError, _by_length, _by_varlen, enable_packing, is_packed, pack, plan_batches
-from trainer.batch import MicroBatch
-from trainer.policy import TrainedPolicy, policy_objective
+from sluice.common.config import TrainerConfig
+from sluice.common.models.logprobs import completion_logprobs, pad_sequences, score_sequences
+from sluice.common.models.packing import (
+    CannotPackError,
+    _by_length,
+    _by_varlen,
+    enable_packing,
+    is_packed,
+    pack,
+    plan_batches,
+)
+from sluice.trainer.micro_batches import MicroBatch
+from sluice.trainer.objective import policy_objective
+from sluice.trainer.trained_policy import TrainedPolicy
 
 RAGGED = ((3, 7), (1, 4), (6, 1), (2, 0), (1, 0), (4, 6), (5, 9))
 MIXTURE = {"num_local_experts": 2, "num_experts_per_tok": 1}

@@ -19,13 +19,13 @@ from builders import make_config
 from harness import running
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.config import Config
-from common.errors import ConfigError, Diverged
-from common.types import Completion, Episode, Group
-from trainer.batch import build_micro_batches
-from trainer.checkpoint import SavedTensors
-from trainer.parallel import ParallelPolicy, deal, evened, open_policy
-from trainer.ranks import Ranks
+from sluice.common.config import Config
+from sluice.common.errors import ConfigError, Diverged
+from sluice.common.types import Completion, Episode, Group
+from sluice.trainer.checkpoint import SavedTensors
+from sluice.trainer.distributed.parallel import ParallelPolicy, deal, evened, open_policy
+from sluice.trainer.distributed.ranks import Ranks
+from sluice.trainer.micro_batches import build_micro_batches
 
 STEPS_THAT_SHOW_GRADIENTS = {"learning_rate": 0.5, "eps": 1.0, "max_grad_norm": 100.0, "warmup_steps": 0}
 """With so large an epsilon AdamW moves a weight by about its gradient, not by its sign: equal weights mean equal gradients."""
@@ -40,13 +40,13 @@ def joined(size: int, folder: Path) -> Iterator[Ranks]:
     world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         log = folder / "ranks.log"
-        argv = [sys.executable, "-W", "error::UserWarning:trainer", "-m", "trainer"]
+        argv = [sys.executable, "-W", "error::UserWarning:trainer", "-m", "sluice.trainer"]
         others = [
             stack.enter_context(running(argv, cwd=folder, log=log, RANK=str(rank), **world)) for rank in range(1, size)
         ]
         for name, value in {**world, "RANK": "0"}.items():
             patch.setenv(name, value)
-        patch.setattr("trainer.ranks.COLLECTIVE_TIMEOUT_S", 60.0)
+        patch.setattr("sluice.trainer.distributed.ranks.COLLECTIVE_TIMEOUT_S", 60.0)
         ranks = Ranks.join()
         try:
             yield ranks

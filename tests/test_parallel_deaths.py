@@ -25,10 +25,10 @@ from harness import (
     wait_for,
 )
 
-from common.connection import connect
-from common.policy_store import PolicyStore
-from common.run import open_run
-from scripts.redis_server import EmbeddedServer
+from sluice.common.connections.client import connect
+from sluice.common.policies.store import PolicyStore
+from sluice.common.run import open_run
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 
 def rank_of(pid: int, rank: int) -> psutil.Process | None:
@@ -77,7 +77,10 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_path
 def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path: Path, redis_url: str) -> None:
     """Rank 0 does not find its run, while rank 1 waits for it."""
     log = tmp_path / "ranks.log"
-    argv, env = [sys.executable, "-m", "scripts.ranks", "2"], {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": "none"}
+    argv, env = (
+        [sys.executable, "-m", "sluice.scripts.launcher.ranks", "2"],
+        {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": "none"},
+    )
     with running(argv, cwd=tmp_path, log=log, **env) as process:
         assert process.wait(60) == 2
     assert "error: there is no run 'none' on this Redis" in log.read_text()
@@ -108,7 +111,10 @@ def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torchrun = ["torch.distributed.run", "--nnodes", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    starts = {"kill": [*torchrun, "--nproc-per-node", "2", "-m", "trainer"], "stop": ["scripts.ranks", "2"]}
+    starts = {
+        "kill": [*torchrun, "--nproc-per-node", "2", "-m", "sluice.trainer"],
+        "stop": ["sluice.scripts.launcher.ranks", "2"],
+    }
     for version, end in enumerate(starts):
         with running([sys.executable, "-m", *starts[end]], cwd=tmp_path, log=log, **env) as process:
             wait_for(lambda v=version: store.latest_version() == v, timeout=90, what="the policy")  # type: ignore[misc]

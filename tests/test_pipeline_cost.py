@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.redis_server import EmbeddedServer
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 
 def test_a_backlog_makes_no_group_dearer(own_redis: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ import pytest
 from builders import make_config
 from click.testing import CliRunner
 
-from common.config_file import load_config
-from scripts import cli
-from scripts.plan import make_plan
-from scripts.roles import planned_workers
+from sluice.common.config.file import load_config
+from sluice.scripts import cli
+from sluice.scripts.commands.plan import make_plan
+from sluice.scripts.launcher.roles import planned_workers
 
 CONFIG = str(Path(__file__).parent.parent / "config" / "gsm8k_qwen3_1.7b.yaml")
 
@@ -53,10 +53,14 @@ def test_the_text_names_every_command_to_type() -> None:
     override = "replicas.reward={min: 1, max: 16}"
     shown = CliRunner().invoke(cli.cli, ["plan", CONFIG, override])
     assert shown.exit_code == 0, shown.output
-    for line in (f"sluice create {CONFIG} '{override}' --name NAME", "python -m scripts.ranks 4", "# 1..16 times"):
+    for line in (
+        f"sluice create {CONFIG} '{override}' --name NAME",
+        "python -m sluice.scripts.launcher.ranks 4",
+        "# 1..16 times",
+    ):
         assert line in shown.output
     for queue in ("dataset", "rollout", "reference", "reward", "eval"):
-        assert f"  celery -A workers.app worker -Q {queue}\n" in shown.output
+        assert f"  celery -A sluice worker -Q {queue}\n" in shown.output
 
 
 @pytest.mark.parametrize(

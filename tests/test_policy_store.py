@@ -14,18 +14,19 @@ import redis
 import torch
 from builders import make_config
 
-from common import evaluation, weights_transport
-from common.broker import make_app
-from common.config import EvalDataset, PolicyStoreConfig
-from common.connection import connect
-from common.digest import tensor_digest, weights_digest
-from common.errors import DigestMismatch, PolicyError, PolicyNotFound
-from common.policy_store import READER_S, PolicyStore
-from common.run import Run
-from common.scripts import Scripts
-from common.serialization import encode
-from common.weights_transport import CHUNK_BYTES
-from trainer.publish import Publisher
+from sluice.common.config import EvalDataset, PolicyStoreConfig
+from sluice.common.connections.broker import make_app
+from sluice.common.connections.client import connect
+from sluice.common.errors import DigestMismatch, PolicyError, PolicyNotFound
+from sluice.common.ledger import evaluations as evaluation
+from sluice.common.ledger.scripts import Scripts
+from sluice.common.policies import transports as weights_transport
+from sluice.common.policies.digest import tensor_digest, weights_digest
+from sluice.common.policies.store import READER_S, PolicyStore
+from sluice.common.policies.transports import CHUNK_BYTES
+from sluice.common.run import Run
+from sluice.common.serialization import encode
+from sluice.trainer.publish import Publisher
 
 
 @pytest.fixture(params=["directory", "redis"])

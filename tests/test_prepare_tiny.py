@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from common.assets import read_assets
-from common.config_file import load_config
-from common.errors import ConfigError
-from common.model import load_pretrained
-from scripts.prepare_tiny import FORGETS_CARRY, demonstration, operand_pairs, prepare, question
+from sluice.common.config.file import load_config
+from sluice.common.errors import ConfigError
+from sluice.common.models.assets import read_assets
+from sluice.common.models.causal_lm import load_pretrained
+from sluice.scripts.prepare_tiny import FORGETS_CARRY, demonstration, operand_pairs, prepare, question
 
 ROOT = Path(__file__).parent.parent
 

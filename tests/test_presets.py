@@ -3,15 +3,15 @@
 import pytest
 import yaml
 
-from common.config_file import parse_config
-from common.errors import ConfigError
-from common.presets import PRESETS
+from sluice.common.config.file import parse_config
+from sluice.common.config.presets import PRESETS
+from sluice.common.errors import ConfigError
 
 MINIMAL = """
 model: {path: m}
 dataset: {path: d, max_req_tokens: 8}
 sampling: {group_size: 2, max_res_tokens: 40}
-reward: {functions: [{function: workers.rewards.MathReward}]}
+reward: {functions: [{function: sluice.workers.rewards.MathReward}]}
 trainer: {seq_len: 64}
 """
 

@@ -17,12 +17,12 @@ from builders import admit_one, make_config, make_ledger, publish_policy, push_g
 from harness import ROOT, running_sluice, sluice, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-from common import diagnosis
-from common.diagnosis import ALARM_KINDS, STALL_KINDS
-from common.keys import RUNS, Keys
-from common.metrics import beat, write_metrics
-from common.run import Run, create_run, set_status
-from dashboard.prometheus import PREFIX, exposition
+from sluice.common.keys import RUNS, Keys
+from sluice.common.monitoring import diagnosis
+from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
+from sluice.common.monitoring.metrics import beat, write_metrics
+from sluice.common.run import Run, create_run, set_status
+from sluice.dashboard.prometheus import PREFIX, exposition
 
 ALERTS = ROOT / "config" / "prometheus" / "alerts.yml"
 DASHBOARD = ROOT / "config" / "grafana" / "dashboards" / "sluice.json"

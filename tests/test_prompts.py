@@ -18,9 +18,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common.config import DatasetConfig
-from common.errors import ConfigError
-from workers.prompts import Prompt, PromptSource, TooLong
+from sluice.common.config import DatasetConfig
+from sluice.common.errors import ConfigError
+from sluice.workers.prompt_source import Prompt, PromptSource, TooLong
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"

@@ -9,13 +9,13 @@ import pytest
 import redis
 from builders import make_config
 
-from common.broker import make_app, send_part
-from common.keys import Keys
-from common.metrics import beat
-from common.queues import queue_depths, read_queues
-from common.run import create_run, set_status
-from dashboard.status import collect_status
-from trainer.report import flow_metrics
+from sluice.common.connections.broker import make_app, send_part
+from sluice.common.keys import Keys
+from sluice.common.monitoring.metrics import beat
+from sluice.common.monitoring.queues import queue_depths, read_queues
+from sluice.common.run import create_run, set_status
+from sluice.dashboard.run_state import collect_status
+from sluice.trainer.report import flow_metrics
 
 
 def test_the_oldest_message_of_a_queue_is_the_one_sent_first(
@@ -25,7 +25,7 @@ def test_the_oldest_message_of_a_queue_is_the_one_sent_first(
     run = create_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
     app, now = make_app(keys.run), time.time()
     for group, sent_s_ago in (("t0", 30.0), ("t1", 5.0)):
-        monkeypatch.setattr("common.broker.time.time", lambda ago=sent_s_ago: now - ago)
+        monkeypatch.setattr("sluice.common.connections.broker.time.time", lambda ago=sent_s_ago: now - ago)
         send_part(app, group, "rollout")
     monkeypatch.undo()
     found = read_queues(client, run, ("rollout", "reward"))

@@ -14,13 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_sinks import trackio_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.connection import connect
-from common.evaluation import read_best
-from common.keys import Keys
-from common.manifest import Manifest
-from common.signing import Signer
-from scripts.cli import cli
-from scripts.redis_server import reading_server
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.common.ledger.evaluations import read_best
+from sluice.common.policies.manifest import Manifest
+from sluice.common.policies.signing import Signer
+from sluice.scripts.cli import cli
+from sluice.scripts.launcher.redis_server import reading_server
 
 STEPS = 24
 EVALUATE_EVERY = 12

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, trainer, wait_for, workers
 
-from scripts.redis_server import EmbeddedServer
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 STEPS = 30
 

@@ -10,15 +10,15 @@ import torch
 from builders import letter_tokenizer, make_config
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from common.config import Config
-from common.digest import weights_digest
-from common.errors import ConfigError
-from common.types import Completion, Episode, Group
-from trainer.audit import Audit, StepRecord, audit_folder, read_record, recorded_steps
-from trainer.checkpoint import TrainerState, checkpoint_steps, random_state, save_checkpoint
-from trainer.parallel import open_policy
-from trainer.replay import replay
-from trainer.step import train_on
+from sluice.common.config import Config
+from sluice.common.errors import ConfigError
+from sluice.common.policies.digest import weights_digest
+from sluice.common.types import Completion, Episode, Group
+from sluice.trainer.audit import Audit, StepRecord, audit_folder, read_record, recorded_steps
+from sluice.trainer.checkpoint import TrainerState, checkpoint_steps, random_state, save_checkpoint
+from sluice.trainer.distributed.parallel import open_policy
+from sluice.trainer.replay import replay
+from sluice.trainer.step import train_on
 
 STEPS = 5
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from builders import file_groups, make_completion, make_ledger, publish_policy, push_group, reward_payload
 
-from common.connection import connect
-from common.errors import PolicyNotFound, StateLost
-from common.lineage import abandoned_versions, policy_ages
-from common.replay_buffer import ReplayBuffer
-from common.serialization import encode
-from dashboard.dead import read_dead
+from sluice.common.connections.client import connect
+from sluice.common.errors import PolicyNotFound, StateLost
+from sluice.common.ledger.replay_buffer import ReplayBuffer
+from sluice.common.policies.lineage import abandoned_versions, policy_ages
+from sluice.common.serialization import encode
+from sluice.dashboard.dead_letters import read_dead
 
 
 def make_buffer(client, keys, *, k=2, max_policy_age=1, max_resample_count=0):

@@ -13,13 +13,13 @@ import redis
 from builders import make_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common import evaluation
-from common.keys import Keys
-from common.metrics import last_metrics, read_metrics
-from common.run import Run
-from common.types import Completion, Episode, Group
-from dashboard.samples import read_samples
-from trainer.report import Reporter, batch_metrics, token_age
+from sluice.common.keys import Keys
+from sluice.common.ledger import evaluations as evaluation
+from sluice.common.monitoring.metrics import last_metrics, read_metrics
+from sluice.common.run import Run
+from sluice.common.types import Completion, Episode, Group
+from sluice.dashboard.samples import read_samples
+from sluice.trainer.report import Reporter, batch_metrics, token_age
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
 
@@ -111,7 +111,7 @@ def test_an_evaluation_is_marked_as_reported_after_its_line_was_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("trainer.report.append_line", killed)
+        patch.setattr("sluice.trainer.report.append_line", killed)
         reporter.report(3, 3, {"eval/heldout/version": 2.0, "eval/heldout/pass@1": 0.5})
     assert evaluation.unreported(client, run) == {("heldout", 2)}
     reporter.report(3, 3, {"eval/heldout/version": 2.0, "eval/heldout/pass@1": 0.5})

@@ -10,13 +10,13 @@ import redis
 from builders import make_config, publish_policy, rollout_payload
 from harness import alive, children, wait_for, worker
 
-from common.broker import make_app, send_part
-from common.keys import Keys
-from common.ledger import Ledger
-from common.metrics import read_heartbeats
-from common.run import create_run
-from common.serialization import encode
-from common.types import SamplingParams, Task
+from sluice.common.connections.broker import make_app, send_part
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.run import create_run
+from sluice.common.serialization import encode
+from sluice.common.types import SamplingParams, Task
 
 REWARD = """
 import os, signal, sys, time

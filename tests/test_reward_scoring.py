@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from common.config import RewardFunction
-from common.errors import ConfigError, RewardError
-from common.types import Scores
-from workers.rewards.scoring import load_reward_functions, score_group
+from sluice.common.config import RewardFunction
+from sluice.common.errors import ConfigError, RewardError
+from sluice.common.types import Scores
+from sluice.workers.rewards.scoring import load_reward_functions, score_group
 
 FUNCTIONS = """
 import asyncio
@@ -140,8 +140,8 @@ def globals_of(file: str) -> dict[str, Any]:
 
 def test_shipped_rewards_score_a_group() -> None:
     scores = score(
-        RewardFunction(function="workers.rewards.MathReward"),
-        RewardFunction(function="workers.rewards:ThinkingReward", name="format"),
+        RewardFunction(function="sluice.workers.rewards.MathReward"),
+        RewardFunction(function="sluice.workers.rewards:ThinkingReward", name="format"),
         completions=["<think>2+2</think><answer>4</answer>", "4"],
     )
     assert scores.by_function == {"MathReward": [1.0, 0.1], "format": [1.0, 0.0]}
@@ -286,7 +286,7 @@ def test_a_column_that_the_function_needs_and_lacks_is_named(rewards_py: str) ->
     ("function", "message"),
     [
         ("no_such_package.rewards.f", "importing no_such_package.rewards failed with ModuleNotFoundError"),
-        ("workers.rewards.MathRewards", "has no 'MathRewards'; did you mean 'MathReward'"),
+        ("sluice.workers.rewards.MathRewards", "has no 'MathRewards'; did you mean 'MathReward'"),
         ("elsewhere.py:f", "there is no file .*elsewhere.py: relative paths start where the process runs"),
         ("broken.py:f", "importing broken.py failed with SyntaxError"),
         ("my_rewards.py:constant", "is of type int, not callable"),
@@ -309,16 +309,16 @@ def test_kwargs_that_a_function_does_not_take_are_a_config_error(rewards_py: str
 
 
 def test_equal_names_are_refused() -> None:
-    twice = [RewardFunction(function="workers.rewards.MathReward")] * 2
+    twice = [RewardFunction(function="sluice.workers.rewards.MathReward")] * 2
     with pytest.raises(ConfigError, match="names must differ, got MathReward, MathReward"):
         load_reward_functions(twice)
 
 
 def test_scoring_starts_without_torch_and_transformers() -> None:
     code = (
-        "import sys; from common.config import RewardFunction;"
-        "from workers.rewards.scoring import load_reward_functions;"
-        "load_reward_functions([RewardFunction(function='workers.rewards.MathReward')]);"
+        "import sys; from sluice.common.config import RewardFunction;"
+        "from sluice.workers.rewards.scoring import load_reward_functions;"
+        "load_reward_functions([RewardFunction(function='sluice.workers.rewards.MathReward')]);"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

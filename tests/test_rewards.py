@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.rewards import MathReward, ThinkingReward
+from sluice.workers.rewards import MathReward, ThinkingReward
 
 MATH_CASES = [
     # worked cases of the definition

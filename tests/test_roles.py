@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from harness import assert_trained_once, create_run, metrics_of, running, terminate, trainer, wait_for, worker
 
-from common.connection import connect
-from common.ledger import read_account
-from common.metrics import read_heartbeats
-from common.run import open_run
-from scripts.redis_server import EmbeddedServer
+from sluice.common.connections.client import connect
+from sluice.common.ledger.ledger import read_account
+from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.run import open_run
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_worker_with_wrong_options_says_what_to_pass(tmp_path: Path, redis_url
         (["-Q", "rolout"], "-Q followed by one of"),
         (["-Q", "reward", "-P", "solo"], "drop -P"),
     ]:
-        argv = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", *options]
+        argv = [sys.executable, "-m", "celery", "-A", "sluice", "worker", *options]
         with running(argv, cwd=tmp_path, log=tmp_path / "wrong.log", **env) as process:
             assert process.wait(30) == 2
         text = (tmp_path / "wrong.log").read_text()

@@ -14,21 +14,21 @@ from harness import tiny_folder, wait_for
 from test_policy_store import damage
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
-import workers.policy
-from common.canary import CanarySequence, random_sequences
-from common.diagnosis import alarms
-from common.errors import EngineError
-from common.logprobs import completion_logprobs, pad_sequences
-from common.manifest import Manifest
-from common.metrics import read_heartbeats
-from common.model import load_pretrained, load_weights, named_weights
-from common.policy_store import PolicyStore
-from common.run import open_run
-from common.types import SamplingParams
-from workers.context import Context
-from workers.engine import GenerationRequest
-from workers.engine.kv_cache import SlotCache
-from workers.rollout import RolloutRole
+import sluice.workers.policy_updates
+from sluice.common.errors import EngineError
+from sluice.common.models.causal_lm import load_pretrained, load_weights, named_weights
+from sluice.common.models.logprobs import completion_logprobs, pad_sequences
+from sluice.common.monitoring.diagnosis import alarms
+from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.policies.canary import CanarySequence, random_sequences
+from sluice.common.policies.manifest import Manifest
+from sluice.common.policies.store import PolicyStore
+from sluice.common.run import open_run
+from sluice.common.types import SamplingParams
+from sluice.workers.context import Context
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.torch.kv_cache import SlotCache
+from sluice.workers.rollout import RolloutRole
 
 CHANGES = {
     "flipped": lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
@@ -183,7 +183,7 @@ def test_an_evaluation_holds_its_version_while_training_groups_go_on_and_gives_i
     with serving(fleet, monkeypatch) as (role, _):
         role.start()
         wait_for(lambda: role.engine.version == 2, timeout=15, what="the newest version")
-        monkeypatch.setattr(workers.policy, "_HOLD_S", 60.0)
+        monkeypatch.setattr(sluice.workers.policy_updates, "_HOLD_S", 60.0)
         with role._policy.pinned(1):
             assert versions_of(1) == {1}
             publish(store, 3)
@@ -191,7 +191,7 @@ def test_an_evaluation_holds_its_version_while_training_groups_go_on_and_gives_i
                 assert versions_of(1) == {1}
             assert versions_of(None) == {1}, "training goes on by the version under evaluation"
         assert role.engine.version == 1, "the next group of the evaluation may follow"
-        monkeypatch.setattr(workers.policy, "_HOLD_S", 0.1)
+        monkeypatch.setattr(sluice.workers.policy_updates, "_HOLD_S", 0.1)
         wait_for(lambda: role.engine.version == 3, timeout=15, what="the newest version after the evaluation")
 
 

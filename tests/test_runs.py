@@ -13,17 +13,17 @@ import redis
 from builders import make_config, make_ledger, publish_policy, push_group
 from harness import sluice
 
-from common import control
-from common.broker import make_app, send
-from common.connection import connect
-from common.errors import ConfigError
-from common.keys import RUNS, Keys
-from common.metrics import beat, write_metrics
-from common.run import Run, create_run, open_run, set_status
-from common.serialization import encode
-from scripts.archive import archive_run, delete_run, scan_keys
-from scripts.redis_server import start_server
-from scripts.runs import read_runs
+from sluice.common.connections.broker import make_app, send
+from sluice.common.connections.client import connect
+from sluice.common.errors import ConfigError
+from sluice.common.keys import RUNS, Keys
+from sluice.common.monitoring.metrics import beat, write_metrics
+from sluice.common.operations import control
+from sluice.common.run import Run, create_run, open_run, set_status
+from sluice.common.serialization import encode
+from sluice.scripts.commands.archive import archive_run, delete_run, scan_keys
+from sluice.scripts.commands.runs import read_runs
+from sluice.scripts.launcher.redis_server import start_server
 
 
 @pytest.fixture

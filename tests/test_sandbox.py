@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.config import RewardFunction
-from common.errors import ConfigError
-from workers.rewards import CodeReward
-from workers.rewards.loading import load_reward_functions
-from workers.sandbox import LEVELS, Isolation, available, run_python
+from sluice.common.config import RewardFunction
+from sluice.common.errors import ConfigError
+from sluice.workers.rewards import CodeReward
+from sluice.workers.rewards.loading import load_reward_functions
+from sluice.workers.sandbox import LEVELS, Isolation, available, run_python
 
 TESTS = ["assert double(2) == 4", "assert double(-1) == -2", "assert double(0) == 0", "assert double('a') == 'aa'"]
 HERE = LEVELS[: LEVELS.index(available()) + 1]
@@ -122,9 +122,11 @@ def test_nothing_that_a_program_starts_outlives_it(level: Isolation) -> None:
 
 
 def test_more_isolation_than_there_is_is_refused_before_anything_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.rewards.code_reward.available", lambda: "limits")
-    entry = RewardFunction(function="workers.rewards.CodeReward", kwargs={"isolation": "files"})
+    monkeypatch.setattr("sluice.workers.rewards.code_reward.available", lambda: "limits")
+    entry = RewardFunction(function="sluice.workers.rewards.CodeReward", kwargs={"isolation": "files"})
     with pytest.raises(ConfigError, match="this machine offers 'limits': install bubblewrap"):
         load_reward_functions([entry])
     with pytest.raises(ConfigError, match="use one of limits, network, files"):
-        load_reward_functions([RewardFunction(function="workers.rewards.CodeReward", kwargs={"isolation": "none"})])
+        load_reward_functions(
+            [RewardFunction(function="sluice.workers.rewards.CodeReward", kwargs={"isolation": "none"})]
+        )

@@ -30,13 +30,13 @@ from harness import (
     worker,
 )
 
-from common.autoscale import read_scales
-from common.connection import connect
-from common.ledger import Account, read_account
-from common.run import Run, open_run
-from scripts.redis_server import EmbeddedServer
-from scripts.roles import Role
-from scripts.supervisor import Child, Supervisor
+from sluice.common.connections.client import connect
+from sluice.common.ledger.ledger import Account, read_account
+from sluice.common.operations.autoscale import read_scales
+from sluice.common.run import Run, open_run
+from sluice.scripts.launcher.redis_server import EmbeddedServer
+from sluice.scripts.launcher.roles import Role
+from sluice.scripts.launcher.supervisor import Child, Supervisor
 
 GRADER = """
 import pathlib, time
@@ -196,7 +196,8 @@ def supervising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     def supervise(program: str, **autoscale: float) -> Supervisor:
         argv = [sys.executable, "-c", f"{program}; print('ready', flush=True)\nwhile True: signal.pause()"]
         monkeypatch.setattr(
-            "scripts.supervisor.worker_role", lambda config, queue, replica: Role(name=f"{queue}-{replica}", argv=argv)
+            "sluice.scripts.launcher.supervisor.worker_role",
+            lambda config, queue, replica: Role(name=f"{queue}-{replica}", argv=argv),
         )
         config = make_config(
             replicas={"dataset": 0, "rollout": 0, "reference": 0, "eval": 0, "reward": {"min": 1, "max": 3}},
@@ -269,7 +270,7 @@ def test_a_drain_ends_in_time(
     supervising: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
     """After drain_s by SIGTERM, after STOP_S more by SIGKILL."""
-    monkeypatch.setattr("scripts.supervisor.STOP_S", 0.2)
+    monkeypatch.setattr("sluice.scripts.launcher.supervisor.STOP_S", 0.2)
     supervisor = supervising(program, drain_s=0.5)
     supervisor.scale("reward", 2)
     wait_until_ready(supervisor)

@@ -18,12 +18,12 @@ import redis
 from harness import wait_for
 from test_transport import is_done, log_of, tiny_worker
 
-from common.broker import make_app, send
-from common.connection import connect
-from common.errors import ConfigError, ConnectionFailed
-from common.sentinel import parse
-from scripts.doctor import examine_redis
-from scripts.redis_server import find_server, free_port
+from sluice.common.connections.broker import make_app, send
+from sluice.common.connections.client import connect
+from sluice.common.connections.sentinel import parse
+from sluice.common.errors import ConfigError, ConnectionFailed
+from sluice.scripts.commands.doctor import examine_redis
+from sluice.scripts.launcher.redis_server import find_server, free_port
 
 PASSWORD = "sentinel-test"
 

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.errors import SerializationError
-from common.serialization import MAX_JSON_BYTES, SCHEMA_VERSION, decode, decode_json, encode
-from common.types import Completion, Group, SamplingParams, Scores, Task, oldest_version
+from sluice.common.errors import SerializationError
+from sluice.common.serialization import MAX_JSON_BYTES, SCHEMA_VERSION, decode, decode_json, encode
+from sluice.common.types import Completion, Group, SamplingParams, Scores, Task, oldest_version
 
 settings.register_profile(
     "sluice",

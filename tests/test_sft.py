@@ -18,18 +18,18 @@ import yaml
 from harness import ROOT, environment, metrics_lines, tiny_folder, wait_for
 from test_config_sft import settings
 
-from common.assets import ModelAssets, read_assets
-from common.config import DatasetConfig
-from common.config_sft import ExamplesConfig, SftConfig
-from common.config_trainer import TrainerConfig
-from common.errors import ConfigError
-from common.model import load_pretrained
-from scripts import cli
-from trainer.examples import Example, ExampleSource, end_of_turn, micro_batches_of
-from trainer.export import export_checkpoint
-from trainer.policy import TrainedPolicy
-from trainer.sft import SftTrainer, completion_nll
-from workers.prompts import Prompt, PromptSource
+from sluice.common.config import DatasetConfig
+from sluice.common.config.sft import ExamplesConfig, SftConfig
+from sluice.common.config.trainer import TrainerConfig
+from sluice.common.errors import ConfigError
+from sluice.common.models.assets import ModelAssets, read_assets
+from sluice.common.models.causal_lm import load_pretrained
+from sluice.scripts import cli
+from sluice.trainer.examples import Example, ExampleSource, end_of_turn, micro_batches_of
+from sluice.trainer.export import export_checkpoint
+from sluice.trainer.sft import SftTrainer, completion_nll
+from sluice.trainer.trained_policy import TrainedPolicy
+from sluice.workers.prompt_source import Prompt, PromptSource
 
 PAIRS = [(a, b) for a in range(10, 40) for b in range(10, 12)]
 ROWS = [{"prompt": f"What is {a}+{b}?", "completion": f"<answer>{a + b}</answer>" * (a % 3 + 1)} for a, b in PAIRS]
@@ -286,7 +286,7 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(data))
     env = environment(PYTHONPATH=str(ROOT), HF_DATASETS_CACHE=str(tmp_path / "cache"))
     run = tmp_path / "runs" / "sft-job-1"
-    argv = [sys.executable, "-m", "scripts.cli", "sft", "job.yaml", "--name", "sft-job-1"]
+    argv = [sys.executable, "-m", "sluice.scripts.cli", "sft", "job.yaml", "--name", "sft-job-1"]
     process = subprocess.Popen(argv, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (run / "metrics.jsonl").exists() and lines_of(run), timeout=120, what="the first step")
     process.send_signal(signal.SIGTERM)

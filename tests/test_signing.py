@@ -16,17 +16,17 @@ from harness import wait_for
 from test_rollout_policy import serving
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
-from common.config import PolicyStoreConfig
-from common.diagnosis import alarms
-from common.errors import ConfigError, DigestMismatch, SignatureRefused
-from common.keys import Keys
-from common.manifest import Manifest
-from common.policy_store import PolicyStore
-from common.run import open_run
-from common.secrets import secret
-from common.serialization import encode
-from common.signing import Signer, make_key, unsealed
-from scripts.roles import key_environment, trainer_role, worker_role
+from sluice.common.config import PolicyStoreConfig
+from sluice.common.connections.secrets import secret
+from sluice.common.errors import ConfigError, DigestMismatch, SignatureRefused
+from sluice.common.keys import Keys
+from sluice.common.monitoring.diagnosis import alarms
+from sluice.common.policies.manifest import Manifest
+from sluice.common.policies.signing import Signer, make_key, unsealed
+from sluice.common.policies.store import PolicyStore
+from sluice.common.run import open_run
+from sluice.common.serialization import encode
+from sluice.scripts.launcher.roles import key_environment, trainer_role, worker_role
 
 KEY, OTHER_KEY = "k" * 32, "o" * 32
 

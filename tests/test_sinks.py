@@ -30,24 +30,24 @@ from harness import environment, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import group
 
-from common.config_operations import MetricsConfig
-from common.errors import ConfigError
-from common.keys import Keys
-from common.metrics import last_metrics
-from common.run import Run
-from scripts.cli import cli
-from trainer import sinks
-from trainer.completions import CompletionsTable
-from trainer.report import Reporter
-from trainer.sinks import Sink, TrackedRun, check_trackers, tracked_id
+from sluice.common.config.operations import MetricsConfig
+from sluice.common.errors import ConfigError
+from sluice.common.keys import Keys
+from sluice.common.monitoring.metrics import last_metrics
+from sluice.common.run import Run
+from sluice.scripts.cli import cli
+from sluice.trainer import trackers as sinks
+from sluice.trainer.completions import CompletionsTable
+from sluice.trainer.report import Reporter
+from sluice.trainer.trackers import Sink, TrackedRun, check_trackers, tracked_id
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
 
 TRAINER = """
 import json, os, sys, time
 from pathlib import Path
-from common.config_operations import MetricsConfig
-from trainer.sinks import Sinks, TrackedRun
+from sluice.common.config.operations import MetricsConfig
+from sluice.trainer.trackers import Sinks, TrackedRun
 
 folder, tracker, resumed, told, steps, end = sys.argv[1:]
 config = MetricsConfig.model_validate({tracker: True, "project": "demo"})
@@ -376,7 +376,7 @@ def test_a_missing_package_is_named_before_anything_starts(
     quickstart = str(Path(sinks.__file__).parent.parent / "config" / "quickstart.yaml")
     done = CliRunner().invoke(cli, ["plan", quickstart, f"metrics.{name}=true"])
     assert isinstance(done.exception, ConfigError)
-    assert f"pip install 'sluice[{name}]'" in str(done.exception)
+    assert f"pip install 'sluice-rl[{name}]'" in str(done.exception)
 
 
 def test_a_login_that_fails_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

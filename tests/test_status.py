@@ -17,14 +17,14 @@ from builders import make_config
 from harness import ROOT, environment, wait_for
 from rich.console import Console
 
-from common.connection import connect
-from common.control import change, pause
-from common.keys import Keys
-from common.metrics import beat, write_metrics
-from common.run import create_run, set_status
-from dashboard.status import collect_status
-from dashboard.terminal import render, sparkline
-from scripts.redis_server import EmbeddedServer
+from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
+from sluice.common.monitoring.metrics import beat, write_metrics
+from sluice.common.operations.control import change, pause
+from sluice.common.run import create_run, set_status
+from sluice.dashboard.run_state import collect_status
+from sluice.dashboard.terminal import render, sparkline
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 
 def screen(status: dict[str, object]) -> str:
@@ -79,7 +79,7 @@ def test_watch_goes_on_over_an_outage_of_redis_and_ends_with_the_run(tmp_path: P
     keys = create_run(client, "watched", make_config(), assets={}, folder=str(tmp_path)).keys
     set_status(client, keys, "running")
     master, slave = pty.openpty()
-    argv = [sys.executable, "-m", "scripts.cli", "status", "--watch", "watched"]
+    argv = [sys.executable, "-m", "sluice.scripts.cli", "status", "--watch", "watched"]
     env = environment(PYTHONPATH=str(ROOT), SLUICE_REDIS_URL=own_redis.url, COLUMNS="200", LINES="60", TERM="xterm")
     process = subprocess.Popen(argv, cwd=tmp_path, env=env, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)

@@ -23,11 +23,11 @@ from harness import (
     wait_for,
 )
 
-from common.config import Config
-from common.errors import ConfigError
-from scripts.redis_server import EmbeddedServer
-from scripts.roles import Role, assigned_gpus, check_gpus, planned_workers
-from scripts.supervisor import Child, RunFailed, Supervisor
+from sluice.common.config import Config
+from sluice.common.errors import ConfigError
+from sluice.scripts.launcher.redis_server import EmbeddedServer
+from sluice.scripts.launcher.roles import Role, assigned_gpus, check_gpus, planned_workers
+from sluice.scripts.launcher.supervisor import Child, RunFailed, Supervisor
 
 UNLICENSED = """
 import os, sys
@@ -119,7 +119,7 @@ def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> No
 def test_a_trainer_that_beats_has_time_for_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool, is_waited_for: bool
 ) -> None:
-    monkeypatch.setattr("scripts.supervisor.STOP_S", 0.2)
+    monkeypatch.setattr("sluice.scripts.launcher.supervisor.STOP_S", 0.2)
     program = f"""
 import pathlib, signal, time
 def write(*signal):

@@ -9,18 +9,26 @@ from pathlib import Path
 from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, trainer, workers
 from pyarrow import parquet
 
-from scripts.redis_server import EmbeddedServer
-from trainer.checkpoint import SavedTensors, checkpoint_at, newest_checkpoint
+from sluice.scripts.launcher.redis_server import EmbeddedServer
+from sluice.trainer.checkpoint import SavedTensors, checkpoint_at, newest_checkpoint
 
 KILLS = [
-    ("trainer.policy:TrainedPolicy.optimize", "after", 2),  # between optimizer step and publication
-    ("common.replay_buffer:ReplayBuffer.sample", "after", 3),  # a batch is dealt out, nothing else happened
-    ("common.policy_store:DirectoryTransport.write", "after", 3),  # tensors written, the pointer not moved
-    ("common.policy_store:PolicyStore._collect_garbage", "before", 3),  # the pointer moved, nobody told
-    ("trainer.checkpoint:save_file", "after", 1),  # weights written, no optimizer state
-    ("trainer.checkpoint:_fsync", "before", 5),  # everything in place but the `latest` pointer
-    ("common.replay_buffer:ReplayBuffer.acknowledge", "before", 2),  # between checkpoint and acknowledgement
-    ("common.replay_buffer:ReplayBuffer.acknowledge", "after", 2),
+    ("sluice.trainer.trained_policy:TrainedPolicy.optimize", "after", 2),  # between optimizer step and publication
+    (
+        "sluice.common.ledger.replay_buffer:ReplayBuffer.sample",
+        "after",
+        3,
+    ),  # a batch is dealt out, nothing else happened
+    ("sluice.common.policies.store:DirectoryTransport.write", "after", 3),  # tensors written, the pointer not moved
+    ("sluice.common.policies.store:PolicyStore._collect_garbage", "before", 3),  # the pointer moved, nobody told
+    ("sluice.trainer.checkpoint:save_file", "after", 1),  # weights written, no optimizer state
+    ("sluice.trainer.checkpoint:_fsync", "before", 5),  # everything in place but the `latest` pointer
+    (
+        "sluice.common.ledger.replay_buffer:ReplayBuffer.acknowledge",
+        "before",
+        2,
+    ),  # between checkpoint and acknowledgement
+    ("sluice.common.ledger.replay_buffer:ReplayBuffer.acknowledge", "after", 2),
 ]
 
 
@@ -68,7 +76,10 @@ def test_ten_steps_are_five_a_kill_and_five_bit_for_bit(tmp_path: Path, own_redi
         "seed": 7,
     }
     results = {}
-    for name, place in [("straight", None), ("killed", ("trainer.policy:TrainedPolicy.optimize", "after", 7))]:
+    for name, place in [
+        ("straight", None),
+        ("killed", ("sluice.trainer.trained_policy:TrainedPolicy.optimize", "after", 7)),
+    ]:
         folder = tmp_path / name
         folder.mkdir()
         env = create_run(folder, own_redis.url, name=name, **synchronous)

@@ -16,17 +16,17 @@ import redis
 from harness import running, wait_for
 from kombu import Connection, Queue
 
-from common.broker import make_app, send, send_part
-from common.connection import connect
-from common.transport import MAX_REJECTED, MAX_REJECTED_BYTES
-from scripts.redis_server import EmbeddedServer, start_server
+from sluice.common.connections.broker import make_app, send, send_part
+from sluice.common.connections.client import connect
+from sluice.common.connections.transport import MAX_REJECTED, MAX_REJECTED_BYTES
+from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 
 PREFIX = "sluice:{tiny}:mq:"
 
 APP = """
 import os
-from common.broker import make_app
-from common.connection import connect
+from sluice.common.connections.broker import make_app
+from sluice.common.connections.client import connect
 
 app = make_app("tiny")
 done = connect()
@@ -182,7 +182,7 @@ def test_a_killed_broker_does_not_end_a_worker_with_messages_in_hand(tmp_path, s
     url = server.url
     connection = Connection(
         url,
-        transport="common.transport:Transport",
+        transport="sluice.common.connections.transport:Transport",
         transport_options={"global_keyprefix": "close:", "socket_timeout": 1},
     )
     channels = [connection.channel(), connection.channel()]

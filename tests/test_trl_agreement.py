@@ -12,12 +12,12 @@ import pytest
 import torch
 from builders import make_completion
 
-from common.config_trainer import LossConfig
-from common.presets import preset_values
-from common.types import Episode
-from trainer.advantage import batch_advantages
-from trainer.loss import policy_loss
-from trainer.masks import loss_tokens, overlong_penalty
+from sluice.common.config.presets import preset_values
+from sluice.common.config.trainer import LossConfig
+from sluice.common.types import Episode
+from sluice.trainer.advantage import batch_advantages
+from sluice.trainer.loss import policy_loss
+from sluice.trainer.reward_shaping import loss_tokens, overlong_penalty
 
 NUMBERS = json.loads((Path(__file__).parent / "fixtures" / "trl_numbers.json").read_text())
 BATCH, CASES = NUMBERS["batch"], NUMBERS["cases"]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import common.truncation
-from common.logprobs import completion_logprobs, pad_sequences
-from common.model import named_weights
-from common.truncation import Truncation, thresholds
-from common.types import SamplingParams
-from workers.engine import GenerationRequest
-from workers.engine.torch_engine import TorchEngine
+import sluice.common.models.truncation
+from sluice.common.models.causal_lm import named_weights
+from sluice.common.models.logprobs import completion_logprobs, pad_sequences
+from sluice.common.models.truncation import Truncation, thresholds
+from sluice.common.types import SamplingParams
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.torch.engine import TorchEngine
 
 EOS = (1, 2)
 VOCAB = 300
@@ -48,7 +48,7 @@ def naive_kept(logits, *, top_k, top_p, min_p):
 
 @pytest.mark.parametrize("candidates", [4, 64])
 def test_thresholds_keep_what_a_walk_down_the_order_keeps(monkeypatch, candidates):
-    monkeypatch.setattr(common.truncation, "_CANDIDATES", candidates)
+    monkeypatch.setattr(sluice.common.models.truncation, "_CANDIDATES", candidates)
     torch.manual_seed(3)
     cuts = [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (10, 0.5, 0.0), (0, 0.9, 0.05), (7, 0.7, 0.3)]
     logits = torch.randn(len(cuts), 200) * 3

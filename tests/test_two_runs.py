@@ -11,9 +11,9 @@ from pathlib import Path
 
 from harness import account_of, create_run, metrics_of, trainer, workers
 
-from common.connection import connect
-from common.keys import RUNS, Keys
-from scripts.redis_server import EmbeddedServer, start_server
+from sluice.common.connections.client import connect
+from sluice.common.keys import RUNS, Keys
+from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 
 STEPS = 6
 ON_POLICY = {

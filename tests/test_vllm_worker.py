@@ -15,17 +15,17 @@ import torch
 from harness import tiny_folder, wait_for
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
-from common.lora import PREFIX, merge_adapter
-from common.metrics import read_heartbeats
-from common.model import load_pretrained, load_weights
-from common.policy_store import PolicyStore
-from common.serialization import decode
-from common.types import Completion, Task
-from workers.context import HUNG_EXIT_CODE
+from sluice.common.models.causal_lm import load_pretrained, load_weights
+from sluice.common.models.lora import PREFIX, merge_adapter
+from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.policies.store import PolicyStore
+from sluice.common.serialization import decode
+from sluice.common.types import Completion, Task
+from sluice.workers.context import HUNG_EXIT_CODE
 
 PATCH = """
 from pathlib import Path
-from workers.engine.vllm_core import VllmCore
+from sluice.workers.engine.vllm.core import VllmCore
 step = VllmCore.step
 def odd(self):
     if Path("die").exists():

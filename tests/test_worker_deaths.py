@@ -21,27 +21,27 @@ import redis
 from builders import make_config, rollout_payload, task_payload
 from harness import running, tiny_folder, wait_for, worker
 
-from common.assets import read_assets
-from common.broker import make_app, send_part
-from common.config import Config
-from common.keys import Keys
-from common.ledger import Ledger
-from common.metrics import read_heartbeats
-from common.model import load_pretrained, named_weights
-from common.policy_store import PolicyStore
-from common.run import create_run
-from workers.context import HUNG_EXIT_CODE
+from sluice.common.config import Config
+from sluice.common.connections.broker import make_app, send_part
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.models.assets import read_assets
+from sluice.common.models.causal_lm import load_pretrained, named_weights
+from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.policies.store import PolicyStore
+from sluice.common.run import create_run
+from sluice.workers.context import HUNG_EXIT_CODE
 
 LEASE_S = 2.0
 ODD_WORKER = """
 import os, sys, threading, time
 {patch}
 from celery.__main__ import main
-sys.argv = ["celery", "-A", "workers.app", "worker", "-Q", "{queue}"]
+sys.argv = ["celery", "-A", "sluice", "worker", "-Q", "{queue}"]
 main()
 """
 ROLLOUT = """
-from workers.engine.torch_engine import TorchEngine
+from sluice.workers.engine.torch.engine import TorchEngine
 generate = TorchEngine.generate
 def odd(self, request):
     {behaviour}
@@ -186,7 +186,7 @@ def test_a_stopped_worker_is_taken_over_and_its_late_results_are_refused(make_fl
 
 def test_an_engine_in_an_endless_loop_is_taken_over_and_its_process_ends(make_fleet: Callable[..., Fleet]) -> None:
     fleet = make_fleet()
-    patch = "from workers.engine.torch_engine import TorchEngine\nassert TorchEngine._step\n"
+    patch = "from sluice.workers.engine.torch.engine import TorchEngine\nassert TorchEngine._step\n"
     patch += "def endless(self):\n    while True: pass\nTorchEngine._step = endless"
     group_ids = fleet.admit(2)
     with fleet.odd("rollout", patch=patch) as hung:
@@ -204,7 +204,7 @@ def test_prompts_of_a_dataset_worker_that_died_after_admission_are_prepared_by_a
     make_fleet: Callable[..., Fleet],
 ) -> None:
     fleet = make_fleet(dataset={"max_req_tokens": 32}, trainer={"seq_len": 64})
-    patch = "from workers.prompts import PromptSource\nPromptSource.prompt_at = lambda self, cursor: os._exit(9)"
+    patch = "from sluice.workers.prompt_source import PromptSource\nPromptSource.prompt_at = lambda self, cursor: os._exit(9)"
     with fleet.odd("dataset", patch=patch) as killed:
         assert killed.wait(30) == 9
     num_admitted = fleet.ledger.account().admitted
@@ -222,7 +222,7 @@ def test_prompts_of_a_dataset_worker_that_died_after_admission_are_prepared_by_a
 
 def test_groups_of_a_killed_reference_worker_are_scored_by_another(make_fleet: Callable[..., Fleet]) -> None:
     fleet = make_fleet(trainer={"loss": {"kl_beta": 0.1}})
-    patch = "from workers.reference import ReferenceModel\n"
+    patch = "from sluice.workers.reference import ReferenceModel\n"
     patch += "ReferenceModel.forward = lambda self, sequences, sampling: os.kill(os.getpid(), 9)"
     group_ids = fleet.admit(3, until="rollout")
     with fleet.odd("reference", patch=patch) as killed:

@@ -1,1 +1,1 @@
-"""The standalone trainer daemon: consumes batches, publishes policies. Start it with `python -m trainer`."""
+"""The standalone trainer daemon: consumes batches, publishes policies. Start it with `python -m sluice.trainer`."""

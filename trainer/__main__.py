@@ -1,10 +1,10 @@
-"""`python -m trainer`: the trainer daemon of the run that SLUICE_RUN names.
+"""`python -m sluice.trainer`: the trainer daemon of the run that SLUICE_RUN names.
 
 SIGTERM and Ctrl-C finish the step, write a checkpoint and exit 0; a second signal exits at once. Started again, it goes on
 from the newest checkpoint by itself.
 
-`python -m scripts.ranks N`: the same over N ranks of one machine, of which only rank 0 reads Redis (`trainer.parallel`);
-`torchrun ... -m trainer`: of several machines.
+`python -m sluice.scripts.launcher.ranks N`: the same over N ranks of one machine, of which only rank 0 reads Redis;
+`torchrun ... -m sluice.trainer`: of several machines.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import signal
 import sys
 from types import FrameType
 
-from common.connection import connect, give_up_after, persistence_warning, run_name
-from common.errors import ConfigError, ConnectionFailed, DiskFull, Diverged
-from common.parent import die_with
-from common.run import open_run, set_status
+from sluice.common.connections.client import connect, give_up_after, persistence_warning, run_name
+from sluice.common.errors import ConfigError, ConnectionFailed, DiskFull, Diverged
+from sluice.common.parent import die_with
+from sluice.common.run import open_run, set_status
 
 STOP_WITHOUT_REDIS_S = 30.0
 """Told to stop, the trainer waits so long at most for a Redis that is away; then it ends without a checkpoint of its step."""
@@ -34,14 +34,14 @@ def main() -> int:
         die_with(os.getppid())
     try:
         if not is_alone and rank != "0":
-            from trainer.parallel import follow
-            from trainer.ranks import Ranks
+            from sluice.trainer.distributed.parallel import follow
+            from sluice.trainer.distributed.ranks import Ranks
 
             return follow(Ranks.join())
         client = connect()
         run = open_run(client, run_name())
-        from trainer.loop import Trainer  # torch loads here, after the input was checked
-        from trainer.ranks import Ranks
+        from sluice.trainer.distributed.ranks import Ranks
+        from sluice.trainer.loop import Trainer  # torch loads here, after the input was checked
 
         trainer = Trainer(client, run, ranks=Ranks.join())
     except (ConfigError, ConnectionFailed) as error:

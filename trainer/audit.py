@@ -17,10 +17,10 @@ from typing import Any
 
 import zstandard
 
-from common.config import Config
-from common.errors import ConfigError, SerializationError
-from common.serialization import decode, encode
-from common.types import Group
+from sluice.common.config import Config
+from sluice.common.errors import ConfigError, SerializationError
+from sluice.common.serialization import decode, encode
+from sluice.common.types import Group
 
 log = logging.getLogger("sluice.trainer")
 

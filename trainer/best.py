@@ -22,13 +22,13 @@ from pathlib import Path
 
 import redis
 
-from common import evaluation
-from common.disk import needing_room
-from common.errors import ConfigError
-from common.evaluation import Best, read_best
-from common.keys import Keys
-from common.run import Run
-from trainer.checkpoint import remove_old_checkpoints, saved_versions
+from sluice.common.disk import needing_room
+from sluice.common.errors import ConfigError
+from sluice.common.keys import Keys
+from sluice.common.ledger import evaluations as evaluation
+from sluice.common.ledger.evaluations import Best, read_best
+from sluice.common.run import Run
+from sluice.trainer.checkpoint import remove_old_checkpoints, saved_versions
 
 log = logging.getLogger("sluice.checkpoint")
 

@@ -34,9 +34,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.disk import needing_room
-from common.errors import ConfigError
-from trainer.lora import check_base
+from sluice.common.disk import needing_room
+from sluice.common.errors import ConfigError
+from sluice.trainer.adapter import check_base
 
 log = logging.getLogger("sluice.checkpoint")
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.types import Group
+from sluice.common.types import Group
 
 log = logging.getLogger("sluice.trainer")
 

@@ -1,6 +1,6 @@
 """Examples of supervised training: dataset rows as the token ids of a prompt and of the completion to learn.
 
-They are made of what RL will meet: the prompt's tokens are those of `common.prompts`, the completion's are its text as
+They are made of what RL will meet: the prompt's tokens are those of `common.data.prompt_reader`, the completion's are its text as
 it stands, whatever the chat template would make of it, and the token that ends a turn.
 
 Legend: P = prompt tokens, T = completion tokens.
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.config_sft import ExamplesConfig
-from common.errors import ConfigError
-from common.prompts import PromptReader
-from common.types import Completion, Episode, Group
-from trainer.batch import MicroBatch, build_micro_batches
+from sluice.common.config.sft import ExamplesConfig
+from sluice.common.data.prompt_reader import PromptReader
+from sluice.common.errors import ConfigError
+from sluice.common.types import Completion, Episode, Group
+from sluice.trainer.micro_batches import MicroBatch, build_micro_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from common.assets import read_assets
-from common.config_file import read_training_config
-from common.disk import needing_room
-from common.errors import ConfigError
-from common.lora import merge_adapter
-from common.model import load_pretrained, load_weights, named_weights
-from trainer.checkpoint import checkpoint_at
-from trainer.lora import Adapter, base_digest, check_base
+from sluice.common.config.file import read_training_config
+from sluice.common.disk import needing_room
+from sluice.common.errors import ConfigError
+from sluice.common.models.assets import read_assets
+from sluice.common.models.causal_lm import load_pretrained, load_weights, named_weights
+from sluice.common.models.lora import merge_adapter
+from sluice.trainer.adapter import Adapter, base_digest, check_base
+from sluice.trainer.checkpoint import checkpoint_at
 
 
 def export_checkpoint(

@@ -31,23 +31,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common import evaluation
-from common.assets import ModelAssets
-from common.broker import make_app
-from common.canary import choose_sequences, mismatch_bound, random_sequences
-from common.config import Config
-from common.digest import weights_digest
-from common.errors import ConfigError, DiskFull, PolicyNotFound, StateLost
-from common.ledger import Ledger
-from common.lineage import abandoned_versions, policy_ages
-from common.model import device_name
-from common.policy_store import PolicyStore
-from common.replay_buffer import ReplayBuffer
-from common.run import Run, process_name
-from common.types import Group
-from trainer.audit import Audit, StepRecord
-from trainer.best import settle_best, update_best
-from trainer.checkpoint import (
+from sluice.common.config import Config
+from sluice.common.connections.broker import make_app
+from sluice.common.errors import ConfigError, DiskFull, PolicyNotFound, StateLost
+from sluice.common.ledger import evaluations as evaluation
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.replay_buffer import ReplayBuffer
+from sluice.common.models.assets import ModelAssets
+from sluice.common.models.causal_lm import device_name
+from sluice.common.policies.canary import choose_sequences, mismatch_bound, random_sequences
+from sluice.common.policies.digest import weights_digest
+from sluice.common.policies.lineage import abandoned_versions, policy_ages
+from sluice.common.policies.store import PolicyStore
+from sluice.common.run import Run, process_name
+from sluice.common.types import Group
+from sluice.trainer.audit import Audit, StepRecord
+from sluice.trainer.best import settle_best, update_best
+from sluice.trainer.checkpoint import (
     TrainerState,
     checkpoint_steps,
     go_on_from,
@@ -55,13 +55,13 @@ from trainer.checkpoint import (
     random_state,
     save_checkpoint,
 )
-from trainer.orders import HELD_POLL_S, OrderReader
-from trainer.parallel import open_policy
-from trainer.publish import Publisher
-from trainer.ranks import Ranks
-from trainer.report import Reporter, batch_metrics, flow_metrics, log_step, token_age
-from trainer.step import train_on
-from trainer.watch import Watch
+from sluice.trainer.distributed.parallel import open_policy
+from sluice.trainer.distributed.ranks import Ranks
+from sluice.trainer.heartbeat import Watch
+from sluice.trainer.orders import HELD_POLL_S, OrderReader
+from sluice.trainer.publish import Publisher
+from sluice.trainer.report import Reporter, batch_metrics, flow_metrics, log_step, token_age
+from sluice.trainer.step import train_on
 
 log = logging.getLogger("sluice.trainer")
 

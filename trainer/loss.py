@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config_trainer import LossConfig
+from sluice.common.config.trainer import LossConfig
 
 MAX_LOG_RATIO = 20.0
 """exp(20) = 5e8: far beyond any clip, far from float32 overflow."""

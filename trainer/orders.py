@@ -12,9 +12,9 @@ from pathlib import Path
 
 import redis
 
-from common.control import Orders, at, describe_paused, read_orders, with_settings
-from common.run import Run
-from trainer.report import append_line
+from sluice.common.operations.control import Orders, at, describe_paused, read_orders, with_settings
+from sluice.common.run import Run
+from sluice.trainer.report import append_line
 
 log = logging.getLogger("sluice.trainer")
 

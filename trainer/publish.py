@@ -16,12 +16,12 @@ import redis
 from celery import Celery
 from torch import Tensor
 
-from common import evaluation
-from common.broker import send
-from common.canary import CanarySequence
-from common.config import EvalDataset
-from common.policy_store import PolicyStore
-from common.run import Run
+from sluice.common.config import EvalDataset
+from sluice.common.connections.broker import send
+from sluice.common.ledger import evaluations as evaluation
+from sluice.common.policies.canary import CanarySequence
+from sluice.common.policies.store import PolicyStore
+from sluice.common.run import Run
 
 
 class Publisher:

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from common.assets import read_assets
-from common.config import Config
-from common.config_file import read_run_config
-from common.control import with_settings
-from common.digest import weights_digest
-from common.errors import ConfigError
-from trainer.audit import audit_folder, read_record, recorded_steps
-from trainer.checkpoint import checkpoint_at, checkpoint_steps, go_on_from
-from trainer.parallel import ParallelPolicy, open_policy
-from trainer.step import train_on
+from sluice.common.config import Config
+from sluice.common.config.file import read_run_config
+from sluice.common.errors import ConfigError
+from sluice.common.models.assets import read_assets
+from sluice.common.operations.control import with_settings
+from sluice.common.policies.digest import weights_digest
+from sluice.trainer.audit import audit_folder, read_record, recorded_steps
+from sluice.trainer.checkpoint import checkpoint_at, checkpoint_steps, go_on_from
+from sluice.trainer.distributed.parallel import ParallelPolicy, open_policy
+from sluice.trainer.step import train_on
 
 TOLERANCE = 1e-6
 """Bound on the difference of two losses of one step, absolute."""

@@ -22,23 +22,23 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from common.broker import PART_TASKS
-from common.config import QUEUES, Config
-from common.diagnosis import Cause
-from common.errors import PolicyNotFound
-from common.evaluation import mark_reported
-from common.keys import Keys
-from common.ledger import read_account
-from common.lineage import policy_ages
-from common.metrics import last_metrics, read_heartbeats, write_metrics
-from common.queues import read_queues
-from common.run import Run
-from common.scripts import Scripts
-from common.serialization import encode
-from common.types import Group, have_preference
-from trainer.batch import Sequences
-from trainer.completions import CompletionsTable
-from trainer.sinks import Sinks, TrackedRun, check_packages, tracked_id
+from sluice.common.config import QUEUES, Config
+from sluice.common.connections.broker import PART_TASKS
+from sluice.common.errors import PolicyNotFound
+from sluice.common.keys import Keys
+from sluice.common.ledger.evaluations import mark_reported
+from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.scripts import Scripts
+from sluice.common.monitoring.diagnosis import Cause
+from sluice.common.monitoring.metrics import last_metrics, read_heartbeats, write_metrics
+from sluice.common.monitoring.queues import read_queues
+from sluice.common.policies.lineage import policy_ages
+from sluice.common.run import Run
+from sluice.common.serialization import encode
+from sluice.common.types import Group, have_preference
+from sluice.trainer.completions import CompletionsTable
+from sluice.trainer.micro_batches import Sequences
+from sluice.trainer.trackers import Sinks, TrackedRun, check_packages, tracked_id
 
 log = logging.getLogger("sluice.trainer")
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.logprobs import completion_logprobs
-from common.truncation import Truncation
-from common.types import SamplingParams
+from sluice.common.models.logprobs import completion_logprobs
+from sluice.common.models.truncation import Truncation
+from sluice.common.types import SamplingParams
 
 
 class Scorer(torch.nn.Module):

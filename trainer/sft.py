@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.assets import read_assets
-from common.config_sft import ExamplesConfig, SftConfig
-from common.errors import ConfigError
-from common.logprobs import score_sequences
-from common.model import load_pretrained
-from trainer.batch import MicroBatch
-from trainer.checkpoint import TrainerState, go_on_from, newest_checkpoint, random_state, save_checkpoint
-from trainer.examples import Example, ExampleSource, micro_batches_of
-from trainer.export import export_checkpoint
-from trainer.policy import TrainedPolicy
-from trainer.report import append_line
-from trainer.scorer import autocast
+from sluice.common.config.sft import ExamplesConfig, SftConfig
+from sluice.common.errors import ConfigError
+from sluice.common.models.assets import read_assets
+from sluice.common.models.causal_lm import load_pretrained
+from sluice.common.models.logprobs import score_sequences
+from sluice.trainer.checkpoint import TrainerState, go_on_from, newest_checkpoint, random_state, save_checkpoint
+from sluice.trainer.examples import Example, ExampleSource, micro_batches_of
+from sluice.trainer.export import export_checkpoint
+from sluice.trainer.micro_batches import MicroBatch
+from sluice.trainer.report import append_line
+from sluice.trainer.scorer import autocast
+from sluice.trainer.trained_policy import TrainedPolicy
 
 log = logging.getLogger("sluice.sft")
 

@@ -6,11 +6,11 @@ import time
 
 from torch import Tensor
 
-from common.config import Config
-from common.types import Group
-from trainer.advantage import batch_advantages
-from trainer.masks import mask_metrics, rewards_of
-from trainer.parallel import ParallelPolicy
+from sluice.common.config import Config
+from sluice.common.types import Group
+from sluice.trainer.advantage import batch_advantages
+from sluice.trainer.distributed.parallel import ParallelPolicy
+from sluice.trainer.reward_shaping import mask_metrics, rewards_of
 
 
 def train_on(

@@ -1,4 +1,4 @@
-"""The Celery app: `celery -A workers.app worker -Q rollout` (or dataset, reference, reward, eval).
+"""The Celery app: `celery -A sluice worker -Q rollout` (or dataset, reference, reward, eval).
 
 One queue per worker process (or `-Q rollout,eval`: one engine for both). It decides pool and concurrency, so the plain
 command is right:
@@ -25,11 +25,11 @@ import click
 from celery.apps.worker import Worker
 from celery.utils.nodenames import default_nodename, host_format
 
-from common.broker import make_app
-from common.config import QUEUES
-from common.connection import run_name
-from common.errors import ConfigError, ConnectionFailed
-from workers.context import Context
+from sluice.common.config import QUEUES
+from sluice.common.connections.broker import make_app
+from sluice.common.connections.client import run_name
+from sluice.common.errors import ConfigError, ConnectionFailed
+from sluice.workers.context import Context
 
 
 class QueueWorker(Worker):

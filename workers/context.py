@@ -37,13 +37,13 @@ from celery.concurrency.thread import TaskPool
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from common.broker import send, send_part
-from common.connection import connect, give_up_after, run_name
-from common.errors import EngineClosed, SerializationError
-from common.ledger import Claim, Ledger
-from common.metrics import HEARTBEAT_S, beat, silence
-from common.run import Run, open_run, process_name
-from workers.room import Room
+from sluice.common.connections.broker import send, send_part
+from sluice.common.connections.client import connect, give_up_after, run_name
+from sluice.common.errors import EngineClosed, SerializationError
+from sluice.common.ledger.ledger import Claim, Ledger
+from sluice.common.monitoring.metrics import HEARTBEAT_S, beat, silence
+from sluice.common.run import Run, open_run, process_name
+from sluice.workers.execution_lock import Room
 
 log = logging.getLogger("sluice.worker")
 

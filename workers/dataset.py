@@ -5,7 +5,7 @@
     dataset.evaluate         admit the groups of evaluations that were asked for
 
 A tick thread does all of this once a second as well, so that a lost message costs a second, never a group, and says how many
-workers each queue should have (common/autoscale.py). Any number of dataset workers may run: every step is one atomic script,
+workers each queue should have. Any number of dataset workers may run: every step is one atomic script,
 and a lock lets one of them tick at a time.
 """
 
@@ -20,18 +20,18 @@ import redis
 import xxhash
 from celery import Celery, signals
 
-from common import autoscale
-from common.assets import ModelAssets
-from common.broker import send_part
-from common.config import EvalDataset
-from common.control import effective
-from common.errors import ConfigError
-from common.evaluation import evaluation_id
-from common.ledger import stored_parts
-from common.serialization import encode
-from common.types import SamplingParams, Task
-from workers.context import Context, CooperativePool
-from workers.prompts import PromptSource, TooLong
+from sluice.common.config import EvalDataset
+from sluice.common.connections.broker import send_part
+from sluice.common.errors import ConfigError
+from sluice.common.ledger.evaluations import evaluation_id
+from sluice.common.ledger.ledger import stored_parts
+from sluice.common.models.assets import ModelAssets
+from sluice.common.operations import autoscale
+from sluice.common.operations.control import effective
+from sluice.common.serialization import encode
+from sluice.common.types import SamplingParams, Task
+from sluice.workers.context import Context, CooperativePool
+from sluice.workers.prompt_source import PromptSource, TooLong
 
 log = logging.getLogger("sluice.dataset")
 

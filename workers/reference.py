@@ -17,16 +17,16 @@ import torch
 from celery import Celery, signals
 from numpy.typing import NDArray
 
-from common.assets import ModelAssets
-from common.ledger import Claim
-from common.logprobs import score_sequences
-from common.model import build_model, device_name, load_weights
-from common.packing import enable_packing
-from common.policy_store import PolicyStore
-from common.serialization import decode, encode
-from common.truncation import Truncation
-from common.types import SamplingParams
-from workers.context import Context, CooperativePool, Result
+from sluice.common.ledger.ledger import Claim
+from sluice.common.models.assets import ModelAssets
+from sluice.common.models.causal_lm import build_model, device_name, load_weights
+from sluice.common.models.logprobs import score_sequences
+from sluice.common.models.packing import enable_packing
+from sluice.common.models.truncation import Truncation
+from sluice.common.policies.store import PolicyStore
+from sluice.common.serialization import decode, encode
+from sluice.common.types import SamplingParams
+from sluice.workers.context import Context, CooperativePool, Result
 
 log = logging.getLogger("sluice.reference")
 

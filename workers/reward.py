@@ -22,13 +22,13 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, signals
 from celery.utils.log import current_process_index
 
-from common.broker import send_part
-from common.ledger import Claim
-from common.serialization import decode, encode
-from common.types import have_preference
-from workers.context import Context, Result
-from workers.rewards.answers import evaluation_facts
-from workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
+from sluice.common.connections.broker import send_part
+from sluice.common.ledger.ledger import Claim
+from sluice.common.serialization import decode, encode
+from sluice.common.types import have_preference
+from sluice.workers.context import Context, Result
+from sluice.workers.rewards.answers import evaluation_facts
+from sluice.workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
 
 log = logging.getLogger("sluice.reward")
 

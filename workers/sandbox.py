@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from common.errors import RewardError
-from common.parent import die_with
+from sluice.common.errors import RewardError
+from sluice.common.parent import die_with
 
 Isolation = Literal["limits", "network", "files"]
 LEVELS: tuple[Isolation, ...] = ("limits", "network", "files")

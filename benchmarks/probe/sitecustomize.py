@@ -20,19 +20,23 @@ from types import ModuleType
 from typing import Any
 
 TARGETS = {
-    "workers.engine.torch_engine": {"TorchEngine._pass": "generation"},
-    "workers.reference": {"ReferenceModel._compute": "reference"},
-    "trainer.policy": {"TrainedPolicy.optimize": "training", "TrainedPolicy.snapshot": "weights"},
-    "trainer.checkpoint": {"save_checkpoint": "checkpoint"},
-    "common.policy_store": {"PolicyStore.publish": "weights", "PolicyStore.fetch": "weights"},
-    "workers.rewards.scoring": {"score_group": "reward_functions"},
-    "workers.prompts": {"PromptSource.prompt_at": "prompts"},
-    "common.serialization": {"encode": "codec", "decode": "codec"},
-    "common.scripts": {"Scripts.__call__": "ledger_calls"},
-    "common.broker": {"send": "publish_message"},
-    "workers.context": {"Context.perform": "task_rest", "Context._beat_until_stopped": "heart"},
-    "trainer.loop": {"Trainer._train_on": "step_rest", "Trainer._next_batch": "take_batch"},
-    "trainer.report": {"Reporter.report": "metrics", "Reporter.keep_samples": "metrics", "flow_metrics": "metrics"},
+    "sluice.workers.engine.torch.engine": {"TorchEngine._pass": "generation"},
+    "sluice.workers.reference": {"ReferenceModel._compute": "reference"},
+    "sluice.trainer.trained_policy": {"TrainedPolicy.optimize": "training", "TrainedPolicy.snapshot": "weights"},
+    "sluice.trainer.checkpoint": {"save_checkpoint": "checkpoint"},
+    "sluice.common.policies.store": {"PolicyStore.publish": "weights", "PolicyStore.fetch": "weights"},
+    "sluice.workers.rewards.scoring": {"score_group": "reward_functions"},
+    "sluice.workers.prompt_source": {"PromptSource.prompt_at": "prompts"},
+    "sluice.common.serialization": {"encode": "codec", "decode": "codec"},
+    "sluice.common.ledger.scripts": {"Scripts.__call__": "ledger_calls"},
+    "sluice.common.connections.broker": {"send": "publish_message"},
+    "sluice.workers.context": {"Context.perform": "task_rest", "Context._beat_until_stopped": "heart"},
+    "sluice.trainer.loop": {"Trainer._train_on": "step_rest", "Trainer._next_batch": "take_batch"},
+    "sluice.trainer.report": {
+        "Reporter.report": "metrics",
+        "Reporter.keep_samples": "metrics",
+        "flow_metrics": "metrics",
+    },
 }
 """Module -> qualified name -> kind."""
 KINDS = tuple(dict.fromkeys(kind for names in TARGETS.values() for kind in names.values()))

@@ -4,7 +4,7 @@
     policy thread --stage()----> [ staged policy ] --swapped in between two decode steps--> every later token has its version
 
 One engine per process, shared by all task threads; it batches whatever they submit. Two implementations stand behind
-one contract test: `torch_engine.TorchEngine` and (with the extra `sluice[vllm]`) `vllm_engine`.
+one contract test: `torch_engine.TorchEngine` and (with the extra `sluice-rl[vllm]`) `vllm_engine`.
 
 What every engine guarantees:
 * logprobs are those of the distribution really sampled (after temperature, top_p, top_k, min_p), in float32; greedy
@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ConfigError
-from common.types import Completion, SamplingParams
+from sluice.common.errors import ConfigError
+from sluice.common.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +116,6 @@ def check_engine(name: str) -> None:
     """Refuse an engine that cannot run here, before anything starts. Raises ConfigError."""
     if name == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.engine=vllm: vLLM is not installed in this environment; `pip install 'sluice[vllm]'` in one of its own "
+            "rollout.engine=vllm: vLLM is not installed in this environment; `pip install 'sluice-rl[vllm]'` in one of its own "
             "(it pins torch and caps transformers), or use rollout.engine=torch"
         )

@@ -19,9 +19,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
-from common.errors import EngineClosed, EngineError
-from common.types import Completion
-from workers.engine import EngineStats, GenerationRequest
+from sluice.common.errors import EngineClosed, EngineError
+from sluice.common.types import Completion
+from sluice.workers.engine import EngineStats, GenerationRequest
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import Any
 
 import xxhash
 
-from workers.rewards.math_reward import parse_number
+from sluice.workers.rewards.math_reward import parse_number
 
 LONGEST_ANSWER = 200
 """Characters; of a longer answer, a digest is kept: all that it must do is equal itself."""

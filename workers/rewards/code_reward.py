@@ -6,8 +6,8 @@ import re
 from secrets import token_hex
 from typing import Any
 
-from common.errors import ConfigError
-from workers.sandbox import LEVELS, Isolation, available, run_python
+from sluice.common.errors import ConfigError
+from sluice.workers.sandbox import LEVELS, Isolation, available, run_python
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _ASSERTS = """

@@ -25,8 +25,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common.config import RewardFunction
-from common.errors import ConfigError
+from sluice.common.config import RewardFunction
+from sluice.common.errors import ConfigError
 
 TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 

@@ -19,9 +19,9 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from common.errors import RewardError
-from common.types import Scores
-from workers.rewards.loading import TRL_ARGUMENTS, LoadedReward, load_reward_functions
+from sluice.common.errors import RewardError
+from sluice.common.types import Scores
+from sluice.workers.rewards.loading import TRL_ARGUMENTS, LoadedReward, load_reward_functions
 
 __all__ = ["LoadedReward", "load_reward_functions", "score_group"]
 

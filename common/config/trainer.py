@@ -1,0 +1,184 @@
+"""Config of the trainer and its loss, and what all sections have in common; `sluice.common.config.schema` holds the others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+_MAX_REFILL = 10
+"""DAPO's max_num_gen_batches (verl's recipe)."""
+
+
+class Section(BaseModel):
+    """A part of the config: data, frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class LossConfig(Section):
+    """Policy loss; formulas and sources in docs/algorithms.md."""
+
+    loss: Literal["grpo", "gspo", "cispo", "sapo", "reinforce", "dppo"] = "grpo"
+    """`grpo`: PPO-clip on group advantages. `gspo`: the same on sequence ratios. `cispo`, `reinforce`: a capped weight
+    without gradient. `sapo`: a soft gate. `dppo`: tokens whose probability moved too far are dropped."""
+    clip_low: float = Field(default=0.2, ge=0.0)
+    """eps_low of `grpo`, `gspo`: the ratio is clipped below at 1 - eps_low; `dppo`: bound on a fall of p."""
+    clip_high: float = Field(default=0.2, ge=0.0)
+    """eps_high of `grpo`, `gspo`: the ratio is clipped above at 1 + eps_high; `dppo`: bound on a rise of p."""
+    dual_clip: float | None = Field(default=None, gt=1.0)
+    """delta of `grpo`, `gspo`: the unclipped ratio is capped here (3.0 is usual); none = off."""
+    cispo_cap: float = Field(default=5.0, gt=0.0)
+    """Ratio cap of `cispo`."""
+    sapo_tau_pos: float = Field(default=1.0, gt=0.0)
+    """Temperature of `sapo` for positive advantages."""
+    sapo_tau_neg: float = Field(default=1.05, gt=0.0)
+    """Temperature of `sapo` for the rest."""
+    aggregation: Literal["token_mean", "sequence_mean", "fixed_horizon"] = "token_mean"
+    """How token losses become one number."""
+    horizon: int | None = Field(default=None, ge=1)
+    """L of `fixed_horizon`, in tokens."""
+    kl_beta: float = Field(default=0.0, ge=0.0)
+    """Weight of the KL to the reference; 0 = no reference task is sent at all."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL."""
+    off_policy: Literal["bypass", "decoupled"] = "bypass"
+    """Denominator of the ratio: the sampler's logprobs, or the trainer's own at the start of the step."""
+    is_weight: (
+        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] | None
+    ) = None
+    """Treatment of the importance weight pi_prox / pi_behav, `decoupled` only; none = the weight as it is. Per token or
+    sequence (product of its ratios, or their geometric mean): capped at is_high, or 0 outside [is_low, is_high]."""
+    is_low: float | None = Field(default=None, gt=0.0)
+    """Lower bound of the masks."""
+    is_high: float = Field(default=2.0, gt=0.0)
+    """Cap of the truncations and of `reinforce`'s weight, upper bound of the masks."""
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> LossConfig:
+        if self.off_policy == "bypass" and self.is_weight is not None:
+            raise ValueError(
+                "double correction: with off_policy=bypass the ratio already corrects for the sampler; "
+                "drop is_weight or set off_policy=decoupled"
+            )
+        if self.is_weight == "geometric_mask" and (self.is_low is None or "is_high" not in self.model_fields_set):
+            raise ValueError("is_weight=geometric_mask needs is_low and is_high (0.99 and 1.01 are usual)")
+        is_masked = self.is_weight is not None and self.is_weight.endswith("_mask")
+        if is_masked and self.is_low is None:
+            raise ValueError(f"is_weight={self.is_weight} needs is_low (0.5 is usual)")
+        if self.is_low is not None and (not is_masked or self.is_low >= self.is_high):
+            raise ValueError("is_low is the lower bound of an is_weight that masks and must be under is_high")
+        if self.loss == "dppo" and self.off_policy != "bypass":
+            raise ValueError("loss=dppo bounds the distance to the sampler itself: set off_policy=bypass")
+        if self.dual_clip is not None and (self.loss not in ("grpo", "gspo") or self.dual_clip <= 1 + self.clip_high):
+            raise ValueError("dual_clip belongs to loss=grpo or gspo and must be over 1 + clip_high")
+        if (self.aggregation == "fixed_horizon") != (self.horizon is not None):
+            raise ValueError("aggregation=fixed_horizon and horizon belong together: set both or neither")
+        return self
+
+
+class OverlongPenalty(Section):
+    """What a completion near the bound on its length loses of its reward; arXiv:2503.14476, equation 13."""
+
+    buffer_tokens: int = Field(ge=1)
+    """The penalty grows linearly over the last so many tokens before sampling.max_res_tokens."""
+    penalty: float = Field(default=1.0, gt=0.0)
+    """Taken off the reward of a completion of full length."""
+
+
+PEFT_MISSING = "trainer.lora needs peft: `pip install 'sluice-rl[lora]'`, or leave trainer.lora out"
+
+
+class LoraConfig(Section):
+    """A low-rank adapter that is trained instead of the model's own weights; needs the extra `sluice-rl[lora]`."""
+
+    rank: int = Field(default=16, ge=1)
+    """r: rows of A and columns of B."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's product B A is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Linear layers that get an adapter: all but the output head, or those whose names end so (`[q_proj, v_proj]`)."""
+
+    @property
+    def scale(self) -> float:
+        """Of B A."""
+        return self.alpha / self.rank
+
+
+class TrainerConfig(Section):
+    """The key `preset` of a file names what sets several of these at once; it is resolved when the file is read."""
+
+    num_steps: int = Field(default=100, ge=1)
+    """Batches of the run; each gives a policy version."""
+    num_iterations: int = Field(default=1, ge=1)
+    """Optimizer steps per batch (mu of GRPO). Over 1 the ratio moves away from 1 and the clip acts in `decoupled` too."""
+    local_batch_size: int = Field(default=2, ge=1)
+    """Full-length sequences per micro-batch; with seq_len this is the token budget."""
+    max_tokens_per_microbatch: int | None = Field(default=None, ge=1)
+    """The token budget of one forward and backward pass, where local_batch_size * seq_len is not to be it. Prompts and
+    completions count; pads too where packing is off or the model cannot be packed."""
+    packing: Literal["auto", "off"] = "auto"
+    """`auto`: no pads run through a model that can do without (all layers plain causal attention). `off`: always padded."""
+    seq_len: int = Field(default=2048, ge=2)
+    """Bound on prompt + completion, in tokens."""
+    device: str = "auto"
+    """As rollout.device."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Of several ranks, each holds all weights (`ddp`) or its rows of them (`fsdp`); `auto`: fsdp on GPUs, ddp on
+    CPUs. The batch is the same for any number of ranks."""
+    autocast: Literal["float32", "bfloat16"] = "float32"
+    """Compute precision; master weights and optimizer state are float32 always. (float16 has too small a range for
+    gradients of a loss that is divided by a whole step's tokens.)"""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    advantage: Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl"] = "group"
+    """Baseline and scale of the rewards; docs/algorithms.md."""
+    filter_zero_variance: bool = False
+    """Drop groups whose rewards are all equal, or of which fewer than two can be scored, and admit others in their place
+    (DAPO's dynamic sampling)."""
+    max_refill: int = Field(default=_MAX_REFILL, ge=1)
+    """filter_zero_variance only: batches' worth of groups that may be dropped for one batch; after that such groups are
+    trained, with advantage 0, until the batch is taken."""
+    loss: LossConfig = LossConfig()
+    """Policy loss."""
+    mask_truncated: bool = False
+    """Keep completions that ran into max_res_tokens out of the loss; their rewards still count for the group's baseline."""
+    overlong_penalty: OverlongPenalty | None = None
+    """Lower the rewards of long completions before advantages are computed; none = off."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak AdamW learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW decoupled weight decay, on matrices only."""
+    warmup_steps: int = Field(default=1, ge=0)
+    """Linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up, down to 0 at num_steps."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled to at most this global norm."""
+    lora: LoraConfig | None = None
+    """Train a LoRA adapter upon frozen weights; none = train all weights."""
+    stall_report_s: float = Field(default=5.0, gt=0)
+    """While no batch is ready, the cause is logged this often, in seconds."""
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> TrainerConfig:
+        if self.advantage == "maxrl" and self.overlong_penalty is not None:
+            raise ValueError(
+                "advantage=maxrl needs rewards >= 0, which overlong_penalty may break: drop one of the two"
+            )
+        if self.max_refill != _MAX_REFILL and not self.filter_zero_variance:
+            raise ValueError(
+                "max_refill has no effect without filter_zero_variance: set that to true, or drop max_refill"
+            )
+        return self
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of one forward and backward pass, at most."""
+        return self.max_tokens_per_microbatch or self.local_batch_size * self.seq_len

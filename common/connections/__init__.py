@@ -1,0 +1,1 @@
+"""Connections to Redis and the Celery app: time-outs, outages, Sentinel, secrets."""

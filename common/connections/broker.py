@@ -1,0 +1,150 @@
+"""The Celery app of a run, without its tasks: queues, transport settings and how a part is sent.
+
+Every setting here was measured (see docs/operations.md): the defaults hang for ever on a half-open connection, redeliver
+after up to 100 s, or end the worker. A message is a hint, the ledger is the truth: acknowledging late keeps a
+message visible while it is worked on, a message delivered twice is refused by `claim`, and a message that cannot be sent is
+given up with a warning: the ledger sends what is owed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit
+from weakref import WeakKeyDictionary
+
+import redis
+from celery import Celery
+from kombu import Queue
+from kombu.exceptions import OperationalError
+from kombu.transport import TRANSPORT_ALIASES
+
+from sluice.common.config import QUEUES
+from sluice.common.connections import sentinel
+from sluice.common.connections.client import broker_url
+from sluice.common.keys import Keys
+
+log = logging.getLogger("sluice.broker")
+
+SEND_PAUSE_S = 5.0
+"""After a message could not be sent, no other is tried for so long: a role must not spend its time on a dead broker."""
+
+PART_TASKS = {
+    "task": ("dataset.prepare", "dataset"),
+    "rollout": ("rollout.generate", "rollout"),
+    "reward": ("reward.score", "reward"),
+    "reference": ("reference.score", "reference"),
+}
+"""Part of a group -> (Celery task, queue)."""
+
+
+def make_app(run: str, *, url: str | None = None) -> Celery:
+    """A Celery app bound to one run's queues, on the broker of the environment unless `url` names it. Does not connect."""
+    app = Celery("sluice", set_as_current=False)
+    where, transport, options = _broker(url or broker_url())
+    app.conf.update(
+        broker_url=where,
+        broker_transport=transport,
+        result_backend=None,
+        task_ignore_result=True,
+        task_serializer="msgpack",
+        accept_content=["msgpack", "json"],  # json only for Celery's own control messages; no pickle
+        task_queues=[Queue(name) for name in QUEUES],
+        task_create_missing_queues=False,
+        task_acks_late=True,
+        task_reject_on_worker_lost=False,  # the ledger sends again; a poison prompt must not circulate for free
+        task_acks_on_failure_or_timeout=True,
+        worker_prefetch_multiplier=1,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        task_publish_retry=False,  # the transport has waited already
+        worker_proc_alive_timeout=600,
+        worker_hijack_root_logger=True,
+        worker_redirect_stdouts=False,
+        worker_send_task_events=False,
+        broker_transport_options={
+            "global_keyprefix": Keys(run).celery_prefix,
+            "visibility_timeout": 3600,
+            "unacked_restore_interval": 5,
+            "unacked_restore_throttle": 1,
+            "unacked_mutex_expire": 15,
+            # a connection that died silently is found within 12 s: BRPOP is overdue after 6 s, looked at every 5 s
+            "socket_timeout": 3,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "retry_on_timeout": True,
+            "health_check_interval": 5,
+            "max_retries": 1,  # of a producer's connection: for ever by default
+            **options,
+        },
+    )
+    return app
+
+
+def _broker(url: str) -> tuple[str, str, dict[str, str]]:
+    """Celery's broker URL, transport and transport options for one of our URLs."""
+    if url.startswith("unix://"):  # redis-py's form of it; ours so that one URL serves both
+        TRANSPORT_ALIASES["sluice"] = (
+            "sluice.common.connections.transport:Transport"  # a socket's URL wants a name before its plus
+        )
+        return f"sluice+{_socket_url(url)}", "sluice", {}
+    if not sentinel.is_sentinel(url):
+        return url, "sluice.common.connections.transport:Transport", {}
+    address = sentinel.parse(url)
+    host, port = address.sentinels[0]  # only shown: the transport asks the sentinels of its option
+    return (
+        f"sentinel://{host}:{port}/{address.database}",
+        "sluice.common.connections.transport:SentinelTransport",
+        {"sentinel_url": url},
+    )
+
+
+def _socket_url(url: str) -> str:
+    """`unix://user:password@/path?db=0`, or with `&password=`, as kombu says it."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    user = quote(query["username"], safe="") if "username" in query else parts.username or ""
+    password = quote(query["password"], safe="") if "password" in query else parts.password or ""
+    who = f"{user}:{password}@" if user or password else ""
+    return f"socket://{who}{parts.path}?virtual_host={query.get('db', '0')}"
+
+
+def send_part(app: Celery, group_id: str, part: str) -> None:
+    """Tell a queue that a part of a group is owed."""
+    name, queue = PART_TASKS[part]
+    if part == "rollout" and group_id.startswith("e"):
+        queue = "eval"
+    send(app, name, queue, group_id)
+
+
+@dataclass(slots=True)
+class _Pause:
+    until: float = 0.0
+    num_skipped: int = 0
+
+
+_pauses: WeakKeyDictionary[Celery, _Pause] = WeakKeyDictionary()
+
+
+def send(app: Celery, name: str, queue: str, *args: Any) -> bool:
+    """Send a task by name; the arguments are ids, never payloads. False: the broker does not take it now."""
+    pause = _pauses.setdefault(app, _Pause())
+    if time.monotonic() < pause.until:
+        pause.num_skipped += 1
+        return False
+    try:
+        headers = {"sent_at": time.time()}
+        app.send_task(name, args=args, queue=queue, argsrepr=repr(args)[:100], ignore_result=True, headers=headers)
+    except (OperationalError, redis.RedisError, OSError) as error:
+        log.warning("%s%r was not sent (%s): the ledger sends it again when it is overdue", name, args, error)
+        pause.until = time.monotonic() + SEND_PAUSE_S
+        return False
+    if pause.num_skipped:
+        log.warning(
+            "%d messages were not sent while the broker was away; the ledger sends them again", pause.num_skipped
+        )
+        pause.num_skipped = 0
+    return True

@@ -1,0 +1,172 @@
+"""Connections to Redis: one place for time-outs, retries and the message when it cannot be reached.
+
+`SLUICE_REDIS_URL` names the data server, `SLUICE_BROKER_URL` the Celery broker where it is another one, `SLUICE_RUN` the run;
+each URL may stand in a file that `SLUICE_REDIS_URL_FILE` or `SLUICE_BROKER_URL_FILE` names (see secrets.py).
+Both may be a `sentinel://` URL (see sentinel.py).
+
+Every client that `connect` makes waits out an outage (see patience.py); the first connection does not, so that a wrong URL
+is said at once. A connection that died silently costs one time-out: a reply that does not come within SOCKET_TIMEOUT_S is
+asked for again on a new connection.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.client import Pipeline
+from redis.retry import Retry
+
+from sluice.common.connections import sentinel
+from sluice.common.connections.outage import Patience
+from sluice.common.connections.secrets import secret
+from sluice.common.errors import ConfigError, ConnectionFailed
+
+SOCKET_TIMEOUT_S = 5.0
+BLOCK_S = 2.0
+"""Longest blocking read: shorter than the socket time-out, or every idle wait would look like a dead server."""
+_OLDEST_SERVER = (6, 2)
+
+
+def redis_url() -> str:
+    """The data server's URL. Raises ConfigError when it is not named."""
+    url = secret("SLUICE_REDIS_URL")
+    if not url:
+        raise ConfigError(
+            "SLUICE_REDIS_URL is not set: name the Redis server, e.g. SLUICE_REDIS_URL=redis://127.0.0.1:6379/0"
+        )
+    return url
+
+
+def broker_url() -> str:
+    """The Celery broker's URL: the data server unless SLUICE_BROKER_URL names another."""
+    return secret("SLUICE_BROKER_URL") or redis_url()
+
+
+def run_name() -> str:
+    """The run this process works for. Raises ConfigError when it is not named."""
+    run = os.environ.get("SLUICE_RUN")
+    if not run:
+        raise ConfigError("SLUICE_RUN is not set: name the run this process works for (`sluice runs` lists them)")
+    return run
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be logged."""
+    parts = urlsplit(url)
+    parts = parts._replace(query=re.sub(r"(password=)[^&]*", r"\1***", parts.query))
+    if parts.password is not None:
+        host = parts.netloc.rpartition("@")[2]
+        parts = parts._replace(netloc=f"{parts.username or ''}:***@{host}")
+    return urlunsplit(parts)
+
+
+class Client(redis.Redis):
+    """A client whose pipelines survive a server that forgot its scripts (a restart, a fail-over) while they waited."""
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class _Pipeline(Pipeline):
+    def _execute_pipeline(self, *args: Any) -> list[Any]:
+        return self._with_scripts(super()._execute_pipeline, *args)
+
+    def _execute_transaction(self, *args: Any) -> list[Any]:
+        return self._with_scripts(super()._execute_transaction, *args)
+
+    def _with_scripts(self, execute: Callable[..., list[Any]], *args: Any) -> list[Any]:
+        try:
+            return execute(*args)
+        except redis.exceptions.NoScriptError:
+            self.load_scripts()
+            return execute(*args)
+
+
+def connect(url: str | None = None, **options: Any) -> redis.Redis:
+    """A checked client. Replies are bytes, RESP2. Raises ConfigError, and ConnectionFailed when the server is unreachable,
+    refuses the password or is too old.
+
+    Its commands wait for a server that is away or refuses writes, at most OUTAGE_S, unless `retry` says otherwise.
+    """
+    url = url or redis_url()
+    settings: dict[str, Any] = {
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": 5.0,
+        "socket_keepalive": True,
+        "health_check_interval": 5,
+        "protocol": 2,
+        "retry": Patience(without_password(url)),
+    }
+    if url.startswith("unix://"):
+        del settings["socket_keepalive"], settings["socket_connect_timeout"]
+    client = _open(url, **{**settings, **options})
+    _check_server(url)
+    return client
+
+
+def _open(url: str, **options: Any) -> redis.Redis:
+    if sentinel.is_sentinel(url):
+        address = sentinel.parse(url)
+        manager = address.manager(connection_class=sentinel.MasterConnection, **options)
+        master: redis.Redis = manager.master_for(address.master, redis_class=Client)
+        return master
+    try:
+        return Client.from_url(url, **options)
+    except ValueError as error:
+        raise ConfigError(f"{without_password(url)!r} is not a Redis URL: {error}") from None
+
+
+def _patience(client: redis.Redis) -> Patience | None:
+    policy = client.get_retry()
+    return policy if isinstance(policy, Patience) else None
+
+
+def outage(client: redis.Redis) -> str | None:
+    """What a call of this client waits for at this moment, in a sentence; None when none waits. Asks no server."""
+    policy = _patience(client)
+    return policy and policy.outage
+
+
+def give_up_after(client: redis.Redis, seconds: float) -> None:
+    """From now on wait for an outage at most so long: a process that is asked to stop must not hang on a server that is away."""
+    policy = _patience(client)
+    if policy:
+        policy.limit_s = seconds
+
+
+def persistence_warning(client: redis.Redis) -> str | None:
+    """One sentence when a crash of the server would lose the run; None when it keeps an append-only file."""
+    if client.info("persistence").get("aof_enabled"):
+        return None
+    return (
+        "Redis keeps no append-only file: if the server dies, every group in flight and the run itself are lost "
+        "(set `appendonly yes` on the server)"
+    )
+
+
+def _check_server(url: str) -> None:
+    if sentinel.is_sentinel(url):
+        sentinel.parse(url).master_address()
+    timeouts = {} if url.startswith("unix://") else {"socket_connect_timeout": 5.0}
+    probe = _open(url, socket_timeout=5.0, protocol=2, retry=Retry(ExponentialBackoff(), 1), **timeouts)
+    try:
+        version = str(probe.info("server")["redis_version"])
+    except redis.AuthenticationError:
+        raise ConnectionFailed(
+            f"Redis at {without_password(url)} refused the password: check the URL's user and password"
+        ) from None
+    except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+        raise ConnectionFailed(
+            f"cannot reach Redis at {without_password(url)} ({str(error).rstrip('.')}). "
+            "Start it, or set SLUICE_REDIS_URL to the server to use"
+        ) from None
+    finally:
+        probe.close()
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_SERVER:
+        raise ConnectionFailed(f"Redis at {without_password(url)} is version {version}; Sluice needs 6.2 or newer")

@@ -1,0 +1,128 @@
+"""Redis behind Sentinel, named by one URL that lists the sentinels, the master's name and the database:
+
+    sentinel://[user][:password]@host1:26379,host2:26379/mymaster/0?sentinel_password=...
+
+User and password are those of the Redis servers; `sentinel_password` is for sentinels that ask for one. The port defaults to
+26379, the database to 0. A connection asks the sentinels for the master each time it is opened, so that a fail-over is one
+reconnection. Replication is asynchronous: a fail-over may lose the writes of the last moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelManagedConnection
+
+from sluice.common.errors import ConfigError, ConnectionFailed
+
+SCHEME = "sentinel"
+_ANSWER_S = 2.0
+"""A sentinel that does not answer so long is passed over for the next."""
+_FORM = "sentinel://:password@host1:26379,host2:26379/mymaster/0"
+
+
+class MasterConnection(SentinelManagedConnection):
+    """A connection that asks for the master each time it connects.
+
+    redis-py's asks only when a connection leaves the pool: a command that is repeated through a fail-over would go on
+    connecting to the old address.
+    """
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        if not self._sock:
+            self.host, self.port = self.connection_pool.get_master_address()
+        super().connect_check_health(check_health=check_health, retry_socket_connect=False)
+
+    def _connect_retry(self) -> None:
+        if not self._sock:
+            self.connect_check_health(check_health=self.connection_pool.check_connection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SentinelAddress:
+    """A parsed sentinel URL."""
+
+    sentinels: tuple[tuple[str, int], ...]
+    master: str
+    database: int
+    username: str | None
+    password: str | None
+    sentinel_password: str | None
+
+    @property
+    def server(self) -> str:
+        """How messages name it: without passwords."""
+        hosts = ",".join(f"{host}:{port}" for host, port in self.sentinels)
+        return f"{SCHEME}://{hosts}/{self.master}/{self.database}"
+
+    def manager(self, **options: Any) -> Sentinel:
+        """redis-py's view of the sentinels; `options` are those of connections to the master."""
+        return Sentinel(
+            self.sentinels,
+            sentinel_kwargs={
+                "socket_timeout": _ANSWER_S,
+                "socket_connect_timeout": _ANSWER_S,
+                "password": self.sentinel_password,
+                "retry": Retry(NoBackoff(), 0),
+            },
+            **{"db": self.database, "username": self.username, "password": self.password, **options},
+        )
+
+    def master_address(self) -> tuple[str, int]:
+        """Where the master is now. Raises ConnectionFailed that says what is wrong."""
+        silent: list[str] = []
+        known: set[str] = set()
+        with self.manager() as manager:
+            for (host, port), sentinel in zip(self.sentinels, list(manager.sentinels), strict=True):
+                try:
+                    known |= set(sentinel.sentinel_masters())
+                except redis.RedisError as error:
+                    silent.append(f"{host}:{port}: {str(error).rstrip('.')}")
+            if len(silent) == len(self.sentinels):
+                raise ConnectionFailed(f"no Sentinel of {self.server} can be asked ({'; '.join(silent)})")
+            if self.master not in known:
+                names = ", ".join(sorted(known)) or "none"
+                raise ConnectionFailed(
+                    f"the Sentinels of {self.server} know no master {self.master!r}; they know: {names}"
+                )
+            try:
+                host, port = manager.discover_master(self.master)
+            except redis.ConnectionError:
+                raise ConnectionFailed(
+                    f"the Sentinels of {self.server} say that {self.master!r} is down; a fail-over may be under way"
+                ) from None
+        return str(host), int(port)
+
+
+def parse(url: str) -> SentinelAddress:
+    """Raises ConfigError when the URL is not of the form above."""
+    parts = urlsplit(url)
+    hosts = [part for part in parts.netloc.rpartition("@")[2].split(",") if part]
+    try:
+        sentinels = tuple((host, int(port or 26379)) for host, _, port in (part.partition(":") for part in hosts))
+        master, _, database = parts.path.strip("/").partition("/")
+        number = int(database or 0)
+    except ValueError as error:
+        raise ConfigError(f"a sentinel URL has the form {_FORM}: {error}") from None
+    if not sentinels or not master:
+        raise ConfigError(f"a sentinel URL names sentinels and a master: {_FORM}")
+    options = parse_qs(parts.query)
+    if unknown := set(options) - {"sentinel_password"}:
+        raise ConfigError(f"a sentinel URL takes the option sentinel_password only, not {', '.join(sorted(unknown))}")
+    return SentinelAddress(
+        sentinels=sentinels,
+        master=unquote(master),
+        database=number,
+        username=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
+        sentinel_password=options.get("sentinel_password", [None])[0],
+    )
+
+
+def is_sentinel(url: str) -> bool:
+    return url.startswith(f"{SCHEME}://")

@@ -1,0 +1,201 @@
+"""Kombu's Redis transport, so that a broker in trouble or a foreign element in a queue costs time and never a worker.
+
+* An element that is no message is set aside in `<prefix>rejected` (the newest 100, 4 KiB of each), named in the log, and
+  consuming goes on. kombu lets the decoding error end the worker, one worker per element.
+* A broker that refuses writes (out of memory, disk full, demoted) is a lost connection: Celery reconnects with the tasks in
+  its hands instead of ending. Every command waits BROKER_WAIT_S for it first, which paces the reconnections; what the event
+  loop waits for (BRPOP, subscriptions) fails at once.
+* A channel whose transport was closed says so with a connection error. kombu's reaches through a None there (AttributeError
+  in `Channel.close`) when the broker dies between the closing of two channels, which ended the worker.
+* One client object per channel. kombu makes a new `redis.Redis` for every command, two per consumed message and one per
+  published one; the constructor alone was a quarter to a third of a consumer's main thread.
+* `SentinelTransport` is the same over the master of a `sentinel://` URL.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import redis
+from kombu.exceptions import KombuError
+from kombu.transport import redis as kombu_redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from sluice.common.connections.outage import Patience, RefusesWrites, refusal
+from sluice.common.connections.sentinel import MasterConnection, parse
+
+log = logging.getLogger("sluice.broker")
+
+BROKER_WAIT_S = 5.0
+"""How long one command waits for a broker that is away or refuses writes, before Celery's own reconnection takes over."""
+_CONTENT = {"application/x-msgpack", "application/json"}
+MAX_REJECTED = 100
+MAX_REJECTED_BYTES = 4096
+
+
+class _RefusalsAreConnectionErrors(redis.Connection):
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            reply = super().read_response(*args, **kwargs)
+        except redis.ResponseError as error:
+            words = refusal(error)
+            if words is None:
+                raise
+            self._refuse(words, error)
+        for item in reply if isinstance(reply, list) else ():  # a transaction's reply holds its errors
+            if isinstance(item, redis.ResponseError) and (words := refusal(item)):
+                self._refuse(words, item)
+        return reply
+
+    def _refuse(self, words: str, error: redis.ResponseError) -> NoReturn:
+        self.disconnect()  # replies to the rest of a pipeline may still be on the wire
+        raise RefusesWrites(words) from error
+
+
+class _Client(kombu_redis.PrefixedStrictRedis):
+    def __init__(self, *args: Any, examine: Callable[[Any, Any], bool], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._examine = examine
+
+    def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
+        reply = super().parse_response(connection, command_name, **options)
+        if command_name == "BRPOP" and reply and not self._examine(*reply):
+            return None  # as if the queue had been empty
+        return reply
+
+
+class Channel(kombu_redis.Channel):
+    """A channel that keeps its client until its connection pool is replaced."""
+
+    connection_class = _RefusalsAreConnectionErrors
+    _kept: Any = None
+
+    def __init__(self, connection: Any, *args: Any, **kwargs: Any) -> None:
+        self._patience = Patience(self._server(connection.client), limit_s=BROKER_WAIT_S)
+        super().__init__(connection, *args, **kwargs)
+
+    def _server(self, client: Any) -> str:
+        return f"{client.hostname}:{client.port} (the broker)"
+
+    @contextmanager
+    def conn_or_acquire(self, client: Any = None) -> Iterator[Any]:
+        if client is None:
+            if self._kept is None or self._kept.connection_pool is not self.pool:
+                self._kept = self._create_client()
+            client = self._kept
+        yield client
+
+    def close(self) -> None:
+        self._patience.limit_s = 0.0  # what cannot be handed back now is sent again by the ledger
+        super().close()
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        if self.connection is None or self.connection.client is None:
+            raise redis.ConnectionError("this channel of the broker was closed")
+        # What the event loop reads must fail when it is lost: a subscription that reconnects by itself is then read without
+        # a bound in the consumer's only thread, and a BRPOP of a socket that nobody polls is never read.
+        retry = Retry(NoBackoff(), 0) if asynchronous else self._patience
+        return {**super()._connparams(asynchronous), "retry": retry}
+
+    def _get_client(self) -> Any:
+        super()._get_client()  # checks redis-py's version
+        return partial(_Client, global_keyprefix=self.global_keyprefix, examine=self._examine)
+
+    def _examine(self, key: bytes, element: bytes) -> bool:
+        """Whether an element of a queue is a message that Celery survives; what is none is set aside."""
+        try:
+            payload = json.loads(element)
+            message = self.Message(payload, channel=self, accept=_CONTENT)
+            task = message.headers.get("task", "")
+            delivery = message.delivery_info
+            texts = [message.delivery_tag, delivery["exchange"], delivery["routing_key"], task]
+            if task:
+                texts.append(message.headers["id"])
+                args, kwargs, _ = message.decode()  # pickle is refused here, before it is read
+                if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
+                    raise TypeError("the body is not (args, kwargs, options)")
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("a name or an id is no text")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, KombuError) as error:
+            self._set_aside(key.decode().split(self.sep)[0], element, error)
+            return False
+        return True
+
+    def _set_aside(self, queue: str, element: bytes, error: Exception) -> None:
+        log.error("an element of queue `%s` is no message and was set aside (%r): %r", queue, error, element[:100])
+        record = {
+            "queue": queue,
+            "at": time.time(),
+            "error": repr(error),
+            "element": element[:MAX_REJECTED_BYTES].decode(errors="backslashreplace"),
+        }
+        plain = redis.Redis(connection_pool=self.pool)
+        rejected = f"{self.global_keyprefix}rejected"
+        try:
+            with plain.pipeline() as pipe:
+                pipe.lpush(rejected, json.dumps(record)).ltrim(rejected, 0, MAX_REJECTED - 1).execute()
+        except redis.RedisError as refused:
+            log.error("it could not be kept in %s either: %s", rejected, refused)
+
+
+class Transport(kombu_redis.Transport):
+    """The transport that `broker_transport` names."""
+
+    Channel = Channel
+
+    def close_connection(self, connection: Any) -> None:
+        """Close every channel, also when the broker is gone and the first one fails."""
+        self.cycle.close()  # type: ignore[union-attr]
+        for channels in (self._avail_channels, self.channels):
+            while channels:
+                channel = channels.pop()
+                try:
+                    channel.close()
+                except self.connection_errors as error:
+                    log.warning("messages in hand were not handed back to the broker: %s", error)
+
+
+class _Master(_RefusalsAreConnectionErrors, MasterConnection):
+    pass
+
+
+class SentinelChannel(Channel):
+    """A channel over the master of the URL in the transport option `sentinel_url`."""
+
+    sentinel_url: str
+    from_transport_options = (*Channel.from_transport_options, "sentinel_url")  # type: ignore[assignment]
+    connection_class = _Master
+
+    def _server(self, client: Any) -> str:
+        return f"{parse(client.transport_options['sentinel_url']).server} (the broker)"
+
+    def _get_pool(self, asynchronous: bool = False) -> Any:
+        address = parse(self.sentinel_url)
+        options = self._connparams(asynchronous)
+        options.update(db=address.database, username=address.username, password=address.password)
+        del options["host"], options["port"]
+        self.keyprefix_fanout = self.keyprefix_fanout.format(db=address.database)
+        manager = self._keep(address.manager(**options), asynchronous)
+        return manager.master_for(address.master).connection_pool
+
+    def _keep(self, manager: Sentinel, asynchronous: bool) -> Sentinel:
+        """kombu closes its connections to the sentinels with the channel."""
+        if asynchronous:
+            self._async_sentinel_manager = manager
+        else:
+            self._sentinel_manager = manager
+        return manager
+
+
+class SentinelTransport(Transport):
+    """The transport that `broker_transport` names for a sentinel URL."""
+
+    Channel = SentinelChannel

@@ -1,0 +1,1 @@
+"""Dataset rows, and prompts made of them."""

@@ -1,0 +1,114 @@
+"""Dataset rows by cursor, their cells as JSON values, and prompts as token ids: what RL and supervised training read alike.
+
+Images, audio, video and binary columns are left out; dates and decimals become text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from sluice.common.config import PromptConfig
+from sluice.common.data.rows import open_rows, short_reason
+from sluice.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PromptReader:
+    """Rows by cursor, and what stands in them. Not thread-safe."""
+
+    def __init__(
+        self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
+    ) -> None:
+        """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty."""
+        self._config = config
+        self._tokenizer = tokenizer
+        self._section = section
+        self._source = f"{section}.path = {config.path!r}"
+        self._rows = open_rows(config, seed=seed, section=section)
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows per epoch; none for a stream."""
+        return self._rows.num_rows
+
+    def epoch_of(self, cursor: int) -> int:
+        """Epochs completed before this cursor; 0 for a stream of which this worker has not yet met the end."""
+        return self._rows.epoch_of(cursor)
+
+    def close(self) -> None:
+        """Let go of a stream's open file: a Parquet stream still open at interpreter exit prints a traceback."""
+        self._rows.close()
+
+    def row_at(self, cursor: int) -> tuple[dict[str, Any], str]:
+        """The row that the cursor names, and in words where it is."""
+        return self._rows.row_at(cursor)
+
+    def cell(self, row: dict[str, Any], key: str, where: str) -> Any:
+        """Value of the column that the config key names; never None."""
+        column = getattr(self._config, key)
+        if column not in row:
+            near = difflib.get_close_matches(column, row, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"set {self._section}.{key} to one of them"
+            raise ConfigError(
+                f"{self._section}.{key} = {column!r}: {self._source} has the columns {', '.join(row)}; {hint}"
+            )
+        if row[column] is None:
+            raise ConfigError(f"{self._source}, {where}: column {column!r} ({key}) is null; fill in or remove that row")
+        return plain(row[column])
+
+    def prompt_ids(self, prompt: Any, where: str) -> list[int]:
+        """Token ids of a prompt: by the chat template where it is wanted and there is one, as plain text otherwise."""
+        system = self._config.system_prompt
+        templated = self._config.chat_template and bool(self._tokenizer.chat_template)
+        if isinstance(prompt, str) and not templated:
+            ids = self._tokenizer(prompt if system is None else f"{system}\n\n{prompt}")["input_ids"]
+        else:
+            messages = self._messages(prompt, where, templated=templated)
+            try:
+                text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # templates raise what they like, e.g. where a model knows no system role
+                raise ConfigError(
+                    f"{self._source}, {where}: the chat template refuses it: {short_reason(error)}"
+                ) from None
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+        if not ids:
+            raise ConfigError(f"{self._source}, {where}: the prompt is empty; fill in or remove that row")
+        return ids
+
+    def _messages(self, prompt: Any, where: str, *, templated: bool) -> list[dict[str, Any]]:
+        system = self._config.system_prompt
+        if isinstance(prompt, str):
+            first = [] if system is None else [{"role": "system", "content": system}]
+            return [*first, {"role": "user", "content": prompt}]
+        if not isinstance(prompt, list) or not all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
+        ):
+            raise ConfigError(
+                f"{self._source}, {where}: column {self._config.prompt_column!r} holds {type(prompt).__name__}; "
+                "a prompt is text or a list of messages with role and content"
+            )
+        if not templated:
+            raise ConfigError(
+                f"{self._source} has chat messages as prompts, which need a chat template: "
+                f"{'set chat_template to true' if self._tokenizer.chat_template else 'the tokenizer has none'}"
+            )
+        if system is not None:
+            raise ConfigError(
+                f"{self._section}.system_prompt has no effect on prompts that are chat messages: put it into the "
+                f"messages of {self._source} and remove the key"
+            )
+        return prompt
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON and msgpack know it."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value)

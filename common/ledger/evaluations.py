@@ -1,0 +1,245 @@
+"""Held-out evaluations: asked for by writing a line into Redis, answered by the same queues that serve training.
+
+`request` pins the policy version (the store keeps it) and names the set; the dataset role admits its groups, pinned to
+that version and filed under kind `eval`, so that they never enter the buffer; the scores collect in `eval:<id>`. The
+first who reads a complete result folds what was kept of each group into a summary of a few kB, from which it is read
+from then on; a dead-lettered group that is sent again after that is folded in when it is scored.
+
+Over the prompts of a set, from n samples of which c are correct:
+
+    pass@1          share whose greedy completion is correct
+    sampled_pass@1  mean of c / n
+    pass@k          mean of 1 - C(n-c, k) / C(n, k)                                           (arXiv 2107.03374)
+    maj@n           share whose most frequent answer is correct                               (arXiv 2203.11171)
+    <score>_stderr  standard error of that mean: s / sqrt(prompts), s the deviation between prompts (arXiv 2411.00640)
+
+A dead-lettered group is in none of them; the other group of its prompt (greedy, samples) is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import redis
+
+from sluice.common.config import EvalDataset
+from sluice.common.keys import Keys
+from sluice.common.ledger.scripts import Scripts
+from sluice.common.run import Run
+from sluice.common.serialization import decode, encode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalResult:
+    """One finished evaluation."""
+
+    dataset: str
+    version: int
+    num_prompts: int
+    "whose greedy completion was scored"
+    num_dead: int
+    "prompts with a group that was dead-lettered, for infrastructure reasons; that group is left out of the means"
+    num_asked: int
+    "prompts with a group, scored or dead"
+    scores: dict[str, float]
+    "shares of correct answers, by the names in EvalDataset.scores; nan where no prompt was scored"
+    stderr: dict[str, float]
+    "their standard errors; nan with fewer than two prompts"
+    mean_length: float
+    "of the greedy completions, in tokens"
+    clipped_ratio: float
+    "share of the greedy completions that max_res_tokens cut off"
+
+    def metrics(self) -> dict[str, float]:
+        """Everything but the names and counts, as it is called in metrics behind eval/<dataset>/."""
+        found: dict[str, float] = {}
+        for name, value in self.scores.items():
+            found |= {name: value, f"{name}_stderr": self.stderr[name]}
+        return {**found, "mean_length": self.mean_length, "clipped_ratio": self.clipped_ratio}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Best:
+    """The best checkpoint of a run, as the file `best` in its checkpoints folder names it (written by trainer/best.py)."""
+
+    step: int
+    version: int
+    "policy version that the checkpoint holds"
+    evaluated_version: int
+    "the version that was evaluated: the same, or published bit for bit the same"
+    metric: str
+    "<set>/<score>, as in checkpoint.keep_best"
+    value: float
+
+
+def read_best(checkpoints: Path) -> Best | None:
+    """The best checkpoint; None where none is known."""
+    with suppress(FileNotFoundError):
+        return Best(**json.loads((checkpoints / "best").read_text()))
+    return None
+
+
+def evaluation_id(version: int, dataset: str) -> str:
+    return f"{version}.{dataset}"
+
+
+def request(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> None:
+    """Ask for an evaluation of a published version; asking twice asks once."""
+    evaluation = evaluation_id(version, dataset.name)
+    if not client.hexists(keys("eval", evaluation), "total"):
+        Scripts(client, keys)("small", "HSET", "evaluations", evaluation, version)
+
+
+def pending(client: redis.Redis, keys: Keys) -> list[str]:
+    """Evaluations that are not finished."""
+    return [name.decode() for name in client.hkeys(keys("evaluations"))]
+
+
+def named(evaluation: str) -> tuple[str, int]:
+    """Set and version of an evaluation id."""
+    version, _, name = evaluation.partition(".")
+    return name, int(version)
+
+
+def unreported(client: redis.Redis, run: Run) -> set[tuple[str, int]]:
+    """(set, version) of every evaluation whose result no trainer has reported, finished or not."""
+    sets = {dataset.name for dataset in run.config.evaluation.datasets}
+    known = {named(name) for name in (*pending(client, run.keys), *_admitted(client, run.keys))}
+    return {
+        (name, version)
+        for name, version in known
+        if name in sets and not client.hexists(run.keys("eval", evaluation_id(version, name)), "reported")
+    }
+
+
+def mark_reported(client: redis.Redis, keys: Keys, *, dataset: str, version: int) -> None:
+    Scripts(client, keys)("small", "HSET", f"eval:{evaluation_id(version, dataset)}", "reported", 1)
+
+
+def _admitted(client: redis.Redis, keys: Keys) -> list[str]:
+    """Ids of the evaluations that have groups."""
+    pattern = keys("eval", "*").replace("{", "[{]").replace("}", "[}]")
+    return [key.decode().rpartition(":eval:")[2] for key in client.scan_iter(match=pattern, count=1000)]
+
+
+class _Tally:
+    """What is known of the groups that were scored: how often each value of a score came up, and the greedy lengths."""
+
+    def __init__(self, summary: bytes | None) -> None:
+        known: dict[str, Any] = decode(summary) if summary else {"scores": {}, "num_tokens": 0, "num_clipped": 0}
+        self.scores: dict[str, Counter[float]] = defaultdict(Counter)
+        "of one value per prompt"
+        for name, values in known["scores"].items():
+            self.scores[name].update(dict(values))
+        self.num_tokens: int = known["num_tokens"]
+        self.num_clipped: int = known["num_clipped"]
+
+    def add(self, dataset: EvalDataset, group: dict[str, Any], *, is_greedy: bool) -> None:
+        """What the reward role stored of one group."""
+        rewards = group["by_function"]
+        values = rewards[dataset.function or next(iter(rewards))]
+        correct = [value is not None and value >= dataset.correct_if for value in values]
+        if is_greedy:
+            self.scores["pass@1"][float(correct[0])] += 1
+            self.num_tokens += sum(group["lengths"])
+            self.num_clipped += sum(group["clipped"])
+            return
+        for name, k in dataset.estimated.items():
+            self.scores[name][pass_at_k(correct, k=k)] += 1
+        if dataset.vote:
+            self.scores[dataset.vote][majority_vote(group["answers"], correct)] += 1
+
+    def summary(self) -> bytes:
+        """For the constructor; its size does not depend on the number of prompts."""
+        scores = {name: [list(pair) for pair in counts.items()] for name, counts in self.scores.items()}
+        return encode({"scores": scores, "num_tokens": self.num_tokens, "num_clipped": self.num_clipped})
+
+
+def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> EvalResult | None:
+    """The result, or None while it is not finished."""
+    name = evaluation_id(version, dataset.name)
+    total, done = client.hmget(keys("eval", name), ["total", "done"])  # the trainer asks at every step, mostly in vain
+    if total is None or int(done or 0) < int(total):
+        return None
+    before: bytes | None = None
+    dead, folded = set(), []
+    results: list[tuple[str, bytes]] = []
+    for field, value in client.hgetall(keys("eval", name)).items():
+        kind, _, group = field.decode().partition(":")
+        if kind == "dead":
+            dead.add(group[:-1])
+        elif kind == "summary":
+            before = value
+        elif kind in ("result", "admitted"):
+            folded.append(field)
+            if kind == "result":
+                results.append((group, value))
+    tally = _Tally(before)
+    for group, value in results:
+        tally.add(dataset, decode(value), is_greedy=group.endswith("g"))
+    if folded:
+        Scripts(client, keys)("fold_eval", name, before or b"", tally.summary(), *folded)
+    scored = {score: sorted(tally.scores[score].elements()) for score in dataset.scores}
+    num_greedy = len(scored["pass@1"])
+    return EvalResult(
+        dataset=dataset.name,
+        version=version,
+        num_prompts=num_greedy,
+        num_dead=len(dead),
+        num_asked=int(total) // (2 if dataset.num_samples else 1),
+        scores={name: _mean(values) for name, values in scored.items()},
+        stderr={name: _standard_error(values) for name, values in scored.items()},
+        mean_length=tally.num_tokens / num_greedy if num_greedy else math.nan,
+        clipped_ratio=tally.num_clipped / num_greedy if num_greedy else math.nan,
+    )
+
+
+def pass_at_k(correct: list[bool], *, k: int) -> float:
+    """Unbiased estimate that at least one of k samples is correct, from n >= k samples of one prompt."""
+    n, c = len(correct), sum(correct)
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_vote(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
+    """Probability in [0, 1] that the most frequent answer of one prompt's samples is correct; None does not vote.
+
+    Among equally frequent answers one is drawn, and of samples with that answer one is judged (a reward may look at more
+    than the answer): the value is the expectation over both draws, so it needs no luck. It is the share of correct ones
+    among the samples that gave a winning answer; 0 where no sample gave any.
+    """
+    votes: Counter[str | None] = Counter(answer for answer in answers if answer is not None)
+    most = max(votes.values(), default=0)
+    winners = [right for answer, right in zip(answers, correct, strict=True) if votes[answer] == most > 0]
+    return fmean(winners) if winners else 0.0
+
+
+def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
+    """All finished evaluations of a run's sets, by set and version: dataset, version, step, metrics (None for nan), counts."""
+    found = []
+    for name, version in map(named, _admitted(client, run.keys)):
+        dataset = next((d for d in run.config.evaluation.datasets if d.name == name), None)
+        finished = dataset and result(client, run.keys, dataset, version=version)
+        if not finished:
+            continue
+        line = client.hget(run.keys("lineage"), str(version))
+        entry = {"dataset": name, "version": version, "step": int(line.split(b":")[1]) if line else None}
+        metrics = {name: value if math.isfinite(value) else None for name, value in finished.metrics().items()}
+        counts = {name: getattr(finished, name) for name in ("num_prompts", "num_dead", "num_asked")}
+        found.append({**entry, **metrics, **counts})
+    return sorted(found, key=lambda entry: (entry["dataset"], entry["version"]))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else math.nan
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

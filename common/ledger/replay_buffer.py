@@ -1,0 +1,156 @@
+"""The replay buffer: complete groups in Redis streams, one stream per policy version.
+
+Rules (torchforge's, made durable; see docs/algorithms.md for the age through a fork):
+
+    keep a group iff  age(group) <= max_policy_age  and  sample_count < max_resample_count + 1
+    sample = evict first, then `groups_per_step` whole groups, oldest version first, or none at all
+
+What `sample` returns for a trainer step is recorded in a manifest, so that asking again for the same step, after a crash
+or a lost reply, returns the same groups. They are freed by `acknowledge`, once a durable checkpoint names the step.
+
+The bound is a guarantee, also for a batch that was dealt out before a roll-back: one that holds a group too old for the
+branch that the trainer is on now is dissolved (the stale are dropped, the others may be taken again), and so are those after it.
+A batch with a group that cannot be decoded is dissolved too: that one is a dead letter, and never stops the trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from secrets import token_hex
+
+from sluice.common.connections.client import BLOCK_S
+from sluice.common.errors import SluiceError, StateLost
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.run import process_name
+from sluice.common.serialization import decode
+from sluice.common.types import Group
+
+log = logging.getLogger("sluice.replay_buffer")
+
+_FIELDS = ("task", "rollout", "reward", "reference", "version")
+_STAGES = ("admitted", "rollout_started", "rollout", "reward", "reference", "ready", "leased")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """The answer to one `sample`."""
+
+    groups: list[Group] | None
+    "None: fewer than a whole batch is ready; nothing was consumed"
+    evicted: int
+    "groups dropped as stale on the way"
+    available: int
+    "ready groups that are young enough"
+
+
+class ReplayBuffer:
+    """The trainer's side of the buffer."""
+
+    def __init__(
+        self, ledger: Ledger, *, groups_per_step: int, max_policy_age: int, max_resample_count: int | None = 0
+    ) -> None:
+        self._ledger = ledger
+        self._mark = ""
+        self._k = groups_per_step
+        self.max_policy_age = max_policy_age
+        "may be changed between two samples"
+        self.vocab_size = 1 << 31
+        "of the model that is trained: a group with other token ids is a dead letter"
+        self._max_resample_count = -1 if max_resample_count is None else max_resample_count
+
+    def sample(self, curr_policy_version: int, *, step: int, published: int = -1) -> Sample:
+        """The batch of a trainer step: evict, then k whole groups or none. Does not wait.
+
+        `published` is the newest version that the trainer has seen published. Raises StateLost when Redis does not know of
+        it, of the current version, or of the batch that this buffer was given last.
+        """
+        mark = token_hex(8)
+        reply = self._ledger.scripts(
+            "take", step, self._k, curr_policy_version, self.max_policy_age, published, self._mark, mark
+        )
+        if int(reply[0]) < 0:
+            self._mark = ""
+            raise StateLost("Redis has lost the trainer's last writes: it was restarted, or another server took over")
+        group_ids = [group.decode() for group in reply[2:]]
+        groups, damaged = self._read(group_ids)
+        self._mark = mark if group_ids else self._mark
+        evicted, available = int(reply[0]), int(reply[1]) - len(damaged)
+        if damaged:
+            self._bury(step, damaged)
+        return Sample(groups=None if damaged else groups or None, evicted=evicted, available=available)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until a whole batch may be ready, at most `timeout_s`. `sample` decides whether it is."""
+        block = max(0.01, min(timeout_s, BLOCK_S))
+        return self._ledger.client.blpop([self._ledger.keys("wake")], timeout=block) is not None
+
+    def acknowledge(self, step: int, *, trained: Sequence[str] = ()) -> int:
+        """Free the groups of every step up to this one. Call it only when a durable checkpoint holds that step.
+
+        `trained` are the groups that the checkpoint names: one that Redis has forgotten it dealt out is settled too.
+        """
+        return int(self._ledger.scripts("acknowledge", step, self._max_resample_count, *trained))
+
+    def roll_back(self, step: int) -> int:
+        """The newest checkpoint that can be read is of this step: what was acknowledged after it counts as dropped."""
+        return int(self._ledger.scripts("roll_back", step))
+
+    def num_untrained(self) -> int:
+        """Groups in flight, wherever they are, that no trained and not yet acknowledged batch holds."""
+        client, keys = self._ledger.client, self._ledger.keys
+        steps = client.zrange(keys("batches"), 0, -1)
+        with client.pipeline(transaction=False) as pipe:
+            pipe.scard(keys("live", "train"))
+            for step in steps:
+                pipe.llen(keys("batch", step.decode()))
+            live, *held = pipe.execute()
+        return int(live) - sum(held)
+
+    def sizes(self) -> dict[int, int]:
+        """Policy version -> groups in its stream, leased ones included."""
+        client, keys = self._ledger.client, self._ledger.keys
+        versions = [int(v) for v in client.zrange(keys("versions"), 0, -1)]
+        with client.pipeline(transaction=False) as pipe:
+            for version in versions:
+                pipe.xlen(keys("stream", version))
+            return dict(zip(versions, pipe.execute(), strict=True))
+
+    def _bury(self, step: int, damaged: dict[str, str]) -> None:
+        for group_id, detail in damaged.items():
+            log.error("group %s is a dead letter (undecodable): %s", group_id, detail)
+        pairs = [item for group_id, detail in damaged.items() for item in (group_id, detail[:4000])]
+        self._ledger.scripts("bury", step, process_name("trainer"), *pairs)
+
+    def _read(self, group_ids: list[str]) -> tuple[list[Group], dict[str, str]]:
+        """Groups, and of those that cannot be decoded why."""
+        keys = self._ledger.keys
+        names = [*_FIELDS, *(f"t:{stage}" for stage in _STAGES)]
+        with self._ledger.client.pipeline(transaction=False) as pipe:
+            for group_id in group_ids:
+                pipe.hmget(keys("g", group_id), names)
+            rows = pipe.execute()
+        groups, damaged = [], {}
+        for group_id, row in zip(group_ids, rows, strict=True):
+            try:
+                groups.append(_decode_group(row, self.vocab_size))
+            except (SluiceError, LookupError, TypeError, ValueError, AttributeError) as error:
+                damaged[group_id] = f"{type(error).__name__}: {error}"
+        return groups, damaged
+
+
+def _decode_group(row: list[bytes | None], vocab_size: int) -> Group:
+    task, rollout, reward, reference, version = row[: len(_FIELDS)]
+    if task is None or rollout is None or reward is None or version is None:
+        raise SluiceError("it is in the buffer without all of its parts: was its key deleted by hand?")
+    stamps = zip(_STAGES, row[len(_FIELDS) :], strict=True)
+    return Group.from_parts(
+        vocab_size=vocab_size,
+        task=decode(task),
+        rollout=decode(rollout),
+        reward=decode(reward),
+        reference=None if reference is None else decode(reference),
+        policy_version=int(version),
+        timestamps={stage: float(value) for stage, value in stamps if value is not None},
+    )

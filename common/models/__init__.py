@@ -1,0 +1,1 @@
+"""Causal language models: built from assets, run packed or padded, scored."""

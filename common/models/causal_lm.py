@@ -1,0 +1,81 @@
+"""Building a causal LM from assets or a folder, and moving weights in and out of it.
+
+Imports torch and transformers: only roles that hold a model import this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sluice.common.errors import DigestMismatch
+from sluice.common.models.assets import ModelAssets, explained
+
+
+def build_model(assets: ModelAssets, *, dtype: str, device: str) -> PreTrainedModel:
+    """The architecture with uninitialised weights, in eval mode, on its device; fill it with `load_weights`."""
+    config = AutoConfig.for_model(**assets.config)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return model.to(resolve_device(device)).eval()
+
+
+def load_pretrained(path: str, *, revision: str | None = None) -> PreTrainedModel:
+    """The model of a folder or a hub id, in float32. Raises ConfigError."""
+    with explained(path):
+        return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32)
+
+
+def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> parameter or persistent buffer, tied ones once: what a policy version consists of."""
+    weights: dict[str, torch.Tensor] = dict(model.named_parameters())
+    persistent = set(model.state_dict(keep_vars=True))
+    weights.update({name: buffer for name, buffer in model.named_buffers() if name in persistent})
+    return weights
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy a policy into a model, in place, casting to its dtype. Raises DigestMismatch when names or shapes differ."""
+    for weight, tensor in _matched(model, tensors):
+        weight.copy_(tensor)
+
+
+@torch.no_grad()
+def adopt_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """As `load_weights`, but on the CPU the weights become the tensors themselves, cast where they must be.
+
+    Nobody may write to `tensors` any more; nor does this: a later policy replaces them. Elsewhere the weights are the
+    model's own and take a copy.
+    """
+    for weight, tensor in _matched(model, tensors):
+        if weight.device.type == "cpu" and tensor.device.type == "cpu":
+            weight.data = tensor.to(weight.dtype).contiguous()
+        else:
+            weight.copy_(tensor)
+
+
+def _matched(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each weight with its tensor. Everything is checked before the first is used: a refused policy changes nothing."""
+    weights = named_weights(model)
+    if weights.keys() != tensors.keys():
+        odd = sorted(weights.keys() ^ tensors.keys())[:5]
+        raise DigestMismatch(f"policy and model differ in {len(weights.keys() ^ tensors.keys())} tensors, e.g. {odd}")
+    for name, weight in weights.items():
+        if weight.shape != tensors[name].shape:
+            raise DigestMismatch(f"{name}: policy has shape {tuple(tensors[name].shape)}, model {tuple(weight.shape)}")
+    return [(weight, tensors[name]) for name, weight in weights.items()]
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def device_name(device: str) -> str:
+    """As people call it: `cpu`, or the GPU's name."""
+    resolved = resolve_device(device)
+    return torch.cuda.get_device_name(resolved) if resolved.type == "cuda" else str(resolved)

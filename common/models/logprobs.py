@@ -1,0 +1,219 @@
+"""Logprobs of completions under a causal LM: one forward pass over right-padded or packed rows, the output head in chunks.
+
+Batches come padded on the right. A model that `enable_packing` has accepted runs their tokens without the pads
+(`common.models.packing`). Any other runs the padded rows and gets no attention mask: in a causal model a token never sees what
+follows it, so pads are invisible to every real token (tests prove it for values and gradients) and the fast unmasked
+attention runs. Logits are born only for positions that predict a completion token, `chunk_tokens` at a time, in float32:
+[B, S, V] is never held. The trainer calls this with gradients, the reference role without.
+
+Legend: B = sequences, P = prompt tokens, T = completion tokens, S = P + T padded, N = completion tokens of all rows,
+D = width of the hidden state, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from sluice.common.models.packing import causal_lm, is_packed, pack, plan_batches
+from sluice.common.models.truncation import Truncation
+
+RECOMPUTE_ELEMENTS = 2**26
+"""So many logits (256 MiB in float32) are computed at once; of more, the backward pass recomputes chunk by chunk."""
+
+UNTRUNCATED = Truncation()
+
+_AFTER_HEAD = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "unpadded_vocab_size",
+)
+"""Config attributes by which transformers models (Gemma, Cohere, Granite, ...) change logits after the head."""
+
+
+def pad_sequences(
+    prompts: list[NDArray[np.int32]], completions: list[NDArray[np.int32]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """input_ids long [B, S], right-padded with 0; prompt_lengths long [B]; completion_lengths long [B].
+
+    Raises ValueError for an empty prompt: nothing would predict the first completion token.
+    """
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt has no tokens: check dataset.prompt_column and the chat template")
+    rows = [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
+    input_ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
+    for padded, row in zip(input_ids, rows, strict=True):
+        padded[: len(row)] = torch.from_numpy(row)
+    prompt_lengths, completion_lengths = (torch.tensor([len(x) for x in part]) for part in (prompts, completions))
+    return input_ids, prompt_lengths, completion_lengths
+
+
+def score_sequences(
+    model: Any,
+    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]],
+    *,
+    max_batch_tokens: int,
+    temperature: float = 1.0,
+    truncation: Truncation = UNTRUNCATED,
+) -> list[NDArray[np.float32]]:
+    """Logprobs float32 [T] of each (prompt_ids [P], token_ids [T]), in the order given.
+
+    Computed in batches of similar length, at most `max_batch_tokens` tokens each (pads count where the model is not
+    packed); a longer sequence goes alone.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(prompt) + len(tokens) for prompt, tokens in sequences]
+    scored: list[Any] = [None] * len(sequences)
+    for batch in plan_batches(lengths, max_tokens=max_batch_tokens, packed=is_packed(model)):
+        tensors = pad_sequences([sequences[i][0] for i in batch], [sequences[i][1] for i in batch])
+        logprobs, _ = completion_logprobs(
+            model, *(x.to(device) for x in tensors), temperature=temperature, truncation=truncation
+        )
+        rows = logprobs.float().cpu().numpy()
+        for row, i in enumerate(batch):
+            scored[i] = rows[row, : len(sequences[i][1])].copy()
+    return scored
+
+
+def completion_logprobs(
+    model: Any,
+    input_ids: Tensor,
+    prompt_lengths: Tensor,
+    completion_lengths: Tensor,
+    *,
+    temperature: float = 1.0,
+    truncation: Truncation = UNTRUNCATED,
+    with_entropy: bool = False,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Logprobs float32 [B, T] of every completion token, in nats, and the entropy [B, T] of its distribution, or none.
+
+        logprob_t = log softmax(logits_{t-1} / temperature)[token_t]         entropy_t = -sum_v p_v log p_v
+
+    model: a transformers causal LM, or peft's wrapper around one. T is the longest completion; positions after a row's end
+    hold 0. temperature 0 (greedy sampling) counts as 1. The entropy carries no gradient. With a truncation, the softmax is
+    over the tokens that it keeps of these logits and the sampled token itself (which another policy may have sampled); the
+    set is a constant for the gradient. So the ratio to rollout_logprobs is 1 for equal weights, where the whole softmax
+    gives the kept mass. chunk_tokens: rows of logits that live at once; by default as many as RECOMPUTE_ELEMENTS are.
+    """
+    device = input_ids.device
+    width = int(completion_lengths.max())
+    is_completion = torch.arange(width, device=device) < completion_lengths.to(device).unsqueeze(-1)  # [B, T]
+    rows, columns = is_completion.nonzero(as_tuple=True)  # [N]
+    positions = prompt_lengths.to(device)[rows] + columns  # [N]; position p is predicted at p - 1
+    targets = input_ids[rows, positions]  # [N]
+    model = causal_lm(model)
+    given, places = {"input_ids": input_ids}, (rows, positions - 1)
+    if is_packed(model):
+        ends = (prompt_lengths + completion_lengths).to(device) - 1  # the last token predicts nothing
+        packed = pack(input_ids, ends.where(completion_lengths.to(device) > 0, 1))
+        given, places = packed.inputs, (torch.zeros_like(rows), packed.starts[rows] + positions - 1)
+    head = _plain_head(model)
+    if head is None:
+        inputs = model(**given, use_cache=False).logits[places]  # [N, V]
+        weight, bias, vocabulary = None, None, inputs.shape[-1]
+    else:
+        inputs = model.base_model(**given, use_cache=False).last_hidden_state[places]  # [N, D]
+        weight, bias, vocabulary = head.weight.float(), head.bias, head.weight.shape[0]
+    is_early = columns < truncation.min_tokens  # [N]
+    scored = []
+    size = chunk_tokens or max(1, RECOMPUTE_ELEMENTS // vocabulary)
+    for chunk, chunk_targets, early in zip(*(x.split(size) for x in (inputs, targets, is_early)), strict=True):
+        arguments = (chunk, weight, bias, (chunk_targets, temperature or 1.0, truncation, early), with_entropy)
+        if torch.is_grad_enabled() and inputs.shape[0] * vocabulary > RECOMPUTE_ELEMENTS:
+            scored.append(checkpoint(_score, *arguments, use_reentrant=False))
+        else:
+            scored.append(_score(*arguments))
+    padded = torch.zeros(is_completion.shape, device=device)
+    logprobs = padded.index_put((rows, columns), torch.cat([logprobs for logprobs, _ in scored]))
+    entropy = padded.index_put((rows, columns), torch.cat([entropy for _, entropy in scored]))
+    return logprobs, entropy if with_entropy else None
+
+
+def _score(
+    inputs: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    drawn: tuple[Tensor, float, Truncation, Tensor],
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Logprobs [N] and entropy [N] (0 where not asked for) of one chunk.
+
+    inputs: hidden states [N, D], or logits [N, V] where there is no weight. drawn: the tokens [N], and how they were
+    sampled: temperature, truncation, whether min_tokens held [N].
+    """
+    targets, temperature, truncation, is_early = drawn
+    with torch.autocast(inputs.device.type, enabled=False):
+        logits = inputs.float()
+        if weight is not None:
+            logits = torch.nn.functional.linear(logits, weight, None if bias is None else bias.float())
+        if temperature != 1.0:
+            logits = logits / temperature
+        scored: tuple[Tensor, Tensor] = _Score.apply(
+            _truncated(logits, targets, truncation, is_early), targets, with_entropy
+        )
+        return scored
+
+
+class _Score(torch.autograd.Function):
+    """Logprobs [N] of targets [N] and entropy [N] from logits [N, V], some of which may be -inf.
+
+    In as few passes over [N, V] as there can be: what is kept are the probabilities, which the entropy needs anyway, and
+
+        d logprob / d logits = onehot(target) - p
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+        log_p = logits.log_softmax(-1)
+        logprobs = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        entropy = torch.zeros_like(logprobs)
+        if with_entropy or ctx.needs_input_grad[0]:
+            p = log_p.exp()
+            ctx.save_for_backward(p, targets)
+            if with_entropy:
+                entropy = -log_p.clamp_(min=torch.finfo(log_p.dtype).min).mul_(p).sum(-1)  # 0 log 0 = 0
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        p, targets = ctx.saved_tensors
+        to_logits = p * -grad.unsqueeze(-1)
+        return to_logits.scatter_add_(-1, targets.unsqueeze(-1), grad.unsqueeze(-1)), None, None
+
+
+def _truncated(logits: Tensor, targets: Tensor, truncation: Truncation, is_early: Tensor) -> Tensor:
+    """Logits [N, V], -inf where sampling could not draw; targets [N] always stay."""
+    if truncation == UNTRUNCATED:
+        return logits
+    with torch.no_grad():
+        allowed = logits
+        if truncation.end_token_ids:
+            barred = torch.zeros_like(logits, dtype=torch.bool)
+            barred[:, list(truncation.end_token_ids)] = is_early.unsqueeze(-1)
+            allowed = logits.masked_fill(barred, -torch.inf)
+        kept = truncation.kept(allowed)
+        kept = allowed > -torch.inf if kept is None else kept & (allowed > -torch.inf)
+        kept.scatter_(-1, targets.unsqueeze(-1), True)
+    return logits.masked_fill(~kept, -torch.inf)
+
+
+def _plain_head(model: Any) -> torch.nn.Linear | None:
+    """The output head, where logits are its output and nothing else; none = use the model's own full forward."""
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    changes = [value for name in _AFTER_HEAD if (value := getattr(config, name, None)) not in (None, 1.0)]
+    return head if type(head) is torch.nn.Linear and model.base_model is not model and not changes else None

@@ -1,0 +1,88 @@
+"""Which tokens a truncated distribution keeps: top_k, top_p and min_p, for the engine that samples and whoever scores.
+
+Sampling divides by the temperature first. Then min_p and top_k cut, and top_p cuts what they left, renormalised: vLLM's
+order (transformers' applies min_p last, which differs only where min_p and top_p cut together).
+
+Legend: n = rows, V = vocabulary, K = candidates looked at.
+
+Invariants:
+* every cut keeps a prefix of the descending order, so the kept set is `logits >= threshold`: the likeliest token always
+  stays, and of logits equal to the threshold all do;
+* a row's threshold depends on its own logits and parameters only, not on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sluice.common.config import SamplingConfig
+from sluice.common.types import SamplingParams
+
+_CANDIDATES = 64
+"Likeliest tokens looked at first; times 8 until they hold top_p of every row. Sorting whole vocabularies is far slower."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Truncation:
+    """What every row of a batch was sampled with; the defaults cut nothing."""
+
+    top_k: int = 0
+    "0 = off"
+    top_p: float = 1.0
+    "1 = off"
+    min_p: float = 0.0
+    "0 = off"
+    min_tokens: int = 0
+    "the first so many tokens of a completion were no end tokens"
+    end_token_ids: tuple[int, ...] = ()
+    "what min_tokens forbade"
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig | SamplingParams, *, end_token_ids: Sequence[int]) -> Truncation:
+        """What completions are sampled with, by a model that ends with any of `end_token_ids`."""
+        ends = tuple(end_token_ids) if sampling.min_tokens else ()
+        return cls(
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            min_tokens=sampling.min_tokens,
+            end_token_ids=ends,
+        )
+
+    def kept(self, logits: Tensor) -> Tensor | None:
+        """Bool [n, V] of logits [n, V] that are divided by the temperature already; none = all are kept."""
+        if (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0):
+            return None
+        columns = {name: logits.new_tensor([getattr(self, name)]) for name in ("top_k", "top_p", "min_p")}
+        return logits >= thresholds(logits, **columns)
+
+
+def thresholds(logits: Tensor, *, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The lowest kept logit of each row, [n, 1]; -inf where nothing is cut.
+
+    logits [n, V], divided by the temperature; top_k (0 = off), top_p (1 = off), min_p (0 = off): [n], or [1] for all rows.
+    """
+    vocabulary = logits.shape[-1]
+    top_k, top_p, min_p = top_k[:, None], top_p[:, None], min_p[:, None]
+    likeliest = logits.amax(-1, keepdim=True)  # [n, 1]
+    floor = likeliest + min_p.log()  # [n, 1]
+    has_k, has_p = top_k > 0, top_p < 1
+    mass = (logits - likeliest).exp_().masked_fill_(logits < floor, 0.0).sum(-1, keepdim=True)  # [n, 1], times exp(max)
+    candidates = max(_CANDIDATES, int(top_k.max()))
+    while True:
+        head = logits.topk(min(candidates, vocabulary), dim=-1).values  # [n, K], descending
+        rank = torch.arange(head.shape[-1], device=logits.device)  # [K]
+        weights = (head - likeliest).exp_().masked_fill_((has_k & (rank >= top_k)) | (head < floor), 0.0)
+        cumulated = weights.cumsum(-1)  # [n, K]
+        total = torch.where(has_k, cumulated[:, -1:], mass)
+        before = torch.cat([torch.zeros_like(total), cumulated[:, :-1]], dim=-1)
+        dropped = (weights == 0) | (has_p & (before >= top_p * total))
+        if candidates >= vocabulary or bool((dropped[:, -1:] | has_k | ~has_p).all()):
+            break
+        candidates *= 8
+    last = ((~dropped).sum(-1, keepdim=True) - 1).clamp_(min=0)  # [n, 1]
+    return torch.where(has_k | has_p, head.gather(-1, last), floor)

@@ -1,0 +1,252 @@
+"""Why nothing moves: the first cause that explains why the trainer has no batch; and what is wrong anyhow.
+
+Read from heartbeats, queues, the ledger and the server's own word, so that `sluice status`, the trainer's log and the
+dashboard say the same. Kinds of cause, in the order in which they are looked for:
+
+    paused              an operator holds the run
+    redis_unreachable   the data server, or the broker, does not answer
+    redis_full          at maxmemory, or its append-only file cannot be written
+    no_workers          nobody serves a queue that the run needs
+    silent_worker       a process on such a queue has stopped beating
+    alarm               what a process says of itself: disk full, policy not verified
+    not_picked_up       no rollout worker serves the published policy
+    admission           no group is in flight
+    stale_drops         groups were dropped as too old since the last step
+    zero_variance       a batch's worth of groups was dropped for equal rewards since the last step
+    queue_backed_up     half of what is in flight waits in one queue
+    working             none of these: groups are being worked on
+
+What is wrong without a stall, besides: digest_mismatch (a worker serves other bytes than the manifest names),
+sampler_mismatch (it computes other logprobs with them than the trainer), rejected_messages.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from sluice.common.errors import ConnectionFailed
+from sluice.common.ledger.ledger import read_account
+from sluice.common.monitoring.metrics import is_silent, last_metrics, read_heartbeats
+from sluice.common.monitoring.queues import Queue, broker_client, read_queues
+from sluice.common.operations.control import describe_paused
+from sluice.common.policies.canary import is_adapter_missing, mismatch_bound
+from sluice.common.policies.signing import unsealed
+from sluice.common.run import Run
+from sluice.common.serialization import decode
+
+STALL_KINDS = (
+    "paused",
+    "no_trainer",
+    "silent_trainer",
+    "redis_unreachable",
+    "redis_full",
+    "no_workers",
+    "silent_worker",
+    "alarm",
+    "not_picked_up",
+    "admission",
+    "stale_drops",
+    "zero_variance",
+    "queue_backed_up",
+    "working",
+)
+ALARM_KINDS = (
+    "silent_worker",
+    "alarm",
+    "not_picked_up",
+    "digest_mismatch",
+    "sampler_mismatch",
+    "redis_full",
+    "rejected_messages",
+    "redis_unreachable",
+)
+_NEARLY_FULL = 0.9
+_FULL = 0.99
+"""At the limit the server hovers around it: what is refused leaves its buffers free again."""
+_COMPARED = {"mismatch": "the trainer's on the canary", "cache_mismatch": "its own fresh forward pass"}
+"""Fact of a heartbeat -> what it compares with."""
+Beats = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a run does not move, or what is wrong with it."""
+
+    kind: str
+    text: str
+
+
+def explain_stall(client: redis.Redis, run: Run) -> str:
+    """One sentence: what the run is waiting for."""
+    return diagnose(client, run).text
+
+
+def diagnose(client: redis.Redis, run: Run) -> Cause:
+    """The first cause that explains a stall. `client` should give up quickly: what it raises is a cause too."""
+    try:
+        return _first_cause(client, run)
+    except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
+        return _unreachable(error)
+
+
+def alarms(client: redis.Redis, run: Run) -> list[Cause]:
+    """What is wrong, whether or not training stalls."""
+    try:
+        beats = read_heartbeats(client, run.keys)
+        found = [*_silent(beats), *_reported(beats), *_not_picked_up(client, run, beats)]
+        found += [*_other_digests(client, run, beats), *_mismatched(run, beats), *_memory(client, over=_NEARLY_FULL)]
+        if rejected := broker_client(client).llen(run.keys.celery_prefix + "rejected"):
+            found.append(Cause("rejected_messages", f"{rejected} broker messages could not be read and were set aside"))
+    except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
+        return [_unreachable(error)]
+    return found
+
+
+def _unreachable(error: Exception) -> Cause:
+    return Cause("redis_unreachable", f"Redis cannot be reached: {error}")
+
+
+def _first_cause(client: redis.Redis, run: Run) -> Cause:
+    needed = ("dataset", "rollout", *run.config.parts)
+    if held := paused(client, run):
+        return held
+    beats = read_heartbeats(client, run.keys)
+    queues = read_queues(client, run, needed)
+    serving = {facts["role"] for facts in beats.values()}
+    on_path = {name: facts for name, facts in beats.items() if facts["role"] in (*needed, "trainer")}
+    causes = [
+        *_memory(client, over=_FULL),
+        *(
+            Cause("no_workers", f"0 workers on `{queue}`, {_waiting(queues[queue])}")
+            for queue in needed
+            if queue not in serving
+        ),
+        *_silent(on_path),
+        *_reported(on_path),
+        *_not_picked_up(client, run, beats),
+    ]
+    return causes[0] if causes else _from_flow(client, run, beats, queues)
+
+
+def paused(client: redis.Redis, run: Run) -> Cause | None:
+    """Whether an operator holds the run."""
+    order = client.hget(run.keys("run"), "paused")
+    return Cause("paused", describe_paused(json.loads(order))) if order else None
+
+
+def _memory(client: redis.Redis, *, over: float) -> list[Cause]:
+    info = client.info("memory") | client.info("persistence")
+    used, most = int(info["used_memory"]), int(info.get("maxmemory", 0))
+    found = []
+    if most and used >= over * most:
+        text = f"Redis is full: {used >> 20} MiB of maxmemory {most >> 20} MiB used"
+        found.append(Cause("redis_full", text if used >= _FULL * most else text.replace("full", "nearly full")))
+    if info.get("aof_last_write_status", "ok") != "ok":
+        text = "Redis cannot write its append-only file (its disk is full?) and refuses writes"
+        found.append(Cause("redis_full", text))
+    return found
+
+
+def _silent(beats: Beats) -> list[Cause]:
+    return [
+        Cause("silent_worker", f"{name} has been silent for {facts['silent_s']:.0f} s: dead, stopped or cut off")
+        for name, facts in beats.items()
+        if is_silent(facts)
+    ]
+
+
+def _reported(beats: Beats) -> list[Cause]:
+    return [Cause("alarm", f"{name}: {facts['alarm']}") for name, facts in beats.items() if facts.get("alarm")]
+
+
+def _not_picked_up(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
+    """Whether the newest policy has been out for too long without a live rollout worker that serves it."""
+    version, published_at = client.hmget(run.keys("policy"), ["version", "published_at"])
+    if version is None or published_at is None:
+        return []
+    seconds, microseconds = client.time()
+    out_s = seconds + microseconds / 1e6 - float(published_at)
+    served = [f["version"] for f in beats.values() if f["role"] == "rollout" and "version" in f and not is_silent(f)]
+    if out_s <= run.config.policy_store.pickup_alarm_s or max(served, default=-1) >= int(version):
+        return []
+    serving = f"the newest that one serves is {max(served)}" if served else "none is there"
+    text = f"no rollout worker has picked up policy version {int(version)}, published {out_s:.0f} s ago: {serving}"
+    return [Cause("not_picked_up", text)]
+
+
+def _other_digests(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
+    """Workers that serve other weights than the manifest of their version names."""
+    found = []
+    for name, facts in beats.items():
+        if not facts.get("digest"):
+            continue
+        wire = client.hget(run.keys("manifests"), str(facts["version"]))
+        if wire is not None and not decode(unsealed(wire))["digest"].startswith(facts["digest"]):
+            text = (
+                f"{name} serves policy version {facts['version']} with digest {facts['digest']}, not the published one"
+            )
+            found.append(Cause("digest_mismatch", text))
+    return found
+
+
+def _mismatched(run: Run, beats: Beats) -> list[Cause]:
+    """Workers whose engine scores otherwise than the trainer does, or than it has sampled."""
+    bound = mismatch_bound(run.config.rollout.dtype, run.config.trainer.autocast)
+    found = [
+        Cause(
+            "sampler_mismatch",
+            f"{name} serves policy version {facts['version']}, but its logprobs are {facts[key]:.3g} nats from {what} "
+            f"(bound {bound:g}): it samples from another policy",
+        )
+        for name, facts in beats.items()
+        for key, what in _COMPARED.items()
+        if (facts.get(key) or 0.0) > bound
+    ]
+    for name, facts in beats.items():
+        if facts.get("adapter_share") and is_adapter_missing(*facts["adapter_share"]):
+            share, error = facts["adapter_share"]
+            text = (
+                f"{name} serves policy version {facts['version']}, but on the canary it shows {share:.2f} +- {error:.2f} of "
+                f"the LoRA adapter's effect: it samples from the base, or {run.config.rollout.dtype} rounds the adapter away"
+            )
+            found.append(Cause("sampler_mismatch", text))
+    return found
+
+
+def _waiting(queue: Queue) -> str:
+    """What waits, and since when if that is long."""
+    text = f"{queue.depth} messages queued"
+    return f"{text}, the oldest for {queue.oldest_age_s:.0f} s" if queue.oldest_age_s >= 1 else text
+
+
+def _from_flow(client: redis.Redis, run: Run, beats: Beats, queues: dict[str, Queue]) -> Cause:
+    """Everybody is there: where the groups are."""
+    account = read_account(client, run.keys)
+    if account.in_flight == 0:
+        stopped = {facts.get("stopped_by", "?") for facts in beats.values() if facts["role"] == "dataset"}
+        return Cause("admission", f"no group is in flight; admission stopped by {', '.join(sorted(stopped))}")
+    last = last_metrics(client, run.keys)
+    stale = account.dropped.get("stale", 0) - int(last.get("staleness/dropped", 0))
+    if stale > 0:
+        text = f"{stale} groups were dropped as stale since step {int(last.get('step', 0))}; "
+        return Cause("stale_drops", text + f"{account.in_flight} in flight")
+    filtered = account.dropped.get("zero_variance", 0) - int(last.get("filter/dropped", 0))
+    if filtered >= run.config.groups_per_step:
+        left = max(0, run.config.max_filtered - int(client.get(run.keys("filtered")) or 0))
+        text = f"{filtered} groups were dropped for equal rewards since step {int(last.get('step', 0))}; "
+        return Cause("zero_variance", text + f"{left} more may be, then they are kept; {account.in_flight} in flight")
+    running = {queue: sum(f.get("running", 0) for f in beats.values() if f["role"] == queue) for queue in queues}
+    busy = ", ".join(f"{count} on {queue}" for queue, count in running.items() if count) or "none"
+    deepest = max(queues, key=lambda queue: queues[queue].depth)
+    if 2 * queues[deepest].depth >= account.in_flight:
+        workers = sum(facts["role"] == deepest for facts in beats.values())
+        text = f"queue `{deepest}` is backed up: {_waiting(queues[deepest])} for {workers} workers"
+        return Cause("queue_backed_up", f"{text}; {account.in_flight} groups in flight, being worked on: {busy}")
+    queued = f"; longest queue: {queues[deepest].depth} on `{deepest}`" if queues[deepest].depth else ""
+    if "redis_memory" in (held := " ".join(str(f.get("stopped_by", "")) for f in beats.values())):
+        queued += f"; admission stopped by {held.strip()}"
+    return Cause("working", f"{account.in_flight} groups in flight, being worked on: {busy}{queued}")

@@ -1,0 +1,71 @@
+"""Celery's queues, read without taking from them: how many messages wait, and for how long the oldest has.
+
+A queue is a Redis list: messages are pushed at its head and taken from its tail, so the oldest is the last element. When it was
+sent stands in its header `sent_at` (`broker.send`), in seconds of the sender's clock.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from sluice.common.connections.client import connect
+from sluice.common.run import Run
+from sluice.common.serialization import decode_json
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What waits in one queue."""
+
+    depth: int
+    oldest_age_s: float
+    "0 when it is empty, or its oldest element is no message of ours"
+
+
+def broker_client(client: redis.Redis) -> redis.Redis:
+    """The server that holds Celery's queues: SLUICE_BROKER_URL's, else the data server that `client` speaks to."""
+    url = os.environ.get("SLUICE_BROKER_URL")
+    return _connect_once(url) if url else client
+
+
+@cache
+def _connect_once(url: str) -> redis.Redis:
+    return connect(url, retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
+
+
+def read_queues(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[str, Queue]:
+    """Depth and oldest age of each, in one round trip to the broker."""
+    with broker_client(client).pipeline(transaction=False) as pipe:
+        pipe.time()
+        for queue in queues:
+            pipe.llen(run.keys.celery_prefix + queue)
+            pipe.lindex(run.keys.celery_prefix + queue, -1)
+        (seconds, microseconds), *rest = pipe.execute()
+    now = seconds + microseconds / 1e6
+    found = zip(queues, rest[0::2], rest[1::2], strict=True)
+    return {queue: Queue(depth, _age_s(oldest, now=now)) for queue, depth, oldest in found}
+
+
+def queue_depths(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[str, int]:
+    """Messages waiting per queue."""
+    return {name: queue.depth for name, queue in read_queues(client, run, queues).items()}
+
+
+def _age_s(message: bytes | None, *, now: float) -> float:
+    if message is None:
+        return 0.0
+    try:
+        return round(max(0.0, now - float(decode_json(message)["headers"]["sent_at"])), 3)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+    ):  # a foreign element: the transport sets it aside when it gets there
+        return 0.0

@@ -1,0 +1,1 @@
+"""How a run is operated while it goes on: orders, settings, the number of workers."""

@@ -1,0 +1,1 @@
+"""Versioned weights: published, signed, transported, verified."""

@@ -1,0 +1,77 @@
+"""Signed manifests: a worker that has the run's key serves no policy that somebody without it has published.
+
+The key is in SLUICE_RUN_KEY, or in the file that SLUICE_RUN_KEY_FILE names. Who has it: the trainer, and the roles that load
+policies (rollout, eval, reference). `sluice run` makes one per run; roles started one by one get it from whoever starts them.
+It is never in Redis. Without a key nothing is signed and nothing refused.
+
+    sealed manifest = b"SL+" | HMAC-SHA256 (32 bytes) | manifest as encoded         over b"sluice manifest" 0 run 0 manifest
+
+The manifest names its version, and the digest of every tensor of it, so nothing else of a policy needs a signature. HMAC:
+RFC 2104.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from pathlib import Path
+
+from sluice.common.connections.secrets import secret
+from sluice.common.errors import ConfigError, SignatureRefused
+
+RUN_KEY = "SLUICE_RUN_KEY"
+MIN_LENGTH = 32
+_MARK = b"SL+"
+_HEAD = len(_MARK) + hashlib.sha256().digest_size
+
+
+class Signer:
+    """Signs and verifies for one run."""
+
+    def __init__(self, run: str, key: str | None) -> None:
+        """Raises ConfigError for a key that is too short to be one."""
+        if key is not None and len(key) < MIN_LENGTH:
+            raise ConfigError(f"{RUN_KEY} has {len(key)} characters: use {MIN_LENGTH} random ones or more")
+        self._run = run
+        self._key = None if key is None else key.encode()
+
+    @classmethod
+    def of_environment(cls, run: str) -> Signer:
+        return cls(run, secret(RUN_KEY))
+
+    def seal(self, manifest: bytes) -> bytes:
+        """The manifest with its signature; as it is where there is no key."""
+        return manifest if self._key is None else _MARK + self._mac(manifest) + manifest
+
+    def open(self, sealed: bytes, *, version: int) -> bytes:
+        """The manifest, verified where there is a key. Raises SignatureRefused."""
+        manifest = unsealed(sealed)
+        if self._key is None:
+            return manifest
+        if manifest is sealed:
+            raise SignatureRefused(
+                f"policy version {version} is not signed, and this process has the run's key: was it published by a trainer "
+                f"that was started without {RUN_KEY}, or by somebody else?"
+            )
+        if not hmac.compare_digest(sealed[len(_MARK) : _HEAD], self._mac(manifest)):
+            raise SignatureRefused(
+                f"policy version {version} is not signed with this process' {RUN_KEY}: it has another key than the trainer, or "
+                "somebody else has published it"
+            )
+        return manifest
+
+    def _mac(self, manifest: bytes) -> bytes:
+        assert self._key is not None
+        return hmac.digest(self._key, b"\0".join([b"sluice manifest", self._run.encode(), manifest]), "sha256")
+
+
+def unsealed(sealed: bytes) -> bytes:
+    """The manifest, not verified: for those who only show it."""
+    return sealed[_HEAD:] if sealed.startswith(_MARK) else sealed
+
+
+def make_key(file: Path) -> None:
+    """A new random key, readable by its owner only."""
+    file.touch(mode=0o600)
+    file.write_text(secrets.token_hex(32) + "\n")

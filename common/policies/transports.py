@@ -1,0 +1,148 @@
+"""Where the bytes of a policy version lie: a shared directory, or Redis.
+
+A version has `weights` (all tensors), a `delta` (patches upon an earlier version, `common/policies/delta.py`), or both; each is
+one set of tensors in safetensors format:
+
+* DirectoryTransport: one file, written under a temporary name and renamed.
+* RedisTransport: the same bytes in 2 MiB chunks (larger ones are 2-7x slower), for machines without a shared folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import redis
+import safetensors
+import safetensors.torch
+import torch
+
+from sluice.common.disk import needing_room
+from sluice.common.errors import DigestMismatch, PolicyNotFound
+from sluice.common.keys import Keys
+
+CHUNK_BYTES = 2 * 1024 * 1024
+
+Kind = Literal["weights", "delta"]
+
+
+class Transport(Protocol):
+    """Carries the bytes of a version."""
+
+    def write(self, version: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "weights") -> int:
+        """Store tensors of a version, replacing leftovers of a crash. Returns bytes. Raises DiskFull."""
+
+    def read(
+        self, version: int, kind: Kind = "weights", *, go_on: Callable[[], None]
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """The tensors, unverified, and the bytes read; calls `go_on` between pieces. Raises PolicyNotFound, DigestMismatch."""
+
+    def delete(self, version: int) -> None:
+        """Free a version, complete or not; nothing happens if there is none."""
+
+    def sweep(self, is_garbage: Callable[[int], bool]) -> None:
+        """Free every version of which this is true; those are found by their bytes."""
+
+
+class DirectoryTransport:
+    """One safetensors file per version and kind in a folder that trainer and workers share."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, version: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "weights") -> int:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._path(version, kind)
+        for leftover in self._folder.glob(f"{path.stem}.tmp*"):  # of a trainer killed while it wrote this version
+            leftover.unlink(missing_ok=True)
+        temporary = path.with_suffix(f".tmp{os.getpid()}")
+        with needing_room(self._folder, what=f"policy version {version}"):
+            try:
+                safetensors.torch.save_file(dict(tensors), temporary)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        temporary.rename(path)
+        return path.stat().st_size
+
+    def read(
+        self, version: int, kind: Kind = "weights", *, go_on: Callable[[], None]
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        path = self._path(version, kind)
+        try:
+            # mapped; a file that is deleted or replaced meanwhile stays readable
+            return safetensors.torch.load_file(path), path.stat().st_size
+        except FileNotFoundError:
+            raise PolicyNotFound(
+                f"policy version {version} is not at {path}: is policy_store.path shared with the trainer's machine? "
+                "If not, use policy_store.transport=redis"
+            ) from None
+        except safetensors.SafetensorError as error:
+            raise DigestMismatch(f"policy version {version} at {path} is damaged: {error}") from None
+
+    def delete(self, version: int) -> None:
+        for path in self._folder.glob(f"*-{version:08d}.*"):  # of every kind, and what a killed trainer left of them
+            path.unlink(missing_ok=True)
+
+    def sweep(self, is_garbage: Callable[[int], bool]) -> None:
+        versions = {int(path.stem.rpartition("-")[2]) for path in self._folder.glob(f"*-{'[0-9]' * 8}.*")}
+        for version in filter(is_garbage, versions):
+            self.delete(version)
+
+    def _path(self, version: int, kind: Kind) -> Path:
+        return self._folder / f"{'policy' if kind == 'weights' else kind}-{version:08d}.safetensors"
+
+
+class RedisTransport:
+    """The safetensors bytes in chunks under `<kind>:<version>:<i>`; how many bytes under `<kind>:<version>`.
+
+    The number is written first: the chunks that a killed trainer has written can be told from it.
+    """
+
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+        self._client = client
+        self._keys = keys
+
+    def write(self, version: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "weights") -> int:
+        data = memoryview(safetensors.torch.save(dict(tensors)))
+        self._client.set(self._keys(kind, version), len(data))
+        for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+            self._client.set(self._keys(kind, version, i), data[start : start + CHUNK_BYTES])
+        return len(data)
+
+    def read(
+        self, version: int, kind: Kind = "weights", *, go_on: Callable[[], None]
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        size = self._client.get(self._keys(kind, version))
+        if size is None:
+            raise PolicyNotFound(f"policy version {version} is not in Redis: it was removed, or never written")
+        data = bytearray(int(size))
+        for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+            chunk = self._client.get(self._keys(kind, version, i))
+            if chunk is None:
+                raise PolicyNotFound(f"policy version {version}: chunk {i} is missing in Redis")
+            if len(chunk) != min(CHUNK_BYTES, len(data) - start):
+                raise DigestMismatch(f"policy version {version}: chunk {i} in Redis has {len(chunk)} bytes")
+            data[start : start + len(chunk)] = chunk
+            go_on()
+        try:
+            return safetensors.torch.load(bytes(data)), len(data)
+        except safetensors.SafetensorError as error:
+            raise DigestMismatch(f"policy version {version} in Redis is damaged: {error}") from None
+
+    def delete(self, version: int) -> None:
+        for kind in get_args(Kind):
+            size = self._client.get(self._keys(kind, version))
+            if size is not None:
+                chunks = [self._keys(kind, version, i) for i in range(-(-int(size) // CHUNK_BYTES))]
+                self._client.unlink(self._keys(kind, version), *chunks)
+
+    def sweep(self, is_garbage: Callable[[int], bool]) -> None:
+        """Looks at every key of the server once."""
+        for kind in get_args(Kind):
+            root = self._keys(kind, "")
+            for key in self._client.scan_iter(match=root + "*", count=10_000):
+                if is_garbage(int(key.decode().removeprefix(root).partition(":")[0])):
+                    self._client.unlink(key)

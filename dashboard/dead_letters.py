@@ -1,0 +1,69 @@
+"""Dead-lettered groups for people to read: what they were, who held them last, and why they were given up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sluice.common.errors import ConfigError, SerializationError
+from sluice.common.keys import Keys
+from sluice.common.serialization import decode
+
+_FIELDS = ("dead_reason", "dead_worker", "dead_detail", "stage", "task", "rollout")
+
+
+def read_dead(client: redis.Redis, keys: Keys, *, group: str | None = None) -> list[dict[str, Any]]:
+    """Dead letters, newest first; of one group where that is named. Raises ConfigError when it is not dead."""
+    entries = client.zrevrange(keys("dead"), 0, -1, withscores=True)
+    names = {name.decode(): died_ms / 1000 for name, died_ms in entries}
+    if group is not None and group not in names:
+        raise ConfigError(f"group {group} is not a dead letter of this run: `sluice dead` lists them")
+    chosen = names if group is None else {group: names[group]}
+    with client.pipeline(transaction=False) as pipe:
+        for name in chosen:
+            pipe.hmget(keys("g", name), _FIELDS)
+        rows = pipe.execute()
+    return [_letter(name, chosen[name], row) for name, row in zip(chosen, rows, strict=True)]
+
+
+def _letter(name: str, died_at: float, row: list[bytes | None]) -> dict[str, Any]:
+    reason, worker, detail, _, task, rollout = row
+    prompt, target = _read(task, "prompt"), _read(task, "target")
+    completions = _read(rollout, "completions") or []
+    return {
+        "group": name,
+        "died_at": died_at,
+        "reason": (reason or b"?").decode(),
+        "worker": (worker or b"?").decode(),
+        "detail": (detail or b"").decode(errors="replace"),
+        "prompt": prompt,
+        "target": target,
+        "completions": [text for completion in completions if (text := completion.get("text")) is not None],
+    }
+
+
+def _read(payload: bytes | None, name: str) -> Any:
+    """One field of a part; none of what cannot be decoded, which may be what the group died of."""
+    try:
+        return decode(payload)[name] if payload else None
+    except (SerializationError, LookupError, TypeError):
+        return None
+
+
+def render_dead(letters: list[dict[str, Any]]) -> RenderableType:
+    """One line per dead letter; the whole letter when there is one."""
+    table = Table()
+    for name in ("group", "reason", "worker", "prompt", "detail"):
+        table.add_column(name, overflow="fold")
+    for letter in letters:
+        first_line = (letter["detail"].splitlines() or [""])[0]
+        table.add_row(
+            letter["group"], letter["reason"], letter["worker"], Text(str(letter["prompt"])), Text(first_line)
+        )
+    if len(letters) != 1:
+        return table
+    return Group(table, Text(letters[0]["detail"]), *(Text(f"- {text}") for text in letters[0]["completions"]))

@@ -1,0 +1,116 @@
+"""What the web pages show, read from Redis once a second for all browsers together, and only while one looks.
+
+Nothing here writes. A page asks a `Reader` for the run it shows; the reader keeps what it has read of streams and asks for
+what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from sluice.common.errors import ConfigError
+from sluice.common.keys import RUNS
+from sluice.common.monitoring.metrics import read_metrics
+from sluice.common.run import Run, open_run
+from sluice.common.serialization import decode
+from sluice.dashboard.run_state import collect_status
+
+FRESH_S = 1.0
+MAX_STEPS = 20_000
+"Newest trainer steps that are kept for the curves."
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """One run at one moment."""
+
+    status: dict[str, Any]
+    steps: list[dict[str, float]] = field(default_factory=list)
+    "trainer steps, oldest first; one that was trained again after a crash stands once"
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    "entries that hold results of evaluations"
+    orders: list[dict[str, str]] = field(default_factory=list)
+    "what operators have changed, newest first: at, who, step, key, old, new"
+    scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
+    "queue -> what autoscaling wants and why"
+
+
+class Reader:
+    """One run, for every page that shows it."""
+
+    def __init__(self, client: redis.Redis, run: Run) -> None:
+        self.run = run
+        self.client = client
+        self._lock = threading.Lock()
+        self._read_at = 0.0
+        self._reading: Reading | None = None
+        self._last_entry = "-"
+        self._steps: dict[int, dict[str, float]] = {}
+        self._evaluations: list[dict[str, float]] = []
+        self._samples: list[dict[str, Any]] = []
+        self._newest_sample = "-"
+
+    def read(self) -> Reading:
+        """At most FRESH_S old. Raises redis' errors."""
+        with self._lock:
+            if self._reading is None or time.monotonic() - self._read_at > FRESH_S:
+                self._reading = self._fresh()
+                self._read_at = time.monotonic()
+            return self._reading
+
+    def _fresh(self) -> Reading:
+        for entry, metrics in read_metrics(self.client, self.run.keys, after=self._last_entry):
+            self._last_entry = entry
+            if "reward/mean" in metrics:
+                self._steps[int(metrics["step"])] = metrics
+            if any(name.startswith("eval/") for name in metrics):
+                self._evaluations.append(metrics)
+        with self.client.pipeline(transaction=False) as pipe:
+            pipe.xrevrange(self.run.keys("controls"), count=20)
+            pipe.hgetall(self.run.keys("autoscale"))
+            orders, wishes = pipe.execute()
+        return Reading(
+            status=collect_status(self.client, self.run),
+            steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
+            evaluations=list(self._evaluations),
+            orders=[{name.decode(): value.decode() for name, value in fields.items()} for _, fields in orders],
+            scaling={queue.decode(): json.loads(wish) for queue, wish in wishes.items()},
+        )
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Kept groups, newest first."""
+        with self._lock:
+            start = self._newest_sample if self._newest_sample == "-" else f"({self._newest_sample}"
+            for entry, fields in self.client.xrange(self.run.keys("samples"), min=start):
+                self._newest_sample = entry.decode()
+                self._samples.append(decode(fields[b"sample"]))
+            del self._samples[: -self.run.config.metrics.samples_kept or None]
+            return self._samples[::-1]
+
+
+class Readers:
+    """The runs of one Redis; all of them, or those that were named."""
+
+    def __init__(self, client: redis.Redis, names: tuple[str, ...] = ()) -> None:
+        self.client = client
+        self._names = names
+        self._readers: dict[str, Reader] = {}
+
+    def names(self) -> list[str]:
+        """Newest first."""
+        created = {name.decode(): float(at) for name, at in self.client.hgetall(RUNS).items()}
+        return sorted((n for n in created if not self._names or n in self._names), key=lambda n: -created[n])
+
+    def of(self, name: str) -> Reader:
+        """Raises ConfigError when there is none of that name."""
+        if self._names and name not in self._names:
+            raise ConfigError(f"this dashboard does not show run {name!r}")
+        if name not in self._readers:
+            self._readers[name] = Reader(self.client, open_run(self.client, name))
+        return self._readers[name]

@@ -1,0 +1,112 @@
+"""`sluice doctor`: what is here, and what stands in the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import psutil
+
+from sluice.common.config.file import load_config
+from sluice.common.connections import sentinel
+from sluice.common.connections.client import connect, persistence_warning, without_password
+from sluice.common.connections.secrets import secret
+from sluice.common.errors import SluiceError
+from sluice.common.policies.signing import RUN_KEY
+from sluice.scripts.launcher.redis_server import find_server
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report: ok, note, warning or problem."""
+
+    level: str
+    text: str
+
+
+def examine(config_path: str | None) -> list[Finding]:
+    """Check machine, Redis and config."""
+    return [*_machine(), *examine_redis(), *(_config(config_path) if config_path else [])]
+
+
+def _machine() -> list[Finding]:
+    import torch
+
+    memory = psutil.virtual_memory().available / 2**30
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    findings = [
+        Finding("ok", f"{os.cpu_count()} CPU cores, {memory:.1f} GiB memory free, torch {torch.__version__}"),
+        Finding("ok", "GPUs: " + ", ".join(devices))
+        if devices
+        else Finding("note", "no CUDA device: everything runs on the CPU"),
+        Finding("ok", "vLLM is installed")
+        if find_spec("vllm")
+        else Finding("note", "vLLM is not installed: rollout.engine=torch is available"),
+    ]
+    free = shutil.disk_usage(".").free / 2**30
+    findings.append(
+        Finding(
+            "ok" if free > 5 else "problem",
+            f"{free:.1f} GiB free on this disk (checkpoints, logs, Redis' append-only file)",
+        )
+    )
+    return findings
+
+
+def examine_redis() -> list[Finding]:
+    """The Redis of SLUICE_REDIS_URL: is it there, and may it lose what a run keeps in it."""
+    url = secret("SLUICE_REDIS_URL")
+    try:
+        if not url:
+            return [Finding("ok", f"SLUICE_REDIS_URL is not set: `sluice run` starts its own server, {find_server()}")]
+        client = connect(url)
+    except SluiceError as error:
+        return [Finding("problem", str(error))]
+    info = client.info()
+    findings = [Finding("ok", f"Redis {info['redis_version']} at {without_password(url)}")]
+    if sentinel.is_sentinel(url):
+        host, port = sentinel.parse(url).master_address()
+        findings.append(
+            Finding("ok", f"Sentinel names {host}:{port} as the master, {info['connected_slaves']} replicas")
+        )
+    if secret(RUN_KEY) is None:
+        findings.append(
+            Finding("note", f"{RUN_KEY} is not set: only `sluice run` signs policies then (docs/security.md)")
+        )
+    if warning := persistence_warning(client):
+        findings.append(Finding("warning", warning))
+    if info.get("maxmemory"):
+        findings.append(_memory_bound(info))
+    return findings
+
+
+def _memory_bound(info: dict[str, Any]) -> Finding:
+    policy = info.get("maxmemory_policy", "noeviction")
+    bound = f"{info['maxmemory'] / 2**20:.0f} MiB"
+    if policy != "noeviction":
+        text = (
+            f"Redis evicts keys when it reaches maxmemory ({bound}, policy {policy}): groups would be lost without a trace. "
+            "Set maxmemory-policy noeviction"
+        )
+        return Finding("problem", text)
+    text = (
+        f"Redis refuses writes when it reaches maxmemory ({bound}): every role pauses until there is room; "
+        "replay_buffer.max_bytes stops admission before"
+    )
+    return Finding("note", text)
+
+
+def _config(path: str) -> list[Finding]:
+    from sluice.scripts.launcher.launch import preflight, with_absolute_paths
+    from sluice.trainer.trackers import check_trackers
+
+    try:
+        config = with_absolute_paths(load_config(path))
+        preflight(config)
+        check_trackers(config.metrics)
+    except SluiceError as error:
+        return [Finding("problem", str(error))]
+    return [Finding("ok", f"{path}: config, model, datasets and reward functions load")]

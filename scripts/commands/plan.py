@@ -1,0 +1,152 @@
+"""`sluice plan`: what a config would start here, and what to type where on several machines. Starts and stores nothing.
+
+Counts, commands and GPUs are those that `sluice run` would use (scripts/launcher/roles.py), refusals included. Datasets,
+tokenizer and rewards are not looked at: `sluice doctor CONFIG` does that.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from sluice.common.config import Config
+from sluice.common.config.file import load_config
+from sluice.scripts.launcher.roles import assigned_gpus, check_gpus, trainer_gpus, trainer_role, worker_bounds
+from sluice.trainer.trackers import check_trackers
+
+
+@click.command()
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """What `sluice run` would start on this machine, and the commands for several. Starts nothing."""
+    found = make_plan(load_config(config, list(overrides)), config, overrides)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        render_plan(found)
+
+
+def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Everything that is shown; plain data. Raises ConfigError where this machine's GPUs do not suffice."""
+    check_gpus(config)
+    check_trackers(config.metrics)
+    roles = [_worker(config, queue, *bounds) for queue, bounds in worker_bounds(config).items()]
+    ranks = config.replicas.trainer
+    roles.append(
+        {
+            "role": "trainer",
+            "min": ranks,
+            "max": ranks,
+            "pool": "process per rank",
+            "concurrency": 1,
+            "gpus": [[gpu] for gpu in trainer_gpus(config)],
+            "command": shlex.join(["python", *trainer_role(config).argv[1:]]),
+        }
+    )
+    return {
+        "model": config.model.path,
+        "weights_mib": _weights_mib(config),
+        "roles": [role for role in roles if role["max"]],
+        "processes": {end: sum(role[end] for role in roles) for end in ("min", "max")},
+        "groups_per_step": config.groups_per_step,
+        "completions_per_step": config.groups_per_step * config.sampling.group_size,
+        "groups_in_flight": config.max_in_flight,
+        "messages_per_group": ["rollout", *config.parts],
+        "machines": _machines(path, overrides, [role for role in roles if role["max"]]),
+        "notes": _notes(config, roles),
+    }
+
+
+def _worker(config: Config, queue: str, least: int, most: int) -> dict[str, Any]:
+    name = queue.partition(",")[0]
+    concurrency = {
+        "dataset": 1,
+        "reference": config.reference.concurrency,
+        "reward": config.reward.concurrency,
+    }.get(name, config.rollout.concurrency)
+    gpus = [] if name in ("dataset", "reward") else [assigned_gpus(config, queue, i) for i in range(most)]
+    return {
+        "role": queue,
+        "min": least,
+        "max": most,
+        "pool": "prefork" if name == "reward" else "threads",
+        "concurrency": concurrency,
+        "gpus": [each for each in gpus if each],
+        "command": f"celery -A sluice worker -Q {queue}",
+    }
+
+
+def _weights_mib(config: Config) -> float | None:
+    """MiB of the safetensors files of a local model; None where they would have to be looked up."""
+    files = list(Path(config.model.path).glob("*.safetensors"))
+    return round(sum(file.stat().st_size for file in files) / 2**20, 1) if files else None
+
+
+def _notes(config: Config, roles: list[dict[str, Any]]) -> list[str]:
+    """What somebody who reads the plan would want to know before they pay for it."""
+    notes = [
+        f"{role['max']} {role['role']} workers for at most {config.max_in_flight} groups in flight: the others idle; raise "
+        "replay_buffer.batch_size or max_policy_age, or lower the number"
+        for role in roles
+        if role["role"] not in ("eval", "trainer") and role["max"] > config.max_in_flight
+    ]
+    if config.policy_store.transport == "directory":
+        path = config.policy_store.path or "not set: memory of one machine"
+        notes.append(
+            f"on several machines policy_store.path ({path}) must be a folder that all share; else: policy_store.transport=redis"
+        )
+    return notes
+
+
+def _machines(path: str, overrides: tuple[str, ...], roles: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What to type where, in this order."""
+    create = shlex.join(["sluice", "create", path, *overrides, "--name", "NAME"])
+    steps = [
+        {"where": "on every machine", "command": "export SLUICE_REDIS_URL=redis://HOST:6379/0 SLUICE_RUN=NAME"},
+        {"where": "once, anywhere", "command": create},
+    ]
+    for role in roles:
+        needs_gpu = role["role"] not in ("dataset", "reward", "trainer")
+        alone = " each with its own CUDA_VISIBLE_DEVICES" if needs_gpu and role["max"] > 1 else ""
+        count = "once" if role["max"] == role["min"] == 1 or role["role"] == "trainer" else f"{_count(role)} times"
+        count += f", on any machine{alone}"
+        steps.append({"where": count, "command": role["command"]})
+    return steps
+
+
+def _count(role: dict[str, Any]) -> str:
+    return str(role["max"]) if role["min"] == role["max"] else f"{role['min']}..{role['max']}"
+
+
+def render_plan(found: dict[str, Any]) -> None:
+    """For people."""
+    console = Console(soft_wrap=True, highlight=False)
+    weights = "" if found["weights_mib"] is None else f", {found['weights_mib']:,} MiB of weights"
+    console.print(f"model {found['model']}{weights}", markup=False)
+    parts = " + ".join(found["messages_per_group"])
+    console.print(
+        f"{found['groups_per_step']} groups a step ({found['completions_per_step']} completions), at most "
+        f"{found['groups_in_flight']} in flight; messages per group: {parts}"
+    )
+    least, most = found["processes"]["min"], found["processes"]["max"]
+    shown = f"{least}" if least == most else f"{least} to {most}"
+    table = Table(title=f"sluice run starts {shown} processes here, beside Redis", title_justify="left")
+    for name in ("role", "number", "pool", "GPUs", "command"):
+        table.add_column(name, overflow="fold")
+    for role in found["roles"]:
+        gpus = " ".join("+".join(each) for each in role["gpus"]) or "-"
+        table.add_row(role["role"], _count(role), f"{role['pool']} x {role['concurrency']}", gpus, role["command"])
+    (console if console.is_terminal else Console(width=160)).print(table)
+    console.print("on several machines:")
+    for line in found["machines"]:
+        console.print(f"  # {line['where']}\n  {line['command']}", markup=False)
+    for note in found["notes"]:
+        console.print(f"note: {note}", markup=False)

@@ -1,0 +1,41 @@
+"""`sluice replay`: recorded steps beside the same steps computed again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from sluice.trainer.replay import ReplayedStep, replay
+
+
+def print_replay(run_folder: Path, *, step: int | None, as_json: bool) -> bool:
+    """Prints as it goes; whether every loss is the recorded one."""
+    steps = []
+    for replayed in replay(run_folder, step=step):
+        steps.append(replayed)
+        if not as_json:
+            click.echo(_line(replayed))
+    agrees = all(replayed.agrees for replayed in steps)
+    if as_json:
+        click.echo(json.dumps({"steps": [asdict(replayed) for replayed in steps], "agrees": agrees}))
+    else:
+        same = sum(replayed.began_with_same_weights for replayed in steps)
+        click.echo(f"{len(steps)} steps, {same} began with the recorded weights bit for bit; losses {_verdict(agrees)}")
+    return agrees
+
+
+def _line(replayed: ReplayedStep) -> str:
+    weights = {True: "same bits as the checkpoint", False: "DIFFERENT BITS than the checkpoint", None: ""}
+    return (
+        f"step {replayed.step}  loss {replayed.recorded_loss:.9f} recorded, {replayed.replayed_loss:.9f} replayed"
+        f"  grad_norm {replayed.recorded_grad_norm:.6f}, {replayed.replayed_grad_norm:.6f}"
+        f"  began with {'the same' if replayed.began_with_same_weights else 'OTHER'} weights"
+        f"  {weights[replayed.ended_with_same_weights]}".rstrip()
+    )
+
+
+def _verdict(agrees: bool) -> str:
+    return "agree to 1e-6" if agrees else "DIFFER"

@@ -1,0 +1,66 @@
+"""`sluice status`."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import click
+import redis
+
+from sluice.common.run import Run
+
+REFRESH_S = 1.0
+HAS_ENDED = ("finished", "drained", "stopped", "failed")
+
+
+@click.command()
+@click.argument("name", required=False, metavar="[RUN]")
+@click.option("--watch", is_flag=True, help="Refresh every second until the run has ended, or Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def status(name: str | None, watch: bool, as_json: bool) -> None:
+    """Where the run is: step, reward, queues, processes, and what it waits for."""
+    from sluice.dashboard.run_state import collect_status
+    from sluice.dashboard.terminal import render
+    from sluice.scripts.cli import console
+    from sluice.scripts.launcher.launch import opened_run
+
+    if watch and as_json:
+        raise click.UsageError("--watch draws a screen, --json prints one object: give one of them")
+    with opened_run(name) as (client, opened, _):
+        if watch:
+            _watch(client, opened)
+            return
+        reading = collect_status(client, opened)
+    if as_json:
+        click.echo(json.dumps(reading))
+    else:
+        console().print(render(reading))
+
+
+def _watch(client: redis.Redis, run: Run) -> None:
+    """A screen that follows the run. While Redis is away it keeps what it showed last, and says so."""
+    from rich.live import Live
+
+    from sluice.dashboard.run_state import collect_status
+    from sluice.dashboard.terminal import render
+    from sluice.scripts.cli import console
+
+    reading: dict[str, Any] = collect_status(client, run)
+    read_at = time.monotonic()
+    terminal = console()
+    try:
+        with Live(render(reading), console=terminal, auto_refresh=False, transient=True) as live:
+            while reading["status"] not in HAS_ENDED:
+                time.sleep(REFRESH_S)
+                trouble = ""
+                try:
+                    reading, read_at = collect_status(client, run), time.monotonic()
+                except redis.RedisError:
+                    old_s = time.monotonic() - read_at
+                    trouble = f"Redis cannot be reached; all of this is {old_s:.0f} s old (has the run ended?)"
+                live.update(render(reading, trouble=trouble), refresh=True)
+    except KeyboardInterrupt:
+        pass
+    terminal.print(render(reading))

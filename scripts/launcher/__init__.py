@@ -1,0 +1,1 @@
+"""What `sluice run` starts on this machine, and how it ends."""

@@ -1,0 +1,41 @@
+"""Child processes that never outlive their parent, whatever ends it.
+
+Each child leads a process group of its own (so Ctrl-C in the terminal reaches only the supervisor, which ends its
+children in order) and asks the kernel for a signal when its parent dies, also by SIGKILL. That signal is SIGKILL for a
+role: whatever it was doing is in Redis or in a checkpoint, and a Redis that dies with it must not be waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from sluice.common.parent import die_with
+
+
+def spawn(
+    argv: list[str], *, log: Path, env: Mapping[str, str], at_parents_death: int = signal.SIGKILL
+) -> subprocess.Popen[bytes]:
+    """Start a child whose output is appended to `log`; `env` is added to ours. Call it from the main thread."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.getpid()
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **env},
+            process_group=0,
+            preexec_fn=lambda: die_with(parent, number=at_parents_death),
+        )
+
+
+def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """To the child and everything it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

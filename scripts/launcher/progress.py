@@ -1,0 +1,124 @@
+"""Live progress of a run: a bar in a terminal, one line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from types import TracebackType
+
+import redis
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from sluice.common.config import QUEUES
+from sluice.common.monitoring.diagnosis import explain_stall
+from sluice.common.monitoring.metrics import read_metrics
+from sluice.common.monitoring.queues import queue_depths
+from sluice.common.operations.control import effective
+from sluice.common.run import Run
+
+LINE_EVERY_S = 5.0
+READ_EVERY_S = 0.5
+STALLED_AFTER_S = 10.0
+
+
+def make_bar(console: Console) -> Bar:
+    """Steps done, a bar, the task's description, and the time that remains."""
+    return Bar(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(20),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class Progress:
+    """Reads the run's metrics stream and says how it goes."""
+
+    def __init__(self, client: redis.Redis, run: Run) -> None:
+        self._client = client
+        self._run = run
+        self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._bar: Bar | None = None
+        self._last_entry = "-"
+        entries = client.xrevrange(run.keys("metrics"), count=1)
+        if entries:  # a resumed run: only what is new
+            self._last_entry = entries[0][0].decode()
+        self._read_at = self._line_at = self._reported_at = self._said_at = 0.0
+        self._moved_at = self._started_at = time.monotonic()
+        self._first_step: int | None = None
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._bar = make_bar(self._console)
+            self._task = self._bar.add_task("starting", total=self._run.config.trainer.num_steps)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def say_seldom(self, text: str) -> None:
+        """As `say`, at most every LINE_EVERY_S: for what may be true many times a second."""
+        if time.monotonic() - self._said_at >= LINE_EVERY_S:
+            self._said_at = time.monotonic()
+            self.say(text)
+
+    def update(self) -> None:
+        """Call it often; it reads and prints as seldom as is useful."""
+        now = time.monotonic()
+        if now - self._read_at < READ_EVERY_S:
+            return
+        self._read_at = now
+        entries = read_metrics(self._client, self._run.keys, after=self._last_entry)
+        for entry, metrics in entries:
+            self._last_entry = entry
+            self._say_evaluation(metrics)
+        steps = [metrics for _, metrics in entries if "reward/mean" in metrics]
+        if steps:
+            self._moved_at = now
+            self._show(steps[-1], now)
+        elif now - max(self._moved_at, self._reported_at) > STALLED_AFTER_S:
+            self._reported_at = now
+            self.say(f"{self._waiting(now)}: {explain_stall(self._client, self._run)}")
+
+    def _waiting(self, now: float) -> str:
+        waited = f"{now - self._moved_at:.0f} s"
+        return f"no step for {waited}" if self._first_step is not None else f"starting, {waited} so far"
+
+    def _say_evaluation(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if name.startswith("eval/") and "@" in name.rpartition("/")[2] and not name.endswith("_stderr"):
+                version = metrics[name.rpartition("/")[0] + "/version"]
+                error = metrics.get(f"{name}_stderr", math.nan)
+                self.say(
+                    f"{name} = {value:.3f}{'' if math.isnan(error) else f' ± {error:.3f}'} (policy version {version:.0f})"
+                )
+
+    def _show(self, metrics: dict[str, float], now: float) -> None:
+        step, total = int(metrics["step"]), effective(self._client, self._run).trainer.num_steps
+        if self._first_step is None:
+            self._first_step, self._started_at = step, now
+        text = (
+            f"reward {metrics['reward/mean']:.3f}  age {metrics['staleness/mean']:.1f}  "
+            f"{metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s  in flight {metrics['admission/credits']:.0f}"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=step, total=total, description=text)
+        elif now - self._line_at >= LINE_EVERY_S or step == total:
+            self._line_at = now
+            rate = (step - self._first_step) / max(now - self._started_at, 1e-9)
+            eta = f"{(total - step) / rate:.0f} s" if rate > 0 else "?"
+            depths = queue_depths(self._client, self._run, QUEUES)
+            queued = " ".join(f"{queue}={depth}" for queue, depth in depths.items() if depth) or "none"
+            self.say(f"step {step}/{total}  {text}  queued {queued}  eta {eta}")

@@ -1,0 +1,85 @@
+"""`python -m sluice.scripts.launcher.ranks N`: the N ranks of the trainer on this machine, as one role of `sluice run`.
+
+The ranks find each other through a file in a folder that only this user can open, and talk over the loopback device. torchrun
+is for several machines: its rendezvous listens on every address and unpickles what it is sent.
+
+    SIGTERM --> rank 0, which finishes its step with the others and tells them to end (`trainer.parallel`)
+    the first rank that fails --> SIGTERM to the others, SIGKILL to what is left after GRACE_S
+    this process dies --> the kernel kills the ranks
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from tempfile import TemporaryDirectory
+from types import FrameType
+
+from sluice.common.parent import die_with
+
+GRACE_S = 5.0
+"""A rank that waits needs a moment to see that rank 0 is gone; one that computes fails at its next exchange."""
+POLL_S = 0.1
+
+
+def run(num_ranks: int) -> int:
+    """Exit code 0: all ranks ended in good order; else that of the first to fail, 1 where it was killed."""
+    with TemporaryDirectory(prefix="sluice-ranks-") as folder:
+        ranks = [_start(rank, num_ranks, store=f"{folder}/store") for rank in range(num_ranks)]
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            ranks[0].send_signal(number)
+
+        signal.signal(signal.SIGTERM, forward)
+        signal.signal(signal.SIGINT, forward)
+        try:
+            return _wait(ranks)
+        finally:
+            _end(ranks)
+
+
+def _start(rank: int, num_ranks: int, *, store: str) -> subprocess.Popen[bytes]:
+    """A rank in a process group of its own: Ctrl-C in a terminal comes through `forward`, once."""
+    env = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    env |= {"SLUICE_RANKS_STORE": store, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    parent = os.getpid()
+    return subprocess.Popen(
+        [sys.executable, "-m", "sluice.trainer"],
+        env=os.environ | env,
+        process_group=0,
+        preexec_fn=lambda: die_with(parent),
+    )
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code]
+        if failed:
+            rank, code = min(failed, key=lambda found: found[1] > 0)  # others may have failed because one was killed
+            cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            _end(ranks)  # first, so that the cause is the last line of the log
+            print(f"rank {rank} {cause} (pid {ranks[rank].pid}), so all {len(ranks)} ranks were ended", file=sys.stderr)
+            return max(code, 1)
+        if None not in codes:
+            return 0
+        time.sleep(POLL_S)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for process in ranks:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in ranks:
+        try:
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(run(int(sys.argv[1])))

@@ -1,0 +1,57 @@
+"""`sluice run` follows hash `autoscale`: it starts and drains its workers, and says so.
+
+The hash holds what the whole run should have; workers that somebody started by hand, here or elsewhere, come on top of
+`sluice run`'s own, whose number stays within replicas.<queue>. Without the hash (no dataset worker yet) nothing changes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import redis
+
+from sluice.common.config.operations import ReplicaRange
+from sluice.common.ledger.scripts import Scripts
+from sluice.common.operations.autoscale import read_scales
+from sluice.common.run import Run
+from sluice.scripts.launcher.roles import worker_bounds
+from sluice.scripts.launcher.supervisor import Supervisor
+
+READ_EVERY_S = 0.5
+
+
+class Scaler:
+    """Reads the hash, and acts on it through the supervisor."""
+
+    def __init__(self, client: redis.Redis, run: Run, supervisor: Supervisor, *, say: Callable[[str], None]) -> None:
+        self._client, self._run, self._supervisor, self._say = client, run, supervisor, say
+        self._script = Scripts(client, run.keys)
+        ranges = {queue: getattr(run.config.replicas, queue.partition(",")[0]) for queue in worker_bounds(run.config)}
+        self._queues = [queue for queue, count in ranges.items() if isinstance(count, ReplicaRange)]
+        self._read_at = 0.0
+
+    def update(self) -> None:
+        """Call it often; it reads as seldom as is useful. Raises Redis' ConnectionError, having changed nothing."""
+        if not self._queues or time.monotonic() - self._read_at < READ_EVERY_S:
+            return
+        self._read_at = time.monotonic()
+        scales = read_scales(self._client, self._run)
+        for queue in self._queues:
+            name = queue.partition(",")[0]
+            least, most = worker_bounds(self._run.config)[queue]
+            if name in scales and most:
+                self._follow(queue, min(max(scales[name].desired, least), most), scales[name].reason)
+
+    def _follow(self, queue: str, desired: int, reason: str) -> None:
+        before = self._supervisor.num_workers(queue)
+        if before == desired:
+            return
+        self._supervisor.scale(queue, desired)
+        after = self._supervisor.num_workers(queue)
+        if after == before:  # every number is taken by workers that drain
+            return
+        self._say(f"{queue} workers {before} -> {after}: {reason}")
+        fields = {"event": "scaled", "queue": queue, "from": before, "to": after, "reason": reason}
+        items = [item for pair in fields.items() for item in pair]
+        self._script("small", "XADD", "events", "MAXLEN", "~", 1000, "*", *items)

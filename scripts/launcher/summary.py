@@ -1,0 +1,129 @@
+"""The end of a run: `summary.json`, a reward curve, and what is printed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import redis
+
+from sluice.common.ledger.ledger import Account, read_account
+from sluice.common.monitoring.metrics import read_metrics
+from sluice.common.run import Run
+from sluice.dashboard.terminal import sparkline
+from sluice.scripts.commands.evaluate import describe, list_evaluations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What was written, and the text for people."""
+
+    holds: bool
+    text: str
+
+
+def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dict[str, int]) -> Summary:
+    """Write summary.json and reward.png into the run folder."""
+    steps = [metrics for _, metrics in read_metrics(client, run.keys) if "reward/mean" in metrics]
+    latest = {int(metrics["step"]): metrics for metrics in steps}  # a step trained again after a crash counts once
+    rewards = [latest[step]["reward/mean"] for step in sorted(latest)]
+    # not the very first batch: the groups that finish first are those with short, easy completions
+    ends = min(10, max(1, len(rewards) // 10))
+    account, evals = read_account(client, run.keys), list_evaluations(client, run)
+    ours = [entry for entry in evals if entry["dataset"] == run.config.evaluation.datasets[0].name]
+    first, last = (ours[0], ours[-1]) if ours else (None, None)
+    wall_s = max(wall_s, _training_wall_s(run))
+    summary = {
+        "run": run.name,
+        "steps": max(latest, default=0),
+        "eval_before": first and first["pass@1"],
+        "eval_after": last["pass@1"] if last and len(ours) > 1 else None,
+        "evaluations": evals,
+        "reward_first": fmean(rewards[:ends]) if rewards else None,
+        "reward_last": fmean(rewards[-ends:]) if rewards else None,
+        "wall_s": round(wall_s, 2),
+        "generated_tokens": int(client.hget(run.keys("totals"), "generated_tokens") or 0),
+        "trained_tokens": int(sum(metrics["num_tokens"] for metrics in latest.values())),
+        "policy_age": _age_histogram(list(latest.values())),
+        "ledger": account.to_dict(),
+        "ledger_eval": read_account(client, run.keys, "eval").to_dict(),
+        "ledger_holds": account.holds,
+        "restarts": restarts,
+    }
+    folder = Path(run.folder)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if rewards:
+        _draw(folder / "reward.png", sorted(latest), rewards, evals, title=run.name)
+    return Summary(holds=account.holds, text=_text(summary, rewards, account, folder))
+
+
+def _age_histogram(steps: list[dict[str, float]]) -> dict[str, int]:
+    """Policy age in optimizer steps -> groups trained at that age."""
+    histogram: dict[int, int] = {}
+    for metrics in steps:
+        for name, count in metrics.items():
+            if name.startswith("policy_age/"):
+                age = int(name.removeprefix("policy_age/"))
+                histogram[age] = histogram.get(age, 0) + int(count)
+    return {str(age): histogram[age] for age in sorted(histogram)}
+
+
+def _training_wall_s(run: Run) -> float:
+    """Of a resumed run: the seconds of all its incarnations that its last checkpoint counts."""
+    states = sorted((Path(run.folder) / "checkpoints").glob("step-*/state.json"))
+    return float(json.loads(states[-1].read_text())["wall_s"]) if states else 0.0
+
+
+def _text(summary: dict[str, Any], rewards: list[float], account: Account, folder: Path) -> str:
+    seconds = max(summary["wall_s"], 1e-9)
+    lines = [f"{summary['run']}: {summary['steps']} steps in {seconds:.1f} s"]
+    for entry in summary["evaluations"]:
+        lines.append("  " + describe(entry))
+    if None not in (summary["eval_before"], summary["eval_after"]):
+        lines.append(f"  held-out greedy accuracy  {summary['eval_before']:.3f} -> {summary['eval_after']:.3f}")
+    if rewards:
+        ends = f"{summary['reward_first']:.3f} {sparkline(rewards)} {summary['reward_last']:.3f}"
+        lines.append(f"  reward     {ends}   (ends: means over a tenth of the steps; {folder / 'reward.png'})")
+    total = sum(summary["policy_age"].values())
+    ages = "  ".join(f"{age}: {count} ({count / total:.0%})" for age, count in summary["policy_age"].items())
+    lines.append(f"  policy age {ages or '-'}   (groups trained at each age, in optimizer steps)")
+    lines.append(
+        f"  tokens     {summary['generated_tokens']:,} generated ({summary['generated_tokens'] / seconds:,.0f}/s), "
+        f"{summary['trained_tokens']:,} trained ({summary['trained_tokens'] / seconds:,.0f}/s)"
+    )
+    lines.append("  ledger     " + ledger_text(account))
+    if summary["restarts"]:
+        lines.append(f"  restarted  {summary['restarts']}")
+    return "\n".join(lines)
+
+
+def ledger_text(account: Account) -> str:
+    """The identity, spelled out."""
+    dropped = "".join(f" + dropped({reason}) {count}" for reason, count in account.dropped.items())
+    dead = "".join(f" + dead({reason}) {count}" for reason, count in account.dead.items())
+    settled = "scored" if account.kind == "eval" else "trained"
+    count = account.scored if account.kind == "eval" else account.trained
+    verdict = "holds" if account.holds else f"BROKEN: the right side is {account.settled + account.in_flight}"
+    return f"admitted {account.admitted} = {settled} {count}{dropped}{dead} + in_flight {account.in_flight}: {verdict}"
+
+
+def _draw(path: Path, steps: list[int], rewards: list[float], evals: list[dict[str, Any]], *, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axis.plot(steps, rewards, label="reward (training, sampled)")
+    for name in dict.fromkeys(e["dataset"] for e in evals):
+        found = [e for e in evals if e["dataset"] == name and None not in (e["step"], e["pass@1"])]
+        at, values, errors = ([e[key] or 0.0 for e in found] for key in ("step", "pass@1", "pass@1_stderr"))
+        axis.errorbar(at, values, errors, fmt="o-", label=f"{name}, greedy accuracy")
+    axis.set(xlabel="optimizer step", ylim=(0, 1.05), title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

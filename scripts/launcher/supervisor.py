@@ -1,0 +1,253 @@
+"""`sluice run`'s process tree: starts every role, starts a dead one again, ends all of them in order.
+
+    redis (embedded, if no URL is given) --> workers, one process per replica --> trainer
+    a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
+    while Redis is away nothing is started, and who died of that dies once
+    one that the run can do without (the dashboard) is given up instead, with a word about it
+    exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, or of a
+    drain, it ends the run in good order; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
+    ends it always
+    scale() starts workers of a queue or drains them: SIGUSR2, after autoscale.drain_s SIGTERM, STOP_S later SIGKILL. What a
+    drained worker ends with is neither a crash nor a restart
+    Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed, but for a trainer that
+    beats: it may be writing a checkpoint, and has TRAINER_STOP_S
+
+Children ask the kernel to be told when the supervisor dies, so even SIGKILL of the supervisor leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sluice.common.config import Config
+from sluice.common.errors import Diverged
+from sluice.scripts.launcher.processes import signal_group, spawn
+from sluice.scripts.launcher.roles import (
+    Role,
+    key_environment,
+    planned_workers,
+    trainer_role,
+    worker_bounds,
+    worker_role,
+)
+
+STOP_S = 7.0
+TRAINER_STOP_S = 120.0
+MAX_CRASHES = 5
+CRASH_WINDOW_S = 60.0
+
+
+POLL_S = 0.2
+"""How often a trainer that ends is looked at."""
+
+
+class RunFailed(Exception):
+    """A role cannot be kept alive; the message holds the tail of its log."""
+
+
+@dataclass(kw_only=True)
+class Child:
+    """One supervised process."""
+
+    name: str
+    argv: list[str]
+    env: dict[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    crashes: list[float] = field(default_factory=list)
+    start_at: float = 0.0
+    num_restarts: int = 0
+    is_needed: bool = True
+    "false = the run goes on without it"
+    queue: str = ""
+    "of a worker"
+    replica: int = 0
+    was_added: bool = False
+    "by scale()"
+    drained_at: float | None = None
+    "when it was told to finish and go"
+    told_to_stop: bool = False
+
+
+class Supervisor:
+    """Keeps the roles of one run alive until the trainer has finished."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run: str,
+        url: str,
+        folder: Path,
+        status: Callable[[], str],
+        trainer_beats: Callable[[], bool],
+        extra: Iterable[Role] = (),
+        say: Callable[[str], None] = print,
+        key_file: Path | None = None,
+    ) -> None:
+        """`status` reads the run's; while Redis is away it raises its ConnectionError, and so does `poll` then.
+
+        `trainer_beats`: whether a heartbeat of the trainer came in the last seconds; false while Redis is away.
+        `extra`: roles that the run can do without; `say` tells when one is given up. `key_file`: the run's key, where the
+        environment has none (common/policies/signing.py).
+        """
+        self._say, self._key_file = say, key_file
+        self._status, self._trainer_beats = status, trainer_beats
+        env = {"SLUICE_REDIS_URL": url, "SLUICE_REDIS_URL_FILE": "", "SLUICE_RUN": run}
+        env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        self._config, self._env, self._logs = config, env, folder / "logs"
+        self._restarts: dict[str, int] = {}  # of workers that have gone
+        self._children = [self._worker(queue, i) for queue, i in planned_workers(config)]
+        self._trainer = self._child(trainer_role(config))
+        self._children.append(self._trainer)
+        for role in extra:
+            self._children.append(self._child(role))
+            self._children[-1].is_needed = False
+
+    def _worker(self, queue: str, replica: int, *, was_added: bool = False) -> Child:
+        child = self._child(worker_role(self._config, queue, replica))
+        child.queue, child.replica, child.was_added = queue, replica, was_added
+        return child
+
+    def _child(self, role: Role) -> Child:
+        env = self._env | role.env | key_environment(role, self._key_file)
+        return Child(name=role.name, argv=role.argv, env=env, log=self._logs / f"{role.name}.log")
+
+    def start(self) -> None:
+        for child in self._children:
+            child.process = spawn(child.argv, log=child.log, env=child.env)
+
+    def poll(self) -> bool:
+        """Reap and restart. True while the trainer has not finished. Raises RunFailed."""
+        self._poll_draining()
+        for child in list(self._children):
+            if child.drained_at is not None:
+                continue
+            code = child.process.poll() if child.process else None
+            if code is None and child.process:
+                continue
+            # while Redis is away no death is judged, and nothing is started that could not work
+            status = self._status()
+            if child is self._trainer and code == 0 and status in ("finished", "drained"):
+                return False
+            if child.process:
+                self._after_exit(child, code or 0)
+            if child in self._children and time.monotonic() >= child.start_at:
+                child.process = spawn(child.argv, log=child.log, env=child.env)
+                child.num_restarts += 1
+        return True
+
+    def _after_exit(self, child: Child, code: int) -> None:
+        child.process = None
+        is_first = child.num_restarts == 0 and not child.was_added
+        if (
+            code == 2 and is_first and child.is_needed
+        ):  # a later one may have been refused for what is going on around it
+            raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
+        if code == Diverged.EXIT_CODE and child is self._trainer:
+            raise RunFailed(f"training has diverged:\n{_tail(child.log)}")
+        if code == 0:
+            return
+        now = time.monotonic()
+        child.crashes = [t for t in child.crashes if now - t < CRASH_WINDOW_S] + [now]
+        if len(child.crashes) >= MAX_CRASHES:
+            if not child.is_needed:
+                self._children.remove(child)
+                self._say(f"{child.name} died {len(child.crashes)} times and is given up (its log: {child.log})")
+                return
+            raise RunFailed(
+                f"{child.name} died {len(child.crashes)} times within {CRASH_WINDOW_S:.0f} s (last exit code {code}); "
+                f"its log {child.log} ends:\n{_tail(child.log)}"
+            )
+        child.start_at = now + 0.5 * 2 ** (len(child.crashes) - 1)
+
+    def num_workers(self, queue: str) -> int:
+        """Workers of a queue, those included that are loading or about to be started again; without those that drain."""
+        return sum(child.queue == queue and child.drained_at is None for child in self._children)
+
+    def scale(self, queue: str, number: int) -> None:
+        """Start workers of a queue or begin to drain some, the newest first, so that `number` stay.
+
+        A worker that drains keeps its number, and so its GPUs, until it has gone: fewer may be started than are wanted.
+        """
+        active = sorted(
+            (c for c in self._children if c.queue == queue and c.drained_at is None), key=lambda c: c.replica
+        )
+        for child in active[number:]:
+            child.drained_at = time.monotonic()
+            if child.process and child.process.poll() is None:
+                child.process.send_signal(signal.SIGUSR2)
+        taken = {child.replica for child in self._children if child.queue == queue}
+        most = worker_bounds(self._config)[queue][1]
+        free = [replica for replica in range(most) if replica not in taken]
+        for replica in free[: max(0, number - len(active))]:
+            child = self._worker(queue, replica, was_added=True)
+            child.process = spawn(child.argv, log=child.log, env=child.env)
+            self._children.append(child)
+
+    def _poll_draining(self) -> None:
+        """Let go of workers that have finished; hurry those that take too long."""
+        for child in [child for child in self._children if child.drained_at is not None]:
+            process, limit_s = child.process, self._config.autoscale.drain_s
+            if process is None or process.poll() is not None:
+                if process:
+                    signal_group(process, signal.SIGKILL)  # killed itself, it leaves its prefork children
+                self._children.remove(child)
+                if child.num_restarts:
+                    self._restarts[child.name] = self._restarts.get(child.name, 0) + child.num_restarts
+                continue
+            late_s = time.monotonic() - (child.drained_at or 0.0) - limit_s
+            if late_s > self._config.lease.shutdown_grace_s + STOP_S:
+                signal_group(process, signal.SIGKILL)
+            elif late_s > 0 and not child.told_to_stop:
+                child.told_to_stop = True
+                process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """SIGTERM to all, SIGKILL to what is left after STOP_S; to a trainer that beats after TRAINER_STOP_S. Idempotent.
+
+        Interrupted itself (a second Ctrl-C) it kills at once.
+        """
+        alive = [child.process for child in self._children if child.process and child.process.poll() is None]
+        for process in alive:
+            process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        try:
+            for process in alive:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.0, began + STOP_S - time.monotonic()))
+            _kill(child.process for child in self._children if child is not self._trainer)
+            while self._trainer.process in alive and self._trainer.process.poll() is None:
+                if time.monotonic() > began + TRAINER_STOP_S or not self._trainer_beats():
+                    break
+                time.sleep(POLL_S)
+        finally:
+            _kill(child.process for child in self._children)
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """Roles that had to be started again."""
+        counts = dict(self._restarts)
+        for child in self._children:
+            counts[child.name] = counts.get(child.name, 0) + child.num_restarts
+        return {name: count for name, count in counts.items() if count}
+
+
+def _kill(processes: Iterable[subprocess.Popen[bytes] | None]) -> None:
+    """Each with its group: a worker that had to be killed leaves its prefork children."""
+    for process in processes:
+        if process:
+            signal_group(process, signal.SIGKILL)
+            process.wait()
+
+
+def _tail(log: Path, *, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else "(no log)"

@@ -1,0 +1,246 @@
+"""The embedded engine: continuous batching over any full-attention transformers causal LM, on CPU or CUDA.
+
+    task threads --generate()--> pending --admit--> running --last token--> future
+    anyone       --stage()-----> staged  --swap---> version
+
+One thread owns the model and the batch. A pass of its loop: drop what was cancelled, swap the policy if one is staged
+and may be, admit what fits (every few passes), decode one token for every running row.
+
+Invariants, besides those of `serving`:
+* admission is by priority, as `admission` says, among the requests that the served version may serve; one that waits for
+  another version holds nobody up, one that waits for room holds up all behind it;
+* nothing computed by an older version serves a request admitted later: there is no cache between requests. Running rows
+  keep theirs, get it recomputed, or finish before the swap, as `in_flight` says;
+* a failure costs the running requests, never the pending ones nor the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from sluice.common.errors import EngineClosed, EngineError
+from sluice.common.models.causal_lm import adopt_weights
+from sluice.common.models.logprobs import score_sequences
+from sluice.common.types import Completion
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.serving import ServingEngine, fail
+from sluice.workers.engine.torch.kv_cache import bytes_per_token
+from sluice.workers.engine.torch.running_batch import RunningBatch
+from sluice.workers.engine.torch.scheduler import PREFILL_TOKENS, choose
+from sluice.workers.engine.torch.sequence import Group
+from sluice.workers.engine.validation import check_model, check_request, check_sequences
+
+log = logging.getLogger(__name__)
+
+_ADMISSION_PERIOD = 4
+"Decode steps between admissions: a prefill pass costs about a step whatever its size, so a few arrivals share one."
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Scoring:
+    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    future: Future[tuple[int, list[NDArray[np.float32]]]] = field(default_factory=Future)
+
+
+class TorchEngine(ServingEngine[Group]):
+    """Implements `sluice.workers.engine.Engine`; serves nothing before the first `stage`.
+
+    model: in eval mode on its device, owned by the engine from now on; its weights may be uninitialised.
+    max_sequences: rows decoded together; a request with more completions runs alone.
+    max_model_len: bound on prompt + max_tokens.
+    in_flight: running rows at a policy swap go on with their cache ("keep"), with one recomputed by the new policy
+    ("recompute"), or finish first while nothing is admitted ("drain").
+    kv_cache_bytes: bound on the keys and values of running rows, each counted at the length that the longest of them may
+    reach (a prefill pass needs its own beside them for a moment); none = no bound but max_sequences.
+    decode: text of token ids, for requests with stop texts; none = those are refused.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Sequence[int],
+        max_sequences: int,
+        max_model_len: int,
+        in_flight: Literal["keep", "recompute", "drain"] = "keep",
+        kv_cache_bytes: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        super().__init__(in_flight=in_flight)
+        check_model(model, max_model_len=max_model_len)
+        self._model = model
+        self._decode = decode
+        self._max_positions = None if kv_cache_bytes is None else kv_cache_bytes // bytes_per_token(model)
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._max_sequences = max_sequences
+        self._max_model_len = max_model_len
+        self._batch = self._new_batch()
+        self._num_passes = 0
+        self._scorings: list[_Scoring] = []
+        self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
+        self._thread.start()
+
+    def generate(self, request: GenerationRequest) -> list[Completion]:
+        """`sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
+        check_request(
+            request,
+            max_model_len=self._max_model_len,
+            vocab_size=self._model.config.get_text_config().vocab_size,
+            max_positions=self._max_positions,
+            has_tokenizer=self._decode is not None,
+        )
+        return self._wait_for(Group(request=request))
+
+    def score(
+        self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    ) -> tuple[int, list[NDArray[np.float32]]]:
+        """The served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]); blocks.
+
+        Computed between two decode steps, before anything is admitted; a policy staged before is swapped in first, where
+        it may be. Raises EngineError (also where no policy is served yet), EngineClosed.
+        """
+        vocab_size = self._model.config.get_text_config().vocab_size
+        check_sequences(sequences, max_model_len=self._max_model_len, vocab_size=vocab_size)
+        scoring = _Scoring(sequences=sequences)
+        with self._condition:
+            self._check_open("score")
+            self._scorings.append(scoring)
+            self._wake()
+        return scoring.future.result()
+
+    def _count_sequences(self) -> int:
+        return len(self._batch.rows)
+
+    def _new_batch(self) -> RunningBatch:
+        return RunningBatch(
+            self._model,
+            eos_token_ids=self._eos_token_ids,
+            max_sequences=self._max_sequences,
+            max_model_len=self._max_model_len,
+            max_positions=self._max_positions,
+            decode=self._decode,
+        )
+
+    # The engine thread.
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        try:
+            while not self._is_closed:
+                self._progress_at = time.monotonic()
+                try:
+                    self._pass()
+                except Exception as error:  # whatever a model, a kernel or the device may raise
+                    self._fail_step(error)
+        finally:
+            self._release_all()
+
+    def _pass(self) -> None:
+        self._drop_cancelled()
+        self._swap()
+        self._score_waiting()
+        started = time.monotonic()
+        self._num_passes += 1
+        if self._num_passes % _ADMISSION_PERIOD == 0 or self._is_rather_empty():
+            self._admit()
+        if self._batch.rows:
+            self._step()
+            self._busy_s += time.monotonic() - started
+        else:
+            self._wait_for_news()
+
+    def _drop_cancelled(self) -> None:
+        if dropped := self._take_cancelled():
+            self._batch.discard(dropped)
+
+    def _swap(self) -> None:
+        """Load the staged policy, if it may be."""
+        policy = self._take_staged()
+        if policy is None:
+            return
+        started = time.monotonic()
+        try:
+            adopt_weights(self._model, policy.tensors)
+        except Exception as error:
+            self._refuse(policy, f"{type(error).__name__}: {error}")
+            return
+        self._serve(policy)
+        self._batch.mark(policy.version)
+        if self._in_flight == "recompute":
+            for _ in self._batch.recompute():
+                self._progress_at = time.monotonic()
+        self._count_pause(since=started)
+
+    def _score_waiting(self) -> None:
+        with self._condition:
+            waiting, self._scorings = self._scorings, []
+        for scoring in waiting:
+            if self._version < 0:
+                scoring.future.set_exception(EngineError("nothing can be scored: no policy is served yet"))
+                continue
+            started = time.monotonic()
+            try:
+                scored = score_sequences(self._model, scoring.sequences, max_batch_tokens=PREFILL_TOKENS)
+            except Exception as error:  # whatever a model, a kernel or the device may raise; generation goes on
+                failure = EngineError(f"scoring failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                scoring.future.set_exception(failure)
+            else:
+                self._update_pause_s += time.monotonic() - started  # before who waits for the result can ask
+                scoring.future.set_result((self._version, scored))
+            self._progress_at = time.monotonic()
+
+    def _admit(self) -> None:
+        """Start pending requests that fit, in one prefill pass."""
+        with self._condition:
+            admitted = choose(
+                [group for group in self._pending if self._may_serve(group)],
+                num_rows=len(self._batch.rows),
+                longest=self._batch.longest,
+                max_sequences=self._max_sequences,
+                max_positions=self._max_positions,
+            )
+            self._start_running(admitted)
+        if admitted:
+            self._batch.admit(admitted, version=self._version)
+
+    def _is_rather_empty(self) -> bool:
+        """More would start than runs: a prefill pass now costs less than decoding so few rows meanwhile."""
+        num_rows = len(self._batch.rows)
+        return 2 * num_rows <= self._max_sequences and sum(group.size for group in self._pending) >= num_rows
+
+    def _step(self) -> None:
+        num_tokens = len(self._batch.rows)
+        finished = self._batch.step()
+        self._generated_tokens += num_tokens
+        for row, completion in finished:
+            row.group.completions[row.index] = completion
+            if row.group.is_complete:
+                self._finish(row.group)
+
+    def _fail_step(self, error: Exception) -> None:
+        self._last_error = f"engine step failed: {type(error).__name__}: {error}"
+        log.exception("%s", self._last_error)
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
+        self._batch = self._new_batch()
+        with self._condition:
+            self._fail_running(error)
+
+    # With the condition held.
+
+    def _release_scores(self, why: str) -> None:
+        for scoring in self._scorings:
+            fail(scoring.future, EngineClosed(f"score: {why}"))
+        self._scorings = []

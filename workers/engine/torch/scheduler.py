@@ -1,0 +1,56 @@
+"""Which waiting groups start next: by priority, in the room that rows and keys and values leave, and nobody starves.
+
+Invariants:
+* higher priority goes first; equal ones in order of arrival. A group that `PATIENCE` younger ones have passed outranks every
+  priority; so at most PATIENCE - 1 + (groups of one admission) younger groups ever start before an older one that may run;
+* the first that finds no room holds up all behind it: small requests do not starve a large one;
+* rows times the longest that any of them may become never exceeds `max_positions`: what was admitted always finishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sluice.workers.engine.torch.kv_cache import round_up
+from sluice.workers.engine.torch.sequence import Group
+
+PREFILL_TOKENS = 16384
+"Padded tokens of one prefill pass; a longer single prompt goes alone."
+PATIENCE = 32
+"Younger groups that may go first."
+
+
+def choose(
+    waiting: Sequence[Group], *, num_rows: int, longest: int, max_sequences: int, max_positions: int | None
+) -> list[Group]:
+    """The groups of `waiting` (in order of arrival) that start now, in one prefill pass; the others are counted as passed.
+
+    num_rows, longest: rows that run, and the tokens that the longest of them may reach. A group of more than
+    max_sequences completions runs alone.
+    """
+    admitted: list[Group] = []
+    longest_prompt = 0
+    for group in sorted(waiting, key=_rank):
+        num_rows += group.size
+        longest = max(longest, group.max_length)
+        longest_prompt = max(longest_prompt, group.prompt_length)
+        is_one_pass = not admitted or longest_prompt * (len(admitted) + 1) <= PREFILL_TOKENS
+        is_alone = num_rows == group.size
+        has_memory = max_positions is None or num_rows * round_up(longest) <= max_positions
+        if not is_alone and not (num_rows <= max_sequences and is_one_pass and has_memory):
+            break
+        admitted.append(group)
+    starting = set(map(id, admitted))
+    younger = 0
+    for group in reversed(waiting):
+        if id(group) in starting:
+            younger += 1
+        else:
+            group.num_passed_over += younger
+    return admitted
+
+
+def _rank(group: Group) -> tuple[bool, int]:
+    """Lower goes first; sorting is stable, so equal ranks keep the order of arrival."""
+    is_overdue = group.num_passed_over >= PATIENCE
+    return (not is_overdue, 0 if is_overdue else -group.request.priority)

@@ -1,0 +1,104 @@
+"""What the torch engine refuses, before it can be silently wrong or harm the requests beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from sluice.common.errors import EngineError
+from sluice.common.types import SamplingParams
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.torch.kv_cache import round_up
+
+
+def check_model(model: PreTrainedModel, *, max_model_len: int) -> None:
+    """Raises ValueError unless every layer attends to all positions and takes the masks that the engine builds."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
+    if layers != {"full_attention"} or (window is not None and window < max_model_len):
+        found = f"{config.model_type} with layers {sorted(layers)} and window {window}"
+        raise ValueError(f"the torch engine serves full-attention models, found {found}")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        found = config._attn_implementation
+        raise ValueError(f"the torch engine needs attn_implementation sdpa or eager, found {found}")
+
+
+def check_request(
+    request: GenerationRequest,
+    *,
+    max_model_len: int,
+    vocab_size: int,
+    max_positions: int | None = None,
+    has_tokenizer: bool = True,
+) -> None:
+    """Raises EngineError for a request that could never run. max_positions: tokens with room for keys and values."""
+    problem = (
+        _size_problem(request, max_model_len=max_model_len, max_positions=max_positions)
+        or _id_problem("prompt ids", request.prompt_ids, vocab_size=vocab_size)
+        or _id_problem("stop_token_ids", request.sampling.stop_token_ids, vocab_size=vocab_size)
+        or _sampling_problem(request.sampling, has_tokenizer=has_tokenizer)
+    )
+    if problem is not None:
+        raise EngineError(f"group {request.group_id}: {problem}")
+
+
+def _size_problem(request: GenerationRequest, *, max_model_len: int, max_positions: int | None) -> str | None:
+    sampling, num_prompt = request.sampling, len(request.prompt_ids)
+    if min(num_prompt, sampling.max_tokens, sampling.n) < 1:
+        found = f"{num_prompt}, {sampling.max_tokens} and {sampling.n}"
+        return f"prompt length, max_tokens and n must be at least 1, found {found}"
+    total = num_prompt + sampling.max_tokens
+    sizes = f"{num_prompt} prompt + {sampling.max_tokens} new tokens = {total}"
+    if total > max_model_len:
+        return f"{sizes} > {max_model_len}, the engine's max_model_len"
+    if max_positions is not None and sampling.n * round_up(total) > max_positions:
+        return (
+            f"{sampling.n} completions of {sizes} need keys and values for {sampling.n * round_up(total)} tokens, there is "
+            f"room for {max_positions}: raise rollout.kv_cache_mib, or lower max_tokens or n"
+        )
+    return None
+
+
+def _id_problem(name: str, ids: Sequence[int] | NDArray[np.int32], *, vocab_size: int) -> str | None:
+    if len(ids) and (min(ids) < 0 or max(ids) >= vocab_size):
+        return f"{name} {min(ids)}..{max(ids)} are outside the vocabulary of {vocab_size}"
+    return None
+
+
+def _sampling_problem(sampling: SamplingParams, *, has_tokenizer: bool) -> str | None:
+    ranges = {
+        "temperature": (sampling.temperature >= 0, "at least 0"),
+        "top_p": (0 < sampling.top_p <= 1, "in (0, 1]"),
+        "top_k": (sampling.top_k >= 0, "at least 0"),
+        "min_p": (0 <= sampling.min_p <= 1, "in [0, 1]"),
+        "min_tokens": (0 <= sampling.min_tokens <= sampling.max_tokens, f"in [0, max_tokens={sampling.max_tokens}]"),
+        "stop": (all(sampling.stop), "texts that are not empty"),
+    }
+    for name, (is_right, allowed) in ranges.items():
+        if not is_right:
+            return f"{name} must be {allowed}, found {getattr(sampling, name)!r}"
+    if sampling.stop and not has_tokenizer:
+        return "stop texts need a tokenizer, and the engine was given none: use stop_token_ids"
+    return None
+
+
+def check_sequences(
+    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], *, max_model_len: int, vocab_size: int
+) -> None:
+    """Raises EngineError for a sequence that cannot be scored."""
+    for i, (prompt, tokens) in enumerate(sequences):
+        total = len(prompt) + len(tokens)
+        ids = np.concatenate([prompt, tokens])
+        problem = None
+        if len(prompt) == 0:
+            problem = "its prompt is empty: nothing predicts its first token"
+        elif total > max_model_len:
+            problem = f"{total} tokens > {max_model_len}, the engine's max_model_len"
+        elif ids.min() < 0 or ids.max() >= vocab_size:
+            problem = f"token ids {ids.min()}..{ids.max()} are outside the vocabulary of {vocab_size}"
+        if problem is not None:
+            raise EngineError(f"sequence {i} of {len(sequences)} cannot be scored: {problem}")

@@ -1,0 +1,84 @@
+"""Prompts of a run: dataset rows by cursor, as token ids with what the reward functions need.
+
+A target is the text after the last `target_delimiter` of its column. The other columns travel to the reward functions
+as JSON values.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice.common.config import DatasetConfig
+from sluice.common.data.prompt_reader import PromptReader, plain
+from sluice.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One row, ready to be generated from and scored."""
+
+    prompt_ids: NDArray[np.int32]
+    "[P], P <= max_req_tokens"
+    prompt: str | list[dict[str, Any]]
+    "the column as it is in the dataset: text, or chat messages"
+    target: str | None
+    "what the answer is compared with; none where no target column is configured"
+    columns: dict[str, Any]
+    "all columns but the prompt's, the target's in full among them; JSON values"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TooLong:
+    """A row whose prompt exceeds max_req_tokens: to be skipped and counted."""
+
+    cursor: int
+    num_tokens: int
+
+
+class PromptSource(PromptReader):
+    """Prompts by cursor. Not thread-safe. Opening it and reading prompt 0 finds every mistake in the config."""
+
+    _config: DatasetConfig
+
+    def __init__(
+        self, config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
+    ) -> None:
+        """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty."""
+        super().__init__(config, tokenizer, seed=seed, section=section)
+
+    def prompt_at(self, cursor: int) -> Prompt | TooLong:
+        """The prompt that the cursor names. Raises ConfigError, naming row and column, where the row does not fit."""
+        row, where = self.row_at(cursor)
+        prompt = self.cell(row, "prompt_column", where)
+        prompt_ids = self.prompt_ids(prompt, where)
+        if len(prompt_ids) > self._config.max_req_tokens:
+            return TooLong(cursor=cursor, num_tokens=len(prompt_ids))
+        return Prompt(
+            prompt_ids=np.asarray(prompt_ids, dtype=np.int32),
+            prompt=prompt,
+            target=None if self._config.target_column is None else self._target(row, where),
+            columns={name: plain(value) for name, value in row.items() if name != self._config.prompt_column},
+        )
+
+    def _target(self, row: dict[str, Any], where: str) -> str:
+        """The target's text; a column of numbers or lists gives their JSON."""
+        value = self.cell(row, "target_column", where)
+        text = value if isinstance(value, str) else json.dumps(value)
+        delimiter = self._config.target_delimiter
+        if delimiter is None:
+            return text
+        _, found, answer = text.rpartition(delimiter)
+        if not found:
+            raise ConfigError(
+                f"{self._source}, {where}: column {self._config.target_column!r} lacks the delimiter {delimiter!r}, "
+                f"it ends with {text[-60:]!r}; correct {self._section}.target_delimiter or remove that row"
+            )
+        return answer.strip()

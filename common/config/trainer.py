@@ -50,7 +50,8 @@ class LossConfig(Section):
         Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] | None
     ) = None
     """Treatment of the importance weight pi_prox / pi_behav, `decoupled` only; none = the weight as it is. Per token or
-    sequence (product of its ratios, or their geometric mean): capped at importance_max, or 0 outside [importance_min, importance_max]."""
+    sequence (product of its ratios, or their geometric mean): capped at importance_max, or 0 outside importance_min to
+    importance_max."""
     importance_min: float | None = Field(default=None, gt=0.0)
     """Lower bound of the masks."""
     importance_max: float = Field(default=2.0, gt=0.0)

@@ -33,7 +33,7 @@ from sluice.common.types import SamplingParams
 from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.torch.engine import TorchEngine
 from sluice.workers.engine.torch.running_batch import RunningBatch
-from sluice.workers.engine.torch.sequence import Group
+from sluice.workers.engine.torch.sequence import SequenceGroup
 
 SHORT, STEPS, MAX_MODEL_LEN = 64, 8, 4096
 SIZES = ("0.1M", "29M")
@@ -51,9 +51,9 @@ def step_ms(size: str, *, short: int, long: int, split_saves: int | None = None)
     batch = RunningBatch(build_model(size), eos_token_ids=(), max_sequences=short + 1, max_model_len=MAX_MODEL_LEN)
     if split_saves is not None:
         batch._split_saves = split_saves
-    groups = [Group(request=request("short", n=short, prompt=SHORT, max_tokens=2 * STEPS + 2))]
+    groups = [SequenceGroup(request=request("short", n=short, prompt=SHORT, max_tokens=2 * STEPS + 2))]
     if long:
-        groups.append(Group(request=request("long", n=1, prompt=long, max_tokens=2 * STEPS + 2)))
+        groups.append(SequenceGroup(request=request("long", n=1, prompt=long, max_tokens=2 * STEPS + 2)))
     for group in groups:
         batch.admit([group], version=0)
     return ms(fastest(batch.step, repeats=STEPS))

@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from benchmarks.shared.cpu_account import MODEL_WORK, Watcher, account
+from benchmarks.shared.cpu_account import MODEL_WORK, Watcher, counters
 from benchmarks.shared.models import build_model
 from benchmarks.shared.processes import (
     CONFIG,
@@ -105,8 +105,8 @@ def _result(run: Path, watcher: Watcher, *, started: float, until: float) -> dic
     steps = read_steps(run)
     summary = json.loads((run / "summary.json").read_text())
     began = steps[0]["time"] - steps[0]["time/step"]
-    steady = account(watcher.readings, began, read_lines(run)[-1]["time"])
-    whole, start_up = (account(watcher.readings, None, moment) for moment in (until, began))
+    steady = counters(watcher.snapshots, began, read_lines(run)[-1]["time"])
+    whole, start_up = (counters(watcher.snapshots, None, moment) for moment in (until, began))
     groups = sum(summary["ledger"][outcome] for outcome in ("trained", "scored"))
     return {
         "wall_s": round(until - started, 2),
@@ -114,7 +114,7 @@ def _result(run: Path, watcher: Watcher, *, started: float, until: float) -> dic
         "cpu_s": round(whole["cpu_s"], 2),
         "summary": {name: summary[name] for name in ("eval_before", "eval_after", "reward_first", "reward_last")},
         "restarts": summary["restarts"],
-        "steady": {**steady, **shares(steady, num_groups=groups + summary["ledger_eval"]["scored"])},
+        "steady": {**steady, **shards(steady, num_groups=groups + summary["ledger_eval"]["scored"])},
         "start_up_cpu_s": round(start_up["cpu_s"], 2),
         "start_up_cpu_s_by_role": start_up["cpu_s_by_role"],
         "step_s": round((steps[-1]["time"] - began) / len(steps), 4),
@@ -123,7 +123,7 @@ def _result(run: Path, watcher: Watcher, *, started: float, until: float) -> dic
     }
 
 
-def shares(steady: dict[str, Any], *, num_groups: int) -> dict[str, Any]:
+def shards(steady: dict[str, Any], *, num_groups: int) -> dict[str, Any]:
     """Return the shares of the CPU, and milliseconds per group and per Celery message."""
     cpu_s, kinds = steady["cpu_s"], steady["by_kind"]
     model = {kind: round(kinds.get(kind, 0.0) / cpu_s, 4) for kind in MODEL_WORK}
@@ -131,7 +131,7 @@ def shares(steady: dict[str, Any], *, num_groups: int) -> dict[str, Any]:
     messages = steady["calls"].get("publish_message", 0)
     lua = [c for name, c in steady["redis_commands"].items() if name.startswith("eval")]
     return {
-        "share": {**model, "everything_else": round(other_s / cpu_s, 4)},
+        "shard": {**model, "everything_else": round(other_s / cpu_s, 4)},
         "num_groups": num_groups,
         "num_messages": messages,
         "num_ledger_calls": steady["calls"].get("ledger_calls", 0),
@@ -246,11 +246,11 @@ def headline(seeds: list[dict[str, Any]]) -> dict[str, Any]:
         "shipped_wall_s": middle([seed["shipped"]["wall_s"] for seed in seeds]),
         "shipped_cpu_s": middle([seed["shipped"]["cpu_s"] for seed in seeds]),
         "training_share": {
-            kind: middle([run["steady"]["share"][kind] for run in training]) for kind in training[0]["steady"]["share"]
+            kind: middle([run["steady"]["shard"][kind] for run in training]) for kind in training[0]["steady"]["shard"]
         },
         "shipped_share": {
-            kind: middle([seed["shipped"]["steady"]["share"][kind] for seed in seeds])
-            for kind in training[0]["steady"]["share"]
+            kind: middle([seed["shipped"]["steady"]["shard"][kind] for seed in seeds])
+            for kind in training[0]["steady"]["shard"]
         },
         "else_ms_per_group": middle([run["steady"]["else_ms_per_group"] for run in training]),
         "else_ms_per_message": middle([run["steady"]["else_ms_per_message"] for run in training]),

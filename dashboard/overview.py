@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from sluice.common.config import QUEUES
+from sluice.common.pipeline import QUEUES, ROLES
 from sluice.dashboard.charts import Points, area, chart, curve, line
 from sluice.dashboard.snapshots import Reading
 
@@ -125,7 +125,7 @@ CHARTS: list[tuple[dict[str, Any], Series]] = [
     (chart("Publications: seconds", unit=" s"), _metric("time/publish", "time/publish_pause", publish_pause="pause")),
     (chart("Completion length, tokens"), _metric("completions/mean_length", "completions/max_length",
                                                  mean_length="mean", max_length="max")),
-    (chart("Idle share"), _metric(*(f"idle_fraction/{role}" for role in ("trainer", "rollout", "reference", "reward")))),
+    (chart("Idle share"), _metric(*(f"idle_fraction/{role}" for role in ROLES))),
 ]  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def worker_rows(reading: Reading) -> list[dict[str, Any]]:
     """One row for each process that beats, and one for each queue that nobody serves."""
     rows = []
     status = reading.status
-    for role in (*QUEUES, "trainer"):
+    for role in ROLES:
         mine = {name: facts for name, facts in status["processes"].items() if facts["role"] == role}
         for name, facts in mine.items():
             rows.append(

@@ -8,11 +8,11 @@ from typing import Any
 
 import redis
 
-from sluice.common.config import QUEUES
 from sluice.common.ledger.ledger import read_account
 from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, paused
 from sluice.common.monitoring.metrics import is_silent, last_metrics, newest_metrics, read_heartbeats
 from sluice.common.monitoring.queues import read_queues
+from sluice.common.pipeline import QUEUES
 from sluice.common.run import Run
 
 STALLED_AFTER_S = 5.0

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sluice.common.config import QUEUES
 from sluice.common.operations.control import describe_paused
+from sluice.common.pipeline import QUEUES, ROLES
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -131,7 +131,7 @@ def _processes(status: dict[str, Any]) -> Table:
     )
     for name in columns:
         table.add_column(name)
-    for role in (*QUEUES, "trainer"):
+    for role in ROLES:
         mine = [(name, facts) for name, facts in status["processes"].items() if facts["role"] == role]
         for name, facts in mine:
             cells = [str(facts.get(key, "")) for key in ("device", "version", "digest")]

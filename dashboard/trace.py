@@ -10,24 +10,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sluice.common.connections.broker import PART_TASKS
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
+from sluice.common.pipeline import STAGES
 from sluice.common.serialization import decode
 
-STAGES = {
-    "admitted": "admitted",
-    "task": "prompt prepared",
-    "rollout_started": "generation begun",
-    "rollout": "generated",
-    "reward_started": "scoring begun",
-    "reward": "scored",
-    "reference_started": "reference begun",
-    "reference": "referenced",
+LABELS = {
+    **{f"{stage.name}_started": stage.labels[0] for stage in STAGES},
+    **{stage.name: stage.labels[1] for stage in STAGES},
     "ready": "complete, in the buffer",
     "leased": "taken for a batch",
 }
-"""Field `t:<stage>` of a group -> what happened."""
+"""Field `t:<stamp>` of a group -> what happened."""
 
 
 def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
@@ -63,7 +57,7 @@ def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]
     stages = [
         {
             "stage": stage,
-            "what": STAGES.get(stage, stage),
+            "what": LABELS.get(stage, stage),
             "at": at,
             "since_start_s": at - began,
             "since_last_s": at - last,
@@ -77,7 +71,7 @@ def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]
             "attempts": int(work.get(f"n:{part}", 0)),
             "sent_again": int(work.get(f"s:{part}", 0)),
         }
-        for part in PART_TASKS
+        for part in (stage.name for stage in STAGES)
         if f"n:{part}" in work
     ]
     return {"group": group, "where": where, "stages": stages, "parts": parts}

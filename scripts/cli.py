@@ -12,9 +12,9 @@ import click
 import redis
 from rich.console import Console
 
-from sluice.common.config import QUEUES
 from sluice.common.errors import ConfigError, SluiceError
 from sluice.common.ledger.ledger import read_account
+from sluice.common.pipeline import QUEUES
 from sluice.scripts.commands.control import drain, pause, resume, set_
 from sluice.scripts.commands.dashboard import dashboard, trace
 from sluice.scripts.commands.metrics import metrics

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sluice.common.config import QUEUES
 from sluice.common.config.file import load_config
+from sluice.common.pipeline import QUEUES, ROLES
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
@@ -107,7 +107,7 @@ def test_run_is_created_once_before_any_worker_starts() -> None:
     assert command("create")[:5] == ["sluice", "create", "config/gsm8k_qwen3_1.7b.yaml", "--name", "gsm8k"]
     load_config(ROOT / command("create")[2], command("create")[5:])  # its overrides are valid
     assert services()["create"]["restart"] == "no"
-    for name in (*QUEUES, "trainer"):
+    for name in ROLES:
         assert services()[name]["depends_on"]["create"] == {"condition": "service_completed_successfully"}
         assert services()[name]["environment"]["SLUICE_RUN"] == "gsm8k"
 

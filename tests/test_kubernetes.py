@@ -11,10 +11,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from sluice.common.config import QUEUES, Config
+from sluice.common.config import Config
 from sluice.common.config.file import load_config
 from sluice.common.keys import Keys
 from sluice.common.operations.autoscale import bounds_of
+from sluice.common.pipeline import QUEUES
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "config" / "kubernetes"

@@ -528,7 +528,9 @@ def test_an_evaluation_is_scored_and_never_enters_the_buffer(client, keys):
     evaluation.request(client, keys, HELDOUT, version=0)
     assert evaluation.pending(client, keys) == ["0.heldout"]
     tasks = eval_tasks(0, 2)
-    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=tasks) == list(tasks)
+    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=tasks) == [
+        (group, "rollout") for group in tasks
+    ]
     assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=tasks) == [], "the message came twice"
     rewards = {
         "e0.heldout.0g": (1.0,),

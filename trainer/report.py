@@ -22,8 +22,7 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from sluice.common.config import QUEUES, Config
-from sluice.common.connections.broker import PART_TASKS
+from sluice.common.config import Config
 from sluice.common.errors import PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger.evaluations import mark_reported
@@ -32,6 +31,7 @@ from sluice.common.ledger.scripts import Scripts
 from sluice.common.monitoring.diagnosis import Cause
 from sluice.common.monitoring.metrics import last_metrics, read_heartbeats, write_metrics
 from sluice.common.monitoring.queues import read_queues
+from sluice.common.pipeline import QUEUES, STAGES
 from sluice.common.policies.lineage import policy_ages
 from sluice.common.run import Run
 from sluice.common.serialization import encode
@@ -45,7 +45,7 @@ log = logging.getLogger("sluice.trainer")
 SAMPLES_PER_STEP = 2
 _REPORTED = re.compile(rb'\{"step": (\d+), "version": (\d+)')
 """Beginning of the line of a step."""
-_WORK = [f"{fact}:{part}" for part in PART_TASKS for fact in ("w", "n", "s")]
+_WORK = [f"{fact}:{stage.name}" for stage in STAGES for fact in ("w", "n", "s")]
 """Who did each part, its claims, and how often it was sent again."""
 
 

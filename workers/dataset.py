@@ -28,9 +28,10 @@ from sluice.common.ledger.ledger import stored_parts
 from sluice.common.models.assets import ModelAssets
 from sluice.common.operations import autoscale
 from sluice.common.operations.control import effective
+from sluice.common.pipeline import FIRST, stage_on
 from sluice.common.serialization import encode
 from sluice.common.types import SamplingParams, Task
-from sluice.workers.context import Context, CooperativePool
+from sluice.workers.context import Context
 from sluice.workers.prompt_source import PromptSource, TooLong
 
 log = logging.getLogger("sluice.dataset")
@@ -45,16 +46,17 @@ ADMIT_BELOW = 0.85
 """Share of Redis' maxmemory over which no group is admitted."""
 
 
-def prepare(app: Celery, role: str) -> tuple[Any, int]:
-    """Register the tasks of this queue; returns its pool and concurrency."""
-    host = DatasetRole(Context.open(app, role))
+def prepare(app: Celery, role: str) -> Context:
+    """Register the tasks of this queue."""
+    context = Context.open(app, role)
+    host = DatasetRole(context)
     app.task(host.fill, name="dataset.fill")
-    app.task(host.prepare_one, name="dataset.prepare")
+    app.task(host.prepare_one, name=stage_on(role).celery_task)
     app.task(host.evaluate, name="dataset.evaluate")
     signals.worker_ready.connect(lambda **_: host.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: host.stop(), weak=False)
     signals.worker_shutdown.connect(lambda **_: host.close(), weak=False)
-    return CooperativePool, 1
+    return context
 
 
 class DatasetRole:
@@ -111,7 +113,7 @@ class DatasetRole:
 
     def prepare_one(self, group_id: str) -> None:
         """The task part of a group whose admitting worker died."""
-        claim = self.context.ledger.claim(group_id, "task", fields=("cursor",))
+        claim = self.context.ledger.claim(group_id, FIRST.name, fields=("cursor",))
         cursor = claim and claim.fields["cursor"]
         if cursor:
             with self._lock:
@@ -140,7 +142,7 @@ class DatasetRole:
         self.context.ledger.drop(unreadable, reason="bad_row")
         with self.context.client.pipeline(transaction=False) as pipe:
             for group_id, payload in tasks.items():
-                self.context.ledger.store(group_id, "task", payload, client=pipe)
+                self.context.ledger.store(group_id, FIRST.name, payload, client=pipe)
             replies = pipe.execute()
         for group_id, reply in zip(tasks, replies, strict=True):
             for part in stored_parts(reply) or ():
@@ -191,8 +193,9 @@ class DatasetRole:
             return
         dataset = sets[evaluation]
         tasks = self._evaluation_tasks(evaluation, dataset)
-        for group_id in self.context.ledger.admit_eval(evaluation, dataset=dataset.name, version=version, tasks=tasks):
-            send_part(self.context.app, group_id, "rollout")
+        ledger = self.context.ledger
+        for group_id, stage in ledger.admit_eval(evaluation, dataset=dataset.name, version=version, tasks=tasks):
+            send_part(self.context.app, group_id, stage)
 
     def _evaluation_tasks(self, evaluation: str, dataset: EvalDataset) -> dict[str, bytes]:
         ordered = dataset.dataset.model_copy(update={"shuffle": False})

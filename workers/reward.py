@@ -24,6 +24,7 @@ from celery.utils.log import current_process_index
 
 from sluice.common.connections.broker import send_part
 from sluice.common.ledger.ledger import Claim
+from sluice.common.pipeline import stage_on
 from sluice.common.serialization import decode, encode
 from sluice.common.types import have_preference
 from sluice.workers.context import Context, Result
@@ -39,14 +40,14 @@ _MOST_CHILDREN = 1024
 _IDLE = -1.0
 
 
-def prepare(app: Celery, role: str) -> tuple[Any, int]:
-    """Register the task of this queue; returns pool and concurrency. Raises ConfigError when a reward does not import."""
+def prepare(app: Celery, role: str) -> Context:
+    """Register the task of this queue. Raises ConfigError when a reward does not import."""
     context = Context.open(app, role)
     config = context.run.config.reward
     host = RewardRole(context, load_reward_functions(config.functions))
     app.task(
         host.score,
-        name="reward.score",
+        name=stage_on(role).celery_task,
         soft_time_limit=config.time_limit_s,
         time_limit=config.time_limit_s + _KILL_AFTER_S,
     )
@@ -54,7 +55,7 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
     signals.worker_process_init.connect(lambda **_: host.reopen(app, role), weak=False)
     signals.task_failure.connect(host.report_lost_child, weak=False)
     signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
-    return "prefork", config.concurrency
+    return context
 
 
 class Tally:

@@ -12,8 +12,8 @@ Invariant, at every instant and for both kinds of group (train, eval):
 
     admitted = trained + scored + sum(dropped) + sum(dead) + in_flight
 
-`in_flight` is not a counter: it is the size of the set of groups that are not settled. A part (`task`, `rollout`,
-`reward`, `reference`) is owed from the moment the one before it is stored; a worker claims it, renews the lease while it
+`in_flight` is not a counter: it is the size of the set of groups that are not settled. A part (a stage of
+common/pipeline.py) is owed from the moment that all it waits for is stored; a worker claims it, renews the lease while it
 makes progress, and stores its result, which is accepted once whichever attempt it came from. Celery messages are hints:
 losing or repeating one changes nothing but time.
 
@@ -25,16 +25,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import redis
 
 from sluice.common.config import Config
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
-
-Part = Literal["task", "rollout", "reward", "reference"]
-Kind = Literal["train", "eval"]
+from sluice.common.pipeline import EVALUATED, FIRST, Kind, kind_of, plan_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +49,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """Groups handed out by `admit`; the caller holds the claim on their task part."""
+    """Groups handed out by `admit`; the caller holds the claim on their first stage."""
 
     stopped_by: str
     "most | no_credit | run_complete | max_bytes | no_policy | paused | draining"
@@ -131,15 +129,20 @@ class Ledger:
             config.groups_per_step,
             _ms(config.lease.running_s),
             holder,
+            FIRST.name,
         )
         cursors = [int(cursor) for cursor in reply[2:]]
         return Admission(stopped_by=reply[0].decode(), policy_version=int(reply[1]), cursors=cursors, holder=holder)
 
-    def admit_eval(self, evaluation: str, *, dataset: str, version: int, tasks: dict[str, bytes]) -> list[str]:
-        """Groups of an evaluation, pinned to a version. Returns those to send."""
+    def admit_eval(
+        self, evaluation: str, *, dataset: str, version: int, tasks: dict[str, bytes]
+    ) -> list[tuple[str, str]]:
+        """Groups of an evaluation, pinned to a version, their first stage done. Returns (group, stage) to send."""
         flat = itertools.chain.from_iterable(tasks.items())
-        reply = self.scripts("admit_eval", evaluation, dataset, version, self._queued_ms, *flat)
-        return [group.decode() for group in reply]
+        plan = plan_for(self.config, "eval")
+        reply = self.scripts("admit_eval", evaluation, dataset, version, self._queued_ms, plan, FIRST.name, *flat)
+        names = [item.decode() for item in reply]
+        return list(zip(names[0::2], names[1::2], strict=True))
 
     def claim(self, group_id: str, part: str, *, fields: tuple[str, ...], lease_s: float | None = None) -> Claim | None:
         """Take on a part, reading `fields` of the group in the same round trip. None: not owed, or held by another."""
@@ -179,8 +182,6 @@ class Ledger:
 
         With a pipeline as `client` the reply comes from its `execute`; read it with `stored_parts`.
         """
-        complete = self._complete(group_id)
-        following = {"task": ("rollout",), "rollout": complete}.get(part, ())
         reply = self.scripts(
             "store",
             group_id,
@@ -188,8 +189,8 @@ class Ledger:
             payload,
             "" if version is None else version,
             self._queued_ms,
-            ",".join(following),
-            ",".join(complete),
+            plan_for(self.config, kind_of(group_id)),
+            EVALUATED,
             num_tokens,
             self.config.groups_per_step,
             self.config.max_filtered if is_zero_variance else "",
@@ -231,16 +232,12 @@ class Ledger:
 
     def requeue(self, group_id: str) -> list[str]:
         """Give a dead-lettered group fresh attempts. Returns the parts to send; none when it is not dead."""
-        complete = self._complete(group_id)
-        return [part.decode() for part in self.scripts("requeue", group_id, self._queued_ms, ",".join(complete))]
+        plan = plan_for(self.config, kind_of(group_id))
+        return [part.decode() for part in self.scripts("requeue", group_id, self._queued_ms, plan)]
 
     def account(self, kind: Kind = "train") -> Account:
         """One atomic reading of the counters and the in-flight set."""
         return read_account(self.client, self.keys, kind)
-
-    def _complete(self, group_id: str) -> tuple[str, ...]:
-        """Parts that a complete group has after its rollout."""
-        return self.config.parts if kind_of(group_id) == "train" else ("reward",)
 
     @property
     def _queued_ms(self) -> int:
@@ -248,11 +245,6 @@ class Ledger:
 
     def _new_holder(self) -> str:
         return f"{self._worker}/{next(self._claims)}"
-
-
-def kind_of(group_id: str) -> Kind:
-    """Training groups are named t<cursor>, evaluation groups e<...>."""
-    return "eval" if group_id.startswith("e") else "train"
 
 
 def read_account(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Account:

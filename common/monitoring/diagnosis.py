@@ -33,6 +33,7 @@ from sluice.common.ledger.ledger import read_account
 from sluice.common.monitoring.metrics import is_silent, last_metrics, read_heartbeats
 from sluice.common.monitoring.queues import Queue, broker_client, read_queues
 from sluice.common.operations.control import describe_paused
+from sluice.common.pipeline import stages_for
 from sluice.common.policies.canary import is_adapter_missing, mismatch_bound
 from sluice.common.policies.signing import unsealed
 from sluice.common.run import Run
@@ -111,7 +112,7 @@ def _unreachable(error: Exception) -> Cause:
 
 
 def _first_cause(client: redis.Redis, run: Run) -> Cause:
-    needed = ("dataset", "rollout", *run.config.parts)
+    needed = tuple(stage.queue for stage in stages_for(run.config))
     if held := paused(client, run):
         return held
     beats = read_heartbeats(client, run.keys)

@@ -36,18 +36,18 @@ from statistics import fmean
 
 import redis
 
-from sluice.common.config import QUEUES, Config
+from sluice.common.config import Config
 from sluice.common.config.operations import AutoscaleConfig
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.monitoring.metrics import is_silent, read_heartbeats
 from sluice.common.monitoring.queues import queue_depths
+from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
 from sluice.common.run import Run
 
 TOLERANCE = 0.1
 """Of the HPA: a load that is at most so far from what the present number of workers is for changes nothing."""
 GAP_S = 10.0
 """After a longer pause between two steps (no dataset worker, no Redis) nothing is known of the time between."""
-_QUEUE_OF = {"task": "dataset", "rollout": "rollout", "reward": "reward", "reference": "reference"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,13 +129,12 @@ class Scale:
 def bounds_of(config: Config) -> dict[str, Bounds]:
     """Every queue's; one that a run on this config has no worker for has max 0."""
     in_flight, evaluations = config.max_in_flight, config.evaluation
-    concurrency = {"dataset": 1, "reference": config.reference.concurrency, "reward": config.reward.concurrency}
     found = {}
     for queue in QUEUES:
         least, most = config.replicas.bounds(queue)
         if queue == "eval" and not evaluations.datasets:
             least = most = 0
-        slots = concurrency.get(queue, config.rollout.concurrency)
+        slots = stage_on(queue).concurrency(config)
         useful = slots * max(1, most) if queue == "eval" else in_flight
         found[queue] = Bounds(min=least, max=most, concurrency=slots, in_flight=useful)
     return found
@@ -227,8 +226,8 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     owed: Counter[str] = Counter()
     for line in client.zrange(run.keys("deadlines"), 0, -1):
         group, _, part = line.decode().rpartition("|")
-        queue = _QUEUE_OF[part]
-        owed["eval" if has_eval and queue == "rollout" and group.startswith("e") else queue] += 1
+        kind = kind_of(group) if has_eval else "train"  # else the workers of training groups evaluate
+        owed[stage_of(part).queue_for(kind)] += 1
     depths = queue_depths(client, run, QUEUES)
     is_held = any(client.hmget(run.keys("run"), ["paused", "draining"]))
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}

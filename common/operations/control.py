@@ -32,6 +32,7 @@ from sluice.common.config.file import parse_config
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
+from sluice.common.pipeline import stages_for
 from sluice.common.run import Run
 
 SHORT = {"max_policy_age": "replay_buffer.max_policy_age", "learning_rate": "trainer.learning_rate"}
@@ -182,7 +183,7 @@ def _checked(client: redis.Redis, run: Run, before: Config, asked: Mapping[str, 
     """The config with these changes. Raises ConfigError for one that is out of range or would have no sound effect."""
     overrides = [f"{key}={value}" for key, value in asked.items()]
     after = parse_config(before.to_yaml(), overrides=overrides, source=f"run {run.name}")
-    if after.parts != before.parts:
+    if stages_for(after) != stages_for(before):
         raise ConfigError(
             f"trainer.loss.kl_beta = {after.trainer.loss.kl_beta:g}: 0 or not decides whether references are computed, which "
             "cannot change while a run goes on; stay over 0"

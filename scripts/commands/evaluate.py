@@ -14,6 +14,7 @@ from sluice.common.errors import ConfigError, SluiceError
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.monitoring.diagnosis import explain_stall
 from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.pipeline import stages_for
 from sluice.common.run import Run
 
 
@@ -23,7 +24,7 @@ def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float
         raise ConfigError(f"run {run.name} has no evaluation.datasets in its config")
     beats = read_heartbeats(client, run.keys).values()
     roles = {facts["role"] for facts in beats} | {"eval" for facts in beats if facts.get("evaluates")}
-    if missing := {"dataset", "eval", "reward"} - roles:
+    if missing := {stage.queue_for("eval") for stage in stages_for(run.config, "eval")} - roles:
         raise ConfigError(
             f"an evaluation needs workers on {', '.join(sorted(missing))}: start them with `sluice worker QUEUE`"
         )

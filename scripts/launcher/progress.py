@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from sluice.common.config import QUEUES
 from sluice.common.monitoring.diagnosis import explain_stall
 from sluice.common.monitoring.metrics import read_metrics
 from sluice.common.monitoring.queues import queue_depths
 from sluice.common.operations.control import effective
+from sluice.common.pipeline import QUEUES
 from sluice.common.run import Run
 
 LINE_EVERY_S = 5.0

@@ -14,10 +14,10 @@
 --   live:<kind>        set      groups admitted and not yet settled: the ledger's in_flight
 --   credit             set      training groups that hold an admission credit
 --   g:<group>          hash     kind, stage, cursor, min_version, pinned, version, samples, bytes, eval,
---                               payloads task|rollout|reward|reference, and per part: n:<part> claims, by:<part> worker,
---                               w:<part> who did it,
---                               s:<part> times sent again; t:<stage> seconds
---   deadlines          zset     "<group>|<part>" -> ms: every part somebody owes us
+--                               <stage>: its result, and per stage of common/pipeline.py n:<stage> claims, by:<stage> worker,
+--                               w:<stage> who did it, s:<stage> times sent again, t:<stage> and t:<stage>_started seconds
+--   pending:<group>    set      stages of a group that are pending; they are made and removed together with their deadlines
+--   deadlines          zset     "<group>|<stage>" -> ms: every pending stage
 --   stream:<version>   stream   groups ready for training, filed under their oldest version; consumer group `trainer`
 --   versions           zset     versions that have a stream
 --   batch:<step>       list     manifest of a trainer step: "<version>|<entry>|<group>"
@@ -67,12 +67,6 @@ end
 
 local function member(group, part) return group .. '|' .. part end
 
-local function split(text)
-  local out = {}
-  for word in string.gmatch(text, '[^,]+') do out[#out + 1] = word end
-  return out
-end
-
 -- Age of version v seen from cur, in optimizer steps: the distance through their fork. 1e9 when v is not in the lineage.
 local function policy_age(v, cur)
   local function node(version)
@@ -100,12 +94,37 @@ local function record_evaluated(id, field, value)
   end
 end
 
--- Remove every trace of work still owed for a group.
+-- A stage of a group is pending from now on. Returns whether it was not before; then `deadline` (ms) is left as it is.
+local function make_pending(group, stage, deadline)
+  if redis.call('SADD', key('pending:' .. group), stage) == 0 then return false end
+  redis.call('ZADD', key('deadlines'), deadline, member(group, stage))
+  return true
+end
+
+local function remove_pending(group, stage)
+  redis.call('SREM', key('pending:' .. group), stage)
+  redis.call('ZREM', key('deadlines'), member(group, stage))
+end
+
+-- Remove every trace of work still pending for a group, whatever stages it has.
 local function forget_work(group)
-  for _, part in ipairs({ 'task', 'rollout', 'reward', 'reference' }) do
-    redis.call('ZREM', key('deadlines'), member(group, part))
+  for _, stage in ipairs(redis.call('SMEMBERS', key('pending:' .. group))) do
+    redis.call('ZREM', key('deadlines'), member(group, stage))
   end
+  redis.call('DEL', key('pending:' .. group))
   redis.call('SREM', key('credit'), group)
+end
+
+-- Make pending what can begin: stages that are not stored, while all that they wait for is. Returns those that were not
+-- pending before. plan: every stage of the group with what it waits for, "task< rollout<task judge<rollout,reward".
+local function begin_stages(group, plan, deadline)
+  local g, begun = key('g:' .. group), {}
+  for stage, needs in string.gmatch(plan, '([^ <]+)<([^ ]*)') do
+    local can_begin = redis.call('HEXISTS', g, stage) == 0
+    for need in string.gmatch(needs, '[^,]+') do can_begin = can_begin and redis.call('HEXISTS', g, need) == 1 end
+    if can_begin and make_pending(group, stage, deadline) then begun[#begun + 1] = stage end
+  end
+  return begun
 end
 
 -- A group leaves the ledger's in_flight under `outcome`, once, and its payload is freed.

@@ -6,13 +6,13 @@ local max_attempts, queued_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
 local now = now_ms()
 local out = {}
 for _, owed in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, ARGV[3])) do
-  local group, part = string.match(owed, '^(.+)|(%a+)$')
+  local group, part = string.match(owed, '^(.+)|([^|]+)$')
   local g = key('g:' .. group)
   local kind, holder = redis.call('HGET', g, 'kind'), redis.call('HGET', g, 'by:' .. part)
   if not redis.call('ZSCORE', key('deadlines'), owed) then
     -- nothing: its group has just died of another part
   elseif not kind then
-    redis.call('ZREM', key('deadlines'), owed)
+    remove_pending(group, part)
   elseif holder and tonumber(redis.call('HGET', g, 'n:' .. part)) >= max_attempts then
     local last = redis.call('HGET', g, 'last_error') or 'no error was reported'
     dead_letter(group, kind, 'lease_expired', part .. ' held by ' .. holder .. ' was not renewed; before that: ' .. last, holder)

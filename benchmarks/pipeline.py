@@ -217,7 +217,7 @@ class Stopwatch:
 def backlog(url: str, size: int, *, repeats: int, rounds: int) -> dict[str, Any]:
     """ms per group of each step while `size` small groups (2 x 3 tokens) wait in the buffer, and `size` messages in the queue."""
     client, keys = connect(url), Keys(f"backlog-{size}")
-    client.hset(keys("run"), "status", "running")
+    client.hset(keys.run_record, "status", "running")
     publish_policy(client, keys, 0)
     ledger = Ledger(client, keys, make_config(replay_buffer={"batch_size": BATCH, "max_bytes": 10**12}))
     app, buffer = make_app(keys.run, url=url), ReplayBuffer(ledger, groups_per_step=BATCH, max_policy_age=1)
@@ -270,7 +270,7 @@ def fleet(folder: Path, url: str, tiny: Path, *, count: int, per_worker: int) ->
         for group in groups:
             send_part(app, group, "rollout")
         tokens = num_groups * GROUP_SIZE * FLEET_TOKENS
-        until(lambda: int(client.hget(keys("totals"), "generated_tokens") or 0) >= tokens, "the fleet", 600)
+        until(lambda: int(client.hget(keys.totals, "generated_tokens") or 0) >= tokens, "the fleet", 600)
         makespan = time.monotonic() - began
     ideal = num_groups / sum(1 / latency for _, latency in plan)
     client.close()

@@ -203,11 +203,11 @@ def queue_rows(reading: Reading) -> list[dict[str, Any]]:
             "waiting": status["queues"][queue],
             "oldest": _seconds(status["oldest_age_s"][queue]),
             "workers": live.count(queue),
-            "wanted": wish.get("desired", ""),
-            "why": wish.get("reason", ""),
+            "wanted": scale.desired if scale else "",
+            "why": scale.reason if scale else "",
         }
         for queue in QUEUES
-        for wish in [reading.scaling.get(queue, {})]
+        for scale in [reading.scaling.get(queue)]
     ]
 
 

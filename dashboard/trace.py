@@ -12,8 +12,9 @@ from rich.text import Text
 
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import read_group
+from sluice.common.monitoring.metrics import newest_samples
 from sluice.common.pipeline import STAGES
-from sluice.common.serialization import decode
 
 LABELS = {
     **{f"{stage.name}_started": stage.labels[0] for stage in STAGES},
@@ -26,9 +27,7 @@ LABELS = {
 
 def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
     """Of a group in flight, dead-lettered, or trained and kept as a sample. Raises ConfigError for another."""
-    found = client.hgetall(keys("g", group))
-    facts = {name.decode(): value for name, value in found.items()}
-    if facts:
+    if facts := read_group(client, keys, group):
         times = {name[2:]: float(value) for name, value in facts.items() if name.startswith("t:")}
         work = {name: facts[name].decode() for name in facts if name.partition(":")[0] in ("by", "w", "n", "s")}
         stage = facts.get("stage", b"?").decode()
@@ -39,8 +38,7 @@ def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
             if name in facts:
                 trace[name] = facts[name].decode(errors="replace")
         return trace
-    for _, fields in client.xrevrange(keys("samples")):
-        sample = decode(fields[b"sample"])
+    for sample in newest_samples(client, keys):
         if sample["group"] == group:
             trace = _trace(group, "trained", sample.get("timestamps", {}), sample.get("work", {}))
             return trace | {"stage": "trained", "version": sample["version"], "step": sample["step"]}

@@ -214,5 +214,5 @@ def test_a_tick_writes_what_every_queue_should_have(client: redis.Redis, keys: K
     }  # fmt: skip
     assert (scales["rollout"].have, scales["rollout"].waiting, scales["reward"].max) == (2, 1, 4)
     assert not any(load.is_held for load in loads.values())
-    client.hset(keys("run"), "draining", '{"who": "me", "at": 0}')
+    client.hset(keys.run_record, "draining", '{"who": "me", "at": 0}')
     assert all(load.is_held for load in read_loads(client, run).values())

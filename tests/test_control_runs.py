@@ -55,7 +55,7 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
     client = connect(own_redis.url)
 
     def is_at_rest() -> bool:
-        return not client.zcard(keys("deadlines")) and status_of(tmp_path, env)["processes"] != {}
+        return not client.zcard(keys.deadlines) and status_of(tmp_path, env)["processes"] != {}
 
     with ExitStack() as stack:
         started = stack.enter_context(workers(tmp_path, env))
@@ -63,10 +63,10 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
         wait_for(lambda: last_step(folder) >= 2, timeout=120, what="the first steps")
         done = sluice("pause", cwd=tmp_path, **env, SLUICE_WHO="alice@laptop")
         assert (done.returncode, done.stdout) == (0, "roles paused; `sluice resume` goes on\n")
-        at_pause = int(client.hget(keys("policy"), "step"))
+        at_pause = int(client.hget(keys.policy, "step"))
         wait_for(is_at_rest, timeout=30, what="what is in flight to be finished")
         step = wait_for(
-            lambda: (s := last_step(folder)) == int(client.hget(keys("policy"), "step")) and s,
+            lambda: (s := last_step(folder)) == int(client.hget(keys.policy, "step")) and s,
             timeout=30,
             what="the step that was running to be published",
         )

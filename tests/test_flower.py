@@ -52,7 +52,7 @@ def test_flower_and_events_show_what_a_worker_does(
             what="the tasks in Flower",
         )
         assert {(task["name"], task["worker"]) for task in done.values()} == {("reward.score", name)}
-        assert client.xlen(keys("stream", 0)) == NUM_GROUPS
+        assert client.xlen(keys.stream(0)) == NUM_GROUPS
         app.close()
 
 

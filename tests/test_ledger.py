@@ -53,7 +53,7 @@ def reap_until(ledger, expected):
 def deadline_in(ledger, group_id, part):
     """Milliseconds until a part is overdue."""
     seconds, micros = ledger.client.time()
-    return ledger.client.zscore(ledger.keys("deadlines"), f"{group_id}|{part}") - (seconds * 1000 + micros // 1000)
+    return ledger.client.zscore(ledger.keys.deadlines, f"{group_id}|{part}") - (seconds * 1000 + micros // 1000)
 
 
 def buffer_of(ledger, *, k=2, max_policy_age=1, **options):
@@ -223,8 +223,8 @@ def test_of_a_late_and_a_new_result_exactly_one_is_used(client, keys, late_first
         for i, ledger in enumerate(order)
     ]
     assert replies == [["reward"], None]
-    assert client.hget(keys("g", group_id), "rollout") == rollout_payload(version=0), "the first one that arrived"
-    assert client.hget(keys("totals"), "generated_tokens") == b"6"
+    assert client.hget(keys.group(group_id), "rollout") == rollout_payload(version=0), "the first one that arrived"
+    assert client.hget(keys.totals, "generated_tokens") == b"6"
     assert fast.account().refused == 1
 
 
@@ -232,14 +232,14 @@ def test_every_part_is_stored_once(client, keys):
     publish_policy(client, keys, 0)
     ledger = make_ledger(client, keys, trainer=KL)
     group_id = push_group(ledger)
-    held = int(client.get(keys("bytes")))
+    held = int(client.get(keys.payload_bytes))
     for part in PARTS:
         assert (
             ledger.store(group_id, part, part_payload(group_id, part), version=0 if part == "rollout" else None) is None
         )
     assert ledger.account().refused == 4
-    assert int(client.get(keys("bytes"))) == held
-    assert client.xlen(keys("stream", 0)) == 1
+    assert int(client.get(keys.payload_bytes)) == held
+    assert client.xlen(keys.stream(0)) == 1
 
 
 @pytest.mark.parametrize("order", [("reward", "reference"), ("reference", "reward")])
@@ -247,18 +247,18 @@ def test_a_group_is_ready_when_its_last_part_arrives_whichever_that_is(client, k
     publish_policy(client, keys, 0)
     ledger = make_ledger(client, keys, trainer=KL)
     group_id = push_group(ledger, until="rollout")
-    assert client.zcard(keys("deadlines")) == 2
+    assert client.zcard(keys.deadlines) == 2
     ledger.store(group_id, order[0], part_payload(group_id, order[0]))
-    assert client.exists(keys("stream", 0)) == 0
+    assert client.exists(keys.stream(0)) == 0
     ledger.store(group_id, order[1], part_payload(group_id, order[1]))
-    assert client.xlen(keys("stream", 0)) == 1
-    assert client.zcard(keys("deadlines")) == 0
+    assert client.xlen(keys.stream(0)) == 1
+    assert client.zcard(keys.deadlines) == 0
 
 
 def test_without_kl_no_reference_part_is_owed(client, keys):
     publish_policy(client, keys, 0)
     group_id = push_group(make_ledger(client, keys), until="rollout")
-    assert client.zrange(keys("deadlines"), 0, -1) == [f"{group_id}|reward".encode()]
+    assert client.zrange(keys.deadlines, 0, -1) == [f"{group_id}|reward".encode()]
 
 
 # Failure
@@ -275,11 +275,11 @@ def test_a_failing_part_is_retried_then_dead_with_reason_and_payload(client, key
     assert ledger.fail(ledger.claim(group_id, "reward", fields=()), reason="RewardError", detail="last boom") is False
     account = ledger.account()
     assert (account.dead, account.retried, account.in_flight) == ({"RewardError": 1}, 2, 0)
-    kept = client.hgetall(keys("g", group_id))
+    kept = client.hgetall(keys.group(group_id))
     assert (kept[b"stage"], kept[b"dead_reason"], kept[b"dead_detail"]) == (b"dead", b"RewardError", b"last boom")
     assert kept[b"task"] == task_payload(group_id) and kept[b"rollout"] == rollout_payload(version=0)
-    assert client.zrange(keys("dead"), 0, -1) == [group_id.encode()]
-    assert client.zcard(keys("deadlines")) == client.scard(keys("credit")) == 0
+    assert client.zrange(keys.dead, 0, -1) == [group_id.encode()]
+    assert client.zcard(keys.deadlines) == client.scard(keys.credit) == 0
     assert ledger.claim(group_id, "reward", fields=()) is None
     assert ledger.store(group_id, "reward", reward_payload()) is None, "a late result does not bring it back"
     assert_consistent(client, keys)
@@ -304,29 +304,29 @@ def test_a_requeued_group_gets_fresh_attempts_for_what_it_lacks(client, keys):
     assert ledger.requeue("t99") == []
     account = ledger.account()
     assert (account.dead, account.in_flight, account.holds) == ({}, 2, True)
-    assert client.scard(keys("credit")) == 2
+    assert client.scard(keys.credit) == 2
     assert_consistent(client, keys)
     assert ledger.claim(scored, "reward", fields=()).attempt == 1
     assert ledger.store(scored, "reward", reward_payload()) == []
-    assert client.hget(keys("g", scored), "stage") == b"ready"
+    assert client.hget(keys.group(scored), "stage") == b"ready"
     assert_consistent(client, keys)
 
 
 def test_a_requeued_evaluation_group_is_waited_for_again(client, keys):
     publish_policy(client, keys, 0)
     ledger = make_ledger(client, keys, lease={"max_attempts": 1})
-    client.hset(keys("evaluations"), "0.x", 0)
+    client.hset(keys.evaluations, "0.x", 0)
     group_id = "e0.x.0g"
     ledger.admit_eval("0.x", dataset="x", version=0, tasks={group_id: task_payload(group_id)})
     kill_group(ledger, group_id, "rollout")
-    assert client.hlen(keys("evaluations")) == 0, "finished, with a dead group"
+    assert client.hlen(keys.evaluations) == 0, "finished, with a dead group"
     assert ledger.requeue(group_id) == ["rollout"]
-    assert client.hgetall(keys("evaluations")) == {b"0.x": b"0"}, "its version is kept again"
+    assert client.hgetall(keys.evaluations) == {b"0.x": b"0"}, "its version is kept again"
     assert ledger.account("eval").holds
     ledger.store(group_id, "rollout", rollout_payload(version=0), version=0)
     ledger.store(group_id, "reward", reward_payload())
     assert ledger.account("eval").scored == 1
-    assert client.hlen(keys("evaluations")) == 0
+    assert client.hlen(keys.evaluations) == 0
 
 
 def test_a_dead_part_takes_the_others_of_its_group_with_it(client, keys):
@@ -368,7 +368,7 @@ def test_an_unclaimed_part_is_sent_again_with_doubling_intervals(client, keys):
     group_id = push_group(ledger, until="task")
     assert ledger.reap() == []
     for times in (2, 4, 8, 16, 32, 64, 64):
-        client.zadd(keys("deadlines"), {f"{group_id}|rollout": 1})  # as if the interval had passed
+        client.zadd(keys.deadlines, {f"{group_id}|rollout": 1})  # as if the interval had passed
         assert ledger.reap() == [(group_id, "rollout", "train")]
         assert deadline_in(ledger, group_id, "rollout") == pytest.approx(20_000 * times, abs=1500)
     account = ledger.account()
@@ -386,8 +386,8 @@ def test_an_abandoned_claim_is_retried_then_dead(client, keys):
     until(lambda: ledger.reap() == [] and ledger.account().in_flight == 0)
     account = ledger.account()
     assert (account.dead, account.retried, account.resent) == ({"lease_expired": 1}, 1, 0)
-    assert b"rollout@host:7" in client.hget(keys("g", group_id), "dead_worker")
-    assert b"was not renewed" in client.hget(keys("g", group_id), "dead_detail")
+    assert b"rollout@host:7" in client.hget(keys.group(group_id), "dead_worker")
+    assert b"was not renewed" in client.hget(keys.group(group_id), "dead_detail")
 
 
 def test_a_group_that_dies_of_one_overdue_part_is_not_owed_another_that_is_overdue_too(client, keys):
@@ -399,7 +399,7 @@ def test_a_group_that_dies_of_one_overdue_part_is_not_owed_another_that_is_overd
     until(lambda: deadline_in(ledger, group_id, "reference") < 0)
     assert ledger.reap() == []
     assert ledger.account().dead == {"lease_expired": 1}
-    assert client.zcard(keys("deadlines")) == 0
+    assert client.zcard(keys.deadlines) == 0
     assert_consistent(client, keys)
 
 
@@ -418,7 +418,7 @@ def test_the_reaper_takes_a_bounded_number_at_a_time(client, keys):
     publish_policy(client, keys, 0)
     ledger = make_ledger(client, keys, replay_buffer={"batch_size": 5}, lease={"running_s": 0.001})
     assert len(ledger.admit(10).cursors) == 10
-    until(lambda: client.zcount(keys("deadlines"), "-inf", _server_ms(client)) == 10)
+    until(lambda: client.zcount(keys.deadlines, "-inf", _server_ms(client)) == 10)
     assert [len(ledger.reap(most=4)) for _ in range(4)] == [4, 4, 2, 0]
 
 
@@ -474,8 +474,8 @@ def test_a_dropped_group_is_counted_under_its_reason_and_freed(client, keys, sta
     assert ledger.drop([], reason="bad_row") == 0
     account = ledger.account()
     assert (account.dropped, account.in_flight, account.holds) == ({"prompt_too_long": 1}, 0, True)
-    assert client.exists(keys("g", group_id)) == 0 and int(client.get(keys("bytes")) or 0) == 0
-    assert client.scard(keys("credit")) == client.zcard(keys("deadlines")) == 0
+    assert client.exists(keys.group(group_id)) == 0 and int(client.get(keys.payload_bytes) or 0) == 0
+    assert client.scard(keys.credit) == client.zcard(keys.deadlines) == 0
     assert ledger.store(group_id, "rollout", b"late", version=0) is None
     assert_consistent(client, keys)
 
@@ -504,11 +504,11 @@ def test_an_account_that_does_not_add_up_says_so(client, keys):
 def test_versions_only_grow_and_an_older_incarnation_is_refused(client, keys):
     assert publish_policy(client, keys, 3, parent=-1, step=0) == 1
     assert publish_policy(client, keys, 3) == 0 and publish_policy(client, keys, 2) == 0
-    client.hset(keys("run"), "incarnation", 2)
+    client.hset(keys.run_record, "incarnation", 2)
     assert publish_policy(client, keys, 4, incarnation=1) == -1
     assert publish_policy(client, keys, 4, incarnation=2) == 1
-    assert client.hget(keys("policy"), "version") == b"4"
-    assert client.hkeys(keys("lineage")) == [b"3", b"4"]
+    assert client.hget(keys.policy, "version") == b"4"
+    assert client.hkeys(keys.lineage) == [b"3", b"4"]
 
 
 # Evaluation
@@ -552,7 +552,7 @@ def test_an_evaluation_is_scored_and_never_enters_the_buffer(client, keys):
     account = ledger.account("eval")
     assert (account.scored, account.in_flight, account.holds) == (4, 0, True)
     assert ledger.account("train").admitted == 0
-    assert client.zcard(keys("versions")) == 0 and int(client.get(keys("bytes"))) == 0
+    assert client.zcard(keys.versions) == 0 and int(client.get(keys.payload_bytes)) == 0
     evaluation.request(client, keys, HELDOUT, version=0)
     assert evaluation.pending(client, keys) == [], "it is known already"
     assert_consistent(client, keys)

@@ -60,7 +60,7 @@ class Scaled:
         """(from, to) of every change of the reward workers."""
         client = connect(self._url)
         try:
-            found = [fields for _, fields in client.xrange(self.run(client).keys("events"))]
+            found = [fields for _, fields in client.xrange(self.run(client).keys.events)]
         finally:
             client.close()
         return [
@@ -166,8 +166,8 @@ def test_a_worker_that_drains_finishes_what_it_holds(tmp_path: Path, own_redis: 
     keys = open_run(client, env["SLUICE_RUN"]).keys
 
     def claimed() -> set[str]:
-        owed = [line.decode().partition("|")[0] for line in client.zrange(keys("deadlines"), 0, -1)]
-        return {group for group in owed if client.hexists(keys("g", group), "by:rollout")}
+        owed = [line.decode().partition("|")[0] for line in client.zrange(keys.deadlines, 0, -1)]
+        return {group for group in owed if client.hexists(keys.group(group), "by:rollout")}
 
     with ExitStack() as stack:
         stack.enter_context(trainer(tmp_path, env))
@@ -175,7 +175,7 @@ def test_a_worker_that_drains_finishes_what_it_holds(tmp_path: Path, own_redis: 
         process = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
         held = wait_for(claimed, timeout=90, what="groups in generation")
         assert terminate(process, number=signal.SIGUSR2, timeout=60) == 0
-        assert all(client.hexists(keys("g", group), "rollout") for group in held)
+        assert all(client.hexists(keys.group(group), "rollout") for group in held)
         account = read_account(client, keys)
         assert (account.retried, account.refused) == (0, 0)
     client.close()

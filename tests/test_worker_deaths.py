@@ -85,10 +85,10 @@ class Fleet:
         return wait_for(ticked, timeout=timeout, what=what)
 
     def field(self, group_id: str, name: str) -> str:
-        return (self.ledger.client.hget(self.ledger.keys("g", group_id), name) or b"").decode()
+        return (self.ledger.client.hget(self.ledger.keys.group(group_id), name) or b"").decode()
 
     def has(self, group_ids: list[str], name: str) -> bool:
-        return all(self.ledger.client.hexists(self.ledger.keys("g", group_id), name) for group_id in group_ids)
+        return all(self.ledger.client.hexists(self.ledger.keys.group(group_id), name) for group_id in group_ids)
 
     def messages(self, queue: str) -> str:
         """Name of the broker's list of a queue."""

@@ -23,7 +23,7 @@ from celery import Celery, signals
 from sluice.common.config import EvalDataset
 from sluice.common.connections.broker import send_part
 from sluice.common.errors import ConfigError
-from sluice.common.ledger.evaluations import evaluation_id
+from sluice.common.ledger import evaluations
 from sluice.common.ledger.ledger import stored_parts
 from sluice.common.models.assets import ModelAssets
 from sluice.common.operations import autoscale
@@ -180,16 +180,14 @@ class DatasetRole:
     def evaluate(self) -> None:
         """Admit every evaluation that was asked for and is not admitted yet."""
         with self._lock:
-            client, keys = self.context.client, self.context.run.keys
-            for name, version in client.hgetall(keys("evaluations")).items():
-                if not client.hexists(keys("eval", name.decode()), "total"):
-                    self._admit_evaluation(name.decode(), int(version))
+            for name, version in evaluations.waiting(self.context.client, self.context.run.keys).items():
+                self._admit_evaluation(name, version)
 
     def _admit_evaluation(self, evaluation: str, version: int) -> None:
-        sets = {evaluation_id(version, d.name): d for d in self._config.evaluation.datasets}
+        sets = {evaluations.evaluation_id(version, d.name): d for d in self._config.evaluation.datasets}
         if evaluation not in sets:
             log.error("evaluation %s names no configured set; dropped", evaluation)
-            self.context.client.hdel(self.context.run.keys("evaluations"), evaluation)
+            evaluations.discard(self.context.client, self.context.run.keys, evaluation)
             return
         dataset = sets[evaluation]
         tasks = self._evaluation_tasks(evaluation, dataset)
@@ -228,9 +226,7 @@ class DatasetRole:
     def _tick_until_stopped(self) -> None:
         while not self._stop.wait(TICK_S):
             try:
-                if self.context.client.set(
-                    self.context.run.keys("tick"), self.context.process, nx=True, px=int(TICK_S * 900)
-                ):
+                if self.context.ledger.begin_tick(lasts_s=0.9 * TICK_S):
                     self._tick()
             except redis.RedisError as error:
                 log.warning("tick: Redis: %s", error)

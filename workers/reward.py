@@ -136,7 +136,7 @@ class RewardRole:
         what = _how_it_ended(exception)
         log.warning("group %s: %s", group_id, what)
         try:
-            holder = (ledger.client.hget(ledger.keys("g", group_id), "by:reward") or b"").decode()
+            holder = ledger.holder(group_id, "reward")
             if not holder.startswith(context.process.rpartition(":")[0] + ":"):
                 return  # it died before it claimed the part, or the part was taken over
             claim = Claim(group_id=group_id, part="reward", holder=holder, attempt=0, fields={})

@@ -24,6 +24,7 @@ losing or repeating one changes nothing but time.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,6 +221,26 @@ class Ledger:
         )
         return reply == b"again"
 
+    def attempts(self, group_id: str, part: str) -> int:
+        """Claims that a part has spent."""
+        return int(self.client.hget(self.keys.group(group_id), f"n:{part}") or 0)
+
+    def holder(self, group_id: str, part: str) -> str:
+        """Who has claimed a part and not handed it in; "" = nobody."""
+        return (self.client.hget(self.keys.group(group_id), f"by:{part}") or b"").decode()
+
+    def begin_tick(self, *, lasts_s: float) -> bool:
+        """Whether this process is the one that looks after the run for so long."""
+        return bool(self.client.set(self.keys.tick, self._worker, nx=True, px=round(lasts_s * 1000)))
+
+    def cursor(self) -> int:
+        """The next dataset cursor."""
+        return int(self.client.get(self.keys.cursor) or 0)
+
+    def restore_cursor(self, cursor: int) -> None:
+        """In a Redis that has none: nothing has been admitted in it."""
+        self.client.set(self.keys.cursor, cursor, nx=True)
+
     def reap(self, most: int = 200) -> list[tuple[str, str, Kind]]:
         """Overdue parts to send again: (group, part, kind)."""
         reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, most)
@@ -261,6 +282,51 @@ def read_account(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Accou
             plain[name] = value
     known: dict[str, Any] = {**plain, **reasons}
     return Account(kind=kind, in_flight=in_flight, **{"admitted": 0, **known})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What the groups of a run hold, and have brought."""
+
+    payload_bytes: int
+    credits: int
+    generated_tokens: int
+
+
+def read_usage(client: redis.Redis, keys: Keys) -> Usage:
+    """In one round trip."""
+    with client.pipeline(transaction=False) as pipe:
+        pipe.get(keys.payload_bytes)
+        pipe.scard(keys.credit)
+        pipe.hget(keys.totals, "generated_tokens")
+        held, credits, generated = pipe.execute()
+    return Usage(payload_bytes=int(held or 0), credits=int(credits), generated_tokens=int(generated or 0))
+
+
+def read_pending(client: redis.Redis, keys: Keys) -> list[tuple[str, str]]:
+    """(group, stage) of all that is pending."""
+    lines = (line.decode().rpartition("|") for line in client.zrange(keys.deadlines, 0, -1))
+    return [(group, stage) for group, _, stage in lines]
+
+
+def read_dead(client: redis.Redis, keys: Keys) -> dict[str, float]:
+    """Dead-lettered groups -> seconds of their death, newest first."""
+    return {name.decode(): at_ms / 1000 for name, at_ms in client.zrevrange(keys.dead, 0, -1, withscores=True)}
+
+
+def read_group(client: redis.Redis, keys: Keys, group_id: str) -> dict[str, bytes]:
+    """All that is kept of a group; empty for one that is settled."""
+    return {name.decode(): value for name, value in client.hgetall(keys.group(group_id)).items()}
+
+
+def read_fields(
+    client: redis.Redis, keys: Keys, group_ids: Sequence[str], fields: Sequence[str]
+) -> list[list[bytes | None]]:
+    """These fields of several groups, in one round trip."""
+    with client.pipeline(transaction=False) as pipe:
+        for group_id in group_ids:
+            pipe.hmget(keys.group(group_id), fields)
+        return pipe.execute()
 
 
 def stored_parts(reply: list[bytes]) -> list[str] | None:

@@ -22,7 +22,7 @@ from secrets import token_hex
 
 from sluice.common.connections.client import BLOCK_S
 from sluice.common.errors import SluiceError, StateLost
-from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.ledger import Ledger, read_fields
 from sluice.common.pipeline import STAGES, stages_for
 from sluice.common.run import process_name
 from sluice.common.serialization import decode
@@ -85,7 +85,7 @@ class ReplayBuffer:
     def wait(self, timeout_s: float) -> bool:
         """Block until a whole batch may be ready, at most `timeout_s`. `sample` decides whether it is."""
         block = max(0.01, min(timeout_s, BLOCK_S))
-        return self._ledger.client.blpop([self._ledger.keys("wake")], timeout=block) is not None
+        return self._ledger.client.blpop([self._ledger.keys.wake], timeout=block) is not None
 
     def acknowledge(self, step: int, *, trained: Sequence[str] = ()) -> int:
         """Free the groups of every step up to this one. Call it only when a durable checkpoint holds that step.
@@ -101,21 +101,21 @@ class ReplayBuffer:
     def num_untrained(self) -> int:
         """Groups in flight, wherever they are, that no trained and not yet acknowledged batch holds."""
         client, keys = self._ledger.client, self._ledger.keys
-        steps = client.zrange(keys("batches"), 0, -1)
+        steps = client.zrange(keys.batches, 0, -1)
         with client.pipeline(transaction=False) as pipe:
-            pipe.scard(keys("live", "train"))
+            pipe.scard(keys.live("train"))
             for step in steps:
-                pipe.llen(keys("batch", step.decode()))
+                pipe.llen(keys.batch(step.decode()))
             live, *held = pipe.execute()
         return int(live) - sum(held)
 
     def sizes(self) -> dict[int, int]:
         """Policy version -> groups in its stream, leased ones included."""
         client, keys = self._ledger.client, self._ledger.keys
-        versions = [int(v) for v in client.zrange(keys("versions"), 0, -1)]
+        versions = [int(v) for v in client.zrange(keys.versions, 0, -1)]
         with client.pipeline(transaction=False) as pipe:
             for version in versions:
-                pipe.xlen(keys("stream", version))
+                pipe.xlen(keys.stream(version))
             return dict(zip(versions, pipe.execute(), strict=True))
 
     def _bury(self, step: int, damaged: dict[str, str]) -> None:
@@ -126,13 +126,9 @@ class ReplayBuffer:
 
     def _read(self, group_ids: list[str]) -> tuple[list[Group], dict[str, str]]:
         """Groups, and of those that cannot be decoded why."""
-        keys = self._ledger.keys
         names = ["version", *_RESULTS, *(f"t:{stamp}" for stamp in _STAMPS)]
         needed = {stage.name for stage in stages_for(self._ledger.config)}
-        with self._ledger.client.pipeline(transaction=False) as pipe:
-            for group_id in group_ids:
-                pipe.hmget(keys("g", group_id), names)
-            rows = pipe.execute()
+        rows = read_fields(self._ledger.client, self._ledger.keys, group_ids, names)
         groups, damaged = [], {}
         for group_id, row in zip(group_ids, rows, strict=True):
             try:

@@ -38,11 +38,13 @@ import redis
 
 from sluice.common.config import Config
 from sluice.common.config.operations import AutoscaleConfig
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import read_pending
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.monitoring.metrics import is_silent, read_heartbeats
 from sluice.common.monitoring.queues import queue_depths
 from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
-from sluice.common.run import Run
+from sluice.common.run import Run, RunRecord
 
 TOLERANCE = 0.1
 """Of the HPA: a load that is at most so far from what the present number of workers is for changes nothing."""
@@ -224,12 +226,11 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     """Every queue's load now. A silent worker is no live one."""
     has_eval = bounds_of(run.config)["eval"].max > 0
     owed: Counter[str] = Counter()
-    for line in client.zrange(run.keys("deadlines"), 0, -1):
-        group, _, part = line.decode().rpartition("|")
+    for group, part in read_pending(client, run.keys):
         kind = kind_of(group) if has_eval else "train"  # else the workers of training groups evaluate
         owed[stage_of(part).queue_for(kind)] += 1
     depths = queue_depths(client, run, QUEUES)
-    is_held = any(client.hmget(run.keys("run"), ["paused", "draining"]))
+    is_held = any(RunRecord(client, run.keys).held())
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}
     busy: dict[str, list[float]] = {queue: [] for queue in QUEUES}
     for name, facts in read_heartbeats(client, run.keys).items():
@@ -248,9 +249,9 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     }
 
 
-def read_scales(client: redis.Redis, run: Run) -> dict[str, Scale]:
+def read_scales(client: redis.Redis, keys: Keys) -> dict[str, Scale]:
     """Queue -> what hash `autoscale` says; empty before the first tick of a dataset worker."""
-    held = client.hgetall(run.keys("autoscale"))
+    held = client.hgetall(keys.autoscale)
     return {queue.decode(): Scale.from_json(text) for queue, text in held.items()}
 
 
@@ -258,9 +259,9 @@ def update(client: redis.Redis, run: Run) -> None:
     """One step for every queue. One process at a time; works while Redis is full, too."""
     seconds, microseconds = client.time()
     now = seconds + microseconds / 1e6
-    states, loads = read_scales(client, run), read_loads(client, run)
+    states, loads = read_scales(client, run.keys), read_loads(client, run)
     found = {
         queue: step(states.get(queue), loads[queue], bounds=bounds, settings=run.config.autoscale, now=now).to_json()
         for queue, bounds in bounds_of(run.config).items()
     }
-    Scripts(client, run.keys)("small", "HSET", "autoscale", *(text for pair in found.items() for text in pair))
+    Scripts(client, run.keys)("small", "HSET", run.keys.autoscale, *(text for pair in found.items() for text in pair))

@@ -15,6 +15,7 @@ from sluice.common.ledger import evaluations as evaluation
 from sluice.common.monitoring.diagnosis import explain_stall
 from sluice.common.monitoring.metrics import read_heartbeats
 from sluice.common.pipeline import stages_for
+from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run
 
 
@@ -28,7 +29,7 @@ def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float
         raise ConfigError(
             f"an evaluation needs workers on {', '.join(sorted(missing))}: start them with `sluice worker QUEUE`"
         )
-    newest = client.hget(run.keys("policy"), "version")
+    newest = read_pointer(client, run.keys).get("version")
     if newest is None:
         raise ConfigError(f"run {run.name} has published no policy yet: is its trainer running?")
     version = int(newest)

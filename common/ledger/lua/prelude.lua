@@ -25,11 +25,18 @@
 --   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
 --   filtered           string   groups dropped for equal rewards since the last batch was taken
 --   readers            zset     "<version>|<reader>" -> ms until which a process that fetches a version keeps it
---   processes          zset     process -> ms of its last heartbeat; process:<process> string: its facts, with a time to live
+--   processes          zset     process -> ms of its last heartbeat
+--   process:<process>  string   its facts, with a time to live
+--   tick               string   the dataset worker that looks after the run, for a second
 --   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at
+--   manifests          hash     version -> its manifest, signed where the run has a key
+--   weights:<version>  string   bytes of a version that travels through Redis; in chunks, weights:<version>:<i>
+--   delta:<version>    string   the same of what changed since the version before
 --   wanted_whole       string   the version that a reader last failed to verify
 --   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
 --   events             stream   capped; policy published, dead letters, scaled (queue, from, to, reason), ...
+--   metrics            stream   capped; one entry per trainer step: metric -> number
+--   samples            stream   capped; sample: a trained group for people to read
 --   autoscale          hash     queue -> JSON {desired, have, min, max, reason, at, since, ...} (common/operations/autoscale.py)
 --   bytes              string   payload bytes held by groups
 --   dead               zset     dead-lettered groups -> ms; their hash is kept
@@ -37,6 +44,8 @@
 --   eval:<id>          hash     one evaluation: dataset, version, total, done; admitted:<group>, and result:<group> or
 --                               dead:<group>; when all are in, summary instead of admitted: and result: (fold_eval.lua);
 --                               reported: its result is in the metrics
+--   mq:<queue>         list     Celery's messages; other keys under mq: are Celery's own
+--   mq:rejected        list     elements that were no messages, the newest ones (common/connections/transport.py)
 --
 -- Every script is atomic and idempotent: a second call with the same arguments changes nothing. A failed script is not
 -- rolled back, so scripts check first and write after.

@@ -232,7 +232,7 @@ def backlog(url: str, size: int, *, repeats: int, rounds: int) -> dict[str, Any]
     timed = Stopwatch()
     for step in range(1, rounds + 1):
         for _ in range(repeats):
-            reply = timed("admit", ledger.scripts, "admit", 1, 10**9, 10**12, 10**9, 10**6, 60_000, "b/1")
+            reply = timed("admit", ledger.scripts, "admit", 1, 10**9, 10**12, 10**9, 10**6, 60_000, "b/1", "task")
             group = f"t{int(reply[2])}"
             timed("store task", ledger.store, group, "task", task_payload(group))
             timed("send", send_part, app, group, "rollout")
@@ -262,7 +262,7 @@ def fleet(folder: Path, url: str, tiny: Path, *, count: int, per_worker: int) ->
     ledger, app = Ledger(client, keys, config), make_app(name, url=url)
     plan = [("rollout", LATENCY_S * (SLOWER if i % 4 == 3 else 1.0)) for i in range(count)]
     with workers(folder, url, name, plan):
-        reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**9, 10**6, 600_000, "b/1")
+        reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**9, 10**6, 600_000, "b/1", "task")
         groups = [f"t{int(cursor)}" for cursor in reply[2:]]
         for group in groups:
             ledger.store(group, "task", task_payload(group, group_size=GROUP_SIZE))

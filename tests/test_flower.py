@@ -58,7 +58,7 @@ def test_flower_and_events_show_what_a_worker_does(
 
 def generated(ledger: Ledger) -> list[str]:
     """Groups that owe their reward alone."""
-    reply = ledger.scripts("admit", NUM_GROUPS, 10**9, 10**12, 10**6, 10**6, 60_000, "test")
+    reply = ledger.scripts("admit", NUM_GROUPS, 10**9, 10**12, 10**6, 10**6, 60_000, "test", "task")
     groups = [f"t{int(cursor)}" for cursor in reply[2:]]
     for group_id in groups:
         ledger.store(group_id, "task", task_payload(group_id))

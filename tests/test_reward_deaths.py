@@ -136,5 +136,5 @@ def test_children_are_the_first_that_the_kernel_kills(
 
 
 def admit(ledger: Ledger, num_groups: int) -> list[str]:
-    reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, "test")
+    reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, "test", "task")
     return [f"t{int(cursor)}" for cursor in reply[2:]]

@@ -130,7 +130,7 @@ def test_workers_follow_the_load_and_a_drain_costs_no_attempt(tmp_path: Path, ow
         assert max(to for _, to in changes) == 3
         assert f"reward workers {changes[-1][0]} -> 1: " in run.output.read_text()
         client = connect(own_redis.url)
-        scales = read_scales(client, run.run(client))
+        scales = read_scales(client, run.run(client).keys)
         client.close()
         assert (scales["reward"].desired, scales["reward"].max) == (1, 3)
         assert (scales["rollout"].desired, scales["rollout"].have, scales["eval"].desired) == (1, 1, 0)

@@ -63,7 +63,7 @@ class Fleet:
     def admit(self, num_groups: int, *, until: str = "task") -> list[str]:
         """Groups with their parts stored up to `until`; messages for what follows are sent."""
         reply = self.ledger.scripts(
-            "admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, f"test/{time.monotonic()}"
+            "admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, f"test/{time.monotonic()}", "task"
         )
         group_ids = [f"t{int(cursor)}" for cursor in reply[2:]]
         for group_id in group_ids:

@@ -13,9 +13,9 @@ where its result reaches the trainer, a field in `Group.from_results` (docs/exte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from sluice.common.config import Config
@@ -40,18 +40,26 @@ class Stage:
     "where groups of evaluations have workers of their own"
     waits_for: tuple[str, ...] = ()
     "stages whose results it needs"
-    is_needed: Callable[[Config], bool] = lambda config: True
-    "whether training groups go through it"
+    needed_with: str = ""
+    "key of the config: training groups go through it only where that is set, and not 0; empty = always"
     is_evaluated: bool = True
     "whether groups of evaluations do"
     pool: Literal["threads", "prefork"] = "threads"
     "of its workers; only prefork has Celery's time limits"
-    concurrency: Callable[[Config], int] = lambda config: 1
-    "groups that one worker takes at a time"
+    section: str = ""
+    "of the config, whose `concurrency` says how many groups one worker takes at a time; empty = one"
     needs_device: bool = False
     "a GPU, where there is one"
     needs_weights: bool = False
     "it loads published policies, so it has the key that signs them"
+
+    def is_needed(self, config: Config, kind: Kind = "train") -> bool:
+        """Whether groups of this kind go through it."""
+        return self.is_evaluated if kind == "eval" else not self.needed_with or bool(_at(config, self.needed_with))
+
+    def concurrency(self, config: Config) -> int:
+        """Groups that one worker takes at a time."""
+        return int(_at(config, f"{self.section}.concurrency")) if self.section else 1
 
     def queue_for(self, kind: Kind) -> str:
         """The queue on which a group of this kind waits for it."""
@@ -74,7 +82,7 @@ STAGES = (
         module="rollout",
         labels=("generation begun", "generated"),
         waits_for=("task",),
-        concurrency=lambda config: config.rollout.concurrency,
+        section="rollout",
         needs_device=True,
         needs_weights=True,
     ),
@@ -86,7 +94,7 @@ STAGES = (
         labels=("scoring begun", "scored"),
         waits_for=("rollout",),
         pool="prefork",
-        concurrency=lambda config: config.reward.concurrency,
+        section="reward",
     ),
     Stage(
         name="reference",
@@ -95,9 +103,9 @@ STAGES = (
         module="reference",
         labels=("reference begun", "referenced"),
         waits_for=("rollout",),
-        is_needed=lambda config: config.trainer.loss.kl_beta > 0,
+        needed_with="trainer.loss.kl_beta",
         is_evaluated=False,
-        concurrency=lambda config: config.reference.concurrency,
+        section="reference",
         needs_device=True,
         needs_weights=True,
     ),
@@ -129,9 +137,13 @@ def kind_of(group_id: str) -> Kind:
 
 def stages_for(config: Config, kind: Kind = "train") -> tuple[Stage, ...]:
     """What a group of this kind goes through."""
-    return tuple(stage for stage in STAGES if (stage.is_evaluated if kind == "eval" else stage.is_needed(config)))
+    return tuple(stage for stage in STAGES if stage.is_needed(config, kind))
 
 
 def plan_for(config: Config, kind: Kind) -> str:
     """The same with what each waits for, as the scripts of the ledger read it: `task< rollout<task reward<rollout`."""
     return " ".join(f"{stage.name}<{','.join(stage.waits_for)}" for stage in stages_for(config, kind))
+
+
+def _at(config: Config, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)

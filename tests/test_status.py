@@ -20,6 +20,7 @@ from rich.console import Console
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.monitoring.metrics import beat, write_metrics
+from sluice.common.operations.autoscale import Scale
 from sluice.common.operations.control import change, pause
 from sluice.common.run import RunRecord, create_run
 from sluice.dashboard.run_state import collect_status
@@ -50,7 +51,8 @@ def test_the_screen_says_what_redis_holds(client: redis.Redis, keys: Keys, tmp_p
     rollout = {"role": "rollout", "device": "cpu", "version": 9, "digest": "abc", "tokens_per_s": 1234.5, "alarm": ""}
     beat(client, keys, "rollout@here:1", {**rollout, "idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0})
     client.hset(keys.run_record, "dashboard", "http://127.0.0.1:1/?run=x")
-    client.hset(keys.autoscale, "reward", '{"desired": 4}')
+    scale = Scale(desired=4, have=1, min=1, max=4, reason="load", at=0.0, since=0.0)
+    client.hset(keys.autoscale, "reward", scale.to_json())
     client.hincrby(keys.counts("train"), "admitted", 1)
     shown = screen(collect_status(client, run))
     assert f"{keys.run}: running, step 10/100, 0:03:00 to go" in shown

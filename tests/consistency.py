@@ -8,8 +8,9 @@ import redis
 from builders import make_ledger
 
 from sluice.common.keys import Keys
+from sluice.common.pipeline import STAGES
 
-PARTS = ("task", "rollout", "reward", "reference")
+PARTS = tuple(stage.name for stage in STAGES)
 FIXED = {
     "run", "cursor", "counts:train", "counts:eval", "totals", "live:train", "live:eval", "credit", "deadlines", "versions",
     "batches", "want", "wake", "policy", "lineage", "events", "bytes", "dead", "evaluations",
@@ -27,6 +28,8 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     assert not members["train"] & members["eval"]
     owed = {line.decode().rpartition("|")[0] for line in client.zrange(keys.deadlines, 0, -1)}
     assert owed <= live, "a deadline of a settled group"
+    due = {line.decode() for line in client.zrange(keys.deadlines, 0, -1)}
+    assert due == {f"{g}|{s.decode()}" for g in owed for s in client.smembers(keys.pending(g))}
     assert {g.decode() for g in client.smembers(keys.credit)} <= members["train"]
 
     versions = [int(v) for v in client.zrange(keys.versions, 0, -1)]
@@ -61,7 +64,13 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     by_place = dict.fromkeys(in_stream, "ready") | {group: "leased" for _, _, group in leased}
     assert {g: held[g][b"stage"].decode() for g in by_place} == by_place
 
-    known = FIXED | {f"g:{g}" for g in groups} | {f"stream:{v}" for v in versions} | {f"batch:{s}" for s in steps}
+    known = (
+        FIXED
+        | {f"g:{g}" for g in groups}
+        | {f"pending:{g}" for g in owed}
+        | {f"stream:{v}" for v in versions}
+        | {f"batch:{s}" for s in steps}
+    )
     evaluations = {name for name in names if name.startswith("eval:")}
     assert names <= known | evaluations, names - known - evaluations
     for kind in ("train", "eval"):

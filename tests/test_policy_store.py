@@ -80,7 +80,7 @@ def stored_names(client, keys, tmp_path, transport):
     """Versions whose bytes are there."""
     if transport == "directory":
         return {int(path.stem.split("-")[1]) for path in Path(tmp_path).rglob("*-0*.*")}
-    roots = [keys(kind, "") for kind in ("weights", "delta")]
+    roots = [keys.tensors(kind, "") for kind in ("weights", "delta")]
     return {
         int(key.decode().removeprefix(root).split(":")[0])
         for root in roots

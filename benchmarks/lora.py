@@ -88,9 +88,9 @@ def measure_rounding(size: str, *, learning_rate: float, steps: list[int]) -> li
             load_weights(sampler, merge_adapter(weights, policy.snapshot(torch.float32), scale=ALPHA / RANK))
             with torch.no_grad():
                 logprobs = score_sequences(sampler, sequences, max_batch_tokens=4096)
-            shard, error = adapter_share(canary, logprobs) or (float("nan"), float("nan"))
+            share, error = adapter_share(canary, logprobs) or (float("nan"), float("nan"))
             row[dtype] = {
-                "shard": round(shard, 3),
+                "share": round(share, 3),
                 "error": round(error, 3),
                 "off": mean_difference([s.logprobs for s in canary], logprobs),
             }

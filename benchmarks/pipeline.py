@@ -206,7 +206,7 @@ class Stopwatch:
 def backlog(url: str, size: int, *, repeats: int, rounds: int) -> dict[str, Any]:
     """ms per group of each step while `size` small groups (2 x 3 tokens) wait in the buffer, and `size` messages in the queue."""
     client, keys = connect(url), Keys(f"backlog-{size}")
-    client.hset(keys("run"), "status", "running")
+    client.hset(keys.run_record, "status", "running")
     publish_policy(client, keys, 0)
     ledger = Ledger(client, keys, make_config(replay_buffer={"batch_size": BATCH, "max_bytes": 10**12}))
     app, buffer = make_app(keys.run, url=url), ReplayBuffer(ledger, groups_per_step=BATCH, max_policy_age=1)
@@ -221,7 +221,7 @@ def backlog(url: str, size: int, *, repeats: int, rounds: int) -> dict[str, Any]
     timed = Stopwatch()
     for step in range(1, rounds + 1):
         for _ in range(repeats):
-            reply = timed("admit", ledger.scripts, "admit", 1, 10**9, 10**12, 10**9, 10**6, 60_000, "b/1")
+            reply = timed("admit", ledger.scripts, "admit", 1, 10**9, 10**12, 10**9, 10**6, 60_000, "b/1", "task")
             group = f"t{int(reply[2])}"
             timed("store task", ledger.store, group, "task", task_payload(group))
             timed("send", send_stage, app, group, "rollout")
@@ -251,7 +251,7 @@ def fleet(folder: Path, url: str, tiny: Path, *, count: int, per_worker: int) ->
     ledger, app = Ledger(client, keys, config), make_app(name, url=url)
     plan = [("rollout", LATENCY_S * (SLOWER if i % 4 == 3 else 1.0)) for i in range(count)]
     with workers(folder, url, name, plan):
-        reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**9, 10**6, 600_000, "b/1")
+        reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**9, 10**6, 600_000, "b/1", "task")
         groups = [f"t{int(cursor)}" for cursor in reply[2:]]
         for group in groups:
             ledger.store(group, "task", task_payload(group, group_size=GROUP_SIZE))
@@ -259,7 +259,7 @@ def fleet(folder: Path, url: str, tiny: Path, *, count: int, per_worker: int) ->
         for group in groups:
             send_stage(app, group, "rollout")
         tokens = num_groups * GROUP_SIZE * FLEET_TOKENS
-        until(lambda: int(client.hget(keys("totals"), "generated_tokens") or 0) >= tokens, "the fleet", timeout_s=600)
+        until(lambda: int(client.hget(keys.totals, "generated_tokens") or 0) >= tokens, "the fleet", timeout_s=600)
         makespan = time.monotonic() - began
     ideal = num_groups / sum(1 / latency for _, latency in plan)
     client.close()

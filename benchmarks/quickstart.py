@@ -114,7 +114,7 @@ def _result(run: Path, watcher: Watcher, *, started: float, until: float) -> dic
         "cpu_s": round(whole["cpu_s"], 2),
         "summary": {name: summary[name] for name in ("eval_before", "eval_after", "reward_first", "reward_last")},
         "restarts": summary["restarts"],
-        "steady": {**steady, **shards(steady, num_groups=groups + summary["ledger_eval"]["scored"])},
+        "steady": {**steady, **shares(steady, num_groups=groups + summary["ledger_eval"]["scored"])},
         "start_up_cpu_s": round(start_up["cpu_s"], 2),
         "start_up_cpu_s_by_role": start_up["cpu_s_by_role"],
         "step_s": round((steps[-1]["time"] - began) / len(steps), 4),
@@ -123,7 +123,7 @@ def _result(run: Path, watcher: Watcher, *, started: float, until: float) -> dic
     }
 
 
-def shards(steady: dict[str, Any], *, num_groups: int) -> dict[str, Any]:
+def shares(steady: dict[str, Any], *, num_groups: int) -> dict[str, Any]:
     """Return the shares of the CPU, and milliseconds per group and per Celery message."""
     cpu_s, kinds = steady["cpu_s"], steady["by_kind"]
     model = {kind: round(kinds.get(kind, 0.0) / cpu_s, 4) for kind in MODEL_WORK}
@@ -131,7 +131,7 @@ def shards(steady: dict[str, Any], *, num_groups: int) -> dict[str, Any]:
     messages = steady["calls"].get("publish_message", 0)
     lua = [c for name, c in steady["redis_commands"].items() if name.startswith("eval")]
     return {
-        "shard": {**model, "everything_else": round(other_s / cpu_s, 4)},
+        "share": {**model, "everything_else": round(other_s / cpu_s, 4)},
         "num_groups": num_groups,
         "num_messages": messages,
         "num_ledger_calls": steady["calls"].get("ledger_calls", 0),
@@ -246,11 +246,11 @@ def headline(seeds: list[dict[str, Any]]) -> dict[str, Any]:
         "shipped_wall_s": middle([seed["shipped"]["wall_s"] for seed in seeds]),
         "shipped_cpu_s": middle([seed["shipped"]["cpu_s"] for seed in seeds]),
         "training_share": {
-            kind: middle([run["steady"]["shard"][kind] for run in training]) for kind in training[0]["steady"]["shard"]
+            kind: middle([run["steady"]["share"][kind] for run in training]) for kind in training[0]["steady"]["share"]
         },
         "shipped_share": {
-            kind: middle([seed["shipped"]["steady"]["shard"][kind] for seed in seeds])
-            for kind in training[0]["steady"]["shard"]
+            kind: middle([seed["shipped"]["steady"]["share"][kind] for seed in seeds])
+            for kind in training[0]["steady"]["share"]
         },
         "else_ms_per_group": middle([run["steady"]["else_ms_per_group"] for run in training]),
         "else_ms_per_message": middle([run["steady"]["else_ms_per_message"] for run in training]),

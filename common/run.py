@@ -6,6 +6,7 @@ name is taken once.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -34,21 +35,99 @@ class Run:
     "absolute path of the run folder on the machine that created the run"
 
 
+class RunRecord:
+    """The hash of a run in Redis. Only this class and the scripts of the ledger read and write it."""
+
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+        self._client, self._key = client, keys.run_record
+
+    @property
+    def status(self) -> str:
+        """created | running | finished | drained | stopped | failed | deleting; "" where there is no such run."""
+        return self._text("status")
+
+    def set_status(self, status: str) -> None:
+        self._client.hset(self._key, "status", status)
+
+    @property
+    def created_at(self) -> str:
+        """Seconds since the epoch, as text that never changes; "" where there is no such run."""
+        return self._text("created_at")
+
+    @property
+    def config(self) -> str:
+        """The resolved config as YAML; "" where there is no such run."""
+        return self._text("config")
+
+    @property
+    def folder(self) -> str:
+        return self._text("folder")
+
+    @property
+    def incarnation(self) -> int:
+        """How many trainer processes the run has had: a newer one has taken it over."""
+        return int(self._text("incarnation") or 0)
+
+    def begin_incarnation(self) -> int:
+        """The number of a trainer process that takes the run over now."""
+        return int(self._client.hincrby(self._key, "incarnation", 1))
+
+    def restore_incarnation(self, incarnation: int) -> None:
+        """In a Redis that has forgotten it."""
+        if self.incarnation < incarnation:
+            self._client.hset(self._key, "incarnation", incarnation)
+
+    @property
+    def dashboard(self) -> str:
+        """Address of the web page that `sluice run` serves; "" while there is none."""
+        return self._text("dashboard")
+
+    def set_dashboard(self, address: str) -> None:
+        if address:
+            self._client.hset(self._key, "dashboard", address)
+        else:
+            self._client.hdel(self._key, "dashboard")
+
+    def held(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Whether an operator holds the run or lets it end: (paused, draining), each {who, at: seconds since the epoch}."""
+        paused, draining = self._client.hmget(self._key, ["paused", "draining"])
+        return json.loads(paused) if paused else None, json.loads(draining) if draining else None
+
+    def create(self, config: str, assets: bytes, folder: str) -> bool:
+        """False where the name is taken: nothing is written then."""
+        if not self._client.hsetnx(self._key, "created_at", time.time()):
+            return False
+        record = {"config": config, "assets": assets, "folder": folder, "status": "created"}
+        self._client.hset(self._key, mapping=record)
+        return True
+
+    def read_assets(self) -> bytes | None:
+        found: bytes | None = self._client.hget(self._key, "assets")
+        return found
+
+    def _text(self, field: str) -> str:
+        return (self._client.hget(self._key, field) or b"").decode()
+
+
+def list_runs(client: redis.Redis) -> dict[str, float]:
+    """Every run of this Redis -> seconds of its creation, by name."""
+    return {name.decode(): float(created) for name, created in sorted(client.hgetall(RUNS).items())}
+
+
 def create_run(
     client: redis.Redis, name: str, config: Config, *, assets: dict[str, Any], folder: str, may_exist: bool = False
 ) -> Run:
     """Store a new run. Raises ConfigError when the name is in use; `may_exist`: unless by the very same config."""
     keys = Keys(name)
-    if not client.hsetnx(keys("run"), "created_at", time.time()):
-        if may_exist and client.hget(keys("run"), "config") == config.to_yaml().encode():
+    record = RunRecord(client, keys)
+    if not record.create(config.to_yaml(), encode(assets), folder):
+        if may_exist and record.config == config.to_yaml():
             return open_run(client, name)
-        if client.hget(keys("run"), "status") == b"deleting":
+        if record.status == "deleting":
             raise ConfigError(f"run {name!r} is being deleted: choose another name, or wait (`sluice runs`)")
         raise ConfigError(
             f"run name {name!r} is in use on this Redis: choose another with --name, or continue it with --resume {name}"
         )
-    record = {"config": config.to_yaml(), "assets": encode(assets), "folder": folder, "status": "created"}
-    client.hset(keys("run"), mapping=record)
     client.hset(RUNS, name, time.time())
     return Run(name=name, keys=keys, config=config, assets=assets, folder=folder)
 
@@ -56,11 +135,12 @@ def create_run(
 def open_run(client: redis.Redis, name: str) -> Run:
     """Read a run. Raises ConfigError when there is none of that name."""
     keys = Keys(name)
-    config, assets, folder, status = client.hmget(keys("run"), ["config", "assets", "folder", "status"])
-    if status == b"deleting":
+    record = RunRecord(client, keys)
+    if record.status == "deleting":
         raise ConfigError(f"run {name!r} is being deleted; if that was cut off: `sluice runs delete {name}`")
-    if config is None or assets is None or folder is None:
-        known = ", ".join(sorted(run.decode() for run in client.hkeys(RUNS))) or "none"
+    config, assets, folder = record.config, record.read_assets(), record.folder
+    if not config or assets is None or not folder:
+        known = ", ".join(list_runs(client)) or "none"
         raise ConfigError(
             f"there is no run {name!r} on this Redis (runs: {known}). "
             f"Create it with `sluice create CONFIG --name {name}` or `sluice run CONFIG`"
@@ -68,15 +148,10 @@ def open_run(client: redis.Redis, name: str) -> Run:
     return Run(
         name=name,
         keys=keys,
-        config=parse_config(config.decode(), source=f"stored config of run {name}"),
+        config=parse_config(config, source=f"stored config of run {name}"),
         assets=decode(assets),
-        folder=folder.decode(),
+        folder=folder,
     )
-
-
-def set_status(client: redis.Redis, keys: Keys, status: str) -> None:
-    """created | running | finished | drained | stopped | failed | deleting."""
-    client.hset(keys("run"), "status", status)
 
 
 def process_name(role: str) -> str:

@@ -1,12 +1,12 @@
 """The data that travels: prompts, completions, scores, and the group that joins them.
 
 A *group* is `group_size` completions of one prompt. It is the unit of work, of admission, of normalisation and of
-accounting. Its parts are written by different roles and joined in Redis:
+accounting. The results of its stages (common/pipeline.py) are written by different roles and joined in Redis:
 
-    task       by the dataset role     what to generate (Task)
-    rollout    by the rollout role     the completions (Rollout)
-    reward     by the reward role      scores per completion (Scores)
-    reference  by the reference role   ref_logprobs per completion (list of float32 [T])
+    task       what to generate (Task)
+    rollout    the completions ({"completions": list of Completion})
+    reward     scores per completion (Scores)
+    reference  ref_logprobs per completion (list of float32 [T])
 
 Legend: T = tokens of one completion, G = group_size. Arrays are numpy, so that no role needs torch to read them.
 Masks come from lengths, never from comparing with a pad id; text is never re-tokenised.
@@ -15,7 +15,7 @@ Masks come from lengths, never from comparing with a pad id; text is never re-to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -169,7 +169,7 @@ class Episode:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """All parts of one group, joined."""
+    """The results of all stages of one group, joined."""
 
     group_id: str
     policy_version: int
@@ -184,19 +184,17 @@ class Group:
     "what it was sampled with, which may change during a run; none = what the run was created with (records of before)"
 
     @classmethod
-    def from_parts(
+    def from_results(
         cls,
+        results: Mapping[str, Any],
         *,
-        task: dict[str, Any],
-        rollout: dict[str, Any],
-        reward: dict[str, Any],
-        reference: list[NDArray[np.float32]] | None,
         policy_version: int,
         timestamps: dict[str, float],
         vocab_size: int = 1 << 31,
     ) -> Group:
-        """Raises SerializationError, LookupError, TypeError or ValueError for parts that are not of one sound group."""
-        completions = [Completion.from_wire(wire) for wire in rollout["completions"]]
+        """Join results by stage. Raises SerializationError, LookupError, TypeError or ValueError where they are not sound."""
+        task, reward, reference = results["task"], results["reward"], results.get("reference")
+        completions = [Completion.from_wire(wire) for wire in results["rollout"]["completions"]]
         _check_lengths(completions, reward["reward"], reference)
         _check_values(task["prompt_ids"], completions, reward["reward"], reference, vocab_size)
         episodes = [

@@ -11,22 +11,19 @@ from rich.text import Text
 
 from sluice.common.errors import ConfigError, SerializationError
 from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import read_dead, read_fields
 from sluice.common.serialization import decode
 
 _FIELDS = ("dead_reason", "dead_worker", "dead_detail", "stage", "task", "rollout")
 
 
-def read_dead(client: redis.Redis, keys: Keys, *, group: str | None = None) -> list[dict[str, Any]]:
+def read_dead_letters(client: redis.Redis, keys: Keys, *, group: str | None = None) -> list[dict[str, Any]]:
     """Dead letters, newest first; of one group where that is named. Raises ConfigError when it is not dead."""
-    entries = client.zrevrange(keys("dead"), 0, -1, withscores=True)
-    names = {name.decode(): died_ms / 1000 for name, died_ms in entries}
+    names = read_dead(client, keys)
     if group is not None and group not in names:
         raise ConfigError(f"group {group} is not a dead letter of this run: `sluice dead` lists them")
     chosen = names if group is None else {group: names[group]}
-    with client.pipeline(transaction=False) as pipe:
-        for name in chosen:
-            pipe.hmget(keys("g", name), _FIELDS)
-        rows = pipe.execute()
+    rows = read_fields(client, keys, list(chosen), _FIELDS)
     return [_letter(name, chosen[name], row) for name, row in zip(chosen, rows, strict=True)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from sluice.common.config import QUEUES
+from sluice.common.pipeline import QUEUES, ROLES
 from sluice.dashboard.charts import Points, area, chart, curve, line
 from sluice.dashboard.snapshots import Snapshot
 
@@ -125,7 +125,7 @@ CHARTS: list[tuple[dict[str, Any], Series]] = [
     (chart("Publications: seconds", unit=" s"), _metric("time/publish", "time/publish_pause", publish_pause="pause")),
     (chart("Completion length, tokens"), _metric("completions/mean_length", "completions/max_length",
                                                  mean_length="mean", max_length="max")),
-    (chart("Idle share"), _metric(*(f"idle_fraction/{role}" for role in ("trainer", "rollout", "reference", "reward")))),
+    (chart("Idle share"), _metric(*(f"idle_fraction/{role}" for role in ROLES))),
 ]  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def worker_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
     """One row for each process that beats, and one for each queue that nobody serves."""
     rows = []
     status = snapshot.status
-    for role in (*QUEUES, "trainer"):
+    for role in ROLES:
         mine = {name: stats for name, stats in status["processes"].items() if stats["role"] == role}
         for name, stats in mine.items():
             rows.append(
@@ -203,11 +203,11 @@ def queue_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
             "waiting": status["queues"][queue],
             "oldest": _seconds(status["oldest_age_s"][queue]),
             "workers": live.count(queue),
-            "wanted": wish.get("desired", ""),
-            "why": wish.get("reason", ""),
+            "wanted": scale.desired if scale else "",
+            "why": scale.reason if scale else "",
         }
         for queue in QUEUES
-        for wish in [snapshot.scaling.get(queue, {})]
+        for scale in [snapshot.scaling.get(queue)]
     ]
 
 

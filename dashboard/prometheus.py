@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sluice.common.config import QUEUES
 from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
 from sluice.common.monitoring.metrics import is_silent
+from sluice.common.pipeline import ROLES
 from sluice.common.run import Run
 from sluice.dashboard.run_state import collect_status
 
@@ -202,7 +202,7 @@ def _accounts(snapshot: dict[str, Any], outcome: str) -> list[Labelled]:
 
 
 def _num_processes(snapshot: dict[str, Any]) -> Iterator[Labelled]:
-    for role in (*QUEUES, "trainer"):
+    for role in ROLES:
         mine = [stats for stats in snapshot["processes"].values() if stats["role"] == role]
         num_silent = sum(is_silent(stats) for stats in mine)
         yield {"role": role, "state": "live"}, float(len(mine) - num_silent)

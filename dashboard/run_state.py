@@ -8,12 +8,15 @@ from typing import Any
 
 import redis
 
-from sluice.common.config import QUEUES
 from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, paused
 from sluice.common.monitoring.metrics import is_silent, last_metrics, newest_metrics, read_heartbeats
 from sluice.common.monitoring.queues import read_queues
-from sluice.common.run import Run
+from sluice.common.operations.autoscale import read_scales
+from sluice.common.operations.control import read_settings
+from sluice.common.pipeline import QUEUES
+from sluice.common.policies.lineage import read_pointer
+from sluice.common.run import Run, RunRecord
 
 STALLED_AFTER_S = 5.0
 CURVE_STEPS = 200
@@ -22,14 +25,13 @@ CURVE_STEPS = 200
 
 def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
     """Everything `sluice status` shows; plain data."""
-    record = client.hgetall(run.keys("run"))
-    policy = {k.decode(): v.decode() for k, v in client.hgetall(run.keys("policy")).items()}
+    record, policy = RunRecord(client, run.keys), read_pointer(client, run.keys)
     metrics = last_metrics(client, run.keys)
-    settings = {key.decode(): json.loads(value) for key, value in client.hgetall(run.keys("settings")).items()}
+    settings = {key: json.loads(value) for key, value in read_settings(client, run.keys).items()}
     num_steps = settings.get("trainer.num_steps", run.config.trainer.num_steps)
     steps = [s for s in newest_metrics(client, run.keys, count=CURVE_STEPS) if "reward/mean" in s]
     heartbeats = read_heartbeats(client, run.keys)
-    status = record.get(b"status", b"?").decode()
+    status, (paused_by, draining) = record.status or "?", record.held()
     queues = read_queues(client, run, QUEUES)
     cause = _stall_cause(client, run, heartbeats) if status == "running" else None
     alarmed = alarms(client, run) if status == "running" else []
@@ -39,10 +41,10 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "step": int(metrics.get("step", 0)),
         "num_steps": num_steps,
         "eta_s": _eta_s(steps, num_steps) if status == "running" else None,
-        "dashboard": record.get(b"dashboard", b"").decode() or None,
+        "dashboard": record.dashboard or None,
         "settings": settings,
-        "paused": json.loads(record[b"paused"]) if b"paused" in record else None,
-        "draining": json.loads(record[b"draining"]) if b"draining" in record else None,
+        "paused": paused_by,
+        "draining": draining,
         "policy": {name: policy.get(name) for name in ("version", "step", "digest", "published_at")},
         "reward": metrics.get("reward/mean"),
         "rewards": [round(s["reward/mean"], 4) for s in steps],
@@ -58,7 +60,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "stall_kind": cause and cause.kind,
         "alarms": [alarm.text for alarm in alarmed],
         "alarm_kinds": [alarm.kind for alarm in alarmed],
-        "desired_replicas": _desired_replicas(client, run),
+        "desired_replicas": {queue: scale.desired for queue, scale in read_scales(client, run.keys).items()},
         "metrics": metrics,
     }
 
@@ -68,12 +70,6 @@ def _eta_s(steps: list[dict[str, float]], num_steps: int) -> float | None:
     done = steps[-1]["step"] - steps[0]["step"] if steps else 0
     passed = steps[-1]["time"] - steps[0]["time"] if steps else 0.0
     return round(passed / done * (num_steps - steps[-1]["step"]), 1) if done > 0 and passed > 0 else None
-
-
-def _desired_replicas(client: redis.Redis, run: Run) -> dict[str, int]:
-    """What the load asks for, per queue (common/operations/autoscale.py)."""
-    wishes = client.hgetall(run.keys("autoscale"))
-    return {queue.decode(): int(json.loads(wish)["desired"]) for queue, wish in wishes.items()}
 
 
 def _stall_cause(client: redis.Redis, run: Run, heartbeats: dict[str, dict[str, Any]]) -> Cause | None:

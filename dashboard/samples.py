@@ -10,14 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sluice.common.keys import Keys
-from sluice.common.serialization import decode
+from sluice.common.monitoring.metrics import newest_samples
 
 
 def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | None = None) -> list[dict[str, Any]]:
     """The newest kept groups, newest first, as plain data without tokens; of one trainer step where that is given."""
     found: list[dict[str, Any]] = []
-    for _, fields in client.xrevrange(keys("samples"), count=None if step is not None else count):
-        sample = decode(fields[b"sample"])
+    for sample in newest_samples(client, keys, count=count if step is None else None):
         if step is None or sample["step"] == step:
             found.append(without_tokens(sample))
     return found[:count]

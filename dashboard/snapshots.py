@@ -6,7 +6,6 @@ what is new.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from typing import Any
 import redis
 
 from sluice.common.errors import ConfigError
-from sluice.common.keys import RUNS
-from sluice.common.monitoring.metrics import read_metrics
-from sluice.common.run import Run, open_run
-from sluice.common.serialization import decode
+from sluice.common.monitoring.metrics import read_metrics, read_samples
+from sluice.common.operations.autoscale import Scale, read_scales
+from sluice.common.operations.control import read_trail
+from sluice.common.run import Run, list_runs, open_run
 from sluice.dashboard.run_state import collect_status
 
 FRESH_S = 1.0
@@ -37,7 +36,7 @@ class Snapshot:
     "entries that hold results of evaluations"
     control_state: list[dict[str, str]] = field(default_factory=list)
     "what operators have changed, newest first: at, who, step, key, old, new"
-    scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scaling: dict[str, Scale] = field(default_factory=dict)
     "queue -> what autoscaling wants and why"
 
 
@@ -71,27 +70,20 @@ class Reader:
                 self._steps[int(metrics["step"])] = metrics
             if any(name.startswith("eval/") for name in metrics):
                 self._evaluations.append(metrics)
-        with self.client.pipeline(transaction=False) as pipe:
-            pipe.xrevrange(self.run.keys("controls"), count=20)
-            pipe.hgetall(self.run.keys("autoscale"))
-            control_state, wishes = pipe.execute()
         return Snapshot(
             status=collect_status(self.client, self.run),
             steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
             evaluations=list(self._evaluations),
-            control_state=[
-                {name.decode(): value.decode() for name, value in fields.items()} for _, fields in control_state
-            ],
-            scaling={queue.decode(): json.loads(wish) for queue, wish in wishes.items()},
+            control_state=read_trail(self.client, self.run.keys, count=20),
+            scaling=read_scales(self.client, self.run.keys),
         )
 
     def samples(self) -> list[dict[str, Any]]:
         """Kept groups, newest first."""
         with self._lock:
-            start = self._newest_sample if self._newest_sample == "-" else f"({self._newest_sample}"
-            for entry, fields in self.client.xrange(self.run.keys("samples"), min=start):
-                self._newest_sample = entry.decode()
-                self._samples.append(decode(fields[b"sample"]))
+            for entry, sample in read_samples(self.client, self.run.keys, after=self._newest_sample):
+                self._newest_sample = entry
+                self._samples.append(sample)
             del self._samples[: -self.run.config.metrics.samples_kept or None]
             return self._samples[::-1]
 
@@ -106,7 +98,7 @@ class Readers:
 
     def names(self) -> list[str]:
         """Newest first."""
-        created = {name.decode(): float(at) for name, at in self.client.hgetall(RUNS).items()}
+        created = list_runs(self.client)
         return sorted((n for n in created if not self._names or n in self._names), key=lambda n: -created[n])
 
     def of(self, name: str) -> Reader:

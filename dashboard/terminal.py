@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sluice.common.config import QUEUES
 from sluice.common.operations.control import describe_paused
+from sluice.common.pipeline import QUEUES, ROLES
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -131,7 +131,7 @@ def _processes(status: dict[str, Any]) -> Table:
     )
     for name in columns:
         table.add_column(name)
-    for role in (*QUEUES, "trainer"):
+    for role in ROLES:
         mine = [(name, stats) for name, stats in status["processes"].items() if stats["role"] == role]
         for name, stats in mine:
             cells = [str(stats.get(key, "")) for key in ("device", "version", "digest")]

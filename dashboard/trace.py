@@ -10,31 +10,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sluice.common.connections.broker import STAGE_TASKS
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
-from sluice.common.serialization import decode
+from sluice.common.ledger.ledger import read_group
+from sluice.common.monitoring.metrics import newest_samples
+from sluice.common.pipeline import STAGES
 
-STAGES = {
-    "admitted": "admitted",
-    "task": "prompt prepared",
-    "rollout_started": "generation begun",
-    "rollout": "generated",
-    "reward_started": "scoring begun",
-    "reward": "scored",
-    "reference_started": "reference begun",
-    "reference": "referenced",
+LABELS = {
+    **{f"{stage.name}_started": stage.labels[0] for stage in STAGES},
+    **{stage.name: stage.labels[1] for stage in STAGES},
     "ready": "complete, in the buffer",
     "leased": "taken for a batch",
 }
-"""Field `t:<stage>` of a group -> what happened."""
+"""Field `t:<stamp>` of a group -> what happened."""
 
 
 def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
     """Of a group in flight, dead-lettered, or trained and kept as a sample. Raises ConfigError for another."""
-    found = client.hgetall(keys("g", group))
-    stats = {name.decode(): value for name, value in found.items()}
-    if stats:
+    if stats := read_group(client, keys, group):
         times = {name[2:]: float(value) for name, value in stats.items() if name.startswith("t:")}
         work = {name: stats[name].decode() for name in stats if name.partition(":")[0] in ("by", "w", "n", "s")}
         stage = stats.get("stage", b"?").decode()
@@ -45,8 +38,7 @@ def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
             if name in stats:
                 trace[name] = stats[name].decode(errors="replace")
         return trace
-    for _, fields in client.xrevrange(keys("samples")):
-        sample = decode(fields[b"sample"])
+    for sample in newest_samples(client, keys):
         if sample["group"] == group:
             trace = _trace(group, "trained", sample.get("timestamps", {}), sample.get("work", {}))
             return trace | {"stage": "trained", "version": sample["version"], "step": sample["step"]}
@@ -63,7 +55,7 @@ def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]
     stages = [
         {
             "stage": stage,
-            "what": STAGES.get(stage, stage),
+            "what": LABELS.get(stage, stage),
             "at": at,
             "since_start_s": at - began,
             "since_last_s": at - last,
@@ -77,7 +69,7 @@ def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]
             "attempts": int(work.get(f"n:{stage}", 0)),
             "sent_again": int(work.get(f"s:{stage}", 0)),
         }
-        for stage in STAGE_TASKS
+        for stage in (stage.name for stage in STAGES)
         if f"n:{stage}" in work
     ]
     return {"group": group, "where": where, "stages": stages, "assignments": assignments}

@@ -1,7 +1,7 @@
 """Sphinx extension: reference pages made from the code, so that they cannot fall behind it.
 
 A page says `<!-- generated: configuration -->`, and the Markdown that the function of that name returns takes its place
-when the site is built: configuration, sft, presets, commands, redis_keys.
+when the site is built: configuration, sft, presets, commands, stages, redis_keys.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sluice.common.config import Config
 from sluice.common.config.presets import PRESETS, preset_values
 from sluice.common.config.sft import SftConfig
 from sluice.common.operations.control import CHANGEABLE
+from sluice.common.pipeline import STAGES
 from sluice.scripts.cli import cli
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +177,18 @@ def walk(command: click.Command, path: str) -> list[tuple[str, click.Command]]:
     return [(path, command), *(found for name, child in sorted(below) for found in walk(child, f"{path} {name}"))]
 
 
+def stages() -> str:
+    """The table of stages (common/pipeline.py)."""
+    rows = ["| stage | waits for | workers on queue | Celery task | pool |", "|---|---|---|---|---|"]
+    for stage in STAGES:
+        when = f", where `{stage.needed_with}` is set and not 0" if stage.needed_with else ""
+        queues = f"`{stage.queue}`" + (f", evaluations: `{stage.eval_queue}`" if stage.eval_queue else "")
+        size = f"`{stage.section}.concurrency`" if stage.section else "1"
+        after = " and ".join(stage.waits_for) or "admission"
+        rows.append(f"| {stage.name} | {after}{when} | {queues} | `{stage.celery_task}` | {stage.pool}, {size} |")
+    return "\n".join(rows)
+
+
 def redis_keys() -> str:
     """The key layout, which is the comment on top of common/ledger/lua/prelude.lua, as a table between its paragraphs."""
     text = (ROOT / "common" / "ledger" / "lua" / "prelude.lua").read_text().partition("\n\n")[0]
@@ -193,7 +206,7 @@ def _plain(text: str) -> str:
     return _cell(text).replace("<", "&lt;")
 
 
-PAGES = {page.__name__: page for page in (configuration, sft, presets, commands, redis_keys)}
+PAGES = {page.__name__: page for page in (configuration, sft, presets, commands, stages, redis_keys)}
 
 
 def insert(app: Sphinx, docname: str, content: list[str]) -> None:

@@ -12,9 +12,9 @@ import click
 import redis
 from rich.console import Console
 
-from sluice.common.config import QUEUES
 from sluice.common.errors import ConfigError, SluiceError
 from sluice.common.ledger.ledger import read_counters
+from sluice.common.pipeline import QUEUES
 from sluice.scripts.commands.control import drain, pause, resume, set_
 from sluice.scripts.commands.dashboard import dashboard, trace
 from sluice.scripts.commands.metrics import metrics
@@ -156,7 +156,7 @@ def samples(name: str | None, count: int, step: int | None, as_json: bool) -> No
 @_JSON
 def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json: bool) -> None:
     """Groups that were given up, with reason, worker and traceback; sends them again on request."""
-    from sluice.dashboard.dead_letters import read_dead, render_dead
+    from sluice.dashboard.dead_letters import read_dead_letters, render_dead
     from sluice.scripts.commands.requeue import requeue_groups
     from sluice.scripts.launcher.launch import opened_run
 
@@ -165,7 +165,7 @@ def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json:
             sent = requeue_groups(client, opened, requeue, url=url)
             click.echo(f"sent again: {', '.join(sent) or 'none'}")
             return
-        letters = read_dead(client, opened.keys, group=group)
+        letters = read_dead_letters(client, opened.keys, group=group)
     if as_json:
         click.echo(json.dumps({"dead": letters}))
     elif letters:

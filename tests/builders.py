@@ -167,7 +167,9 @@ _cursors = itertools.count()
 
 def file_groups(ledger: Ledger, versions: list[int]) -> list[str]:
     """Ready groups of the given versions, however many: admission without a bound, and few round trips."""
-    reply = ledger.scripts("admit", len(versions), 10**9, 10**12, 10**6, 10**6, 60_000, f"files/{next(_cursors)}")
+    reply = ledger.scripts(
+        "admit", len(versions), 10**9, 10**12, 10**6, 10**6, 60_000, f"files/{next(_cursors)}", "task"
+    )
     group_ids = [f"t{int(cursor)}" for cursor in reply[2:]]
     with ledger.client.pipeline(transaction=False) as pipe:
         for group_id, version in zip(group_ids, versions, strict=True):

@@ -8,8 +8,9 @@ import redis
 from builders import make_ledger
 
 from sluice.common.keys import Keys
+from sluice.common.pipeline import STAGES
 
-PARTS = ("task", "rollout", "reward", "reference")
+PARTS = tuple(stage.name for stage in STAGES)
 FIXED = {
     "run", "cursor", "counts:train", "counts:eval", "totals", "live:train", "live:eval", "credit", "deadlines", "versions",
     "batches", "want", "wake", "policy", "lineage", "events", "bytes", "dead", "evaluations",
@@ -20,27 +21,29 @@ FIXED = {
 def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     """Everything under the prefix is accounted for: one place per group, no orphan, bytes that add up. Nothing may run."""
     names = {key.decode().removeprefix(keys.root) for key in client.scan_iter(match=keys.root + "*", count=1000)}
-    members = {kind: {g.decode() for g in client.smembers(keys("live", kind))} for kind in ("train", "eval")}
+    members = {kind: {g.decode() for g in client.smembers(keys.live(kind))} for kind in ("train", "eval")}
     live = members["train"] | members["eval"]
-    dead = {g.decode() for g in client.zrange(keys("dead"), 0, -1)}
+    dead = {g.decode() for g in client.zrange(keys.dead, 0, -1)}
     assert not live & dead
     assert not members["train"] & members["eval"]
-    pending_groups = {line.decode().rpartition("|")[0] for line in client.zrange(keys("deadlines"), 0, -1)}
+    pending_groups = {line.decode().rpartition("|")[0] for line in client.zrange(keys.deadlines, 0, -1)}
     assert pending_groups <= live, "a deadline of a settled group"
-    assert {g.decode() for g in client.smembers(keys("credit"))} <= members["train"]
+    due = {line.decode() for line in client.zrange(keys.deadlines, 0, -1)}
+    assert due == {f"{g}|{s.decode()}" for g in pending_groups for s in client.smembers(keys.pending(g))}
+    assert {g.decode() for g in client.smembers(keys.credit)} <= members["train"]
 
-    versions = [int(v) for v in client.zrange(keys("versions"), 0, -1)]
-    steps = [int(s) for s in client.zrange(keys("batches"), 0, -1)]
+    versions = [int(v) for v in client.zrange(keys.versions, 0, -1)]
+    steps = [int(s) for s in client.zrange(keys.batches, 0, -1)]
     entries = [
         (str(v), entry.decode(), fields[b"group"].decode())
         for v in versions
-        for entry, fields in client.xrange(keys("stream", v))
+        for entry, fields in client.xrange(keys.stream(v))
     ]
-    leased = [tuple(line.decode().split("|")) for s in steps for line in client.lrange(keys("batch", s), 0, -1)]
+    leased = [tuple(line.decode().split("|")) for s in steps for line in client.lrange(keys.batch(s), 0, -1)]
     pending = [
         (str(v), item["message_id"].decode())
         for v in versions
-        for item in client.xpending_range(keys("stream", v), "trainer", "-", "+", 100_000)
+        for item in client.xpending_range(keys.stream(v), "trainer", "-", "+", 100_000)
     ]
     in_stream = Counter(group for _, _, group in entries)
     assert max(in_stream.values(), default=1) == 1, "a group stands twice in the buffer"
@@ -55,15 +58,21 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
 
     groups = {name[2:] for name in names if name.startswith("g:")}
     assert groups == live | dead
-    held = {group: client.hgetall(keys("g", group)) for group in groups}
+    held = {group: client.hgetall(keys.group(group)) for group in groups}
     total = sum(len(h.get(stage.encode(), b"")) for h in held.values() for stage in PARTS)
-    assert total == int(client.get(keys("bytes")) or 0)
+    assert total == int(client.get(keys.payload_bytes) or 0)
     for group in groups:
         assert sum(len(held[group].get(p.encode(), b"")) for p in PARTS) == int(held[group].get(b"bytes", 0))
     by_place = dict.fromkeys(in_stream, "ready") | {group: "leased" for _, _, group in leased}
     assert {g: held[g][b"stage"].decode() for g in by_place} == by_place
 
-    known = FIXED | {f"g:{g}" for g in groups} | {f"stream:{v}" for v in versions} | {f"batch:{s}" for s in steps}
+    known = (
+        FIXED
+        | {f"g:{g}" for g in groups}
+        | {f"pending:{g}" for g in pending_groups}
+        | {f"stream:{v}" for v in versions}
+        | {f"batch:{s}" for s in steps}
+    )
     evaluations = {name for name in names if name.startswith("eval:")}
     assert names <= known | evaluations, names - known - evaluations
     for kind in ("train", "eval"):

@@ -208,11 +208,11 @@ def test_a_tick_writes_what_every_queue_should_have(client: redis.Redis, keys: K
     assert (loads["rollout"].busy, loads["reward"].busy) == (0.5, 1.0)
     update(client, run)
     update(client, run)
-    scales = read_scales(client, run)
+    scales = read_scales(client, run.keys)
     assert {queue: scale.desired for queue, scale in scales.items()} == {
         "dataset": 1, "rollout": 1, "reference": 1, "reward": 2, "eval": 0,
     }  # fmt: skip
     assert (scales["rollout"].have, scales["rollout"].waiting, scales["reward"].max) == (2, 1, 4)
     assert not any(load.is_held for load in loads.values())
-    client.hset(keys("run"), "draining", '{"who": "me", "at": 0}')
+    client.hset(keys.run_record, "draining", '{"who": "me", "at": 0}')
     assert all(load.is_held for load in read_loads(client, run).values())

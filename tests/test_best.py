@@ -144,9 +144,9 @@ def test_the_evaluation_of_a_policy_published_again_speaks_for_its_checkpoint(tr
     trained.step(1)
     trained.answer(1, num_correct=1)
     trained.step(2)
-    trained.client.hdel(trained.keys("evaluations"), "2.heldout")  # Redis lost its last second, and so the request
+    trained.client.hdel(trained.keys.evaluations, "2.heldout")  # Redis lost its last second, and so the request
     trained.publish(3, step=2, parent=2)
-    trained.client.hset(trained.keys("lineage"), "3", "2:2:digest-2")  # bit for bit version 2
+    trained.client.hset(trained.keys.lineage, "3", "2:2:digest-2")  # bit for bit version 2
     trained.step(4, version=4, parent=3)
     assert trained.steps() == [1, 2, 4], "the evaluation of version 3 is awaited"
     trained.answer(3, num_correct=4)
@@ -160,7 +160,7 @@ def test_a_best_checkpoint_outlives_its_result_in_redis(trained: Trained) -> Non
     trained.step(1)
     trained.answer(1, num_correct=3)
     trained.settle()
-    trained.client.delete(trained.keys("eval", "1.heldout"))
+    trained.client.delete(trained.keys.evaluation("1.heldout"))
     trained.step(2)
     trained.answer(2, num_correct=2)
     trained.step(3)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sluice.common.config import QUEUES
 from sluice.common.config.file import load_config
+from sluice.common.pipeline import QUEUES, ROLES, stage_on
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
@@ -107,7 +107,7 @@ def test_run_is_created_once_before_any_worker_starts() -> None:
     assert command("create")[:5] == ["sluice", "create", "config/gsm8k_qwen3_1.7b.yaml", "--name", "gsm8k"]
     load_config(ROOT / command("create")[2], command("create")[5:])  # its overrides are valid
     assert services()["create"]["restart"] == "no"
-    for name in (*QUEUES, "trainer"):
+    for name in ROLES:
         assert services()[name]["depends_on"]["create"] == {"condition": "service_completed_successfully"}
         assert services()[name]["environment"]["SLUICE_RUN"] == "gsm8k"
 
@@ -126,7 +126,7 @@ def test_redis_is_durable_healthy_and_reachable_from_this_machine_only() -> None
 
 
 def test_every_process_with_a_policy_shares_the_policy_store() -> None:
-    for name in ("create", "rollout", "reference", "eval", "trainer"):
+    for name in ("create", *(queue for queue in QUEUES if stage_on(queue).needs_weights), "trainer"):
         assert "policies:/policies" in services()[name]["volumes"]
 
 
@@ -150,5 +150,5 @@ def test_image_runs_as_an_unprivileged_user_who_owns_the_policy_store() -> None:
 
 def test_only_roles_that_publish_or_load_policies_have_the_runs_key() -> None:
     with_key = {name for name, service in services().items() if "SLUICE_RUN_KEY" in service.get("environment", {})}
-    assert with_key == {"trainer", "rollout", "reference", "eval"}
+    assert with_key == {"trainer", *(queue for queue in QUEUES if stage_on(queue).needs_weights)}
     assert all(services()[name]["environment"]["SLUICE_REDIS_URL"] for name in with_key)

@@ -43,7 +43,7 @@ def config() -> Config:
 
 
 def lease_left_s(client: redis.Redis, keys: Keys) -> float:
-    deadline = client.zscore(keys("deadlines"), "t0|rollout")
+    deadline = client.zscore(keys.deadlines, "t0|rollout")
     return -1.0 if deadline is None else deadline / 1000 - time.time()
 
 
@@ -63,7 +63,7 @@ def test_a_process_whose_engine_hangs_ends_itself(
 
         def ended() -> bool:
             nonlocal held_until
-            if lease_left_s(client, keys) > 0 and client.hexists(keys("g", "t0"), "by:rollout"):
+            if lease_left_s(client, keys) > 0 and client.hexists(keys.group("t0"), "by:rollout"):
                 held_until = time.time()
             return process.poll() is not None
 
@@ -82,11 +82,11 @@ def test_the_heart_survives_whatever_redis_answers(
     monkeypatch.setenv("SLUICE_REDIS_URL", redis_url)
     monkeypatch.setenv("SLUICE_RUN", keys.run)
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
-    client.set(keys("processes"), "not a sorted set")  # the beat is answered with WRONGTYPE
+    client.set(keys.processes, "not a sorted set")  # the beat is answered with WRONGTYPE
     context = Context.open(make_app(keys.run, url=redis_url), "rollout")
     context.start_heartbeat()
     wait_for(lambda: refused_commands(client) > 2, timeout=10, what="beats to be refused")
-    client.delete(keys("processes"))
+    client.delete(keys.processes)
     wait_for(lambda: read_heartbeats(client, keys), timeout=10, what="the next beat")
     context.close()
 

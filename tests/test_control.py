@@ -17,7 +17,7 @@ from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.monitoring.diagnosis import diagnose
 from sluice.common.operations import control
-from sluice.common.run import Run, create_run, open_run, set_status
+from sluice.common.run import Run, RunRecord, create_run, open_run
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def change_log(client: redis.Redis, run: Run) -> list[tuple[str, str, str, str]]
 
 
 def test_a_setting_is_in_the_effective_config_and_the_stored_one_stays(client: redis.Redis, run: Run) -> None:
-    stored = client.hget(run.keys("run"), "config")
+    stored = client.hget(run.keys.run_record, "config")
     publish_policy(client, run.keys, 0)
     publish_policy(client, run.keys, 1)
     publish_policy(client, run.keys, 2)
@@ -49,7 +49,7 @@ def test_a_setting_is_in_the_effective_config_and_the_stored_one_stays(client: r
     assert config.replay_buffer.max_policy_age == 3
     assert config.trainer.learning_rate == 2e-6
     assert config.max_in_flight == 8
-    assert client.hget(run.keys("run"), "config") == stored
+    assert client.hget(run.keys.run_record, "config") == stored
     assert change_log(client, run) == [
         ("alice", "replay_buffer.max_policy_age", "1", "3"),
         ("alice", "trainer.learning_rate", "1e-05", "2e-06"),
@@ -104,12 +104,12 @@ def test_vllm_gets_no_temperature_that_it_refuses(client: redis.Redis, keys: Key
 
 @pytest.mark.parametrize("order", [control.pause, control.drain, control.resume])
 def test_a_run_that_has_ended_takes_no_orders(client: redis.Redis, run: Run, order) -> None:
-    set_status(client, run.keys, "finished")
+    RunRecord(client, run.keys).set_status("finished")
     with pytest.raises(ConfigError, match="is finished: there is nothing to change"):
         order(client, run, who="a")
     with pytest.raises(ConfigError, match="is finished"):
         control.change(client, run, ["sampling.top_p=0.9"], who="a")
-    client.delete(run.keys("run"))
+    client.delete(run.keys.run_record)
     with pytest.raises(ConfigError, match="is gone"):
         order(client, run, who="a")
 

@@ -165,7 +165,7 @@ def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
         client, keys, "reward@host:7", {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"}
     )
     entry = client.xadd(
-        keys("controls"), {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
+        keys.controls, {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
     )
     write_metrics(client, keys, {**metrics, "step": 7, "reward/mean": 0.123}, max_length=100)
     wait_text(page, tile(page, "step"), "7 / 6")
@@ -173,21 +173,21 @@ def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
     page.locator("td", has_text="reward@host:7").wait_for(timeout=20_000)
     assert page.locator("td", has_text="75%").count() == 1
     assert page.locator("td", has_text="paused: false → true").count() == 1
-    client.xdel(keys("controls"), entry)
-    client.delete(keys("process", "reward@host:7"))
-    client.xdel(keys("metrics"), client.xrevrange(keys("metrics"), count=1)[0][0])
+    client.xdel(keys.controls, entry)
+    client.delete(keys.process("reward@host:7"))
+    client.xdel(keys.metrics, client.xrevrange(keys.metrics, count=1)[0][0])
 
 
 @needs_browser
 def test_a_broken_ledger_and_a_stall_stand_out(open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]) -> None:
     client, keys = shown
-    client.hincrby(keys("counts:train"), "admitted", 1)
-    client.hset(keys("run"), "status", "running")
+    client.hincrby(keys.counts("train"), "admitted", 1)
+    client.hset(keys.run_record, "status", "running")
     page = open_page(f"/?run={RUN}")
     wait_text(page, tile(page, "ledger"), "BROKEN")
     page.locator(".alarm", has_text="no trainer is running").wait_for(timeout=20_000)
-    client.hincrby(keys("counts:train"), "admitted", -1)
-    client.hset(keys("run"), "status", "finished")
+    client.hincrby(keys.counts("train"), "admitted", -1)
+    client.hset(keys.run_record, "status", "finished")
     wait_text(page, tile(page, "ledger"), "holds")
     page.locator(".alarm").wait_for(state="detached", timeout=20_000)
 
@@ -225,7 +225,7 @@ def test_samples_are_filtered_shaded_and_lead_to_their_trace(
     open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
 ) -> None:
     client, keys = shown
-    samples = [decode(fields[b"sample"]) for _, fields in client.xrevrange(keys("samples"))]
+    samples = [decode(fields[b"sample"]) for _, fields in client.xrevrange(keys.samples)]
     for sample in samples:  # the same policy in the sampler and in the trainer, but for the age of what was sampled
         for c in sample["completions"]:
             assert c["policy_logprobs"].shape == c["rollout_logprobs"].shape == (c["tokens"],)
@@ -259,21 +259,21 @@ def test_what_a_model_writes_is_text_and_never_markup(
     open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
 ) -> None:
     client, keys = shown
-    sample = decode(client.xrevrange(keys("samples"), count=1)[0][1][b"sample"])
+    sample = decode(client.xrevrange(keys.samples, count=1)[0][1][b"sample"])
     sample["prompt"] = sample["completions"][0]["text"] = HOSTILE
-    entry = client.xadd(keys("samples"), {"sample": encode({**sample, "step": 99, "group": "t<b>9</b>"})})
+    entry = client.xadd(keys.samples, {"sample": encode({**sample, "step": 99, "group": "t<b>9</b>"})})
     page = open_page(f"/samples?run={RUN}")
     page.locator(".tokens", has_text=HOSTILE).first.wait_for(timeout=20_000)
     assert page.title() == "Sluice"
     assert page.locator(".card script, .card img, .card b b").count() == 0
-    client.xdel(keys("samples"), entry)
+    client.xdel(keys.samples, entry)
 
 
 @needs_browser
 def test_two_runs_stand_side_by_side(open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]) -> None:
     client, keys = shown
     other = Keys("other")
-    for name, value in client.hgetall(keys("run")).items():
+    for name, value in client.hgetall(keys.run_record).items():
         client.hset(other("run"), name, value)
     write_metrics(client, other, {**last_metrics(client, keys), "reward/mean": 0.5}, max_length=10)
     client.hset("sluice:runs", "other", time.time())
@@ -365,7 +365,7 @@ def test_the_pages_write_nothing(ended_run: tuple[Path, EmbeddedServer], tmp_pat
 def test_the_trace_of_a_group_is_printed(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
     _, server = ended_run
     client = connect(server.url)
-    kept = decode(client.xrevrange(Keys(RUN)("samples"), count=1)[0][1][b"sample"])["group"]
+    kept = decode(client.xrevrange(Keys(RUN).samples, count=1)[0][1][b"sample"])["group"]
     env = {"SLUICE_REDIS_URL": server.url}
     printed = sluice("trace", kept, RUN, "--json", cwd=tmp_path, **env)
     found = json.loads(printed.stdout)

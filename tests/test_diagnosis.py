@@ -51,7 +51,7 @@ def staff(client: redis.Redis, keys: Keys, *, without: str = "", **stats: Any) -
 
 
 def silence_for(client: redis.Redis, keys: Keys, process: str, *, seconds: float) -> None:
-    client.zincrby(keys("processes"), -1000 * seconds, process)
+    client.zincrby(keys.processes, -1000 * seconds, process)
 
 
 def queue_up(client: redis.Redis, keys: Keys, queue: str, num_messages: int) -> None:
@@ -97,7 +97,7 @@ def test_a_policy_that_nobody_picks_up_is_named_after_its_bound(client: redis.Re
     publish_policy(client, keys, 1)
     staff(client, keys)
     assert alarms(client, run) == [], "workers have pickup_alarm_s to fetch it"
-    client.hincrbyfloat(keys("policy"), "published_at", -6)
+    client.hincrbyfloat(keys.policy, "published_at", -6)
     found = diagnose(client, run)
     assert found.kind == "not_picked_up"
     assert found.text.startswith("no rollout worker has picked up policy version 1, published 6 s ago")
@@ -114,7 +114,7 @@ def test_a_worker_that_serves_other_weights_than_the_published_raises_an_alarm(
 ) -> None:
     manifest = Manifest(version=0, step=0, incarnation=1, parent=-1, num_bytes=1, digest="a" * 64, tensors={})
     wire = {name: getattr(manifest, name) for name in Manifest.__slots__}
-    client.hset(keys("manifests"), "0", encode(wire))
+    client.hset(keys.manifests, "0", encode(wire))
     staff(client, keys, rollout={"digest": "a" * 12})
     assert alarms(client, run) == []
     staff(client, keys, rollout={"digest": "b" * 12})
@@ -198,7 +198,7 @@ def test_broker_messages_that_were_set_aside_raise_an_alarm(client: redis.Redis,
 
 
 def test_status_shows_cause_kind_and_alarms(client: redis.Redis, keys: Keys, run: Run) -> None:
-    client.hset(keys("run"), "status", "running")
+    client.hset(keys.run_record, "status", "running")
     staff(client, keys, without="rollout", reward={"alarm": "cannot score"})
     assert collect_status(client, run)["stall_kind"] == "no_trainer"
     send_heartbeat(client, keys, "trainer@host:1", {"role": "trainer", "waiting_s": 6.0, "alarm": ""})

@@ -79,11 +79,11 @@ def test_a_run_with_a_user_for_each_role_and_what_each_may_not(tmp_path: Path, u
         for url in urls.values():
             assert url.rpartition("@")[0].rpartition(":")[2] not in text, name
     admin = connect(urls["operator"])
-    version = int(admin.hget(Keys("roles")("policy"), "version") or -1)
+    version = int(admin.hget(Keys("roles").policy, "version") or -1)
     assert version == 2
     for role in ("dataset", "rollout", "reward", "viewer"):
         _is_kept_out(connect(urls[role]), Keys("roles"))
-    assert int(admin.hget(Keys("roles")("policy"), "version") or -1) == version
+    assert int(admin.hget(Keys("roles").policy, "version") or -1) == version
     refused = sluice("pause", cwd=tmp_path, **of["viewer"])
     assert refused.returncode == 2
     assert (
@@ -97,16 +97,16 @@ def test_a_run_with_a_user_for_each_role_and_what_each_may_not(tmp_path: Path, u
 def _is_kept_out(client: redis.Redis, keys: Keys) -> None:
     """Weights, pointer, manifests, orders, the run's record and batches; other people's keys; the server itself."""
     forbidden: list[tuple[object, ...]] = [
-        ("HSET", keys("policy"), "version", 99),
-        ("HSET", keys("manifests"), "99", "x"),
-        ("SET", keys("weights", 99), "x"),
-        ("SET", keys("weights", 0, 0), "x"),
-        ("HSET", keys("lineage"), "99", "0:0"),
-        ("HSET", keys("settings"), "trainer.learning_rate", "1.0"),
-        ("XADD", keys("controls"), "*", "a", "b"),
-        ("HSET", keys("run"), "config", "x"),
-        ("DEL", keys("batches")),
-        ("XADD", keys("metrics"), "*", "a", "b"),
+        ("HSET", keys.policy, "version", 99),
+        ("HSET", keys.manifests, "99", "x"),
+        ("SET", keys.tensors("weights", 99), "x"),
+        ("SET", keys.tensors("weights", 0, 0), "x"),
+        ("HSET", keys.lineage, "99", "0:0"),
+        ("HSET", keys.settings, "trainer.learning_rate", "1.0"),
+        ("XADD", keys.controls, "*", "a", "b"),
+        ("HSET", keys.run_record, "config", "x"),
+        ("DEL", keys.batches),
+        ("XADD", keys.metrics, "*", "a", "b"),
         ("SET", "elsewhere", "x"),
         ("FLUSHALL",),
         ("CONFIG", "GET", "*"),
@@ -121,7 +121,7 @@ def _is_kept_out(client: redis.Redis, keys: Keys) -> None:
             client.execute_command(*command)
     by_script = "return redis.call('HSET', KEYS[1], 'version', '99')"
     with pytest.raises((redis.exceptions.ResponseError, ConnectionFailed)):
-        client.eval(by_script, 1, keys("policy"))
+        client.eval(by_script, 1, keys.policy)
     client.close()
 
 
@@ -168,7 +168,7 @@ def _is_scored_over(url: str, folder: Path) -> None:
         send_stage(app, group_id, "reward")
     (folder / "url").write_text(url + "\n")
     with worker("reward", cwd=folder, SLUICE_REDIS_URL_FILE=str(folder / "url"), SLUICE_RUN=keys.run):
-        wait_for(lambda: client.xlen(keys("stream", 0)) == NUM_GROUPS, timeout=60, what="the groups' scores")
+        wait_for(lambda: client.xlen(keys.stream(0)) == NUM_GROUPS, timeout=60, what="the groups' scores")
     password = re.findall(r"over-the-wire|within-the-machine", url)[0]
     assert password not in (folder / "reward.log").read_text()
     app.close()

@@ -187,7 +187,7 @@ def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> No
     )
     counters = ledger.counters("eval")
     assert (counters.scored, counters.dead, counters.holds) == (6, {"EngineError": 2}, True)
-    assert client.zcard(run.keys("versions")) == 0, "nothing is in the buffer"
+    assert client.zcard(run.keys.versions) == 0, "nothing is in the buffer"
 
 
 PLAIN = EvalDataset.model_validate({"dataset": {"path": "x"}, "num_samples": 2})
@@ -220,13 +220,13 @@ def score(ledger: Ledger, group: str, *rewards: float) -> None:
 
 def test_what_is_kept_of_a_finished_evaluation_does_not_grow_with_its_prompts(client: redis.Redis, keys: Keys) -> None:
     ledger = scored_evaluation(client, keys, num_prompts=30)
-    before = client.hlen(keys("eval", "0.heldout"))
+    before = client.hlen(keys.evaluation("0.heldout"))
     first = evaluation.result(client, keys, PLAIN, version=0)
     assert before > 100
-    assert {field.decode() for field in client.hkeys(keys("eval", "0.heldout"))} == {
+    assert {field.decode() for field in client.hkeys(keys.evaluation("0.heldout"))} == {
         "dataset", "version", "total", "done", "summary",
     }  # fmt: skip
-    assert client.hstrlen(keys("eval", "0.heldout"), "summary") < 200
+    assert client.hstrlen(keys.evaluation("0.heldout"), "summary") < 200
     assert first is not None and first.scores["pass@1"] == 0.5 and first.num_asked == 30
     assert evaluation.result(client, keys, PLAIN, version=0) == first
     late = {"e0.heldout.0g": task_payload("x")}
@@ -258,9 +258,9 @@ def test_two_readers_that_fold_at_once_lose_no_result(client: redis.Redis, keys:
     """One has read before a group was sent again, and writes after the other has folded that as well."""
     scored_evaluation(client, keys, num_prompts=2)
     assert evaluation.result(client, keys, PLAIN, version=0) is not None
-    summary = client.hget(keys("eval", "0.heldout"), "summary")
+    summary = client.hget(keys.evaluation("0.heldout"), "summary")
     assert Scripts(client, keys)("fold_eval", "0.heldout", b"", b"older") == 0
-    assert client.hget(keys("eval", "0.heldout"), "summary") == summary
+    assert client.hget(keys.evaluation("0.heldout"), "summary") == summary
 
 
 def test_a_prompt_of_which_one_group_died_is_counted_once(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_training_group_carries_its_scores_only(role: RewardRole) -> None:
     ledger.store(f"t{cursor}", "task", task_payload(f"t{cursor}"))
     ledger.store(f"t{cursor}", "rollout", rollout_payload(), version=0)
     role.score(f"t{cursor}")
-    stored = role.context.client.hget(role.context.run.keys("g", f"t{cursor}"), "reward")
+    stored = role.context.client.hget(role.context.run.keys.group(f"t{cursor}"), "reward")
     assert set(decode(stored)) == {"reward", "by_function"}
 
 

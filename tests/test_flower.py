@@ -52,13 +52,13 @@ def test_flower_and_events_show_what_a_worker_does(
             what="the tasks in Flower",
         )
         assert {(task["name"], task["worker"]) for task in done.values()} == {("reward.score", name)}
-        assert client.xlen(keys("stream", 0)) == NUM_GROUPS
+        assert client.xlen(keys.stream(0)) == NUM_GROUPS
         app.close()
 
 
 def generated(ledger: Ledger) -> list[str]:
     """Groups that owe their reward alone."""
-    reply = ledger.scripts("admit", NUM_GROUPS, 10**9, 10**12, 10**6, 10**6, 60_000, "test")
+    reply = ledger.scripts("admit", NUM_GROUPS, 10**9, 10**12, 10**6, 10**6, 60_000, "test", "task")
     groups = [f"t{int(cursor)}" for cursor in reply[2:]]
     for group_id in groups:
         ledger.store(group_id, "task", task_payload(group_id))

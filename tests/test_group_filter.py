@@ -59,7 +59,7 @@ def score_equal(ledger, group_id=None):
     """A group whose rewards turn out equal; True: it was dropped."""
     group_id = group_id or push_group(ledger, until="rollout")
     ledger.store(group_id, "reward", EQUAL, is_zero_variance=True)
-    return not ledger.client.sismember(ledger.keys("live", "train"), group_id)
+    return not ledger.client.sismember(ledger.keys.live("train"), group_id)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_group_of_equal_rewards_is_dropped_when_its_scores_arrive_and_its_cred
     assert score_equal(ledger, group_ids[0])
     counters = ledger.counters()
     assert (counters.dropped, counters.in_flight, counters.holds) == ({"zero_variance": 1}, 3, True)
-    assert client.exists(keys("g", group_ids[0])) == 0
+    assert client.exists(keys.group(group_ids[0])) == 0
     assert ledger.admit(10).cursors == [4], "another prompt in its place"
     ledger.store(group_ids[1], "reward", reward_payload())
     ledger.store(group_ids[2], "reward", reward_payload())
@@ -107,10 +107,10 @@ def test_a_repeated_or_late_call_after_the_drop_changes_nothing(client, keys):
     assert ledger.drop([group_id], reason="bad_row") == 0
     counters = ledger.counters()
     assert (counters.dropped, counters.refused, counters.in_flight) == ({"zero_variance": 1}, 3, 1)
-    assert client.get(keys("filtered")) == b"1"
+    assert client.get(keys.filtered) == b"1"
     ledger.store(slow, "reward", reward_payload())
     assert ledger.store(slow, "reward", EQUAL, is_zero_variance=True) is None, "the first result of a part wins"
-    assert client.hget(keys("g", slow), "stage") == b"ready"
+    assert client.hget(keys.group(slow), "stage") == b"ready"
     assert_consistent(client, keys)
 
 
@@ -125,13 +125,13 @@ def test_the_reference_part_of_a_dropped_group_is_not_awaited(client, keys, refe
     if not reference_first:
         assert ledger.renew([running]) == [f"{group_id}|reference"]
         assert ledger.store(group_id, "reference", reference_payload()) is None
-    assert int(client.get(keys("bytes"))) == client.zcard(keys("deadlines")) == client.scard(keys("credit")) == 0
+    assert int(client.get(keys.payload_bytes)) == client.zcard(keys.deadlines) == client.scard(keys.credit) == 0
     assert_consistent(client, keys)
 
 
 def test_evaluations_are_never_filtered(client, keys):
     ledger, _ = filtering(client, keys)
-    client.hset(keys("evaluations"), "0.x", 0)
+    client.hset(keys.evaluations, "0.x", 0)
     ledger.admit_eval("0.x", dataset="x", version=0, tasks={"e0.x.0g": task_payload("e0.x.0g")})
     ledger.store("e0.x.0g", "rollout", rollout_payload(), version=0)
     assert ledger.store("e0.x.0g", "reward", EQUAL, is_zero_variance=True) == []
@@ -142,7 +142,7 @@ def test_evaluations_are_never_filtered(client, keys):
 def test_groups_are_kept_over_the_bound_until_the_batch_is_taken(client, keys):
     ledger, buffer = filtering(client, keys, max_refill=3)
     assert [score_equal(ledger) for _ in range(3 * K + K)] == [True] * 3 * K + [False] * K
-    assert client.llen(keys("wake")) == 0, "nobody waits yet"
+    assert client.llen(keys.wake) == 0, "nobody waits yet"
     counters = ledger.counters()
     assert (counters.dropped, counters.kept_for_bound) == ({"zero_variance": 3 * K}, K)
     batch = buffer.sample(0, step=1).groups
@@ -150,7 +150,7 @@ def test_groups_are_kept_over_the_bound_until_the_batch_is_taken(client, keys):
     assert [group.group_id for group in buffer.sample(0, step=1).groups] == [group.group_id for group in batch]
     publish_policy(client, keys, 1)
     assert score_equal(ledger), "and for the next batch they are dropped again"
-    assert client.get(keys("filtered")) == b"1"
+    assert client.get(keys.filtered) == b"1"
     assert_consistent(client, keys)
 
 
@@ -162,7 +162,7 @@ def test_a_batch_that_nobody_takes_raises_the_bound_once_and_waste_ends(client, 
         push_group(ledger)
     assert [score_equal(ledger) for _ in range(4 * K + 1)] == [True] * (4 * K - 1) + [False] * 2
     assert len(buffer.sample(0, step=1).groups) == K
-    assert client.exists(keys("filtered")) == 0
+    assert client.exists(keys.filtered) == 0
     assert ledger.counters().kept_for_bound == 2
 
 
@@ -171,7 +171,7 @@ def test_a_waiting_trainer_is_woken_by_a_group_kept_over_the_bound(client, keys)
     push_group(ledger)
     assert buffer.sample(0, step=1).groups is None
     assert [score_equal(ledger) for _ in range(K)] == [True] * K
-    assert client.llen(keys("wake")) == 0
+    assert client.llen(keys.wake) == 0
     assert not score_equal(ledger)
     assert buffer.wait(1.0)
     assert len(buffer.sample(0, step=1).groups) == K
@@ -259,7 +259,7 @@ def test_a_reward_worker_drops_what_teaches_nothing_and_asks_for_other_prompts(
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
     publish_policy(client, keys, 0)
     ledger, app = Ledger(client, keys, config), make_app(keys.run, url=server_flavours)
-    client.hset(keys("evaluations"), "0.x", 0)
+    client.hset(keys.evaluations, "0.x", 0)
     ledger.admit_eval("0.x", dataset="x", version=0, tasks={"e0.x.0s": task_payload("e0.x.0s", target="equal")})
     targets = {admit_one(ledger): target for target in ("equal", "one", "differ", "equal")}
     for group_id, target in targets.items():
@@ -272,8 +272,8 @@ def test_a_reward_worker_drops_what_teaches_nothing_and_asks_for_other_prompts(
         wait_for(lambda: asked_for() == 3 and ledger.counters("eval").scored, timeout=60, what="every group's scores")
     counters = ledger.counters()
     assert (counters.dropped, counters.in_flight, counters.holds) == ({"zero_variance": 3}, 1, True)
-    assert [group for group, target in targets.items() if client.exists(keys("g", group))] == ["t2"]
-    assert client.xlen(keys("stream", 0)) == 1
+    assert [group for group, target in targets.items() if client.exists(keys.group(group))] == ["t2"]
+    assert client.xlen(keys.stream(0)) == 1
 
 
 def test_a_run_of_mostly_equal_groups_trains_on_those_that_differ(tmp_path: Path, own_redis: EmbeddedServer) -> None:

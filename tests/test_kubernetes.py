@@ -11,10 +11,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from sluice.common.config import QUEUES, Config
+from sluice.common.config import Config
 from sluice.common.config.file import load_config
 from sluice.common.keys import Keys
 from sluice.common.operations.autoscale import bounds_of
+from sluice.common.pipeline import QUEUES, stage_on
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "config" / "kubernetes"
@@ -144,7 +145,7 @@ def test_pods_are_unprivileged_and_bounded(name: str) -> None:
 
 def test_roles_with_a_model_get_a_gpu_and_no_other() -> None:
     with_gpu = {n for n, pod in pods().items() if pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")}
-    assert with_gpu == {"rollout", "reference", "eval", "trainer"}
+    assert with_gpu == {"trainer", *(queue for queue in QUEUES if stage_on(queue).needs_device)}
 
 
 def test_passwords_and_the_runs_key_come_from_secrets_only() -> None:
@@ -152,7 +153,7 @@ def test_passwords_and_the_runs_key_come_from_secrets_only() -> None:
         for container in containers(pod):
             refs = {e["name"]: e["valueFrom"]["secretKeyRef"] for e in container["env"]}
             wanted = {"REDIS_PASSWORD": "password"} if name == "redis" else {"SLUICE_REDIS_URL": "url"}
-            has_key = name in ("rollout", "reference", "eval") or container["name"] == "trainer"
+            has_key = (name in QUEUES and stage_on(name).needs_weights) or container["name"] == "trainer"
             signed = {"SLUICE_RUN_KEY": {"name": "sluice-run-key", "key": "key"}} if has_key else {}
             assert refs == signed | {key: {"name": "sluice-redis", "key": value} for key, value in wanted.items()}
     assert not any(each["kind"] == "Secret" for path in FILES for each in objects(path))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sluice.common.keys import Keys
+
 ROOT = Path(__file__).parent.parent
 LAYERS = ("common", "workers", "trainer", "dashboard", "scripts")
 MAY_IMPORT = {
@@ -121,6 +123,36 @@ def test_roles_that_need_no_model_start_without_torch(modules):
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     ).stdout
     assert shown.strip() == "[]"
+
+
+def test_only_common_touches_the_keys_of_a_run():
+    """Elsewhere one calls its functions: `keys.cursor`, and a key that is spelt out, stand in `common` only."""
+    names = "|".join([*(name for name in vars(Keys) if not name.startswith("_") and name not in ("root", "run"))])
+    raw = re.compile(rf"keys\.({names})\b|\bkeys\([^)]|sluice:\{{")
+    found = {name_of(path): raw.findall(code_of(path)) for path in MODULES if not path.is_relative_to(ROOT / "common")}
+    assert not {path: hits for path, hits in found.items() if hits}
+
+
+def test_keys_are_spelt_in_one_module_and_a_runs_record_is_read_in_one():
+    common = {name_of(path): code_of(path) for path in (ROOT / "common").rglob("*.py")}
+    spelt = {name for name, code in common.items() if re.search(r"\bkeys\([^)]|\.root \+|sluice:(\{|runs)", code)}
+    assert spelt == {"common/keys.py"}
+    assert {name for name, code in common.items() if "keys.run_record" in code} == {
+        "common/run.py",
+        "common/operations/storage.py",  # its removal
+    }
+
+
+def code_of(path):
+    """A module without its docstrings and comments."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))] or [
+                ast.Pass()
+            ]
+    return ast.unparse(tree)
 
 
 def test_files_are_short_enough_to_read_at_a_sitting():

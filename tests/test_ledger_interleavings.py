@@ -92,7 +92,7 @@ class Actors:
             )
             self.num_stored += following is not None
             was_taken = is_zero_variance and following is not None and group_id.startswith("t")
-            if was_taken and not self.client.sismember(self.keys("live", "train"), group_id):
+            if was_taken and not self.client.sismember(self.keys.live("train"), group_id):
                 self.filtered.add(group_id)
             self.messages += [(group_id, following_part) for following_part in following or ()]
 
@@ -144,7 +144,7 @@ class Actors:
         self.messages += [(group_id, stage) for group_id, stage, _ in self.ledger.reap(self.draw.choice([1, 200]))]
 
     def drop(self):
-        live = [g.decode() for g in self.client.srandmember(self.keys("live", "train"), 1)]
+        live = [g.decode() for g in self.client.srandmember(self.keys.live("train"), 1)]
         if live and self.ledger.drop(live, reason=self.draw.choice(["prompt_too_long", "bad_row"])):
             assert live[0] not in self.dropped
             self.dropped.add(live[0])
@@ -152,7 +152,7 @@ class Actors:
     def evaluate(self):
         name = f"{self.version}.s{self.evaluations}"
         self.evaluations += 1
-        self.client.hset(self.keys("evaluations"), name, self.version)
+        self.client.hset(self.keys.evaluations, name, self.version)
         tasks = {f"e{name}.{i}g": b"task" for i in range(self.draw.randint(1, 3))}
         for _ in range(self.draw.choice([1, 2])):
             sent = self.ledger.admit_eval(name, dataset="s", version=self.version, tasks=tasks)
@@ -213,7 +213,7 @@ class Actors:
         """No new groups: everything that is owed is done or dies, every whole batch is trained."""
         self.claims.clear()
         deadline = time.monotonic() + 20
-        while self.client.zcard(self.keys("deadlines")):
+        while self.client.zcard(self.keys.deadlines):
             assert time.monotonic() < deadline
             self.reap()
             self.claim()
@@ -229,16 +229,16 @@ def check_identity(ledger):
         counters = ledger.counters(kind)
         assert counters.holds, counters
     max_count = Actors.MAX_FILTERED * (1 + Actors.AGE + 1)  # a batch and those that may be ready
-    assert int(ledger.client.get(ledger.keys("filtered")) or 0) <= max_count
+    assert int(ledger.client.get(ledger.keys.filtered) or 0) <= max_count
 
 
 def check_places(actors):
     """At the end every group ever admitted is in exactly one place."""
     client, keys = actors.client, actors.keys
     assert_consistent(client, keys)
-    everyone = {f"t{i}" for i in range(int(client.get(keys("cursor"))))}
-    live = {g.decode() for g in client.smembers(keys("live", "train"))}
-    dead = {g.decode() for g in client.zrange(keys("dead"), 0, -1) if g.startswith(b"t")}
+    everyone = {f"t{i}" for i in range(int(client.get(keys.cursor)))}
+    live = {g.decode() for g in client.smembers(keys.live("train"))}
+    dead = {g.decode() for g in client.zrange(keys.dead, 0, -1) if g.startswith(b"t")}
     assert max(actors.trained.values()) == 1, "trained twice"
     places = [set(actors.trained), actors.dropped, actors.filtered, live, dead]
     for a, b in itertools.combinations(places, 2):
@@ -297,7 +297,7 @@ def test_the_identity_holds_at_every_reading_while_threads_race(client, keys, se
             actors = Actors(connection, keys, seed=seed + number)
             actors.messages = shared
             for _ in range(times):
-                actors.version = int(connection.hget(keys("policy"), "version"))
+                actors.version = int(connection.hget(keys.policy, "version"))
                 actors.act(actions)
         except BaseException as error:
             errors.append(error)

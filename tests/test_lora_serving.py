@@ -199,7 +199,7 @@ def test_a_run_with_an_adapter_is_on_policy_throughout_and_survives_its_trainers
     state = json.loads((newest / "state.json").read_text())
     assert state["base_digest"] and state["version"] == steps + 2, "resumed at step 2 as v4: v3 was out already"
     client = connect(own_redis.url)
-    parents = client.hmget(open_run(client, "roles").keys("lineage"), ["4", "5"])
+    parents = client.hmget(open_run(client, "roles").keys.lineage, ["4", "5"])
     client.close()
     assert [entry.split(b":")[:2] for entry in parents] == [[b"2", b"2"], [b"3", b"3"]], "v5 is v3 again, bit for bit"
     done = sluice("export", str(run_folder), str(tmp_path / "adapter"), "--adapter", cwd=tmp_path)

@@ -44,7 +44,7 @@ class Roles:
 
     def heartbeats(self) -> dict[str, bytes]:
         """Role -> when it last beat, as the score of its process."""
-        found = self.client.zrange(self.keys("processes"), 0, -1, withscores=True)
+        found = self.client.zrange(self.keys.processes, 0, -1, withscores=True)
         return {name.decode().partition("@")[0].partition("-")[0]: score for name, score in found}
 
     def steps(self) -> int:

@@ -129,6 +129,6 @@ def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, 
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(15) == 0
                 assert "stopped at step 0" in log.read_text()
-                assert client.hget(run.keys("run"), "status") == b"stopped"
+                assert client.hget(run.keys.run_record, "status") == b"stopped"
             assert alive([rank for rank in ranks if rank]) == []
     client.close()

@@ -80,7 +80,7 @@ def stored_names(client, keys, tmp_path, transport):
     """Versions whose bytes are there."""
     if transport == "directory":
         return {int(path.stem.split("-")[1]) for path in Path(tmp_path).rglob("*-0*.*")}
-    roots = [keys(kind, "") for kind in ("weights", "delta")]
+    roots = [keys.tensors(kind, "") for kind in ("weights", "delta")]
     return {
         int(key.decode().removeprefix(root).split(":")[0])
         for root in roots
@@ -94,7 +94,7 @@ def damage(client, keys, tmp_path, transport, version, change):
         (path,) = Path(tmp_path).rglob(f"*{version}.safetensors")
         path.write_bytes(change(path.read_bytes()))
     else:
-        chunk = keys("weights", version, 0)
+        chunk = keys.tensors("weights", version, 0)
         client.set(chunk, change(client.get(chunk)))
 
 
@@ -159,7 +159,7 @@ def test_two_processes_agree_on_the_digest_of_a_version(client, keys, tmp_path, 
     manifest = publish(store, 0)
     other = make_store(client, keys, tmp_path, transport)
     assert other.latest() == manifest
-    assert other.fetch(0)[0].digest == client.hget(keys("policy"), "digest").decode()
+    assert other.fetch(0)[0].digest == client.hget(keys.policy, "digest").decode()
 
 
 # The pointer
@@ -221,7 +221,7 @@ def test_equal_weights_do_not_make_an_older_version_publishable(store):
 
 def test_a_replaced_trainer_is_refused_and_damages_nothing(client, keys, store):
     publish(store, 0)
-    client.hset(keys("run"), "incarnation", 2)
+    client.hset(keys.run_record, "incarnation", 2)
     publish(store, 1, incarnation=2)
     for version in (1, 2):
         with pytest.raises(PolicyError, match="a newer trainer process has taken this run over; this one must stop"):
@@ -237,7 +237,7 @@ def test_a_trainer_replaced_while_it_writes_does_not_move_the_pointer(client, ke
     call = Scripts.__call__
 
     def overtaken(self, name, *args, **options):
-        client.hset(keys("run"), "incarnation", 2)
+        client.hset(keys.run_record, "incarnation", 2)
         return call(self, name, *args, **options)
 
     with monkeypatch.context() as patch:
@@ -253,7 +253,7 @@ def test_a_roll_back_goes_on_under_a_new_version_whose_parent_is_the_checkpoints
     store.announce(3, step=1, parent=1)
     assert store.latest_version() == 2
     store.publish(3, weights(3), step=1, parent=1, incarnation=2)
-    lineage = {v.decode(): entry.decode().rpartition(":")[0] for v, entry in client.hgetall(keys("lineage")).items()}
+    lineage = {v.decode(): entry.decode().rpartition(":")[0] for v, entry in client.hgetall(keys.lineage).items()}
     assert lineage == {"0": "-1:0", "1": "0:1", "2": "1:2", "3": "1:1"}
     assert (store.latest().parent, store.latest().incarnation) == (1, 2)
 
@@ -261,7 +261,7 @@ def test_a_roll_back_goes_on_under_a_new_version_whose_parent_is_the_checkpoints
 def test_every_publication_is_told_to_those_who_listen(client, keys, store):
     publish(store, 0)
     publish(store, 1)
-    events = [fields for _, fields in client.xrange(keys("events"))]
+    events = [fields for _, fields in client.xrange(keys.events)]
     assert events == [{b"event": b"policy", b"version": b"0"}, {b"event": b"policy", b"version": b"1"}]
 
 
@@ -295,7 +295,7 @@ def test_a_manifest_whose_digest_is_not_that_of_its_tensors_is_refused(client, k
         worker.fetch(0)
     (manifest,) = publish_drifting(trainer, [1])
     wrong = replace(manifest, digest=weights_digest(drifting(2)))
-    client.hset(keys("manifests"), "1", encode(asdict(wrong)))
+    client.hset(keys.manifests, "1", encode(asdict(wrong)))
     with pytest.raises(DigestMismatch, match="version 1: the manifest's digest is not that of its tensors"):
         worker.fetch(1)
 
@@ -336,10 +336,10 @@ def test_a_missing_file_says_what_to_do(client, keys, tmp_path):
 def test_a_missing_chunk_is_named(client, keys, tmp_path):
     store = make_store(client, keys, tmp_path, "redis")
     store.publish(0, {"w": torch.zeros(CHUNK_BYTES // 2)}, step=0, parent=-1)
-    client.delete(keys("weights", 0, 1))
+    client.delete(keys.tensors("weights", 0, 1))
     with pytest.raises(PolicyNotFound, match="policy version 0: chunk 1 is missing in Redis"):
         store.fetch(0)
-    client.delete(keys("weights", 0))
+    client.delete(keys.tensors("weights", 0))
     with pytest.raises(PolicyNotFound, match="policy version 0 is not in Redis"):
         store.fetch(0)
 
@@ -355,7 +355,7 @@ def test_the_newest_versions_and_the_base_are_kept(client, keys, tmp_path, trans
         assert_identical(store.fetch(version)[1], weights(version))
     with pytest.raises(PolicyNotFound, match="policy version 3 was never published in this run, or was removed"):
         store.fetch(3)
-    assert client.hlen(keys("lineage")) == 6, "ages are told of versions whose weights are gone"
+    assert client.hlen(keys.lineage) == 6, "ages are told of versions whose weights are gone"
 
 
 def test_a_version_that_an_evaluation_needs_is_kept_until_it_is_finished(client, keys, tmp_path, transport, store):
@@ -366,7 +366,7 @@ def test_a_version_that_an_evaluation_needs_is_kept_until_it_is_finished(client,
     for version in range(2, 6):
         publish(store, version)
     assert stored_names(client, keys, tmp_path, transport) == {0, 1, 4, 5}
-    client.hdel(keys("evaluations"), evaluation.evaluation_id(1, "heldout"))
+    client.hdel(keys.evaluations, evaluation.evaluation_id(1, "heldout"))
     publish(store, 6)
     assert stored_names(client, keys, tmp_path, transport) == {0, 5, 6}
 
@@ -402,35 +402,35 @@ def test_a_version_that_somebody_is_reading_is_not_collected(store, client, keys
     publish(store, 5)
     with pytest.raises(PolicyNotFound):
         store.fetch(1)
-    assert client.zcard(keys("readers")) == 0
+    assert client.zcard(keys.readers) == 0
 
 
 def test_a_reader_that_died_keeps_its_version_until_its_time_is_over(store, client, keys):
     publish(store, 0)
     publish(store, 1)
     seconds, _ = client.time()
-    client.zadd(keys("readers"), {"1|dead": (seconds + 100) * 1000})
+    client.zadd(keys.readers, {"1|dead": (seconds + 100) * 1000})
     for version in (2, 3):
         publish(store, version)
     assert store.fetch(1)[0].version == 1
-    client.zadd(keys("readers"), {"1|dead": (seconds - 1) * 1000})
+    client.zadd(keys.readers, {"1|dead": (seconds - 1) * 1000})
     publish(store, 4)
     with pytest.raises(PolicyNotFound):
         store.fetch(1)
-    assert client.zcard(keys("readers")) == 0
+    assert client.zcard(keys.readers) == 0
 
 
 def test_a_long_fetch_stays_entered(store, client, keys, monkeypatch):
     publish(store, 0)
     now = time.monotonic()
     with store._reading(0) as go_on:
-        (entry,) = client.zrange(keys("readers"), 0, -1)
-        client.zadd(keys("readers"), {entry: 1})
+        (entry,) = client.zrange(keys.readers, 0, -1)
+        client.zadd(keys.readers, {entry: 1})
         go_on()
-        assert client.zscore(keys("readers"), entry) == 1, "said only so often"
+        assert client.zscore(keys.readers, entry) == 1, "said only so often"
         monkeypatch.setattr(time, "monotonic", lambda: now + READER_S / 2)
         go_on()
-        assert client.zscore(keys("readers"), entry) > 1
+        assert client.zscore(keys.readers, entry) > 1
 
 
 # Deltas
@@ -606,7 +606,7 @@ def test_what_killed_trainers_left_is_freed(
 
     kill_trainer(redis_url, act, at=at)
     before = stored_names(client, keys, tmp_path, transport)
-    recorded = {int(v) for v in client.hkeys(keys("manifests"))}
+    recorded = {int(v) for v in client.hkeys(keys.manifests)}
     assert before - recorded == ({"full": {2}, "delta": {3}, "mended": set()}[last])
     successor = make(keep=9)
     publish_drifting(successor, [4])
@@ -623,7 +623,7 @@ def test_a_version_without_manifest_is_not_freed_under_a_reader_nor_by_an_older_
     client, keys, tmp_path, transport, make
 ):
     publish_drifting(make(), [0, 1, 2])
-    client.hdel(keys("manifests"), "1", "2")
+    client.hdel(keys.manifests, "1", "2")
     make()._transport.write(9, drifting(9))  # by a trainer that is about to publish it
     with make()._reading(2):
         publish_drifting(make(), [3])
@@ -654,7 +654,7 @@ def test_versions_that_others_rest_on_are_kept(client, keys, tmp_path, transport
         assert_identical(make().fetch(7)[1], drifting(7))
     publish_drifting(trainer, [12, 13])
     assert stored_names(client, keys, tmp_path, transport) == {0, 12, 13}
-    assert {int(v) for v in client.hkeys(keys("manifests"))} == {0, 12, 13}
+    assert {int(v) for v in client.hkeys(keys.manifests)} == {0, 12, 13}
 
 
 def test_an_evaluated_version_keeps_what_it_rests_on(client, keys, tmp_path, transport, make):
@@ -680,7 +680,7 @@ def test_a_crash_between_the_delta_and_the_pointer_leaves_the_old_version_served
 def test_a_base_that_redis_has_lost_is_not_built_upon(client, keys, make):
     trainer = make()
     publish_drifting(trainer, [0, 1])
-    client.hdel(keys("manifests"), "1")
+    client.hdel(keys.manifests, "1")
     assert forms(publish_drifting(trainer, [2])) == ["whole "]
     assert_identical(make().fetch(2)[1], drifting(2))
 
@@ -689,7 +689,7 @@ def test_a_worker_that_holds_another_policy_of_the_same_number_is_not_misled(cli
     trainer, worker = make(), make()
     publish_drifting(trainer, [0, 1])
     worker.fetch(1)
-    client.hset(keys("policy"), "version", 0)  # Redis was restarted without its last second
+    client.hset(keys.policy, "version", 0)  # Redis was restarted without its last second
     again = make()
     other = {**drifting(0), "b": torch.zeros(300, dtype=torch.bfloat16)}
     again.publish(1, other, step=1, parent=0)
@@ -703,7 +703,7 @@ def lose_delta(client, keys, tmp_path, transport, version):
         (path,) = tmp_path.rglob(f"delta-*{version}.safetensors")
         path.unlink()
     else:
-        client.delete(keys("delta", version))
+        client.delete(keys.tensors("delta", version))
 
 
 def test_a_missing_link_is_got_around_by_whole_weights(client, keys, tmp_path, transport, make):
@@ -722,8 +722,8 @@ def damage_delta(client, keys, tmp_path, transport, version):
         path.unlink()
         path.write_bytes(data[:-20] + bytes(20))
     else:
-        data = client.get(keys("delta", version, 0))
-        client.set(keys("delta", version, 0), data[:-20] + bytes(20))
+        data = client.get(keys.tensors("delta", version, 0))
+        client.set(keys.tensors("delta", version, 0), data[:-20] + bytes(20))
 
 
 @pytest.mark.parametrize("harm", [lose_delta, damage_delta])
@@ -759,7 +759,7 @@ def test_publication_runs_beside_the_next_step(client, keys, make, redis_url):
     publisher = Publisher(store, app, run, client, incarnation=1, retry_while_disk_full=retry_while_disk_full)
     publisher.publish(0, drifting(0), step=0, parent=-1, canary=[])
     assert (store.latest_version(), publisher.published) == (-1, -1), "publish has returned, and nothing is written yet"
-    assert client.hget(keys("lineage"), "0") == b"-1:0"
+    assert client.hget(keys.lineage, "0") == b"-1:0"
     room.set()
     publisher.publish(1, drifting(1), step=1, parent=0, canary=[])
     publisher.wait()

@@ -21,7 +21,8 @@ from sluice.common.keys import RUNS, Keys
 from sluice.common.monitoring import diagnosis
 from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
 from sluice.common.monitoring.metrics import send_heartbeat, write_metrics
-from sluice.common.run import Run, create_run, set_status
+from sluice.common.operations.autoscale import Scale
+from sluice.common.run import Run, RunRecord, create_run
 from sluice.dashboard.prometheus import PREFIX, exposition
 
 ALERTS = ROOT / "config" / "prometheus" / "alerts.yml"
@@ -60,9 +61,10 @@ def fill(client: redis.Redis, keys: Keys) -> None:
     send_heartbeat(client, keys, "trainer@h:1", {"role": "trainer", "waiting_s": 60.0, "version": 0, "step": 3})
     send_heartbeat(client, keys, "rollout@h:2", {"role": "rollout", "running": 2, "version": 0, "idle_fraction": 0.25})
     write_metrics(client, keys, {"step": 3, "time": 1.0, "reward/mean": 0.5, "off_policy/ess": 0.9}, max_length=10)
-    client.hset(keys("autoscale"), "reward", json.dumps({"desired": 3, "have": 1}))
+    scale = Scale(desired=3, have=1, min=1, max=4, reason="load", at=0.0, since=0.0)
+    client.hset(keys.autoscale, "reward", scale.to_json())
     client.lpush(keys.celery_prefix + "reward", "a", "b")
-    set_status(client, keys, "running")
+    RunRecord(client, keys).set_status("running")
 
 
 def test_the_exposition_says_what_redis_holds(client: redis.Redis, keys: Keys, run: Run) -> None:
@@ -83,7 +85,7 @@ def test_the_exposition_says_what_redis_holds(client: redis.Redis, keys: Keys, r
     assert found["run_status", labels(status="failed")] == 0
     stalls = {dict(names)["kind"]: value for (name, names), value in found.items() if name == "stalled"}
     assert stalls == {kind: float(kind == "no_workers") for kind in STALL_KINDS}
-    client.hincrby(keys("counts:train"), "admitted", 1)
+    client.hincrby(keys.counts("train"), "admitted", 1)
     assert series(exposition(client, [run]))["ledger_holds", labels(set="train")] == 0
 
 

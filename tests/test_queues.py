@@ -13,7 +13,7 @@ from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.keys import Keys
 from sluice.common.monitoring.metrics import send_heartbeat
 from sluice.common.monitoring.queues import queue_depths, read_queues
-from sluice.common.run import create_run, set_status
+from sluice.common.run import RunRecord, create_run
 from sluice.dashboard.run_state import collect_status
 from sluice.trainer.report import flow_metrics
 
@@ -54,10 +54,10 @@ def test_a_heartbeat_that_is_none_harms_nobody_who_reads_it(
     client: redis.Redis, keys: Keys, tmp_path: Path, hostile: bytes
 ) -> None:
     run = create_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
-    set_status(client, keys, "running")
+    RunRecord(client, keys).set_status("running")
     for role in ("rollout", "trainer"):
         send_heartbeat(client, keys, f"{role}@here:1", {"role": role})
-        client.set(keys("process", f"{role}@here:1"), hostile)
+        client.set(keys.process(f"{role}@here:1"), hostile)
     status = collect_status(client, run)
     assert {stats["role"] for stats in status["processes"].values()} == {"rollout", "trainer"}
     assert any("its heartbeat cannot be read" in alarm for alarm in status["alarms"])

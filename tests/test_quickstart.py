@@ -127,7 +127,7 @@ def test_what_was_published_is_signed_with_the_key_of_the_run_folder(finished: t
     with reading_server(run / "redis") as url:
         client = connect(url)
         keys = Keys(run.name)
-        sealed = client.hgetall(keys("manifests"))
+        sealed = client.hgetall(keys.manifests)
         client.close()
     assert len(sealed) >= 2
     for version, manifest in sealed.items():

@@ -17,7 +17,7 @@ from sluice.common.errors import PolicyNotFound, StateLost
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.policies.lineage import abandoned_versions, policy_ages
 from sluice.common.serialization import encode
-from sluice.dashboard.dead_letters import read_dead
+from sluice.dashboard.dead_letters import read_dead_letters
 
 
 def make_buffer(client, keys, *, k=2, max_policy_age=1, max_resample_count=0):
@@ -50,7 +50,7 @@ def test_age_equal_to_the_bound_is_kept_and_one_more_is_dropped(client, keys, ma
     assert ids(sample) == [kept]
     assert (sample.evicted, sample.available) == (1, 1)
     assert ledger.counters().dropped == {"stale": 1}
-    assert client.exists(keys("g", stale), keys("stream", too_old)) == 0
+    assert client.exists(keys.group(stale), keys.stream(too_old)) == 0
 
 
 def test_stale_groups_are_never_returned_although_nothing_else_is_there(client, keys):
@@ -77,8 +77,8 @@ def test_nothing_is_consumed_when_fewer_than_a_batch_is_ready(client, keys):
     for _ in range(3):
         sample = buffer.sample(1, step=2)
         assert (sample.groups, sample.evicted, sample.available) == (None, 0, 2)
-    assert client.zcard(keys("batches")) == 0
-    assert client.xpending(keys("stream", 0), "trainer")["pending"] == 0
+    assert client.zcard(keys.batches) == 0
+    assert client.xpending(keys.stream(0), "trainer")["pending"] == 0
     held += file_groups(ledger, [1])
     assert sorted(ids(buffer.sample(1, step=2))) == sorted(held)
 
@@ -123,7 +123,7 @@ def test_a_batch_too_old_for_the_branch_after_a_roll_back_is_dissolved_and_those
     assert ledger.counters().dropped == {"stale": 3}
     (fresh,) = file_groups(ledger, [5])
     assert ids(buffer.sample(5, step=3)) == [kept, fresh]
-    assert client.zrange(keys("batches"), 0, -1) == [b"3"], "the batch of step 4 is dissolved too"
+    assert client.zrange(keys.batches, 0, -1) == [b"3"], "the batch of step 4 is dissolved too"
     assert buffer.acknowledge(3) == 2
     assert ledger.counters().trained == 2
 
@@ -148,9 +148,9 @@ def test_a_redis_that_forgot_what_the_trainer_wrote_is_noticed(client, keys):
     ledger, buffer = make_buffer(client, keys, k=1)
     file_groups(ledger, [2] * 4)
     buffer.sample(2, step=1, published=2)
-    before = client.hget(keys("run"), "mark")
+    before = client.hget(keys.run_record, "mark")
     buffer.sample(2, step=2, published=2)
-    client.hset(keys("run"), "mark", before)  # the taking of step 2 was lost
+    client.hset(keys.run_record, "mark", before)  # the taking of step 2 was lost
     buffer.acknowledge(2)  # what is written later does not hide it
     publish_policy(client, keys, 3)
     with pytest.raises(StateLost, match="lost the trainer's last writes"):
@@ -174,7 +174,7 @@ def test_a_group_that_redis_forgot_it_dealt_out_is_settled_by_name_wherever_it_s
     assert (counters.trained, counters.reconciled, counters.in_flight, counters.holds) == (1, 1, 2, True)
     assert ledger.store(group_id, "rollout", b"late", version=0) is None
     assert [ids(buffer.sample(0, step=step)) for step in (2, 3)] == [[others[0]], [others[1]]]
-    assert client.exists(keys("g", group_id)) == 0
+    assert client.exists(keys.group(group_id)) == 0
 
 
 def test_a_group_whose_admission_was_lost_is_settled_and_its_cursor_passed_over(client, keys):
@@ -235,12 +235,12 @@ def test_after_the_acknowledgement_nothing_of_a_group_is_left_in_redis(client, k
     group_ids = file_groups(ledger, [0, 0])
     buffer.sample(0, step=1)
     publish_policy(client, keys, 1)
-    assert int(client.get(keys("bytes"))) > 0
+    assert int(client.get(keys.payload_bytes)) > 0
     assert (buffer.acknowledge(1), buffer.acknowledge(1)) == (2, 0)
     left = {key.decode().removeprefix(keys.root) for key in client.scan_iter(match=keys.root + "*", count=1000)}
     assert left == {"cursor", "counts:train", "totals", "policy", "lineage", "events", "bytes", "run", "settled"}
-    assert client.get(keys("bytes")) == b"0"
-    assert not any(client.exists(keys("g", group_id)) for group_id in group_ids)
+    assert client.get(keys.payload_bytes) == b"0"
+    assert not any(client.exists(keys.group(group_id)) for group_id in group_ids)
     assert ledger.counters().trained == 2
 
 
@@ -251,7 +251,7 @@ def test_an_acknowledgement_covers_every_step_up_to_it_and_none_after(client, ke
     for step in range(1, 12):  # past ten, so that steps are compared as numbers
         buffer.sample(0, step=step)
     assert buffer.acknowledge(9) == 9
-    assert [int(step) for step in client.zrange(keys("batches"), 0, -1)] == [10, 11]
+    assert [int(step) for step in client.zrange(keys.batches, 0, -1)] == [10, 11]
     assert ledger.counters().trained == 9
 
 
@@ -320,14 +320,14 @@ def test_a_group_that_cannot_be_read_is_a_dead_letter_and_the_others_of_its_batc
     buffer.vocab_size = 100
     bad, *sound = file_groups(ledger, [0] * 5)
     if damage is None:
-        client.hdel(keys("g", bad), stage)
+        client.hdel(keys.group(bad), stage)
     else:
-        client.hset(keys("g", bad), stage, damage)
+        client.hset(keys.group(bad), stage, damage)
     sample = buffer.sample(0, step=1)
     assert (sample.groups, sample.available) == (None, 4)
     trained = ids(buffer.sample(0, step=1))
     assert len(trained) == 3 and set(trained) < set(sound)
-    (letter,) = read_dead(client, keys, group=None)
+    (letter,) = read_dead_letters(client, keys, group=None)
     assert (letter["group"], letter["reason"]) == (bad, "undecodable")
     assert re.search(detail, letter["detail"])
     buffer.acknowledge(1)
@@ -361,7 +361,7 @@ def test_the_trainer_wakes_when_a_whole_batch_is_ready_and_not_before(client, ke
     waiting.close()
     assert result == [True]
     assert len(buffer.sample(0, step=1).groups) == 3
-    assert client.exists(keys("wake"), keys("want")) == 0
+    assert client.exists(keys.wake, keys.want) == 0
 
 
 def test_a_wait_ends_by_itself(client, keys):
@@ -376,7 +376,7 @@ def test_a_batch_that_completes_between_sample_and_wait_wakes_at_once(client, ke
     ledger, buffer = make_buffer(client, keys)
     buffer.sample(0, step=1)
     file_groups(ledger, [0] * 6)
-    assert client.llen(keys("wake")) == 1, "one wake-up, however many groups"
+    assert client.llen(keys.wake) == 1, "one wake-up, however many groups"
     assert buffer.wait(1.0) is True
 
 

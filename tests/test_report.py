@@ -66,7 +66,7 @@ def test_batch_metrics_by_hand() -> None:
 
 
 def test_the_age_of_tokens_is_weighed_by_their_number(client: redis.Redis, keys: Keys) -> None:
-    client.hset(keys("lineage"), mapping={"3": "2:3", "4": "3:4", "5": "4:5"})
+    client.hset(keys.lineage, mapping={"3": "2:3", "4": "3:4", "5": "4:5"})
     mixed = group([1.0, 0.0], tokens=4, version=3)
     spans = ((3, 1), (4, 2), (5, 1))
     mixed.episodes[0] = replace(

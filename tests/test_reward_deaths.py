@@ -95,7 +95,7 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
         def is_settled() -> bool:
             told.append(stats())
             counters = ledger.counters()
-            return sum(counters.dead.values()) == len(EXPECTED) and client.xlen(keys("stream", 0)) == 4
+            return sum(counters.dead.values()) == len(EXPECTED) and client.xlen(keys.stream(0)) == 4
 
         wait_for(is_settled, timeout=45, what="two attempts at every bad group, and one at the others")
         assert process.poll() is None, "the worker itself lives"
@@ -108,7 +108,7 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
             what="those that died at work to be counted as idle",
         )
 
-    groups = {kind: client.hgetall(keys("g", group_id)) for group_id, kind in kinds.items()}
+    groups = {kind: client.hgetall(keys.group(group_id)) for group_id, kind in kinds.items()}
     for kind, (reason, detail) in EXPECTED.items():
         group = groups[kind]
         assert group[b"dead_reason"].decode() == reason, kind
@@ -136,5 +136,5 @@ def test_children_are_the_first_that_the_kernel_kills(
 
 
 def admit(ledger: Ledger, num_groups: int) -> list[str]:
-    reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, "test")
+    reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, "test", "task")
     return [f"t{int(cursor)}" for cursor in reply[2:]]

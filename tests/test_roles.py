@@ -126,7 +126,7 @@ def test_a_reward_that_hangs_or_raises_is_dead_lettered_and_never_a_score(tmp_pa
     client = connect(redis_url)
     keys = open_run(client, "roles").keys
     counters = read_counters(client, keys)
-    dead = [client.hgetall(keys("g", group.decode())) for group in client.zrange(keys("dead"), 0, -1)]
+    dead = [client.hgetall(keys.group(group.decode())) for group in client.zrange(keys.dead, 0, -1)]
     client.close()
     assert counters.holds
     assert counters.trained == 4 * 8

@@ -19,9 +19,10 @@ from sluice.common.errors import ConfigError
 from sluice.common.keys import RUNS, Keys
 from sluice.common.monitoring.metrics import send_heartbeat, write_metrics
 from sluice.common.operations import control
-from sluice.common.run import Run, create_run, open_run, set_status
+from sluice.common.operations.storage import run_keys
+from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.common.serialization import encode
-from sluice.scripts.commands.archive import archive_run, delete_run, scan_keys
+from sluice.scripts.commands.archive import archive_run, delete_run
 from sluice.scripts.commands.runs import read_runs
 from sluice.scripts.launcher.redis_server import start_server
 
@@ -52,14 +53,14 @@ def make_run(client: redis.Redis, name: str, url: str, tmp_path: Path) -> Run:
     push_group(ledger, until="rollout")
     metrics = {"step": 3, "reward/mean": 0.5, "loss/policy": float("nan"), "time": 1.0}
     write_metrics(client, run.keys, metrics, max_length=100)
-    client.xadd(run.keys("samples"), {"sample": encode({"step": 3, "group": "t0", "completions": []})})
+    client.xadd(run.keys.samples, {"sample": encode({"step": 3, "group": "t0", "completions": []})})
     control.change(client, run, ["sampling.temperature=0.5"], who="alice")
     assert send(make_app(name, url=url), "reward.score", "reward", "t0")
     return run
 
 
 def contents(client: redis.Redis, name: str) -> dict[bytes, bytes | None]:
-    return {key: client.dump(key) for key in scan_keys(client, Keys(name).root)}
+    return {key: client.dump(key) for key in run_keys(client, Keys(name))}
 
 
 def test_one_run_is_deleted_and_its_neighbours_stay_byte_for_byte(
@@ -106,7 +107,7 @@ def test_a_folder_goes_only_when_asked_and_only_if_it_is_the_runs(
     client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
 ) -> None:
     run, other = (make_run(client, name, redis_url, tmp_path) for name in names[:2])
-    client.hset(other.keys("run"), "folder", str(tmp_path))
+    client.hset(other.keys.run_record, "folder", str(tmp_path))
     with pytest.raises(ConfigError, match="is not the run folder"):
         delete_run(client, other.name, with_folder=True)
     assert contents(client, other.name)
@@ -121,7 +122,7 @@ def test_a_name_is_in_use_until_its_run_is_deleted_to_the_end(
     run = make_run(client, names[0], redis_url, tmp_path)
     with pytest.raises(ConfigError, match="is in use"):
         create_run(client, run.name, make_config(), assets={}, folder="x")
-    set_status(client, run.keys, "deleting")  # one that was cut off
+    RunRecord(client, run.keys).set_status("deleting")  # one that was cut off
     with pytest.raises(ConfigError, match="is being deleted"):
         create_run(client, run.name, make_config(), assets={}, folder="x")
     with pytest.raises(ConfigError, match=f"sluice runs delete {run.name}"):
@@ -137,8 +138,8 @@ def test_runs_are_listed_with_what_they_hold(
     for name in names:
         make_run(client, name, redis_url, tmp_path)
     send_heartbeat(client, Keys(names[1]), "rollout@host:1", {"role": "rollout"})
-    client.set(Keys(names[1])("g", "big"), b"x" * 1_000_000)
-    client.delete(Keys(names[2])("run"))
+    client.set(Keys(names[1]).group("big"), b"x" * 1_000_000)
+    client.delete(Keys(names[2]).run_record)
     listed = {run["run"]: run for run in read_runs(client)}
     assert set(names) <= set(listed)
     first, second = (listed[name] for name in names[:2])

@@ -60,7 +60,7 @@ class Scaled:
         """(from, to) of every change of the reward workers."""
         client = connect(self._url)
         try:
-            found = [fields for _, fields in client.xrange(self.run(client).keys("events"))]
+            found = [fields for _, fields in client.xrange(self.run(client).keys.events)]
         finally:
             client.close()
         return [
@@ -130,7 +130,7 @@ def test_workers_follow_the_load_and_a_drain_costs_no_attempt(tmp_path: Path, ow
         assert max(to for _, to in changes) == 3
         assert f"reward workers {changes[-1][0]} -> 1: " in run.output.read_text()
         client = connect(own_redis.url)
-        scales = read_scales(client, run.run(client))
+        scales = read_scales(client, run.run(client).keys)
         client.close()
         assert (scales["reward"].desired, scales["reward"].max) == (1, 3)
         assert (scales["rollout"].desired, scales["rollout"].have, scales["eval"].desired) == (1, 1, 0)
@@ -166,8 +166,8 @@ def test_a_worker_that_drains_finishes_what_it_holds(tmp_path: Path, own_redis: 
     keys = open_run(client, env["SLUICE_RUN"]).keys
 
     def claimed() -> set[str]:
-        pending = [line.decode().partition("|")[0] for line in client.zrange(keys("deadlines"), 0, -1)]
-        return {group for group in pending if client.hexists(keys("g", group), "by:rollout")}
+        pending = [line.decode().partition("|")[0] for line in client.zrange(keys.deadlines, 0, -1)]
+        return {group for group in pending if client.hexists(keys.group(group), "by:rollout")}
 
     with ExitStack() as stack:
         stack.enter_context(trainer(tmp_path, env))
@@ -175,7 +175,7 @@ def test_a_worker_that_drains_finishes_what_it_holds(tmp_path: Path, own_redis: 
         process = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
         held = wait_for(claimed, timeout=90, what="groups in generation")
         assert terminate(process, number=signal.SIGUSR2, timeout=60) == 0
-        assert all(client.hexists(keys("g", group), "rollout") for group in held)
+        assert all(client.hexists(keys.group(group), "rollout") for group in held)
         counters = read_counters(client, keys)
         assert (counters.retried, counters.refused) == (0, 0)
     client.close()

@@ -308,11 +308,14 @@ def test_groups_are_joined_from_their_decoded_parts():
     def wired(value):
         return decode(encode(value))
 
-    group = Group.from_parts(
-        task=wired(task.to_wire()),
-        rollout=wired({"completions": [c.to_wire() for c in completions]}),
-        reward=wired(scores.to_wire()),
-        reference=wired(reference),
+    results = {
+        "task": task.to_wire(),
+        "rollout": {"completions": [c.to_wire() for c in completions]},
+        "reward": scores.to_wire(),
+        "reference": reference,
+    }
+    group = Group.from_results(
+        wired(results),
         policy_version=oldest_version(completions),
         timestamps={"ready": 1.0},
     )

@@ -73,7 +73,7 @@ def test_a_policy_of_somebody_without_the_key_is_refused(
 @pytest.mark.parametrize("name", [field.name for field in fields(Manifest)])
 def test_every_field_is_signed(client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore], name: str) -> None:
     manifest = publish(make(KEY), 0)
-    signed = client.hget(keys("manifests"), "0")
+    signed = client.hget(keys.manifests, "0")
     head = signed[: -len(unsigned_bytes(signed))]
     other: dict[str, Any] = {
         "digest": "0" * 64,
@@ -82,7 +82,7 @@ def test_every_field_is_signed(client: redis.Redis, keys: Keys, make: Callable[.
         "adapter_scale": 2.0,
     }
     changed = replace(manifest, **{name: other[name] if name in other else getattr(manifest, name) + 1})
-    client.hset(keys("manifests"), "0", head + encode(asdict(changed)))
+    client.hset(keys.manifests, "0", head + encode(asdict(changed)))
     with pytest.raises(SignatureRefused):
         make(KEY).fetch(0)
 
@@ -91,8 +91,8 @@ def test_a_signed_manifest_is_of_one_version_and_one_run(
     client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore]
 ) -> None:
     publish(make(KEY), 0)
-    signed = client.hget(keys("manifests"), "0")
-    client.hset(keys("manifests"), "7", signed)
+    signed = client.hget(keys.manifests, "0")
+    client.hset(keys.manifests, "7", signed)
     with pytest.raises(DigestMismatch, match="the manifest of policy version 7 is that of version 0"):
         make(KEY).fetch(7)
     with pytest.raises(SignatureRefused):
@@ -110,7 +110,7 @@ def test_garbage_is_refused_with_or_without_a_key(signed: bytes) -> None:
 def test_a_mended_version_is_signed_as_well(client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore]) -> None:
     trainer = make(KEY)
     publish(trainer, 0)
-    client.set(keys("full_requested"), 0)
+    client.set(keys.full_requested, 0)
     trainer.republish_full()
     assert make(KEY).fetch(0)[0].version == 0
 

@@ -20,8 +20,9 @@ from rich.console import Console
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.monitoring.metrics import send_heartbeat, write_metrics
+from sluice.common.operations.autoscale import Scale
 from sluice.common.operations.control import change, pause
-from sluice.common.run import create_run, set_status
+from sluice.common.run import RunRecord, create_run
 from sluice.dashboard.run_state import collect_status
 from sluice.dashboard.terminal import render, sparkline
 from sluice.scripts.launcher.redis_server import EmbeddedServer
@@ -36,7 +37,7 @@ def screen(status: dict[str, object]) -> str:
 
 def test_the_screen_says_what_redis_holds(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     run = create_run(client, keys.run, make_config(trainer={"num_steps": 100}), assets={}, folder=str(tmp_path))
-    set_status(client, keys, "running")
+    RunRecord(client, keys).set_status("running")
     began = time.time()
     for step in range(1, 11):
         line = {
@@ -51,9 +52,10 @@ def test_the_screen_says_what_redis_holds(client: redis.Redis, keys: Keys, tmp_p
     send_heartbeat(
         client, keys, "rollout@here:1", {**rollout, "idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0}
     )
-    client.hset(keys("run"), "dashboard", "http://127.0.0.1:1/?run=x")
-    client.hset(keys("autoscale"), "reward", '{"desired": 4}')
-    client.hincrby(keys("counts:train"), "admitted", 1)
+    client.hset(keys.run_record, "dashboard", "http://127.0.0.1:1/?run=x")
+    scale = Scale(desired=4, have=1, min=1, max=4, reason="load", at=0.0, since=0.0)
+    client.hset(keys.autoscale, "reward", scale.to_json())
+    client.hincrby(keys.counts("train"), "admitted", 1)
     shown = screen(collect_status(client, run))
     assert f"{keys.run}: running, step 10/100, 0:03:00 to go" in shown
     assert "http://127.0.0.1:1/?run=x" in shown
@@ -79,7 +81,7 @@ def test_values_that_do_not_differ_or_are_none_are_a_flat_curve() -> None:
 def test_watch_goes_on_over_an_outage_of_redis_and_ends_with_the_run(tmp_path: Path, own_redis: EmbeddedServer) -> None:
     client = connect(own_redis.url)
     keys = create_run(client, "watched", make_config(), assets={}, folder=str(tmp_path)).keys
-    set_status(client, keys, "running")
+    RunRecord(client, keys).set_status("running")
     master, slave = pty.openpty()
     argv = [sys.executable, "-m", "sluice.scripts.cli", "status", "--watch", "watched"]
     env = environment(PYTHONPATH=str(ROOT), SLUICE_REDIS_URL=own_redis.url, COLUMNS="200", LINES="60", TERM="xterm")
@@ -99,7 +101,7 @@ def test_watch_goes_on_over_an_outage_of_redis_and_ends_with_the_run(tmp_path: P
     own_redis.process.wait()
     wait_for(lambda: sees("Redis cannot be reached; all of this is"), timeout=30, what="the word that it is old")
     own_redis.restart()
-    set_status(client, keys, "finished")
+    RunRecord(client, keys).set_status("finished")
     assert process.wait(30) == 0
     assert sees("watched: finished")
     os.close(master)

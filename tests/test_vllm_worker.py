@@ -94,7 +94,7 @@ def test_a_vllm_worker_generates_follows_the_policy_and_ends_when_its_engine_die
 
 def assert_generated_by(fleet: Fleet, group_id: str, *, version: int, weights: dict[str, Any]) -> None:
     """The stored completions carry the version, and the logprobs of its weights."""
-    parts = {name: fleet.ledger.client.hget(fleet.ledger.keys("g", group_id), name) for name in ("task", "rollout")}
+    parts = {name: fleet.ledger.client.hget(fleet.ledger.keys.group(group_id), name) for name in ("task", "rollout")}
     task, rollout = Task.from_wire(decode(parts["task"])), decode(parts["rollout"])
     model = load_pretrained(str(tiny_folder(3) / "model"))
     load_weights(model, weights)

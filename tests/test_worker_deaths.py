@@ -63,7 +63,7 @@ class Fleet:
     def admit(self, num_groups: int, *, until: str = "task") -> list[str]:
         """Groups with their parts stored up to `until`; messages for what follows are sent."""
         reply = self.ledger.scripts(
-            "admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, f"test/{time.monotonic()}"
+            "admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, f"test/{time.monotonic()}", "task"
         )
         group_ids = [f"t{int(cursor)}" for cursor in reply[2:]]
         for group_id in group_ids:
@@ -85,10 +85,10 @@ class Fleet:
         return wait_for(ticked, timeout=timeout, what=what)
 
     def field(self, group_id: str, name: str) -> str:
-        return (self.ledger.client.hget(self.ledger.keys("g", group_id), name) or b"").decode()
+        return (self.ledger.client.hget(self.ledger.keys.group(group_id), name) or b"").decode()
 
     def has(self, group_ids: list[str], name: str) -> bool:
-        return all(self.ledger.client.hexists(self.ledger.keys("g", group_id), name) for group_id in group_ids)
+        return all(self.ledger.client.hexists(self.ledger.keys.group(group_id), name) for group_id in group_ids)
 
     def messages(self, queue: str) -> str:
         """Name of the broker's list of a queue."""

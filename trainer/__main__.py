@@ -18,7 +18,7 @@ from types import FrameType
 from sluice.common.connections.client import connect, give_up_after, persistence_warning, run_name
 from sluice.common.errors import ConfigError, ConnectionFailed, DiskFull, Diverged
 from sluice.common.parent import die_with
-from sluice.common.run import open_run, set_status
+from sluice.common.run import RunRecord, open_run
 
 STOP_WITHOUT_REDIS_S = 30.0
 """Told to stop, the trainer waits so long at most for a Redis that is away; then it ends without a checkpoint of its step."""
@@ -59,7 +59,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, stop)
     if warning := persistence_warning(client):
         logging.getLogger("sluice.trainer").warning("%s", warning)
-    set_status(client, run.keys, "running")
+    RunRecord(client, run.keys).set_status("running")
     try:
         trainer.train()
     except ConfigError as error:  # a model that does not load, a run that Redis has lost
@@ -68,14 +68,14 @@ def main() -> int:
     except Diverged as error:
         trainer.policy.close()
         print(f"error: training has diverged: {error}", file=sys.stderr)
-        set_status(client, run.keys, "failed")
+        RunRecord(client, run.keys).set_status("failed")
         return Diverged.EXIT_CODE
     except DiskFull as error:
         print(f"error: stopped without a checkpoint of step {trainer.step}: {error}", file=sys.stderr)
         return 1
     finally:
         trainer.close()
-    set_status(client, run.keys, trainer.outcome)
+    RunRecord(client, run.keys).set_status(trainer.outcome)
     return 0
 
 

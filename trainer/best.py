@@ -27,6 +27,7 @@ from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.ledger.evaluations import Best, read_best
+from sluice.common.policies.lineage import read_lineage
 from sluice.common.run import Run
 from sluice.trainer.checkpoint import remove_old_checkpoints, saved_versions
 
@@ -84,14 +85,14 @@ def settle_best(folder: Path, client: redis.Redis, run: Run) -> None:
 
 def _published_as(client: redis.Redis, keys: Keys, saved: dict[int, int]) -> dict[int, list[int]]:
     """Step -> versions that were published with the weights of its checkpoint, its own included, ascending."""
-    lineage = {int(version): value.decode().split(":") for version, value in client.hgetall(keys("lineage")).items()}
-    policies: dict[tuple[str, ...], list[int]] = {}
+    lineage = read_lineage(client, keys)
+    policies: dict[tuple[int, str], list[int]] = {}
     for version in sorted(lineage):
-        policies.setdefault(tuple(lineage[version][1:]), []).append(version)  # (step, digest)
+        policies.setdefault((lineage[version].step, lineage[version].digest), []).append(version)
     found = {}
     for step, version in saved.items():
-        policy = tuple(lineage.get(version, ())[1:])
-        found[step] = policies[policy] if len(policy) == 2 else [version]
+        own = lineage.get(version)
+        found[step] = policies[own.step, own.digest] if own and own.digest else [version]
     return found
 
 

@@ -35,7 +35,7 @@ from sluice.common.config import Config
 from sluice.common.connections.broker import make_app
 from sluice.common.errors import ConfigError, DiskFull, PolicyNotFound, StateLost
 from sluice.common.ledger import evaluations as evaluation
-from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.ledger import Ledger, read_usage
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.models.assets import ModelAssets
 from sluice.common.models.causal_lm import device_name
@@ -43,7 +43,7 @@ from sluice.common.policies.canary import choose_sequences, mismatch_bound, rand
 from sluice.common.policies.digest import weights_digest
 from sluice.common.policies.lineage import abandoned_versions, policy_ages
 from sluice.common.policies.store import PolicyStore
-from sluice.common.run import Run, process_name
+from sluice.common.run import Run, RunRecord, process_name
 from sluice.common.types import Group
 from sluice.trainer.audit import Audit, StepRecord
 from sluice.trainer.best import settle_best, update_best
@@ -85,7 +85,7 @@ class Trainer:
         self.folder = Path(run.folder)
         self.checkpoints = self.folder / "checkpoints"
         self.stopping, self.is_drained = False, False
-        self.incarnation = int(client.hincrby(run.keys("run"), "incarnation", 1))
+        self.incarnation = RunRecord(client, run.keys).begin_incarnation()
         self.store = PolicyStore(client, run.keys, self.config.policy_store)
         self.ledger = Ledger(client, run.keys, self.config)
         buffer = self.config.replay_buffer
@@ -107,7 +107,7 @@ class Trainer:
         self.audit = Audit(self.folder, self.config)
         self.sampling_dtype = getattr(torch, self.config.rollout.dtype)
         self.step, self.saved_step, self.version, self.available, self.wall_s = 0, 0, 0, 0, 0.0
-        self.generated_tokens = float(client.hget(run.keys("totals"), "generated_tokens") or 0)
+        self.generated_tokens = float(read_usage(client, run.keys).generated_tokens)
         self.trained_groups: list[str] = []
         self._recent_groups: deque[tuple[float, str]] = deque()
         self._abandoned: dict[int, dict[str, int]] = {}
@@ -250,7 +250,7 @@ class Trainer:
         state = TrainerState(
             step=self.step,
             version=self.version,
-            cursor=int(self.client.get(self.run.keys("cursor")) or 0),
+            cursor=self.ledger.cursor(),
             random_state=random_state(),
             trained_groups=self.trained_groups,
             recent_groups=[group for _, group in self._recent_groups],
@@ -311,7 +311,7 @@ class Trainer:
             self.saved_step = self.step
             self._record_recent([*found.state.recent_groups, *found.state.trained_groups])
             self.trained_groups = []
-            self.client.set(self.run.keys("cursor"), found.state.cursor, nx=True)
+            self.ledger.restore_cursor(found.state.cursor)
             self.buffer.acknowledge(self.step, trained=[group for _, group in self._recent_groups])
             if lost := self.buffer.roll_back(self.step):
                 log.error("%d groups were trained after step %d and are lost: dropped(rolled_back)", lost, self.step)
@@ -325,8 +325,7 @@ class Trainer:
 
     def _restore_redis_state(self, lost: StateLost) -> None:
         """Redis came back with an older state: settle what was trained, and publish under a version of its own."""
-        keys = self.run.keys
-        if not self.client.hexists(keys("run"), "config"):
+        if not RunRecord(self.client, self.run.keys).config:
             raise ConfigError(
                 f"Redis has lost run {self.run.name}: was it restarted without its append-only file? Its groups and its "
                 f"record are gone. `sluice export {self.folder} TARGET` saves the policy of the newest checkpoint; "

@@ -22,19 +22,17 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from sluice.common.config import QUEUES, Config
-from sluice.common.connections.broker import STAGE_TASKS
+from sluice.common.config import Config
 from sluice.common.errors import PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger.evaluations import mark_reported
-from sluice.common.ledger.ledger import read_counters
-from sluice.common.ledger.scripts import Scripts
+from sluice.common.ledger.ledger import read_counters, read_fields, read_usage
 from sluice.common.monitoring.diagnosis import Cause
-from sluice.common.monitoring.metrics import last_metrics, read_heartbeats, write_metrics
+from sluice.common.monitoring.metrics import last_metrics, read_heartbeats, write_metrics, write_samples
 from sluice.common.monitoring.queues import read_queues
+from sluice.common.pipeline import QUEUES, STAGES
 from sluice.common.policies.lineage import policy_ages
-from sluice.common.run import Run
-from sluice.common.serialization import encode
+from sluice.common.run import Run, RunRecord
 from sluice.common.types import Group, has_reward_variance
 from sluice.trainer.completions import CompletionsTable
 from sluice.trainer.micro_batches import Sequences
@@ -45,7 +43,7 @@ log = logging.getLogger("sluice.trainer")
 SAMPLES_PER_STEP = 2
 _REPORTED = re.compile(rb'\{"step": (\d+), "version": (\d+)')
 """Beginning of the line of a step."""
-_WORK = [f"{fact}:{stage}" for stage in STAGE_TASKS for fact in ("w", "n", "s")]
+_WORK = [f"{fact}:{stage.name}" for stage in STAGES for fact in ("w", "n", "s")]
 """Who did each part, its claims, and how often it was sent again."""
 
 
@@ -54,7 +52,6 @@ class Reporter:
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client = client
-        self._scripts = Scripts(client, run.keys)
         self._run = run
         folder = Path(run.folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,10 +64,10 @@ class Reporter:
 
     def begin(self, step: int, config: Config) -> None:
         """The run goes on from this step, under this config: what was kept of steps that will be trained again goes."""
-        created_at = self._client.hget(self._run.keys("run"), "created_at") or b""
+        created_at = RunRecord(self._client, self._run.keys).created_at
         tracked = TrackedRun(
             name=self._run.name,
-            run_id=tracked_id(self._run.name, created_at.decode()),
+            run_id=tracked_id(self._run.name, created_at),
             project=config.metrics.project,
             folder=Path(self._run.folder),
             config=config.model_dump(mode="json"),
@@ -117,19 +114,15 @@ class Reporter:
         if not kept:
             return
         chosen = list(zip(groups, advantages, strict=True))[:SAMPLES_PER_STEP]
-        with self._client.pipeline(transaction=False) as pipe:
-            for group, _ in chosen:
-                pipe.hmget(self._run.keys("g", group.group_id), _WORK)
-            work = pipe.execute()
+        work = read_fields(self._client, self._run.keys, [group.group_id for group, _ in chosen], _WORK)
         trained = iter(
             logprobs_of([(group.prompt_ids, e.completion.token_ids) for group, _ in chosen for e in group.episodes])
         )
-        with self._client.pipeline(transaction=False) as pipe:
-            for (group, values), done in zip(chosen, work, strict=True):
-                stats = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
-                sample = encode(_sample(step, group, values, trained) | {"work": stats})
-                self._scripts("write_record", "XADD", "samples", "MAXLEN", kept, "*", "sample", sample, client=pipe)
-            pipe.execute()
+        samples = []
+        for (group, values), done in zip(chosen, work, strict=True):
+            stats = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
+            samples.append(_sample(step, group, values, trained) | {"work": stats})
+        write_samples(self._client, self._run.keys, samples, kept=kept)
 
     def close(self) -> None:
         if self._trackers is not None:
@@ -248,11 +241,7 @@ def _seconds_in_queue(group: Group) -> float:
 
 def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> dict[str, float]:
     """Buffer, queues, ledger and how busy the workers are."""
-    with client.pipeline(transaction=False) as pipe:
-        pipe.get(run.keys("bytes"))
-        pipe.scard(run.keys("credit"))
-        pipe.hget(run.keys("totals"), "generated_tokens")
-        held, credits, generated = pipe.execute()
+    usage = read_usage(client, run.keys)
     counters = read_counters(client, run.keys)
     metrics: dict[str, float] = {}
     for name, queue in read_queues(client, run, QUEUES).items():
@@ -278,9 +267,9 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
         metrics["filter/kept_for_bound"] = float(counters.kept_for_bound)
     return {
         **metrics,
-        "buffer/bytes": float(held or 0),
-        "admission/credits": float(credits),
-        "num_generated_tokens": float(generated or 0) - generated_before,
+        "buffer/bytes": float(usage.payload_bytes),
+        "admission/credits": float(usage.credits),
+        "num_generated_tokens": usage.generated_tokens - generated_before,
         "staleness/dropped": float(counters.dropped.get("stale", 0)),
         "ledger/admitted": float(counters.admitted),
         "ledger/in_flight": float(counters.in_flight),

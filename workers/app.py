@@ -3,13 +3,14 @@
 One queue per worker process (or `-Q rollout,eval`: one engine for both). It decides pool and concurrency, so the plain
 command is right:
 
-    dataset    threads -c 1                     its tick thread admits groups and sends overdue parts again
-    rollout    threads -c rollout.concurrency   task threads feed one engine
-    eval       threads -c rollout.concurrency   the same engine, pinned to the version under evaluation
-    reference  threads -c reference.concurrency task threads feed one batched model
-    reward     prefork -c reward.concurrency    user code, with time limits; never imports torch
+    dataset    a tick thread admits groups and sends overdue parts again
+    rollout    task threads feed one engine
+    eval       the same engine, pinned to the version under evaluation
+    reward     processes run user code, with time limits; they never import torch
+    reference  task threads feed one batched model
 
-Only SLUICE_REDIS_URL and SLUICE_RUN are needed; config, model config, tokenizer and weights come from the run.
+common/pipeline.py says which pool, and how many at a time. Only SLUICE_REDIS_URL and SLUICE_RUN are needed; config, model
+config, tokenizer and weights come from the run.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import click
 from celery.apps.worker import Worker
 from celery.utils.nodenames import default_nodename, host_format
 
-from sluice.common.config import QUEUES
 from sluice.common.connections.broker import make_app
 from sluice.common.connections.client import run_name
 from sluice.common.errors import ConfigError, ConnectionFailed
-from sluice.workers.context import Context
+from sluice.common.pipeline import QUEUES, STAGES, stage_on
+from sluice.workers.context import Context, CooperativePool
 
 
 class QueueWorker(Worker):
@@ -37,16 +38,15 @@ class QueueWorker(Worker):
 
     def __init__(self, app: Any = None, hostname: str | None = None, **options: Any) -> None:
         queues = _served_queues(options.get("queues"))
-        role = queues[0]
+        role, stage = queues[0], stage_on(queues[0])
+        _refuse_other_pool(role, stage.pool)
         try:
-            module = import_module(f"sluice.workers.{'rollout' if role == 'eval' else role}")
-            pool, concurrency = module.prepare(self.app, ",".join(queues))
+            context = import_module(f"sluice.workers.{stage.module}").prepare(self.app, ",".join(queues))
         except (ConfigError, ConnectionFailed) as error:
             _refuse(str(error))
-        _refuse_other_pool(role, pool)
         signal.signal(signal.SIGUSR2, Context.drain)
-        options["pool"] = pool
-        options["concurrency"] = options.get("concurrency") or concurrency
+        options["pool"] = CooperativePool if stage.pool == "threads" else stage.pool
+        options["concurrency"] = options.get("concurrency") or stage.concurrency(context.run.config)
         options["without_gossip"] = options["without_mingle"] = True  # no worker needs to know another: starts faster
         if hostname is None or hostname.startswith("celery@"):
             hostname = host_format(default_nodename(f"{role}-{token_hex(3)}@%h"))
@@ -56,10 +56,10 @@ class QueueWorker(Worker):
 
 
 def _served_queues(queues: Any) -> list[str]:
-    """One queue, or rollout and eval together."""
+    """One queue, or the two of one stage together (rollout and eval)."""
     names = queues.split(",") if isinstance(queues, str) else list(queues or ())
-    if sorted(names) == ["eval", "rollout"]:
-        return ["rollout", "eval"]
+    if both := [[s.queue, s.eval_queue] for s in STAGES if sorted(names) == sorted([s.queue, s.eval_queue])]:
+        return both[0]
     if len(names) != 1 or names[0] not in QUEUES:
         _refuse(
             f"name the one queue this worker serves: -Q followed by one of {', '.join(QUEUES)}, or rollout,eval "

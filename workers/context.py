@@ -138,8 +138,7 @@ class Context:
     def _is_last_attempt(self, group_id: str, stage: str) -> bool:
         """Asked before the claim: a claim that waits would spend the attempt if its process were killed."""
         most = self.run.config.lease.max_attempts
-        spent = int(self.client.hget(self.run.keys("g", group_id), f"n:{stage}") or 0)
-        return spent + 1 >= most > 1
+        return self.ledger.attempts(group_id, stage) + 1 >= most > 1
 
     def _run_stage(
         self,

@@ -23,14 +23,15 @@ from celery import Celery, signals
 from sluice.common.config import EvalDataset
 from sluice.common.connections.broker import send_stage
 from sluice.common.errors import ConfigError
-from sluice.common.ledger.evaluations import evaluation_id
+from sluice.common.ledger import evaluations
 from sluice.common.ledger.ledger import stored_stages
 from sluice.common.models.assets import ModelAssets
 from sluice.common.operations import autoscale
 from sluice.common.operations.control import effective
+from sluice.common.pipeline import FIRST, stage_on
 from sluice.common.serialization import encode
 from sluice.common.types import SamplingParams, Task
-from sluice.workers.context import Context, CooperativePool
+from sluice.workers.context import Context
 from sluice.workers.prompt_source import PromptSource, TooLong
 
 log = logging.getLogger("sluice.dataset")
@@ -45,16 +46,17 @@ ADMIT_BELOW = 0.85
 """Share of Redis' maxmemory over which no group is admitted."""
 
 
-def prepare(app: Celery, role: str) -> tuple[Any, int]:
-    """Register the tasks of this queue; returns its pool and concurrency."""
-    host = DatasetRole(Context.open(app, role))
+def prepare(app: Celery, role: str) -> Context:
+    """Register the tasks of this queue."""
+    context = Context.open(app, role)
+    host = DatasetRole(context)
     app.task(host.fill, name="dataset.fill")
-    app.task(host.prepare_one, name="dataset.prepare")
+    app.task(host.prepare_one, name=stage_on(role).celery_task)
     app.task(host.evaluate, name="dataset.evaluate")
     signals.worker_ready.connect(lambda **_: host.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: host.stop(), weak=False)
     signals.worker_shutdown.connect(lambda **_: host.close(), weak=False)
-    return CooperativePool, 1
+    return context
 
 
 class DatasetRole:
@@ -111,7 +113,7 @@ class DatasetRole:
 
     def prepare_one(self, group_id: str) -> None:
         """The task part of a group whose admitting worker died."""
-        claim = self.context.ledger.claim(group_id, "task", fields=("cursor",))
+        claim = self.context.ledger.claim(group_id, FIRST.name, fields=("cursor",))
         cursor = claim and claim.fields["cursor"]
         if cursor:
             with self._lock:
@@ -140,7 +142,7 @@ class DatasetRole:
         self.context.ledger.drop(unreadable, reason="bad_row")
         with self.context.client.pipeline(transaction=False) as pipe:
             for group_id, payload in tasks.items():
-                self.context.ledger.store(group_id, "task", payload, client=pipe)
+                self.context.ledger.store(group_id, FIRST.name, payload, client=pipe)
             replies = pipe.execute()
         for group_id, reply in zip(tasks, replies, strict=True):
             for stage in stored_stages(reply) or ():
@@ -178,21 +180,20 @@ class DatasetRole:
     def evaluate(self) -> None:
         """Admit every evaluation that was asked for and is not admitted yet."""
         with self._lock:
-            client, keys = self.context.client, self.context.run.keys
-            for name, version in client.hgetall(keys("evaluations")).items():
-                if not client.hexists(keys("eval", name.decode()), "total"):
-                    self._admit_evaluation(name.decode(), int(version))
+            for name, version in evaluations.waiting(self.context.client, self.context.run.keys).items():
+                self._admit_evaluation(name, version)
 
     def _admit_evaluation(self, evaluation: str, version: int) -> None:
-        sets = {evaluation_id(version, d.name): d for d in self._config.evaluation.datasets}
+        sets = {evaluations.evaluation_id(version, d.name): d for d in self._config.evaluation.datasets}
         if evaluation not in sets:
             log.error("evaluation %s names no configured set; dropped", evaluation)
-            self.context.client.hdel(self.context.run.keys("evaluations"), evaluation)
+            evaluations.discard(self.context.client, self.context.run.keys, evaluation)
             return
         dataset = sets[evaluation]
         tasks = self._evaluation_tasks(evaluation, dataset)
-        for group_id in self.context.ledger.admit_eval(evaluation, dataset=dataset.name, version=version, tasks=tasks):
-            send_stage(self.context.app, group_id, "rollout")
+        ledger = self.context.ledger
+        for group_id, stage in ledger.admit_eval(evaluation, dataset=dataset.name, version=version, tasks=tasks):
+            send_stage(self.context.app, group_id, stage)
 
     def _evaluation_tasks(self, evaluation: str, dataset: EvalDataset) -> dict[str, bytes]:
         ordered = dataset.dataset.model_copy(update={"shuffle": False})
@@ -225,9 +226,7 @@ class DatasetRole:
     def _tick_until_stopped(self) -> None:
         while not self._stop.wait(TICK_S):
             try:
-                if self.context.client.set(
-                    self.context.run.keys("tick"), self.context.process, nx=True, px=int(TICK_S * 900)
-                ):
+                if self.context.ledger.begin_tick(lasts_s=0.9 * TICK_S):
                     self._tick()
             except redis.RedisError as error:
                 log.warning("tick: Redis: %s", error)

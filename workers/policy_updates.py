@@ -32,6 +32,7 @@ from sluice.common.connections.client import BLOCK_S
 from sluice.common.errors import EngineError, PolicyError
 from sluice.common.keys import Keys
 from sluice.common.models.lora import merge_adapter
+from sluice.common.monitoring.metrics import last_event, wait_for_event
 from sluice.common.policies.canary import CanarySequence, adapter_share, mean_difference
 from sluice.common.policies.manifest import Manifest, Policy
 from sluice.common.policies.store import PolicyStore
@@ -119,17 +120,14 @@ class ServedPolicy:
         self._stop.set()
 
     def _follow(self) -> None:
-        events = self._keys("events")
-        newest = self._client.xrevrange(events, count=1)
-        last_event = newest[0][0] if newest else b"0"
+        seen = last_event(self._client, self._keys)
         while not self._stop.is_set():
             try:
                 self._stage_newest()
                 self._check()
                 is_restless = self._unchecked is not None or self._gate.is_held
                 block_s = _SOON_S if is_restless else BLOCK_S
-                reply = self._client.xread({events: last_event}, block=int(block_s * 1000), count=100)
-                last_event = reply[0][1][-1][0] if reply else last_event
+                seen = wait_for_event(self._client, self._keys, after=seen, timeout_s=block_s)
             except (PolicyError, redis.RedisError, OSError) as error:
                 self.alarm = f"still serves version {self._engine.version}: {error}"
                 log.error("%s", self.alarm)

@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +22,11 @@ from sluice.common.models.causal_lm import build_model, device_name, load_weight
 from sluice.common.models.logprobs import score_sequences
 from sluice.common.models.packing import enable_packing
 from sluice.common.models.truncation import Truncation
+from sluice.common.pipeline import stage_on
 from sluice.common.policies.store import PolicyStore
 from sluice.common.serialization import decode, encode
 from sluice.common.types import SamplingParams
-from sluice.workers.context import Context, CooperativePool, Result
+from sluice.workers.context import Context, Result
 
 log = logging.getLogger("sluice.reference")
 
@@ -34,14 +34,14 @@ Sequence = tuple[NDArray[np.int32], NDArray[np.int32]]
 _Waiting = tuple[SamplingParams, list[Sequence], Future[list[NDArray[np.float32]]]]
 
 
-def prepare(app: Celery, role: str) -> tuple[Any, int]:
-    """Register the task of this queue; returns pool and concurrency."""
+def prepare(app: Celery, role: str) -> Context:
+    """Register the task of this queue."""
     context = Context.open(app, role)
     host = ReferenceRole(context)
-    app.task(host.score, name="reference.score")
+    app.task(host.score, name=stage_on(role).celery_task)
     signals.worker_ready.connect(lambda **_: context.start_heartbeat(), weak=False)
     signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
-    return CooperativePool, context.run.config.reference.concurrency
+    return context
 
 
 class ReferenceRole:

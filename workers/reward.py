@@ -24,6 +24,7 @@ from celery.utils.log import current_process_index
 
 from sluice.common.connections.broker import send_stage
 from sluice.common.ledger.ledger import Claim
+from sluice.common.pipeline import stage_on
 from sluice.common.serialization import decode, encode
 from sluice.common.types import has_reward_variance
 from sluice.workers.context import Context, Result
@@ -39,14 +40,14 @@ _MAX_CHILDREN = 1024
 _IDLE = -1.0
 
 
-def prepare(app: Celery, role: str) -> tuple[Any, int]:
-    """Register the task of this queue; returns pool and concurrency. Raises ConfigError when a reward does not import."""
+def prepare(app: Celery, role: str) -> Context:
+    """Register the task of this queue. Raises ConfigError when a reward does not import."""
     context = Context.open(app, role)
     config = context.run.config.reward
     host = RewardRole(context, load_reward_functions(config.functions))
     app.task(
         host.score,
-        name="reward.score",
+        name=stage_on(role).celery_task,
         soft_time_limit=config.time_limit_s,
         time_limit=config.time_limit_s + _KILL_AFTER_S,
     )
@@ -54,7 +55,7 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
     signals.worker_process_init.connect(lambda **_: host.reopen(app, role), weak=False)
     signals.task_failure.connect(host.report_lost_child, weak=False)
     signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
-    return "prefork", config.concurrency
+    return context
 
 
 class SharedWorkerStats:
@@ -135,7 +136,7 @@ class RewardRole:
         what = _how_it_ended(exception)
         log.warning("group %s: %s", group_id, what)
         try:
-            holder = (ledger.client.hget(ledger.keys("g", group_id), "by:reward") or b"").decode()
+            holder = ledger.holder(group_id, "reward")
             if not holder.startswith(context.process.rpartition(":")[0] + ":"):
                 return  # it died before it claimed the part, or the part was taken over
             claim = Claim(group_id=group_id, stage="reward", holder=holder, attempt=0, fields={})

@@ -21,6 +21,7 @@ from celery import Celery, signals
 from sluice.common.config import Config
 from sluice.common.ledger.ledger import Claim
 from sluice.common.models.assets import ModelAssets
+from sluice.common.pipeline import stage_on
 from sluice.common.serialization import decode, encode
 from sluice.common.types import Completion, Task, oldest_version
 from sluice.workers.context import Context, CooperativePool, Result
@@ -34,17 +35,17 @@ EVALUATION_PRIORITY = 1
 _FIELDS = ("task", "min_version", "pinned")
 
 
-def prepare(app: Celery, queues: str) -> tuple[Any, int]:
-    """Register the tasks of `rollout`, `eval` or `rollout,eval` and load the engine; returns pool and concurrency."""
+def prepare(app: Celery, queues: str) -> Context:
+    """Register the task of `rollout`, `eval` or `rollout,eval` and load the engine."""
     role, *others = queues.split(",")
     context = Context.open(app, role)
     host = RolloutRole(context, evaluates=role == "eval" or bool(others))
-    app.task(host.generate, name="rollout.generate")
+    app.task(host.generate, name=stage_on(role).celery_task)
     signals.worker_ready.connect(lambda **_: host.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: host.stop_soon(), weak=False)
     signals.worker_shutdown.connect(lambda **_: host.close(), weak=False)
     CooperativePool.cancel = staticmethod(host.engine.close)
-    return CooperativePool, context.run.config.rollout.concurrency
+    return context
 
 
 def make_engine(config: Config, assets: ModelAssets) -> Engine:

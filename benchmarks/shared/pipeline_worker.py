@@ -17,14 +17,14 @@ from celery import Celery, signals
 from sluice.common.connections.broker import make_app
 from sluice.common.connections.client import run_name
 from sluice.common.serialization import decode, encode
-from sluice.workers.context import Context, CooperativePool, Result
+from sluice.workers.context import Context, Result
 from tests.builders import random_completions
 
 LATENCY_S = float(os.environ.get("BENCH_LATENCY_S", "0"))
 TOKENS = int(os.environ.get("BENCH_TOKENS", "512"))
 
 
-def prepare(app: Celery, role: str) -> tuple[Any, int]:
+def prepare(app: Celery, role: str) -> Context:
     """In place of sluice.workers.rollout's."""
     context = Context.open(app, role)
     made = random_completions(context.run.config.sampling.group_size, TOKENS)
@@ -43,7 +43,7 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
     app.task(generate, name="rollout.generate")
     signals.worker_ready.connect(lambda **_: context.start_heartbeat(), weak=False)
     signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
-    return CooperativePool, context.run.config.rollout.concurrency
+    return context
 
 
 sys.modules["sluice.workers.rollout"] = sys.modules[__name__]  # what sluice.workers.app asks for the rollout role

@@ -70,17 +70,17 @@ def quickstart(report: Report) -> list[str]:
             f"{head['shipped_wall_s']:.0f} / {head['shipped_cpu_s']:.0f}"
         ),
     }
-    for shard, title in (
+    for share, title in (
         ("training_share", f"CPU of the loop, %: {kinds}"),
         ("shipped_share", "the same with evaluations"),
     ):
-        lines[title] = " / ".join(f"{100 * value:.0f}" for value in head[shard].values())
+        lines[title] = " / ".join(f"{100 * value:.0f}" for value in head[share].values())
     lines["everything else: ms per group / per Celery message"] = (
         f"{head['else_ms_per_group']:.1f} / {head['else_ms_per_message']:.1f}"
     )
     if large:
-        shard = large["steady"]["shard"]["everything_else"]
-        lines[f"everything else at {large['num_parameters'] / 1e6:.0f} M parameters, %"] = f"{100 * shard:.1f}"
+        share = large["steady"]["share"]["everything_else"]
+        lines[f"everything else at {large['num_parameters'] / 1e6:.0f} M parameters, %"] = f"{100 * share:.1f}"
     who = " / ".join(["Sluice", *(f"TRL ({peer['threads']} thread{'s' * (peer['threads'] > 1)})" for peer in peers)])
     for clock, since in (("wall_s", "first step"), ("with_start_up_s", "process's start")):
         race = head[f"to_threshold_{clock}"]

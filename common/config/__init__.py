@@ -2,7 +2,6 @@
 
 from sluice.common.config.operations import AutoscaleConfig, DashboardConfig, MetricsConfig, ReplicasConfig
 from sluice.common.config.schema import (
-    QUEUES,
     CheckpointConfig,
     Config,
     DatasetConfig,
@@ -22,7 +21,6 @@ from sluice.common.config.schema import (
 from sluice.common.config.trainer import LoraConfig, LossConfig, OverlongPenalty, Section, TrainerConfig
 
 __all__ = [
-    "QUEUES",
     "AutoscaleConfig",
     "CheckpointConfig",
     "Config",

@@ -16,8 +16,6 @@ from sluice.common.config.evaluation import EvalScores
 from sluice.common.config.operations import AutoscaleConfig, DashboardConfig, MetricsConfig, ReplicasConfig
 from sluice.common.config.trainer import DType, Section, TrainerConfig
 
-QUEUES = ("dataset", "rollout", "reference", "reward", "eval")
-
 
 class ModelConfig(Section):
     path: str
@@ -269,11 +267,6 @@ class Config(Section):
     def max_filtered(self) -> int:
         """Groups of equal rewards that may be dropped for one batch."""
         return self.trainer.max_refill * self.groups_per_step
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Parts a group needs after its rollout."""
-        return ("reward", "reference") if self.trainer.loss.kl_beta > 0 else ("reward",)
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

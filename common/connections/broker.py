@@ -21,23 +21,15 @@ from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
 
-from sluice.common.config import QUEUES
 from sluice.common.connections import sentinel
 from sluice.common.connections.client import broker_url
 from sluice.common.keys import Keys
+from sluice.common.pipeline import QUEUES, kind_of, stage_of
 
 log = logging.getLogger("sluice.broker")
 
 SEND_PAUSE_S = 5.0
 """After a message could not be sent, no other is tried for so long: a role must not spend its time on a dead broker."""
-
-STAGE_TASKS = {
-    "task": ("dataset.prepare", "dataset"),
-    "rollout": ("rollout.generate", "rollout"),
-    "reward": ("reward.score", "reward"),
-    "reference": ("reference.score", "reference"),
-}
-"""Part of a group -> (Celery task, queue)."""
 
 
 def make_app(run: str, *, url: str | None = None) -> Celery:
@@ -112,12 +104,10 @@ def _socket_url(url: str) -> str:
     return f"socket://{who}{parts.path}?virtual_host={query.get('db', '0')}"
 
 
-def send_stage(app: Celery, group_id: str, stage: str) -> None:
-    """Tell a queue that a part of a group is owed."""
-    name, queue = STAGE_TASKS[stage]
-    if stage == "rollout" and group_id.startswith("e"):
-        queue = "eval"
-    send(app, name, queue, group_id)
+def send_stage(app: Celery, group_id: str, name: str) -> None:
+    """Tell the stage's queue that it is pending for a group."""
+    stage = stage_of(name)
+    send(app, stage.celery_task, stage.queue_for(kind_of(group_id)), group_id)
 
 
 @dataclass(slots=True)

@@ -94,13 +94,24 @@ def evaluation_id(version: int, dataset: str) -> str:
 def request(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> None:
     """Ask for an evaluation of a published version; asking twice asks once."""
     evaluation = evaluation_id(version, dataset.name)
-    if not client.hexists(keys("eval", evaluation), "total"):
-        Scripts(client, keys)("write_record", "HSET", "evaluations", evaluation, version)
+    if not client.hexists(keys.evaluation(evaluation), "total"):
+        Scripts(client, keys)("write_record", "HSET", keys.evaluations, evaluation, version)
 
 
 def pending(client: redis.Redis, keys: Keys) -> list[str]:
     """Evaluations that are not finished."""
-    return [name.decode() for name in client.hkeys(keys("evaluations"))]
+    return [name.decode() for name in client.hkeys(keys.evaluations)]
+
+
+def waiting(client: redis.Redis, keys: Keys) -> dict[str, int]:
+    """Evaluations that were asked for and have no groups yet -> version."""
+    asked = {name.decode(): int(version) for name, version in client.hgetall(keys.evaluations).items()}
+    return {name: version for name, version in asked.items() if not client.hexists(keys.evaluation(name), "total")}
+
+
+def discard(client: redis.Redis, keys: Keys, evaluation: str) -> None:
+    """Forget that an evaluation was asked for."""
+    client.hdel(keys.evaluations, evaluation)
 
 
 def named(evaluation: str) -> tuple[str, int]:
@@ -116,17 +127,17 @@ def unreported(client: redis.Redis, run: Run) -> set[tuple[str, int]]:
     return {
         (name, version)
         for name, version in known
-        if name in sets and not client.hexists(run.keys("eval", evaluation_id(version, name)), "reported")
+        if name in sets and not client.hexists(run.keys.evaluation(evaluation_id(version, name)), "reported")
     }
 
 
 def mark_reported(client: redis.Redis, keys: Keys, *, dataset: str, version: int) -> None:
-    Scripts(client, keys)("write_record", "HSET", f"eval:{evaluation_id(version, dataset)}", "reported", 1)
+    Scripts(client, keys)("write_record", "HSET", keys.evaluation(evaluation_id(version, dataset)), "reported", 1)
 
 
 def _admitted(client: redis.Redis, keys: Keys) -> list[str]:
     """Ids of the evaluations that have groups."""
-    pattern = keys("eval", "*").replace("{", "[{]").replace("}", "[}]")
+    pattern = keys.evaluation("*").replace("{", "[{]").replace("}", "[}]")
     return [key.decode().rpartition(":eval:")[2] for key in client.scan_iter(match=pattern, count=1000)]
 
 
@@ -166,13 +177,15 @@ class _ScoreSums:
 def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> EvalResult | None:
     """The result, or None while it is not finished."""
     name = evaluation_id(version, dataset.name)
-    total, done = client.hmget(keys("eval", name), ["total", "done"])  # the trainer asks at every step, mostly in vain
+    total, done = client.hmget(
+        keys.evaluation(name), ["total", "done"]
+    )  # the trainer asks at every step, mostly in vain
     if total is None or int(done or 0) < int(total):
         return None
     before: bytes | None = None
     dead, folded = set(), []
     results: list[tuple[str, bytes]] = []
-    for field, value in client.hgetall(keys("eval", name)).items():
+    for field, value in client.hgetall(keys.evaluation(name)).items():
         kind, _, group = field.decode().partition(":")
         if kind == "dead":
             dead.add(group[:-1])
@@ -229,7 +242,7 @@ def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
         finished = dataset and result(client, run.keys, dataset, version=version)
         if not finished:
             continue
-        line = client.hget(run.keys("lineage"), str(version))
+        line = client.hget(run.keys.lineage, str(version))
         entry = {"dataset": name, "version": version, "step": int(line.split(b":")[1]) if line else None}
         metrics = {name: value if math.isfinite(value) else None for name, value in finished.metrics().items()}
         counts = {name: getattr(finished, name) for name in ("num_prompts", "num_dead", "num_asked")}

@@ -12,8 +12,8 @@ Invariant, at every instant and for both kinds of group (train, eval):
 
     admitted = trained + scored + sum(dropped) + sum(dead) + in_flight
 
-`in_flight` is not a counter: it is the size of the set of groups that are not settled. A part (`task`, `rollout`,
-`reward`, `reference`) is owed from the moment the one before it is stored; a worker claims it, renews the lease while it
+`in_flight` is not a counter: it is the size of the set of groups that are not settled. A part (a stage of
+common/pipeline.py) is owed from the moment that all it waits for is stored; a worker claims it, renews the lease while it
 makes progress, and stores its result, which is accepted once whichever attempt it came from. Celery messages are hints:
 losing or repeating one changes nothing but time.
 
@@ -24,17 +24,16 @@ losing or repeating one changes nothing but time.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import redis
 
 from sluice.common.config import Config
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
-
-Stage = Literal["task", "rollout", "reward", "reference"]
-Kind = Literal["train", "eval"]
+from sluice.common.pipeline import EVALUATED, FIRST, Kind, kind_of, plan_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +50,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """Groups handed out by `admit`; the caller holds the claim on their task part."""
+    """Groups handed out by `admit`; the caller holds the claim on their first stage."""
 
     stopped_by: str
     "most | no_credit | run_complete | max_bytes | no_policy | paused | draining"
@@ -131,15 +130,20 @@ class Ledger:
             config.groups_per_step,
             _ms(config.lease.running_s),
             holder,
+            FIRST.name,
         )
         cursors = [int(cursor) for cursor in reply[2:]]
         return Admission(stopped_by=reply[0].decode(), policy_version=int(reply[1]), cursors=cursors, holder=holder)
 
-    def admit_eval(self, evaluation: str, *, dataset: str, version: int, tasks: dict[str, bytes]) -> list[str]:
-        """Groups of an evaluation, pinned to a version. Returns those to send."""
+    def admit_eval(
+        self, evaluation: str, *, dataset: str, version: int, tasks: dict[str, bytes]
+    ) -> list[tuple[str, str]]:
+        """Groups of an evaluation, pinned to a version, their first stage done. Returns (group, stage) to send."""
         flat = itertools.chain.from_iterable(tasks.items())
-        reply = self.scripts("admit_eval", evaluation, dataset, version, self._queued_ms, *flat)
-        return [group.decode() for group in reply]
+        plan = plan_for(self.config, "eval")
+        reply = self.scripts("admit_eval", evaluation, dataset, version, self._queued_ms, plan, FIRST.name, *flat)
+        names = [item.decode() for item in reply]
+        return list(zip(names[0::2], names[1::2], strict=True))
 
     def claim(
         self, group_id: str, stage: str, *, fields: tuple[str, ...], lease_s: float | None = None
@@ -181,8 +185,6 @@ class Ledger:
 
         With a pipeline as `client` the reply comes from its `execute`; read it with `stored_stages`.
         """
-        complete = self._complete(group_id)
-        following = {"task": ("rollout",), "rollout": complete}.get(stage, ())
         reply = self.scripts(
             "store",
             group_id,
@@ -190,8 +192,8 @@ class Ledger:
             payload,
             "" if version is None else version,
             self._queued_ms,
-            ",".join(following),
-            ",".join(complete),
+            plan_for(self.config, kind_of(group_id)),
+            EVALUATED,
             num_tokens,
             self.config.groups_per_step,
             self.config.max_filtered if is_zero_variance else "",
@@ -221,6 +223,26 @@ class Ledger:
         )
         return reply == b"again"
 
+    def attempts(self, group_id: str, stage: str) -> int:
+        """Claims that a part has spent."""
+        return int(self.client.hget(self.keys.group(group_id), f"n:{stage}") or 0)
+
+    def holder(self, group_id: str, stage: str) -> str:
+        """Who has claimed a part and not handed it in; "" = nobody."""
+        return (self.client.hget(self.keys.group(group_id), f"by:{stage}") or b"").decode()
+
+    def begin_tick(self, *, lasts_s: float) -> bool:
+        """Whether this process is the one that looks after the run for so long."""
+        return bool(self.client.set(self.keys.tick, self._worker, nx=True, px=round(lasts_s * 1000)))
+
+    def cursor(self) -> int:
+        """The next dataset cursor."""
+        return int(self.client.get(self.keys.cursor) or 0)
+
+    def restore_cursor(self, cursor: int) -> None:
+        """In a Redis that has none: nothing has been admitted in it."""
+        self.client.set(self.keys.cursor, cursor, nx=True)
+
     def reap(self, max_count: int = 200) -> list[tuple[str, str, Kind]]:
         """Overdue parts to send again: (group, part, kind)."""
         reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, max_count)
@@ -233,16 +255,12 @@ class Ledger:
 
     def requeue(self, group_id: str) -> list[str]:
         """Give a dead-lettered group fresh attempts. Returns the parts to send; none when it is not dead."""
-        complete = self._complete(group_id)
-        return [stage.decode() for stage in self.scripts("requeue", group_id, self._queued_ms, ",".join(complete))]
+        plan = plan_for(self.config, kind_of(group_id))
+        return [stage.decode() for stage in self.scripts("requeue", group_id, self._queued_ms, plan)]
 
     def counters(self, kind: Kind = "train") -> Counters:
         """One atomic reading of the counters and the in-flight set."""
         return read_counters(self.client, self.keys, kind)
-
-    def _complete(self, group_id: str) -> tuple[str, ...]:
-        """Parts that a complete group has after its rollout."""
-        return self.config.stages if kind_of(group_id) == "train" else ("reward",)
 
     @property
     def _queued_ms(self) -> int:
@@ -250,11 +268,6 @@ class Ledger:
 
     def _new_holder(self) -> str:
         return f"{self._worker}/{next(self._claims)}"
-
-
-def kind_of(group_id: str) -> Kind:
-    """Training groups are named t<cursor>, evaluation groups e<...>."""
-    return "eval" if group_id.startswith("e") else "train"
 
 
 def read_counters(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Counters:
@@ -271,6 +284,51 @@ def read_counters(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Coun
             plain[name] = value
     known: dict[str, Any] = {**plain, **reasons}
     return Counters(kind=kind, in_flight=in_flight, **{"admitted": 0, **known})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What the groups of a run hold, and have brought."""
+
+    payload_bytes: int
+    credits: int
+    generated_tokens: int
+
+
+def read_usage(client: redis.Redis, keys: Keys) -> Usage:
+    """In one round trip."""
+    with client.pipeline(transaction=False) as pipe:
+        pipe.get(keys.payload_bytes)
+        pipe.scard(keys.credit)
+        pipe.hget(keys.totals, "generated_tokens")
+        held, credits, generated = pipe.execute()
+    return Usage(payload_bytes=int(held or 0), credits=int(credits), generated_tokens=int(generated or 0))
+
+
+def read_pending(client: redis.Redis, keys: Keys) -> list[tuple[str, str]]:
+    """(group, stage) of all that is pending."""
+    lines = (line.decode().rpartition("|") for line in client.zrange(keys.deadlines, 0, -1))
+    return [(group, stage) for group, _, stage in lines]
+
+
+def read_dead(client: redis.Redis, keys: Keys) -> dict[str, float]:
+    """Dead-lettered groups -> seconds of their death, newest first."""
+    return {name.decode(): at_ms / 1000 for name, at_ms in client.zrevrange(keys.dead, 0, -1, withscores=True)}
+
+
+def read_group(client: redis.Redis, keys: Keys, group_id: str) -> dict[str, bytes]:
+    """All that is kept of a group; empty for one that is settled."""
+    return {name.decode(): value for name, value in client.hgetall(keys.group(group_id)).items()}
+
+
+def read_fields(
+    client: redis.Redis, keys: Keys, group_ids: Sequence[str], fields: Sequence[str]
+) -> list[list[bytes | None]]:
+    """These fields of several groups, in one round trip."""
+    with client.pipeline(transaction=False) as pipe:
+        for group_id in group_ids:
+            pipe.hmget(keys.group(group_id), fields)
+        return pipe.execute()
 
 
 def stored_stages(reply: list[bytes]) -> list[str] | None:

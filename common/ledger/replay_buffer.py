@@ -22,15 +22,16 @@ from secrets import token_hex
 
 from sluice.common.connections.client import BLOCK_S
 from sluice.common.errors import SluiceError, StateLost
-from sluice.common.ledger.ledger import Ledger
+from sluice.common.ledger.ledger import Ledger, read_fields
+from sluice.common.pipeline import STAGES, stages_for
 from sluice.common.run import process_name
 from sluice.common.serialization import decode
 from sluice.common.types import Group
 
 log = logging.getLogger("sluice.replay_buffer")
 
-_FIELDS = ("task", "rollout", "reward", "reference", "version")
-_STAGES = ("admitted", "rollout_started", "rollout", "reward", "reference", "ready", "leased")
+_RESULTS = tuple(stage.name for stage in STAGES)
+_STAMPS = ("admitted", *(name + end for name in _RESULTS for end in ("_started", "")), "ready", "leased")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,7 @@ class ReplayBuffer:
     def wait(self, timeout_s: float) -> bool:
         """Block until a whole batch may be ready, at most `timeout_s`. `sample` decides whether it is."""
         block = max(0.01, min(timeout_s, BLOCK_S))
-        return self._ledger.client.blpop([self._ledger.keys("wake")], timeout=block) is not None
+        return self._ledger.client.blpop([self._ledger.keys.wake], timeout=block) is not None
 
     def acknowledge(self, step: int, *, trained: Sequence[str] = ()) -> int:
         """Free the groups of every step up to this one. Call it only when a durable checkpoint holds that step.
@@ -100,21 +101,21 @@ class ReplayBuffer:
     def num_untrained(self) -> int:
         """Groups in flight, wherever they are, that no trained and not yet acknowledged batch holds."""
         client, keys = self._ledger.client, self._ledger.keys
-        steps = client.zrange(keys("batches"), 0, -1)
+        steps = client.zrange(keys.batches, 0, -1)
         with client.pipeline(transaction=False) as pipe:
-            pipe.scard(keys("live", "train"))
+            pipe.scard(keys.live("train"))
             for step in steps:
-                pipe.llen(keys("batch", step.decode()))
+                pipe.llen(keys.batch(step.decode()))
             live, *held = pipe.execute()
         return int(live) - sum(held)
 
     def sizes(self) -> dict[int, int]:
         """Policy version -> groups in its stream, leased ones included."""
         client, keys = self._ledger.client, self._ledger.keys
-        versions = [int(v) for v in client.zrange(keys("versions"), 0, -1)]
+        versions = [int(v) for v in client.zrange(keys.versions, 0, -1)]
         with client.pipeline(transaction=False) as pipe:
             for version in versions:
-                pipe.xlen(keys("stream", version))
+                pipe.xlen(keys.stream(version))
             return dict(zip(versions, pipe.execute(), strict=True))
 
     def _dead_letter(self, step: int, damaged: dict[str, str]) -> None:
@@ -125,32 +126,27 @@ class ReplayBuffer:
 
     def _read(self, group_ids: list[str]) -> tuple[list[Group], dict[str, str]]:
         """Groups, and of those that cannot be decoded why."""
-        keys = self._ledger.keys
-        names = [*_FIELDS, *(f"t:{stage}" for stage in _STAGES)]
-        with self._ledger.client.pipeline(transaction=False) as pipe:
-            for group_id in group_ids:
-                pipe.hmget(keys("g", group_id), names)
-            rows = pipe.execute()
+        names = ["version", *_RESULTS, *(f"t:{stamp}" for stamp in _STAMPS)]
+        needed = {stage.name for stage in stages_for(self._ledger.config)}
+        rows = read_fields(self._ledger.client, self._ledger.keys, group_ids, names)
         groups, damaged = [], {}
         for group_id, row in zip(group_ids, rows, strict=True):
             try:
-                groups.append(_decode_group(row, self.vocab_size))
+                groups.append(_decode_group(row, needed, self.vocab_size))
             except (SluiceError, LookupError, TypeError, ValueError, AttributeError) as error:
                 damaged[group_id] = f"{type(error).__name__}: {error}"
         return groups, damaged
 
 
-def _decode_group(row: list[bytes | None], vocab_size: int) -> Group:
-    task, rollout, reward, reference, version = row[: len(_FIELDS)]
-    if task is None or rollout is None or reward is None or version is None:
+def _decode_group(row: list[bytes | None], needed: set[str], vocab_size: int) -> Group:
+    version, *values = row
+    results = {name: value for name, value in zip(_RESULTS, values, strict=False) if value is not None}
+    if version is None or not needed <= results.keys():
         raise SluiceError("it is in the buffer without all of its parts: was its key deleted by hand?")
-    stamps = zip(_STAGES, row[len(_FIELDS) :], strict=True)
-    return Group.from_parts(
-        vocab_size=vocab_size,
-        task=decode(task),
-        rollout=decode(rollout),
-        reward=decode(reward),
-        reference=None if reference is None else decode(reference),
+    stamps = zip(_STAMPS, values[len(_RESULTS) :], strict=True)
+    return Group.from_results(
+        {name: decode(value) for name, value in results.items()},
         policy_version=int(version),
-        timestamps={stage: float(value) for stage, value in stamps if value is not None},
+        timestamps={stamp: float(value) for stamp, value in stamps if value is not None},
+        vocab_size=vocab_size,
     )

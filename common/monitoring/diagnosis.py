@@ -22,7 +22,6 @@ sampler_mismatch (it computes other logprobs with them than the trainer), reject
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +32,10 @@ from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.metrics import is_silent, last_metrics, read_heartbeats
 from sluice.common.monitoring.queues import Queue, broker_client, read_queues
 from sluice.common.operations.control import describe_paused
+from sluice.common.pipeline import stages_for
 from sluice.common.policies.canary import is_adapter_missing, mismatch_bound
 from sluice.common.policies.signing import unsigned_bytes
-from sluice.common.run import Run
+from sluice.common.run import Run, RunRecord
 from sluice.common.serialization import decode
 
 STALL_KINDS = (
@@ -103,7 +103,7 @@ def alarms(client: redis.Redis, run: Run) -> list[Cause]:
             *_mismatched(run, heartbeats),
             *_memory(client, over=_NEARLY_FULL),
         ]
-        if rejected := broker_client(client).llen(run.keys.celery_prefix + "rejected"):
+        if rejected := broker_client(client).llen(run.keys.rejected):
             found.append(Cause("rejected_messages", f"{rejected} broker messages could not be read and were set aside"))
     except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
         return [_unreachable(error)]
@@ -115,7 +115,7 @@ def _unreachable(error: Exception) -> Cause:
 
 
 def _first_cause(client: redis.Redis, run: Run) -> Cause:
-    needed = ("dataset", "rollout", *run.config.stages)
+    needed = tuple(stage.queue for stage in stages_for(run.config))
     if held := paused(client, run):
         return held
     heartbeats = read_heartbeats(client, run.keys)
@@ -138,8 +138,8 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
 
 def paused(client: redis.Redis, run: Run) -> Cause | None:
     """Whether an operator holds the run."""
-    order = client.hget(run.keys("run"), "paused")
-    return Cause("paused", describe_paused(json.loads(order))) if order else None
+    order, _ = RunRecord(client, run.keys).held()
+    return Cause("paused", describe_paused(order)) if order else None
 
 
 def _memory(client: redis.Redis, *, over: float) -> list[Cause]:
@@ -169,7 +169,7 @@ def _reported(heartbeats: Heartbeats) -> list[Cause]:
 
 def _not_picked_up(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> list[Cause]:
     """Whether the newest policy has been out for too long without a live rollout worker that serves it."""
-    version, published_at = client.hmget(run.keys("policy"), ["version", "published_at"])
+    version, published_at = client.hmget(run.keys.policy, ["version", "published_at"])
     if version is None or published_at is None:
         return []
     seconds, microseconds = client.time()
@@ -190,7 +190,7 @@ def _other_digests(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> lis
     for name, stats in heartbeats.items():
         if not stats.get("digest"):
             continue
-        wire = client.hget(run.keys("manifests"), str(stats["version"]))
+        wire = client.hget(run.keys.manifests, str(stats["version"]))
         if wire is not None and not decode(unsigned_bytes(wire))["digest"].startswith(stats["digest"]):
             text = (
                 f"{name} serves policy version {stats['version']} with digest {stats['digest']}, not the published one"
@@ -242,7 +242,7 @@ def _from_flow(client: redis.Redis, run: Run, heartbeats: Heartbeats, queues: di
         return Cause("stale_drops", text + f"{account.in_flight} in flight")
     filtered = account.dropped.get("zero_variance", 0) - int(last.get("filter/dropped", 0))
     if filtered >= run.config.groups_per_step:
-        left = max(0, run.config.max_filtered - int(client.get(run.keys("filtered")) or 0))
+        left = max(0, run.config.max_filtered - int(client.get(run.keys.filtered) or 0))
         text = f"{filtered} groups were dropped for equal rewards since step {int(last.get('step', 0))}; "
         return Cause("zero_variance", text + f"{left} more may be, then they are kept; {account.in_flight} in flight")
     running = {queue: sum(f.get("running", 0) for f in heartbeats.values() if f["role"] == queue) for queue in queues}

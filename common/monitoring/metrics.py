@@ -1,4 +1,4 @@
-"""Numbers about the run: a capped Redis stream (one entry per trainer step), and heartbeats of every process.
+"""What a run says of itself: capped Redis streams (metrics, samples, events), and heartbeats of every process.
 
 Metric names are those that users of TRL, verl and torchforge already read (docs/algorithms.md lists them with formulas).
 A heartbeat is a record with a time to live, stamped with Redis' clock: a process that stops beating is called silent after
@@ -8,16 +8,17 @@ SILENT_AFTER_S, and disappears from `sluice status` by itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import redis
 
 from sluice.common.errors import SerializationError
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.serialization import decode_json
+from sluice.common.serialization import decode, decode_json, encode
 
+ArchivedStream = Literal["metrics", "samples", "controls", "events"]
 HEARTBEAT_S = 1.0
 HEARTBEAT_TTL_S = 15
 _NUMBERS = (
@@ -38,7 +39,7 @@ SILENT_AFTER_S = 4.0
 def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float], *, max_length: int) -> None:
     """Append one trainer step. Works while Redis is full, too."""
     fields = [text for name, value in metrics.items() for text in (name, f"{value:.15g}")]
-    Scripts(client, keys)("write_record", "XADD", "metrics", "MAXLEN", "~", max_length, "*", *fields)
+    Scripts(client, keys)("write_record", "XADD", keys.metrics, "MAXLEN", "~", max_length, "*", *fields)
 
 
 def read_metrics(
@@ -46,7 +47,7 @@ def read_metrics(
 ) -> list[tuple[str, dict[str, float]]]:
     """(entry id, metrics) of the steps after an entry id, oldest first."""
     start = after if after == "-" else f"({after}"
-    entries = client.xrange(keys("metrics"), min=start, max="+", count=count)
+    entries = client.xrange(keys.metrics, min=start, max="+", count=count)
     return [(entry.decode(), _floats(fields)) for entry, fields in entries]
 
 
@@ -57,7 +58,59 @@ def last_metrics(client: redis.Redis, keys: Keys) -> dict[str, float]:
 
 def newest_metrics(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[str, float]]:
     """The last entries, oldest first."""
-    return [_floats(fields) for _, fields in reversed(client.xrevrange(keys("metrics"), count=count))]
+    return [_floats(fields) for _, fields in reversed(client.xrevrange(keys.metrics, count=count))]
+
+
+def last_entry(client: redis.Redis, keys: Keys) -> str:
+    """Id of the newest entry, for `after` of read_metrics."""
+    entries = client.xrevrange(keys.metrics, count=1)
+    return entries[0][0].decode() if entries else "-"
+
+
+def write_samples(client: redis.Redis, keys: Keys, samples: Sequence[Mapping[str, Any]], *, kept: int) -> None:
+    """Trained groups for people to read, of which the newest `kept` stay. Works while Redis is full, too."""
+    script = Scripts(client, keys)
+    with client.pipeline(transaction=False) as pipe:
+        for sample in samples:
+            script("small", "XADD", keys.samples, "MAXLEN", kept, "*", "sample", encode(sample), client=pipe)
+        pipe.execute()
+
+
+def read_samples(client: redis.Redis, keys: Keys, *, after: str = "-") -> list[tuple[str, dict[str, Any]]]:
+    """(entry id, sample) of the kept groups after an entry id, oldest first."""
+    entries = client.xrange(keys.samples, min=after if after == "-" else f"({after}")
+    return [(entry.decode(), decode(fields[b"sample"])) for entry, fields in entries]
+
+
+def newest_samples(client: redis.Redis, keys: Keys, *, count: int | None = None) -> Iterator[dict[str, Any]]:
+    """Newest first, decoded one by one."""
+    return (decode(fields[b"sample"]) for _, fields in client.xrevrange(keys.samples, count=count))
+
+
+def write_event(client: redis.Redis, keys: Keys, event: str, **fields: Any) -> None:
+    """For whoever waits for one. Works while Redis is full, too."""
+    items = [item for pair in {"event": event, **fields}.items() for item in pair]
+    Scripts(client, keys)("write_record", "XADD", keys.events, "MAXLEN", "~", 1000, "*", *items)
+
+
+def last_event(client: redis.Redis, keys: Keys) -> bytes:
+    """Id of the newest event, for `wait_for_event`."""
+    newest = client.xrevrange(keys.events, count=1)
+    return newest[0][0] if newest else b"0"
+
+
+def wait_for_event(client: redis.Redis, keys: Keys, *, after: bytes, timeout_s: float) -> bytes:
+    """Block until there are newer events, or the time is over; id of the newest of them, or `after`."""
+    reply = client.xread({keys.events: after}, block=int(timeout_s * 1000), count=100)
+    return reply[0][1][-1][0] if reply else after
+
+
+def read_archive(client: redis.Redis, keys: Keys, stream: ArchivedStream) -> Iterator[tuple[str, dict[bytes, bytes]]]:
+    """Every entry of a stream, oldest first, a page per round trip."""
+    start = "-"
+    while page := client.xrange(getattr(keys, stream), min=start, count=1000):
+        yield from ((entry.decode(), fields) for entry, fields in page)
+        start = f"({page[-1][0].decode()}"
 
 
 def _floats(fields: Mapping[bytes, bytes]) -> dict[str, float]:
@@ -71,17 +124,17 @@ def send_heartbeat(client: redis.Redis, keys: Keys, process: str, stats: Mapping
 
 def remove_heartbeat(client: redis.Redis, keys: Keys, process: str) -> None:
     """A process leaves in good order."""
-    client.delete(keys("process", process))
-    client.zrem(keys("processes"), process)
+    client.delete(keys.process(process))
+    client.zrem(keys.processes, process)
 
 
 def read_heartbeats(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:
     """Process -> facts, for those that beat within the time to live; `silent_s` is the age of the last beat."""
     with client.pipeline(transaction=False) as pipe:
         pipe.time()
-        pipe.zrange(keys("processes"), 0, -1, withscores=True)
+        pipe.zrange(keys.processes, 0, -1, withscores=True)
         (seconds, microseconds), beaten = pipe.execute()
-    values = client.mget([keys("process", name.decode()) for name, _ in beaten]) if beaten else []
+    values = client.mget([keys.process(name.decode()) for name, _ in beaten]) if beaten else []
     now = seconds + microseconds / 1e6
     return {
         name.decode(): {**_stats(name.decode(), value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}

@@ -44,8 +44,8 @@ def read_queues(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[
     with broker_client(client).pipeline(transaction=False) as pipe:
         pipe.time()
         for queue in queues:
-            pipe.llen(run.keys.celery_prefix + queue)
-            pipe.lindex(run.keys.celery_prefix + queue, -1)
+            pipe.llen(run.keys.queue(queue))
+            pipe.lindex(run.keys.queue(queue), -1)
         (seconds, microseconds), *rest = pipe.execute()
     now = seconds + microseconds / 1e6
     found = zip(queues, rest[0::2], rest[1::2], strict=True)

@@ -36,18 +36,20 @@ from statistics import fmean
 
 import redis
 
-from sluice.common.config import QUEUES, Config
+from sluice.common.config import Config
 from sluice.common.config.operations import AutoscaleConfig
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import read_pending
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.monitoring.metrics import is_silent, read_heartbeats
 from sluice.common.monitoring.queues import queue_depths
-from sluice.common.run import Run
+from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
+from sluice.common.run import Run, RunRecord
 
 TOLERANCE = 0.1
 """Of the HPA: a load that is at most so far from what the present number of workers is for changes nothing."""
 GAP_S = 10.0
 """After a longer pause between two steps (no dataset worker, no Redis) nothing is known of the time between."""
-_QUEUE_OF = {"task": "dataset", "rollout": "rollout", "reward": "reward", "reference": "reference"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,13 +131,12 @@ class Scale:
 def bounds_of(config: Config) -> dict[str, Bounds]:
     """Every queue's; one that a run on this config has no worker for has max 0."""
     in_flight, evaluations = config.max_in_flight, config.evaluation
-    concurrency = {"dataset": 1, "reference": config.reference.concurrency, "reward": config.reward.concurrency}
     found = {}
     for queue in QUEUES:
         min_workers, max_useful = config.replicas.bounds(queue)
         if queue == "eval" and not evaluations.datasets:
             min_workers = max_useful = 0
-        slots = concurrency.get(queue, config.rollout.concurrency)
+        slots = stage_on(queue).concurrency(config)
         useful = slots * max(1, max_useful) if queue == "eval" else in_flight
         found[queue] = Bounds(min=min_workers, max=max_useful, concurrency=slots, in_flight=useful)
     return found
@@ -225,12 +226,11 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     """Every queue's load now. A silent worker is no live one."""
     has_eval = bounds_of(run.config)["eval"].max > 0
     pending: Counter[str] = Counter()
-    for line in client.zrange(run.keys("deadlines"), 0, -1):
-        group, _, stage = line.decode().rpartition("|")
-        queue = _QUEUE_OF[stage]
-        pending["eval" if has_eval and queue == "rollout" and group.startswith("e") else queue] += 1
+    for group, stage in read_pending(client, run.keys):
+        kind = kind_of(group) if has_eval else "train"  # else the workers of training groups evaluate
+        pending[stage_of(stage).queue_for(kind)] += 1
     depths = queue_depths(client, run, QUEUES)
-    is_held = any(client.hmget(run.keys("run"), ["paused", "draining"]))
+    is_held = any(RunRecord(client, run.keys).held())
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}
     busy: dict[str, list[float]] = {queue: [] for queue in QUEUES}
     for name, stats in read_heartbeats(client, run.keys).items():
@@ -249,9 +249,9 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     }
 
 
-def read_scales(client: redis.Redis, run: Run) -> dict[str, Scale]:
+def read_scales(client: redis.Redis, keys: Keys) -> dict[str, Scale]:
     """Queue -> what hash `autoscale` says; empty before the first tick of a dataset worker."""
-    held = client.hgetall(run.keys("autoscale"))
+    held = client.hgetall(keys.autoscale)
     return {queue.decode(): Scale.from_json(text) for queue, text in held.items()}
 
 
@@ -259,9 +259,11 @@ def update(client: redis.Redis, run: Run) -> None:
     """One step for every queue. One process at a time; works while Redis is full, too."""
     seconds, microseconds = client.time()
     now = seconds + microseconds / 1e6
-    states, loads = read_scales(client, run), read_loads(client, run)
+    states, loads = read_scales(client, run.keys), read_loads(client, run)
     found = {
         queue: step(states.get(queue), loads[queue], bounds=bounds, settings=run.config.autoscale, now=now).to_json()
         for queue, bounds in bounds_of(run.config).items()
     }
-    Scripts(client, run.keys)("write_record", "HSET", "autoscale", *(text for pair in found.items() for text in pair))
+    Scripts(client, run.keys)(
+        "write_record", "HSET", run.keys.autoscale, *(text for pair in found.items() for text in pair)
+    )

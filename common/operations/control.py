@@ -32,7 +32,9 @@ from sluice.common.config.file import parse_config
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.run import Run
+from sluice.common.pipeline import stages_for
+from sluice.common.policies.lineage import read_pointer
+from sluice.common.run import Run, RunRecord
 
 SHORT = {"max_policy_age": "replay_buffer.max_policy_age", "learning_rate": "trainer.learning_rate"}
 """Names that `sluice set` takes for longer ones."""
@@ -70,18 +72,28 @@ class ControlState:
 
 
 def read_control_state(client: redis.Redis, keys: Keys, *, after: str = "-") -> ControlState:
-    """Everything in one round trip; of the trail what follows an entry id."""
+    """Everything; of the trail what follows an entry id."""
     with client.pipeline(transaction=False) as pipe:
-        pipe.hgetall(keys("settings"))
-        pipe.hmget(keys("run"), ["paused", "draining"])
-        pipe.xrange(keys("controls"), min=after if after == "-" else f"({after}")
-        settings, (paused, draining), entries = pipe.execute()
+        pipe.hgetall(keys.settings)
+        pipe.xrange(keys.controls, min=after if after == "-" else f"({after}")
+        settings, entries = pipe.execute()
+    paused, draining = RunRecord(client, keys).held()
     return ControlState(
         settings=_text(settings),
-        paused=json.loads(paused) if paused else None,
-        draining=json.loads(draining) if draining else None,
+        paused=paused,
+        draining=draining,
         change_log=[(entry.decode(), _text(fields)) for entry, fields in entries],
     )
+
+
+def read_trail(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[str, str]]:
+    """The newest changes, newest first."""
+    return [_text(fields) for _, fields in client.xrevrange(keys.controls, count=count)]
+
+
+def read_settings(client: redis.Redis, keys: Keys) -> dict[str, str]:
+    """Key of the config -> JSON, where it differs from the stored config."""
+    return _text(client.hgetall(keys.settings))
 
 
 def with_settings(config: Config, settings: Mapping[str, str]) -> Config:
@@ -103,7 +115,7 @@ def with_settings(config: Config, settings: Mapping[str, str]) -> Config:
 
 def effective(client: redis.Redis, run: Run) -> Config:
     """The config that the run goes by now."""
-    return with_settings(run.config, _text(client.hgetall(run.keys("settings"))))
+    return with_settings(run.config, read_settings(client, run.keys))
 
 
 def pause(client: redis.Redis, run: Run, *, who: str) -> bool:
@@ -118,8 +130,9 @@ def resume(client: redis.Redis, run: Run, *, who: str) -> bool:
 
 def cancel_drain(client: redis.Redis, run: Run, *, who: str) -> None:
     """A drained run is gone on with; a pause stays. Nothing for one that was finished while it was draining."""
-    draining, status = client.hmget(run.keys("run"), ["draining", "status"])
-    if draining and status != b"finished":
+    record = RunRecord(client, run.keys)
+    _, draining = record.held()
+    if draining and record.status != "finished":
         _order(client, run, who, _unmark("draining"))
 
 
@@ -132,7 +145,7 @@ def change(client: redis.Redis, run: Run, assignments: list[str], *, who: str) -
     """`key=value` settings, all or none; the config that holds then. Raises ConfigError, which says what can be set to what."""
     asked = dict(_parse(assignment) for assignment in assignments)
     for _ in range(_ATTEMPTS):
-        settings = _text(client.hgetall(run.keys("settings")))
+        settings = read_settings(client, run.keys)
         before = with_settings(run.config, settings)
         after = _checked(client, run, before, asked)
         changes = [_setting(run.config, before, after, key) for key in asked]
@@ -182,14 +195,14 @@ def _checked(client: redis.Redis, run: Run, before: Config, asked: Mapping[str, 
     """The config with these changes. Raises ConfigError for one that is out of range or would have no sound effect."""
     overrides = [f"{key}={value}" for key, value in asked.items()]
     after = parse_config(before.to_yaml(), overrides=overrides, source=f"run {run.name}")
-    if after.stages != before.stages:
+    if stages_for(after) != stages_for(before):
         raise ConfigError(
             f"trainer.loss.kl_beta = {after.trainer.loss.kl_beta:g}: 0 or not decides whether references are computed, which "
             "cannot change while a run goes on; stay over 0"
         )
     if after.rollout.engine == "vllm" and not 0.01 <= after.sampling.temperature <= 2.0:
         raise ConfigError(f"sampling.temperature = {after.sampling.temperature:g}: vLLM samples at 0.01 to 2.0")
-    step = int(client.hget(run.keys("policy"), "step") or 0)
+    step = int(read_pointer(client, run.keys).get("step", 0))
     if after.trainer.num_steps != before.trainer.num_steps and after.trainer.num_steps <= step:
         raise ConfigError(f"trainer.num_steps = {after.trainer.num_steps}: step {step} is trained already; set more")
     if after.trainer.num_steps != before.trainer.num_steps and before.trainer.num_steps <= step:
@@ -210,16 +223,16 @@ def _order(
 
 def _setting(stored: Config, before: Config, after: Config, key: str) -> tuple[str, ...]:
     old, new = _json(at(before, key)), _json(at(after, key))
-    return ("settings", key, "" if new == _json(at(stored, key)) else new, key, old, new)
+    return ("setting", key, "" if new == _json(at(stored, key)) else new, key, old, new)
 
 
 def _mark(client: redis.Redis, name: str, who: str) -> tuple[str, ...]:
     seconds, microseconds = client.time()
-    return ("run", name, _json({"who": who, "at": seconds + microseconds / 1e6}), name, "false", "true")
+    return ("order", name, _json({"who": who, "at": seconds + microseconds / 1e6}), name, "false", "true")
 
 
 def _unmark(name: str) -> tuple[str, ...]:
-    return ("run", name, "", name, "true", "false")
+    return ("order", name, "", name, "true", "false")
 
 
 def _json(value: Any) -> str:

@@ -9,30 +9,57 @@ Should v9 come out bit for bit as v6 (training is deterministic, and the batch w
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import redis
 
 from sluice.common.errors import PolicyNotFound
 from sluice.common.keys import Keys
 
 
+class Version(NamedTuple):
+    """One entry of the lineage."""
+
+    parent: int
+    "-1 = none"
+    step: int
+    "trainer step that made it"
+    digest: str = ""
+    "once it is published"
+
+    @classmethod
+    def from_wire(cls, value: bytes) -> Version:
+        parent, step, *digest = value.decode().split(":")
+        return cls(int(parent), int(step), *digest)
+
+
+def read_lineage(client: redis.Redis, keys: Keys) -> dict[int, Version]:
+    """Every version that was announced or published."""
+    return {int(version): Version.from_wire(value) for version, value in client.hgetall(keys.lineage).items()}
+
+
+def read_pointer(client: redis.Redis, keys: Keys) -> dict[str, str]:
+    """What is served: version, digest, step, incarnation, bytes, published_at; empty before the first publication."""
+    return {name.decode(): value.decode() for name, value in client.hgetall(keys.policy).items()}
+
+
 def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current: int) -> list[int]:
     """Ages of versions seen from the current one. Raises PolicyNotFound for a version outside the lineage."""
-    known: dict[int, tuple[int, int]] = {}
+    known: dict[int, Version] = {}
 
-    def node(version: int) -> tuple[int, int]:
+    def node(version: int) -> Version:
         if version not in known:
-            value = client.hget(keys("lineage"), str(version))
+            value = client.hget(keys.lineage, str(version))
             if value is None:
                 raise PolicyNotFound(f"policy version {version} is not in the lineage of run {keys.run}")
-            parent, step = value.decode().split(":")[:2]
-            known[version] = int(parent), int(step)
+            known[version] = Version.from_wire(value)
         return known[version]
 
     def age(version: int) -> int:
         a, b = version, current
         while a != b:
-            a, b = (node(a)[0], b) if a > b else (a, node(b)[0])
-        return node(version)[1] + node(current)[1] - 2 * node(a)[1]
+            a, b = (node(a).parent, b) if a > b else (a, node(b).parent)
+        return node(version).step + node(current).step - 2 * node(a).step
 
     ages = {version: age(version) for version in set(versions)}
     return [ages[version] for version in versions]
@@ -41,8 +68,7 @@ def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current
 def abandoned_versions(client: redis.Redis, keys: Keys, *, after_step: int) -> dict[int, dict[str, int]]:
     """What a trainer that went back to `after_step` leaves behind: trainer step -> digest -> published version."""
     found: dict[int, dict[str, int]] = {}
-    for version, value in client.hgetall(keys("lineage")).items():
-        _, step, *digest = value.decode().split(":")
-        if digest and int(step) > after_step:
-            found.setdefault(int(step), {})[digest[0]] = int(version)
+    for version, (_, step, digest) in read_lineage(client, keys).items():
+        if digest and step > after_step:
+            found.setdefault(step, {})[digest] = version
     return found

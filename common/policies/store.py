@@ -53,7 +53,7 @@ from sluice.common.policies.digest import policy_digest, tensor_digest, weights_
 from sluice.common.policies.manifest import Manifest, Policy
 from sluice.common.policies.signing import Signer
 from sluice.common.policies.transports import DirectoryTransport, RedisTransport, Transport
-from sluice.common.run import process_name
+from sluice.common.run import RunRecord, process_name
 
 log = logging.getLogger("sluice.policy_store")
 
@@ -134,7 +134,9 @@ class PolicyStore:
         return manifest
 
     def _record(self, manifest: Manifest) -> None:
-        self._scripts("write_record", "HSET", "manifests", manifest.version, manifest.to_signed_bytes(self._signer))
+        self._scripts(
+            "write_record", "HSET", self._keys.manifests, manifest.version, manifest.to_signed_bytes(self._signer)
+        )
         self._known_bases[manifest.version] = manifest.base_version
 
     def _base_for(self, version: int) -> tuple[Policy | None, int]:
@@ -169,7 +171,7 @@ class PolicyStore:
         """Whether a reader could not verify the version that this process published last; each version is mended once."""
         if self._held is None or self._held.manifest.version == self._republished:
             return False
-        return self._client.get(self._keys("full_requested")) == b"%d" % self._held.manifest.version
+        return self._client.get(self._keys.full_requested) == b"%d" % self._held.manifest.version
 
     def republish_full(self) -> None:
         """Write the version that this process published last whole, beside any delta of it. Raises DiskFull."""
@@ -182,25 +184,23 @@ class PolicyStore:
 
     def _refuse_outdated(self, version: int, digest: str, *, incarnation: int) -> None:
         """Asked before anything is written as well, so that a trainer that was replaced cannot damage a served version."""
-        newest = int(self._client.hget(self._keys("run"), "incarnation") or 0)
-        if incarnation < newest:
+        if incarnation < RunRecord(self._client, self._keys).incarnation:
             raise PolicyError("a newer trainer process has taken this run over; this one must stop")
         served = self.latest_version()
-        is_same = served == version and self._client.hget(self._keys("policy"), "digest") == digest.encode()
+        is_same = served == version and self._client.hget(self._keys.policy, "digest") == digest.encode()
         if served >= version and not is_same:
             raise PolicyError(f"policy version {version} was not published: version {served} is served already")
 
     def announce(self, version: int, *, step: int, parent: int) -> None:
         """Enter a version into the lineage before its bytes are written, so that ages can be told while they travel."""
         self._announced[version] = f"{parent}:{step}"
-        self._scripts("write_record", "HSET", "lineage", version, self._announced[version])
+        self._scripts("write_record", "HSET", self._keys.lineage, version, self._announced[version])
 
     def announce_again(self, *, incarnation: int) -> None:
         """Restore what this process announced, and its incarnation, in a Redis that has forgotten some of it."""
         for version, entry in self._announced.items():
-            self._client.hsetnx(self._keys("lineage"), str(version), entry)
-        if int(self._client.hget(self._keys("run"), "incarnation") or 0) < incarnation:
-            self._client.hset(self._keys("run"), "incarnation", incarnation)
+            self._client.hsetnx(self._keys.lineage, str(version), entry)
+        RunRecord(self._client, self._keys).restore_incarnation(incarnation)
 
     def restore(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write the bytes of a version published whole again where they were lost. Raises DigestMismatch for other bytes."""
@@ -217,7 +217,7 @@ class PolicyStore:
 
     def latest(self) -> Manifest | None:
         """The manifest that the pointer names; none before the first publication."""
-        version = self._client.hget(self._keys("policy"), "version")
+        version = self._client.hget(self._keys.policy, "version")
         return None if version is None else self.manifest(int(version))
 
     def latest_version(self) -> int:
@@ -226,12 +226,12 @@ class PolicyStore:
 
     def served(self) -> tuple[int, str]:
         """Version and digest that the pointer names; (-1, "") before the first publication."""
-        version, digest = self._client.hmget(self._keys("policy"), ["version", "digest"])
+        version, digest = self._client.hmget(self._keys.policy, ["version", "digest"])
         return (-1, "") if version is None else (int(version), (digest or b"").decode())
 
     def manifest(self, version: int) -> Manifest:
         """Raises PolicyNotFound, SignatureRefused, DigestMismatch."""
-        signed = self._client.hget(self._keys("manifests"), str(version))
+        signed = self._client.hget(self._keys.manifests, str(version))
         if signed is None:
             raise PolicyNotFound(f"policy version {version} was never published in this run, or was removed")
         return Manifest.from_signed_bytes(signed, self._signer, version=version)
@@ -245,7 +245,7 @@ class PolicyStore:
             try:
                 tensors, num_bytes = self._load_somehow(manifest, held=held, go_on=go_on)
             except PolicyError:
-                self._scripts("write_record", "SET", "full_requested", version)
+                self._scripts("write_record", "SET", self._keys.full_requested, version)
                 raise
         has_deltas = manifest.base >= 0 or any(tensor.dtype != torch.float32 for tensor in tensors.values())
         self._held = Policy(manifest=manifest, tensors=tensors) if has_deltas and self._full_every > 1 else None
@@ -329,28 +329,28 @@ class PolicyStore:
         """Versions that somebody is fetching."""
         seconds, microseconds = self._client.time()
         now_ms = seconds * 1000 + microseconds // 1000
-        self._client.zremrangebyscore(self._keys("readers"), "-inf", now_ms)
-        return {int(entry.partition(b"|")[0]) for entry in self._client.zrange(self._keys("readers"), 0, -1)}
+        self._client.zremrangebyscore(self._keys.readers, "-inf", now_ms)
+        return {int(entry.partition(b"|")[0]) for entry in self._client.zrange(self._keys.readers, 0, -1)}
 
     def _sweep(self, *, before: int) -> None:
         """Once per process, before its first bytes: free what no manifest names. A version that is not older may be being
         written by a trainer that has replaced this one."""
         if not self._has_swept:
-            wanted = {*(int(v) for v in self._client.hkeys(self._keys("manifests"))), *self._readers()}
+            wanted = {*(int(v) for v in self._client.hkeys(self._keys.manifests)), *self._readers()}
             self._transport.sweep(lambda version: version < before and version not in wanted)
             self._has_swept = True
 
     def _collect_garbage(self) -> None:
         """Keep the newest `keep` versions, the base model (the reference), those that an evaluation or a reader needs, and
         what all of these rest on."""
-        stored = sorted(int(v) for v in self._client.hkeys(self._keys("manifests")))
-        needed = {0, *(int(v) for v in self._client.hvals(self._keys("evaluations"))), *self._readers()}
+        stored = sorted(int(v) for v in self._client.hkeys(self._keys.manifests))
+        needed = {0, *(int(v) for v in self._client.hvals(self._keys.evaluations)), *self._readers()}
         needed |= {*stored[-self._keep :]}
         needed |= {foundation for version in needed.intersection(stored) for foundation in self._base_chain(version)}
         for version in stored:
             if version not in needed:
                 self._transport.delete(version)
-                self._client.hdel(self._keys("manifests"), str(version))
+                self._client.hdel(self._keys.manifests, str(version))
                 self._known_bases.pop(version, None)
 
 

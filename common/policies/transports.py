@@ -107,20 +107,20 @@ class RedisTransport:
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "weights") -> int:
         data = memoryview(safetensors.torch.save(dict(tensors)))
-        self._client.set(self._keys(kind, version), len(data))
+        self._client.set(self._keys.tensors(kind, version), len(data))
         for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
-            self._client.set(self._keys(kind, version, i), data[start : start + CHUNK_BYTES])
+            self._client.set(self._keys.tensors(kind, version, i), data[start : start + CHUNK_BYTES])
         return len(data)
 
     def read(
         self, version: int, kind: Kind = "weights", *, go_on: Callable[[], None]
     ) -> tuple[dict[str, torch.Tensor], int]:
-        size = self._client.get(self._keys(kind, version))
+        size = self._client.get(self._keys.tensors(kind, version))
         if size is None:
             raise PolicyNotFound(f"policy version {version} is not in Redis: it was removed, or never written")
         data = bytearray(int(size))
         for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
-            chunk = self._client.get(self._keys(kind, version, i))
+            chunk = self._client.get(self._keys.tensors(kind, version, i))
             if chunk is None:
                 raise PolicyNotFound(f"policy version {version}: chunk {i} is missing in Redis")
             if len(chunk) != min(CHUNK_BYTES, len(data) - start):
@@ -134,15 +134,15 @@ class RedisTransport:
 
     def delete(self, version: int) -> None:
         for kind in get_args(Kind):
-            size = self._client.get(self._keys(kind, version))
+            size = self._client.get(self._keys.tensors(kind, version))
             if size is not None:
-                chunks = [self._keys(kind, version, i) for i in range(-(-int(size) // CHUNK_BYTES))]
-                self._client.unlink(self._keys(kind, version), *chunks)
+                chunks = [self._keys.tensors(kind, version, i) for i in range(-(-int(size) // CHUNK_BYTES))]
+                self._client.unlink(self._keys.tensors(kind, version), *chunks)
 
     def sweep(self, is_garbage: Callable[[int], bool]) -> None:
         """Looks at every key of the server once."""
         for kind in get_args(Kind):
-            root = self._keys(kind, "")
+            root = self._keys.tensors(kind, "")
             for key in self._client.scan_iter(match=root + "*", count=10_000):
                 if is_garbage(int(key.decode().removeprefix(root).partition(":")[0])):
                     self._client.unlink(key)

@@ -14,6 +14,8 @@ from sluice.common.errors import ConfigError, SluiceError
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.monitoring.diagnosis import explain_stall
 from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.pipeline import stages_for
+from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run
 
 
@@ -23,11 +25,11 @@ def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float
         raise ConfigError(f"run {run.name} has no evaluation.datasets in its config")
     heartbeats = read_heartbeats(client, run.keys).values()
     roles = {stats["role"] for stats in heartbeats} | {"eval" for stats in heartbeats if stats.get("evaluates")}
-    if missing := {"dataset", "eval", "reward"} - roles:
+    if missing := {stage.queue_for("eval") for stage in stages_for(run.config, "eval")} - roles:
         raise ConfigError(
             f"an evaluation needs workers on {', '.join(sorted(missing))}: start them with `sluice worker QUEUE`"
         )
-    newest = client.hget(run.keys("policy"), "version")
+    newest = read_pointer(client, run.keys).get("version")
     if newest is None:
         raise ConfigError(f"run {run.name} has published no policy yet: is its trainer running?")
     version = int(newest)

@@ -45,13 +45,12 @@ def metrics(name: str | None, all_runs: bool, listen: str | None) -> None:
 
 
 def _runs(client: redis.Redis) -> list[Run]:
-    from sluice.common.keys import RUNS
-    from sluice.common.run import open_run
+    from sluice.common.run import list_runs, open_run
 
     opened = []
-    for name in sorted(client.hkeys(RUNS)):
+    for name in list_runs(client):
         with suppress(ConfigError):  # deleted meanwhile
-            opened.append(open_run(client, name.decode()))
+            opened.append(open_run(client, name))
     return opened
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from sluice.common.config import Config
 from sluice.common.config.file import load_config
+from sluice.common.pipeline import FIRST, stage_on, stages_for
 from sluice.scripts.launcher.roles import assigned_gpus, check_gpus, trainer_gpus, trainer_role, worker_bounds
 from sluice.trainer.trackers import check_trackers
 
@@ -59,26 +60,21 @@ def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dic
         "groups_per_step": config.groups_per_step,
         "completions_per_step": config.groups_per_step * config.sampling.group_size,
         "groups_in_flight": config.max_in_flight,
-        "messages_per_group": ["rollout", *config.stages],
+        "messages_per_group": [stage.name for stage in stages_for(config) if stage is not FIRST],
         "machines": _machines(path, overrides, [role for role in roles if role["max"]]),
         "notes": _notes(config, roles),
     }
 
 
 def _worker(config: Config, queue: str, min_workers: int, max_workers: int) -> dict[str, Any]:
-    name = queue.partition(",")[0]
-    concurrency = {
-        "dataset": 1,
-        "reference": config.reference.concurrency,
-        "reward": config.reward.concurrency,
-    }.get(name, config.rollout.concurrency)
-    gpus = [] if name in ("dataset", "reward") else [assigned_gpus(config, queue, i) for i in range(max_workers)]
+    stage = stage_on(queue)
+    gpus = [assigned_gpus(config, queue, i) for i in range(max_workers)] if stage.needs_device else []
     return {
         "role": queue,
         "min": min_workers,
         "max": max_workers,
-        "pool": "prefork" if name == "reward" else "threads",
-        "concurrency": concurrency,
+        "pool": stage.pool,
+        "concurrency": stage.concurrency(config),
         "gpus": [each for each in gpus if each],
         "command": f"celery -A sluice worker -Q {queue}",
     }
@@ -114,7 +110,7 @@ def _machines(path: str, overrides: tuple[str, ...], roles: list[dict[str, Any]]
         {"where": "once, anywhere", "command": create},
     ]
     for role in roles:
-        needs_gpu = role["role"] not in ("dataset", "reward", "trainer")
+        needs_gpu = role["role"] != "trainer" and stage_on(role["role"]).needs_device
         alone = " each with its own CUDA_VISIBLE_DEVICES" if needs_gpu and role["max"] > 1 else ""
         count = "once" if role["max"] == role["min"] == 1 or role["role"] == "trainer" else f"{_count(role)} times"
         count += f", on any machine{alone}"

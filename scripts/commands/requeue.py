@@ -10,7 +10,7 @@ import redis
 from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.run import Run
-from sluice.dashboard.dead_letters import read_dead
+from sluice.dashboard.dead_letters import read_dead_letters
 
 
 def requeue_groups(client: redis.Redis, run: Run, groups: Sequence[str], *, url: str) -> list[str]:
@@ -18,7 +18,7 @@ def requeue_groups(client: redis.Redis, run: Run, groups: Sequence[str], *, url:
     chosen = [
         letter["group"]
         for name in groups
-        for letter in read_dead(client, run.keys, group=None if name == "all" else name)
+        for letter in read_dead_letters(client, run.keys, group=None if name == "all" else name)
     ]
     ledger = Ledger(client, run.keys, run.config, worker="requeue")
     app = make_app(run.name, url=os.environ.get("SLUICE_BROKER_URL") or url)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +15,9 @@ import redis
 
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
-from sluice.common.keys import RUNS, Keys
+from sluice.common.keys import Keys
+from sluice.common.operations.storage import memory_of_runs
+from sluice.common.run import RunRecord, list_runs
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 _SHOWN = (
@@ -149,16 +150,15 @@ def read_runs(client: redis.Redis) -> list[dict[str, Any]]:
     from sluice.common.monitoring.metrics import last_metrics
     from sluice.scripts.commands.archive import live_processes
 
-    created = {name.decode(): float(at) for name, at in client.hgetall(RUNS).items()}
-    memory = _memory(client)
+    created, memory = list_runs(client), memory_of_runs(client)
     found = []
     for name in sorted({*created, *memory}, key=lambda name: (created.get(name, math.inf), name)):
         keys = Keys(name)
-        metrics, status = last_metrics(client, keys), client.hget(keys("run"), "status")
+        metrics, status = last_metrics(client, keys), RunRecord(client, keys).status
         found.append(
             {
                 "run": name,
-                "status": status.decode() if status else "incomplete",
+                "status": status or "incomplete",
                 "step": int(metrics.get("step", 0)),
                 "reward": metrics.get("reward/mean"),
                 "live": len(live_processes(client, keys)),
@@ -167,27 +167,6 @@ def read_runs(client: redis.Redis) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _memory(client: redis.Redis) -> Counter[str]:
-    """Run -> bytes of Redis memory that its keys hold, on the data server."""
-    held: Counter[str] = Counter()
-    batch: list[bytes] = []
-
-    def measure() -> None:
-        with client.pipeline(transaction=False) as pipe:
-            for key in batch:
-                pipe.memory_usage(key)
-            for key, size in zip(batch, pipe.execute(), strict=True):
-                held[key.decode().partition("{")[2].partition("}:")[0]] += size or 0
-        batch.clear()
-
-    for key in client.scan_iter(match="sluice:{*}:*", count=1000):
-        batch.append(key)
-        if len(batch) >= 1000:
-            measure()
-    measure()
-    return held
 
 
 def _folders() -> Iterator[dict[str, Any]]:

@@ -32,7 +32,7 @@ from sluice.common.errors import ConfigError
 from sluice.common.monitoring.metrics import is_silent, read_heartbeats
 from sluice.common.operations.control import cancel_drain, default_who
 from sluice.common.policies.signing import RUN_KEY, make_key
-from sluice.common.run import Run, create_run, open_run, set_status
+from sluice.common.run import Run, RunRecord, create_run, list_runs, open_run
 from sluice.dashboard.auth import LOOPBACK, free_port, page_url
 from sluice.scripts.launcher.progress import Progress
 from sluice.scripts.launcher.redis_server import EmbeddedServer, reading_server, running_url, start_server
@@ -113,7 +113,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
             if secret(RUN_KEY) is None:
                 make_key(folder / KEY_FILE)
         code = _drive(client, run, url, server, interrupted, config_path)
-        is_finished = code == 0 and client.hget(run.keys("run"), "status") == b"finished"
+        is_finished = code == 0 and RunRecord(client, run.keys).status == "finished"
         if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
             from sluice.common.policies.store import store_folder
 
@@ -138,7 +138,7 @@ def _drive(
         run=run.name,
         url=url,
         folder=folder,
-        status=lambda: (client.hget(run.keys("run"), "status") or b"").decode(),
+        status=lambda: RunRecord(client, run.keys).status,
         trainer_is_alive=lambda: _trainer_is_alive(client, run),
         extra=pages,
         say=progress.say,
@@ -148,7 +148,7 @@ def _drive(
     started = time.monotonic()
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
     if address:
-        client.hset(run.keys("run"), "dashboard", address)
+        RunRecord(client, run.keys).set_dashboard(address)
         progress.say(f"dashboard at {address}")
     try:
         supervisor.start()
@@ -158,7 +158,7 @@ def _drive(
             progress.update()
     except RunFailed:
         with suppress(redis.ConnectionError):
-            set_status(client, run.keys, "failed")
+            RunRecord(client, run.keys).set_status("failed")
         raise
     finally:
         was_interrupted = interrupted()
@@ -169,12 +169,12 @@ def _drive(
             )
         supervisor.stop()
         with suppress(redis.ConnectionError, redis.TimeoutError):
-            client.hdel(run.keys("run"), "dashboard")
+            RunRecord(client, run.keys).set_dashboard("")
     if was_interrupted:
-        set_status(client, run.keys, "stopped")
+        RunRecord(client, run.keys).set_status("stopped")
     summary = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
     progress.say(summary.text)
-    if client.hget(run.keys("run"), "status") == b"drained":
+    if RunRecord(client, run.keys).status == "drained":
         progress.say(f"drained; go on with: sluice run {config_path} --resume {run.name}")
     if was_interrupted:
         progress.say(f"stopped; go on with: sluice run {config_path} --resume {run.name}")
@@ -267,9 +267,7 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
 
 
 def _newest_name(client: redis.Redis) -> str:
-    from sluice.common.keys import RUNS
-
-    runs = {name.decode(): float(created) for name, created in client.hgetall(RUNS).items()}
+    runs = list_runs(client)
     if not runs:
         raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
     return max(runs, key=lambda name: runs[name])

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from sluice.common.config import QUEUES
 from sluice.common.monitoring.diagnosis import explain_stall
-from sluice.common.monitoring.metrics import read_metrics
+from sluice.common.monitoring.metrics import last_entry, read_metrics
 from sluice.common.monitoring.queues import queue_depths
 from sluice.common.operations.control import effective
+from sluice.common.pipeline import QUEUES
 from sluice.common.run import Run
 
 LINE_EVERY_S = 5.0
@@ -44,10 +44,7 @@ class Progress:
         self._run = run
         self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
         self._bar: Bar | None = None
-        self._last_entry = "-"
-        entries = client.xrevrange(run.keys("metrics"), count=1)
-        if entries:  # a resumed run: only what is new
-            self._last_entry = entries[0][0].decode()
+        self._last_entry = last_entry(client, run.keys)  # of a resumed run, only what is new
         self._read_at = self._line_at = self._reported_at = self._said_at = 0.0
         self._moved_at = self._started_at = time.monotonic()
         self._first_step: int | None = None

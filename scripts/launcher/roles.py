@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from sluice.common.config import QUEUES, Config
+from sluice.common.config import Config
 from sluice.common.errors import ConfigError
+from sluice.common.pipeline import QUEUES, stage_on
 from sluice.common.policies.signing import RUN_KEY
 
 
@@ -72,7 +73,8 @@ def trainer_role(config: Config) -> Role:
 def key_environment(role: Role, key_file: Path | None) -> dict[str, str]:
     """The run's key for a role that publishes or loads policies: that of the file, else what is in our own environment. For
     the others, which run code of users among them, none."""
-    if role.name.partition("-")[0] not in ("trainer", "rollout", "eval", "reference"):
+    name = role.name.partition("-")[0]
+    if name != "trainer" and not (name in QUEUES and stage_on(name).needs_weights):
         return {RUN_KEY: "", f"{RUN_KEY}_FILE": ""}
     return {f"{RUN_KEY}_FILE": str(key_file)} if key_file else {}
 
@@ -106,9 +108,7 @@ def check_gpus(config: Config) -> None:
             f"{num_ranks} of several for all else); lower it, or start the roles one by one"
         )
     workers = planned_workers(config, at_most=True)
-    engines = [
-        assigned_gpus(config, *worker) or gpus for worker in workers if worker[0].startswith(("rollout", "eval"))
-    ]
+    engines = [assigned_gpus(config, *worker) or gpus for worker in workers if stage_on(worker[0]).name == "rollout"]
     for gpu in gpus:
         count = sum(gpu in engine for engine in engines)
         is_trainers = gpu in gpus[-num_ranks:] and len(gpus) > 1

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import redis
 
 from sluice.common.config.operations import ReplicaRange
-from sluice.common.ledger.scripts import Scripts
+from sluice.common.monitoring.metrics import write_event
 from sluice.common.operations.autoscale import read_scales
 from sluice.common.run import Run
 from sluice.scripts.launcher.roles import worker_bounds
@@ -26,7 +26,6 @@ class Scaler:
 
     def __init__(self, client: redis.Redis, run: Run, supervisor: Supervisor, *, say: Callable[[str], None]) -> None:
         self._client, self._run, self._supervisor, self._say = client, run, supervisor, say
-        self._script = Scripts(client, run.keys)
         ranges = {queue: getattr(run.config.replicas, queue.partition(",")[0]) for queue in worker_bounds(run.config)}
         self._queues = [queue for queue, count in ranges.items() if isinstance(count, ReplicaRange)]
         self._read_at = 0.0
@@ -36,7 +35,7 @@ class Scaler:
         if not self._queues or time.monotonic() - self._read_at < READ_EVERY_S:
             return
         self._read_at = time.monotonic()
-        scales = read_scales(self._client, self._run)
+        scales = read_scales(self._client, self._run.keys)
         for queue in self._queues:
             name = queue.partition(",")[0]
             min_workers, max_workers = worker_bounds(self._run.config)[queue]
@@ -52,6 +51,5 @@ class Scaler:
         if after == before:  # every number is taken by workers that drain
             return
         self._say(f"{queue} workers {before} -> {after}: {reason}")
-        fields = {"event": "scaled", "queue": queue, "from": before, "to": after, "reason": reason}
-        items = [item for pair in fields.items() for item in pair]
-        self._script("small", "XADD", "events", "MAXLEN", "~", 1000, "*", *items)
+        change = {"queue": queue, "from": before, "to": after, "reason": reason}
+        write_event(self._client, self._run.keys, "scaled", **change)

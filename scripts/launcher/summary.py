@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from sluice.common.ledger.ledger import Counters, read_counters
+from sluice.common.ledger.ledger import Counters, read_counters, read_usage
 from sluice.common.monitoring.metrics import read_metrics
 from sluice.common.run import Run
 from sluice.dashboard.terminal import sparkline
@@ -45,7 +45,7 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
         "reward_first": fmean(rewards[:ends]) if rewards else None,
         "reward_last": fmean(rewards[-ends:]) if rewards else None,
         "wall_s": round(wall_s, 2),
-        "generated_tokens": int(client.hget(run.keys("totals"), "generated_tokens") or 0),
+        "generated_tokens": read_usage(client, run.keys).generated_tokens,
         "trained_tokens": int(sum(metrics["num_tokens"] for metrics in latest.values())),
         "policy_age": _age_histogram(list(latest.values())),
         "ledger": counters.to_dict(),

@@ -1,8 +1,9 @@
--- Admission: hand out dataset cursors while there is credit. The caller holds the claim on each group's `task` stage.
--- ARGV: max_count groups, max_in_flight, max_bytes, trainer steps of the run, groups per step, lease_ms, holder
+-- Admission: hand out dataset cursors while there is credit. The caller holds the claim on each group's first stage.
+-- ARGV: max_count groups, max_in_flight, max_bytes, trainer steps of the run, groups per step, lease_ms, holder, first stage
 -- Returns {reason it stopped, policy version, cursor, cursor, ...}; nothing is admitted while the run is paused or drained
 local max_count, bound, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local num_steps, groups_per_step, lease_ms, holder = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+local num_steps, groups_per_step, lease_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local holder, stage = ARGV[7], ARGV[8]
 local version = redis.call('HGET', key('policy'), 'version')
 
 if not version then return { 'no_policy', -1 } end
@@ -32,8 +33,8 @@ for _ = 1, max_count do
   redis.call('SADD', key('credit'), group)
   redis.call('HINCRBY', key('counts:train'), 'admitted', 1)
   redis.call('HSET', key('g:' .. group), 'kind', 'train', 'stage', 'admitted', 'cursor', cursor, 'min_version', version,
-    'n:task', 1, 'by:task', holder, 't:admitted', seconds)
-  redis.call('ZADD', key('deadlines'), deadline, member(group, 'task'))
+    'n:' .. stage, 1, 'by:' .. stage, holder, 't:admitted', seconds)
+  make_pending(group, stage, deadline)
   out[#out + 1] = cursor
 end
 return out

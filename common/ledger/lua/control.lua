@@ -1,6 +1,6 @@
 -- An order to a run from outside: what it holds at, and settings other than those it was created with. All or nothing.
 -- ARGV: who, number of settings that the caller has judged by (-1 = any will do), these as key, value, ...; then per change:
---       hash (run | settings), field, value ('' = remove), and for the trail: key, old, new
+--       order | setting, field, value ('' = remove), and for the trail: key, old, new
 -- Returns {'done', changes made} (what holds already is no change) | {'moved'} (settings are others now: judge again)
 --       | {'refused', status} (the run has ended for good, or is gone)
 local who, num_seen = ARGV[1], tonumber(ARGV[2])
@@ -15,10 +15,11 @@ end
 
 local step, changed = redis.call('HGET', key('policy'), 'step') or '0', 0
 for i = first, #ARGV, 6 do
-  local place, field, value = key(ARGV[i]), ARGV[i + 1], ARGV[i + 2]
+  local is_order, field, value = ARGV[i] == 'order', ARGV[i + 1], ARGV[i + 2]
+  local place = key(is_order and 'run' or 'settings')
   local held = redis.call('HGET', place, field) or ''
   -- whoever paused a run first is who it was paused by
-  local is_same = held == value or (ARGV[i] == 'run' and held ~= '' and value ~= '')
+  local is_same = held == value or (is_order and held ~= '' and value ~= '')
   if not is_same then
     if value == '' then redis.call('HDEL', place, field) else redis.call('HSET', place, field, value) end
     redis.call('XADD', key('controls'), 'MAXLEN', '~', '1000', '*', 'at', now_s(), 'who', who, 'step', step,

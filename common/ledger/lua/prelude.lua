@@ -14,10 +14,10 @@
 --   live:<kind>        set      groups admitted and not yet settled: the ledger's in_flight
 --   credit             set      training groups that hold an admission credit
 --   g:<group>          hash     kind, stage, cursor, min_version, pinned, version, samples, bytes, eval,
---                               payloads task|rollout|reward|reference, and per stage: n:<stage> claims, by:<stage> worker,
---                               w:<stage> who did it,
---                               s:<stage> times sent again; t:<stage> seconds
---   deadlines          zset     "<group>|<stage>" -> ms: every stage somebody owes us
+--                               <stage>: its result, and per stage of common/pipeline.py n:<stage> claims, by:<stage> worker,
+--                               w:<stage> who did it, s:<stage> times sent again, t:<stage> and t:<stage>_started seconds
+--   pending:<group>    set      stages of a group that are pending; they are made and removed together with their deadlines
+--   deadlines          zset     "<group>|<stage>" -> ms: every pending stage
 --   stream:<version>   stream   groups ready for training, filed under their oldest version; consumer group `trainer`
 --   versions           zset     versions that have a stream
 --   batch:<step>       list     manifest of a trainer step: "<version>|<entry>|<group>"
@@ -25,11 +25,18 @@
 --   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
 --   filtered           string   groups dropped for equal rewards since the last batch was taken
 --   readers            zset     "<version>|<reader>" -> ms until which a process that fetches a version keeps it
---   processes          zset     process -> ms of its last heartbeat; process:<process> string: its facts, with a time to live
+--   processes          zset     process -> ms of its last heartbeat
+--   process:<process>  string   its facts, with a time to live
+--   tick               string   the dataset worker that looks after the run, for a second
 --   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at
+--   manifests          hash     version -> its manifest, signed where the run has a key
+--   weights:<version>  string   bytes of a version that travels through Redis; in chunks, weights:<version>:<i>
+--   delta:<version>    string   the same of what changed since the version before
 --   wanted_whole       string   the version that a reader last failed to verify
 --   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
 --   events             stream   capped; policy published, dead letters, scaled (queue, from, to, reason), ...
+--   metrics            stream   capped; one entry per trainer step: metric -> number
+--   samples            stream   capped; sample: a trained group for people to read
 --   autoscale          hash     queue -> JSON {desired, have, min, max, reason, at, since, ...} (common/operations/autoscale.py)
 --   bytes              string   payload bytes held by groups
 --   dead               zset     dead-lettered groups -> ms; their hash is kept
@@ -37,6 +44,8 @@
 --   eval:<id>          hash     one evaluation: dataset, version, total, done; admitted:<group>, and result:<group> or
 --                               dead:<group>; when all are in, summary instead of admitted: and result: (fold_eval.lua);
 --                               reported: its result is in the metrics
+--   mq:<queue>         list     Celery's messages; other keys under mq: are Celery's own
+--   mq:rejected        list     elements that were no messages, the newest ones (common/connections/transport.py)
 --
 -- Every script is atomic and idempotent: a second call with the same arguments changes nothing. A failed script is not
 -- rolled back, so scripts check first and write after.
@@ -67,12 +76,6 @@ end
 
 local function member(group, stage) return group .. '|' .. stage end
 
-local function split(text)
-  local out = {}
-  for word in string.gmatch(text, '[^,]+') do out[#out + 1] = word end
-  return out
-end
-
 -- Age of version v seen from cur, in optimizer steps: the distance through their fork. 1e9 when v is not in the lineage.
 local function policy_age(v, cur)
   local function node(version)
@@ -100,12 +103,37 @@ local function record_evaluated(id, field, value)
   end
 end
 
--- Remove every trace of work still pending for a group.
+-- A stage of a group is pending from now on. Returns whether it was not before; then `deadline` (ms) is left as it is.
+local function make_pending(group, stage, deadline)
+  if redis.call('SADD', key('pending:' .. group), stage) == 0 then return false end
+  redis.call('ZADD', key('deadlines'), deadline, member(group, stage))
+  return true
+end
+
+local function remove_pending(group, stage)
+  redis.call('SREM', key('pending:' .. group), stage)
+  redis.call('ZREM', key('deadlines'), member(group, stage))
+end
+
+-- Remove every trace of work still pending for a group, whatever stages it has.
 local function forget_work(group)
-  for _, stage in ipairs({ 'task', 'rollout', 'reward', 'reference' }) do
+  for _, stage in ipairs(redis.call('SMEMBERS', key('pending:' .. group))) do
     redis.call('ZREM', key('deadlines'), member(group, stage))
   end
+  redis.call('DEL', key('pending:' .. group))
   redis.call('SREM', key('credit'), group)
+end
+
+-- Make pending what can begin: stages that are not stored, while all that they wait for is. Returns those that were not
+-- pending before. plan: every stage of the group with what it waits for, "task< rollout<task judge<rollout,reward".
+local function begin_stages(group, plan, deadline)
+  local g, begun = key('g:' .. group), {}
+  for stage, needs in string.gmatch(plan, '([^ <]+)<([^ ]*)') do
+    local can_begin = redis.call('HEXISTS', g, stage) == 0
+    for need in string.gmatch(needs, '[^,]+') do can_begin = can_begin and redis.call('HEXISTS', g, need) == 1 end
+    if can_begin and make_pending(group, stage, deadline) then begun[#begun + 1] = stage end
+  end
+  return begun
 end
 
 -- A group leaves the ledger's in_flight under `outcome`, once, and its payload is freed.

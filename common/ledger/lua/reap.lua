@@ -6,13 +6,13 @@ local max_attempts, queued_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
 local now = now_ms()
 local out = {}
 for _, pending in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, ARGV[3])) do
-  local group, stage = string.match(pending, '^(.+)|(%a+)$')
+  local group, stage = string.match(pending, '^(.+)|([^|]+)$')
   local g = key('g:' .. group)
   local kind, holder = redis.call('HGET', g, 'kind'), redis.call('HGET', g, 'by:' .. stage)
   if not redis.call('ZSCORE', key('deadlines'), pending) then
     -- nothing: its group has just died of another stage
   elseif not kind then
-    redis.call('ZREM', key('deadlines'), pending)
+    remove_pending(group, stage)
   elseif holder and tonumber(redis.call('HGET', g, 'n:' .. stage)) >= max_attempts then
     local last = redis.call('HGET', g, 'last_error') or 'no error was reported'
     dead_letter(group, kind, 'lease_expired', stage .. ' held by ' .. holder .. ' was not renewed; before that: ' .. last, holder)

@@ -1,22 +1,11 @@
 -- A dead-lettered group gets another life: fresh attempts for the stages it still lacks.
--- ARGV: group, queued_ms, stages that a complete group has (comma-separated)
+-- ARGV: group, queued_ms, plan (begin_stages)
 -- Returns the stages to send; none when the group is not dead.
-local group, queued_ms, complete = ARGV[1], tonumber(ARGV[2]), split(ARGV[3])
+local group, queued_ms, plan = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local g = key('g:' .. group)
 if redis.call('ZSCORE', key('dead'), group) == false then return {} end
 
 local kind, reason = redis.call('HGET', g, 'kind'), redis.call('HGET', g, 'dead_reason')
-local pending = {}
-if redis.call('HEXISTS', g, 'task') == 0 then
-  pending = { 'task' }
-elseif redis.call('HEXISTS', g, 'rollout') == 0 then
-  pending = { 'rollout' }
-else
-  for _, stage in ipairs(complete) do
-    if redis.call('HEXISTS', g, stage) == 0 then pending[#pending + 1] = stage end
-  end
-end
-
 redis.call('ZREM', key('dead'), group)
 redis.call('SADD', key('live:' .. kind), group)
 if redis.call('HINCRBY', key('counts:' .. kind), 'dead:' .. reason, -1) == 0 then
@@ -30,9 +19,7 @@ if id then
   redis.call('HSET', key('evaluations'), id, redis.call('HGET', g, 'pinned'))
 end
 redis.call('HDEL', g, 'dead_reason', 'dead_detail', 'dead_worker', 'last_error')
-redis.call('HSET', g, 'stage', pending[1] == 'task' and 'admitted' or 'requeued')
-for _, stage in ipairs(pending) do
-  redis.call('HDEL', g, 'n:' .. stage, 'by:' .. stage, 's:' .. stage)
-  redis.call('ZADD', key('deadlines'), now_ms() + queued_ms, member(group, stage))
-end
-return pending
+redis.call('HSET', g, 'stage', 'requeued')
+local begun = begin_stages(group, plan, now_ms() + queued_ms)
+for _, stage in ipairs(begun) do redis.call('HDEL', g, 'n:' .. stage, 'by:' .. stage, 's:' .. stage) end
+return begun

@@ -1,10 +1,10 @@
 -- A finished stage arrives. The first result of a stage wins, whichever attempt it came from; a later one is refused.
--- ARGV: group, stage, payload, policy version ('' unless stage is rollout), queued_ms, stages that follow this one,
---       stages that a complete group has (comma-separated), generated tokens,
+-- ARGV: group, stage, payload, policy version ('' unless tokens were generated), queued_ms, plan (begin_stages),
+--       stage whose result an evaluation keeps, generated tokens,
 --       groups per step, and '' or, where the rewards say that the group teaches nothing, how many such may be dropped per batch
 -- Returns {'refused'} | {'stored', stage to send, ...} | {'waiting'} | {'ready'} | {'scored'} | {'dropped'}
 local group, stage, payload, version = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local queued_ms, following, complete = tonumber(ARGV[5]), split(ARGV[6]), split(ARGV[7])
+local queued_ms, plan, evaluated = tonumber(ARGV[5]), ARGV[6], ARGV[7]
 local g, pending = key('g:' .. group), member(group, stage)
 
 if not redis.call('ZSCORE', key('deadlines'), pending) then
@@ -24,7 +24,7 @@ if ARGV[10] ~= '' and redis.call('HGET', g, 'kind') == 'train' then
   redis.call('HINCRBY', key('counts:train'), 'kept_for_bound', 1)
 end
 
-redis.call('ZREM', key('deadlines'), pending)
+remove_pending(group, stage)
 redis.call('HSET', g, stage, payload, 't:' .. stage, now_s())
 local holder = redis.call('HGET', g, 'by:' .. stage)
 if holder then redis.call('HSET', g, 'w:' .. stage, holder) end
@@ -36,19 +36,15 @@ if version ~= '' then
   redis.call('HINCRBY', key('totals'), 'generated_tokens', ARGV[8])
 end
 
-if #following > 0 then
-  local deadline = now_ms() + queued_ms
-  for _, name in ipairs(following) do redis.call('ZADD', key('deadlines'), deadline, member(group, name)) end
-  table.insert(following, 1, 'stored')
-  return following
+local begun = begin_stages(group, plan, now_ms() + queued_ms)
+if #begun > 0 then
+  table.insert(begun, 1, 'stored')
+  return begun
 end
-
-for _, name in ipairs(complete) do
-  if redis.call('HEXISTS', g, name) == 0 then return { 'waiting' } end
-end
+if redis.call('SCARD', key('pending:' .. group)) > 0 then return { 'waiting' } end
 
 if redis.call('HGET', g, 'kind') == 'eval' then
-  record_evaluated(redis.call('HGET', g, 'eval'), 'result:' .. group, redis.call('HGET', g, 'reward'))
+  record_evaluated(redis.call('HGET', g, 'eval'), 'result:' .. group, redis.call('HGET', g, evaluated))
   settle(group, 'eval', 'scored')
   return { 'scored' }
 end

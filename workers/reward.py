@@ -43,7 +43,8 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
     """Register the task of this queue; returns pool and concurrency. Raises ConfigError when a reward does not import."""
     context = Context.open(app, role)
     config = context.run.config.reward
-    host = RewardRole(context, load_reward_functions(config.functions))
+    functions = load_reward_functions(config.functions, code_folder=context.run.config.code_folder)
+    host = RewardRole(context, functions)
     app.task(
         host.score,
         name="reward.score",

@@ -10,12 +10,12 @@ import redis
 
 from sluice.common.config import QUEUES
 from sluice.common.ledger.ledger import read_account
-from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, paused
-from sluice.common.monitoring.metrics import is_silent, last_metrics, newest_metrics, read_heartbeats
+from sluice.common.monitoring.diagnosis import alarms, stall_cause
+from sluice.common.monitoring.heartbeats import read_heartbeats
+from sluice.common.monitoring.metric_stream import last_metrics, newest_metrics
 from sluice.common.monitoring.queues import read_queues
 from sluice.common.run import Run
 
-STALLED_AFTER_S = 5.0
 CURVE_STEPS = 200
 "Newest steps that the terminal's curve and the time that remains are made of."
 
@@ -31,7 +31,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
     beats = read_heartbeats(client, run.keys)
     status = record.get(b"status", b"?").decode()
     queues = read_queues(client, run, QUEUES)
-    cause = _stall_cause(client, run, beats) if status == "running" else None
+    cause = stall_cause(client, run, beats) if status == "running" else None
     alarmed = alarms(client, run) if status == "running" else []
     return {
         "run": run.name,
@@ -74,16 +74,3 @@ def _desired_replicas(client: redis.Redis, run: Run) -> dict[str, int]:
     """What the load asks for, per queue (common/operations/autoscale.py)."""
     wishes = client.hgetall(run.keys("autoscale"))
     return {queue.decode(): int(json.loads(wish)["desired"]) for queue, wish in wishes.items()}
-
-
-def _stall_cause(client: redis.Redis, run: Run, beats: dict[str, dict[str, Any]]) -> Cause | None:
-    """Why no step is made; none where one is being made."""
-    if held := paused(client, run):
-        return held
-    trainer = next((facts for facts in beats.values() if facts["role"] == "trainer"), None)
-    if trainer is None:
-        return Cause("no_trainer", "no trainer is running")
-    if is_silent(trainer):
-        text = f"the trainer has been silent for {trainer['silent_s']:.0f} s: dead, stopped or cut off"
-        return Cause("silent_trainer", text)
-    return diagnose(client, run) if trainer.get("waiting_s", 0.0) > STALLED_AFTER_S else None

@@ -16,7 +16,7 @@ import redis
 
 from sluice.common.errors import ConfigError
 from sluice.common.keys import RUNS
-from sluice.common.monitoring.metrics import read_metrics
+from sluice.common.monitoring.metric_stream import read_metrics
 from sluice.common.run import Run, open_run
 from sluice.common.serialization import decode
 from sluice.dashboard.run_state import collect_status

@@ -30,8 +30,8 @@ from sluice.common.models.logprobs import score_sequences
 from sluice.trainer.checkpoint import TrainerState, go_on_from, newest_checkpoint, random_state, save_checkpoint
 from sluice.trainer.examples import Example, ExampleSource, micro_batches_of
 from sluice.trainer.export import export_checkpoint
-from sluice.trainer.report import append_line
 from sluice.trainer.scorer import autocast
+from sluice.trainer.step_metrics import append_line
 from sluice.trainer.trained_policy import TrainedPolicy
 
 log = logging.getLogger("sluice.sft")

@@ -30,13 +30,10 @@ TARGETS = {
     "sluice.common.serialization": {"encode": "codec", "decode": "codec"},
     "sluice.common.ledger.scripts": {"Scripts.__call__": "ledger_calls"},
     "sluice.common.connections.broker": {"send": "publish_message"},
-    "sluice.workers.context": {"Context.perform": "task_rest", "Context._beat_until_stopped": "heart"},
+    "sluice.workers.context": {"Context.perform": "task_rest", "Context._keep_leases": "heart"},
     "sluice.trainer.loop": {"Trainer._train_on": "step_rest", "Trainer._next_batch": "take_batch"},
-    "sluice.trainer.report": {
-        "Reporter.report": "metrics",
-        "Reporter.keep_samples": "metrics",
-        "flow_metrics": "metrics",
-    },
+    "sluice.trainer.step_metrics": {"Reporter.report": "metrics", "FlowMeter.metrics": "metrics"},
+    "sluice.trainer.samples": {"Samples.keep": "metrics"},
 }
 """Module -> qualified name -> kind."""
 KINDS = tuple(dict.fromkeys(kind for names in TARGETS.values() for kind in names.values()))

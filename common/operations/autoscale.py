@@ -39,7 +39,7 @@ import redis
 from sluice.common.config import QUEUES, Config
 from sluice.common.config.operations import AutoscaleConfig
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.monitoring.metrics import is_silent, read_heartbeats
+from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.monitoring.queues import queue_depths
 from sluice.common.run import Run
 

@@ -28,7 +28,7 @@ from sluice.common.keys import RUNS, Keys
 from sluice.common.ledger.ledger import read_account
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.monitoring.diagnosis import broker_client
-from sluice.common.monitoring.metrics import is_silent, read_heartbeats
+from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.operations.control import read_orders
 from sluice.common.run import Run
 from sluice.common.serialization import decode

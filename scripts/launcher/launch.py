@@ -29,7 +29,7 @@ from sluice.common.config.trainer import PEFT_MISSING
 from sluice.common.connections.client import connect, give_up_after
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
-from sluice.common.monitoring.metrics import is_silent, read_heartbeats
+from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.operations.control import default_who, lift_drain
 from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, create_run, open_run, set_status

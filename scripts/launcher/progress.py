@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 
 from sluice.common.config import QUEUES
 from sluice.common.monitoring.diagnosis import explain_stall
-from sluice.common.monitoring.metrics import read_metrics
+from sluice.common.monitoring.metric_stream import read_metrics
 from sluice.common.monitoring.queues import queue_depths
 from sluice.common.operations.control import effective
 from sluice.common.run import Run

@@ -1,6 +1,5 @@
-"""Numbers about the run: a capped Redis stream (one entry per trainer step), and heartbeats of every process.
+"""Heartbeats of every process: what it says of itself once a second, from a thread of its own.
 
-Metric names are those that users of TRL, verl and torchforge already read (docs/algorithms.md lists them with formulas).
 A heartbeat is a record with a time to live, stamped with Redis' clock: a process that stops beating is called silent after
 SILENT_AFTER_S, and disappears from `sluice status` by itself.
 """
@@ -8,15 +7,22 @@ SILENT_AFTER_S, and disappears from `sluice status` by itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
+from sluice.common.connections.client import connect
 from sluice.common.errors import SerializationError
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.serialization import decode_json
+
+log = logging.getLogger("sluice.heartbeat")
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TTL_S = 15
@@ -35,33 +41,59 @@ SILENT_AFTER_S = 4.0
 """Three beats missed: dead, stopped or cut off."""
 
 
-def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float], *, max_length: int) -> None:
-    """Append one trainer step. Works while Redis is full, too."""
-    fields = [text for name, value in metrics.items() for text in (name, f"{value:.15g}")]
-    Scripts(client, keys)("small", "XADD", "metrics", "MAXLEN", "~", max_length, "*", *fields)
+def connect_quickly() -> redis.Redis:
+    """A connection that gives up within seconds, for heartbeats and event loops, which must not hang in a command."""
+    return connect(retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
 
 
-def read_metrics(
-    client: redis.Redis, keys: Keys, *, after: str = "-", count: int | None = None
-) -> list[tuple[str, dict[str, float]]]:
-    """(entry id, metrics) of the steps after an entry id, oldest first."""
-    start = after if after == "-" else f"({after}"
-    entries = client.xrange(keys("metrics"), min=start, max="+", count=count)
-    return [(entry.decode(), _floats(fields)) for entry, fields in entries]
+class HeartbeatThread:
+    """Beats until closed, whatever the process itself waits for."""
 
+    def __init__(
+        self,
+        client: redis.Redis,
+        keys: Keys,
+        process: str,
+        *,
+        facts: Callable[[], Mapping[str, Any]],
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+        on_error: Callable[[redis.RedisError], None] = lambda error: log.warning("no heartbeat: %s", error),
+        period_s: float = HEARTBEAT_S,
+    ) -> None:
+        """client: a connection of the thread's own that gives up quickly (`connect_quickly`).
 
-def last_metrics(client: redis.Redis, keys: Keys) -> dict[str, float]:
-    """The newest value of every metric of the last entries; empty before the first."""
-    return {name: value for line in newest_metrics(client, keys, count=20) for name, value in line.items()}
+        facts: what the process says of itself. before, after: called beside each beat. on_error: told of what any of these
+        raises of Redis; the next beat follows all the same.
+        """
+        self._client, self._keys, self._process = client, keys, process
+        self._facts, self._before, self._after, self._on_error = facts, before, after, on_error
+        self._period_s = period_s
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
+    def start(self) -> None:
+        self._thread.start()
 
-def newest_metrics(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[str, float]]:
-    """The last entries, oldest first."""
-    return [_floats(fields) for _, fields in reversed(client.xrevrange(keys("metrics"), count=count))]
+    def close(self) -> None:
+        """Stop, and leave the list of processes."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        try:
+            silence(self._client, self._keys, self._process)
+        except redis.RedisError as error:
+            log.warning("could not sign off: %s", error)
 
-
-def _floats(fields: Mapping[bytes, bytes]) -> dict[str, float]:
-    return {name.decode(): float(value) for name, value in fields.items()}
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._before()
+                beat(self._client, self._keys, self._process, self._facts())
+                self._after()
+            except redis.RedisError as error:
+                self._on_error(error)
+            self._closed.wait(self._period_s)
 
 
 def beat(client: redis.Redis, keys: Keys, process: str, facts: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ from sluice.common.keys import Keys
 from sluice.common.models.lora import merge_adapter
 from sluice.common.policies.canary import CanarySequence, adapter_share, mean_difference
 from sluice.common.policies.manifest import Manifest, Policy
-from sluice.common.policies.store import PolicyStore
+from sluice.common.policies.reader import PolicyReader
 from sluice.common.types import Completion
 from sluice.workers.engine import Engine, GenerationRequest
 
@@ -61,7 +61,7 @@ class ServedPolicy:
         self._base: Policy | None = None
         self._compared = -1
         self._client, self._keys, self._config, self._engine = client, keys, config, engine
-        self._store = PolicyStore(client, keys, config)
+        self._store = PolicyReader(client, keys, config)
         self._gate = _VersionGate()
         self._staging = threading.Lock()
         self._staged = -1, ""
@@ -155,7 +155,7 @@ class ServedPolicy:
     def _base_tensors(self) -> Mapping[str, torch.Tensor]:
         """Version 0, which all adapters are upon: fetched with the first of them, and held from then on."""
         if self._base is None:
-            store = PolicyStore(self._client, self._keys, self._config)  # of its own: what was fetched last is told of
+            store = PolicyReader(self._client, self._keys, self._config)  # of its own: what was fetched last is told of
             manifest, tensors = store.fetch(0)
             self._base = Policy(manifest=manifest, tensors=tensors)
         return self._base.tensors

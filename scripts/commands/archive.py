@@ -146,7 +146,7 @@ def checked_folder(folder: Path, name: str) -> Path:
 
 def remove_policies(config: Config, name: str) -> None:
     """The published policies of a run that lie in a folder of this machine."""
-    from sluice.common.policies.store import store_folder
+    from sluice.common.policies.transports import store_folder
 
     if config.policy_store.transport == "directory":
         shutil.rmtree(store_folder(config.policy_store, name), ignore_errors=True)

@@ -115,7 +115,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         code = _drive(client, run, url, server, interrupted, config_path)
         is_finished = code == 0 and client.hget(run.keys("run"), "status") == b"finished"
         if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
-            from sluice.common.policies.store import store_folder
+            from sluice.common.policies.transports import store_folder
 
             shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
         return code

@@ -211,6 +211,11 @@ class TrainerConfig(Section):
         return self
 
     @property
+    def has_user_functions(self) -> bool:
+        """Whether loss, advantage or objective is a user's own code."""
+        return self.objective is not None or is_function_path(self.loss.loss) or is_function_path(self.advantage)
+
+    @property
     def microbatch_tokens(self) -> int:
         """Tokens of one forward and backward pass, at most."""
         return self.max_tokens_per_microbatch or self.local_batch_size * self.seq_len

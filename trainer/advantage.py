@@ -9,7 +9,6 @@ Legend: G = completions of one group. Formulas and sources: docs/algorithms.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -22,8 +21,6 @@ EPS = 1e-4
 """Added to every standard deviation (TRL's value): keeps nearly equal rewards from becoming large advantages."""
 
 _BATCH_METHODS = ("batch", "reinforce_pp")
-AdvantageFunction = Callable[[list[Tensor]], list[Tensor]]
-"""What `trainer.advantage` names by a path: rewards [G] of every group of a step, nan = unscorable -> advantages [G] of each."""
 
 
 def compute_advantages(rewards: Tensor, *, method: str = "group") -> Tensor:

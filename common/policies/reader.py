@@ -28,10 +28,9 @@ from sluice.common.errors import DigestMismatch, PolicyError
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.policies import delta
-from sluice.common.policies.chain import ManifestChain
 from sluice.common.policies.digest import policy_digest
-from sluice.common.policies.manifest import Manifest, Policy
-from sluice.common.policies.retention import Readers
+from sluice.common.policies.manifest import Manifest, ManifestChain, Policy
+from sluice.common.policies.retention import Retention
 from sluice.common.policies.signing import Signer
 from sluice.common.policies.transports import open_transport
 
@@ -49,7 +48,7 @@ class PolicyReader:
         self._anchor_every = config.anchor_every if config.delta else 1
         self._chain = ManifestChain(client, keys, signer or Signer.of_environment(keys.run))
         self._transport = open_transport(client, keys, config)
-        self._readers = Readers(client, keys)
+        self._retention = Retention(client, keys, chain=self._chain, transport=self._transport, keep=config.keep)
         self._scripts = Scripts(client, keys)
         self._held: Policy | None = None
         "the version that the next one may be a delta on"
@@ -78,7 +77,7 @@ class PolicyReader:
         """Verified tensors of a version, not to be written to. Raises PolicyNotFound, SignatureRefused, DigestMismatch."""
         began = time.monotonic()
         # A reader is entered before it looks at the manifest, so that what that names cannot be collected under it.
-        with self._readers.reading(version) as go_on:
+        with self._retention.reading(version) as go_on:
             manifest = self.manifest(version)
             held = self._held if self._held and self._held.manifest.version < version else None
             try:

@@ -16,7 +16,7 @@ import redis
 
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.policies.chain import ManifestChain
+from sluice.common.policies.manifest import ManifestChain
 from sluice.common.policies.transports import Transport
 from sluice.common.run import process_name
 
@@ -24,12 +24,17 @@ READER_S = 120.0
 """A reader that says nothing for so long is taken for dead."""
 
 
-class Readers:
-    """The processes that fetch a version of one run."""
+class Retention:
+    """Keeps the versions of one run that are needed, and frees the others."""
 
-    def __init__(self, client: redis.Redis, keys: Keys) -> None:
-        self._client, self._keys = client, keys
+    def __init__(
+        self, client: redis.Redis, keys: Keys, *, chain: ManifestChain, transport: Transport, keep: int
+    ) -> None:
+        """keep: how many of the newest versions stay."""
+        self._client, self._keys, self._keep = client, keys, keep
+        self._chain, self._transport = chain, transport
         self._scripts = Scripts(client, keys)
+        self._has_swept = False
 
     @contextmanager
     def reading(self, version: int) -> Iterator[Callable[[], None]]:
@@ -49,32 +54,12 @@ class Readers:
         finally:
             self._scripts("reader", entry, 0)
 
-    def versions(self) -> set[int]:
+    def _read_versions(self) -> set[int]:
         """Versions that a process is fetching."""
         seconds, microseconds = self._client.time()
         now_ms = seconds * 1000 + microseconds // 1000
         self._client.zremrangebyscore(self._keys("readers"), "-inf", now_ms)
         return {int(entry.partition(b"|")[0]) for entry in self._client.zrange(self._keys("readers"), 0, -1)}
-
-
-class Retention:
-    """Frees the versions of one run that nothing needs any more."""
-
-    def __init__(
-        self,
-        client: redis.Redis,
-        keys: Keys,
-        *,
-        chain: ManifestChain,
-        transport: Transport,
-        readers: Readers,
-        keep: int,
-    ) -> None:
-        """keep: how many of the newest versions stay."""
-        self._client, self._keys = client, keys
-        self._chain, self._transport, self._readers = chain, transport, readers
-        self._keep = keep
-        self._has_swept = False
 
     def sweep(self, *, before: int) -> None:
         """Once per process, before its first bytes: free what no manifest names.
@@ -82,14 +67,14 @@ class Retention:
         A version that is not older than `before` may be being written by a trainer that has replaced this one.
         """
         if not self._has_swept:
-            needed = {*self._chain.versions(), *self._readers.versions()}
+            needed = {*self._chain.versions(), *self._read_versions()}
             self._transport.sweep(lambda version: version < before and version not in needed)
             self._has_swept = True
 
     def collect_garbage(self) -> None:
         """Free the tensors, then the manifest, of every version that need not stay."""
         stored = self._chain.versions()
-        needed = {0, *(int(v) for v in self._client.hvals(self._keys("evaluations"))), *self._readers.versions()}
+        needed = {0, *(int(v) for v in self._client.hvals(self._keys("evaluations"))), *self._read_versions()}
         needed |= {*stored[-self._keep :]}
         needed |= {base for version in needed.intersection(stored) for base in self._chain.base_chain(version)}
         for version in stored:

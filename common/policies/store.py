@@ -4,7 +4,7 @@
 
 Versions only grow. The manifest names (version, trainer step, incarnation, parent); the pointer lives in Redis, so all
 roles agree on it whichever transport carries the bytes (`transports.py`). Readers: `reader.py`; the chain of deltas:
-`chain.py`; which versions stay: `retention.py`.
+`manifest.py`; which versions stay: `retention.py`.
 
 Whole is the first version that a trainer process publishes, every `policy_store.anchor_every`th, and each one that differs
 too much from the version before.
@@ -29,7 +29,6 @@ from sluice.common.policies.canary import CanarySequence
 from sluice.common.policies.digest import policy_digest, tensor_digest, weights_digest
 from sluice.common.policies.manifest import Manifest, Policy
 from sluice.common.policies.reader import PolicyReader
-from sluice.common.policies.retention import Retention
 from sluice.common.policies.signing import Signer
 
 
@@ -41,9 +40,6 @@ class PolicyStore(PolicyReader):
     ) -> None:
         """signer: by default with the key of the environment, if there is one."""
         super().__init__(client, keys, config, signer=signer)
-        self._retention = Retention(
-            client, keys, chain=self._chain, transport=self._transport, readers=self._readers, keep=config.keep
-        )
         self._announced: dict[int, str] = {}
         self._mended = -1
 
@@ -152,7 +148,7 @@ class PolicyStore(PolicyReader):
         manifest = self.manifest(version)
         assert manifest.num_bytes, f"policy version {version} is a delta"
         try:
-            with self._readers.reading(version) as go_on:
+            with self._retention.reading(version) as go_on:
                 self._load(manifest, held=None, go_on=go_on)
         except PolicyError:
             if weights_digest(tensors) != manifest.digest:

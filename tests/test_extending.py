@@ -15,7 +15,7 @@ from builders import letter_tokenizer, make_config
 from test_parallel import make_groups
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from sluice.common.config import Config
+from sluice.common.config import Config, RewardFunction
 from sluice.common.config.file import load_config
 from sluice.common.errors import ConfigError, PolicyNotFound
 from sluice.common.keys import Keys
@@ -23,6 +23,7 @@ from sluice.common.policies.store import PolicyStore
 from sluice.scripts.launcher.launch import preflight, with_absolute_paths
 from sluice.trainer.distributed.parallel import open_policy
 from sluice.trainer.step import train_on
+from sluice.workers.rewards.loading import load_reward_functions
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
 REWARDS = {"functions": [{"function": "sluice.workers.rewards.MathReward"}]}
@@ -156,6 +157,34 @@ print(sys.modules["trainer"].__file__, redis.__version__, types.FunctionType.__n
     ).stdout.splitlines()
     assert shown[0] == "[]"
     assert shown[1].startswith(str(tmp_path / "trainer.py")) and shown[1].endswith("function")
+
+
+def test_rewards_are_found_as_modules_of_the_configs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what they import beside them."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "my_scores").mkdir()
+    (tmp_path / "my_scores" / "length.py").write_text("LIMIT = 3.0\n")
+    (tmp_path / "my_scores" / "rewards.py").write_text(
+        "from .length import LIMIT\ndef short(prompt, response, target):\n    return LIMIT - len(response)\n"
+    )
+    entries = [RewardFunction(function="my_scores.rewards.short")]
+    (reward,) = load_reward_functions(entries, code_folder=str(tmp_path))
+    assert reward.function("", "ab", None) == 1.0
+    assert sys.path[0] != str(tmp_path) and str(tmp_path) in sys.path
+
+
+def test_from_the_loop_to_the_formula_of_a_loss_are_six_calls(tmp_path: Path, model_folder: Path) -> None:
+    """Trainer.train -> _train_on -> train_on, and from there as the stack shows."""
+    (tmp_path / "traced.py").write_text(
+        "import inspect\nfound = []\n"
+        "def f(config, tokens):\n"
+        "    found[:] = [(f.function, f.filename) for f in inspect.stack()]\n"
+        "    return -tokens.log_ratio * tokens.advantages\n"
+    )
+    one_step(config_of(model_folder, loss={"loss": f"{tmp_path / 'traced.py'}:f"}))
+    stack = sys.modules[next(name for name in sys.modules if name.startswith("sluice_user_traced"))].found
+    names = [name for name, _ in stack]
+    assert names[: names.index("train_on") + 1] == ["f", "policy_loss", "optimize", "optimize", "train_on"]
 
 
 def test_paths_to_files_are_stored_as_absolute_ones(tmp_path: Path) -> None:

@@ -166,6 +166,21 @@ def test_two_ranks_make_the_steps_of_one(
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_a_users_loss_is_that_of_every_rank(two_ranks: Ranks, model_folder: Path, tmp_path: Path) -> None:
+    """Also where it replaces another while the run goes on."""
+    (tmp_path / "mine.py").write_text(
+        "def f(config, tokens):\n    return -tokens.advantages * tokens.log_ratio.sinh()\n"
+    )
+    config = config_of(model_folder, parallel="ddp", loss={"loss": f"{tmp_path / 'mine.py'}:f"})
+    alone, together = opened(config), opened(config_of(model_folder, parallel="ddp"), two_ranks)
+    together.configure(config.trainer)
+    expected, found = (steps(policy, config, first=1, last=2) for policy in (alone, together))
+    assert expected == [pytest.approx(metrics, rel=1e-5, abs=1e-6) for metrics in found]
+    weights = together.snapshot(torch.float32)
+    for name, weight in alone.snapshot(torch.float32).items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
+
+
 def test_a_publication_is_the_same_from_shards(two_ranks: Ranks, model_folder: Path) -> None:
     """With an adapter: the weights that it is upon."""
     for settings, whole in (({}, False), ({"lora": {"rank": 2}}, True)):

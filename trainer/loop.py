@@ -87,15 +87,7 @@ class Trainer:
 
         ranks: those that train together, of which this process is the first.
         """
-        device = device_name(self.config.trainer.device)
-        self.heartbeat.tell(idle_fraction=1.0, device=f"{ranks.size} x {device}" if ranks.size > 1 else device)
-        end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
-        self.policy = open_policy(self.config, end_token_ids=end_token_ids, ranks=ranks)
-        self.buffer.vocab_size = self.policy.vocab_size
-        self._publish(parent=self.recovery.resume(self.policy, last_reported=self.reporter.last_version))
-        self.reporter.begin(self.position.step, self.config)
-        self.samples.forget_after(self.position.step)
-        self.publisher.wait()
+        self._begin(ranks)
         flow = FlowMeter(self.client, self.run)
         started = time.monotonic() - self.position.wall_s
         while not self.stopping:
@@ -128,6 +120,18 @@ class Trainer:
                 self.recovery.save(self.policy)
         self._finish()
         self.policy.close()
+
+    def _begin(self, ranks: Ranks) -> None:
+        """The policy is that of the newest checkpoint, or the base model's, and published."""
+        device = device_name(self.config.trainer.device)
+        self.heartbeat.tell(idle_fraction=1.0, device=f"{ranks.size} x {device}" if ranks.size > 1 else device)
+        end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
+        self.policy = open_policy(self.config, end_token_ids=end_token_ids, ranks=ranks)
+        self.buffer.vocab_size = self.policy.vocab_size
+        self._publish(parent=self.recovery.resume(self.policy, last_reported=self.reporter.last_version))
+        self.reporter.begin(self.position.step, self.config)
+        self.samples.forget_after(self.position.step)
+        self.publisher.wait()
 
     def _train_on(self, groups: list[Group]) -> dict[str, float]:
         """One optimizer step and the publication of its policy."""

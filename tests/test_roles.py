@@ -13,7 +13,7 @@ from harness import assert_trained_once, create_run, metrics_of, running, termin
 
 from sluice.common.connections.client import connect
 from sluice.common.ledger.ledger import read_account
-from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.run import open_run
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 

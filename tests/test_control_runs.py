@@ -119,7 +119,7 @@ def test_settings_act_within_a_step_and_every_step_can_be_computed_again(
         changes = ["trainer.learning_rate=1e-4", "sampling.temperature=0.6", "sampling.top_p=0.9", "max_policy_age=1"]
         assert sluice("set", *changes, "--who", "bob", cwd=tmp_path, **env).returncode == 0
         client = connect(own_redis.url)
-        step = int(client.hget(Keys("roles")("policy"), "step"))
+        step = int(client.hget(Keys("roles").policy, "step"))
         wait_for(lambda: last_step(folder) >= step + 6, timeout=60, what="steps with other settings")
         assert sluice("set", f"trainer.num_steps={last_step(folder) + 30}", cwd=tmp_path, **env).returncode == 0
         assert process.wait(60) == 0
@@ -132,7 +132,7 @@ def test_settings_act_within_a_step_and_every_step_can_be_computed_again(
         if line["staleness/token_mean"] == 0:
             assert abs(line["off_policy/ratio_max"] - 1) < 1e-3, line["step"]
     assert lines[-1]["staleness/max"] == 1, "admission goes by the new bound"
-    assert client.hget(Keys("roles")("run"), "status") == b"finished"
+    assert client.hget(Keys("roles").run_record, "status") == b"finished"
     assert (folder / "config.yaml").read_bytes() == stored
     replayed = sluice("replay", str(folder), cwd=tmp_path)
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr

@@ -364,7 +364,7 @@ def test_the_pages_write_nothing(ended_run: tuple[Path, EmbeddedServer], tmp_pat
 def test_the_trace_of_a_group_is_printed(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
     _, server = ended_run
     client = connect(server.url)
-    kept = decode(client.xrevrange(Keys(RUN)("samples"), count=1)[0][1][b"sample"])["group"]
+    kept = decode(client.xrevrange(Keys(RUN).samples, count=1)[0][1][b"sample"])["group"]
     env = {"SLUICE_REDIS_URL": server.url}
     printed = sluice("trace", kept, RUN, "--json", cwd=tmp_path, **env)
     found = json.loads(printed.stdout)

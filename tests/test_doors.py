@@ -79,11 +79,11 @@ def test_a_run_with_a_user_for_each_role_and_what_each_may_not(tmp_path: Path, u
         for url in urls.values():
             assert url.rpartition("@")[0].rpartition(":")[2] not in text, name
     admin = connect(urls["operator"])
-    version = int(admin.hget(Keys("roles")("policy"), "version") or -1)
+    version = int(admin.hget(Keys("roles").policy, "version") or -1)
     assert version == 2
     for role in ("dataset", "rollout", "reward", "viewer"):
         _is_kept_out(connect(urls[role]), Keys("roles"))
-    assert int(admin.hget(Keys("roles")("policy"), "version") or -1) == version
+    assert int(admin.hget(Keys("roles").policy, "version") or -1) == version
     refused = sluice("pause", cwd=tmp_path, **of["viewer"])
     assert refused.returncode == 2
     assert (

@@ -139,8 +139,8 @@ def test_runs_are_listed_with_what_they_hold(
     for name in names:
         make_run(client, name, redis_url, tmp_path)
     beat(client, Keys(names[1]), "rollout@host:1", {"role": "rollout"})
-    client.set(Keys(names[1])("g", "big"), b"x" * 1_000_000)
-    client.delete(Keys(names[2])("run"))
+    client.set(Keys(names[1]).group("big"), b"x" * 1_000_000)
+    client.delete(Keys(names[2]).run_record)
     listed = {run["run"]: run for run in read_runs(client)}
     assert set(names) <= set(listed)
     first, second = (listed[name] for name in names[:2])

@@ -88,7 +88,7 @@ class Keys:
     tick = _Name("tick")
     policy = _Name("policy")
     manifests = _Name("manifests")
-    wanted_whole = _Name("wanted_whole")
+    full_requested = _Name("full_requested")
     lineage = _Name("lineage")
     events = _Name("events")
     metrics = _Name("metrics")

@@ -26,7 +26,7 @@ MAX_STEPS = 20_000
 
 
 @dataclass(kw_only=True)
-class Reading:
+class Snapshot:
     """One run at one moment."""
 
     status: dict[str, Any]
@@ -34,7 +34,7 @@ class Reading:
     "trainer steps, oldest first; one that was trained again after a crash stands once"
     evaluations: list[dict[str, float]] = field(default_factory=list)
     "entries that hold results of evaluations"
-    orders: list[dict[str, str]] = field(default_factory=list)
+    control_state: list[dict[str, str]] = field(default_factory=list)
     "what operators have changed, newest first: at, who, step, key, old, new"
     scaling: dict[str, Scale] = field(default_factory=dict)
     "queue -> what autoscaling wants and why"
@@ -48,33 +48,33 @@ class Reader:
         self.client = client
         self._lock = threading.Lock()
         self._read_at = 0.0
-        self._reading: Reading | None = None
+        self._snapshot: Snapshot | None = None
         self._last_entry = "-"
         self._steps: dict[int, dict[str, float]] = {}
         self._evaluations: list[dict[str, float]] = []
         self._samples: list[dict[str, Any]] = []
         self._newest_sample = "-"
 
-    def read(self) -> Reading:
+    def read(self) -> Snapshot:
         """At most FRESH_S old. Raises redis' errors."""
         with self._lock:
-            if self._reading is None or time.monotonic() - self._read_at > FRESH_S:
-                self._reading = self._fresh()
+            if self._snapshot is None or time.monotonic() - self._read_at > FRESH_S:
+                self._snapshot = self._fresh()
                 self._read_at = time.monotonic()
-            return self._reading
+            return self._snapshot
 
-    def _fresh(self) -> Reading:
+    def _fresh(self) -> Snapshot:
         for entry, metrics in read_metrics(self.client, self.run.keys, after=self._last_entry):
             self._last_entry = entry
             if "reward/mean" in metrics:
                 self._steps[int(metrics["step"])] = metrics
             if any(name.startswith("eval/") for name in metrics):
                 self._evaluations.append(metrics)
-        return Reading(
+        return Snapshot(
             status=collect_status(self.client, self.run),
             steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
             evaluations=list(self._evaluations),
-            orders=read_trail(self.client, self.run.keys, count=20),
+            control_state=read_trail(self.client, self.run.keys, count=20),
             scaling=read_scales(self.client, self.run.keys),
         )
 

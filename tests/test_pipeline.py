@@ -105,7 +105,7 @@ def prepare(app: Celery, role: str) -> Context:
         context.perform(group_id, "judge", work, fields=("rollout", "reward"))
 
     app.task(grade, name=stage_on(role).celery_task)
-    signals.worker_ready.connect(lambda **_: context.start_heart(), weak=False)
+    signals.worker_ready.connect(lambda **_: context.start_heartbeat(), weak=False)
     signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
     return context
 '''
@@ -123,7 +123,7 @@ USE = """
 import os, subprocess, sys, time
 import sluice
 from builders import admit_one, make_config, make_ledger, part_payload, publish_policy
-from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_group
@@ -149,7 +149,7 @@ assert following == ["judge"], following
 assert read_loads(client, run)["judge"].owed == 1
 assert bounds_of(config)["judge"].max == worker_bounds(config)["judge"][1] == 1
 assert "celery -A sluice worker -Q judge" in [role["command"] for role in make_plan(config, "x.yaml")["roles"]]
-send_part(make_app(keys.run), group, "judge")
+send_stage(make_app(keys.run), group, "judge")
 worker = subprocess.Popen([sys.executable, "-m", "celery", "-A", "sluice", "worker", "-Q", "judge"])
 try:
     deadline = time.monotonic() + 90

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
-from sluice.common.monitoring.heartbeats import beat
+from sluice.common.monitoring.heartbeats import send_heartbeat
 from sluice.common.monitoring.metric_stream import write_metrics
 from sluice.common.operations.autoscale import Scale
 from sluice.common.operations.control import change, pause
@@ -50,7 +50,9 @@ def test_the_screen_says_what_redis_holds(client: redis.Redis, keys: Keys, tmp_p
         }
         write_metrics(client, keys, line, max_length=100)
     rollout = {"role": "rollout", "device": "cpu", "version": 9, "digest": "abc", "tokens_per_s": 1234.5, "alarm": ""}
-    beat(client, keys, "rollout@here:1", {**rollout, "idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0})
+    send_heartbeat(
+        client, keys, "rollout@here:1", {**rollout, "idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0}
+    )
     client.hset(keys.run_record, "dashboard", "http://127.0.0.1:1/?run=x")
     scale = Scale(desired=4, have=1, min=1, max=4, reason="load", at=0.0, since=0.0)
     client.hset(keys.autoscale, "reward", scale.to_json())

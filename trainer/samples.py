@@ -61,8 +61,8 @@ class Samples:
         )
         samples = []
         for (group, values), done in zip(chosen, work, strict=True):
-            facts = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
-            samples.append(_sample(step, group, values, trained) | {"work": facts})
+            stats = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
+            samples.append(_sample(step, group, values, trained) | {"work": stats})
         write_samples(self._client, self._run.keys, samples, kept=kept)
 
 

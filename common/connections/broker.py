@@ -104,9 +104,9 @@ def _socket_url(url: str) -> str:
     return f"socket://{who}{parts.path}?virtual_host={query.get('db', '0')}"
 
 
-def send_part(app: Celery, group_id: str, part: str) -> None:
+def send_stage(app: Celery, group_id: str, stage: str) -> None:
     """Tell a queue that a part of a group is owed."""
-    stage = stage_of(part)
+    stage = stage_of(stage)
     send(app, stage.celery_task, stage.queue_for(kind_of(group_id)), group_id)
 
 

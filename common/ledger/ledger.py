@@ -18,7 +18,7 @@ makes progress, and stores its result, which is accepted once whichever attempt 
 losing or repeating one changes nothing but time.
 
     >>> claim = ledger.claim("t7", "rollout", fields=("task",))     # None: somebody else has it, or it is done
-    >>> ledger.store("t7", "rollout", payload, version=3)           # ["reward"]: the parts to send next
+    >>> ledger.store("t7", "rollout", payload, version=3)           # ["reward"]: the stages to send next
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Claim:
     """The right to work on one part of one group, until the lease ends."""
 
     group_id: str
-    part: str
+    stage: str
     holder: str
     "worker and claim, so that a message delivered twice to one worker runs once"
     attempt: int
@@ -60,7 +60,7 @@ class Admission:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Account:
+class Counters:
     """One consistent reading of a kind's counters."""
 
     kind: str
@@ -117,13 +117,13 @@ class Ledger:
         self._claims = itertools.count()
         self.scripts = Scripts(client, keys)
 
-    def admit(self, most: int) -> Admission:
-        """Up to `most` new groups, as far as credit, memory and the run's length allow."""
+    def admit(self, max_count: int) -> Admission:
+        """Up to `max_count` new groups, as far as credit, memory and the run's length allow."""
         holder = self._new_holder()
         config = self.config
         reply = self.scripts(
             "admit",
-            most,
+            max_count,
             config.max_in_flight,
             config.replay_buffer.max_bytes,
             config.trainer.num_steps,
@@ -145,28 +145,30 @@ class Ledger:
         names = [item.decode() for item in reply]
         return list(zip(names[0::2], names[1::2], strict=True))
 
-    def claim(self, group_id: str, part: str, *, fields: tuple[str, ...], lease_s: float | None = None) -> Claim | None:
+    def claim(
+        self, group_id: str, stage: str, *, fields: tuple[str, ...], lease_s: float | None = None
+    ) -> Claim | None:
         """Take on a part, reading `fields` of the group in the same round trip. None: not owed, or held by another."""
         holder = self._new_holder()
         lease_s = lease_s or self.config.lease.running_s
-        reply = self.scripts("claim", group_id, part, holder, _ms(lease_s), *fields)
+        reply = self.scripts("claim", group_id, stage, holder, _ms(lease_s), *fields)
         if not reply[0]:
             return None
         values = dict(zip(fields, reply[2:], strict=True))
-        return Claim(group_id=group_id, part=part, holder=holder, attempt=int(reply[1]), fields=values)
+        return Claim(group_id=group_id, stage=stage, holder=holder, attempt=int(reply[1]), fields=values)
 
     def renew(self, claims: list[Claim], *, lease_s: float | None = None) -> list[str]:
         """Let leases end so long from now. Returns the "group|part" that were taken over in the meantime."""
         if not claims:
             return []
         lease_s = lease_s or self.config.lease.running_s
-        flat = itertools.chain.from_iterable((c.group_id, c.part, c.holder) for c in claims)
+        flat = itertools.chain.from_iterable((c.group_id, c.stage, c.holder) for c in claims)
         return [lost.decode() for lost in self.scripts("renew", _ms(lease_s), *flat)]
 
     def store(
         self,
         group_id: str,
-        part: str,
+        stage: str,
         payload: bytes,
         *,
         version: int | None = None,
@@ -181,12 +183,12 @@ class Ledger:
 
         Returns the parts to send next, or None when the result was refused (too late).
 
-        With a pipeline as `client` the reply comes from its `execute`; read it with `stored_parts`.
+        With a pipeline as `client` the reply comes from its `execute`; read it with `stored_stages`.
         """
         reply = self.scripts(
             "store",
             group_id,
-            part,
+            stage,
             payload,
             "" if version is None else version,
             self._queued_ms,
@@ -197,22 +199,22 @@ class Ledger:
             self.config.max_filtered if is_zero_variance else "",
             client=client,
         )
-        return None if client is not None else stored_parts(reply)
+        return None if client is not None else stored_stages(reply)
 
     def fail(self, claim: Claim, *, reason: str, detail: str) -> bool:
         """The part could not be done: spend an attempt. True: send it again; False: it is dead or was taken over."""
-        return self._give_up("failed", claim, reason, detail)
+        return self._fail_or_release("failed", claim, reason, detail)
 
     def release(self, claim: Claim) -> bool:
         """Hand the part back unharmed (shutdown). True: send it again."""
-        return self._give_up("released", claim, "released", "")
+        return self._fail_or_release("released", claim, "released", "")
 
-    def _give_up(self, mode: str, claim: Claim, reason: str, detail: str) -> bool:
+    def _fail_or_release(self, mode: str, claim: Claim, reason: str, detail: str) -> bool:
         reply = self.scripts(
-            "give_up",
+            "fail_or_release",
             mode,
             claim.group_id,
-            claim.part,
+            claim.stage,
             claim.holder,
             reason,
             detail[:4000],
@@ -221,21 +223,21 @@ class Ledger:
         )
         return reply == b"again"
 
-    def attempts(self, group_id: str, part: str) -> int:
+    def attempts(self, group_id: str, stage: str) -> int:
         """Claims that a part has spent."""
-        return int(self.client.hget(self.keys.group(group_id), f"n:{part}") or 0)
+        return int(self.client.hget(self.keys.group(group_id), f"n:{stage}") or 0)
 
-    def holder(self, group_id: str, part: str) -> str:
+    def holder(self, group_id: str, stage: str) -> str:
         """Who has claimed a part and not handed it in; "" = nobody."""
-        return (self.client.hget(self.keys.group(group_id), f"by:{part}") or b"").decode()
+        return (self.client.hget(self.keys.group(group_id), f"by:{stage}") or b"").decode()
 
     def begin_tick(self, *, lasts_s: float) -> bool:
         """Whether this process is the one that looks after the run for so long."""
         return bool(self.client.set(self.keys.tick, self._worker, nx=True, px=round(lasts_s * 1000)))
 
-    def reap(self, most: int = 200) -> list[tuple[str, str, Kind]]:
+    def reap(self, max_count: int = 200) -> list[tuple[str, str, Kind]]:
         """Overdue parts to send again: (group, part, kind)."""
-        reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, most)
+        reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, max_count)
         flat = [item.decode() for item in reply]
         return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
 
@@ -246,11 +248,11 @@ class Ledger:
     def requeue(self, group_id: str) -> list[str]:
         """Give a dead-lettered group fresh attempts. Returns the parts to send; none when it is not dead."""
         plan = plan_for(self.config, kind_of(group_id))
-        return [part.decode() for part in self.scripts("requeue", group_id, self._queued_ms, plan)]
+        return [stage.decode() for stage in self.scripts("requeue", group_id, self._queued_ms, plan)]
 
-    def account(self, kind: Kind = "train") -> Account:
+    def counters(self, kind: Kind = "train") -> Counters:
         """One atomic reading of the counters and the in-flight set."""
-        return read_account(self.client, self.keys, kind)
+        return read_counters(self.client, self.keys, kind)
 
     @property
     def _queued_ms(self) -> int:
@@ -260,9 +262,9 @@ class Ledger:
         return f"{self._worker}/{next(self._claims)}"
 
 
-def read_account(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Account:
+def read_counters(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Counters:
     """As Ledger.account, for readers that have no config."""
-    flat, in_flight = Scripts(client, keys)("account", kind)
+    flat, in_flight = Scripts(client, keys)("counters", kind)
     counts = zip(flat[0::2], flat[1::2], strict=True)
     plain: dict[str, int] = {}
     reasons: dict[str, dict[str, int]] = {"dropped": {}, "dead": {}}
@@ -273,7 +275,7 @@ def read_account(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Accou
         else:
             plain[name] = value
     known: dict[str, Any] = {**plain, **reasons}
-    return Account(kind=kind, in_flight=in_flight, **{"admitted": 0, **known})
+    return Counters(kind=kind, in_flight=in_flight, **{"admitted": 0, **known})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,7 +333,7 @@ def read_fields(
         return pipe.execute()
 
 
-def stored_parts(reply: list[bytes]) -> list[str] | None:
+def stored_stages(reply: list[bytes]) -> list[str] | None:
     """What a `store` script answered: parts to send next, or None when the result was refused."""
     state, *following = (item.decode() for item in reply)
     return None if state == "refused" else following

@@ -20,7 +20,7 @@ ArchivedStream = Literal["metrics", "samples", "controls", "events"]
 def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float], *, max_length: int) -> None:
     """Append one trainer step. Works while Redis is full, too."""
     fields = [text for name, value in metrics.items() for text in (name, f"{value:.15g}")]
-    Scripts(client, keys)("small", "XADD", keys.metrics, "MAXLEN", "~", max_length, "*", *fields)
+    Scripts(client, keys)("write_record", "XADD", keys.metrics, "MAXLEN", "~", max_length, "*", *fields)
 
 
 def read_metrics(
@@ -71,7 +71,7 @@ def newest_samples(client: redis.Redis, keys: Keys, *, count: int | None = None)
 def write_event(client: redis.Redis, keys: Keys, event: str, **fields: Any) -> None:
     """For whoever waits for one. Works while Redis is full, too."""
     items = [item for pair in {"event": event, **fields}.items() for item in pair]
-    Scripts(client, keys)("small", "XADD", keys.events, "MAXLEN", "~", 1000, "*", *items)
+    Scripts(client, keys)("write_record", "XADD", keys.events, "MAXLEN", "~", 1000, "*", *items)
 
 
 def last_event(client: redis.Redis, keys: Keys) -> bytes:

@@ -60,29 +60,29 @@ _ATTEMPTS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Orders:
+class ControlState:
     """One reading of what a run was told."""
 
     settings: dict[str, str] = field(default_factory=dict)
     paused: dict[str, Any] | None = None
     "{who, at: seconds since the epoch}"
     draining: dict[str, Any] | None = None
-    trail: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    change_log: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     "(entry id, {at, who, step, key, old, new}), oldest first"
 
 
-def read_orders(client: redis.Redis, keys: Keys, *, after: str = "-") -> Orders:
+def read_control_state(client: redis.Redis, keys: Keys, *, after: str = "-") -> ControlState:
     """Everything; of the trail what follows an entry id."""
     with client.pipeline(transaction=False) as pipe:
         pipe.hgetall(keys.settings)
         pipe.xrange(keys.controls, min=after if after == "-" else f"({after}")
         settings, entries = pipe.execute()
     paused, draining = RunRecord(client, keys).held()
-    return Orders(
+    return ControlState(
         settings=_text(settings),
         paused=paused,
         draining=draining,
-        trail=[(entry.decode(), _text(fields)) for entry, fields in entries],
+        change_log=[(entry.decode(), _text(fields)) for entry, fields in entries],
     )
 
 
@@ -128,7 +128,7 @@ def resume(client: redis.Redis, run: Run, *, who: str) -> bool:
     return _order(client, run, who, _unmark("paused"), _unmark("draining")) > 0
 
 
-def lift_drain(client: redis.Redis, run: Run, *, who: str) -> None:
+def cancel_drain(client: redis.Redis, run: Run, *, who: str) -> None:
     """A drained run is gone on with; a pause stays. Nothing for one that was finished while it was draining."""
     record = RunRecord(client, run.keys)
     _, draining = record.held()

@@ -45,7 +45,7 @@ def memory_of_runs(client: redis.Redis) -> Counter[str]:
 
 def begin_removal(client: redis.Redis, keys: Keys) -> None:
     """No process opens the run from now on. Works while Redis is full, too."""
-    Scripts(client, keys)("small", "HSET", keys.run_record, "status", "deleting")
+    Scripts(client, keys)("write_record", "HSET", keys.run_record, "status", "deleting")
 
 
 def remove_keys(client: redis.Redis, keys: Keys) -> int:

@@ -23,11 +23,11 @@ from sluice.common.config import Config
 from sluice.common.config.file import parse_config
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
-from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.diagnosis import broker_client
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.monitoring.metric_stream import ArchivedStream, read_archive
-from sluice.common.operations.control import read_orders
+from sluice.common.operations.control import read_control_state
 from sluice.common.operations.storage import begin_removal, end_removal, has_keys, remove_keys
 from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run, RunRecord, list_runs
@@ -59,17 +59,17 @@ def archive_run(client: redis.Redis, run: Run, file: Path) -> list[str]:
 
 def _record(client: redis.Redis, run: Run) -> dict[str, Any]:
     record = RunRecord(client, run.keys)
-    orders = read_orders(client, run.keys)
+    control_state = read_control_state(client, run.keys)
     return {
         "run": run.name,
         "status": record.status or "?",
         "created_at": float(record.created_at or 0),
         "folder": run.folder,
-        "settings": {key: json.loads(value) for key, value in orders.settings.items()},
-        "paused": orders.paused,
-        "draining": orders.draining,
+        "settings": {key: json.loads(value) for key, value in control_state.settings.items()},
+        "paused": control_state.paused,
+        "draining": control_state.draining,
         "policy": read_pointer(client, run.keys),
-        "ledger": {kind: read_account(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
+        "ledger": {kind: read_counters(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
         "evaluations": list_evaluations(client, run),
     }
 
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 def live_processes(client: redis.Redis, keys: Keys) -> list[str]:
     """Names of the run's processes that beat."""
-    return [name for name, facts in read_heartbeats(client, keys).items() if not is_silent(facts)]
+    return [name for name, stats in read_heartbeats(client, keys).items() if not is_silent(stats)]
 
 
 def delete_run(client: redis.Redis, name: str, *, force: bool = False, with_folder: bool = False) -> int:

@@ -74,7 +74,7 @@ local function now_s()
   return string.format('%d.%06d', t[1], t[2])
 end
 
-local function member(group, part) return group .. '|' .. part end
+local function member(group, stage) return group .. '|' .. stage end
 
 -- Age of version v seen from cur, in optimizer steps: the distance through their fork. 1e9 when v is not in the lineage.
 local function policy_age(v, cur)

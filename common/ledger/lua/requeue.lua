@@ -1,6 +1,6 @@
--- A dead-lettered group gets another life: fresh attempts for the parts it still lacks.
+-- A dead-lettered group gets another life: fresh attempts for the stages it still lacks.
 -- ARGV: group, queued_ms, plan (begin_stages)
--- Returns the parts to send; none when the group is not dead.
+-- Returns the stages to send; none when the group is not dead.
 local group, queued_ms, plan = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local g = key('g:' .. group)
 if redis.call('ZSCORE', key('dead'), group) == false then return {} end

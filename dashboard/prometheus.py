@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
-from sluice.common.monitoring.metrics import is_silent
+from sluice.common.monitoring.heartbeats import is_silent
 from sluice.common.pipeline import ROLES
 from sluice.common.run import Run
 from sluice.dashboard.run_state import collect_status

@@ -9,8 +9,9 @@ from typing import Any
 import redis
 
 from sluice.common.ledger.ledger import read_counters
-from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, paused
-from sluice.common.monitoring.metrics import is_silent, last_metrics, newest_metrics, read_heartbeats
+from sluice.common.monitoring.diagnosis import alarms, stall_cause
+from sluice.common.monitoring.heartbeats import read_heartbeats
+from sluice.common.monitoring.metric_stream import last_metrics, newest_metrics
 from sluice.common.monitoring.queues import read_queues
 from sluice.common.operations.autoscale import read_scales
 from sluice.common.operations.control import read_settings
@@ -18,7 +19,6 @@ from sluice.common.pipeline import QUEUES
 from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run, RunRecord
 
-STALLED_AFTER_S = 5.0
 CURVE_STEPS = 200
 "Newest steps that the terminal's curve and the time that remains are made of."
 
@@ -33,7 +33,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
     heartbeats = read_heartbeats(client, run.keys)
     status, (paused_by, draining) = record.status or "?", record.held()
     queues = read_queues(client, run, QUEUES)
-    cause = _stall_cause(client, run, heartbeats) if status == "running" else None
+    cause = stall_cause(client, run, heartbeats) if status == "running" else None
     alarmed = alarms(client, run) if status == "running" else []
     return {
         "run": run.name,
@@ -70,16 +70,3 @@ def _eta_s(steps: list[dict[str, float]], num_steps: int) -> float | None:
     done = steps[-1]["step"] - steps[0]["step"] if steps else 0
     passed = steps[-1]["time"] - steps[0]["time"] if steps else 0.0
     return round(passed / done * (num_steps - steps[-1]["step"]), 1) if done > 0 and passed > 0 else None
-
-
-def _stall_cause(client: redis.Redis, run: Run, heartbeats: dict[str, dict[str, Any]]) -> Cause | None:
-    """Why no step is made; none where one is being made."""
-    if held := paused(client, run):
-        return held
-    trainer = next((stats for stats in heartbeats.values() if stats["role"] == "trainer"), None)
-    if trainer is None:
-        return Cause("no_trainer", "no trainer is running")
-    if is_silent(trainer):
-        text = f"the trainer has been silent for {trainer['silent_s']:.0f} s: dead, stopped or cut off"
-        return Cause("silent_trainer", text)
-    return diagnose(client, run) if trainer.get("waiting_s", 0.0) > STALLED_AFTER_S else None

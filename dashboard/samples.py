@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sluice.common.keys import Keys
-from sluice.common.monitoring.metrics import newest_samples
+from sluice.common.monitoring.metric_stream import newest_samples
 
 
 def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | None = None) -> list[dict[str, Any]]:

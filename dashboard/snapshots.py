@@ -14,7 +14,7 @@ from typing import Any
 import redis
 
 from sluice.common.errors import ConfigError
-from sluice.common.monitoring.metrics import read_metrics, read_samples
+from sluice.common.monitoring.metric_stream import read_metrics, read_samples
 from sluice.common.operations.autoscale import Scale, read_scales
 from sluice.common.operations.control import read_trail
 from sluice.common.run import Run, list_runs, open_run

@@ -13,7 +13,7 @@ from rich.text import Text
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_group
-from sluice.common.monitoring.metrics import newest_samples
+from sluice.common.monitoring.metric_stream import newest_samples
 from sluice.common.pipeline import STAGES
 
 LABELS = {

@@ -1,14 +1,15 @@
 """Advantages: worked numbers, groups that lost a sample, groups without a preference."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from sluice.common.config.trainer import TrainerConfig
+from sluice.common.config.trainer import AdvantageName
 from sluice.trainer.advantage import batch_advantages, compute_advantages
 
-METHODS = TrainerConfig.model_fields["advantage"].annotation.__args__
+METHODS = get_args(AdvantageName)
 NAN = float("nan")
 
 

@@ -13,7 +13,7 @@ from builders import make_config, make_ledger, publish_policy
 
 from sluice.common.config.operations import AutoscaleConfig
 from sluice.common.keys import Keys
-from sluice.common.monitoring.metrics import send_heartbeat
+from sluice.common.monitoring.heartbeats import send_heartbeat
 from sluice.common.operations.autoscale import Bounds, Load, Scale, bounds_of, read_loads, read_scales, step, update
 from sluice.common.run import Run
 

@@ -15,7 +15,7 @@ from harness import environment, running, wait_for
 from sluice.common.config import Config
 from sluice.common.connections.broker import make_app
 from sluice.common.keys import Keys
-from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.run import create_run
 from sluice.workers.context import HUNG_EXIT_CODE, Context
 from sluice.workers.execution_lock import ExecutionLock

@@ -20,7 +20,8 @@ from harness import only_run, quickstart_config, running_sluice, sluice, tiny_fo
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_counters
-from sluice.common.monitoring.metrics import last_metrics, send_heartbeat, write_metrics
+from sluice.common.monitoring.heartbeats import send_heartbeat
+from sluice.common.monitoring.metric_stream import last_metrics, write_metrics
 from sluice.common.serialization import decode, encode
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 

@@ -16,7 +16,8 @@ from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, explain_stall
-from sluice.common.monitoring.metrics import SILENT_AFTER_S, read_heartbeats, send_heartbeat, write_metrics
+from sluice.common.monitoring.heartbeats import SILENT_AFTER_S, read_heartbeats, send_heartbeat
+from sluice.common.monitoring.metric_stream import write_metrics
 from sluice.common.policies.manifest import Manifest
 from sluice.common.run import Run, create_run
 from sluice.common.serialization import encode

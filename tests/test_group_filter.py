@@ -30,7 +30,7 @@ from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.run import Run, create_run
 from sluice.common.types import has_reward_variance
 from sluice.scripts.launcher.redis_server import EmbeddedServer
-from sluice.trainer.report import Reporter, flow_metrics
+from sluice.trainer.step_metrics import FlowMeter, Reporter
 
 K = 2
 EQUAL = reward_payload(rewards=(1.0, 1.0))
@@ -212,7 +212,7 @@ def test_drops_are_reported_in_all_and_per_step(client, keys, tmp_path):
     for step, num_equal in [(1, 3), (2, 0), (3, 2)]:
         for _ in range(num_equal):
             score_equal(ledger)
-        metrics = flow_metrics(client, run, generated_before=0.0)
+        metrics = FlowMeter(client, run).metrics(step_s=1.0)
         seen.append([metrics[f"filter/{name}"] for name in ("dropped", "dropped_in_step", "kept_for_bound")])
         reporter.report(step, step, metrics)
         for _ in range(K):
@@ -225,7 +225,7 @@ def test_drops_are_reported_in_all_and_per_step(client, keys, tmp_path):
 def test_without_the_filter_no_filter_metrics_are_reported(client, keys, tmp_path):
     publish_policy(client, keys, 0)
     run = Run(name=keys.run, keys=keys, config=make_config(), assets={}, folder=str(tmp_path))
-    assert not [name for name in flow_metrics(client, run, generated_before=0.0) if name.startswith("filter/")]
+    assert not [name for name in FlowMeter(client, run).metrics(step_s=1.0) if name.startswith("filter/")]
 
 
 def test_the_resolved_config_of_a_run_without_filter_is_read_again():

@@ -155,8 +155,7 @@ class Actors:
         self.client.hset(self.keys.evaluations, name, self.version)
         tasks = {f"e{name}.{i}g": b"task" for i in range(self.draw.randint(1, 3))}
         for _ in range(self.draw.choice([1, 2])):
-            sent = self.ledger.admit_eval(name, dataset="s", version=self.version, tasks=tasks)
-            self.messages += [(group_id, "rollout") for group_id in sent]
+            self.messages += self.ledger.admit_eval(name, dataset="s", version=self.version, tasks=tasks)
 
     def take(self, step=None):
         step = step or self.step + 1

@@ -2,14 +2,15 @@
 
 import math
 from itertools import product
+from typing import get_args
 
 import pytest
 import torch
 
-from sluice.common.config.trainer import LossConfig
+from sluice.common.config.trainer import LossConfig, LossName
 from sluice.trainer.loss import combine_metrics, policy_loss
 
-LOSSES = LossConfig.model_fields["loss"].annotation.__args__
+LOSSES = get_args(LossName)
 AGGREGATIONS = ("token_mean", "sequence_mean", "fixed_horizon")
 BANDS = {
     None: {},

@@ -25,7 +25,7 @@ from redis.retry import Retry
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.replay_buffer import ReplayBuffer
-from sluice.common.monitoring.metrics import last_metrics, write_metrics
+from sluice.common.monitoring.metric_stream import last_metrics, write_metrics
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 

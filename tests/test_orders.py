@@ -14,7 +14,7 @@ from sluice.common.keys import RUNS, Keys
 from sluice.common.operations import control
 from sluice.common.run import Run, create_run
 from sluice.trainer.control_state import ControlReader
-from sluice.trainer.report import append_line
+from sluice.trainer.step_metrics import append_line
 
 
 @pytest.fixture

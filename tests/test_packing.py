@@ -39,7 +39,7 @@ from sluice.common.models.packing import (
     plan_batches,
 )
 from sluice.trainer.micro_batches import MicroBatch
-from sluice.trainer.objective import policy_objective
+from sluice.trainer.objective import objective_of
 from sluice.trainer.trained_policy import TrainedPolicy
 
 RAGGED = ((3, 7), (1, 4), (6, 1), (2, 0), (1, 0), (4, 6), (5, 9))
@@ -278,13 +278,13 @@ def test_a_trainer_step_is_the_same_packed_and_padded(packing):
         loss_mask=torch.arange(width) < completion_lengths.unsqueeze(-1),
     )
     config = TrainerConfig(packing=packing, learning_rate=1e-3, device="cpu")
-    policy = TrainedPolicy(tiny_model(), config, objective=policy_objective(config.loss))
+    policy = TrainedPolicy(tiny_model(), config, objective=objective_of(config))
     metrics = policy.optimize([batch], step=1)
     assert metrics["padding_share"] == pytest.approx(0.0 if packing == "auto" else 1 - 49 / (7 * 14))
     reference = TrainedPolicy(
         tiny_model(),
         TrainerConfig(packing="off", learning_rate=1e-3, device="cpu"),
-        objective=policy_objective(config.loss),
+        objective=objective_of(config),
     )
     expected = reference.optimize([batch], step=1)
     assert metrics["loss/policy"] == pytest.approx(expected["loss/policy"], abs=1e-6)

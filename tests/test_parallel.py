@@ -84,19 +84,19 @@ def config_of(model_folder: Path, **trainer: Any) -> Config:
 
 
 def make_groups(seed: int, *, num_groups: int = 3, group_size: int = 3) -> list[Group]:
-    """Ragged groups, one completion of which was aborted."""
+    """Ragged groups, one completion of which has no reward."""
     rng = np.random.default_rng(seed)
 
-    def episode(aborted: bool) -> Episode:
+    def episode(unscored: bool) -> Episode:
         length = int(rng.integers(1, 20))
         completion = Completion(
             token_ids=rng.integers(0, 50, length).astype(np.int32),
             rollout_logprobs=rng.normal(-4, 0.1, length).astype(np.float32),
             policy_versions=((0, length),),
-            finish_reason="abort" if aborted else "stop",
+            finish_reason="stop",
             text="",
         )
-        return Episode(completion=completion, reward=None if aborted else 1.0, rewards={}, ref_logprobs=None)
+        return Episode(completion=completion, reward=None if unscored else 1.0, rewards={}, ref_logprobs=None)
 
     return [
         Group(
@@ -105,7 +105,7 @@ def make_groups(seed: int, *, num_groups: int = 3, group_size: int = 3) -> list[
             prompt_ids=rng.integers(0, 50, int(rng.integers(2, 8))).astype(np.int32),
             prompt="",
             target=None,
-            episodes=[episode(aborted=(g, e) == (1, 0)) for e in range(group_size)],
+            episodes=[episode(unscored=(g, e) == (1, 0)) for e in range(group_size)],
             timestamps={},
         )
         for g in range(num_groups)
@@ -168,6 +168,21 @@ def test_two_ranks_make_the_steps_of_one(
     for ours, theirs in rows:
         assert ours is not None and theirs is not None and ours.max() < 0
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_users_loss_is_that_of_every_rank(two_ranks: Ranks, model_folder: Path, tmp_path: Path) -> None:
+    """Also where it replaces another while the run goes on."""
+    (tmp_path / "mine.py").write_text(
+        "def f(config, tokens):\n    return -tokens.advantages * tokens.log_ratio.sinh()\n"
+    )
+    config = config_of(model_folder, parallel="ddp", loss={"loss": f"{tmp_path / 'mine.py'}:f"})
+    alone, together = opened(config), opened(config_of(model_folder, parallel="ddp"), two_ranks)
+    together.configure(config.trainer)
+    expected, found = (steps(policy, config, first=1, last=2) for policy in (alone, together))
+    assert expected == [pytest.approx(metrics, rel=1e-5, abs=1e-6) for metrics in found]
+    weights = together.snapshot(torch.float32)
+    for name, weight in alone.snapshot(torch.float32).items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
 
 
 def test_a_publication_is_the_same_from_shards(two_ranks: Ranks, model_folder: Path) -> None:

@@ -22,7 +22,9 @@ from sluice.common.ledger import evaluations as evaluation
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.policies import transports as weights_transport
 from sluice.common.policies.digest import tensor_digest, weights_digest
-from sluice.common.policies.store import READER_S, PolicyStore
+from sluice.common.policies.manifest import ManifestChain
+from sluice.common.policies.retention import READER_S
+from sluice.common.policies.store import PolicyStore
 from sluice.common.policies.transports import CHUNK_BYTES
 from sluice.common.run import Run
 from sluice.common.serialization import encode
@@ -393,7 +395,7 @@ def test_fewer_than_two_kept_versions_are_refused():
 def test_a_version_that_somebody_is_reading_is_not_collected(store, client, keys):
     publish(store, 0)
     publish(store, 1)
-    with store._reading(1):
+    with store._retention.reading(1):
         for version in (2, 3, 4):
             publish(store, version)
         assert store.fetch(1)[0].version == 1
@@ -423,7 +425,7 @@ def test_a_reader_that_died_keeps_its_version_until_its_time_is_over(store, clie
 def test_a_long_fetch_stays_entered(store, client, keys, monkeypatch):
     publish(store, 0)
     now = time.monotonic()
-    with store._reading(0) as go_on:
+    with store._retention.reading(0) as go_on:
         (entry,) = client.zrange(keys.readers, 0, -1)
         client.zadd(keys.readers, {entry: 1})
         go_on()
@@ -591,7 +593,7 @@ def test_what_killed_trainers_left_is_freed(
     monkeypatch.setattr(weights_transport, "CHUNK_BYTES", 64 if last == "delta" else 3000)  # several, of either kind
     publish_drifting(make(keep=9), [0, 1])
     half = (Path, "rename", 1) if transport == "directory" else (redis.Redis, "set", 3)
-    at = (PolicyStore, "_record", 1) if is_complete else half
+    at = (ManifestChain, "record", 1) if is_complete else half
 
     def act(own_client, arm):
         trainer = make(client=own_client, keep=9)
@@ -625,7 +627,7 @@ def test_a_version_without_manifest_is_not_freed_under_a_reader_nor_by_an_older_
     publish_drifting(make(), [0, 1, 2])
     client.hdel(keys.manifests, "1", "2")
     make()._transport.write(9, drifting(9))  # by a trainer that is about to publish it
-    with make()._reading(2):
+    with make()._retention.reading(2):
         publish_drifting(make(), [3])
     assert stored_names(client, keys, tmp_path, transport) == {0, 2, 3, 9}
 
@@ -648,7 +650,7 @@ def test_versions_that_others_rest_on_are_kept(client, keys, tmp_path, transport
     publish_drifting(trainer, [4, 5])  # 4 is whole, so that 4 and 5 need no other
     assert stored_names(client, keys, tmp_path, transport) == {0, 4, 5}
     publish_drifting(trainer, [6, 7])
-    with trainer._reading(7):
+    with trainer._retention.reading(7):
         publish_drifting(trainer, range(8, 12))
         assert stored_names(client, keys, tmp_path, transport) == {0, *range(4, 12)}
         assert_identical(make().fetch(7)[1], drifting(7))

@@ -20,7 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from sluice.common.keys import RUNS, Keys
 from sluice.common.monitoring import diagnosis
 from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
-from sluice.common.monitoring.metrics import send_heartbeat, write_metrics
+from sluice.common.monitoring.heartbeats import send_heartbeat
+from sluice.common.monitoring.metric_stream import write_metrics
 from sluice.common.operations.autoscale import Scale
 from sluice.common.run import Run, RunRecord, create_run
 from sluice.dashboard.prometheus import PREFIX, exposition
@@ -102,7 +103,7 @@ def test_several_runs_stand_side_by_side_and_a_deleted_one_is_left_out(
 
 def test_every_kind_of_cause_in_the_diagnosis_has_a_series() -> None:
     named = set()
-    for path in (Path(diagnosis.__file__), ROOT / "dashboard" / "status.py"):
+    for path in (Path(diagnosis.__file__), ROOT / "dashboard" / "run_state.py"):
         named |= set(re.findall(r'Cause\(\s*"(\w+)"', path.read_text()))
     assert named <= {*STALL_KINDS, *ALARM_KINDS}
     documented = set(re.findall(r"^    (\w+)  ", diagnosis.__doc__ or "", re.M))

@@ -11,11 +11,11 @@ from builders import make_config
 
 from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.keys import Keys
-from sluice.common.monitoring.metrics import send_heartbeat
+from sluice.common.monitoring.heartbeats import send_heartbeat
 from sluice.common.monitoring.queues import queue_depths, read_queues
 from sluice.common.run import RunRecord, create_run
 from sluice.dashboard.run_state import collect_status
-from sluice.trainer.report import flow_metrics
+from sluice.trainer.step_metrics import FlowMeter
 
 
 def test_the_oldest_message_of_a_queue_is_the_one_sent_first(
@@ -61,4 +61,4 @@ def test_a_heartbeat_that_is_none_harms_nobody_who_reads_it(
     status = collect_status(client, run)
     assert {stats["role"] for stats in status["processes"].values()} == {"rollout", "trainer"}
     assert any("its heartbeat cannot be read" in alarm for alarm in status["alarms"])
-    assert "idle_fraction/rollout" not in flow_metrics(client, run, generated_before=0.0)
+    assert "idle_fraction/rollout" not in FlowMeter(client, run).metrics(step_s=1.0)

@@ -13,7 +13,7 @@ from harness import alive, children, wait_for, worker
 from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
-from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.run import create_run
 from sluice.common.serialization import encode
 from sluice.common.types import SamplingParams, Task

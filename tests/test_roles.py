@@ -13,7 +13,7 @@ from harness import assert_trained_once, create_run, metrics_of, running, termin
 
 from sluice.common.connections.client import connect
 from sluice.common.ledger.ledger import read_counters
-from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.run import open_run
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 
@@ -80,7 +80,7 @@ def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path,
 def test_a_worker_with_wrong_options_says_what_to_pass(tmp_path: Path, redis_url: str) -> None:
     env = create_run(tmp_path, redis_url, trainer__num_steps=1)
     for options, expected in [
-        ([], "-Q followed by one of dataset, rollout, reference, reward, eval"),
+        ([], "-Q followed by one of dataset, rollout, reward, reference, eval"),
         (["-Q", "rollout,reward"], "-Q followed by one of"),
         (["-Q", "rolout"], "-Q followed by one of"),
         (["-Q", "reward", "-P", "solo"], "drop -P"),

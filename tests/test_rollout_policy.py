@@ -19,7 +19,7 @@ from sluice.common.errors import EngineError
 from sluice.common.models.causal_lm import load_pretrained, load_weights, named_weights
 from sluice.common.models.logprobs import completion_logprobs, pad_sequences
 from sluice.common.monitoring.diagnosis import alarms
-from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.policies.canary import CanarySequence, random_sequences
 from sluice.common.policies.manifest import Manifest
 from sluice.common.policies.store import PolicyStore

@@ -17,7 +17,8 @@ from sluice.common.connections.broker import make_app, send
 from sluice.common.connections.client import connect
 from sluice.common.errors import ConfigError
 from sluice.common.keys import RUNS, Keys
-from sluice.common.monitoring.metrics import send_heartbeat, write_metrics
+from sluice.common.monitoring.heartbeats import send_heartbeat
+from sluice.common.monitoring.metric_stream import write_metrics
 from sluice.common.operations import control
 from sluice.common.operations.storage import run_keys
 from sluice.common.run import Run, RunRecord, create_run, open_run

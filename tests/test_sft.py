@@ -136,7 +136,7 @@ def test_what_is_no_completion_token_carries_no_gradient(assets: ModelAssets, tm
     (batch,) = micro_batches_of(some_examples(assets, tmp_path), max_tokens=10_000)
     logprobs = torch.full(batch.loss_mask.shape, -2.0, requires_grad=True)
     num_tokens = int(batch.completion_lengths.sum())
-    loss, metrics = completion_nll(logprobs, batch, None, 2 * num_tokens)
+    loss, metrics = completion_nll(policy_logprobs=logprobs, loss_mask=batch.loss_mask, num_tokens=2 * num_tokens)
     loss.backward()
     assert loss.item() == pytest.approx(1.0)  # 2 nats a token, half of the step's tokens
     assert (metrics["loss"].item(), metrics["loss/num_tokens"].item()) == (pytest.approx(2.0), num_tokens)

@@ -33,12 +33,13 @@ from test_report import group
 from sluice.common.config.operations import MetricsConfig
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
-from sluice.common.monitoring.metrics import last_metrics
+from sluice.common.monitoring.metric_stream import last_metrics
 from sluice.common.run import Run
 from sluice.scripts.cli import cli
 from sluice.trainer import trackers as trackers
 from sluice.trainer.completions import CompletionsTable
-from sluice.trainer.report import Reporter
+from sluice.trainer.samples import Samples
+from sluice.trainer.step_metrics import Reporter
 from sluice.trainer.trackers import TrackedRun, TrackerQueue, check_trackers, tracked_id
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
@@ -403,7 +404,7 @@ def test_trained_completions_are_a_table_that_datasets_reads(client: redis.Redis
     written.write(1, [scored], [[0.7, 0.0]])
     written.write(2, [chat], [[0.0, 0.0]])
     written.write(3, [scored], [[0.1, 0.0]])
-    Reporter(client, run).begin(2, config)  # killed in step 3 or after it, before a checkpoint
+    Samples(client, run).forget_after(2)  # killed in step 3 or after it, before a checkpoint
     table = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "completions" / "*.parquet"), split="train", cache_dir=str(tmp_path / "hf")
     )

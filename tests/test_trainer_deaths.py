@@ -19,8 +19,12 @@ KILLS = [
         "after",
         3,
     ),  # a batch is dealt out, nothing else happened
-    ("sluice.common.policies.store:DirectoryTransport.write", "after", 3),  # tensors written, the pointer not moved
-    ("sluice.common.policies.store:PolicyStore._collect_garbage", "before", 3),  # the pointer moved, nobody told
+    (
+        "sluice.common.policies.transports:DirectoryTransport.write",
+        "after",
+        3,
+    ),  # tensors written, the pointer not moved
+    ("sluice.common.policies.retention:Retention.collect_garbage", "before", 3),  # the pointer moved, nobody told
     ("sluice.trainer.checkpoint:save_file", "after", 1),  # weights written, no optimizer state
     ("sluice.trainer.checkpoint:_fsync", "before", 5),  # everything in place but the `latest` pointer
     (

@@ -17,7 +17,7 @@ from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
 from sluice.common.models.causal_lm import load_pretrained, load_weights
 from sluice.common.models.lora import PREFIX, merge_adapter
-from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.policies.store import PolicyStore
 from sluice.common.serialization import decode
 from sluice.common.types import Completion, Task

@@ -27,7 +27,7 @@ from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.models.assets import read_assets
 from sluice.common.models.causal_lm import load_pretrained, named_weights
-from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.policies.store import PolicyStore
 from sluice.common.run import create_run
 from sluice.workers.context import HUNG_EXIT_CODE

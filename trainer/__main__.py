@@ -43,7 +43,8 @@ def main() -> int:
         from sluice.trainer.distributed.ranks import Ranks
         from sluice.trainer.loop import Trainer  # torch loads here, after the input was checked
 
-        trainer = Trainer(client, run, ranks=Ranks.join())
+        ranks = Ranks.join()
+        trainer = Trainer(client, run)
     except (ConfigError, ConnectionFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -61,7 +62,7 @@ def main() -> int:
         logging.getLogger("sluice.trainer").warning("%s", warning)
     RunRecord(client, run.keys).set_status("running")
     try:
-        trainer.train()
+        trainer.train(ranks)
     except ConfigError as error:  # a model that does not load, a run that Redis has lost
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,7 +72,7 @@ def main() -> int:
         RunRecord(client, run.keys).set_status("failed")
         return Diverged.EXIT_CODE
     except DiskFull as error:
-        print(f"error: stopped without a checkpoint of step {trainer.step}: {error}", file=sys.stderr)
+        print(f"error: stopped without a checkpoint of step {trainer.position.step}: {error}", file=sys.stderr)
         return 1
     finally:
         trainer.close()

@@ -9,13 +9,17 @@ Legend: G = completions of one group. Formulas and sources: docs/algorithms.md.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
+
+from sluice.common.config.trainer import AdvantageName
+from sluice.common.loading import find_function, is_function_path
 
 EPS = 1e-4
 """Added to every standard deviation (TRL's value): keeps nearly equal rewards from becoming large advantages."""
 
-_GROUP_METHODS = ("group", "none", "rloo", "maxrl")
 _BATCH_METHODS = ("batch", "reinforce_pp")
 
 
@@ -32,9 +36,8 @@ def compute_advantages(rewards: Tensor, *, method: str = "group") -> Tensor:
     Example: [1, 0, 0, 0] -> [1.49970, -0.49990, -0.49990, -0.49990] with `group`.
     Raises ValueError for an unknown method, and for negative rewards with `maxrl` (its scale would change sign).
     """
-    if method not in _GROUP_METHODS + _BATCH_METHODS:
-        known = ", ".join(_GROUP_METHODS + _BATCH_METHODS)
-        raise ValueError(f"unknown advantage method {method!r}: use one of {known}")
+    if method not in get_args(AdvantageName):
+        raise ValueError(f"unknown advantage method {method!r}: use one of {', '.join(get_args(AdvantageName))}")
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     scorable = ~rewards.isnan()
     scored = rewards[scorable]
@@ -54,7 +57,16 @@ def batch_advantages(groups: list[Tensor], *, method: str) -> list[Tensor]:
         reinforce_pp  divided by std(all centred rewards) + 1e-4          REINFORCE++-baseline, arXiv:2501.03262
 
     A step with fewer than two scorable samples is not scaled: all its advantages are 0.
+    A path (`advantages.py:my_advantages`) names a function of your own, called with `groups`. Raises ConfigError where it
+    cannot be loaded, ValueError where it returns anything but a finite advantage for every reward.
     """
+    if is_function_path(method):
+        found = find_function(method, where="trainer.advantage")(groups)
+        if [a.shape for a in found] != [r.shape for r in groups] or not all(bool(a.isfinite().all()) for a in found):
+            raise ValueError(
+                f"trainer.advantage: {method!r} must return a finite advantage for each reward, as tensors [G]"
+            )
+        return [advantages.float() for advantages in found]
     advantages = [compute_advantages(rewards, method=method) for rewards in groups]
     if method not in _BATCH_METHODS or not groups:
         return advantages

@@ -14,7 +14,7 @@ import redis
 
 from sluice.common.operations.control import ControlState, at, describe_paused, read_control_state, with_settings
 from sluice.common.run import Run
-from sluice.trainer.report import append_line
+from sluice.trainer.step_metrics import append_line
 
 log = logging.getLogger("sluice.trainer")
 

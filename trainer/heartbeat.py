@@ -1,25 +1,23 @@
 """The trainer's heartbeat, and its word when it does not move: what it waits for, in the log, the metrics and its heartbeat.
 
-It runs in a thread of its own over a connection of its own that gives up quickly, so that it speaks also while the trainer
-itself waits: for a batch, for a publication, for room on a disk, or for Redis.
+It speaks from the heartbeat's thread, also while the trainer itself waits: for a batch, for a publication, for room on a
+disk, or for Redis.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from sluice.common.connections.client import connect, outage
+from sluice.common.connections.client import outage
 from sluice.common.monitoring.diagnosis import Cause, diagnose
-from sluice.common.monitoring.metrics import HEARTBEAT_S, remove_heartbeat, send_heartbeat, write_metrics
-from sluice.common.run import Run
+from sluice.common.monitoring.heartbeats import HeartbeatThread, connect_quickly
+from sluice.common.monitoring.metric_stream import write_metrics
+from sluice.common.run import Run, process_name
 
 log = logging.getLogger("sluice.trainer")
 
@@ -30,86 +28,75 @@ STREAMED_EVERY_S = 60.0
 class TrainerHeartbeat:
     """Beats until closed; reports a stall every `trainer.stall_report_s`."""
 
-    def __init__(self, run: Run, trainer: redis.Redis, *, process: str, stats: Callable[[], dict[str, Any]]) -> None:
-        """`trainer` is the client over which the trainer itself works."""
-        self.report: Callable[[Cause, float], None] = lambda cause, waited_s: None
-        "where a stall is recorded besides the log"
+    def __init__(self, trainer: redis.Redis, run: Run, *, report: Callable[[int, Cause, float], None]) -> None:
+        """trainer: the client over which the trainer itself works. report: where a stall is recorded besides the log, with the
+        step before it and its seconds."""
+        self._trainer, self._run, self._report_to = trainer, run, report
+        self._stats: dict[str, Any] = {"step": 0, "version": 0}
         self.alarm = ""
-        self._alarm_since = 0.0
-        self._outage_since: float | None = None
-        self._run = run
-        self._trainer = trainer
-        self._process = process
-        self._stats = stats
-        self._client = connect(retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
-        self._waiting_since: float | None = None
-        self._away_since: float | None = None
+        self._since: dict[str, float] = {}
+        "when each began that keeps the trainer from moving: `outage` of its client, `alarm`, `batch`; and `unreachable` for us"
         self._reported_at = 0.0
         self._streamed = "", 0.0
-        self._closed = threading.Event()
-        self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._run_until_closed, name="heart", daemon=True)
+        self._client = connect_quickly()
+        began = time.monotonic()
+        self._thread = HeartbeatThread(
+            self._client,
+            run.keys,
+            process_name("trainer"),
+            stats=lambda: self._all_facts(up_s=time.monotonic() - began),
+            before=self._look_at_the_trainers_client,
+            after=self._report_stall,
+            on_error=self._report_unreachable,
+        )
         self._thread.start()
+
+    def tell(self, **stats: Any) -> None:
+        """What the next heartbeats say of the trainer besides."""
+        self._stats = self._stats | stats
 
     def waits(self) -> None:
         """The trainer has nothing to do from now on."""
-        self._waiting_since = time.monotonic()
+        self._since["batch"] = time.monotonic()
 
     def moves(self) -> None:
         """The trainer has something to do."""
-        self._waiting_since = None
+        self._since.pop("batch", None)
 
     def raise_alarm(self, text: str) -> None:
         """What keeps this process from its work, for everybody to read."""
         if not self.alarm:
-            self._alarm_since = time.monotonic()
             log.error("%s", text)
+        self._since.setdefault("alarm", time.monotonic())
         self.alarm = text
 
     def clear_alarm(self) -> None:
-        if self.alarm:
-            log.info("over after %.0f s: %s", time.monotonic() - self._alarm_since, self.alarm)
+        if since := self._since.pop("alarm", None):
+            log.info("over after %.0f s: %s", time.monotonic() - since, self.alarm)
         self.alarm = ""
 
     @property
     def waiting_s(self) -> float:
         """Seconds since the trainer could last do something."""
-        if self._outage_since is not None:
-            return time.monotonic() - self._outage_since
-        since = self._alarm_since if self.alarm else self._waiting_since
+        since = next((at for reason in ("outage", "alarm", "batch") if (at := self._since.get(reason))), None)
         return 0.0 if since is None else time.monotonic() - since
 
     def close(self) -> None:
-        self._closed.set()
-        self._thread.join(timeout=10)
-        try:
-            remove_heartbeat(self._client, self._run.keys, self._process)
-        except redis.RedisError as error:
-            log.warning("could not sign off: %s", error)
+        self._thread.close()
 
-    def _run_until_closed(self) -> None:
-        while not self._closed.is_set():
-            self._look_at_the_trainers_client()
-            stats = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm}
-            stats |= {"up_s": round(time.monotonic() - self._began, 1), **self._stats()}
-            try:
-                send_heartbeat(self._client, self._run.keys, self._process, stats)
-                self._away_since = None
-                self._report_stall()
-            except redis.RedisError as error:
-                self._away_since = self._away_since or time.monotonic()
-                cause = Cause("redis_unreachable", f"Redis cannot be used: {error}")
-                self._report(cause, waited_s=time.monotonic() - self._away_since)
-            self._closed.wait(HEARTBEAT_S)
+    def _all_facts(self, *, up_s: float) -> dict[str, Any]:
+        own = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm, "up_s": round(up_s, 1)}
+        return own | self._stats
 
     def _look_at_the_trainers_client(self) -> None:
         """A call of the trainer that waits for Redis is a stall as well, wherever in the step it is."""
         if outage(self._trainer) is None:
-            self._outage_since = None
-        elif self._outage_since is None:
-            self._outage_since = time.monotonic()
+            self._since.pop("outage", None)
+        else:
+            self._since.setdefault("outage", time.monotonic())
 
     def _report_stall(self) -> None:
+        self._since.pop("unreachable", None)
         waited_s = self.waiting_s
         if waited_s < self._run.config.trainer.stall_report_s or self._is_reported():
             return
@@ -118,15 +105,18 @@ class TrainerHeartbeat:
         now = time.monotonic()
         if cause.kind != self._streamed[0] or now - self._streamed[1] > STREAMED_EVERY_S:
             self._streamed = cause.kind, now
-            line = {"step": self._stats()["step"], f"stall/{cause.kind}": waited_s}
+            line = {"step": self._stats["step"], f"stall/{cause.kind}": waited_s}
             write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
+
+    def _report_unreachable(self, error: redis.RedisError) -> None:
+        waited_s = time.monotonic() - self._since.setdefault("unreachable", time.monotonic())
+        if not self._is_reported():
+            self._report(Cause("redis_unreachable", f"Redis cannot be used: {error}"), waited_s=waited_s)
 
     def _is_reported(self) -> bool:
         return time.monotonic() - self._reported_at < self._run.config.trainer.stall_report_s
 
     def _report(self, cause: Cause, *, waited_s: float) -> None:
-        if self._is_reported():
-            return
         self._reported_at = time.monotonic()
         log.warning("trainer has waited %.0f s: %s", waited_s, cause.text)
-        self.report(cause, waited_s)
+        self._report_to(self._stats["step"], cause, waited_s)

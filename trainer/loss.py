@@ -1,4 +1,4 @@
-"""The policy loss: six per-token objectives, three aggregations, KL to the reference, off-policy correction.
+"""The policy loss: six per-token losses or a user's own, three aggregations, KL to the reference, off-policy correction.
 
     loss = aggregate(w * L + kl_beta * KL)          L per-token policy loss, w importance weight (`decoupled` only)
 
@@ -12,13 +12,15 @@ glossary of metrics: docs/algorithms.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sluice.common.config.trainer import LossConfig
+from sluice.common.loading import find_function
 
 MAX_LOG_RATIO = 20.0
 """exp(20) = 5e8: far beyond any clip, far from float32 overflow."""
@@ -27,18 +29,23 @@ DPPO_PULL = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Tokens:
+class LossInputs:
     """What a per-token loss reads; masked positions hold 0 everywhere. All [B, T]."""
 
     logprobs: Tensor
+    "of the policy being trained; carries the gradient"
     log_ratio: Tensor
-    "lp - old"
+    "lp - old, clamped; carries the gradient"
     advantages: Tensor
+    "of each token's completion"
     mask: Tensor
+    "bool: tokens in the loss"
 
 
-_TokenLoss = tuple[Tensor, Tensor, Tensor]
-"""Loss, is clipped low, is clipped high; each [B, T]."""
+TokenLoss = Tensor | tuple[Tensor, dict[str, Tensor]]
+"""Loss [B, T], and by the name of a metric values [B, T], of which the metric is the mean over the loss tokens."""
+LossFunction = Callable[[LossConfig, LossInputs], TokenLoss]
+"""The formula of one loss: one of `_LOSSES`, or a user's function that `trainer.loss.loss` names."""
 
 
 def policy_loss(
@@ -65,27 +72,40 @@ def policy_loss(
         sequence_mean   number of sequences with a loss token        loss = sum_b (sum_t m l / sum_t m) / num_tokens
         fixed_horizon   the same number of sequences                 loss = sum m l / (num_tokens * horizon)
 
-    `trainer.batch.step_normaliser` counts it. None = this batch is the whole step.
+    `trainer.micro_batches.step_normaliser` counts it. None = this batch is the whole step.
 
     Metrics: `combine_metrics` makes a step's metrics from those of its micro-batches. A batch without a loss token
-    gives loss 0, gradient 0 and metrics 0. Raises ValueError where kl_beta > 0 and ref_logprobs is none.
+    gives loss 0, gradient 0 and metrics 0. Raises ValueError where kl_beta > 0 and ref_logprobs is none, ConfigError where
+    `config.loss` names a user's function that cannot be loaded.
     """
     if config.kl_beta > 0 and ref_logprobs is None:
         raise ValueError(f"kl_beta = {config.kl_beta} needs ref_logprobs: send the groups to the reference role")
+    # What stands at masked positions becomes 0 by selection, before any arithmetic: nan * 0 would be nan. All but the
+    # policy's own logprobs are constants.
     mask = loss_mask.bool()
     logprobs, rollout = _keep(policy_logprobs, mask), _keep(rollout_logprobs, mask).detach()
     prox = (logprobs if prox_logprobs is None else _keep(prox_logprobs, mask)).detach()
+
+    # The ratio's denominator: the sampler (`bypass`), or the policy before the batch's first optimizer step (`decoupled`),
+    # whose distance from the sampler is then the importance weight's alone. Never both: that would correct twice.
     old = rollout if config.off_policy == "bypass" else prox
-    tokens = _Tokens(
+    tokens = LossInputs(
         logprobs=logprobs,
         log_ratio=_log_ratio(logprobs, old),
         advantages=_keep(advantages.unsqueeze(-1).expand_as(logprobs), mask),
         mask=mask,
     )
-    token_loss, is_clipped_low, is_clipped_high = _LOSSES[config.loss](config, tokens)
+    found = _loss_function(config.loss)(config, tokens)
+    token_loss, token_metrics = found if isinstance(found, tuple) else (found, {})
+    if token_loss.shape != mask.shape:
+        raise ValueError(
+            f"loss={config.loss} gave shape {tuple(token_loss.shape)}, not {tuple(mask.shape)}: one loss a token"
+        )
     weight = torch.ones_like(rollout)
     if config.off_policy == "decoupled":
         weight = importance_weight(config, log_weight=_log_ratio(prox, rollout), loss_mask=mask)
+
+    # The normaliser is the whole step's, so that micro-batches and ranks add up to one loss.
     normaliser = _batch_normaliser(config, mask) if num_tokens is None else num_tokens
     policy_term = _aggregate(config, weight * token_loss, mask=mask, normaliser=normaliser)
     kl_term = torch.zeros_like(policy_term)
@@ -93,13 +113,11 @@ def policy_loss(
         ref = _keep(ref_logprobs, mask).detach()
         token_kl = reference_kl(logprobs, ref_logprobs=ref, estimator=config.kl_estimator)
         kl_term = _aggregate(config, token_kl, mask=mask, normaliser=normaliser)
-    shares = {
-        "clip_ratio/low": is_clipped_low,
-        "clip_ratio/high": is_clipped_high,
-        "off_policy/masked_fraction": weight == 0,
-    }
+
     metrics = {"loss/policy": policy_term.detach(), "loss/kl": kl_term.detach()}
-    metrics |= _token_metrics(shares, log_mismatch=_log_ratio(logprobs, rollout).detach(), mask=mask)
+    token_metrics = {name: values.detach() for name, values in token_metrics.items()}
+    token_metrics["off_policy/masked_fraction"] = weight == 0
+    metrics |= _token_metrics(token_metrics, log_mismatch=_log_ratio(logprobs, rollout).detach(), mask=mask)
     return policy_term + config.kl_beta * kl_term, metrics
 
 
@@ -158,52 +176,51 @@ def combine_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return combined
 
 
-def _grpo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), per token. arXiv:2402.03300, 1707.06347."""
-    return _ppo_clip(config, tokens.log_ratio.exp(), advantages=tokens.advantages)
+def _grpo(config: LossConfig, tokens: LossInputs) -> TokenLoss:
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), per token. arXiv:2402.03300, 1707.06347.
 
-
-def _gspo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
-    """As grpo with the sequence's geometric mean ratio, gradient through the mean. arXiv:2507.18071."""
-    ratio = _sequence_mean(tokens.log_ratio, mask=tokens.mask).exp()  # [B, 1]
-    return _ppo_clip(config, ratio.expand_as(tokens.log_ratio), advantages=tokens.advantages)
-
-
-def _ppo_clip(config: LossConfig, ratio: Tensor, *, advantages: Tensor) -> _TokenLoss:
-    """The clipped surrogate; dual clip (arXiv:1912.09729) caps rho after the clipped term is formed."""
+    Dual clip (arXiv:1912.09729) caps rho after the clipped term is formed.
+    """
+    ratio, advantages = tokens.log_ratio.exp(), tokens.advantages
     low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
     clipped = ratio.clamp(low, high) * advantages
     capped = ratio if config.dual_clip is None else ratio.clamp(max=config.dual_clip)
     loss = -torch.minimum(capped * advantages, clipped)
-    return loss, (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+    return loss, _clip_ratio(low=(ratio < low) & (advantages < 0), high=(ratio > high) & (advantages > 0))
 
 
-def _cispo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+def _gspo(config: LossConfig, tokens: LossInputs) -> TokenLoss:
+    """As grpo with the sequence's geometric mean ratio, gradient through the mean. arXiv:2507.18071."""
+    mean = _sequence_mean(tokens.log_ratio, mask=tokens.mask)  # [B, 1]
+    return _grpo(config, replace(tokens, log_ratio=mean.expand_as(tokens.log_ratio)))
+
+
+def _cispo(config: LossConfig, tokens: LossInputs) -> TokenLoss:
     """-sg(min(rho, cap)) A lp: every token keeps a gradient. arXiv:2506.13585."""
     return _capped_reinforce(tokens, cap=config.cispo_cap)
 
 
-def _reinforce(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+def _reinforce(config: LossConfig, tokens: LossInputs) -> TokenLoss:
     """-sg(min(rho, importance_max)) A lp: REINFORCE under a truncated importance weight."""
     return _capped_reinforce(tokens, cap=config.importance_max)
 
 
-def _capped_reinforce(tokens: _Tokens, *, cap: float) -> _TokenLoss:
+def _capped_reinforce(tokens: LossInputs, *, cap: float) -> TokenLoss:
     ratio = tokens.log_ratio.detach().exp()
     loss = -ratio.clamp(max=cap) * tokens.advantages * tokens.logprobs
-    return loss, torch.zeros_like(tokens.mask), ratio > cap
+    return loss, _clip_ratio(low=torch.zeros_like(tokens.mask), high=ratio > cap)
 
 
-def _sapo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+def _sapo(config: LossConfig, tokens: LossInputs) -> TokenLoss:
     """-(4 / tau) sigmoid(tau (rho - 1)) A: a soft gate, nothing is clipped. arXiv:2511.20347."""
     advantages, nowhere = tokens.advantages, torch.zeros_like(tokens.mask)
     positive, negative = advantages.new_tensor((config.sapo_tau_pos, config.sapo_tau_neg))
     tau = torch.where(advantages > 0, positive, negative)
     gate = 4.0 / tau * torch.sigmoid(tau * (tokens.log_ratio.exp() - 1.0))
-    return -gate * advantages, nowhere, nowhere
+    return -gate * advantages, _clip_ratio(low=nowhere, high=nowhere)
 
 
-def _dppo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
+def _dppo(config: LossConfig, tokens: LossInputs) -> TokenLoss:
     """-rho A where kept, + 1e-3 (log rho)^2 everywhere; arXiv:2602.04879 (binary TV) with prime-rl's square.
 
     Dropped: A > 0 and p - mu > clip_high, or A <= 0 and p - mu < -clip_low; p and mu are probabilities.
@@ -213,10 +230,28 @@ def _dppo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
     importance_max = (tokens.advantages > 0) & (moved > config.clip_high)
     importance_min = (tokens.advantages <= 0) & (moved < -config.clip_low)
     surrogate = torch.where(importance_max | importance_min, 0.0, tokens.log_ratio.exp() * tokens.advantages)
-    return DPPO_PULL * tokens.log_ratio.square() - surrogate, importance_min, importance_max
+    return DPPO_PULL * tokens.log_ratio.square() - surrogate, _clip_ratio(low=importance_min, high=importance_max)
 
 
-_LOSSES = {"grpo": _grpo, "gspo": _gspo, "cispo": _cispo, "sapo": _sapo, "reinforce": _reinforce, "dppo": _dppo}
+def _clip_ratio(*, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    return {"clip_ratio/low": low, "clip_ratio/high": high}
+
+
+_LOSSES: dict[str, LossFunction] = {
+    "grpo": _grpo,
+    "gspo": _gspo,
+    "cispo": _cispo,
+    "sapo": _sapo,
+    "reinforce": _reinforce,
+    "dppo": _dppo,
+}
+
+
+@functools.cache
+def _loss_function(name: str) -> LossFunction:
+    """The formula that `trainer.loss.loss` names. Raises ConfigError where it is a path that leads to none."""
+    found: LossFunction = _LOSSES.get(name) or find_function(name, where="trainer.loss.loss")
+    return found
 
 
 def _aggregate(config: LossConfig, values: Tensor, *, mask: Tensor, normaliser: int | Tensor) -> Tensor:
@@ -234,10 +269,10 @@ def _batch_normaliser(config: LossConfig, mask: Tensor) -> Tensor:
     return mask.sum() if config.aggregation == "token_mean" else mask.any(-1).sum()
 
 
-def _token_metrics(shares: dict[str, Tensor], *, log_mismatch: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Means per loss token of the shares and of the mismatch w = exp(lp - rollout), trainer against sampler."""
+def _token_metrics(token_metrics: dict[str, Tensor], *, log_mismatch: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Means per loss token of what the loss tells, and of the mismatch w = exp(lp - rollout), trainer against sampler."""
     ratio = log_mismatch.exp()
-    per_token = shares | {
+    per_token = token_metrics | {
         "off_policy/ratio_mean": ratio,
         "off_policy/ratio_square_mean": ratio.square(),
         "off_policy/mismatch_kl": torch.expm1(log_mismatch) - log_mismatch,

@@ -9,7 +9,7 @@ Legend: B = sequences, P = prompt tokens, T = completion tokens, S = padded leng
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,31 @@ class MicroBatch:
     def num_padded_tokens(self) -> int:
         """B * S: what a padded pass costs."""
         return self.input_ids.numel()
+
+    @property
+    def loss_inputs(self) -> dict[str, Tensor | None]:
+        """What an objective reads of it, by the names of its arguments."""
+        names = ("rollout_logprobs", "advantages", "loss_mask", "ref_logprobs")
+        return {name: getattr(self, name) for name in names}
+
+    def to_wire(self) -> dict[str, Any]:
+        """For another rank; token ids and lengths fit 32 bits."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        wire = {
+            name: (value.int() if value.dtype == torch.long else value).numpy()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return {**wire, "sampling": self.sampling and asdict(self.sampling)}
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> MicroBatch:
+        """The inverse of `to_wire`."""
+        sampling, arrays = wire["sampling"], {name: value for name, value in wire.items() if name != "sampling"}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors |= {name: tensor.long() for name, tensor in tensors.items() if tensor.dtype == torch.int32}
+        fields_of: dict[str, Any] = {"ref_logprobs": None, **tensors}
+        return cls(**fields_of, sampling=sampling and SamplingParams.from_wire(sampling))
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on another device."""

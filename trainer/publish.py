@@ -38,7 +38,7 @@ class Publisher:
         retry_while_disk_full: Callable[[Callable[[], None]], None],
     ) -> None:
         """`retry_while_disk_full` runs what writes to a disk, again and again while that is full."""
-        self._store = store
+        self.store = store
         self._retry_while_disk_full = retry_while_disk_full
         self._app = app
         self._run = run
@@ -65,7 +65,7 @@ class Publisher:
     ) -> None:
         """Begin to publish a version; returns when the one before it is out and this one is in the lineage."""
         self.wait()
-        self._store.announce(version, step=step, parent=parent)
+        self.store.announce(version, step=step, parent=parent)
         self._running = self._thread.submit(self._publish, version, tensors, step, parent, canary, evaluate)
 
     def wait(self) -> None:
@@ -74,10 +74,14 @@ class Publisher:
             self._running.result()
             self._running = None
 
+    def announce_again(self) -> None:
+        """Redis came back with an older state: what this process has announced is entered once more."""
+        self.store.announce_again(incarnation=self._incarnation)
+
     def republish_full(self) -> None:
         """Write the newest version whole where a reader could not verify its delta, and asked."""
-        if (self._running is None or self._running.done()) and self._store.is_full_requested():
-            self._retry_while_disk_full(self._store.republish_full)
+        if (self._running is None or self._running.done()) and self.store.is_full_requested():
+            self._retry_while_disk_full(self.store.republish_full)
 
     def metrics(self) -> dict[str, float]:
         """Of the newest publication: seconds, and what a reader downloads who has the version before, in bytes and of all."""
@@ -96,11 +100,11 @@ class Publisher:
         evaluate: tuple[EvalDataset, ...],
     ) -> None:
         started = time.monotonic()
-
         lora = self._run.config.trainer.lora
 
+        # Bytes first, the pointer last: the store moves it when all that the version consists of can be read.
         def write() -> None:
-            manifest = self._store.publish(
+            manifest = self.store.publish(
                 version,
                 tensors,
                 step=step,
@@ -118,6 +122,9 @@ class Publisher:
 
         self._retry_while_disk_full(write)
         self.published = version
+
+        # Evaluations are asked for once their version can be fetched; it then stays until they are finished. The dataset role
+        # may admit again: the credits of the groups that this version was made of are free.
         for dataset in evaluate:
             evaluation.request(self._client, self._run.keys, dataset, version=version)
         send(self._app, "dataset.fill", "dataset")

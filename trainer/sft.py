@@ -30,9 +30,8 @@ from sluice.common.models.logprobs import score_sequences
 from sluice.trainer.checkpoint import TrainerState, go_on_from, newest_checkpoint, random_state, save_checkpoint
 from sluice.trainer.examples import Example, ExampleSource, micro_batches_of
 from sluice.trainer.export import export_checkpoint
-from sluice.trainer.micro_batches import MicroBatch
-from sluice.trainer.report import append_line
 from sluice.trainer.scorer import autocast
+from sluice.trainer.step_metrics import append_line
 from sluice.trainer.trained_policy import TrainedPolicy
 
 log = logging.getLogger("sluice.sft")
@@ -42,12 +41,12 @@ MAX_SKIPPED_ROWS = 10_000
 
 
 def completion_nll(
-    logprobs: Tensor, batch: MicroBatch, prox: Tensor | None, normaliser: int
+    *, policy_logprobs: Tensor, loss_mask: Tensor, num_tokens: int, **_: object
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """loss = -sum of the completion tokens' logprobs / completion tokens of the step: an `Objective`."""
-    nll = -torch.where(batch.loss_mask, logprobs, 0.0).sum()
-    num_tokens = batch.loss_mask.sum().to(nll.dtype)
-    return nll / normaliser, {"loss": nll.detach() / num_tokens.clamp(min=1), "loss/num_tokens": num_tokens}
+    nll = -torch.where(loss_mask, policy_logprobs, 0.0).sum()
+    own_tokens = loss_mask.sum().to(nll.dtype)
+    return nll / num_tokens, {"loss": nll.detach() / own_tokens.clamp(min=1), "loss/num_tokens": own_tokens}
 
 
 class SftTrainer:

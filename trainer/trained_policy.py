@@ -1,6 +1,6 @@
 """The model being trained: float32 master weights, AdamW, schedule, and the optimizer steps over one batch.
 
-What is minimised is an `Objective`: the policy loss of the run's config (`policy_objective`), or that of `sluice.trainer.sft`.
+What is minimised is an `Objective`: that of the run's config (`objective_of`), or that of `sluice.trainer.sft`.
 
 Over several ranks every one of them holds a `TrainedPolicy` and makes the same calls at the same time (`trainer.parallel`);
 gradients and metrics are those of all ranks' micro-batches together.
@@ -45,7 +45,7 @@ from sluice.trainer.distributed.sharding import (
 )
 from sluice.trainer.loss import combine_metrics
 from sluice.trainer.micro_batches import MicroBatch, Sequences, find_logprobs, padding_share, step_normaliser
-from sluice.trainer.objective import Objective, policy_objective
+from sluice.trainer.objective import Objective, objective_of
 from sluice.trainer.scorer import Scorer, autocast
 
 log = logging.getLogger("sluice.trainer")
@@ -117,7 +117,7 @@ class TrainedPolicy:
         return cls(
             model,
             config.trainer,
-            objective=policy_objective(config.trainer.loss),
+            objective=objective_of(config.trainer),
             temperature=config.sampling.temperature,
             truncation=Truncation.of(config.sampling, end_token_ids=end_token_ids),
             end_token_ids=end_token_ids,
@@ -126,7 +126,7 @@ class TrainedPolicy:
 
     def configure(self, config: TrainerConfig) -> None:
         """From the next `optimize` on: learning rate, schedule, clipping and policy loss of this config, a run's."""
-        self.config, self._objective = config, policy_objective(config.loss)
+        self.config, self._objective = config, objective_of(config)
 
     def optimize(self, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float]:
         """`num_iterations` optimizer steps on one batch (`step` counts batches from 1); the metrics of the last of them.
@@ -134,23 +134,36 @@ class TrainedPolicy:
         micro_batches: this rank's, as many as on every other. Gradients do not depend on the split into micro-batches and
         ranks. From the second iteration on, `decoupled` losses take the logprobs of the first as those of the proximal policy.
         """
+        # The step's normaliser is known before the first backward pass, over all ranks: gradients add up to those of one batch.
         batches = [batch.to(self.device) for batch in micro_batches]
         normaliser = sum(self._ranks.gather(step_normaliser(batches, aggregation=self.config.loss.aggregation)))
         learning_rate = self.config.learning_rate * schedule_factor(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+
         prox: list[Tensor | None] = [None] * len(batches)
         optimizer_s = 0.0
         for iteration in range(self.config.num_iterations):
-            scored = []
+            # One forward and backward pass per micro-batch; ranks exchange gradients with the last of them only.
+            scored: list[tuple[Tensor, dict[str, Tensor]]] = []
             for i, (batch, before) in enumerate(zip(batches, prox, strict=True), start=1):
                 with nullcontext() if i == len(batches) else without_reduction(self._trained):
-                    scored.append(self._accumulate(batch, before, normaliser))
+                    logprobs, entropy = self._trained(
+                        batch.input_ids, batch.prompt_lengths, batch.completion_lengths, sampling=batch.sampling
+                    )
+                    loss, metrics = self._objective(
+                        policy_logprobs=logprobs, **batch.loss_inputs, prox_logprobs=before, num_tokens=normaliser
+                    )
+                    loss.backward()
+                metrics["entropy"] = entropy[batch.loss_mask].mean() if batch.loss_mask.any() else loss.detach() * 0
+                scored.append((logprobs.detach(), metrics))
+
+            # The first pass has seen the weights that the batch began with: its logprobs are those of the proximal policy.
             if iteration == 0:
-                self._first_pass = [
-                    (batch, logprobs) for batch, (logprobs, _) in zip(micro_batches, scored, strict=True)
-                ]
-                prox = [logprobs for logprobs, _ in scored] if self.config.num_iterations > 1 else prox
+                self._first_pass = [(batch, found) for batch, (found, _) in zip(micro_batches, scored, strict=True)]
+                prox = [found for found, _ in scored] if self.config.num_iterations > 1 else prox
+
+            # The norm is that of all ranks, so all of them step, or all leave the step out.
             began = time.monotonic()
             grad_norm = self._clipped()
             if math.isfinite(grad_norm):
@@ -183,17 +196,6 @@ class TrainedPolicy:
                 f"step {step}: the gradients of {MAX_SKIPPED} optimizer steps in a row were not finite; the weights are those "
                 "before them. Lower trainer.learning_rate, set trainer.autocast=float32, or look at the rewards of these steps"
             )
-
-    def _accumulate(self, batch: MicroBatch, prox: Tensor | None, normaliser: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds a micro-batch's gradient; its logprobs [B, T] before the step, and its metrics."""
-        logprobs, entropy = self._trained(
-            batch.input_ids, batch.prompt_lengths, batch.completion_lengths, sampling=batch.sampling
-        )
-        loss, metrics = self._objective(logprobs, batch, prox, normaliser)
-        loss.backward()
-        assert entropy is not None
-        metrics["entropy"] = entropy[batch.loss_mask].mean() if batch.loss_mask.any() else loss.detach() * 0
-        return logprobs.detach(), metrics
 
     def _combined(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         """The step's metrics, over all ranks."""

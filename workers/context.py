@@ -8,8 +8,8 @@
                   |
                  messages for the parts that follow
 
-The heart thread beats, and renews the leases of running parts up to one lease after the last progress; a process that
-makes none for two leases (an endless loop in a kernel, a hung device) is ended, so that it does not go on pulling groups.
+Before each heartbeat the leases of running parts are renewed, up to one lease after the last progress; a process that makes
+none for two leases (an endless loop in a kernel, a hung device) is ended, so that it does not go on pulling groups.
 
 SIGUSR2 = SIGTERM with more time: no new messages, and running parts may finish for autoscale.drain_s. A later SIGTERM ends that.
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,14 +33,12 @@ from typing import Any, ClassVar
 import redis
 from celery import Celery
 from celery.concurrency.thread import TaskPool
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from sluice.common.connections.broker import send, send_stage
 from sluice.common.connections.client import connect, give_up_after, run_name
 from sluice.common.errors import EngineClosed, SerializationError
 from sluice.common.ledger.ledger import Claim, Ledger
-from sluice.common.monitoring.metrics import HEARTBEAT_S, remove_heartbeat, send_heartbeat
+from sluice.common.monitoring.heartbeats import HEARTBEAT_S, HeartbeatThread, connect_quickly
 from sluice.common.run import Run, open_run, process_name
 from sluice.workers.execution_lock import ExecutionLock
 
@@ -84,12 +81,12 @@ class Context:
     "seconds of work so far, of whatever the process has one of: an engine, a model, a reader"
     started_at: float = field(default_factory=time.time)
     num_done: int = 0
+    _heartbeat: HeartbeatThread | None = None
     _heartbeat_at: float = field(default_factory=time.monotonic)
     _heartbeat_busy_s: float = 0.0
     _claims: dict[str, Claim] = field(default_factory=dict)
     _lock: ExecutionLock = field(default_factory=ExecutionLock)
     _was_hung: bool = False
-    _stop: threading.Event = field(default_factory=threading.Event)
     _is_draining: ClassVar[bool] = False
 
     @classmethod
@@ -111,8 +108,7 @@ class Context:
         run = open_run(client, run_name())
         process = process_name(role)
         ledger = Ledger(client, run.keys, run.config, worker=process)
-        quick = connect(retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
-        urgent = Ledger(quick, run.keys, run.config, worker=process)
+        urgent = Ledger(connect_quickly(), run.keys, run.config, worker=process)
         return cls(role=role, app=app, client=client, run=run, ledger=ledger, urgent=urgent, process=process)
 
     def run_stage(
@@ -192,19 +188,21 @@ class Context:
 
     def start_heartbeat(self) -> None:
         """Begin to renew leases and to beat."""
-        threading.Thread(target=self._send_heartbeats, name="heart", daemon=True).start()
+        self._heartbeat = HeartbeatThread(
+            self.urgent.client,
+            self.run.keys,
+            self.process,
+            stats=self._stats,
+            before=self._keep_leases,
+            period_s=min(HEARTBEAT_S, self.run.config.lease.running_s / 3),
+        )
+        self._heartbeat.start()
 
-    def _send_heartbeats(self) -> None:
-        period = min(HEARTBEAT_S, self.run.config.lease.running_s / 3)
-        while not self._stop.wait(period):
-            try:
-                self._end_if_hung()
-                left_s = self.run.config.lease.running_s - self.progress_age_s()
-                if left_s > 0:
-                    self._renew(left_s)
-                send_heartbeat(self.urgent.client, self.run.keys, self.process, self._stats())
-            except redis.RedisError as error:
-                log.warning("no heartbeat: %s", error)
+    def _keep_leases(self) -> None:
+        self._end_if_hung()
+        left_s = self.run.config.lease.running_s - self.progress_age_s()
+        if left_s > 0:
+            self._renew(left_s)
 
     def _renew(self, lease_s: float) -> None:
         claims = list(self._claims.values())
@@ -248,12 +246,9 @@ class Context:
 
     def close(self) -> None:
         """Leave in good order."""
-        self._stop.set()
         give_up_after(self.client, 2.0)
-        try:
-            remove_heartbeat(self.urgent.client, self.run.keys, self.process)
-        except redis.RedisError as error:
-            log.warning("could not sign off: %s", error)
+        if self._heartbeat is not None:
+            self._heartbeat.close()
 
 
 def _reason(error: BaseException) -> str:

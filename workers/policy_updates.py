@@ -32,10 +32,10 @@ from sluice.common.connections.client import BLOCK_S
 from sluice.common.errors import EngineError, PolicyError
 from sluice.common.keys import Keys
 from sluice.common.models.lora import merge_adapter
-from sluice.common.monitoring.metrics import last_event, wait_for_event
+from sluice.common.monitoring.metric_stream import last_event, wait_for_event
 from sluice.common.policies.canary import CanarySequence, adapter_share, mean_difference
 from sluice.common.policies.manifest import Manifest, Policy
-from sluice.common.policies.store import PolicyStore
+from sluice.common.policies.reader import PolicyReader
 from sluice.common.types import Completion
 from sluice.workers.engine import Engine, GenerationRequest
 
@@ -62,7 +62,7 @@ class ServedPolicy:
         self._base: Policy | None = None
         self._compared = -1
         self._client, self._keys, self._config, self._engine = client, keys, config, engine
-        self._store = PolicyStore(client, keys, config)
+        self._store = PolicyReader(client, keys, config)
         self._gate = _VersionGate()
         self._staging = threading.Lock()
         self._staged = -1, ""
@@ -153,7 +153,7 @@ class ServedPolicy:
     def _base_tensors(self) -> Mapping[str, torch.Tensor]:
         """Version 0, which all adapters are upon: fetched with the first of them, and held from then on."""
         if self._base is None:
-            store = PolicyStore(self._client, self._keys, self._config)  # of its own: what was fetched last is told of
+            store = PolicyReader(self._client, self._keys, self._config)  # of its own: what was fetched last is told of
             manifest, tensors = store.fetch(0)
             self._base = Policy(manifest=manifest, tensors=tensors)
         return self._base.tensors

@@ -23,7 +23,7 @@ from sluice.common.models.logprobs import score_sequences
 from sluice.common.models.packing import enable_packing
 from sluice.common.models.truncation import Truncation
 from sluice.common.pipeline import stage_on
-from sluice.common.policies.store import PolicyStore
+from sluice.common.policies.reader import PolicyReader
 from sluice.common.serialization import decode, encode
 from sluice.common.types import SamplingParams
 from sluice.workers.context import Context, Result
@@ -74,7 +74,7 @@ class ReferenceRole:
             if self._model is None:
                 torch.set_num_threads(1)
                 config = self._config
-                _, tensors = PolicyStore(self.context.client, self.context.run.keys, config.policy_store).fetch(0)
+                _, tensors = PolicyReader(self.context.client, self.context.run.keys, config.policy_store).fetch(0)
                 assets = ModelAssets.from_wire(self.context.run.assets)
                 model = build_model(assets, dtype=config.reference.dtype, device=config.reference.device)
                 load_weights(model, tensors)

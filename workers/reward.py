@@ -44,7 +44,8 @@ def prepare(app: Celery, role: str) -> Context:
     """Register the task of this queue. Raises ConfigError when a reward does not import."""
     context = Context.open(app, role)
     config = context.run.config.reward
-    host = RewardRole(context, load_reward_functions(config.functions))
+    functions = load_reward_functions(config.functions, code_folder=context.run.config.code_folder)
+    host = RewardRole(context, functions)
     app.task(
         host.score,
         name=stage_on(role).celery_task,

@@ -24,19 +24,18 @@ TARGETS = {
     "sluice.workers.reference": {"ReferenceModel._compute": "reference"},
     "sluice.trainer.trained_policy": {"TrainedPolicy.optimize": "training", "TrainedPolicy.snapshot": "weights"},
     "sluice.trainer.checkpoint": {"save_checkpoint": "checkpoint"},
-    "sluice.common.policies.store": {"PolicyStore.publish": "weights", "PolicyStore.fetch": "weights"},
+    "sluice.common.policies.store": {"PolicyStore.publish": "weights"},
+    "sluice.common.policies.reader": {"PolicyReader.fetch": "weights"},
     "sluice.workers.rewards.scoring": {"score_group": "reward_functions"},
     "sluice.workers.prompt_source": {"PromptSource.prompt_at": "prompts"},
     "sluice.common.serialization": {"encode": "codec", "decode": "codec"},
     "sluice.common.ledger.scripts": {"Scripts.__call__": "ledger_calls"},
     "sluice.common.connections.broker": {"send": "publish_message"},
-    "sluice.workers.context": {"Context.run_stage": "task_rest", "Context._send_heartbeats": "heart"},
+    "sluice.workers.context": {"Context.run_stage": "task_rest"},
+    "sluice.common.monitoring.heartbeats": {"HeartbeatThread._run": "heart"},
     "sluice.trainer.loop": {"Trainer._train_on": "step_rest", "Trainer._next_batch": "take_batch"},
-    "sluice.trainer.report": {
-        "Reporter.report": "metrics",
-        "Reporter.keep_samples": "metrics",
-        "flow_metrics": "metrics",
-    },
+    "sluice.trainer.step_metrics": {"Reporter.report": "metrics", "FlowMeter.metrics": "metrics"},
+    "sluice.trainer.samples": {"Samples.keep": "metrics"},
 }
 """Module -> qualified name -> kind."""
 KINDS = tuple(dict.fromkeys(kind for names in TARGETS.values() for kind in names.values()))

@@ -36,13 +36,21 @@ def load_as(kind: type[AnyConfig], path: str | Path, overrides: list[str] | tupl
         text = Path(path).read_text()
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from None
-    return parse_as(kind, text, overrides=overrides, source=str(path))
+    return parse_as(kind, text, overrides=overrides, source=str(path), folder=Path(path).parent)
 
 
 def parse_as(
-    kind: type[AnyConfig], text: str, *, overrides: list[str] | tuple[str, ...] = (), source: str = "config"
+    kind: type[AnyConfig],
+    text: str,
+    *,
+    overrides: list[str] | tuple[str, ...] = (),
+    source: str = "config",
+    folder: Path | None = None,
 ) -> AnyConfig:
-    """A config of that kind from YAML text and overrides. Raises ConfigError with the nearest name of a wrong key."""
+    """A config of that kind from YAML text and overrides. Raises ConfigError with the nearest name of a wrong key.
+
+    folder: that of the file, which is the `code_folder` of a run unless it names another.
+    """
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -54,6 +62,8 @@ def parse_as(
     try:
         if kind is Config:
             apply_preset(data)
+            if folder is not None:
+                data["code_folder"] = str((folder / str(data.get("code_folder") or ".")).resolve())
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     try:

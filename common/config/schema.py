@@ -218,6 +218,9 @@ class Config(Section):
     """Seed of the permutation, of sampling noise and of initialisation."""
     output_dir: str = "runs"
     """Run folders are made under it."""
+    code_folder: str | None = None
+    """Where functions named by a dotted path (`reward.functions`, `trainer.loss.loss`) are found, if they are not installed;
+    none = the folder of the config file."""
     model: ModelConfig
     """The policy to train; also the frozen reference."""
     dataset: DatasetConfig

@@ -9,8 +9,8 @@ from sluice.common.config import ModelConfig, PromptConfig
 from sluice.common.config.trainer import Section, TrainerConfig
 
 RL_ONLY = (
-    "num_iterations", "advantage", "filter_zero_variance", "max_refill", "loss", "mask_truncated", "overlong_penalty",
-    "parallel", "stall_report_s",
+    "num_iterations", "advantage", "filter_zero_variance", "max_refill", "loss", "objective", "mask_truncated",
+    "overlong_penalty", "parallel", "stall_report_s",
 )  # fmt: skip
 """Keys of `trainer` that nothing reads here, in one process and without rewards; setting one is refused."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from sluice.common.loading import is_function_path
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -18,12 +21,25 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
+LossName = Literal["grpo", "gspo", "cispo", "sapo", "reinforce", "dppo"]
+AdvantageName = Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl"]
+
+
+def _known_or_path(name: object, known: tuple[str, ...]) -> object:
+    if isinstance(name, str) and name not in known and not is_function_path(name):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{name!r} is not known; {hint}Use one of {', '.join(known)}, or a path (file.py:function)")
+    return name
+
+
 class LossConfig(Section):
     """Policy loss; formulas and sources in docs/algorithms.md."""
 
-    loss: Literal["grpo", "gspo", "cispo", "sapo", "reinforce", "dppo"] = "grpo"
+    loss: LossName | str = "grpo"
     """`grpo`: PPO-clip on group advantages. `gspo`: the same on sequence ratios. `cispo`, `reinforce`: a capped weight
-    without gradient. `sapo`: a soft gate. `dppo`: tokens whose probability moved too far are dropped."""
+    without gradient. `sapo`: a soft gate. `dppo`: tokens whose probability moved too far are dropped. Or a function of
+    your own: `losses.py:my_loss` (docs/extending.md)."""
     clip_low: float = Field(default=0.2, ge=0.0)
     """eps_low of `grpo`, `gspo`: the ratio is clipped below at 1 - eps_low; `dppo`: bound on a fall of p."""
     clip_high: float = Field(default=0.2, ge=0.0)
@@ -56,6 +72,11 @@ class LossConfig(Section):
     """Lower bound of the masks."""
     importance_max: float = Field(default=2.0, gt=0.0)
     """Cap of the truncations and of `reinforce`'s weight, upper bound of the masks."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _is_known(cls, loss: object) -> object:
+        return _known_or_path(loss, get_args(LossName))
 
     @model_validator(mode="after")
     def _choices_fit(self) -> LossConfig:
@@ -140,8 +161,8 @@ class TrainerConfig(Section):
     gradients of a loss that is divided by a whole step's tokens.)"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    advantage: Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl"] = "group"
-    """Baseline and scale of the rewards; docs/algorithms.md."""
+    advantage: AdvantageName | str = "group"
+    """Baseline and scale of the rewards; docs/algorithms.md. Or a function of your own: `advantages.py:my_advantages`."""
     filter_zero_variance: bool = False
     """Drop groups whose rewards are all equal, or of which fewer than two can be scored, and admit others in their place
     (DAPO's dynamic sampling)."""
@@ -150,6 +171,8 @@ class TrainerConfig(Section):
     trained, with advantage 0, until the batch is taken."""
     loss: LossConfig = LossConfig()
     """Policy loss."""
+    objective: str | None = None
+    """A function of your own in place of the whole policy loss, aggregation and KL included; none = the policy loss."""
     mask_truncated: bool = False
     """Keep completions that ran into max_res_tokens out of the loss; their rewards still count for the group's baseline."""
     overlong_penalty: OverlongPenalty | None = None
@@ -173,8 +196,17 @@ class TrainerConfig(Section):
     stall_report_s: float = Field(default=5.0, gt=0)
     """While no batch is ready, the cause is logged this often, in seconds."""
 
+    @field_validator("advantage", mode="before")
+    @classmethod
+    def _is_known(cls, advantage: object) -> object:
+        return _known_or_path(advantage, get_args(AdvantageName))
+
     @model_validator(mode="after")
     def _choices_fit(self) -> TrainerConfig:
+        if self.objective is not None and not is_function_path(self.objective):
+            raise ValueError(
+                f"objective = {self.objective!r} is no path: write file.py:function or pkg.module:function"
+            )
         if self.advantage == "maxrl" and self.overlong_penalty is not None:
             raise ValueError(
                 "advantage=maxrl needs rewards >= 0, which overlong_penalty may break: drop one of the two"
@@ -184,6 +216,11 @@ class TrainerConfig(Section):
                 "max_refill has no effect without filter_zero_variance: set that to true, or drop max_refill"
             )
         return self
+
+    @property
+    def has_user_functions(self) -> bool:
+        """Whether loss, advantage or objective is a user's own code."""
+        return self.objective is not None or is_function_path(self.loss.loss) or is_function_path(self.advantage)
 
     @property
     def microbatch_tokens(self) -> int:

@@ -235,14 +235,6 @@ class Ledger:
         """Whether this process is the one that looks after the run for so long."""
         return bool(self.client.set(self.keys.tick, self._worker, nx=True, px=round(lasts_s * 1000)))
 
-    def cursor(self) -> int:
-        """The next dataset cursor."""
-        return int(self.client.get(self.keys.cursor) or 0)
-
-    def restore_cursor(self, cursor: int) -> None:
-        """In a Redis that has none: nothing has been admitted in it."""
-        self.client.set(self.keys.cursor, cursor, nx=True)
-
     def reap(self, max_count: int = 200) -> list[tuple[str, str, Kind]]:
         """Overdue parts to send again: (group, part, kind)."""
         reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, max_count)
@@ -303,6 +295,16 @@ def read_usage(client: redis.Redis, keys: Keys) -> Usage:
         pipe.hget(keys.totals, "generated_tokens")
         held, credits, generated = pipe.execute()
     return Usage(payload_bytes=int(held or 0), credits=int(credits), generated_tokens=int(generated or 0))
+
+
+def read_cursor(client: redis.Redis, keys: Keys) -> int:
+    """The next dataset cursor."""
+    return int(client.get(keys.cursor) or 0)
+
+
+def restore_cursor(client: redis.Redis, keys: Keys, cursor: int) -> None:
+    """In a Redis that has none: nothing has been admitted in it."""
+    client.set(keys.cursor, cursor, nx=True)
 
 
 def read_pending(client: redis.Redis, keys: Keys) -> list[tuple[str, str]]:

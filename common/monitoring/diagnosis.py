@@ -4,6 +4,8 @@ Read from heartbeats, queues, the ledger and the server's own word, so that `slu
 dashboard say the same. Kinds of cause, in the order in which they are looked for:
 
     paused              an operator holds the run
+    no_trainer          no trainer is there (asked by those who are none: `stall_cause`)
+    silent_trainer      it has stopped beating
     redis_unreachable   the data server, or the broker, does not answer
     redis_full          at maxmemory, or its append-only file cannot be written
     no_workers          nobody serves a queue that the run needs
@@ -29,7 +31,8 @@ import redis
 
 from sluice.common.errors import ConnectionFailed
 from sluice.common.ledger.ledger import read_counters
-from sluice.common.monitoring.metrics import is_silent, last_metrics, read_heartbeats
+from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
+from sluice.common.monitoring.metric_stream import last_metrics
 from sluice.common.monitoring.queues import Queue, broker_client, read_queues
 from sluice.common.operations.control import describe_paused
 from sluice.common.pipeline import stages_for
@@ -64,6 +67,8 @@ ALARM_KINDS = (
     "rejected_messages",
     "redis_unreachable",
 )
+STALLED_AFTER_S = 5.0
+"""A trainer that has waited for so long is stalled."""
 _NEARLY_FULL = 0.9
 _FULL = 0.99
 """At the limit the server hovers around it: what is refused leaves its buffers free again."""
@@ -93,6 +98,19 @@ def diagnose(client: redis.Redis, run: Run) -> Cause:
         return _unreachable(error)
 
 
+def stall_cause(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> Cause | None:
+    """Why no step is made, for a process that is not the trainer itself; None where one is being made."""
+    if held := _paused(client, run):
+        return held
+    trainer = next((stats for stats in heartbeats.values() if stats["role"] == "trainer"), None)
+    if trainer is None:
+        return Cause("no_trainer", "no trainer is running")
+    if is_silent(trainer):
+        text = f"the trainer has been silent for {trainer['silent_s']:.0f} s: dead, stopped or cut off"
+        return Cause("silent_trainer", text)
+    return diagnose(client, run) if trainer.get("waiting_s", 0.0) > STALLED_AFTER_S else None
+
+
 def alarms(client: redis.Redis, run: Run) -> list[Cause]:
     """What is wrong, whether or not training stalls."""
     try:
@@ -116,7 +134,7 @@ def _unreachable(error: Exception) -> Cause:
 
 def _first_cause(client: redis.Redis, run: Run) -> Cause:
     needed = tuple(stage.queue for stage in stages_for(run.config))
-    if held := paused(client, run):
+    if held := _paused(client, run):
         return held
     heartbeats = read_heartbeats(client, run.keys)
     queues = read_queues(client, run, needed)
@@ -136,7 +154,7 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
     return causes[0] if causes else _from_flow(client, run, heartbeats, queues)
 
 
-def paused(client: redis.Redis, run: Run) -> Cause | None:
+def _paused(client: redis.Redis, run: Run) -> Cause | None:
     """Whether an operator holds the run."""
     order, _ = RunRecord(client, run.keys).held()
     return Cause("paused", describe_paused(order)) if order else None

@@ -41,7 +41,7 @@ from sluice.common.config.operations import AutoscaleConfig
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_pending
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.monitoring.metrics import is_silent, read_heartbeats
+from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.monitoring.queues import queue_depths
 from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
 from sluice.common.run import Run, RunRecord

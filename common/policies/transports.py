@@ -5,11 +5,15 @@ one set of tensors in safetensors format:
 
 * DirectoryTransport: one file, written under a temporary name and renamed.
 * RedisTransport: the same bytes in 2 MiB chunks (larger ones are 2-7x slower), for machines without a shared folder.
+
+Another one is a class with the methods of `Transport`, a value of `policy_store.transport` in `common/config/schema.py`, and a
+line in `open_transport` (docs/extending.md).
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -19,6 +23,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from sluice.common.config import PolicyStoreConfig
 from sluice.common.disk import needing_room
 from sluice.common.errors import DigestMismatch, PolicyNotFound
 from sluice.common.keys import Keys
@@ -146,3 +151,18 @@ class RedisTransport:
             for key in self._client.scan_iter(match=root + "*", count=10_000):
                 if is_garbage(int(key.decode().removeprefix(root).partition(":")[0])):
                     self._client.unlink(key)
+
+
+def open_transport(client: redis.Redis, keys: Keys, config: PolicyStoreConfig) -> Transport:
+    """What carries the policies of a run."""
+    if config.transport == "redis":
+        return RedisTransport(client, keys)
+    return DirectoryTransport(store_folder(config, keys.run))
+
+
+def store_folder(config: PolicyStoreConfig, run: str) -> Path:
+    """Where the directory transport of a run keeps its files."""
+    if config.path:
+        return Path(config.path) / run
+    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+    return base / f"sluice-{os.getuid()}" / run

@@ -25,7 +25,8 @@ from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.diagnosis import broker_client
-from sluice.common.monitoring.metrics import ArchivedStream, is_silent, read_archive, read_heartbeats
+from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
+from sluice.common.monitoring.metric_stream import ArchivedStream, read_archive
 from sluice.common.operations.control import read_control_state
 from sluice.common.operations.storage import begin_removal, end_removal, has_keys, remove_keys
 from sluice.common.policies.lineage import read_pointer
@@ -138,7 +139,7 @@ def checked_folder(folder: Path, name: str) -> Path:
 
 def remove_policies(config: Config, name: str) -> None:
     """The published policies of a run that lie in a folder of this machine."""
-    from sluice.common.policies.store import store_folder
+    from sluice.common.policies.transports import store_folder
 
     if config.policy_store.transport == "directory":
         shutil.rmtree(store_folder(config.policy_store, name), ignore_errors=True)

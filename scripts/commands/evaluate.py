@@ -13,7 +13,7 @@ from sluice.common.connections.broker import make_app, send
 from sluice.common.errors import ConfigError, SluiceError
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.monitoring.diagnosis import explain_stall
-from sluice.common.monitoring.metrics import read_heartbeats
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.pipeline import stages_for
 from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run

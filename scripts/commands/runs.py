@@ -54,7 +54,7 @@ def list_(as_json: bool) -> None:
 @_JSON
 def compare(names: tuple[str, ...], as_json: bool) -> None:
     """Where their configs differ, their last metrics and their last evaluations, side by side."""
-    from sluice.common.monitoring.metrics import last_metrics
+    from sluice.common.monitoring.metric_stream import last_metrics
     from sluice.common.operations.control import effective
     from sluice.scripts.commands.evaluate import list_evaluations
     from sluice.scripts.launcher.launch import opened_run
@@ -147,7 +147,7 @@ def _list(as_json: bool) -> None:
 
 def read_runs(client: redis.Redis) -> list[dict[str, Any]]:
     """One dictionary per run, oldest first; also of keys whose run has no entry (a creation or a deletion was cut off)."""
-    from sluice.common.monitoring.metrics import last_metrics
+    from sluice.common.monitoring.metric_stream import last_metrics
     from sluice.scripts.commands.archive import live_processes
 
     created, memory = list_runs(client), memory_of_runs(client)

@@ -29,7 +29,8 @@ from sluice.common.config.trainer import PEFT_MISSING
 from sluice.common.connections.client import connect, give_up_after
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
-from sluice.common.monitoring.metrics import is_silent, read_heartbeats
+from sluice.common.loading import absolute_function_path
+from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.operations.control import cancel_drain, default_who
 from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, RunRecord, create_run, list_runs, open_run
@@ -54,13 +55,17 @@ def preflight(config: Config) -> dict[str, object]:
     from sluice.workers.prompt_source import PromptSource
     from sluice.workers.rewards.loading import load_reward_functions
 
-    rewards = [reward.name for reward in load_reward_functions(config.reward.functions)]
+    rewards = [reward.name for reward in load_reward_functions(config.reward.functions, code_folder=config.code_folder)]
     for judged in config.evaluation.datasets:
         if judged.function not in (None, *rewards):
             raise ConfigError(
                 f"evaluation.datasets[{judged.name}].function = {judged.function!r} is no reward function of this run: use "
                 f"one of {', '.join(rewards)}"
             )
+    if config.trainer.has_user_functions:
+        from sluice.trainer.objective import check_functions  # torch loads here
+
+        check_functions(config.trainer)
     assets = read_assets(config.model.path, revision=config.model.revision)
     tokenizer = assets.tokenizer()
     sections = {"dataset": config.dataset}
@@ -115,7 +120,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         code = _drive(client, run, url, server, interrupted, config_path)
         is_finished = code == 0 and RunRecord(client, run.keys).status == "finished"
         if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
-            from sluice.common.policies.store import store_folder
+            from sluice.common.policies.transports import store_folder
 
             shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
         return code
@@ -315,15 +320,18 @@ def with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute, so that roles started in any folder find them; hub ids stay as they are."""
 
     def absolute(path: str) -> str:
-        file, colon, attribute = path.partition(":")
-        return f"{Path(file).resolve()}{colon}{attribute}" if Path(file).exists() else path
+        return str(Path(path).resolve()) if Path(path).exists() else path
 
     data = config.model_dump()
     data["model"]["path"] = absolute(data["model"]["path"])
     for section in (data["dataset"], *(e["dataset"] for e in data["evaluation"]["datasets"])):
         section["path"] = absolute(section["path"])
-    for function in data["reward"]["functions"]:
-        function["function"] = absolute(function["function"])
+    trainer, folder = data["trainer"], Path(config.code_folder or ".")
+    for section, key in (
+        *((function, "function") for function in data["reward"]["functions"]),
+        *((trainer["loss"], "loss"), (trainer, "advantage"), (trainer, "objective")),
+    ):
+        section[key] = section[key] and absolute_function_path(section[key], folder=folder)
     data["output_dir"] = str(Path(data["output_dir"]).resolve())
     if data["policy_store"]["path"]:
         data["policy_store"]["path"] = str(Path(data["policy_store"]["path"]).resolve())

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from sluice.common.monitoring.diagnosis import explain_stall
-from sluice.common.monitoring.metrics import last_entry, read_metrics
+from sluice.common.monitoring.metric_stream import last_entry, read_metrics
 from sluice.common.monitoring.queues import queue_depths
 from sluice.common.operations.control import effective
 from sluice.common.pipeline import QUEUES

@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from sluice.common.ledger.ledger import Counters, read_counters, read_usage
-from sluice.common.monitoring.metrics import read_metrics
+from sluice.common.monitoring.metric_stream import read_metrics
 from sluice.common.run import Run
 from sluice.dashboard.terminal import sparkline
 from sluice.scripts.commands.evaluate import describe, list_evaluations

@@ -1,22 +1,22 @@
 """Several ranks as one policy: rank 0 runs the training loop, the others make its calls.
 
-    rank 0: Trainer (trainer/loop.py)                   rank 1 ... N-1: `run_follower`
-    open_policy(...)          -- open -->               the same TrainedPolicy, of the same model folder
-    policy.optimize(groups)   -- optimize, its share --> its micro-batches, TrainedPolicy.optimize    collectives inside
-    policy.score / snapshot / save / restore  -- ... --> the same
-      (waits for a batch, publishes, ...)               waits, for hours if need be
-    policy.close()            -- end -->                exit 0
+    rank 0: Trainer (trainer/loop.py)                       rank 1 ... N-1: `run_follower`
+    open_policy(...)          -- open -->                   the same TrainedPolicy, of the same model folder
+    policy.optimize(groups)   -- optimize, its micro-batches -->  TrainedPolicy.optimize          collectives inside
+    policy.score / snapshot / save / restore  -- ... -->    the same
+      (waits for a batch, publishes, ...)                   waits, for hours if need be
+    policy.close()            -- close -->                  exit 0
 
-Only rank 0 knows Redis. A rank that fails ends by itself, who started it then ends all of them,
-and they are started again (`sluice run` does); the trainer goes on from its newest checkpoint, on as many ranks as there are
-then.
+A call is the name of a method in `REPLICATED` and its arguments. Only rank 0 knows Redis, and it alone makes micro-batches, as
+many for each rank. A rank that fails ends by itself, the process that started it then ends all of them, and they are started
+again (`sluice run` does); the trainer continues from its newest checkpoint, on as many ranks as there are then.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from sluice.common.config import Config
 from sluice.common.config.file import parse_config
 from sluice.common.config.trainer import TrainerConfig
 from sluice.common.errors import DiskFull, Diverged
+from sluice.common.loading import add_code_folder
 from sluice.common.models.causal_lm import load_pretrained
 from sluice.common.policies.canary import CanarySequence
 from sluice.common.types import Group
@@ -41,23 +42,17 @@ from sluice.trainer.trained_policy import TrainedPolicy
 
 log = logging.getLogger("sluice.trainer")
 
-"""(prompt_ids, token_ids)"""
+REPLICATED = ("optimize", "configure", "logprobs_of", "score", "snapshot", "save", "restore")
+"""Methods of TrainedPolicy that rank 0 has every rank call at the same time, in the same order."""
 Shard = tuple[list[Group], list[Tensor]]
 """What a rank trains on: groups with its episodes only, and their advantages, [G] per group."""
 
 
 class ParallelPolicy:
-    """The policy over all ranks, for rank 0: `TrainedPolicy`'s methods, each made on every rank at the same time.
-
-    With one rank there is nobody to tell.
-    """
+    """The policy over all ranks, for rank 0: `TrainedPolicy`'s methods, each made on every rank at the same time."""
 
     def __init__(self, policy: TrainedPolicy, ranks: Ranks | None = None) -> None:
         self._policy, self._ranks = policy, ranks or Ranks()
-
-    @property
-    def num_ranks(self) -> int:
-        return self._ranks.size
 
     @property
     def vocab_size(self) -> int:
@@ -70,59 +65,62 @@ class ParallelPolicy:
     def optimize(
         self, groups: list[Group], advantages: list[Tensor], *, step: int, max_tokens: int, mask_truncated: bool = False
     ) -> dict[str, float]:
-        """TrainedPolicy's, on the micro-batches that every rank makes of its share (`shard_by_tokens`); metrics are those of all.
+        """TrainedPolicy's, each rank on the micro-batches of its share (`shard_by_tokens`); metrics are those of all.
 
         advantages: [G] per group. max_tokens, mask_truncated: as in `build_micro_batches`.
         """
-        options: dict[str, Any] = {"step": step, "max_tokens": max_tokens, "mask_truncated": mask_truncated}
-        own, *others = shard_by_tokens(groups, advantages, num_ranks=self.num_ranks)
-        with self._call("optimize", [{"shard": _to_wire(shard), "options": options} for shard in others]):
-            return _optimize(self._policy, own, self._ranks, **options)
+        shards = shard_by_tokens(groups, advantages, num_ranks=self._ranks.size)
+        packed = self._policy.is_packed
+        batches = [
+            build_micro_batches(*shard, max_tokens=max_tokens, packed=packed, mask_truncated=mask_truncated)
+            for shard in shards
+        ]
+        own, *others = (pad_micro_batches(each, count=max(map(len, batches))) for each in batches)
+        with self._told("optimize", [[batches] for batches in others], {"step": step}):
+            return self._policy.optimize(own, step=step)
 
     def configure(self, config: TrainerConfig) -> None:
-        """TrainedPolicy's. Nobody is told where nothing changes."""
+        """TrainedPolicy's. No call is made where nothing changes."""
         if config != self._policy.config:  # the config of SFT never comes here
-            with self._call("configure", {"trainer": config.model_dump(mode="json")}):
-                self._policy.configure(config)
+            self._replicate("configure", config)
 
     def logprobs_of(self, sequences: Sequences) -> list[NDArray[np.float32] | None]:
-        with self._call("logprobs_of", {"sequences": sequences}):
-            return self._policy.logprobs_of(sequences)
+        return self._replicate("logprobs_of", sequences)
 
     def score(self, sequences: Sequences) -> list[CanarySequence]:
-        with self._call("score", {"sequences": sequences}):
-            return self._policy.score(sequences)
+        return self._replicate("score", sequences)
 
     def snapshot(self, dtype: torch.dtype, *, full: bool = False) -> dict[str, Tensor]:
-        with self._call("snapshot", {"dtype": str(dtype).removeprefix("torch."), "full": full}):
-            return self._policy.snapshot(dtype, full=full)
+        return self._replicate("snapshot", dtype, full=full)
 
     def save(self, folder: Path) -> dict[str, str]:
-        with self._call("save", {"folder": str(folder)}):
-            return self._policy.save(folder)
+        return self._replicate("save", folder)
 
     def restore(self, folder: Path) -> None:
-        with self._call("restore", {"folder": str(folder)}):
-            self._policy.restore(folder)
+        self._replicate("restore", folder)
 
     def close(self) -> None:
         """The last call: the other ranks end."""
-        with self._call("end", {}):
+        with self._told("close", [[]] * (self._ranks.size - 1), {}):
             self._ranks.leave()
 
+    def _replicate(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """The same call on every rank; this rank's result."""
+        with self._told(name, [list(arguments)] * (self._ranks.size - 1), options):
+            return getattr(self._policy, name)(*arguments, **options)
+
     @contextmanager
-    def _call(self, name: str, body: dict[str, Any] | list[dict[str, Any]]) -> Iterator[None]:
+    def _told(self, name: str, arguments: list[list[Any]], options: dict[str, Any]) -> Iterator[None]:
+        """The other ranks begin the call, each with its own arguments, while this one makes it inside."""
         with _explained(name, self._ranks):
-            bodies = body if isinstance(body, list) else [body] * (self._ranks.size - 1)
-            self._ranks.send_calls([{"call": name, **one} for one in bodies])
+            self._ranks.send_calls([_call(name, own, options) for own in arguments])
             yield
 
 
 def open_policy(config: Config, *, end_token_ids: Sequence[int], ranks: Ranks | None = None) -> ParallelPolicy:
     """The policy of a run with the weights of model.path, on all ranks; for rank 0. Raises ConfigError."""
     ranks = ranks or Ranks()
-    body = {"call": "open", "config": config.to_yaml(), "end_token_ids": list(end_token_ids)}
-    ranks.send_calls([body] * (ranks.size - 1))
+    ranks.send_calls([_call("open", [config, list(end_token_ids)], {})] * (ranks.size - 1))
     with _explained("open", ranks):
         return ParallelPolicy(_build(config, end_token_ids, ranks), ranks)
 
@@ -145,54 +143,24 @@ def run_follower(ranks: Ranks) -> int:
         if call is None:
             log.error("rank 0 is gone: ending")
             return 1
-        with _explained(call["call"], ranks):
-            if call["call"] == "end":
+        name, arguments, options = call["call"], _from_wire(call["arguments"]), call["options"]
+        with _explained(name, ranks):
+            if name == "close":
                 ranks.leave()
                 return 0
-            if call["call"] == "open":
-                config = parse_config(call["config"], source="rank 0's config")
-                policy = _build(config, call["end_token_ids"], ranks)
+            if name == "open":
+                config, end_token_ids = arguments
+                policy = _build(config, end_token_ids, ranks)
                 continue
-            assert policy is not None
-            _make(call, policy, ranks)
-
-
-def _make(call: dict[str, Any], policy: TrainedPolicy, ranks: Ranks) -> None:
-    """One call of rank 0, on this rank."""
-    match call["call"]:
-        case "optimize":
+            assert policy is not None and name in REPLICATED, name
             try:
-                _optimize(policy, _from_wire(call["shard"]), ranks, **call["options"])
-            except Diverged:  # rank 0 has raised the same, says so, and ends the run
-                log.warning("step %d: training has diverged", call["options"]["step"])
-        case "configure":
-            policy.configure(TrainerConfig.model_validate(call["trainer"]))
-        case "logprobs_of":
-            policy.logprobs_of([(prompt, tokens) for prompt, tokens in call["sequences"]])
-        case "score":
-            policy.score([(prompt, tokens) for prompt, tokens in call["sequences"]])
-        case "snapshot":
-            policy.snapshot(getattr(torch, call["dtype"]), full=call["full"])
-        case "save":
-            try:
-                policy.save(Path(call["folder"]))
-            except DiskFull as error:  # rank 0 has raised the same, and tries again
-                log.warning("%s", error)
-        case "restore":
-            policy.restore(Path(call["folder"]))
-        case name:
-            raise AssertionError(f"no call {name}")
-
-
-def _optimize(
-    policy: TrainedPolicy, shard: Shard, ranks: Ranks, *, step: int, max_tokens: int, mask_truncated: bool
-) -> dict[str, float]:
-    """This rank's part of an optimizer step."""
-    batches = build_micro_batches(*shard, max_tokens=max_tokens, packed=policy.is_packed, mask_truncated=mask_truncated)
-    return policy.optimize(pad_micro_batches(batches, count=max(ranks.gather(len(batches)))), step=step)
+                getattr(policy, name)(*arguments, **options)
+            except (Diverged, DiskFull) as error:  # rank 0 has raised the same, and acts on it
+                log.warning("%s: %s", name, error)
 
 
 def _build(config: Config, end_token_ids: Sequence[int], ranks: Ranks) -> TrainedPolicy:
+    add_code_folder(config.code_folder)
     torch.manual_seed(config.seed)  # the same on all ranks: what an adapter begins with
     model = load_pretrained(config.model.path, revision=config.model.revision)
     policy = TrainedPolicy.of_run(model, config, end_token_ids=end_token_ids, ranks=ranks)
@@ -255,20 +223,40 @@ def pad_micro_batches(batches: list[MicroBatch], *, count: int) -> list[MicroBat
     return [*batches, *[idle] * (count - len(batches))]
 
 
-def _to_wire(shard: Shard) -> dict[str, Any]:
-    """Without the texts, which no rank reads: some 12 bytes a token."""
-    groups = [
-        replace(
-            group,
-            prompt="",
-            target=None,
-            timestamps={},
-            episodes=[replace(e, completion=replace(e.completion, text="")) for e in group.episodes],
-        )
-        for group in shard[0]
-    ]
-    return {"groups": [group.to_wire() for group in groups], "advantages": [a.numpy() for a in shard[1]]}
+def _call(name: str, arguments: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The message of a call; options are plain data."""
+    return {"call": name, "arguments": _to_wire(arguments), "options": options}
 
 
-def _from_wire(wire: dict[str, Any]) -> Shard:
-    return [Group.from_wire(group) for group in wire["groups"]], [torch.from_numpy(a) for a in wire["advantages"]]
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "micro_batch": MicroBatch.from_wire,
+    "config": lambda text: parse_config(text, source="rank 0's config"),
+    "trainer": TrainerConfig.model_validate,
+    "dtype": lambda name: getattr(torch, name),
+    "path": Path,
+}
+"""What an argument that is no plain data travels as."""
+
+
+def _to_wire(value: Any) -> Any:
+    match value:
+        case MicroBatch():
+            return {"micro_batch": value.to_wire()}
+        case Config():
+            return {"config": value.to_yaml()}
+        case TrainerConfig():
+            return {"trainer": value.model_dump(mode="json")}
+        case torch.dtype():
+            return {"dtype": str(value).removeprefix("torch.")}
+        case Path():
+            return {"path": str(value)}
+        case list() | tuple():
+            return [_to_wire(each) for each in value]
+    return value
+
+
+def _from_wire(value: Any) -> Any:
+    if isinstance(value, dict):
+        ((kind, inner),) = value.items()
+        return _READERS[kind](inner)
+    return [_from_wire(each) for each in value] if isinstance(value, list) else value

@@ -1,39 +1,20 @@
-"""What a run says of itself: capped Redis streams (metrics, samples, events), and heartbeats of every process.
+"""Capped Redis streams of a run: metrics, one entry per trainer step; samples; events.
 
 Metric names are those that users of TRL, verl and torchforge already read (docs/algorithms.md lists them with formulas).
-A heartbeat is a record with a time to live, stamped with Redis' clock: a process that stops beating is called silent after
-SILENT_AFTER_S, and disappears from `sluice status` by itself.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import redis
 
-from sluice.common.errors import SerializationError
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.serialization import decode, decode_json, encode
+from sluice.common.serialization import decode, encode
 
 ArchivedStream = Literal["metrics", "samples", "controls", "events"]
-HEARTBEAT_S = 1.0
-HEARTBEAT_TTL_S = 15
-_NUMBERS = (
-    "idle_fraction",
-    "up_s",
-    "waiting_s",
-    "done",
-    "running",
-    "version",
-    "tokens_per_s",
-    "mismatch",
-    "cache_mismatch",
-)
-SILENT_AFTER_S = 4.0
-"""Three beats missed: dead, stopped or cut off."""
 
 
 def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float], *, max_length: int) -> None:
@@ -72,7 +53,7 @@ def write_samples(client: redis.Redis, keys: Keys, samples: Sequence[Mapping[str
     script = Scripts(client, keys)
     with client.pipeline(transaction=False) as pipe:
         for sample in samples:
-            script("small", "XADD", keys.samples, "MAXLEN", kept, "*", "sample", encode(sample), client=pipe)
+            script("write_record", "XADD", keys.samples, "MAXLEN", kept, "*", "sample", encode(sample), client=pipe)
         pipe.execute()
 
 
@@ -115,46 +96,3 @@ def read_archive(client: redis.Redis, keys: Keys, stream: ArchivedStream) -> Ite
 
 def _floats(fields: Mapping[bytes, bytes]) -> dict[str, float]:
     return {name.decode(): float(value) for name, value in fields.items()}
-
-
-def send_heartbeat(client: redis.Redis, keys: Keys, process: str, stats: Mapping[str, Any]) -> None:
-    """Say that a process is alive, and what it is doing. Works while Redis is full, too."""
-    Scripts(client, keys)("send_heartbeat", process, json.dumps(stats), HEARTBEAT_TTL_S)
-
-
-def remove_heartbeat(client: redis.Redis, keys: Keys, process: str) -> None:
-    """A process leaves in good order."""
-    client.delete(keys.process(process))
-    client.zrem(keys.processes, process)
-
-
-def read_heartbeats(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:
-    """Process -> facts, for those that beat within the time to live; `silent_s` is the age of the last beat."""
-    with client.pipeline(transaction=False) as pipe:
-        pipe.time()
-        pipe.zrange(keys.processes, 0, -1, withscores=True)
-        (seconds, microseconds), beaten = pipe.execute()
-    values = client.mget([keys.process(name.decode()) for name, _ in beaten]) if beaten else []
-    now = seconds + microseconds / 1e6
-    return {
-        name.decode(): {**_stats(name.decode(), value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
-        for (name, at_ms), value in zip(beaten, values, strict=True)
-        if value is not None
-    }
-
-
-def _stats(process: str, value: bytes) -> dict[str, Any]:
-    """What a process says of itself; where that is no sound record, only that it is none: it must not harm who reads it."""
-    try:
-        stats = decode_json(value)
-        wrong = [key for key in _NUMBERS if not isinstance(stats.get(key), int | float | None)]
-        if wrong or not isinstance(stats["role"], str):
-            raise SerializationError(f"{', '.join(wrong) or 'role'} has another type")
-    except (SerializationError, AttributeError, KeyError, TypeError) as error:
-        return {"role": process.partition("@")[0], "alarm": f"its heartbeat cannot be read: {error}"[:300]}
-    return dict(stats)
-
-
-def is_silent(stats: Mapping[str, Any]) -> bool:
-    """Whether a process of `read_heartbeats` has missed several beats."""
-    return bool(stats["silent_s"] > SILENT_AFTER_S)

@@ -15,11 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
-from sluice.common.monitoring.metrics import last_metrics, read_metrics
+from sluice.common.monitoring.metric_stream import last_metrics, read_metrics
 from sluice.common.run import Run
 from sluice.common.types import Completion, Episode, Group
 from sluice.dashboard.samples import read_samples
-from sluice.trainer.report import Reporter, batch_metrics, token_age
+from sluice.trainer.samples import Samples
+from sluice.trainer.step_metrics import Reporter, batch_metrics, token_age
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
 
@@ -111,7 +112,7 @@ def test_an_evaluation_is_marked_as_reported_after_its_line_was_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("sluice.trainer.report.append_line", killed)
+        patch.setattr("sluice.trainer.step_metrics.append_line", killed)
         reporter.report(3, 3, {"eval/heldout/version": 2.0, "eval/heldout/pass@1": 0.5})
     assert evaluation.unreported(client, run) == {("heldout", 2)}
     reporter.report(3, 3, {"eval/heldout/version": 2.0, "eval/heldout/pass@1": 0.5})
@@ -121,12 +122,9 @@ def test_an_evaluation_is_marked_as_reported_after_its_line_was_written(
 
 def test_samples_are_kept_for_reading(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
     run = Run(name=keys.run, keys=keys, config=make_config(), assets={}, folder=str(tmp_path))
-    reporter = Reporter(client, run)
+    samples = Samples(client, run)
     for step in (1, 2):
-        reporter.keep_samples(
-            step, [group([1.0, 0.0])] * 3, [[0.7, -0.7]] * 3, lambda sequences: [None] * len(sequences)
-        )
-    reporter.close()
+        samples.keep(step, [group([1.0, 0.0])] * 3, [[0.7, -0.7]] * 3, lambda sequences: [None] * len(sequences))
     newest = read_samples(client, keys, count=10)
     assert [sample["step"] for sample in newest] == [2, 2, 1, 1]  # two groups a step
     assert [c["advantage"] for c in newest[0]["completions"]] == [0.7, -0.7]

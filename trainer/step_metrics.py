@@ -1,4 +1,4 @@
-"""What a trainer step says of itself: metrics to Redis, JSONL and trackers; samples and completions for people to read.
+"""Metrics of a trainer step: what they are, and where they go: Redis, JSONL, trackers and the log.
 
 The glossary with formulas is in docs/algorithms.md.
 """
@@ -12,43 +12,38 @@ import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-import numpy as np
 import redis
-from numpy.typing import NDArray
 
 from sluice.common.config import Config
 from sluice.common.errors import PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger.evaluations import mark_reported
-from sluice.common.ledger.ledger import read_counters, read_fields, read_usage
+from sluice.common.ledger.ledger import Counters, read_counters, read_usage
 from sluice.common.monitoring.diagnosis import Cause
-from sluice.common.monitoring.metrics import last_metrics, read_heartbeats, write_metrics, write_samples
+from sluice.common.monitoring.heartbeats import read_heartbeats
+from sluice.common.monitoring.metric_stream import last_metrics, write_metrics
 from sluice.common.monitoring.queues import read_queues
-from sluice.common.pipeline import QUEUES, STAGES
+from sluice.common.pipeline import QUEUES
+from sluice.common.policies.canary import mismatch_bound
 from sluice.common.policies.lineage import policy_ages
 from sluice.common.run import Run, RunRecord
 from sluice.common.types import Group, has_reward_variance
-from sluice.trainer.completions import CompletionsTable
-from sluice.trainer.micro_batches import Sequences
 from sluice.trainer.trackers import TrackedRun, Trackers, check_packages, tracked_id
 
 log = logging.getLogger("sluice.trainer")
 
-SAMPLES_PER_STEP = 2
 _REPORTED = re.compile(rb'\{"step": (\d+), "version": (\d+)')
 """Beginning of the line of a step."""
-_WORK = [f"{fact}:{stage.name}" for stage in STAGES for fact in ("w", "n", "s")]
-"""Who did each part, its claims, and how often it was sent again."""
 
 
 class Reporter:
-    """Writes one line per step to every sink. Trackers, and the files of completions, begin with `begin`."""
+    """Writes one line per step to every sink. Trackers begin with `begin`."""
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client = client
@@ -60,10 +55,9 @@ class Reporter:
         "newest policy version that earlier processes have reported; -1 when there was none"
         check_packages(run.config.metrics)
         self._trackers: Trackers | None = None
-        self._completions = CompletionsTable(folder) if run.config.metrics.completions else None
 
     def begin(self, step: int, config: Config) -> None:
-        """The run goes on from this step, under this config: what was kept of steps that will be trained again goes."""
+        """The run goes on from this step, under this config."""
         created_at = RunRecord(self._client, self._run.keys).created_at
         tracked = TrackedRun(
             name=self._run.name,
@@ -75,8 +69,6 @@ class Reporter:
             told_step=self._last_step,
         )
         self._trackers = Trackers(config.metrics, tracked)
-        if self._completions is not None:
-            self._completions.forget_after(step)
 
     def report(self, step: int, version: int, metrics: dict[str, float]) -> None:
         """One trainer step. Evaluations whose results are in it are marked last: killed before, the next trainer tells them."""
@@ -97,49 +89,23 @@ class Reporter:
             {"step": step, "time": time.time(), "stall": cause.kind, "cause": cause.text, "waited_s": waited_s},
         )
 
-    def keep_samples(
-        self,
-        step: int,
-        groups: list[Group],
-        advantages: list[list[float]],
-        logprobs_of: Callable[[Sequences], Sequence[NDArray[np.float32] | None]],
-    ) -> None:
-        """The first groups of the step, for `sluice samples`, the sample browser and `sluice trace`.
-
-        logprobs_of: the trainer's, before the step, of the completions that are kept.
-        """
-        if self._completions is not None:
-            self._completions.write(step, groups, advantages)  # all of them, into the run folder
-        kept = self._run.config.metrics.samples_kept
-        if not kept:
-            return
-        chosen = list(zip(groups, advantages, strict=True))[:SAMPLES_PER_STEP]
-        work = read_fields(self._client, self._run.keys, [group.group_id for group, _ in chosen], _WORK)
-        trained = iter(
-            logprobs_of([(group.prompt_ids, e.completion.token_ids) for group, _ in chosen for e in group.episodes])
-        )
-        samples = []
-        for (group, values), done in zip(chosen, work, strict=True):
-            stats = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
-            samples.append(_sample(step, group, values, trained) | {"work": stats})
-        write_samples(self._client, self._run.keys, samples, kept=kept)
-
     def close(self) -> None:
         if self._trackers is not None:
             self._trackers.close()
 
 
-def log_step(step: int, num_steps: int, metrics: Mapping[str, float], *, canary_bound: float) -> None:
+def log_step(step: int, config: Config, metrics: Mapping[str, float]) -> None:
     """One line for the log; an error where a sampler scores the canary otherwise than the trainer."""
     shown = [
         metrics[name] for name in ("reward/mean", "loss/policy", "grad_norm", "staleness/mean", "time/wait_for_batch")
     ]
-    log.info("step %d/%d reward %.3f loss %.4f grad_norm %.2f age %.2f waited %.2f s", step, num_steps, *shown)
-    if metrics.get("off_policy/canary_abs_diff", 0.0) > canary_bound:
+    line = "step %d/%d reward %.3f loss %.4f grad_norm %.2f age %.2f waited %.2f s"
+    log.info(line, step, config.trainer.num_steps, *shown)
+    bound = mismatch_bound(config.rollout.dtype, config.trainer.autocast)
+    if (difference := metrics.get("off_policy/canary_abs_diff", 0.0)) > bound:
         log.error(
             "a sampler's logprobs are %.3g nats from the trainer's on the canary (bound %g): see `sluice status`",
-            metrics["off_policy/canary_abs_diff"],
-            canary_bound,
+            *(difference, bound),
         )
 
 
@@ -163,34 +129,6 @@ def _last_logged(path: Path) -> tuple[int, int]:
             for found in filter(None, map(_REPORTED.match, file)):
                 step, version = max(step, int(found[1])), max(version, int(found[2]))
     return step, version
-
-
-def _sample(
-    step: int, group: Group, advantages: list[float], trained: Iterator[NDArray[np.float32] | None]
-) -> dict[str, object]:
-    return {
-        "step": step,
-        "group": group.group_id,
-        "version": group.policy_version,
-        "prompt": group.prompt,
-        "target": group.target,
-        "timestamps": group.timestamps,
-        "completions": [
-            {
-                "text": episode.completion.text,
-                "token_ids": episode.completion.token_ids,
-                "rollout_logprobs": episode.completion.rollout_logprobs.astype(np.float32),
-                "policy_logprobs": next(trained),
-                "policy_versions": episode.completion.policy_versions,
-                "reward": episode.reward,
-                "rewards": episode.rewards,
-                "advantage": advantage,
-                "finish_reason": episode.completion.finish_reason,
-                "tokens": len(episode.completion.token_ids),
-            }
-            for episode, advantage in zip(group.episodes, advantages, strict=True)
-        ],
-    }
 
 
 def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
@@ -239,15 +177,53 @@ def _seconds_in_queue(group: Group) -> float:
     return group.timestamps.get("leased", 0.0) - group.timestamps.get("ready", 0.0)
 
 
-def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> dict[str, float]:
-    """Buffer, queues, ledger and how busy the workers are."""
-    usage = read_usage(client, run.keys)
-    counters = read_counters(client, run.keys)
+class FlowMeter:
+    """What happens around the trainer: queues, buffer, ledger, how busy the workers are, and what they have generated."""
+
+    def __init__(self, client: redis.Redis, run: Run) -> None:
+        self._client, self._run = client, run
+        self._generated_tokens = read_usage(client, run.keys).generated_tokens
+
+    def metrics(self, *, step_s: float) -> dict[str, float]:
+        """Now; what was generated, over the step_s seconds since the last call."""
+        usage = read_usage(self._client, self._run.keys)
+        before, self._generated_tokens = self._generated_tokens, usage.generated_tokens
+        counters = read_counters(self._client, self._run.keys)
+        return {
+            **self._queue_metrics(),
+            **_worker_metrics(read_heartbeats(self._client, self._run.keys).values()),
+            **self._filter_metrics(counters),
+            "buffer/bytes": float(usage.payload_bytes),
+            "admission/credits": float(usage.credits),
+            "throughput/generated_tokens_per_s": (self._generated_tokens - before) / step_s,
+            "staleness/dropped": float(counters.dropped.get("stale", 0)),
+            "ledger/admitted": float(counters.admitted),
+            "ledger/in_flight": float(counters.in_flight),
+            "ledger/retried": float(counters.retried),
+            "ledger/dead": float(sum(counters.dead.values())),
+        }
+
+    def _queue_metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name, queue in read_queues(self._client, self._run, QUEUES).items():
+            metrics |= {f"queue/{name}/depth": float(queue.depth), f"queue/{name}/oldest_age_s": queue.oldest_age_s}
+        return metrics
+
+    def _filter_metrics(self, counters: Counters) -> dict[str, float]:
+        if not self._run.config.trainer.filter_zero_variance:
+            return {}
+        dropped = counters.dropped.get("zero_variance", 0)
+        return {
+            "filter/dropped": float(dropped),
+            "filter/dropped_in_step": dropped - last_metrics(self._client, self._run.keys).get("filter/dropped", 0.0),
+            "filter/kept_for_bound": float(counters.kept_for_bound),
+        }
+
+
+def _worker_metrics(heartbeats: Collection[Mapping[str, Any]]) -> dict[str, float]:
+    """Of what workers say of themselves."""
     metrics: dict[str, float] = {}
-    for name, queue in read_queues(client, run, QUEUES).items():
-        metrics |= {f"queue/{name}/depth": float(queue.depth), f"queue/{name}/oldest_age_s": queue.oldest_age_s}
     shares: dict[str, list[float]] = defaultdict(list)
-    heartbeats = read_heartbeats(client, run.keys).values()
     for stats in heartbeats:
         if "idle_fraction" in stats and stats["role"] != "trainer":
             shares[stats["role"]].append(stats["idle_fraction"])
@@ -256,23 +232,4 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
         metrics["off_policy/canary_abs_diff"] = max(differences)
     if adapter_shares := [stats["adapter_share"][0] for stats in heartbeats if stats.get("adapter_share")]:
         metrics["off_policy/adapter_share"] = min(adapter_shares)
-    metrics |= {f"idle_fraction/{role}": fmean(values) for role, values in shares.items()}
-    if run.config.trainer.filter_zero_variance:
-        dropped, before = (
-            counters.dropped.get("zero_variance", 0),
-            last_metrics(client, run.keys).get("filter/dropped", 0.0),
-        )
-        metrics["filter/dropped"] = float(dropped)
-        metrics["filter/dropped_in_step"] = dropped - before
-        metrics["filter/kept_for_bound"] = float(counters.kept_for_bound)
-    return {
-        **metrics,
-        "buffer/bytes": float(usage.payload_bytes),
-        "admission/credits": float(usage.credits),
-        "num_generated_tokens": usage.generated_tokens - generated_before,
-        "staleness/dropped": float(counters.dropped.get("stale", 0)),
-        "ledger/admitted": float(counters.admitted),
-        "ledger/in_flight": float(counters.in_flight),
-        "ledger/retried": float(counters.retried),
-        "ledger/dead": float(sum(counters.dead.values())),
-    }
+    return metrics | {f"idle_fraction/{role}": fmean(values) for role, values in shares.items()}

@@ -1,0 +1,94 @@
+"""A user's code by name: from a dotted path or a file to the function or class that it names.
+
+    pkg.module.attribute    pkg.module:attribute    path/to/file.py:attribute
+
+Dotted paths are found like any import, and last of all in the folder of the run's config (`code_folder`) and in the working
+directory, which stand at the end of `sys.path`: a file there shadows nothing that is installed. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import operator
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sluice.common.errors import ConfigError
+
+
+def is_function_path(name: str) -> bool:
+    """Whether a name is a path to a user's code, and not one of the names that are built in."""
+    return "." in name or ":" in name
+
+
+def add_code_folder(folder: str | None) -> None:
+    """Let dotted paths be found in a folder and in the working directory as well, after everything that is installed."""
+    for path in (str(Path(each).resolve()) for each in (folder, ".") if each):
+        if path not in sys.path:
+            sys.path.append(path)
+
+
+def absolute_function_path(path: str, *, folder: Path) -> str:
+    """A path that holds wherever it is read: files, relative to `folder` or to the working directory, become absolute."""
+    file, colon, attribute = path.rpartition(":")
+    found = next((base / file for base in (folder, Path()) if colon and (base / file).is_file()), None)
+    return f"{found.resolve()}:{attribute}" if found else path
+
+
+def find_function(path: str, *, where: str) -> Any:
+    """What a path names. Raises ConfigError, which begins with `where`: not found, not importable, not callable."""
+    where = f"{where}: {path!r}"
+    source, colon, attribute = path.rpartition(":" if ":" in path else ".")
+    if not source or not attribute:
+        raise ConfigError(
+            f"{where} names no function: write pkg.module.function, pkg.module:function or file.py:function"
+        )
+    try:
+        module = _import_file(source, where) if source.endswith(".py") and colon == ":" else _import(source)
+    except ConfigError:
+        raise
+    except Exception as error:  # user code runs on import
+        raise ConfigError(
+            f"{where}: importing {source} failed with {type(error).__name__}: {error}; it must be installed, or lie in "
+            f"the folder of the config or in {Path.cwd()}, where this process runs"
+        ) from error
+    try:
+        found = operator.attrgetter(attribute)(module)
+    except AttributeError:
+        near = difflib.get_close_matches(attribute, vars(module), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"define it in {module.__file__}"
+        raise ConfigError(f"{where}: {source} has no {attribute!r}; {hint}") from None
+    if not callable(found):
+        raise ConfigError(f"{where} is of type {type(found).__name__}, not callable: name a function or a class")
+    return found
+
+
+def _import(name: str) -> ModuleType:
+    if name not in sys.modules:
+        importlib.invalidate_caches()  # a file that is younger than the last look into its folder
+    return importlib.import_module(name)
+
+
+def _import_file(source: str, where: str) -> ModuleType:
+    """The module of a file, loaded once per process."""
+    file = Path(source).expanduser().resolve()
+    if not file.is_file():
+        raise ConfigError(
+            f"{where}: there is no file {file}: relative paths start where the process runs, {Path.cwd()}"
+        )
+    name = f"sluice_user_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None, file
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

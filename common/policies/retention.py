@@ -1,0 +1,83 @@
+"""Which versions stay: the newest, the base model, what an evaluation or a reader needs, and what all of these rest on.
+
+A process that fetches a version is entered in `readers` meanwhile, and versions with readers are not collected. What a
+trainer left that was killed before its manifest was written goes at the first publication of the next one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from secrets import token_hex
+
+import redis
+
+from sluice.common.keys import Keys
+from sluice.common.ledger.scripts import Scripts
+from sluice.common.policies.manifest import ManifestChain
+from sluice.common.policies.transports import Transport
+from sluice.common.run import process_name
+
+READER_S = 120.0
+"""A reader that says nothing for so long is taken for dead."""
+
+
+class Retention:
+    """Keeps the versions of one run that are needed, and frees the others."""
+
+    def __init__(
+        self, client: redis.Redis, keys: Keys, *, chain: ManifestChain, transport: Transport, keep: int
+    ) -> None:
+        """keep: how many of the newest versions stay."""
+        self._client, self._keys, self._keep = client, keys, keep
+        self._chain, self._transport = chain, transport
+        self._scripts = Scripts(client, keys)
+        self._has_swept = False
+
+    @contextmanager
+    def reading(self, version: int) -> Iterator[Callable[[], None]]:
+        """Be a reader of a version; calling what this yields keeps it so."""
+        entry = f"{version}|{process_name('reader')}/{token_hex(3)}"
+        said_at = -math.inf
+
+        def say() -> None:
+            nonlocal said_at
+            if time.monotonic() - said_at > READER_S / 4:
+                self._scripts("reader", entry, round(READER_S * 1000))
+                said_at = time.monotonic()
+
+        say()
+        try:
+            yield say
+        finally:
+            self._scripts("reader", entry, 0)
+
+    def _read_versions(self) -> set[int]:
+        """Versions that a process is fetching."""
+        seconds, microseconds = self._client.time()
+        now_ms = seconds * 1000 + microseconds // 1000
+        self._client.zremrangebyscore(self._keys.readers, "-inf", now_ms)
+        return {int(entry.partition(b"|")[0]) for entry in self._client.zrange(self._keys.readers, 0, -1)}
+
+    def sweep(self, *, before: int) -> None:
+        """Once per process, before its first bytes: free what no manifest names.
+
+        A version that is not older than `before` may be being written by a trainer that has replaced this one.
+        """
+        if not self._has_swept:
+            needed = {*self._chain.versions(), *self._read_versions()}
+            self._transport.sweep(lambda version: version < before and version not in needed)
+            self._has_swept = True
+
+    def collect_garbage(self) -> None:
+        """Free the tensors, then the manifest, of every version that need not stay."""
+        stored = self._chain.versions()
+        needed = {0, *(int(v) for v in self._client.hvals(self._keys.evaluations)), *self._read_versions()}
+        needed |= {*stored[-self._keep :]}
+        needed |= {base for version in needed.intersection(stored) for base in self._chain.base_chain(version)}
+        for version in stored:
+            if version not in needed:
+                self._transport.delete(version)
+                self._chain.remove(version)

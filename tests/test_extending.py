@@ -207,7 +207,7 @@ def test_the_transport_of_the_page_carries_policies(
     exec(compile(write_example("object_store.py", tmp_path).read_text(), "object_store.py", "exec"), names)
     url = f"file://{tmp_path}/store"
     monkeypatch.setattr("sluice.common.policies.reader.open_transport", lambda *_: names["ObjectStoreTransport"](url))
-    config = make_config(policy_store={"keep": 2, "anchor_every": 2}).policy_store
+    config = make_config(policy_store={"keep": 2, "full_every": 2}).policy_store
     trainer, worker = PolicyStore(client, keys, config), PolicyStore(client, keys, config)
     weights = {"w": torch.zeros(4000, dtype=torch.bfloat16), "b": torch.ones(3)}
     for version in range(6):

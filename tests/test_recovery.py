@@ -19,7 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from sluice.common.connections.client import connect
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
-from sluice.common.ledger.ledger import Ledger, read_account
+from sluice.common.ledger.ledger import Ledger, read_counters
 from sluice.common.models.assets import read_assets
 from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.run import Run, create_run
@@ -95,17 +95,17 @@ def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, r
             first.train(Ranks())
         first.close()
         assert (first.position.step, first.position.saved_step, first.position.version) == (3, 2, 3)
-        beats = read_heartbeats(client, run.keys)
-        assert not [name for name in beats if name.startswith("trainer")], "it has signed off"
+        heartbeats = read_heartbeats(client, run.keys)
+        assert not [name for name in heartbeats if name.startswith("trainer")], "it has signed off"
         second = Trainer(client, run)
         second.train(Ranks())
         second.close()
     assert (second.outcome, second.position.step, second.position.version) == ("finished", 4, 6)
     assert steps_of(run) == [1, 2, 3, 3, 4]
     assert checkpoint_steps(Path(run.folder) / "checkpoints")[-1] == 4
-    account = read_account(client, run.keys)
-    assert account.holds
-    assert account.trained == 4 * run.config.groups_per_step
+    counters = read_counters(client, run.keys)
+    assert counters.holds
+    assert counters.trained == 4 * run.config.groups_per_step
 
 
 def test_a_redis_that_came_back_older_is_told_what_was_trained(client: redis.Redis, run: Run, redis_url: str) -> None:
@@ -129,9 +129,9 @@ def test_a_redis_that_came_back_older_is_told_what_was_trained(client: redis.Red
     assert has_lost and trainer.position.step == 4
     assert trainer.position.version == 5, "published once more under a version of its own"
     assert steps_of(run) == [1, 2, 3, 4]
-    account = read_account(client, run.keys)
-    assert account.holds
-    assert account.trained == 4 * run.config.groups_per_step
+    counters = read_counters(client, run.keys)
+    assert counters.holds
+    assert counters.trained == 4 * run.config.groups_per_step
 
 
 def test_a_redis_that_has_lost_the_run_ends_it_with_what_to_do(client: redis.Redis, run: Run, redis_url: str) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
-from sluice.common.monitoring.heartbeats import beat
+from sluice.common.monitoring.heartbeats import send_heartbeat
 from sluice.common.monitoring.metric_stream import write_metrics
 from sluice.common.operations.control import change, pause
 from sluice.common.run import create_run, set_status
@@ -49,7 +49,9 @@ def test_the_screen_says_what_redis_holds(client: redis.Redis, keys: Keys, tmp_p
         }
         write_metrics(client, keys, line, max_length=100)
     rollout = {"role": "rollout", "device": "cpu", "version": 9, "digest": "abc", "tokens_per_s": 1234.5, "alarm": ""}
-    beat(client, keys, "rollout@here:1", {**rollout, "idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0})
+    send_heartbeat(
+        client, keys, "rollout@here:1", {**rollout, "idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0}
+    )
     client.hset(keys("run"), "dashboard", "http://127.0.0.1:1/?run=x")
     client.hset(keys("autoscale"), "reward", '{"desired": 4}')
     client.hincrby(keys("counts:train"), "admitted", 1)

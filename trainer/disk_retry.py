@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable
 
 from sluice.common.errors import DiskFull
-from sluice.trainer.heartbeat import Watch
+from sluice.trainer.heartbeat import TrainerHeartbeat
 
 DISK_RETRY_S = 3.0
 """While a disk is full, how often the trainer tries again."""
 
 
-def retry_while_disk_full(heartbeat: Watch, is_stopping: Callable[[], bool], write: Callable[[], None]) -> None:
+def retry_while_disk_full(
+    heartbeat: TrainerHeartbeat, is_stopping: Callable[[], bool], write: Callable[[], None]
+) -> None:
     """Do what writes a file, with an alarm while there is no room. Raises DiskFull when told to stop meanwhile."""
     while True:
         try:

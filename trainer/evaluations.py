@@ -16,7 +16,7 @@ from sluice.common.config import EvalDataset
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.run import Run
 from sluice.trainer.best import settle_best
-from sluice.trainer.orders import OrderReader
+from sluice.trainer.control_state import ControlReader
 
 log = logging.getLogger("sluice.trainer")
 
@@ -28,13 +28,13 @@ class Evaluations:
         self,
         client: redis.Redis,
         run: Run,
-        orders: OrderReader,
+        control_state: ControlReader,
         *,
-        when_there_is_room: Callable[[Callable[[], None]], None],
+        retry_while_disk_full: Callable[[Callable[[], None]], None],
     ) -> None:
-        """`when_there_is_room` runs what writes to a disk, again and again while that is full."""
-        self._client, self._run, self._orders = client, run, orders
-        self._when_there_is_room = when_there_is_room
+        """`retry_while_disk_full` runs what writes to a disk, again and again while that is full."""
+        self._client, self._run, self._orders = client, run, control_state
+        self._retry_while_disk_full = retry_while_disk_full
         self.unreported = evaluation.unreported(client, run)
         "(set, version) of each that is not finished, or not reported: those of earlier processes too"
 
@@ -74,4 +74,4 @@ class Evaluations:
     def settle_best(self) -> None:
         """Let the best checkpoint be named by all results that are there. Raises DiskFull when told to stop meanwhile."""
         checkpoints = Path(self._run.folder) / "checkpoints"
-        self._when_there_is_room(lambda: settle_best(checkpoints, self._client, self._run))
+        self._retry_while_disk_full(lambda: settle_best(checkpoints, self._client, self._run))

@@ -25,14 +25,14 @@ STREAMED_EVERY_S = 60.0
 """How often a stall that lasts is an entry of the metrics stream, besides its beginning: readers look at the newest few."""
 
 
-class Watch:
+class TrainerHeartbeat:
     """Beats until closed; reports a stall every `trainer.stall_report_s`."""
 
     def __init__(self, trainer: redis.Redis, run: Run, *, report: Callable[[int, Cause, float], None]) -> None:
         """trainer: the client over which the trainer itself works. report: where a stall is recorded besides the log, with the
         step before it and its seconds."""
         self._trainer, self._run, self._report_to = trainer, run, report
-        self._facts: dict[str, Any] = {"step": 0, "version": 0}
+        self._stats: dict[str, Any] = {"step": 0, "version": 0}
         self.alarm = ""
         self._since: dict[str, float] = {}
         "when each began that keeps the trainer from moving: `outage` of its client, `alarm`, `batch`; and `unreachable` for us"
@@ -44,16 +44,16 @@ class Watch:
             self._client,
             run.keys,
             process_name("trainer"),
-            facts=lambda: self._all_facts(up_s=time.monotonic() - began),
+            stats=lambda: self._all_facts(up_s=time.monotonic() - began),
             before=self._look_at_the_trainers_client,
             after=self._report_stall,
             on_error=self._report_unreachable,
         )
         self._thread.start()
 
-    def tell(self, **facts: Any) -> None:
+    def tell(self, **stats: Any) -> None:
         """What the next heartbeats say of the trainer besides."""
-        self._facts = self._facts | facts
+        self._stats = self._stats | stats
 
     def waits(self) -> None:
         """The trainer has nothing to do from now on."""
@@ -86,7 +86,7 @@ class Watch:
 
     def _all_facts(self, *, up_s: float) -> dict[str, Any]:
         own = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm, "up_s": round(up_s, 1)}
-        return own | self._facts
+        return own | self._stats
 
     def _look_at_the_trainers_client(self) -> None:
         """A call of the trainer that waits for Redis is a stall as well, wherever in the step it is."""
@@ -105,7 +105,7 @@ class Watch:
         now = time.monotonic()
         if cause.kind != self._streamed[0] or now - self._streamed[1] > STREAMED_EVERY_S:
             self._streamed = cause.kind, now
-            line = {"step": self._facts["step"], f"stall/{cause.kind}": waited_s}
+            line = {"step": self._stats["step"], f"stall/{cause.kind}": waited_s}
             write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
 
     def _report_unreachable(self, error: redis.RedisError) -> None:
@@ -119,4 +119,4 @@ class Watch:
     def _report(self, cause: Cause, *, waited_s: float) -> None:
         self._reported_at = time.monotonic()
         log.warning("trainer has waited %.0f s: %s", waited_s, cause.text)
-        self._report_to(self._facts["step"], cause, waited_s)
+        self._report_to(self._stats["step"], cause, waited_s)

@@ -31,12 +31,12 @@ from sluice.common.policies.store import PolicyStore
 from sluice.common.run import Run
 from sluice.common.types import Group
 from sluice.trainer.audit import StepRecord
+from sluice.trainer.control_state import HELD_POLL_S, ControlReader
 from sluice.trainer.disk_retry import retry_while_disk_full
 from sluice.trainer.distributed.parallel import open_policy
 from sluice.trainer.distributed.ranks import Ranks
 from sluice.trainer.evaluations import Evaluations
-from sluice.trainer.heartbeat import Watch
-from sluice.trainer.orders import HELD_POLL_S, OrderReader
+from sluice.trainer.heartbeat import TrainerHeartbeat
 from sluice.trainer.publish import Publisher
 from sluice.trainer.recovery import Position, Recovery
 from sluice.trainer.samples import Samples
@@ -55,11 +55,11 @@ class Trainer:
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self.client, self.run = client, run
         self.stopping, self.is_drained = False, False
-        self.orders = OrderReader(client, run)
-        self.orders.read()
+        self.control_state = ControlReader(client, run)
+        self.control_state.read()
         self.position = Position()
         self.reporter, self.samples = Reporter(client, run), Samples(client, run)
-        self.heartbeat = Watch(client, run, report=self.reporter.report_stall)
+        self.heartbeat = TrainerHeartbeat(client, run, report=self.reporter.report_stall)
         incarnation = int(client.hincrby(run.keys("run"), "incarnation", 1))
         retry = partial(retry_while_disk_full, self.heartbeat, lambda: self.stopping)
         self.buffer = ReplayBuffer(
@@ -70,17 +70,17 @@ class Trainer:
         )
         store = PolicyStore(client, run.keys, self.config.policy_store)
         self.publisher = Publisher(
-            store, make_app(run.name), run, client, incarnation=incarnation, when_there_is_room=retry
+            store, make_app(run.name), run, client, incarnation=incarnation, retry_while_disk_full=retry
         )
-        self.evaluations = Evaluations(client, run, self.orders, when_there_is_room=retry)
+        self.evaluations = Evaluations(client, run, self.control_state, retry_while_disk_full=retry)
         self.recovery = Recovery(
-            client, run, self.position, buffer=self.buffer, publisher=self.publisher, when_there_is_room=retry
+            client, run, self.position, buffer=self.buffer, publisher=self.publisher, retry_while_disk_full=retry
         )
 
     @property
     def config(self) -> Config:
         """With the settings in force at the last look."""
-        return self.orders.config
+        return self.control_state.config
 
     def train(self, ranks: Ranks) -> None:
         """From wherever the run is to its last step, or to SIGTERM, or to the end of a drain.
@@ -91,7 +91,7 @@ class Trainer:
         flow = FlowMeter(self.client, self.run)
         started = time.monotonic() - self.position.wall_s
         while not self.stopping:
-            self.orders.read()
+            self.control_state.read()
             if self.position.step >= self.config.trainer.num_steps:
                 break
             began = time.monotonic()
@@ -110,7 +110,7 @@ class Trainer:
                 "buffer/groups": float(num_left),
                 **flow.metrics(step_s=step_s),
                 **self.evaluations.metrics(),
-                **self.orders.metrics(),
+                **self.control_state.metrics(),
             }
             self.heartbeat.tell(idle_fraction=waited_s / step_s)
             self.reporter.report(self.position.step, self.position.version, metrics)
@@ -147,7 +147,7 @@ class Trainer:
             parent_digest=parent_digest,
             groups=groups,
             metrics=step_metrics,
-            settings=self.orders.orders.settings,
+            settings=self.control_state.control_state.settings,
         )
         self.recovery.record(record)
         self.samples.keep(self.position.step, groups, [a.tolist() for a in advantages], self.policy.logprobs_of)
@@ -160,10 +160,10 @@ class Trainer:
         """
         self.heartbeat.waits()
         while not self.stopping:
-            self.publisher.mend()
-            if self.orders.orders.paused:
+            self.publisher.republish_full()
+            if self.control_state.control_state.paused:
                 time.sleep(HELD_POLL_S)
-                self.orders.read()
+                self.control_state.read()
                 continue
             self.buffer.max_policy_age = self.config.replay_buffer.max_policy_age
             try:
@@ -179,11 +179,11 @@ class Trainer:
                 self.heartbeat.moves()
                 in_order = sorted(sample.groups, key=lambda group: int(group.group_id[1:]))
                 return in_order, sample.available - len(in_order)
-            if self.orders.orders.draining and self._nothing_is_left(sample.available):
+            if self.control_state.control_state.draining and self._nothing_is_left(sample.available):
                 self.is_drained = True
                 return None
             self.buffer.wait(1.0)
-            self.orders.read()
+            self.control_state.read()
         return None
 
     def _nothing_is_left(self, available: int) -> bool:
@@ -202,7 +202,7 @@ class Trainer:
         # base, and a version is never announced whose parent does not exist.
         self.publisher.wait()
         digest_before = self.publisher.digest
-        weights = self.policy.snapshot(getattr(torch, self.config.rollout.dtype), whole=self.position.version == 0)
+        weights = self.policy.snapshot(getattr(torch, self.config.rollout.dtype), full=self.position.version == 0)
 
         # Training is deterministic: a step that is made again after a crash may come out bit for bit as it was, and what was
         # sampled from it then is no older for it.

@@ -71,12 +71,12 @@ class Recovery:
         *,
         buffer: ReplayBuffer,
         publisher: Publisher,
-        when_there_is_room: Callable[[Callable[[], None]], None],
+        retry_while_disk_full: Callable[[Callable[[], None]], None],
     ) -> None:
-        """`when_there_is_room` runs what writes to a disk, again and again while that is full."""
+        """`retry_while_disk_full` runs what writes to a disk, again and again while that is full."""
         self._client, self._run, self._position = client, run, position
         self._buffer, self._publisher = buffer, publisher
-        self._when_there_is_room = when_there_is_room
+        self._retry_while_disk_full = retry_while_disk_full
         self._checkpoints = Path(run.folder) / "checkpoints"
         self._audit = Audit(Path(run.folder), run.config)
         self._trained_groups: list[str] = []
@@ -85,7 +85,7 @@ class Recovery:
 
     def record(self, record: StepRecord) -> None:
         """A step was trained: its groups are remembered by name, and kept for `sluice replay` where that is asked for."""
-        self._remember([group.group_id for group in record.groups])
+        self._record_recent([group.group_id for group in record.groups])
         self._audit.record(record, saved_step=self._position.saved_step)
 
     def save(self, policy: ParallelPolicy) -> None:
@@ -112,7 +112,7 @@ class Recovery:
                 protected=update_best(self._checkpoints, self._client, self._run),
             )
 
-        self._when_there_is_room(save)
+        self._retry_while_disk_full(save)
         position.saved_step = position.step
         self._audit.keep_only_replayable(checkpoint_steps(self._checkpoints))
         self._trained_groups = []
@@ -128,7 +128,7 @@ class Recovery:
         newest = self._publisher.store.latest_version()
         if newest >= 0:  # the store may be a memory file system: the reference role needs the base version back
             sampling_dtype = getattr(torch, self._run.config.rollout.dtype)
-            self._publisher.store.restore(0, policy.snapshot(sampling_dtype, whole=True))
+            self._publisher.store.restore(0, policy.snapshot(sampling_dtype, full=True))
         found = newest_checkpoint(self._checkpoints)
         if found is None:
             self._buffer.roll_back(0)
@@ -139,7 +139,7 @@ class Recovery:
             go_on_from(found, policy)
             position.step = position.saved_step = found.state.step
             position.wall_s = found.state.wall_s
-            self._remember([*found.state.recent_groups, *found.state.trained_groups])
+            self._record_recent([*found.state.recent_groups, *found.state.trained_groups])
             self._trained_groups = []
             self._client.set(self._run.keys("cursor"), found.state.cursor, nx=True)
             self._buffer.acknowledge(position.step, trained=self._recent_groups)
@@ -190,7 +190,7 @@ class Recovery:
             return otherwise
         return versions.get(weights_digest(weights), otherwise)
 
-    def _remember(self, group_ids: list[str]) -> None:
+    def _record_recent(self, group_ids: list[str]) -> None:
         now = time.monotonic()
         self._trained_groups += group_ids
         self._recent += [(now, group_id) for group_id in group_ids]

@@ -13,7 +13,7 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from sluice.common.connections.broker import PART_TASKS
+from sluice.common.connections.broker import STAGE_TASKS
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.run import Run
 from sluice.common.serialization import encode
@@ -22,7 +22,7 @@ from sluice.trainer.completions import CompletionsTable
 from sluice.trainer.micro_batches import Sequences
 
 SAMPLES_PER_STEP = 2
-_WORK = [f"{fact}:{part}" for part in PART_TASKS for fact in ("w", "n", "s")]
+_WORK = [f"{fact}:{stage}" for stage in STAGE_TASKS for fact in ("w", "n", "s")]
 """Who did each part, its claims, and how often it was sent again."""
 
 
@@ -65,9 +65,9 @@ class Samples:
         )
         with self._client.pipeline(transaction=False) as pipe:
             for (group, values), done in zip(chosen, work, strict=True):
-                facts = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
-                sample = encode(_sample(step, group, values, trained) | {"work": facts})
-                self._scripts("small", "XADD", "samples", "MAXLEN", kept, "*", "sample", sample, client=pipe)
+                stats = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
+                sample = encode(_sample(step, group, values, trained) | {"work": stats})
+                self._scripts("write_record", "XADD", "samples", "MAXLEN", kept, "*", "sample", sample, client=pipe)
             pipe.execute()
 
 

@@ -24,7 +24,7 @@ from sluice.common.config import QUEUES, Config
 from sluice.common.errors import PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger.evaluations import mark_reported
-from sluice.common.ledger.ledger import Account, read_account
+from sluice.common.ledger.ledger import Counters, read_counters
 from sluice.common.monitoring.diagnosis import Cause
 from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.monitoring.metric_stream import last_metrics, write_metrics
@@ -32,8 +32,8 @@ from sluice.common.monitoring.queues import read_queues
 from sluice.common.policies.canary import mismatch_bound
 from sluice.common.policies.lineage import policy_ages
 from sluice.common.run import Run
-from sluice.common.types import Group, have_preference
-from sluice.trainer.trackers import Sinks, TrackedRun, check_packages, tracked_id
+from sluice.common.types import Group, has_reward_variance
+from sluice.trainer.trackers import TrackedRun, Trackers, check_packages, tracked_id
 
 log = logging.getLogger("sluice.trainer")
 
@@ -50,10 +50,10 @@ class Reporter:
         folder = Path(run.folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        self._last_step, self.last_version = _last_told(self._path)
+        self._last_step, self.last_version = _last_logged(self._path)
         "newest policy version that earlier processes have reported; -1 when there was none"
         check_packages(run.config.metrics)
-        self._trackers: Sinks | None = None
+        self._trackers: Trackers | None = None
 
     def begin(self, step: int, config: Config) -> None:
         """The run goes on from this step, under this config."""
@@ -67,7 +67,7 @@ class Reporter:
             resumed_step=step,
             told_step=self._last_step,
         )
-        self._trackers = Sinks(config.metrics, tracked)
+        self._trackers = Trackers(config.metrics, tracked)
 
     def report(self, step: int, version: int, metrics: dict[str, float]) -> None:
         """One trainer step. Evaluations whose results are in it are marked last: killed before, the next trainer tells them."""
@@ -120,7 +120,7 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
             os.truncate(path, size)
 
 
-def _last_told(path: Path) -> tuple[int, int]:
+def _last_logged(path: Path) -> tuple[int, int]:
     """Highest step and newest version of all steps that were reported, or (-1, -1)."""
     step = version = -1
     if path.exists():
@@ -138,7 +138,7 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
     metrics = {
         "reward/mean": fmean(rewards) if rewards else math.nan,
         "reward/std": pstdev(rewards) if rewards else math.nan,
-        "frac_reward_zero_std": fmean(not have_preference(e.reward for e in g.episodes) for g in groups),
+        "frac_reward_zero_std": fmean(not has_reward_variance(e.reward for e in g.episodes) for g in groups),
         "completions/mean_length": fmean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -191,19 +191,19 @@ class FlowMeter:
             pipe.hget(self._run.keys("totals"), "generated_tokens")
             held, credits, generated = pipe.execute()
         before, self._generated_tokens = self._generated_tokens, float(generated or 0)
-        account = read_account(self._client, self._run.keys)
+        counters = read_counters(self._client, self._run.keys)
         return {
             **self._queue_metrics(),
             **_worker_metrics(read_heartbeats(self._client, self._run.keys).values()),
-            **self._filter_metrics(account),
+            **self._filter_metrics(counters),
             "buffer/bytes": float(held or 0),
             "admission/credits": float(credits),
             "throughput/generated_tokens_per_s": (self._generated_tokens - before) / step_s,
-            "staleness/dropped": float(account.dropped.get("stale", 0)),
-            "ledger/admitted": float(account.admitted),
-            "ledger/in_flight": float(account.in_flight),
-            "ledger/retried": float(account.retried),
-            "ledger/dead": float(sum(account.dead.values())),
+            "staleness/dropped": float(counters.dropped.get("stale", 0)),
+            "ledger/admitted": float(counters.admitted),
+            "ledger/in_flight": float(counters.in_flight),
+            "ledger/retried": float(counters.retried),
+            "ledger/dead": float(sum(counters.dead.values())),
         }
 
     def _queue_metrics(self) -> dict[str, float]:
@@ -212,27 +212,27 @@ class FlowMeter:
             metrics |= {f"queue/{name}/depth": float(queue.depth), f"queue/{name}/oldest_age_s": queue.oldest_age_s}
         return metrics
 
-    def _filter_metrics(self, account: Account) -> dict[str, float]:
+    def _filter_metrics(self, counters: Counters) -> dict[str, float]:
         if not self._run.config.trainer.filter_zero_variance:
             return {}
-        dropped = account.dropped.get("zero_variance", 0)
+        dropped = counters.dropped.get("zero_variance", 0)
         return {
             "filter/dropped": float(dropped),
             "filter/dropped_in_step": dropped - last_metrics(self._client, self._run.keys).get("filter/dropped", 0.0),
-            "filter/kept_for_bound": float(account.kept_for_bound),
+            "filter/kept_for_bound": float(counters.kept_for_bound),
         }
 
 
-def _worker_metrics(beats: Collection[Mapping[str, Any]]) -> dict[str, float]:
+def _worker_metrics(heartbeats: Collection[Mapping[str, Any]]) -> dict[str, float]:
     """Of what workers say of themselves."""
     metrics: dict[str, float] = {}
     shares: dict[str, list[float]] = defaultdict(list)
-    for facts in beats:
-        if "idle_fraction" in facts and facts["role"] != "trainer":
-            shares[facts["role"]].append(facts["idle_fraction"])
-    compared = [facts.get(key) for facts in beats for key in ("mismatch", "cache_mismatch")]
+    for stats in heartbeats:
+        if "idle_fraction" in stats and stats["role"] != "trainer":
+            shares[stats["role"]].append(stats["idle_fraction"])
+    compared = [stats.get(key) for stats in heartbeats for key in ("mismatch", "cache_mismatch")]
     if differences := [difference for difference in compared if difference is not None]:
         metrics["off_policy/canary_abs_diff"] = max(differences)
-    if adapter_shares := [facts["adapter_share"][0] for facts in beats if facts.get("adapter_share")]:
+    if adapter_shares := [stats["adapter_share"][0] for stats in heartbeats if stats.get("adapter_share")]:
         metrics["off_policy/adapter_share"] = min(adapter_shares)
     return metrics | {f"idle_fraction/{role}": fmean(values) for role, values in shares.items()}

@@ -55,7 +55,7 @@ class HeartbeatThread:
         keys: Keys,
         process: str,
         *,
-        facts: Callable[[], Mapping[str, Any]],
+        stats: Callable[[], Mapping[str, Any]],
         before: Callable[[], None] = lambda: None,
         after: Callable[[], None] = lambda: None,
         on_error: Callable[[redis.RedisError], None] = lambda error: log.warning("no heartbeat: %s", error),
@@ -67,7 +67,7 @@ class HeartbeatThread:
         raises of Redis; the next beat follows all the same.
         """
         self._client, self._keys, self._process = client, keys, process
-        self._facts, self._before, self._after, self._on_error = facts, before, after, on_error
+        self._stats, self._before, self._after, self._on_error = stats, before, after, on_error
         self._period_s = period_s
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -81,7 +81,7 @@ class HeartbeatThread:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         try:
-            silence(self._client, self._keys, self._process)
+            remove_heartbeat(self._client, self._keys, self._process)
         except redis.RedisError as error:
             log.warning("could not sign off: %s", error)
 
@@ -89,19 +89,19 @@ class HeartbeatThread:
         while not self._closed.is_set():
             try:
                 self._before()
-                beat(self._client, self._keys, self._process, self._facts())
+                send_heartbeat(self._client, self._keys, self._process, self._stats())
                 self._after()
             except redis.RedisError as error:
                 self._on_error(error)
             self._closed.wait(self._period_s)
 
 
-def beat(client: redis.Redis, keys: Keys, process: str, facts: Mapping[str, Any]) -> None:
+def send_heartbeat(client: redis.Redis, keys: Keys, process: str, stats: Mapping[str, Any]) -> None:
     """Say that a process is alive, and what it is doing. Works while Redis is full, too."""
-    Scripts(client, keys)("beat", process, json.dumps(facts), HEARTBEAT_TTL_S)
+    Scripts(client, keys)("send_heartbeat", process, json.dumps(stats), HEARTBEAT_TTL_S)
 
 
-def silence(client: redis.Redis, keys: Keys, process: str) -> None:
+def remove_heartbeat(client: redis.Redis, keys: Keys, process: str) -> None:
     """A process leaves in good order."""
     client.delete(keys("process", process))
     client.zrem(keys("processes"), process)
@@ -116,24 +116,24 @@ def read_heartbeats(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]
     values = client.mget([keys("process", name.decode()) for name, _ in beaten]) if beaten else []
     now = seconds + microseconds / 1e6
     return {
-        name.decode(): {**_facts(name.decode(), value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
+        name.decode(): {**_stats(name.decode(), value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
         for (name, at_ms), value in zip(beaten, values, strict=True)
         if value is not None
     }
 
 
-def _facts(process: str, value: bytes) -> dict[str, Any]:
+def _stats(process: str, value: bytes) -> dict[str, Any]:
     """What a process says of itself; where that is no sound record, only that it is none: it must not harm who reads it."""
     try:
-        facts = decode_json(value)
-        wrong = [key for key in _NUMBERS if not isinstance(facts.get(key), int | float | None)]
-        if wrong or not isinstance(facts["role"], str):
+        stats = decode_json(value)
+        wrong = [key for key in _NUMBERS if not isinstance(stats.get(key), int | float | None)]
+        if wrong or not isinstance(stats["role"], str):
             raise SerializationError(f"{', '.join(wrong) or 'role'} has another type")
     except (SerializationError, AttributeError, KeyError, TypeError) as error:
         return {"role": process.partition("@")[0], "alarm": f"its heartbeat cannot be read: {error}"[:300]}
-    return dict(facts)
+    return dict(stats)
 
 
-def is_silent(facts: Mapping[str, Any]) -> bool:
+def is_silent(stats: Mapping[str, Any]) -> bool:
     """Whether a process of `read_heartbeats` has missed several beats."""
-    return bool(facts["silent_s"] > SILENT_AFTER_S)
+    return bool(stats["silent_s"] > SILENT_AFTER_S)

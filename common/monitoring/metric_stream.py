@@ -16,7 +16,7 @@ from sluice.common.ledger.scripts import Scripts
 def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float], *, max_length: int) -> None:
     """Append one trainer step. Works while Redis is full, too."""
     fields = [text for name, value in metrics.items() for text in (name, f"{value:.15g}")]
-    Scripts(client, keys)("small", "XADD", "metrics", "MAXLEN", "~", max_length, "*", *fields)
+    Scripts(client, keys)("write_record", "XADD", "metrics", "MAXLEN", "~", max_length, "*", *fields)
 
 
 def read_metrics(

@@ -1,6 +1,6 @@
 """What is known of policy versions: their manifests, as Redis holds them, and the chain that they form.
 
-    v0 whole <- v1 <- v2 ... <- v15 <- v16 delta and whole <- v17 ...        policy_store.anchor_every = 16
+    v0 whole <- v1 <- v2 ... <- v15 <- v16 delta and whole <- v17 ...        policy_store.full_every = 16
 
 A version is stored whole, as a delta (`common/policies/delta.py`) on the version published before it, its *base*, or as both.
 """
@@ -48,22 +48,22 @@ class Manifest:
     "of a LoRA adapter upon version 0, which the tensors then are (`common/models/lora.py`)"
 
     @classmethod
-    def opened(cls, sealed: bytes, signer: Signer, *, version: int) -> Manifest:
+    def from_signed_bytes(cls, signed: bytes, signer: Signer, *, version: int) -> Manifest:
         """The manifest of a version from what Redis holds under its number. Raises SignatureRefused, DigestMismatch."""
         try:
-            manifest = cls(**decode(signer.open(sealed, version=version)))
+            manifest = cls(**decode(signer.verify(signed, version=version)))
         except (SerializationError, TypeError) as error:
             raise DigestMismatch(f"the manifest of policy version {version} is damaged: {error}") from None
         if manifest.version != version:
             raise DigestMismatch(f"the manifest of policy version {version} is that of version {manifest.version}")
         return manifest
 
-    def sealed(self, signer: Signer) -> bytes:
+    def to_signed_bytes(self, signer: Signer) -> bytes:
         """For Redis."""
-        return signer.seal(encode(asdict(self)))
+        return signer.sign(encode(asdict(self)))
 
     @property
-    def rests_on(self) -> int:
+    def base_version(self) -> int:
         """The version without which this one cannot be read; -1 = it is stored whole."""
         return -1 if self.num_bytes else self.base
 
@@ -91,15 +91,15 @@ class ManifestChain:
 
     def read(self, version: int) -> Manifest:
         """Raises PolicyNotFound, SignatureRefused, DigestMismatch."""
-        sealed = self._client.hget(self._keys("manifests"), str(version))
-        if sealed is None:
+        signed = self._client.hget(self._keys("manifests"), str(version))
+        if signed is None:
             raise PolicyNotFound(f"policy version {version} was never published in this run, or was removed")
-        return Manifest.opened(sealed, self._signer, version=version)
+        return Manifest.from_signed_bytes(signed, self._signer, version=version)
 
     def record(self, manifest: Manifest) -> None:
         """Write the manifest of a version whose tensors are written, also while Redis is full."""
-        self._scripts("small", "HSET", "manifests", manifest.version, manifest.sealed(self._signer))
-        self._known_bases[manifest.version] = manifest.rests_on
+        self._scripts("write_record", "HSET", "manifests", manifest.version, manifest.to_signed_bytes(self._signer))
+        self._known_bases[manifest.version] = manifest.base_version
 
     def remove(self, version: int) -> None:
         self._client.hdel(self._keys("manifests"), str(version))
@@ -115,7 +115,7 @@ class ManifestChain:
         while True:
             if version not in self._known_bases:
                 try:
-                    self._known_bases[version] = self.read(version).rests_on
+                    self._known_bases[version] = self.read(version).base_version
                 except PolicyError:
                     return found
             version = self._known_bases[version]

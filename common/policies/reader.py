@@ -45,7 +45,7 @@ class PolicyReader:
     ) -> None:
         """signer: by default with the key of the environment, if there is one."""
         self._client, self._keys = client, keys
-        self._anchor_every = config.anchor_every if config.delta else 1
+        self._full_every = config.full_every if config.delta else 1
         self._chain = ManifestChain(client, keys, signer or Signer.of_environment(keys.run))
         self._transport = open_transport(client, keys, config)
         self._retention = Retention(client, keys, chain=self._chain, transport=self._transport, keep=config.keep)
@@ -83,11 +83,11 @@ class PolicyReader:
             try:
                 tensors, num_bytes = self._load_somehow(manifest, held=held, go_on=go_on)
             except PolicyError:
-                self._scripts("small", "SET", "wanted_whole", version)
+                self._scripts("write_record", "SET", "full_requested", version)
                 raise
         # Held only where the next version may come as a delta: otherwise it would be memory for nothing.
         has_deltas = manifest.base >= 0 or any(tensor.dtype != torch.float32 for tensor in tensors.values())
-        self._held = Policy(manifest=manifest, tensors=tensors) if has_deltas and self._anchor_every > 1 else None
+        self._held = Policy(manifest=manifest, tensors=tensors) if has_deltas and self._full_every > 1 else None
         self.last_fetch_s, self.last_fetch_bytes = time.monotonic() - began, num_bytes
         return manifest, tensors
 

@@ -6,7 +6,7 @@ Versions only grow. The manifest names (version, trainer step, incarnation, pare
 roles agree on it whichever transport carries the bytes (`transports.py`). Readers: `reader.py`; the chain of deltas:
 `manifest.py`; which versions stay: `retention.py`.
 
-Whole is the first version that a trainer process publishes, every `policy_store.anchor_every`th, and each one that differs
+Whole is the first version that a trainer process publishes, every `policy_store.full_every`th, and each one that differs
 too much from the version before.
 
 Memory: the newest version is held, and while the next one is made, that too: two copies of the model in the published
@@ -41,7 +41,7 @@ class PolicyStore(PolicyReader):
         """signer: by default with the key of the environment, if there is one."""
         super().__init__(client, keys, config, signer=signer)
         self._announced: dict[int, str] = {}
-        self._mended = -1
+        self._republished = -1
 
     def publish(
         self,
@@ -70,13 +70,13 @@ class PolicyStore(PolicyReader):
         self._retention.sweep(before=version)
 
         # Tensors, then manifest, then pointer: a process that dies in between leaves the version before it served.
-        is_whole = patches is None or num_links >= self._anchor_every
+        is_full = patches is None or num_links >= self._full_every
         manifest = Manifest(
             version=version,
             step=step,
             incarnation=incarnation,
             parent=parent,
-            num_bytes=self._transport.write(version, tensors) if is_whole else 0,
+            num_bytes=self._transport.write(version, tensors) if is_full else 0,
             digest=policy_digest(digests),
             tensors=digests,
             canary=[sequence.to_wire() for sequence in canary],
@@ -89,7 +89,7 @@ class PolicyStore(PolicyReader):
         moved = self._scripts("publish", version, parent, step, incarnation, manifest.digest, num_bytes)
         if moved != 1:
             self._refuse_outdated(version, manifest.digest, incarnation=incarnation)
-        if self._anchor_every > 1:
+        if self._full_every > 1:
             self._held = Policy(manifest=manifest, tensors=tensors)
         self._retention.collect_garbage()
         return manifest
@@ -106,20 +106,20 @@ class PolicyStore(PolicyReader):
             return None, 0
         return held, 1 + len(self._chain.base_chain(held.manifest.version))
 
-    def is_wanted_whole(self) -> bool:
+    def is_full_requested(self) -> bool:
         """Whether a reader could not verify the version that this process published last; each version is mended once."""
-        if self._held is None or self._held.manifest.version == self._mended:
+        if self._held is None or self._held.manifest.version == self._republished:
             return False
-        return self._client.get(self._keys("wanted_whole")) == b"%d" % self._held.manifest.version
+        return self._client.get(self._keys("full_requested")) == b"%d" % self._held.manifest.version
 
-    def mend(self) -> None:
+    def republish_full(self) -> None:
         """Write the version that this process published last whole, beside any delta of it. Raises DiskFull."""
         assert self._held is not None
         manifest, tensors = self._held.manifest, self._held.tensors
         manifest = replace(manifest, num_bytes=self._transport.write(manifest.version, tensors))
         self._chain.record(manifest)
         self._held = Policy(manifest=manifest, tensors=tensors)
-        self._mended = manifest.version
+        self._republished = manifest.version
 
     def _refuse_outdated(self, version: int, digest: str, *, incarnation: int) -> None:
         """Raise PolicyError where a newer trainer has taken over, or a version as new is served."""
@@ -134,7 +134,7 @@ class PolicyStore(PolicyReader):
     def announce(self, version: int, *, step: int, parent: int) -> None:
         """Enter a version into the lineage before its bytes are written, so that ages can be told while they travel."""
         self._announced[version] = f"{parent}:{step}"
-        self._scripts("small", "HSET", "lineage", version, self._announced[version])
+        self._scripts("write_record", "HSET", "lineage", version, self._announced[version])
 
     def announce_again(self, *, incarnation: int) -> None:
         """Restore what this process announced, and its incarnation, in a Redis that has forgotten some of it."""

@@ -1,6 +1,6 @@
 """Several ranks as one policy: rank 0 runs the training loop, the others make its calls.
 
-    rank 0: Trainer (trainer/loop.py)                       rank 1 ... N-1: `follow`
+    rank 0: Trainer (trainer/loop.py)                       rank 1 ... N-1: `run_follower`
     open_policy(...)          -- open -->                   the same TrainedPolicy, of the same model folder
     policy.optimize(groups)   -- optimize, its micro-batches -->  TrainedPolicy.optimize          collectives inside
     policy.score / snapshot / save / restore  -- ... -->    the same
@@ -44,7 +44,7 @@ log = logging.getLogger("sluice.trainer")
 
 REPLICATED = ("optimize", "configure", "logprobs_of", "score", "snapshot", "save", "restore")
 """Methods of TrainedPolicy that rank 0 has every rank call at the same time, in the same order."""
-Share = tuple[list[Group], list[Tensor]]
+Shard = tuple[list[Group], list[Tensor]]
 """What a rank trains on: groups with its episodes only, and their advantages, [G] per group."""
 
 
@@ -65,17 +65,17 @@ class ParallelPolicy:
     def optimize(
         self, groups: list[Group], advantages: list[Tensor], *, step: int, max_tokens: int, mask_truncated: bool = False
     ) -> dict[str, float]:
-        """TrainedPolicy's, each rank on the micro-batches of its share (`deal`); metrics are those of all.
+        """TrainedPolicy's, each rank on the micro-batches of its share (`shard_by_tokens`); metrics are those of all.
 
         advantages: [G] per group. max_tokens, mask_truncated: as in `build_micro_batches`.
         """
-        shares = deal(groups, advantages, num_ranks=self._ranks.size)
+        shards = shard_by_tokens(groups, advantages, num_ranks=self._ranks.size)
         packed = self._policy.is_packed
         batches = [
-            build_micro_batches(*share, max_tokens=max_tokens, packed=packed, mask_truncated=mask_truncated)
-            for share in shares
+            build_micro_batches(*shard, max_tokens=max_tokens, packed=packed, mask_truncated=mask_truncated)
+            for shard in shards
         ]
-        own, *others = (evened(each, count=max(map(len, batches))) for each in batches)
+        own, *others = (pad_micro_batches(each, count=max(map(len, batches))) for each in batches)
         with self._told("optimize", [[batches] for batches in others], {"step": step}):
             return self._policy.optimize(own, step=step)
 
@@ -90,8 +90,8 @@ class ParallelPolicy:
     def score(self, sequences: Sequences) -> list[CanarySequence]:
         return self._replicate("score", sequences)
 
-    def snapshot(self, dtype: torch.dtype, *, whole: bool = False) -> dict[str, Tensor]:
-        return self._replicate("snapshot", dtype, whole=whole)
+    def snapshot(self, dtype: torch.dtype, *, full: bool = False) -> dict[str, Tensor]:
+        return self._replicate("snapshot", dtype, full=full)
 
     def save(self, folder: Path) -> dict[str, str]:
         return self._replicate("save", folder)
@@ -113,19 +113,19 @@ class ParallelPolicy:
     def _told(self, name: str, arguments: list[list[Any]], options: dict[str, Any]) -> Iterator[None]:
         """The other ranks begin the call, each with its own arguments, while this one makes it inside."""
         with _explained(name, self._ranks):
-            self._ranks.tell_others([_call(name, own, options) for own in arguments])
+            self._ranks.send_calls([_call(name, own, options) for own in arguments])
             yield
 
 
 def open_policy(config: Config, *, end_token_ids: Sequence[int], ranks: Ranks | None = None) -> ParallelPolicy:
     """The policy of a run with the weights of model.path, on all ranks; for rank 0. Raises ConfigError."""
     ranks = ranks or Ranks()
-    ranks.tell_others([_call("open", [config, list(end_token_ids)], {})] * (ranks.size - 1))
+    ranks.send_calls([_call("open", [config, list(end_token_ids)], {})] * (ranks.size - 1))
     with _explained("open", ranks):
         return ParallelPolicy(_build(config, end_token_ids, ranks), ranks)
 
 
-def follow(ranks: Ranks) -> int:
+def run_follower(ranks: Ranks) -> int:
     """A rank other than 0, from its start to its exit code.
 
     SIGTERM and Ctrl-C are rank 0's to answer, which then finishes its step with this one; but without a rank 0 they end it.
@@ -184,7 +184,7 @@ def _explained(call: str, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def deal(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> list[Share]:
+def shard_by_tokens(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> list[Shard]:
     """Every episode to one rank, so that their real tokens are balanced: the longest first, each to whom has least so far.
 
     advantages: per group [G]. A rank for which there is none gets the shortest one without its reward, which leaves it out of
@@ -216,7 +216,7 @@ def deal(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> li
     ]
 
 
-def evened(batches: list[MicroBatch], *, count: int) -> list[MicroBatch]:
+def pad_micro_batches(batches: list[MicroBatch], *, count: int) -> list[MicroBatch]:
     """`count` passes, as many as the other ranks make: those that lack are the smallest one without a loss token."""
     smallest = min(batches, key=lambda batch: batch.num_tokens)
     idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))

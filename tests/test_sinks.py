@@ -28,7 +28,7 @@ from builders import make_config
 from click.testing import CliRunner
 from harness import environment, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_report import group
+from test_step_metrics import group
 
 from sluice.common.config.operations import MetricsConfig
 from sluice.common.errors import ConfigError

@@ -206,12 +206,7 @@ class SftTrainer:
             wall_s=self._wall_s,
             base_digest=self.policy.base_digest,
         )
-        save_checkpoint(
-            self.folder / "checkpoints",
-            state,
-            write=self.policy.save,
-            keep=self.config.checkpoint.keep,
-        )
+        save_checkpoint(self.folder / "checkpoints", state, write=self.policy.save, keep=self.config.checkpoint.keep)
         self._saved_step = self.step
 
     def _resume(self) -> None:

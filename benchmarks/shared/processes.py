@@ -14,9 +14,9 @@ from typing import Any
 
 import redis
 import yaml
-from sluice.common.monitoring.heartbeats import read_heartbeats
 
 from sluice.common.keys import Keys
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.scripts.prepare_tiny import WARMUP_STEPS, prepare
 
 ROOT = Path(__file__).resolve().parents[2]

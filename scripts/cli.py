@@ -21,6 +21,7 @@ from sluice.scripts.commands.metrics import metrics
 from sluice.scripts.commands.plan import plan
 from sluice.scripts.commands.runs import runs
 from sluice.scripts.commands.status import status
+from sluice.scripts.launcher.roles import PYTHON
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
@@ -93,14 +94,13 @@ def create(config: str, overrides: tuple[str, ...], name: str | None) -> None:
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def worker(queue: str, options: tuple[str, ...]) -> None:
     """One Celery worker for a queue of SLUICE_RUN: short for `celery -A sluice worker -Q QUEUE [OPTIONS]`."""
-    argv = [sys.executable, "-m", "celery", "-A", "sluice", "worker", "-Q", queue, "--loglevel", "INFO", *options]
-    os.execv(sys.executable, argv)
+    os.execv(sys.executable, [*PYTHON, "-m", "sluice.workers", "-Q", queue, "--loglevel", "INFO", *options])
 
 
 @cli.command()
 def train() -> None:
     """The trainer of SLUICE_RUN: short for `python -m sluice.trainer`."""
-    os.execv(sys.executable, [sys.executable, "-m", "sluice.trainer"])
+    os.execv(sys.executable, [*PYTHON, "-m", "sluice.trainer"])
 
 
 @cli.command()

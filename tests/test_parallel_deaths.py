@@ -35,7 +35,8 @@ def rank_of(pid: int, rank: int) -> psutil.Process | None:
     """A rank of the trainer among the descendants of a process."""
     for child in children(pid):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if child.environ().get("RANK") == str(rank):
+            # torchrun tells a rank which one it is; ours say it themselves
+            if child.environ().get("RANK") == str(rank) or f"(rank {rank} of" in " ".join(child.cmdline()):
                 return child
     return None
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,7 @@ from sluice.common.operations.control import default_who, lift_drain
 from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, create_run, open_run, set_status
 from sluice.dashboard.auth import LOOPBACK, free_port, page_url
+from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.progress import Progress
 from sluice.scripts.launcher.redis_server import EmbeddedServer, reading_server, running_url, start_server
 from sluice.scripts.launcher.roles import Role, check_gpus, dashboard_role
@@ -92,33 +94,45 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         if overrides or "=" in resume:
             raise ConfigError("--resume goes on with the config that is stored with the run: give no key=value with it")
         name = resume or newest_run(config, prefix=Path(config_path).stem)
-    check_engine(config.rollout.engine)  # here the rollout workers run in this environment; with `create` they need not
-    if config.trainer.lora and find_spec("peft") is None:
-        raise ConfigError(PEFT_MISSING)
-    check_trackers(config.metrics)
-    check_gpus(config)
-    assets = None if resume is not None else preflight(config)
-    name = name or default_name(config_path)
-    folder = run_folder(config, name)
-    if resume is not None and not folder.is_dir():
-        raise ConfigError(f"--resume {name}: there is no run folder {folder}")
-    with interrupted_by_signals() as interrupted, _redis_for(folder) as (url, server):
-        client = connect(url, retry=Retry(ExponentialBackoff(), 1))  # the supervisor must not wait while Redis is away
-        if assets is None:
-            run = open_run(client, name)
-            lift_drain(client, run, who=default_who())
-        else:
-            run = create_run(client, name, config, assets=assets, folder=str(folder))
-            write_config(run)
-            if secret(RUN_KEY) is None:
-                make_key(folder / KEY_FILE)
-        code = _drive(client, run, url, server, interrupted, config_path)
-        is_finished = code == 0 and client.hget(run.keys("run"), "status") == b"finished"
-        if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
-            from sluice.common.policies.store import store_folder
+    # roles are forked where the kernel ends them with their parent; its imports go on beside our checks
+    with ForkServer() if sys.platform == "linux" else nullcontext() as fork_server:
+        check_engine(config.rollout.engine)  # here the workers run in this environment; with `create` they need not
+        if config.trainer.lora and find_spec("peft") is None:
+            raise ConfigError(PEFT_MISSING)
+        check_trackers(config.metrics)
+        check_gpus(config)
+        assets = None if resume is not None else preflight(config)
+        name = name or default_name(config_path)
+        folder = run_folder(config, name)
+        if resume is not None and not folder.is_dir():
+            raise ConfigError(f"--resume {name}: there is no run folder {folder}")
+        with interrupted_by_signals() as interrupted, _redis_for(folder) as (url, server):
+            client = connect(
+                url, retry=Retry(ExponentialBackoff(), 1)
+            )  # the supervisor must not wait while Redis is away
+            run = _opened(client, name) if assets is None else _created(client, name, config, assets, folder)
+            code = _drive(client, run, url, server, interrupted, config_path, fork_server)
+            is_finished = code == 0 and client.hget(run.keys("run"), "status") == b"finished"
+            if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
+                from sluice.common.policies.store import store_folder
 
-            shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
-        return code
+                shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
+            return code
+
+
+def _opened(client: redis.Redis, name: str) -> Run:
+    """A run that is gone on with."""
+    run = open_run(client, name)
+    lift_drain(client, run, who=default_who())
+    return run
+
+
+def _created(client: redis.Redis, name: str, config: Config, assets: dict[str, object], folder: Path) -> Run:
+    run = create_run(client, name, config, assets=assets, folder=str(folder))
+    write_config(run)
+    if secret(RUN_KEY) is None:
+        make_key(folder / KEY_FILE)
+    return run
 
 
 def _drive(
@@ -128,6 +142,7 @@ def _drive(
     server: EmbeddedServer | None,
     interrupted: Callable[[], bool],
     config_path: str,
+    fork_server: ForkServer | None,
 ) -> int:
     """Start every role and watch until the trainer has finished."""
     folder = Path(run.folder)
@@ -143,6 +158,7 @@ def _drive(
         extra=pages,
         say=progress.say,
         key_file=folder / KEY_FILE if secret(RUN_KEY) is None and (folder / KEY_FILE).exists() else None,
+        fork_server=fork_server,
     )
     scaler = Scaler(client, run, supervisor, say=progress.say)
     started = time.monotonic()

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner
-from harness import quickstart_config, sluice, tiny_folder
+from harness import fork_server, quickstart_config, sluice, tiny_folder
 
 from sluice.scripts import cli
 from sluice.scripts.launcher.redis_server import start_server
@@ -24,6 +24,7 @@ def tiny() -> Path:
 
 def refused(*arguments: str, cwd: Path, **env: str) -> str:
     """What the command says when it refuses; nothing may be left running."""
+    fork_server()
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     done = sluice(*arguments, cwd=cwd, **env)
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)

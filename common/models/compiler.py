@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, spec_from_loader
 from types import ModuleType
@@ -65,17 +66,18 @@ class _Files:
         if not name.startswith(f"{_NAME}.") or type(sys.modules[_NAME]) is not _Markers:
             return None
         _become_real(sys.modules[_NAME])
-        return spec_from_loader(name, _AlreadyLoaded()) if name in sys.modules else None  # type: ignore[arg-type]
+        return spec_from_loader(name, _AlreadyLoaded(sys.modules[name])) if name in sys.modules else None
 
 
-class _AlreadyLoaded:
-    @staticmethod
-    def create_module(spec: ModuleSpec) -> ModuleType:
-        return sys.modules[spec.name]
+class _AlreadyLoaded(Loader):
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
 
-    @staticmethod
-    def exec_module(module: ModuleType) -> None:
-        pass
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec  # the import has put its own there
 
 
 def _install() -> None:

@@ -2,10 +2,10 @@
 
     python benchmarks/start.py [--rounds 5] [--quick] [--against PATH_OF_ANOTHER_CHECKOUT] [--out FILE]
 
-`sluice run config/quickstart.yaml` with everything on this machine, as a user starts it. Measured: seconds and CPU seconds (of all
-its processes) from the command to the first trained step in metrics.jsonl; seconds from `kill -9` of the rollout worker to the first
-heartbeat of its successor. With `--against`, both checkouts take turns within one run, with this interpreter and its packages, so
-that ratios hold on a machine that does other things as well.
+`sluice run config/quickstart.yaml` with everything on this machine, as a user starts it. Measured: seconds and CPU seconds of all
+its processes from the command to the first trained step in metrics.jsonl, and seconds from `kill -9` of the rollout worker to the
+first heartbeat of its successor. With `--against`, both checkouts take turns within one run, with this interpreter and its
+packages, so that ratios hold on a machine that does other things as well.
 """
 
 from __future__ import annotations

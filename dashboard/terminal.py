@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sluice.common.config import QUEUES
+from sluice.common.ledger.ledger import Account
 from sluice.common.operations.control import describe_paused
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -144,3 +145,13 @@ def _processes(status: dict[str, Any]) -> Table:
         if not mine:
             table.add_row(role, "-")
     return table
+
+
+def ledger_text(account: Account) -> str:
+    """The identity, spelled out."""
+    dropped = "".join(f" + dropped({reason}) {count}" for reason, count in account.dropped.items())
+    dead = "".join(f" + dead({reason}) {count}" for reason, count in account.dead.items())
+    settled = "scored" if account.kind == "eval" else "trained"
+    count = account.scored if account.kind == "eval" else account.trained
+    verdict = "holds" if account.holds else f"BROKEN: the right side is {account.settled + account.in_flight}"
+    return f"admitted {account.admitted} = {settled} {count}{dropped}{dead} + in_flight {account.in_flight}: {verdict}"

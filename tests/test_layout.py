@@ -39,11 +39,12 @@ def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
-def imports_of(path):
+def imports_of(path, *, in_functions=True):
     """Absolute dotted names that a file imports, also inside functions."""
     package = path.relative_to(ROOT).parent.parts
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if in_functions else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -121,6 +122,37 @@ def test_roles_that_need_no_model_start_without_torch(modules):
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     ).stdout
     assert shown.strip() == "[]"
+
+
+def circles(graph):
+    """Modules that import themselves through others, of module -> what it imports; a function's imports count as well."""
+    left = dict(graph)
+    while ends := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in ends:
+            del left[name]
+    return left
+
+
+def test_no_module_of_scripts_imports_itself_through_others():
+    names = {".".join(["sluice", *path.relative_to(ROOT).with_suffix("").parts]) for path in MODULES}
+    graph = {}
+    for path in sorted((ROOT / "scripts").rglob("*.py")):
+        found = {name if name in names else name.rpartition(".")[0] for name in imports_of(path)}
+        graph[".".join(["sluice", *path.relative_to(ROOT).with_suffix("").parts])] = found & names
+    assert len(graph) > 30
+    assert not circles(graph)
+
+
+def test_no_benchmark_imports_itself_through_others():
+    files = {path.stem: path for path in (ROOT / "benchmarks").rglob("*.py") if path.stem != "__init__"}
+    found = {name: imports_of(path, in_functions=False) for name, path in files.items()}
+    assert not circles(
+        {name: {part for f in imported for part in f.split(".")} & files.keys() for name, imported in found.items()}
+    )
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}).keys() == {"a", "b", "c", "d"}
 
 
 def test_files_are_short_enough_to_read_at_a_sitting():

@@ -1,6 +1,6 @@
 """Sluice is started in folders that are full of other things: what lies there is never taken for Sluice or for its dependencies.
 
-The folder holds modules with the names that Sluice's layers, the standard library and the Redis client have. Each leaves a mark when
+The folder holds modules with the names of Sluice's layers, of a standard module and of the Redis client. Each leaves a mark when
 it is executed. The rewards that the config names are the user's, and import the user's own `common`.
 """
 

@@ -33,7 +33,7 @@ from sluice.common.operations.control import read_orders
 from sluice.common.run import Run
 from sluice.common.serialization import decode
 from sluice.dashboard.dead_letters import read_dead
-from sluice.scripts.commands.evaluate import list_evaluations
+from sluice.dashboard.evaluations import list_evaluations
 
 _PAGE = 1000
 "Entries or keys per round trip."

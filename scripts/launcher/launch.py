@@ -7,17 +7,13 @@ preflight (nothing is started or stored yet: every bad input ends here, exit cod
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from urllib.parse import quote
 
 import redis
@@ -27,7 +23,7 @@ from redis.retry import Retry
 from sluice.common.config import Config
 from sluice.common.config.file import load_config
 from sluice.common.config.trainer import PEFT_MISSING
-from sluice.common.connections.client import connect, give_up_after
+from sluice.common.connections.client import connect
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.metrics import is_silent, read_heartbeats
@@ -36,42 +32,19 @@ from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, create_run, open_run, set_status
 from sluice.dashboard.auth import LOOPBACK, free_port, page_url
 from sluice.scripts.launcher.fork_server import ForkServer
+from sluice.scripts.launcher.preflight import preflight
 from sluice.scripts.launcher.progress import Progress
-from sluice.scripts.launcher.redis_server import EmbeddedServer, reading_server, running_url, start_server
+from sluice.scripts.launcher.redis_server import EmbeddedServer, running_url, start_server
 from sluice.scripts.launcher.roles import Role, check_gpus, dashboard_role
+from sluice.scripts.launcher.run_folder import default_name, newest_run, run_folder, with_absolute_paths, write_config
 from sluice.scripts.launcher.scaling import Scaler
+from sluice.scripts.launcher.signals import interrupted_by_signals
 from sluice.scripts.launcher.summary import write_summary
 from sluice.scripts.launcher.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
 from sluice.trainer.trackers import check_trackers
 
 POLL_S = 0.1
 KEY_FILE = "run.key"
-READER_WAIT_S = 5.0
-"""How long a command that only reads waits for a Redis that goes away while it reads."""
-
-
-def preflight(config: Config) -> dict[str, object]:
-    """Check everything that a run will need; returns the model's assets. Raises ConfigError."""
-    from sluice.common.models.assets import read_assets
-    from sluice.workers.prompt_source import PromptSource
-    from sluice.workers.rewards.loading import load_reward_functions
-
-    rewards = [reward.name for reward in load_reward_functions(config.reward.functions)]
-    for judged in config.evaluation.datasets:
-        if judged.function not in (None, *rewards):
-            raise ConfigError(
-                f"evaluation.datasets[{judged.name}].function = {judged.function!r} is no reward function of this run: use "
-                f"one of {', '.join(rewards)}"
-            )
-    assets = read_assets(config.model.path, revision=config.model.revision)
-    tokenizer = assets.tokenizer()
-    sections = {"dataset": config.dataset}
-    sections |= {f"evaluation.datasets[{e.name}].dataset": e.dataset for e in config.evaluation.datasets}
-    for section, dataset in sections.items():
-        source = PromptSource(dataset, tokenizer, seed=config.seed, section=section)
-        source.prompt_at(0)
-        source.close()
-    return assets.to_wire()
 
 
 def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
@@ -246,103 +219,3 @@ def _redis_for(folder: Path) -> Iterator[tuple[str, EmbeddedServer | None]]:
         yield server.url, server
     finally:
         server.stop()
-
-
-@contextmanager
-def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag; a second one interrupts whatever runs."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
-    """An existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
-    if url := secret("SLUICE_REDIS_URL"):
-        client = connect(url)
-        give_up_after(client, READER_WAIT_S)
-        yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client)), url
-        return
-    folder = existing_folder(name or os.environ.get("SLUICE_RUN"))
-    with reading_server(folder / "redis") as url:
-        client = connect(url)
-        give_up_after(client, READER_WAIT_S)
-        yield client, open_run(client, folder.name), url
-        client.close()
-
-
-def _newest_name(client: redis.Redis) -> str:
-    from sluice.common.keys import RUNS
-
-    runs = {name.decode(): float(created) for name, created in client.hgetall(RUNS).items()}
-    if not runs:
-        raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
-    return max(runs, key=lambda name: runs[name])
-
-
-def existing_folder(name: str | None) -> Path:
-    base = Path("runs")
-    if name:
-        if (base / name / "redis").is_dir():
-            return base / name
-        raise ConfigError(
-            f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in?"
-        )
-    folders = sorted((p.parent for p in base.glob("*/redis")), key=lambda p: (p / "redis").stat().st_ctime)
-    if not folders:
-        raise ConfigError("there is no run here: set SLUICE_REDIS_URL, or change to the folder that holds runs/")
-    return folders[-1]
-
-
-def default_name(config_path: str) -> str:
-    return f"{Path(config_path).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def newest_run(config: Config, *, prefix: str) -> str:
-    """Name of the newest run of a config. Raises ConfigError."""
-    folders = sorted(Path(config.output_dir).glob(f"{prefix}-*/config.yaml"), key=lambda p: p.stat().st_mtime)
-    if not folders:
-        raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}")
-    return folders[-1].parent.name
-
-
-def run_folder(config: Config, name: str) -> Path:
-    return Path(config.output_dir).resolve() / name
-
-
-def write_config(run: Run) -> None:
-    """The resolved config, for people, beside everything else of the run."""
-    folder = Path(run.folder)
-    with suppress(FileExistsError):
-        folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(run.config.to_yaml())
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """Local paths made absolute, so that roles started in any folder find them; hub ids stay as they are."""
-
-    def absolute(path: str) -> str:
-        file, colon, attribute = path.partition(":")
-        return f"{Path(file).resolve()}{colon}{attribute}" if Path(file).exists() else path
-
-    data = config.model_dump()
-    data["model"]["path"] = absolute(data["model"]["path"])
-    for section in (data["dataset"], *(e["dataset"] for e in data["evaluation"]["datasets"])):
-        section["path"] = absolute(section["path"])
-    for function in data["reward"]["functions"]:
-        function["function"] = absolute(function["function"])
-    data["output_dir"] = str(Path(data["output_dir"]).resolve())
-    if data["policy_store"]["path"]:
-        data["policy_store"]["path"] = str(Path(data["policy_store"]["path"]).resolve())
-    return Config.model_validate(data)

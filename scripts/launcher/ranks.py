@@ -1,4 +1,4 @@
-"""`python -m sluice.scripts.launcher.ranks N`: the N ranks of the trainer on this machine, as one role of `sluice run`.
+"""`sluice train --ranks N`: the N ranks of the trainer on this machine, as one role of `sluice run`.
 
 The ranks find each other through a file in a folder that only this user can open, and talk over the loopback device. torchrun
 is for several machines: its rendezvous listens on every address and unpickles what it is sent.

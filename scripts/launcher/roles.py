@@ -63,12 +63,19 @@ def worker_role(config: Config, queue: str, replica: int) -> Role:
 
 def trainer_role(config: Config) -> Role:
     """One process, or one that starts a rank per GPU."""
-    num_ranks = config.replicas.trainer
-    module = ["sluice.trainer"] if num_ranks == 1 else ["sluice.scripts.launcher.ranks", str(num_ranks)]
     env = {"RANK": "0", "WORLD_SIZE": "1"}  # a machine's own must not make it wait for ranks that nobody starts
     gpus = trainer_gpus(config)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    return Role(name="trainer", argv=[*PYTHON, "-m", *module], env=env | visible, is_forked=True)
+    return Role(name="trainer", argv=trainer_command(config.replicas.trainer), env=env | visible, is_forked=True)
+
+
+def trainer_command(num_ranks: int) -> list[str]:
+    """What `sluice train --ranks N` becomes."""
+    return [
+        *PYTHON,
+        "-m",
+        *(["sluice.trainer"] if num_ranks == 1 else ["sluice.scripts.launcher.ranks", str(num_ranks)]),
+    ]
 
 
 def key_environment(role: Role, key_file: Path | None) -> dict[str, str]:

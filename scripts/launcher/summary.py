@@ -13,8 +13,8 @@ import redis
 from sluice.common.ledger.ledger import Account, read_account
 from sluice.common.monitoring.metrics import read_metrics
 from sluice.common.run import Run
-from sluice.dashboard.terminal import sparkline
-from sluice.scripts.commands.evaluate import describe, list_evaluations
+from sluice.dashboard.evaluations import describe, list_evaluations
+from sluice.dashboard.terminal import ledger_text, sparkline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,16 +98,6 @@ def _text(summary: dict[str, Any], rewards: list[float], account: Account, folde
     if summary["restarts"]:
         lines.append(f"  restarted  {summary['restarts']}")
     return "\n".join(lines)
-
-
-def ledger_text(account: Account) -> str:
-    """The identity, spelled out."""
-    dropped = "".join(f" + dropped({reason}) {count}" for reason, count in account.dropped.items())
-    dead = "".join(f" + dead({reason}) {count}" for reason, count in account.dead.items())
-    settled = "scored" if account.kind == "eval" else "trained"
-    count = account.scored if account.kind == "eval" else account.trained
-    verdict = "holds" if account.holds else f"BROKEN: the right side is {account.settled + account.in_flight}"
-    return f"admitted {account.admitted} = {settled} {count}{dropped}{dead} + in_flight {account.in_flight}: {verdict}"
 
 
 def _draw(path: Path, steps: list[int], rewards: list[float], evals: list[dict[str, Any]], *, title: str) -> None:

@@ -101,7 +101,7 @@ def test_a_role_shows_its_command_line_and_leads_its_group(server: ForkServer, t
     argv = [sys.executable, "-c", "import time; time.sleep(60)", "-Q", "rollout", "--of", "this run"]
     process = server.start(argv, log=tmp_path / "log", env={})
     wait_for(lambda: " -Q rollout " in " ".join(psutil.Process(process.pid).cmdline()), timeout=10, what="its title")
-    assert psutil.Process(process.pid).cmdline()[: len(argv)] == argv
+    assert psutil.Process(process.pid).cmdline()[: len(argv)] == [Path(sys.executable).name, *argv[1:]]
     assert os.getpgid(process.pid) == process.pid
     process.kill()
     assert process.wait(10) == -signal.SIGKILL
@@ -153,6 +153,7 @@ def test_a_run_whose_fork_server_is_killed_goes_on(tmp_path: Path) -> None:
             what="two steps",
         )
         (server,) = [c for c in children(process.pid) if "sluice.scripts.launcher.fork_server" in " ".join(c.cmdline())]
+        assert server.num_threads() == 1
         family = server.children()
         server.kill()
         wait_for(lambda: not alive(family), timeout=20, what="its roles to end with it")

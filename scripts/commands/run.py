@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from sluice.scripts.launcher.forked import imports_without_threads
 from sluice.scripts.options import ConfigFile, Overrides, example
 
 
@@ -26,8 +27,9 @@ from sluice.scripts.options import ConfigFile, Overrides, example
 )
 def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
     """Everything on this machine: Redis if none is given, one worker per queue and replica, the trainer, live progress."""
-    from sluice.scripts.launcher.launch import run_to_the_end
-    from sluice.scripts.launcher.supervisor import RunFailed
+    with imports_without_threads():  # this process forks
+        from sluice.scripts.launcher.launch import run_to_the_end
+        from sluice.scripts.launcher.supervisor import RunFailed
 
     try:
         sys.exit(run_to_the_end(config, list(overrides), name=name, resume=resume))

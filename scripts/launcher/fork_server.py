@@ -7,8 +7,11 @@
                       <-- exit code --
 
 One request and one reply at a time, JSON lines over a pair of sockets that only the two of them hold. The server has one thread
-and never touches CUDA. It dies with the supervisor, its roles die with it (signals of the kernel), and the supervisor starts
-another server when it needs one: roles of the former then ended by SIGKILL.
+and never touches CUDA. `sluice run` imports everything itself and forks the server before it does anything else: what it looks at
+itself (model, data, rewards) needs most of the same imports.
+
+The server dies with the supervisor, its roles die with it (signals of the kernel), and the supervisor starts another one, a process
+of its own, when it needs one: roles of the former then ended by SIGKILL.
 
 Roles that must not load torch (reward, dashboard) are not started from here, nor is anything where there is no such signal.
 """
@@ -31,7 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sluice.scripts.launcher.forked import IMPORTS_WITHOUT_THREADS, Command, ForkedProcess, fork, set_title, wait_for
+from sluice.scripts.launcher.forked import Command, ForkedProcess, fork, imports_without_threads, set_title, wait_for
 from sluice.scripts.launcher.processes import Process, spawn
 
 PRELOADED = (
@@ -48,12 +51,6 @@ PRELOADED = (
 )
 REPLY_S = 600.0
 """Bound of one reply. The first one waits for the imports, from a cold disk."""
-_SERVER_ENV = {
-    "PYTHONUNBUFFERED": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    **IMPORTS_WITHOUT_THREADS,
-}
 _ROOM = "." * 1000
 """Where the titles of roles are written (`set_title`)."""
 
@@ -61,7 +58,10 @@ _ROOM = "." * 1000
 class ForkServer:
     """The supervisor's side; a server is running, or starting, from the first moment on."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_fork: bool = False) -> None:
+        """`is_fork`: the first server is a fork of this process, which imports everything now, as it will need most of it. Only
+        while this process has one thread, no connection and no user's code."""
+        self._is_fork = is_fork
         self._lock = threading.Lock()
         self._generation = 0
         self._launch()
@@ -119,15 +119,15 @@ class ForkServer:
         self._replies = self._connection.makefile("rb")
         program = "from sluice.scripts.launcher.fork_server import main; main()"
         argv = [sys.executable, "-P", "-c", program, str(theirs.fileno()), _ROOM]
-        with theirs:
-            if self._generation == 1 and all(module in sys.modules for module in PRELOADED):
-                # we are a fork of such a server ourselves, and have imported everything that this one will have
-                command = Command(
-                    argv=argv, env=dict(os.environ), cwd=os.getcwd(), stdout=os.devnull, stderr=os.devnull
-                )
+        env = {"PYTHONUNBUFFERED": "1"}
+        with theirs, imports_without_threads():
+            if self._is_fork and self._generation == 1:
+                _import()
+                env |= os.environ
+                command = Command(argv=argv, env=env, cwd=os.getcwd(), stdout=os.devnull, stderr=os.devnull)
                 self._server: Process = fork(command, close=self._connection.fileno())
-                return
-            self._server = spawn(argv, log=Path(os.devnull), env=_SERVER_ENV, pass_fds=(theirs.fileno(),))
+            else:
+                self._server = spawn(argv, log=Path(os.devnull), env=env, pass_fds=(theirs.fileno(),))
 
     def _end(self) -> None:
         self._server.kill()
@@ -149,15 +149,19 @@ def main() -> None:
     """Import, then answer requests until the supervisor is gone."""
     set_title([sys.executable, "-m", __name__])
     with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as requests:
-        for module in PRELOADED:
-            with suppress(Exception):  # a role that needs it says what is wrong with it
-                importlib.import_module(module)
+        _import()
         gc.collect()
         gc.freeze()  # what is never collected is not copied for a role
         for line in requests:
             request = json.loads(line)
             reply = wait_for(request) if isinstance(request, int) else _fork(Command(**request), connection)
             connection.sendall(json.dumps(reply).encode() + b"\n")
+
+
+def _import() -> None:
+    for module in PRELOADED:
+        with suppress(Exception):  # a role that needs it says what is wrong with it
+            importlib.import_module(module)
 
 
 def _fork(command: Command, connection: socket.socket) -> int | str:

@@ -19,8 +19,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,24 @@ from typing import NoReturn
 
 from sluice.common.parent import die_with
 
-IMPORTS_WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-"""Environment of a process that will fork: libraries that start a thread when they are imported do not."""
+_WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+_DEFAULTS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""As every role has them (`Supervisor`)."""
+
+
+@contextmanager
+def imports_without_threads() -> Iterator[None]:
+    """For imports of a process that will fork: libraries that start a thread when they are imported do not."""
+    before = dict(os.environ)
+    os.environ.update({**_DEFAULTS, **before, **_WITHOUT_THREADS})
+    try:
+        yield
+    finally:
+        for name in {**_DEFAULTS, **_WITHOUT_THREADS}:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,11 +193,11 @@ def _exit_with(code: int) -> NoReturn:
 
 
 def set_title(words: list[str]) -> None:
-    """Put a command line where `ps` reads it: over this process' own, as far as there is room (Linux only)."""
+    """Put a command line where `ps` reads it: over this process' own, cut where there is no more room (Linux only)."""
     if sys.platform != "linux":
         return
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     begin, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, fields 48 and 49 of proc(5)
     if begin and end > begin:
-        title = "\0".join(words).encode()[: end - begin - 1]
+        title = "\0".join([Path(words[0]).name, *words[1:]]).encode()[: end - begin - 1]
         ctypes.memmove(begin, title.ljust(end - begin, b"\0"), end - begin)

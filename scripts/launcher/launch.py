@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -67,8 +68,8 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         if overrides or "=" in resume:
             raise ConfigError("--resume goes on with the config that is stored with the run: give no key=value with it")
         name = resume or newest_run(config, prefix=Path(config_path).stem)
-    # roles are forked where the kernel ends them with their parent; its imports go on beside our checks
-    with ForkServer() if sys.platform == "linux" else nullcontext() as fork_server:
+    # roles are forked where the kernel ends them with their parent
+    with ForkServer(is_fork=threading.active_count() == 1) if sys.platform == "linux" else nullcontext() as fork_server:
         check_engine(config.rollout.engine)  # here the workers run in this environment; with `create` they need not
         if config.trainer.lora and find_spec("peft") is None:
             raise ConfigError(PEFT_MISSING)

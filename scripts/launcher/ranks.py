@@ -19,7 +19,7 @@ import time
 from tempfile import mkdtemp
 from types import FrameType
 
-from sluice.scripts.launcher.forked import IMPORTS_WITHOUT_THREADS, Command, fork
+from sluice.scripts.launcher.forked import Command, fork, imports_without_threads
 from sluice.scripts.launcher.processes import Process
 from sluice.scripts.launcher.roles import PYTHON
 
@@ -30,8 +30,8 @@ POLL_S = 0.1
 
 def run(num_ranks: int) -> int:
     """Exit code 0: all ranks ended in good order; else that of the first to fail, 1 where it was killed."""
-    os.environ |= IMPORTS_WITHOUT_THREADS
-    import sluice.trainer.loop  # noqa: F401  # once, for all ranks
+    with imports_without_threads():
+        import sluice.trainer.loop  # noqa: F401  # once, for all ranks
 
     folder = mkdtemp(prefix="sluice-ranks-")  # of this process alone: no rank may remove it when it ends
     ranks = [_start(rank, num_ranks, store=f"{folder}/store") for rank in range(num_ranks)]

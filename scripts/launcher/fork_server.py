@@ -10,8 +10,8 @@ One request and one reply at a time, JSON lines over a pair of sockets that only
 and never touches CUDA. `sluice run` imports everything itself and forks the server before it does anything else: what it looks at
 itself (model, data, rewards) needs most of the same imports.
 
-The server dies with the supervisor, its roles die with it (signals of the kernel). The supervisor starts another one, a process of
-its own, when it needs one: roles of the former then ended by SIGKILL.
+The server dies with the supervisor, its roles die with it (signals of the kernel). The supervisor starts another one, a process
+of its own, when it needs one: roles of the former then ended by SIGKILL.
 
 Roles that must not load torch (reward, dashboard) are not started from here, nor is anything where there is no such signal.
 """

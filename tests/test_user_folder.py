@@ -102,9 +102,9 @@ def test_role_by_role_takes_nothing_from_the_folder_but_the_rewards(
         (folder, ["sluice", "worker", "dataset"]),
         (folder, ["sluice", "worker", "rollout"]),
         (folder, ["sluice", "worker", "reward"]),
-        (plain, ["celery", "-A", "sluice", "worker", "-Q", "rollout"]),
-        (plain, ["celery", "-A", "sluice.workers.app", "worker", "-Q", "dataset"]),
-        (plain, ["celery", "-A", "sluice", "worker", "-Q", "reward"]),
+        (plain, ["celery", "-A", "sluice", "worker", "-Q", "rollout", "--loglevel", "INFO"]),
+        (plain, ["celery", "-A", "sluice.workers.app", "worker", "-Q", "dataset", "--loglevel", "INFO"]),
+        (plain, ["celery", "-A", "sluice", "worker", "-Q", "reward", "--loglevel", "INFO"]),
     ]
     create = [installed / "sluice", "create", config.name, "--name", run["SLUICE_RUN"]]
     subprocess.run(create, cwd=folder, env=environment(**run), check=True, timeout=100)

@@ -63,6 +63,13 @@ def test_a_role_has_what_it_needs_already_and_its_own_environment(server: ForkSe
     assert "MARK" not in printed(server, "import os; print(dict(os.environ))", tmp_path / "next")
 
 
+def test_a_program_gets_its_arguments_as_they_are(server: ForkServer, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    argv = [sys.executable, "-P", "-c", "import sys; print(sys.argv)", "-P", "threads", "-m", ""]
+    assert server.start(argv, log=log, env={}).wait(20) == 0
+    assert log.read_text() == "['-c', '-P', 'threads', '-m', '']\n"
+
+
 def test_two_roles_draw_different_numbers(server: ForkServer, tmp_path: Path) -> None:
     program = "import random, numpy; print(random.random(), numpy.random.random())"
     drawn = [printed(server, program, tmp_path / name).split() for name in ("a", "b")]

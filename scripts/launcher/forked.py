@@ -157,7 +157,9 @@ def _become(command: Command) -> None:
 
 def _run(argv: list[str]) -> int:
     """Run the command line as Python would; returns the exit code."""
-    words = [word for word in argv[1:] if word != "-P"]  # the folder of a program is on no path here
+    words = (
+        argv[2:] if argv[1] == "-P" else argv[1:]
+    )  # neither the current folder nor that of a program is on the path here
     try:
         if words[0] == "-m":
             sys.argv = ["-m", *words[2:]]

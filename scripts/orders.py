@@ -11,8 +11,9 @@ Who = click.option("--who", envvar="SLUICE_WHO", help="Who orders it, for the tr
 
 def give_order(name: str | None, who: str | None, order: Callable[..., bool], done: str, was_so: str) -> None:
     """Give it, and say what came of it."""
+    from sluice.scripts.launcher.snapshot import opened_run
+
     from sluice.common.operations.control import default_who
-    from sluice.scripts.launcher.reading import opened_run
 
     with opened_run(name) as (client, opened, _):
         changed = order(client, opened, who=who or default_who())

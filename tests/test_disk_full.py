@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from harness import (
     SMALL,
-    account_of,
     assert_trained_once,
+    counters_of,
     create_run,
     metrics_lines,
     metrics_of,
@@ -74,8 +74,8 @@ def test_training_pauses_while_a_disk_is_full(
         wait_for(lambda: (run_folder / "checkpoints" / "latest").exists(), timeout=90, what="the first checkpoint")
         filler = fill(small_disk, leave=MIB)
         told = lambda: (text := sluice("status", cwd=tmp_path, **env).stdout) and "stalled: " in text and text  # noqa: E731
-        reading = wait_for(told, timeout=60, what="`sluice status` to name the stall")
-        assert "the disk is full: no room for" in reading
+        snapshot = wait_for(told, timeout=60, what="`sluice status` to name the stall")
+        assert "the disk is full: no room for" in snapshot
         found = newest_checkpoint(run_folder / "checkpoints")
         assert found is not None and found.state.step >= 4, "the checkpoint before is as good as it was"
         assert not list((run_folder / "checkpoints").glob(".tmp-*"))
@@ -85,8 +85,8 @@ def test_training_pauses_while_a_disk_is_full(
         )
         filler.unlink()
         assert daemon.wait(120) == 0
-    account = account_of(env)
-    assert (account.holds, account.trained, account.in_flight) == (True, 64, 0)
+    counters = counters_of(env)
+    assert (counters.holds, counters.trained, counters.in_flight) == (True, 64, 0)
     if full == "policies":
         assert_trained_once(run_folder, 16, groups_per_step=4)
         assert any("the disk is full" in line.get("cause", "") for line in stalls_of(run_folder))
@@ -118,7 +118,7 @@ def test_a_trainer_stopped_while_the_disk_is_full_keeps_the_checkpoint_before(
             wait_for(lambda: f"resumed at step {found.state.step}" in log.read_text(), timeout=60, what="it to go on")
             before = len(metrics_of(small_disk / "roles"))
             wait_for(lambda: len(metrics_of(small_disk / "roles")) > before, timeout=60, what="a step")
-    assert account_of(env).holds
+    assert counters_of(env).holds
 
 
 def test_a_redis_whose_append_only_file_cannot_be_written_is_waited_for(small_disk: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_crash_loop_ends_the_run_with_the_reason_and_the_tail_of_the_log(tmp_p
     assert "Traceback" not in output
 
 
-def supervising(folder: Path, program: str, *, beats: bool = True, **options: Any) -> tuple[Supervisor, Child]:
+def supervising(folder: Path, program: str, *, heartbeats: bool = True, **options: Any) -> tuple[Supervisor, Child]:
     """A supervisor of a trainer alone, which is this Python program, and of what is in `options`."""
     supervisor = Supervisor(
         make_config(),
@@ -64,7 +64,7 @@ def supervising(folder: Path, program: str, *, beats: bool = True, **options: An
         url="redis://",
         folder=folder,
         status=lambda: "running",
-        trainer_beats=lambda: beats,
+        trainer_is_alive=lambda: heartbeats,
         **options,
     )
     trainer = supervisor._trainer
@@ -115,9 +115,9 @@ def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> No
     supervisor.stop()
 
 
-@pytest.mark.parametrize(("beats", "is_waited_for"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("heartbeats", "is_waited_for"), [(True, True), (False, False)])
 def test_a_trainer_that_beats_has_time_for_its_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool, is_waited_for: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeats: bool, is_waited_for: bool
 ) -> None:
     monkeypatch.setattr("sluice.scripts.launcher.supervisor.STOP_S", 0.2)
     program = f"""
@@ -130,7 +130,7 @@ signal.signal(signal.SIGTERM, write)
 print("ready", flush=True)
 time.sleep(60)
 """
-    supervisor, trainer = supervising(tmp_path, program, beats=beats)
+    supervisor, trainer = supervising(tmp_path, program, heartbeats=heartbeats)
     supervisor.start()
     wait_for(lambda: "ready" in trainer.log.read_text(), timeout=20, what="the trainer")
     supervisor.stop()

@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from harness import LEASE, ROOT, SMALL, account_of, environment, quickstart_config, tiny_folder, wait_for
+from harness import LEASE, ROOT, SMALL, counters_of, environment, quickstart_config, tiny_folder, wait_for
 
 STEPS = 2
 SOURCES = ("common", "dashboard", "scripts", "sluice", "trainer", "workers", "pyproject.toml", "README.md", "LICENSE")
@@ -123,5 +123,5 @@ def test_role_by_role_takes_nothing_from_the_folder_but_the_rewards(
         done = subprocess.run(train, cwd=folder, env=environment(**run), capture_output=True, timeout=200, check=False)
     assert not mark.exists(), mark.read_text()
     assert done.returncode == 0, done.stderr.decode()
-    account = account_of(run)
-    assert (account.trained, account.dead) == (STEPS * 4, {})
+    counters = counters_of(run)
+    assert (counters.trained, counters.dead) == (STEPS * 4, {})

@@ -18,9 +18,10 @@ from sluice.scripts.options import example
 @click.option("--token-file", type=click.Path(dir_okay=False, path_type=Path), help="Else SLUICE_DASHBOARD_TOKEN.")
 def dashboard(names: tuple[str, ...], host: str, port: int, token_file: Path | None) -> None:
     """A web page over Redis, live and read-only: curves, queues, workers, the ledger, samples. Default: every run."""
+    from sluice.scripts.launcher.snapshot import opened_run
+
     from sluice.dashboard.auth import check_token, free_port, page_url
     from sluice.dashboard.web import serve
-    from sluice.scripts.launcher.reading import opened_run
 
     token = _token(token_file)
     check_token(host, token)

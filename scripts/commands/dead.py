@@ -16,9 +16,10 @@ from sluice.scripts.options import Json, RunName, console, example
 @Json
 def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json: bool) -> None:
     """Groups that were given up, with reason, worker and traceback; sends them again on request."""
+    from sluice.scripts.launcher.snapshot import opened_run
+
     from sluice.dashboard.dead_letters import read_dead, render_dead
     from sluice.scripts.commands.requeue import requeue_groups
-    from sluice.scripts.launcher.reading import opened_run
 
     with opened_run(name) as (client, opened, url):
         if requeue:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import click
+from sluice.scripts.control_state import Who, give_order
 
 from sluice.scripts.options import RunName, example
-from sluice.scripts.orders import Who, give_order
 
 
 @click.command(epilog=example("sluice drain gsm8k"))

@@ -27,7 +27,7 @@ from sluice.scripts.options import Json, RunName, example
 @Json
 def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool) -> None:
     """Evaluate the newest policy of a running run on its held-out sets, beside training."""
-    from sluice.scripts.launcher.reading import opened_run
+    from sluice.scripts.launcher.snapshot import opened_run
 
     with opened_run(name) as (client, opened, url):
         if not only_list:
@@ -44,8 +44,8 @@ def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float
     """Results on every configured set. Raises ConfigError, and SluiceError when it does not finish in time."""
     if not run.config.evaluation.datasets:
         raise ConfigError(f"run {run.name} has no evaluation.datasets in its config")
-    beats = read_heartbeats(client, run.keys).values()
-    roles = {facts["role"] for facts in beats} | {"eval" for facts in beats if facts.get("evaluates")}
+    heartbeats = read_heartbeats(client, run.keys).values()
+    roles = {stats["role"] for stats in heartbeats} | {"eval" for stats in heartbeats if stats.get("evaluates")}
     if missing := {"dataset", "eval", "reward"} - roles:
         raise ConfigError(
             f"an evaluation needs workers on {', '.join(sorted(missing))}: start them with `sluice worker QUEUE`"

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def metrics(name: str | None, all_runs: bool, listen: str | None) -> None:
     """Queues, ledger, workers, ages and alarms in Prometheus' text format."""
     from prometheus_client import generate_latest, start_http_server
+    from sluice.scripts.launcher.snapshot import opened_run
 
     from sluice.dashboard.prometheus import registry
-    from sluice.scripts.launcher.reading import opened_run
 
     if name and all_runs:
         raise ConfigError(f"{name} and --all: name one run or ask for all")

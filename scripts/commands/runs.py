@@ -53,10 +53,11 @@ def list_(as_json: bool) -> None:
 @Json
 def compare(names: tuple[str, ...], as_json: bool) -> None:
     """Where their configs differ, their last metrics and their last evaluations, side by side."""
+    from sluice.scripts.launcher.snapshot import opened_run
+
     from sluice.common.monitoring.metrics import last_metrics
     from sluice.common.operations.control import effective
     from sluice.dashboard.evaluations import list_evaluations
-    from sluice.scripts.launcher.reading import opened_run
 
     columns: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -87,8 +88,9 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
 @click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
 def archive(name: str, file: Path | None) -> None:
     """Metrics, samples, evaluations, ledger, events and orders of a run as a tar of JSON; default FILE: RUN.tar."""
+    from sluice.scripts.launcher.snapshot import opened_run
+
     from sluice.scripts.commands.archive import archive_run
-    from sluice.scripts.launcher.reading import opened_run
 
     with opened_run(name) as (client, opened, _):
         names = archive_run(client, opened, file := file or Path(f"{name}.tar"))

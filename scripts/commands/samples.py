@@ -16,8 +16,9 @@ from sluice.scripts.options import Json, RunName, console, example
 @Json
 def samples(name: str | None, count: int, step: int | None, as_json: bool) -> None:
     """Prompts and completions that were trained on, with rewards and advantages."""
+    from sluice.scripts.launcher.snapshot import opened_run
+
     from sluice.dashboard.samples import read_samples, render_sample
-    from sluice.scripts.launcher.reading import opened_run
 
     with opened_run(name) as (client, opened, _):
         found = read_samples(client, opened.keys, count=count, step=step)

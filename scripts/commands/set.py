@@ -7,10 +7,10 @@ from datetime import datetime
 from typing import Any
 
 import click
+from sluice.scripts.control_state import Who
 
 from sluice.common.errors import ConfigError
 from sluice.scripts.options import Json, example
-from sluice.scripts.orders import Who
 
 
 @click.command("set", epilog=example("sluice set trainer.learning_rate=1e-6 gsm8k"))
@@ -19,8 +19,9 @@ from sluice.scripts.orders import Who
 @Json
 def set_(arguments: tuple[str, ...], who: str | None, as_json: bool) -> None:
     """Change settings of a run without a restart; without KEY=VALUE: what can be set, what holds, and the trail."""
+    from sluice.scripts.launcher.snapshot import opened_run
+
     from sluice.common.operations import control
-    from sluice.scripts.launcher.reading import opened_run
 
     names = [argument for argument in arguments if "=" not in argument]
     assignments = [argument for argument in arguments if "=" in argument]
@@ -29,20 +30,22 @@ def set_(arguments: tuple[str, ...], who: str | None, as_json: bool) -> None:
     with opened_run(names[0] if names else None) as (client, opened, _):
         if assignments:
             control.change(client, opened, assignments, who=who or control.default_who())
-        orders = control.read_orders(client, opened.keys)
-        config = control.with_settings(opened.config, orders.settings)
+        control_state = control.read_control_state(client, opened.keys)
+        config = control.with_settings(opened.config, control_state.settings)
     state = {
         "run": opened.name,
         "settings": {key: control.at(config, key) for key in control.CHANGEABLE},
-        "changed": sorted(orders.settings),
-        "paused": orders.paused,
-        "draining": orders.draining,
-        "trail": [fields for _, fields in orders.trail],
+        "changed": sorted(control_state.settings),
+        "paused": control_state.paused,
+        "draining": control_state.draining,
+        "change_log": [fields for _, fields in control_state.change_log],
     }
     if as_json:
         click.echo(json.dumps(state))
     elif assignments:
-        click.echo(f"{opened.name}: " + ", ".join(f"{key}={value}" for key, value in sorted(orders.settings.items())))
+        click.echo(
+            f"{opened.name}: " + ", ".join(f"{key}={value}" for key, value in sorted(control_state.settings.items()))
+        )
     else:
         _show(state, control.CHANGEABLE)
 
@@ -51,7 +54,7 @@ def _show(state: dict[str, Any], acts_from: dict[str, str]) -> None:
     for key, value in state["settings"].items():
         mark = "*" if key in state["changed"] else " "
         click.echo(f"{mark} {key} = {json.dumps(value)}    acts on {acts_from[key]}")
-    for entry in state["trail"]:
+    for entry in state["change_log"]:
         when = datetime.fromtimestamp(float(entry["at"]))
         click.echo(
             f"{when:%Y-%m-%d %H:%M:%S}  step {entry['step']}  {entry['who']}  {entry['key']}: {entry['old']} -> {entry['new']}"

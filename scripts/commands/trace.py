@@ -15,8 +15,9 @@ from sluice.scripts.options import Json, RunName, console, example
 @Json
 def trace(group: str, name: str | None, as_json: bool) -> None:
     """One group's whole life: its stages with times, who held each part, attempts."""
+    from sluice.scripts.launcher.snapshot import opened_run
+
     from sluice.dashboard.trace import read_trace, render_trace
-    from sluice.scripts.launcher.reading import opened_run
 
     with opened_run(name) as (client, opened, _):
         found = read_trace(client, opened.keys, group)

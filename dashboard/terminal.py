@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sluice.common.ledger.ledger import Counters
 from sluice.common.operations.control import describe_paused
 from sluice.common.pipeline import QUEUES, ROLES
 
@@ -144,3 +145,15 @@ def _processes(status: dict[str, Any]) -> Table:
         if not mine:
             table.add_row(role, "-")
     return table
+
+
+def ledger_text(counters: Counters) -> str:
+    """The identity, spelled out."""
+    dropped = "".join(f" + dropped({reason}) {count}" for reason, count in counters.dropped.items())
+    dead = "".join(f" + dead({reason}) {count}" for reason, count in counters.dead.items())
+    settled = "scored" if counters.kind == "eval" else "trained"
+    count = counters.scored if counters.kind == "eval" else counters.trained
+    verdict = "holds" if counters.holds else f"BROKEN: the right side is {counters.settled + counters.in_flight}"
+    return (
+        f"admitted {counters.admitted} = {settled} {count}{dropped}{dead} + in_flight {counters.in_flight}: {verdict}"
+    )

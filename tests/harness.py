@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -21,6 +22,9 @@ import yaml
 from sluice.common.connections.client import connect
 from sluice.common.ledger.ledger import Counters, read_counters
 from sluice.common.run import open_run
+from sluice.scripts.launcher.fork_server import ForkServer
+from sluice.scripts.launcher.forked import Command
+from sluice.scripts.launcher.processes import Process
 from sluice.scripts.prepare_tiny import prepare
 
 SMALL = {
@@ -31,6 +35,7 @@ SMALL = {
 }
 """Overrides of `create_run`: small steps, and every checkpoint kept as a record."""
 ROOT = Path(__file__).resolve().parent.parent
+KILL_AT = str(ROOT / "tests" / "kill_at.py")
 LEASE = {"running_s": 3.0, "queued_s": 3.0, "shutdown_grace_s": 0.5}
 
 
@@ -72,26 +77,47 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
 
 
+@cache
+def fork_server() -> ForkServer:
+    """One for this test process: what it starts need not import torch and transformers once more. It dies with us."""
+    return ForkServer()
+
+
 def sluice(*arguments: str, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
-    argv = [sys.executable, "-m", "sluice.scripts.cli", *arguments]
-    where = environment(PYTHONPATH=str(ROOT), **env)
-    return subprocess.run(argv, cwd=cwd, env=where, capture_output=True, text=True, timeout=timeout, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        argv = [sys.executable, "-m", "sluice.scripts.cli", *arguments]
+        where = environment(**{**env, "PYTHONPATH": str(ROOT)})
+        process = fork_server().fork(Command(argv=argv, cwd=str(cwd), stdout=str(out), stderr=str(err), env=where))
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(argv, code, out.read_text(), err.read_text())
 
 
 @contextlib.contextmanager
-def running(argv: list[str], *, cwd: Path, log: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is killed with all it started when the block ends."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            argv,
-            cwd=cwd,
-            env=environment(**{**env, "PYTHONPATH": str(ROOT)}),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+def running(argv: list[str], *, cwd: Path, log: Path, **env: str) -> Iterator[Process]:
+    """A process that is killed with all it started when the block ends.
+
+    A Python program is forked from `fork_server`, but for a reward worker: it must not have loaded torch.
+    """
+    env = environment(**{**env, "PYTHONPATH": str(ROOT)})
+    if argv[0] == sys.executable and argv[1] in ("-m", "-c", KILL_AT) and "reward" not in argv:
+        command = Command(argv=argv, cwd=str(cwd), stdout=str(log), stderr=str(log), env=env)
+        process: Process = fork_server().fork(command)
+    else:
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
     try:
         yield process
     finally:
@@ -105,7 +131,7 @@ def running(argv: list[str], *, cwd: Path, log: Path, **env: str) -> Iterator[su
 
 
 @contextlib.contextmanager
-def running_sluice(*arguments: str, cwd: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+def running_sluice(*arguments: str, cwd: Path, **env: str) -> Iterator[Process]:
     """`sluice ...` in the background; its output is in cwd/output.log."""
     with running(
         [sys.executable, "-m", "sluice.scripts.cli", *arguments], cwd=cwd, log=cwd / "output.log", **env
@@ -114,7 +140,7 @@ def running_sluice(*arguments: str, cwd: Path, **env: str) -> Iterator[subproces
 
 
 @contextlib.contextmanager
-def worker(queue: str, *, cwd: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+def worker(queue: str, *, cwd: Path, **env: str) -> Iterator[Process]:
     """A worker started with the plain Celery command, in a folder that is not the project's."""
     argv = [sys.executable, "-m", "celery", "-A", "sluice", "worker", "-Q", queue, "--loglevel", "INFO"]
     with running(argv, cwd=cwd, log=cwd / f"{queue}.log", **env) as process:
@@ -126,7 +152,7 @@ def trainer(folder: Path, env: dict[str, str], *, kill_at: tuple[str, str, int] 
     """The trainer daemon of a run; with `kill_at` it dies by SIGKILL at that place (tests/kill_at.py)."""
     argv = [sys.executable, "-m", "sluice.trainer"]
     if kill_at:
-        argv = [sys.executable, str(ROOT / "tests" / "kill_at.py"), *map(str, kill_at), "sluice.trainer"]
+        argv = [sys.executable, KILL_AT, *map(str, kill_at), "sluice.trainer"]
     with running(argv, cwd=folder, log=folder / "trainer.log", **env) as process:
         yield process
 
@@ -142,7 +168,7 @@ def create_run(folder: Path, url: str, *, name: str = "roles", **overrides: Any)
 
 
 @contextlib.contextmanager
-def workers(folder: Path, env: dict[str, str], *queues: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+def workers(folder: Path, env: dict[str, str], *queues: str) -> Iterator[list[Process]]:
     """One worker per queue; by default what a run without a reference needs."""
     with contextlib.ExitStack() as stack:
         names = queues or ("dataset", "rollout", "reward")
@@ -206,7 +232,7 @@ def wait_for(condition: Callable[[], Any], *, timeout: float, what: str) -> Any:
     raise AssertionError(f"waited {timeout:.0f} s for {what}")
 
 
-def terminate(process: subprocess.Popen[bytes], *, number: int = signal.SIGTERM, timeout: float = 30) -> int:
+def terminate(process: Process, *, number: int = signal.SIGTERM, timeout: float = 30) -> int:
     """Send a signal and wait for the exit code."""
     process.send_signal(number)
     return process.wait(timeout)

@@ -8,10 +8,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 from click.testing import CliRunner
-from harness import quickstart_config, sluice, tiny_folder
+from harness import fork_server, quickstart_config, sluice, tiny_folder
 
 from sluice.scripts import cli
 from sluice.scripts.launcher.redis_server import start_server
@@ -24,6 +25,7 @@ def tiny() -> Path:
 
 def refused(*arguments: str, cwd: Path, **env: str) -> str:
     """What the command says when it refuses; nothing may be left running."""
+    fork_server()
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     done = sluice(*arguments, cwd=cwd, **env)
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
@@ -163,10 +165,26 @@ def test_the_ledger_command_fails_when_the_identity_does_not_hold(tmp_path: Path
     assert "BROKEN" in sluice("ledger", "cooked", cwd=tmp_path, SLUICE_REDIS_URL=server).stdout
 
 
-def test_every_command_has_a_help_text() -> None:
-    for name, command in cli.cli.commands.items():
-        assert command.help, name
-        assert CliRunner().invoke(command, ["--help"]).exit_code == 0
+def walk(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        for child, below in command.commands.items():
+            yield from walk(f"{name} {child}", below)
+
+
+def test_every_command_has_a_help_text_with_an_example() -> None:
+    for name, command in walk("sluice", cli.cli):
+        shown = CliRunner().invoke(command, ["--help"])
+        assert shown.exit_code == 0 and command.help, name
+        assert name == "sluice" or f"{name}" in shown.output.partition("Example:")[2], name
+
+
+def test_the_help_lists_every_command_in_its_section_and_cuts_none() -> None:
+    shown = CliRunner().invoke(cli.cli, ["--help"]).output
+    assert "..." not in shown.partition("Options:")[2]
+    assert [line[:-1] for line in shown.splitlines() if line.rstrip(":") in cli.SECTIONS] == list(cli.SECTIONS)
+    for command in cli.cli.commands.values():
+        assert " ".join(command.get_short_help_str(limit=1000).split()) in " ".join(shown.split()), command.name
 
 
 def test_doctor_examines_a_config(tmp_path: Path, tiny: Path) -> None:

@@ -41,11 +41,12 @@ def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
-def imports_of(path):
+def imports_of(path, *, in_functions=True):
     """Absolute dotted names that a file imports, also inside functions."""
     package = path.relative_to(ROOT).parent.parts
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if in_functions else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -153,6 +154,39 @@ def code_of(path):
                 ast.Pass()
             ]
     return ast.unparse(tree)
+
+
+def circles(graph):
+    """Modules that import themselves through others, of module -> what it imports; a function's imports count as well."""
+    left = dict(graph)
+    while ends := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in ends:
+            del left[name]
+    return left
+
+
+def import_graph(folder, *, above="", in_functions=True):
+    """Module of a folder -> which others of the folder it imports, all without `above`."""
+    files = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    graph = {}
+    for name, path in files.items():
+        found = {imported.removeprefix(above) for imported in imports_of(path, in_functions=in_functions)}
+        graph[name] = (found | {imported.rpartition(".")[0] for imported in found}) & files.keys()
+    return graph
+
+
+def test_no_module_of_scripts_imports_itself_through_others():
+    graph = import_graph(ROOT / "scripts", above="sluice.scripts.")
+    assert len(graph) > 30 and "launcher.launch" in graph["commands.run"]
+    assert not circles(graph)
+
+
+def test_no_benchmark_imports_itself_through_others():
+    assert not circles(import_graph(ROOT / "benchmarks", above="benchmarks.", in_functions=False))
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}).keys() == {"a", "b", "c", "d"}
 
 
 def test_files_are_short_enough_to_read_at_a_sitting():

@@ -35,7 +35,8 @@ def rank_of(pid: int, rank: int) -> psutil.Process | None:
     """A rank of the trainer among the descendants of a process."""
     for child in children(pid):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if child.environ().get("RANK") == str(rank):
+            # torchrun tells a rank which one it is; ours say it themselves
+            if child.environ().get("RANK") == str(rank) or f"(rank {rank} of" in " ".join(child.cmdline()):
                 return child
     return None
 
@@ -78,7 +79,7 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path: Path, redis_url
     """Rank 0 does not find its run, while rank 1 waits for it."""
     log = tmp_path / "ranks.log"
     argv, env = (
-        [sys.executable, "-m", "sluice.scripts.launcher.ranks", "2"],
+        [sys.executable, "-m", "sluice.scripts.cli", "train", "--ranks", "2"],
         {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": "none"},
     )
     with running(argv, cwd=tmp_path, log=log, **env) as process:
@@ -113,7 +114,7 @@ def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, 
     torchrun = ["torch.distributed.run", "--nnodes", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
     starts = {
         "kill": [*torchrun, "--nproc-per-node", "2", "-m", "sluice.trainer"],
-        "stop": ["sluice.scripts.launcher.ranks", "2"],
+        "stop": ["sluice.scripts.cli", "train", "--ranks", "2"],
     }
     for version, end in enumerate(starts):
         with running([sys.executable, "-m", *starts[end]], cwd=tmp_path, log=log, **env) as process:

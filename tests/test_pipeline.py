@@ -102,7 +102,7 @@ def prepare(app: Celery, role: str) -> Context:
         return Result(payload=encode({"grade": max(rewards)}))
 
     def grade(group_id: str) -> None:
-        context.perform(group_id, "judge", work, fields=("rollout", "reward"))
+        context.run_stage(group_id, "judge", work, fields=("rollout", "reward"))
 
     app.task(grade, name=stage_on(role).celery_task)
     signals.worker_ready.connect(lambda **_: context.start_heartbeat(), weak=False)

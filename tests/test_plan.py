@@ -55,7 +55,7 @@ def test_the_text_names_every_command_to_type() -> None:
     assert shown.exit_code == 0, shown.output
     for line in (
         f"sluice create {CONFIG} '{override}' --name NAME",
-        "python -m sluice.scripts.launcher.ranks 4",
+        "sluice train --ranks 4",
         "# 1..16 times",
     ):
         assert line in shown.output

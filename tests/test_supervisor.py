@@ -32,7 +32,7 @@ from sluice.scripts.launcher.supervisor import Child, RunFailed, Supervisor
 UNLICENSED = """
 import os, sys
 
-if "worker" in sys.argv:
+if "-Q" in sys.argv:
     print("the grader's licence has run out", flush=True)
     os._exit(9)
 

@@ -3,7 +3,7 @@
 SIGTERM and Ctrl-C finish the step, write a checkpoint and exit 0; a second signal exits at once. Started again, it goes on
 from the newest checkpoint by itself.
 
-`python -m sluice.scripts.launcher.ranks N`: the same over N ranks of one machine, of which only rank 0 reads Redis;
+`sluice train --ranks N`: the same over N ranks of one machine, of which only rank 0 reads Redis;
 `torchrun ... -m sluice.trainer`: of several machines.
 """
 

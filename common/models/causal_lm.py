@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import sluice.common.models.compiler  # noqa: F401  # before transformers' models
+
+# isort: split
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

@@ -33,7 +33,7 @@ from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run, RunRecord, list_runs
 from sluice.common.serialization import decode
 from sluice.dashboard.dead_letters import read_dead_letters
-from sluice.scripts.commands.evaluate import list_evaluations
+from sluice.dashboard.evaluations import list_evaluations
 
 
 def archive_run(client: redis.Redis, run: Run, file: Path) -> list[str]:

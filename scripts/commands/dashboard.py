@@ -1,17 +1,17 @@
-"""`sluice dashboard` and `sluice trace`."""
+"""`sluice dashboard`."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import click
 
 from sluice.common.errors import ConfigError
+from sluice.scripts.options import example
 
 
-@click.command()
+@click.command(epilog=example("sluice dashboard --port 8265"))
 @click.argument("names", nargs=-1, metavar="[RUN]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; another one needs a token.")
 @click.option("--port", default=8265, show_default=True, help="Port; 0 = any free one.")
@@ -20,7 +20,7 @@ def dashboard(names: tuple[str, ...], host: str, port: int, token_file: Path | N
     """A web page over Redis, live and read-only: curves, queues, workers, the ledger, samples. Default: every run."""
     from sluice.dashboard.auth import check_token, free_port, page_url
     from sluice.dashboard.web import serve
-    from sluice.scripts.launcher.launch import opened_run
+    from sluice.scripts.launcher.existing_run import opened_run
 
     token = _token(token_file)
     check_token(host, token)
@@ -43,21 +43,3 @@ def _token(file: Path | None) -> str | None:
         return file.read_text().strip()
     except OSError as error:
         raise ConfigError(f"--token-file {file}: {error.strerror}") from None
-
-
-@click.command()
-@click.argument("group")
-@click.argument("name", required=False, metavar="[RUN]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def trace(group: str, name: str | None, as_json: bool) -> None:
-    """One group's whole life: its stages with times, who held each part, attempts."""
-    from sluice.dashboard.trace import read_trace, render_trace
-    from sluice.scripts.cli import console
-    from sluice.scripts.launcher.launch import opened_run
-
-    with opened_run(name) as (client, opened, _):
-        found = read_trace(client, opened.keys, group)
-    if as_json:
-        click.echo(json.dumps(found))
-    else:
-        console().print(render_trace(found))

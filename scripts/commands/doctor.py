@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import click
 import psutil
 
 from sluice.common.config.file import load_config
@@ -17,6 +19,7 @@ from sluice.common.connections.secrets import secret
 from sluice.common.errors import SluiceError
 from sluice.common.policies.signing import RUN_KEY
 from sluice.scripts.launcher.redis_server import find_server
+from sluice.scripts.options import example
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,16 @@ class Finding:
 
     level: str
     text: str
+
+
+@click.command(epilog=example("sluice doctor config/quickstart.yaml"))
+@click.argument("config", required=False, type=click.Path())
+def doctor(config: str | None) -> None:
+    """Check this machine, Redis and (if given) a config; says what to do about each finding. Exit code 1 on a problem."""
+    findings = examine(config)
+    for finding in findings:
+        click.echo(f"{finding.level:8} {finding.text}")
+    sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
 
 
 def examine(config_path: str | None) -> list[Finding]:
@@ -100,7 +113,8 @@ def _memory_bound(info: dict[str, Any]) -> Finding:
 
 
 def _config(path: str) -> list[Finding]:
-    from sluice.scripts.launcher.launch import preflight, with_absolute_paths
+    from sluice.scripts.launcher.preflight import preflight
+    from sluice.scripts.launcher.run_folder import with_absolute_paths
     from sluice.trainer.trackers import check_trackers
 
     try:

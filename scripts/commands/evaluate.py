@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
+import click
 import redis
 
 from sluice.common.connections.broker import make_app, send
@@ -17,6 +18,28 @@ from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.pipeline import stages_for
 from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run
+from sluice.dashboard.evaluations import describe, list_evaluations
+from sluice.scripts.options import Json, RunName, example
+
+
+@click.command("eval", epilog=example("sluice eval gsm8k", "sluice eval --list --json"))
+@RunName
+@click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Seconds to wait for the result.")
+@click.option("--list", "only_list", is_flag=True, help="Evaluate nothing: all results so far, by version.")
+@Json
+def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool) -> None:
+    """Evaluate the newest policy of a running run on its held-out sets, beside training."""
+    from sluice.scripts.launcher.existing_run import opened_run
+
+    with opened_run(name) as (client, opened, url):
+        if not only_list:
+            results = evaluate_latest(client, opened, url=url, timeout_s=timeout_s)
+        else:
+            results = list_evaluations(client, opened)
+    if as_json:
+        click.echo(json.dumps({"evaluations": results}))
+    for result in () if as_json else results:
+        click.echo(describe(result))
 
 
 def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float) -> list[dict[str, Any]]:
@@ -45,26 +68,3 @@ def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float
                 )
             time.sleep(0.2)
     return [entry for entry in list_evaluations(client, run) if entry["version"] == version]
-
-
-def list_evaluations(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
-    """All finished evaluations (`evaluation.read_all`), by set and version; `best` is true on that of the best checkpoint."""
-    best = evaluation.read_best(Path(run.folder) / "checkpoints")
-    marked = best and (best.metric.rpartition("/")[0], best.evaluated_version)
-    entries = evaluation.read_all(client, run)
-    return [{**entry, "best": (entry["dataset"], entry["version"]) == marked} for entry in entries]
-
-
-def describe(entry: dict[str, Any]) -> str:
-    """An entry of `list_evaluations` as one line: every score with its standard error, length and share of those cut off."""
-    words = [f"eval {entry['dataset']} at step {entry['step']}:"]
-    for name, value in entry.items():
-        if value is None or name.endswith("_stderr") or "@" not in name:
-            continue
-        error = entry[f"{name}_stderr"]
-        words.append(f"{name} {value:.3f}" + ("" if error is None else f"±{error:.3f}"))
-    if entry["mean_length"] is not None:
-        words.append(f"length {entry['mean_length']:.1f}  clipped {entry['clipped_ratio']:.3f}")
-    if entry["num_dead"]:
-        words.append(f"dead {entry['num_dead']} of {entry['num_asked']}")
-    return "  ".join([*words, *(["best"] if entry["best"] else [])])

@@ -9,13 +9,14 @@ import click
 import redis
 
 from sluice.common.errors import ConfigError
+from sluice.scripts.options import RunName, example
 
 if TYPE_CHECKING:
     from sluice.common.run import Run
 
 
-@click.command()
-@click.argument("name", required=False, metavar="[RUN]")
+@click.command(epilog=example("sluice metrics --all --listen 127.0.0.1:9464"))
+@RunName
 @click.option("--all", "all_runs", is_flag=True, help="Every run of this Redis.")
 @click.option("--listen", metavar="HOST:PORT", help="Serve /metrics there until Ctrl-C, instead of printing it once.")
 def metrics(name: str | None, all_runs: bool, listen: str | None) -> None:
@@ -23,7 +24,7 @@ def metrics(name: str | None, all_runs: bool, listen: str | None) -> None:
     from prometheus_client import generate_latest, start_http_server
 
     from sluice.dashboard.prometheus import registry
-    from sluice.scripts.launcher.launch import opened_run
+    from sluice.scripts.launcher.existing_run import opened_run
 
     if name and all_runs:
         raise ConfigError(f"{name} and --all: name one run or ask for all")

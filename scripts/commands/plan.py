@@ -18,14 +18,15 @@ from rich.table import Table
 from sluice.common.config import Config
 from sluice.common.config.file import load_config
 from sluice.common.pipeline import FIRST, stage_on, stages_for
-from sluice.scripts.launcher.roles import assigned_gpus, check_gpus, trainer_gpus, trainer_role, worker_bounds
+from sluice.scripts.launcher.roles import assigned_gpus, check_gpus, trainer_gpus, worker_bounds
+from sluice.scripts.options import ConfigFile, Json, Overrides, example
 from sluice.trainer.trackers import check_trackers
 
 
-@click.command()
-@click.argument("config", type=click.Path())
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.command(epilog=example("sluice plan config/quickstart.yaml replicas.rollout=2"))
+@ConfigFile
+@Overrides
+@Json
 def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """What `sluice run` would start on this machine, and the commands for several. Starts nothing."""
     found = make_plan(load_config(config, list(overrides)), config, overrides)
@@ -49,7 +50,7 @@ def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dic
             "pool": "process per rank",
             "concurrency": 1,
             "gpus": [[gpu] for gpu in trainer_gpus(config)],
-            "command": shlex.join(["python", *trainer_role(config).argv[1:]]),
+            "command": "sluice train" + (f" --ranks {ranks}" if ranks > 1 else ""),
         }
     )
     return {

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from sluice.trainer.replay import ReplayedStep, replay
+from sluice.scripts.options import Json, example
+
+if TYPE_CHECKING:
+    from sluice.trainer.replay import ReplayedStep
+
+
+@click.command(epilog=example("sluice replay runs/gsm8k --step 100"))
+@click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--step", type=int, help="Only this step, from the nearest checkpoint under it; default: all that can be."
+)
+@Json
+def replay(run_folder: Path, step: int | None, as_json: bool) -> None:
+    """Compute recorded steps again from the groups that `audit` kept. Exit code 1 when a loss differs by over 1e-6."""
+    sys.exit(0 if print_replay(run_folder, step=step, as_json=as_json) else 1)
 
 
 def print_replay(run_folder: Path, *, step: int | None, as_json: bool) -> bool:
     """Prints as it goes; whether every loss is the recorded one."""
+    from sluice.trainer.replay import replay as replay_steps  # torch loads here
+
     steps = []
-    for replayed in replay(run_folder, step=step):
+    for replayed in replay_steps(run_folder, step=step):
         steps.append(replayed)
         if not as_json:
             click.echo(_line(replayed))

@@ -18,8 +18,8 @@ from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.operations.storage import memory_of_runs
 from sluice.common.run import RunRecord, list_runs
+from sluice.scripts.options import Json, example
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 _SHOWN = (
     "step",
     "reward/mean",
@@ -33,8 +33,8 @@ _SHOWN = (
 """Metrics that `compare` prints; --json holds all."""
 
 
-@click.group(invoke_without_command=True)
-@_JSON
+@click.group(invoke_without_command=True, epilog=example("sluice runs", "sluice runs compare first second"))
+@Json
 @click.pass_context
 def runs(context: click.Context, as_json: bool) -> None:
     """Runs on the Redis of SLUICE_REDIS_URL, else the run folders here; without a subcommand they are listed."""
@@ -42,22 +42,22 @@ def runs(context: click.Context, as_json: bool) -> None:
         _list(as_json)
 
 
-@runs.command("list")
-@_JSON
+@runs.command("list", epilog=example("sluice runs list --json"))
+@Json
 def list_(as_json: bool) -> None:
     """Name, status, step, reward, live processes, memory held, creation; oldest first."""
     _list(as_json)
 
 
-@runs.command()
+@runs.command(epilog=example("sluice runs compare first second"))
 @click.argument("names", nargs=-1, required=True, metavar="RUN RUN...")
-@_JSON
+@Json
 def compare(names: tuple[str, ...], as_json: bool) -> None:
     """Where their configs differ, their last metrics and their last evaluations, side by side."""
     from sluice.common.monitoring.metric_stream import last_metrics
     from sluice.common.operations.control import effective
-    from sluice.scripts.commands.evaluate import list_evaluations
-    from sluice.scripts.launcher.launch import opened_run
+    from sluice.dashboard.evaluations import list_evaluations
+    from sluice.scripts.launcher.existing_run import opened_run
 
     columns: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -83,20 +83,20 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
     _print_columns(columns, differing)
 
 
-@runs.command()
+@runs.command(epilog=example("sluice runs archive first first.tar"))
 @click.argument("name", metavar="RUN")
 @click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
 def archive(name: str, file: Path | None) -> None:
     """Metrics, samples, evaluations, ledger, events and orders of a run as a tar of JSON; default FILE: RUN.tar."""
     from sluice.scripts.commands.archive import archive_run
-    from sluice.scripts.launcher.launch import opened_run
+    from sluice.scripts.launcher.existing_run import opened_run
 
     with opened_run(name) as (client, opened, _):
         names = archive_run(client, opened, file := file or Path(f"{name}.tar"))
     click.echo(f"{name} is in {file}: {', '.join(names)}")
 
 
-@runs.command()
+@runs.command(epilog=example("sluice runs delete first --with-folder"))
 @click.argument("name", metavar="RUN")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--force", is_flag=True, help="Also while processes of the run live.")
@@ -121,8 +121,8 @@ def _delete_folder(name: str, *, with_folder: bool) -> None:
     """A run with a Redis of its own: that Redis' data, and its published policies."""
     from sluice.common.config.file import read_run_config
     from sluice.scripts.commands.archive import checked_folder, remove_policies
-    from sluice.scripts.launcher.launch import existing_folder
     from sluice.scripts.launcher.redis_server import running_url
+    from sluice.scripts.launcher.run_folder import existing_folder
 
     folder = existing_folder(Keys(name).run)
     if running_url(folder / "redis"):

@@ -7,13 +7,32 @@ import sys
 import time
 from pathlib import Path
 
+import click
 from rich.console import Console
 
 from sluice.common.config.file import load_as
 from sluice.common.config.sft import SftConfig
 from sluice.common.errors import ConfigError
-from sluice.scripts.launcher.launch import default_name, interrupted_by_signals
 from sluice.scripts.launcher.progress import LINE_EVERY_S, make_bar
+from sluice.scripts.launcher.run_folder import default_name
+from sluice.scripts.launcher.signals import interrupted_by_signals
+from sluice.scripts.options import ConfigFile, Overrides, example
+
+
+@click.command(epilog=example("sluice sft config/sft_gsm8k.yaml trainer.num_steps=100"))
+@ConfigFile
+@Overrides
+@click.option("--name", help="Name of the run's folder; default: the config's name and the time.")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="",
+    metavar="[RUN]",
+    help="Go on with a run's folder; default: the newest of this config.",
+)
+def sft(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
+    """Supervised training on prompts and completions, in this process, without Redis: a model to begin a run with."""
+    run_sft(config, list(overrides), name=name, resume=resume)
 
 
 def run_sft(config_path: str, overrides: list[str], *, name: str | None, resume: str | None) -> None:

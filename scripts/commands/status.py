@@ -10,21 +10,21 @@ import click
 import redis
 
 from sluice.common.run import Run
+from sluice.scripts.options import Json, RunName, console, example
 
 REFRESH_S = 1.0
 HAS_ENDED = ("finished", "drained", "stopped", "failed")
 
 
-@click.command()
-@click.argument("name", required=False, metavar="[RUN]")
+@click.command(epilog=example("sluice status --watch", "sluice status gsm8k --json"))
+@RunName
 @click.option("--watch", is_flag=True, help="Refresh every second until the run has ended, or Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@Json
 def status(name: str | None, watch: bool, as_json: bool) -> None:
     """Where the run is: step, reward, queues, processes, and what it waits for."""
     from sluice.dashboard.run_state import collect_status
     from sluice.dashboard.terminal import render
-    from sluice.scripts.cli import console
-    from sluice.scripts.launcher.launch import opened_run
+    from sluice.scripts.launcher.existing_run import opened_run
 
     if watch and as_json:
         raise click.UsageError("--watch draws a screen, --json prints one object: give one of them")
@@ -45,7 +45,6 @@ def _watch(client: redis.Redis, run: Run) -> None:
 
     from sluice.dashboard.run_state import collect_status
     from sluice.dashboard.terminal import render
-    from sluice.scripts.cli import console
 
     snapshot: dict[str, Any] = collect_status(client, run)
     read_at = time.monotonic()

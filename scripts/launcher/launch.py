@@ -7,16 +7,14 @@ preflight (nothing is started or stored yet: every bad input ends here, exit cod
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from urllib.parse import quote
 
 import redis
@@ -26,55 +24,28 @@ from redis.retry import Retry
 from sluice.common.config import Config
 from sluice.common.config.file import load_config
 from sluice.common.config.trainer import PEFT_MISSING
-from sluice.common.connections.client import connect, give_up_after
+from sluice.common.connections.client import connect
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
-from sluice.common.loading import absolute_function_path
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.operations.control import cancel_drain, default_who
 from sluice.common.policies.signing import RUN_KEY, make_key
-from sluice.common.run import Run, RunRecord, create_run, list_runs, open_run
+from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.dashboard.auth import LOOPBACK, free_port, page_url
+from sluice.scripts.launcher.fork_server import ForkServer
+from sluice.scripts.launcher.preflight import preflight
 from sluice.scripts.launcher.progress import Progress
-from sluice.scripts.launcher.redis_server import EmbeddedServer, reading_server, running_url, start_server
+from sluice.scripts.launcher.redis_server import EmbeddedServer, running_url, start_server
 from sluice.scripts.launcher.roles import Role, check_gpus, dashboard_role
+from sluice.scripts.launcher.run_folder import default_name, newest_run, run_folder, with_absolute_paths, write_config
 from sluice.scripts.launcher.scaling import Scaler
+from sluice.scripts.launcher.signals import interrupted_by_signals
 from sluice.scripts.launcher.summary import write_summary
 from sluice.scripts.launcher.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
 from sluice.trainer.trackers import check_trackers
 
 POLL_S = 0.1
 KEY_FILE = "run.key"
-READER_WAIT_S = 5.0
-"""How long a command that only reads waits for a Redis that goes away while it reads."""
-
-
-def preflight(config: Config) -> dict[str, object]:
-    """Check everything that a run will need; returns the model's assets. Raises ConfigError."""
-    from sluice.common.models.assets import read_assets
-    from sluice.workers.prompt_source import PromptSource
-    from sluice.workers.rewards.loading import load_reward_functions
-
-    rewards = [reward.name for reward in load_reward_functions(config.reward.functions, code_folder=config.code_folder)]
-    for judged in config.evaluation.datasets:
-        if judged.function not in (None, *rewards):
-            raise ConfigError(
-                f"evaluation.datasets[{judged.name}].function = {judged.function!r} is no reward function of this run: use "
-                f"one of {', '.join(rewards)}"
-            )
-    if config.trainer.has_user_functions:
-        from sluice.trainer.objective import check_functions  # torch loads here
-
-        check_functions(config.trainer)
-    assets = read_assets(config.model.path, revision=config.model.revision)
-    tokenizer = assets.tokenizer()
-    sections = {"dataset": config.dataset}
-    sections |= {f"evaluation.datasets[{e.name}].dataset": e.dataset for e in config.evaluation.datasets}
-    for section, dataset in sections.items():
-        source = PromptSource(dataset, tokenizer, seed=config.seed, section=section)
-        source.prompt_at(0)
-        source.close()
-    return assets.to_wire()
 
 
 def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
@@ -97,33 +68,45 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         if overrides or "=" in resume:
             raise ConfigError("--resume goes on with the config that is stored with the run: give no key=value with it")
         name = resume or newest_run(config, prefix=Path(config_path).stem)
-    check_engine(config.rollout.engine)  # here the rollout workers run in this environment; with `create` they need not
-    if config.trainer.lora and find_spec("peft") is None:
-        raise ConfigError(PEFT_MISSING)
-    check_trackers(config.metrics)
-    check_gpus(config)
-    assets = None if resume is not None else preflight(config)
-    name = name or default_name(config_path)
-    folder = run_folder(config, name)
-    if resume is not None and not folder.is_dir():
-        raise ConfigError(f"--resume {name}: there is no run folder {folder}")
-    with interrupted_by_signals() as interrupted, _redis_for(folder) as (url, server):
-        client = connect(url, retry=Retry(ExponentialBackoff(), 1))  # the supervisor must not wait while Redis is away
-        if assets is None:
-            run = open_run(client, name)
-            cancel_drain(client, run, who=default_who())
-        else:
-            run = create_run(client, name, config, assets=assets, folder=str(folder))
-            write_config(run)
-            if secret(RUN_KEY) is None:
-                make_key(folder / KEY_FILE)
-        code = _drive(client, run, url, server, interrupted, config_path)
-        is_finished = code == 0 and RunRecord(client, run.keys).status == "finished"
-        if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
-            from sluice.common.policies.transports import store_folder
+    # roles are forked where the kernel ends them with their parent
+    with ForkServer(is_fork=threading.active_count() == 1) if sys.platform == "linux" else nullcontext() as fork_server:
+        check_engine(config.rollout.engine)  # here the workers run in this environment; with `create` they need not
+        if config.trainer.lora and find_spec("peft") is None:
+            raise ConfigError(PEFT_MISSING)
+        check_trackers(config.metrics)
+        check_gpus(config)
+        assets = None if resume is not None else preflight(config)
+        name = name or default_name(config_path)
+        folder = run_folder(config, name)
+        if resume is not None and not folder.is_dir():
+            raise ConfigError(f"--resume {name}: there is no run folder {folder}")
+        with interrupted_by_signals() as interrupted, _redis_for(folder) as (url, server):
+            client = connect(
+                url, retry=Retry(ExponentialBackoff(), 1)
+            )  # the supervisor must not wait while Redis is away
+            run = _opened(client, name) if assets is None else _created(client, name, config, assets, folder)
+            code = _drive(client, run, url, server, interrupted, config_path, fork_server)
+            is_finished = code == 0 and RunRecord(client, run.keys).status == "finished"
+            if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
+                from sluice.common.policies.transports import store_folder
 
-            shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
-        return code
+                shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
+            return code
+
+
+def _opened(client: redis.Redis, name: str) -> Run:
+    """A run that is gone on with."""
+    run = open_run(client, name)
+    cancel_drain(client, run, who=default_who())
+    return run
+
+
+def _created(client: redis.Redis, name: str, config: Config, assets: dict[str, object], folder: Path) -> Run:
+    run = create_run(client, name, config, assets=assets, folder=str(folder))
+    write_config(run)
+    if secret(RUN_KEY) is None:
+        make_key(folder / KEY_FILE)
+    return run
 
 
 def _drive(
@@ -133,6 +116,7 @@ def _drive(
     server: EmbeddedServer | None,
     interrupted: Callable[[], bool],
     config_path: str,
+    fork_server: ForkServer | None,
 ) -> int:
     """Start every role and watch until the trainer has finished."""
     folder = Path(run.folder)
@@ -148,6 +132,7 @@ def _drive(
         extra=pages,
         say=progress.say,
         key_file=folder / KEY_FILE if secret(RUN_KEY) is None and (folder / KEY_FILE).exists() else None,
+        fork_server=fork_server,
     )
     scaler = Scaler(client, run, supervisor, say=progress.say)
     started = time.monotonic()
@@ -235,104 +220,3 @@ def _redis_for(folder: Path) -> Iterator[tuple[str, EmbeddedServer | None]]:
         yield server.url, server
     finally:
         server.stop()
-
-
-@contextmanager
-def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag; a second one interrupts whatever runs."""
-    seen: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
-    """An existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
-    if url := secret("SLUICE_REDIS_URL"):
-        client = connect(url)
-        give_up_after(client, READER_WAIT_S)
-        yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client)), url
-        return
-    folder = existing_folder(name or os.environ.get("SLUICE_RUN"))
-    with reading_server(folder / "redis") as url:
-        client = connect(url)
-        give_up_after(client, READER_WAIT_S)
-        yield client, open_run(client, folder.name), url
-        client.close()
-
-
-def _newest_name(client: redis.Redis) -> str:
-    runs = list_runs(client)
-    if not runs:
-        raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
-    return max(runs, key=lambda name: runs[name])
-
-
-def existing_folder(name: str | None) -> Path:
-    base = Path("runs")
-    if name:
-        if (base / name / "redis").is_dir():
-            return base / name
-        raise ConfigError(
-            f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in?"
-        )
-    folders = sorted((p.parent for p in base.glob("*/redis")), key=lambda p: (p / "redis").stat().st_ctime)
-    if not folders:
-        raise ConfigError("there is no run here: set SLUICE_REDIS_URL, or change to the folder that holds runs/")
-    return folders[-1]
-
-
-def default_name(config_path: str) -> str:
-    return f"{Path(config_path).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def newest_run(config: Config, *, prefix: str) -> str:
-    """Name of the newest run of a config. Raises ConfigError."""
-    folders = sorted(Path(config.output_dir).glob(f"{prefix}-*/config.yaml"), key=lambda p: p.stat().st_mtime)
-    if not folders:
-        raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}")
-    return folders[-1].parent.name
-
-
-def run_folder(config: Config, name: str) -> Path:
-    return Path(config.output_dir).resolve() / name
-
-
-def write_config(run: Run) -> None:
-    """The resolved config, for people, beside everything else of the run."""
-    folder = Path(run.folder)
-    with suppress(FileExistsError):
-        folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(run.config.to_yaml())
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """Local paths made absolute, so that roles started in any folder find them; hub ids stay as they are."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).resolve()) if Path(path).exists() else path
-
-    data = config.model_dump()
-    data["model"]["path"] = absolute(data["model"]["path"])
-    for section in (data["dataset"], *(e["dataset"] for e in data["evaluation"]["datasets"])):
-        section["path"] = absolute(section["path"])
-    trainer, folder = data["trainer"], Path(config.code_folder or ".")
-    for section, key in (
-        *((function, "function") for function in data["reward"]["functions"]),
-        *((trainer["loss"], "loss"), (trainer, "advantage"), (trainer, "objective")),
-    ):
-        section[key] = section[key] and absolute_function_path(section[key], folder=folder)
-    data["output_dir"] = str(Path(data["output_dir"]).resolve())
-    if data["policy_store"]["path"]:
-        data["policy_store"]["path"] = str(Path(data["policy_store"]["path"]).resolve())
-    return Config.model_validate(data)

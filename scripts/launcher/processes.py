@@ -10,15 +10,39 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from sluice.common.parent import die_with
 
 
+class Process(Protocol):
+    """What a supervisor knows of a child: a `Popen`, or a `ForkedProcess`."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Exit code. Raises TimeoutExpired."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Nothing, where it has ended."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
 def spawn(
-    argv: list[str], *, log: Path, env: Mapping[str, str], at_parents_death: int = signal.SIGKILL
+    argv: list[str],
+    *,
+    log: Path,
+    env: Mapping[str, str],
+    at_parents_death: int = signal.SIGKILL,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a child whose output is appended to `log`; `env` is added to ours. Call it from the main thread."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -31,11 +55,12 @@ def spawn(
             stderr=subprocess.STDOUT,
             env={**os.environ, **env},
             process_group=0,
+            pass_fds=pass_fds,
             preexec_fn=lambda: die_with(parent, number=at_parents_death),
         )
 
 
-def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+def signal_group(process: Process, number: int) -> None:
     """To the child and everything it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)

@@ -1,4 +1,4 @@
-"""`python -m sluice.scripts.launcher.ranks N`: the N ranks of the trainer on this machine, as one role of `sluice run`.
+"""`sluice train --ranks N`: the N ranks of the trainer on this machine, as one role of `sluice run`.
 
 The ranks find each other through a file in a folder that only this user can open, and talk over the loopback device. torchrun
 is for several machines: its rendezvous listens on every address and unpickles what it is sent.
@@ -11,14 +11,17 @@ is for several machines: its rendezvous listens on every address and unpickles w
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from types import FrameType
 
-from sluice.common.parent import die_with
+from sluice.scripts.launcher.forked import Command, fork, imports_without_threads
+from sluice.scripts.launcher.processes import Process
+from sluice.scripts.launcher.roles import PYTHON
 
 GRACE_S = 5.0
 """A rank that waits needs a moment to see that rank 0 is gone; one that computes fails at its next exchange."""
@@ -27,34 +30,38 @@ POLL_S = 0.1
 
 def run(num_ranks: int) -> int:
     """Exit code 0: all ranks ended in good order; else that of the first to fail, 1 where it was killed."""
-    with TemporaryDirectory(prefix="sluice-ranks-") as folder:
-        ranks = [_start(rank, num_ranks, store=f"{folder}/store") for rank in range(num_ranks)]
+    with imports_without_threads():
+        import sluice.trainer.loop  # noqa: F401  # once, for all ranks
 
-        def forward(number: int, frame: FrameType | None) -> None:
-            ranks[0].send_signal(number)
+    folder = mkdtemp(prefix="sluice-ranks-")  # of this process alone: no rank may remove it when it ends
+    ranks = [_start(rank, num_ranks, store=f"{folder}/store") for rank in range(num_ranks)]
 
-        signal.signal(signal.SIGTERM, forward)
-        signal.signal(signal.SIGINT, forward)
-        try:
-            return _wait(ranks)
-        finally:
-            _end(ranks)
+    def forward(number: int, frame: FrameType | None) -> None:
+        ranks[0].send_signal(number)
+
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, forward)
+    try:
+        return _wait(ranks)
+    finally:
+        _end(ranks)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(rank: int, num_ranks: int, *, store: str) -> subprocess.Popen[bytes]:
-    """A rank in a process group of its own: Ctrl-C in a terminal comes through `forward`, once."""
+def _start(rank: int, num_ranks: int, *, store: str) -> Process:
+    """A rank in a process group of its own: Ctrl-C in a terminal comes through `forward`, once.
+
+    It is forked from this process, where the kernel ends it together with us.
+    """
     env = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
     env |= {"SLUICE_RANKS_STORE": store, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    parent = os.getpid()
-    return subprocess.Popen(
-        [sys.executable, "-m", "sluice.trainer"],
-        env=os.environ | env,
-        process_group=0,
-        preexec_fn=lambda: die_with(parent),
-    )
+    argv = [*PYTHON, "-m", "sluice.trainer"]
+    if sys.platform != "linux":
+        return subprocess.Popen(argv, env=os.environ | env, process_group=0)
+    return fork(Command(argv=argv, env=os.environ | env, title=[*argv, f"(rank {rank} of {num_ranks})"]))
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: list[Process]) -> int:
     while True:
         codes = [process.poll() for process in ranks]
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
@@ -69,9 +76,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(POLL_S)
 
 
-def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _end(ranks: list[Process]) -> None:
     for process in ranks:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
     for process in ranks:
         try:

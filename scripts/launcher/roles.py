@@ -19,6 +19,9 @@ from sluice.common.errors import ConfigError
 from sluice.common.pipeline import QUEUES, stage_on
 from sluice.common.policies.signing import RUN_KEY
 
+PYTHON = [sys.executable, "-P"]
+"""The interpreter of every role: `-P` keeps the current folder, which may hold a `redis.py`, off the path."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Role:
@@ -28,6 +31,8 @@ class Role:
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
     "beside what all roles of the run get"
+    is_forked: bool = False
+    "from a process that has imported torch, or may be; a role that must not load torch is not"
 
 
 def planned_workers(config: Config, *, at_most: bool = False) -> list[tuple[str, int]]:
@@ -49,25 +54,29 @@ def worker_bounds(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def worker_role(config: Config, queue: str, replica: int) -> Role:
-    """The plain Celery command of docs/operations.md."""
-    argv = [sys.executable, "-m", "celery", "-A", "sluice", "worker", "-Q", queue, "--loglevel", "INFO"]
+    """What `celery -A sluice worker -Q QUEUE` starts (docs/operations.md)."""
+    argv = [*PYTHON, "-m", "sluice.workers", "-Q", queue, "--loglevel", "INFO"]
     gpus = assigned_gpus(config, queue, replica)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    return Role(name=f"{queue.partition(',')[0]}-{replica}", argv=argv, env=visible)
+    name = f"{queue.partition(',')[0]}-{replica}"
+    return Role(name=name, argv=argv, env=visible, is_forked=queue != "reward")
 
 
 def trainer_role(config: Config) -> Role:
     """One process, or one that starts a rank per GPU."""
-    num_ranks = config.replicas.trainer
-    argv = [
-        sys.executable,
-        "-m",
-        *(["sluice.trainer"] if num_ranks == 1 else ["sluice.scripts.launcher.ranks", str(num_ranks)]),
-    ]
     env = {"RANK": "0", "WORLD_SIZE": "1"}  # a machine's own must not make it wait for ranks that nobody starts
     gpus = trainer_gpus(config)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    return Role(name="trainer", argv=argv, env=env | visible)
+    return Role(name="trainer", argv=trainer_command(config.replicas.trainer), env=env | visible, is_forked=True)
+
+
+def trainer_command(num_ranks: int) -> list[str]:
+    """What `sluice train --ranks N` becomes."""
+    return [
+        *PYTHON,
+        "-m",
+        *(["sluice.trainer"] if num_ranks == 1 else ["sluice.scripts.launcher.ranks", str(num_ranks)]),
+    ]
 
 
 def key_environment(role: Role, key_file: Path | None) -> dict[str, str]:
@@ -81,8 +90,7 @@ def key_environment(role: Role, key_file: Path | None) -> dict[str, str]:
 
 def dashboard_role(port: int) -> Role:
     """The web page over the run, and the others on its Redis."""
-    argv = [sys.executable, "-m", "sluice.scripts.cli", "dashboard", "--port", str(port)]
-    return Role(name="dashboard", argv=argv)
+    return Role(name="dashboard", argv=[*PYTHON, "-m", "sluice.scripts.cli", "dashboard", "--port", str(port)])
 
 
 def trainer_gpus(config: Config) -> list[str]:

@@ -13,8 +13,8 @@ import redis
 from sluice.common.ledger.ledger import Counters, read_counters, read_usage
 from sluice.common.monitoring.metric_stream import read_metrics
 from sluice.common.run import Run
-from sluice.dashboard.terminal import sparkline
-from sluice.scripts.commands.evaluate import describe, list_evaluations
+from sluice.dashboard.evaluations import describe, list_evaluations
+from sluice.dashboard.terminal import ledger_text, sparkline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,18 +98,6 @@ def _text(summary: dict[str, Any], rewards: list[float], counters: Counters, fol
     if summary["restarts"]:
         lines.append(f"  restarted  {summary['restarts']}")
     return "\n".join(lines)
-
-
-def ledger_text(counters: Counters) -> str:
-    """The identity, spelled out."""
-    dropped = "".join(f" + dropped({reason}) {count}" for reason, count in counters.dropped.items())
-    dead = "".join(f" + dead({reason}) {count}" for reason, count in counters.dead.items())
-    settled = "scored" if counters.kind == "eval" else "trained"
-    count = counters.scored if counters.kind == "eval" else counters.trained
-    verdict = "holds" if counters.holds else f"BROKEN: the right side is {counters.settled + counters.in_flight}"
-    return (
-        f"admitted {counters.admitted} = {settled} {count}{dropped}{dead} + in_flight {counters.in_flight}: {verdict}"
-    )
 
 
 def _draw(path: Path, steps: list[int], rewards: list[float], evals: list[dict[str, Any]], *, title: str) -> None:

@@ -12,7 +12,9 @@
     Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed, but for a trainer that
     beats: it may be writing a checkpoint, and has TRAINER_STOP_S
 
-Children ask the kernel to be told when the supervisor dies, so even SIGKILL of the supervisor leaves nothing behind.
+Roles with a model are forked from a process that has imported torch (`fork_server`); when that one is killed, so are they, and
+they are started again as after any other death. Children ask the kernel to be told when their parent dies, so even SIGKILL of the
+supervisor leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from pathlib import Path
 
 from sluice.common.config import Config
 from sluice.common.errors import Diverged
-from sluice.scripts.launcher.processes import signal_group, spawn
+from sluice.scripts.launcher.fork_server import ForkServer
+from sluice.scripts.launcher.processes import Process, signal_group, spawn
 from sluice.scripts.launcher.roles import (
     Role,
     key_environment,
@@ -60,7 +63,8 @@ class Child:
     argv: list[str]
     env: dict[str, str]
     log: Path
-    process: subprocess.Popen[bytes] | None = None
+    is_forked: bool = False
+    process: Process | None = None
     crashes: list[float] = field(default_factory=list)
     start_at: float = 0.0
     num_restarts: int = 0
@@ -91,13 +95,16 @@ class Supervisor:
         extra: Iterable[Role] = (),
         say: Callable[[str], None] = print,
         key_file: Path | None = None,
+        fork_server: ForkServer | None = None,
     ) -> None:
         """`status` reads the run's; while Redis is away it raises its ConnectionError, and so does `poll` then.
 
         `trainer_is_alive`: whether a heartbeat of the trainer came in the last seconds; false while Redis is away.
         `extra`: roles that the run can do without; `say` tells when one is given up. `key_file`: the run's key, where the
-        environment has none (common/policies/signing.py).
+        environment has none (common/policies/signing.py). `fork_server` starts the roles that may be forked; without it they are
+        processes like the others.
         """
+        self._fork_server = fork_server
         self._say, self._key_file = say, key_file
         self._status, self._trainer_is_alive = status, trainer_is_alive
         env = {"SLUICE_REDIS_URL": url, "SLUICE_REDIS_URL_FILE": "", "SLUICE_RUN": run}
@@ -119,11 +126,17 @@ class Supervisor:
 
     def _child(self, role: Role) -> Child:
         env = self._env | role.env | key_environment(role, self._key_file)
-        return Child(name=role.name, argv=role.argv, env=env, log=self._logs / f"{role.name}.log")
+        log = self._logs / f"{role.name}.log"
+        return Child(name=role.name, argv=role.argv, env=env, log=log, is_forked=role.is_forked)
 
     def start(self) -> None:
-        for child in self._children:
-            child.process = spawn(child.argv, log=child.log, env=child.env)
+        # those that are not forked first: they need not wait for the fork server's imports
+        for child in sorted(self._children, key=lambda child: child.is_forked):
+            self._start(child)
+
+    def _start(self, child: Child) -> None:
+        start = self._fork_server.start if self._fork_server and child.is_forked else spawn
+        child.process = start(child.argv, log=child.log, env=child.env)
 
     def poll(self) -> bool:
         """Reap and restart. True while the trainer has not finished. Raises RunFailed."""
@@ -141,7 +154,7 @@ class Supervisor:
             if child.process:
                 self._after_exit(child, code or 0)
             if child in self._children and time.monotonic() >= child.start_at:
-                child.process = spawn(child.argv, log=child.log, env=child.env)
+                self._start(child)
                 child.num_restarts += 1
         return True
 
@@ -190,7 +203,7 @@ class Supervisor:
         free = [replica for replica in range(max_workers) if replica not in taken]
         for replica in free[: max(0, number - len(active))]:
             child = self._worker(queue, replica, was_added=True)
-            child.process = spawn(child.argv, log=child.log, env=child.env)
+            self._start(child)
             self._children.append(child)
 
     def _poll_draining(self) -> None:
@@ -241,7 +254,7 @@ class Supervisor:
         return {name: count for name, count in counts.items() if count}
 
 
-def _kill(processes: Iterable[subprocess.Popen[bytes] | None]) -> None:
+def _kill(processes: Iterable[Process | None]) -> None:
     """Each with its group: a worker that had to be killed leaves its prefork children."""
     for process in processes:
         if process:

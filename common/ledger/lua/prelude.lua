@@ -32,7 +32,7 @@
 --   manifests          hash     version -> its manifest, signed where the run has a key
 --   weights:<version>  string   bytes of a version that travels through Redis; in chunks, weights:<version>:<i>
 --   delta:<version>    string   the same of what changed since the version before
---   wanted_whole       string   the version that a reader last failed to verify
+--   full_requested       string   the version that a reader last failed to verify
 --   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
 --   events             stream   capped; policy published, dead letters, scaled (queue, from, to, reason), ...
 --   metrics            stream   capped; one entry per trainer step: metric -> number

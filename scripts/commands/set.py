@@ -1,58 +1,26 @@
-"""`sluice pause`, `resume`, `drain` and `set`: orders to a run while it goes on, each with its entry in the trail."""
+"""`sluice set`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 import click
 
 from sluice.common.errors import ConfigError
-
-_RUN = click.argument("name", required=False, metavar="[RUN]")
-_WHO = click.option("--who", envvar="SLUICE_WHO", help="Who orders it, for the trail; default: user@host.")
-
-
-@click.command()
-@_RUN
-@_WHO
-def pause(name: str | None, who: str | None) -> None:
-    """Hold a run: nothing is admitted and no step begins; what is in flight is finished and kept. Outlives restarts."""
-    from sluice.common.operations import control
-
-    _tell(name, who, control.pause, "paused; `sluice resume` goes on", "was paused already")
+from sluice.scripts.control import Who
+from sluice.scripts.options import Json, example
 
 
-@click.command()
-@_RUN
-@_WHO
-def resume(name: str | None, who: str | None) -> None:
-    """Undo `sluice pause` and `sluice drain`."""
-    from sluice.common.operations import control
-
-    _tell(name, who, control.resume, "goes on", "was neither paused nor draining")
-
-
-@click.command()
-@_RUN
-@_WHO
-def drain(name: str | None, who: str | None) -> None:
-    """End a run in good order: train what is in flight as far as whole batches go, checkpoint, exit 0. --resume goes on."""
-    from sluice.common.operations import control
-
-    _tell(name, who, control.drain, "is draining", "was draining already")
-
-
-@click.command("set")
+@click.command("set", epilog=example("sluice set trainer.learning_rate=1e-6 gsm8k"))
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]... [RUN]")
-@_WHO
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@Who
+@Json
 def set_(arguments: tuple[str, ...], who: str | None, as_json: bool) -> None:
     """Change settings of a run without a restart; without KEY=VALUE: what can be set, what holds, and the trail."""
     from sluice.common.operations import control
-    from sluice.scripts.launcher.launch import opened_run
+    from sluice.scripts.launcher.existing_run import opened_run
 
     names = [argument for argument in arguments if "=" not in argument]
     assignments = [argument for argument in arguments if "=" in argument]
@@ -79,15 +47,6 @@ def set_(arguments: tuple[str, ...], who: str | None, as_json: bool) -> None:
         )
     else:
         _show(state, control.CHANGEABLE)
-
-
-def _tell(name: str | None, who: str | None, order: Callable[..., bool], done: str, was_so: str) -> None:
-    from sluice.common.operations.control import default_who
-    from sluice.scripts.launcher.launch import opened_run
-
-    with opened_run(name) as (client, opened, _):
-        changed = order(client, opened, who=who or default_who())
-    click.echo(f"{opened.name} {done if changed else was_so}")
 
 
 def _show(state: dict[str, Any], acts_from: dict[str, str]) -> None:

@@ -1,0 +1,171 @@
+"""A process that has imported what a role with a model needs, and forks such roles: a start in milliseconds.
+
+    ForkServer, in the supervisor           main(), in the server
+    start(argv, ...)  -- Command -->        fork --> the role, a child of the server
+                      <-- pid --
+    process.poll()    -- pid -->            waitpid: only when it is asked, so until then the pid is the role's
+                      <-- exit code --
+
+One request and one reply at a time, JSON lines over a pair of sockets that only the two of them hold. The server has one thread
+and never touches CUDA. `sluice run` imports everything itself and forks the server before it does anything else: what it looks at
+itself (model, data, rewards) needs most of the same imports.
+
+The server dies with the supervisor, its roles die with it (signals of the kernel). The supervisor starts another one, a process
+of its own, when it needs one: roles of the former then ended by SIGKILL.
+
+Roles that must not load torch (reward, dashboard) are not started from here, nor is anything where there is no such signal.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sluice.scripts.launcher.forked import Command, ForkedProcess, fork, imports_without_threads, set_title, wait_for
+from sluice.scripts.launcher.processes import Process, spawn
+
+PRELOADED = (
+    "sluice.common.models.causal_lm",
+    "sluice.workers.dataset",
+    "sluice.workers.rollout",
+    "sluice.workers.reference",
+    "sluice.workers.engine.torch.engine",
+    "sluice.trainer.loop",
+    "celery.bin.celery",
+    "celery.concurrency.thread",
+    "celery.worker.consumer",
+    "celery.worker.autoscale",
+)
+REPLY_S = 600.0
+"""Bound of one reply. The first one waits for the imports, from a cold disk."""
+_ROOM = "." * 1000
+"""Where the titles of roles are written (`set_title`)."""
+
+
+class ForkServer:
+    """The supervisor's side; a server is running, or starting, from the first moment on."""
+
+    def __init__(self, *, is_fork: bool = False) -> None:
+        """`is_fork`: the first server is a fork of this process, which imports everything now, as it will need most of it. Only
+        while this process has one thread, no connection and no user's code."""
+        self._is_fork = is_fork
+        self._lock = threading.Lock()
+        self._generation = 0
+        self._launch()
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the server."""
+        return self._server.pid
+
+    def start(self, argv: list[str], *, log: Path, env: Mapping[str, str]) -> ForkedProcess:
+        """Start a role, as `spawn` does."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = str(log.resolve())
+        return self.fork(Command(argv=argv, env={**os.environ, **env}, cwd=os.getcwd(), stdout=output, stderr=output))
+
+    def fork(self, command: Command) -> ForkedProcess:
+        """Start a child of the server."""
+        for _ in range(2):  # a server that was killed is found out by asking it
+            with self._lock:
+                reply = self._ask(asdict(command))
+                if isinstance(reply, int):
+                    return ForkedProcess(reply, partial(self._exit_code, reply, self._generation))
+                self._end()
+                self._launch()
+        raise RuntimeError(f"no fork server starts here: {reply}")
+
+    def _exit_code(self, pid: int, generation: int) -> int | None:
+        """Of a role that this generation of the server started; None while it runs."""
+        with self._lock:
+            if generation == self._generation:
+                reply = self._ask(pid)
+                if not isinstance(reply, str):
+                    return None if reply is None else int(reply)
+                self._end()
+                self._launch()
+        return -signal.SIGKILL  # it ended with its server
+
+    def close(self) -> None:
+        """End the server, and with it what it started."""
+        with self._lock:
+            self._end()
+
+    def _launch(self) -> None:
+        self._generation += 1
+        self._connection, theirs = socket.socketpair()
+        self._connection.settimeout(REPLY_S)
+        self._replies = self._connection.makefile("rb")
+        program = "from sluice.scripts.launcher.fork_server import main; main()"
+        argv = [sys.executable, "-P", "-c", program, str(theirs.fileno()), _ROOM]
+        env = {"PYTHONUNBUFFERED": "1"}
+        with theirs, imports_without_threads():
+            if self._is_fork and self._generation == 1:
+                _import()
+                env |= os.environ
+                command = Command(argv=argv, env=env, cwd=os.getcwd(), stdout=os.devnull, stderr=os.devnull)
+                self._server: Process = fork(command, close=self._connection.fileno())
+            else:
+                self._server = spawn(argv, log=Path(os.devnull), env=env, pass_fds=(theirs.fileno(),))
+
+    def _end(self) -> None:
+        self._server.kill()
+        self._server.wait()
+        self._replies.close()
+        self._connection.close()
+
+    def _ask(self, request: Any) -> Any:
+        """The server's reply; a text about what went wrong where there is none."""
+        try:
+            self._connection.sendall(json.dumps(request).encode() + b"\n")
+            line = self._replies.readline()
+        except OSError as error:
+            return f"the fork server does not answer: {error}"
+        return json.loads(line) if line else f"the fork server has ended (exit code {self._server.poll()})"
+
+
+def main() -> None:
+    """Import, then answer requests until the supervisor is gone."""
+    set_title([sys.executable, "-m", __name__])
+    with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as requests:
+        _import()
+        gc.collect()
+        gc.freeze()  # what is never collected is not copied for a role
+        for line in requests:
+            request = json.loads(line)
+            reply = wait_for(request) if isinstance(request, int) else _fork(Command(**request), connection)
+            connection.sendall(json.dumps(reply).encode() + b"\n")
+
+
+def _import() -> None:
+    for module in PRELOADED:
+        with suppress(Exception):  # a role that needs it says what is wrong with it
+            importlib.import_module(module)
+
+
+def _fork(command: Command, connection: socket.socket) -> int | str:
+    try:
+        return fork(command, close=connection.fileno()).pid
+    except OSError as error:
+        return f"cannot fork: {error}"

@@ -1,0 +1,22 @@
+"""What several commands have in common: arguments, options and the terminal."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+
+RunName = click.argument("name", required=False, metavar="[RUN]")
+Json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+Overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+ConfigFile = click.argument("config", type=click.Path())
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def console() -> Console:
+    """As wide as the terminal; elsewhere wide enough that no column is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)

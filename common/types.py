@@ -48,9 +48,7 @@ class SamplingParams:
     min_p: float = 0.0
     "tokens under min_p times the likeliest one's probability are cut; 0 = off"
     min_tokens: int = 0
-    "no end of any kind before so many tokens"
-    stop_token_ids: tuple[int, ...] = ()
-    "end tokens beside the model's own; part of the completion, with a logprob"
+    "no completion ends before this many tokens"
     stop: tuple[str, ...] = ()
     "texts that end a completion; the tokens that complete one are part of it"
     seed: int = 0
@@ -58,8 +56,7 @@ class SamplingParams:
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> SamplingParams:
-        ends = {name: tuple(wire.get(name, ())) for name in ("stop_token_ids", "stop")}
-        return cls(**{**wire, **ends})
+        return cls(**{**wire, "stop": tuple(wire.get("stop", ()))})
 
     @property
     def distribution(self) -> SamplingParams:

@@ -44,8 +44,6 @@ class Outcome:
 
     output: str
     "standard output and errors, the first MAX_OUTPUT bytes"
-    exit_code: int
-    "negative: the signal that ended it"
     timed_out: bool
 
 
@@ -102,7 +100,7 @@ def run_python(program: str, *, stdin: str = "", timeout_s: float, memory_mib: i
         text = output.read(MAX_OUTPUT).decode(errors="replace")
     if process.returncode and text.startswith(("bwrap: ", "unshare: ")):
         raise SandboxError(f"the sandbox could not be started: {text.splitlines()[0]}")
-    return Outcome(output=text, exit_code=process.returncode, timed_out=timed_out)
+    return Outcome(output=text, timed_out=timed_out)
 
 
 def _wrapper(isolation: Isolation) -> list[str]:

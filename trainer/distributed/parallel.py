@@ -41,7 +41,6 @@ from sluice.trainer.trained_policy import TrainedPolicy
 
 log = logging.getLogger("sluice.trainer")
 
-"""(prompt_ids, token_ids)"""
 Shard = tuple[list[Group], list[Tensor]]
 """What a rank trains on: groups with its episodes only, and their advantages, [G] per group."""
 

@@ -108,16 +108,11 @@ class ServingEngine(Generic[Group]):
         """The policy version staged last that could not be loaded, and why; none once another was."""
         return self._refused
 
-    @property
-    def last_error(self) -> str | None:
-        """The last failure of a step or of a policy swap, for people; none = there was none."""
-        return self._last_error
-
     def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Serve this policy from the next step on that may swap; returns at once. Replaces one staged before.
 
         Versions may go back (evaluation); the served one drops what was staged. A policy that cannot be loaded is reported
-        in `refused`, `last_error` and the log, and the served one stays.
+        in `refused` and the log, and the served one stays.
         """
         with self._condition:
             is_served = (version, digest) == (self._version, self._digest)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_COUNTS = ("lengths", "limits", "ends_from", "end_sets")
+_COUNTS = ("lengths", "limits", "ends_from")
 _PARAMETERS = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -26,7 +26,7 @@ class BatchTensors:
         self.tokens = self._empty(0, 0, dtype=torch.long)  # [R, W]
         self.logprobs = self._empty(0, 0, dtype=torch.float32)  # [R, W]
         self.uniforms = self._empty(0, 0, dtype=torch.float32)  # [R, W]
-        self._counts = self._empty(len(_COUNTS), 0, dtype=torch.long)  # [4, R]
+        self._counts = self._empty(len(_COUNTS), 0, dtype=torch.long)  # [3, R]
         self._parameters = self._empty(len(_PARAMETERS), 0, dtype=torch.float32)  # [4, R]
 
     @property
@@ -45,11 +45,6 @@ class BatchTensors:
         return self._counts[2]
 
     @property
-    def end_sets(self) -> Tensor:
-        """[R], which set of end tokens ends the row."""
-        return self._counts[3]
-
-    @property
     def temperature(self) -> Tensor:
         """[R]; 0 = greedy."""
         return self._parameters[0]
@@ -60,7 +55,7 @@ class BatchTensors:
         return dict(zip(_PARAMETERS[1:], self._parameters[1:], strict=True))
 
     def write(self, first_row: int, *, counts: Tensor, parameters: Tensor) -> None:
-        """Set rows first_row..: counts [4, rows] and parameters [4, rows], in the order of the properties above."""
+        """Set rows first_row..: counts [3, rows] and parameters [4, rows], in the order of the properties above."""
         rows = slice(first_row, first_row + counts.shape[1])
         self._counts[:, rows] = counts.to(self._device)
         self._parameters[:, rows] = parameters.to(self._device)

@@ -121,7 +121,7 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         return scoring.future.result()
 
     def _count_sequences(self) -> int:
-        return len(self._batch.rows)
+        return len(self._batch.sequences)
 
     def _new_batch(self) -> RunningBatch:
         return RunningBatch(
@@ -148,14 +148,19 @@ class TorchEngine(ServingEngine[SequenceGroup]):
             self._release_all()
 
     def _pass(self) -> None:
+        # Cancelled groups leave first: under "drain" they must not hold back the swap.
         self._drop_cancelled()
+        # Between two steps the weights can be exchanged: every token is sampled wholly before or wholly after a swap.
         self._swap()
+        # A canary is scored by the version just swapped in, before any group is admitted under it.
         self._score_waiting()
+        # Prefill and decode count as busy; swaps and scores count as pause.
         started = time.monotonic()
         self._num_passes += 1
         if self._num_passes % _ADMISSION_PERIOD == 0 or self._is_rather_empty():
             self._admit()
-        if self._batch.rows:
+        # With nothing to decode the thread sleeps; `stage`, `generate`, `score`, `cancel` and `close` wake it.
+        if self._batch.sequences:
             self._step()
             self._busy_s += time.monotonic() - started
         else:
@@ -170,12 +175,14 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         policy = self._take_staged()
         if policy is None:
             return
+        # Names and shapes are checked before the first weight changes: a refused policy leaves the served one intact.
         started = time.monotonic()
         try:
             adopt_weights(self._model, policy.tensors)
         except Exception as error:
             self._refuse(policy, f"{type(error).__name__}: {error}")
             return
+        # Every later token names the new version, also in sequences that continue with keys and values of the old one.
         self._serve(policy)
         self._batch.start_version(policy.version)
         if self._in_flight == "recompute":
@@ -204,31 +211,35 @@ class TorchEngine(ServingEngine[SequenceGroup]):
 
     def _admit(self) -> None:
         """Start pending requests that fit, in one prefill pass."""
+        # Chosen and marked as running under one lock: `cancel` finds every group in exactly one of the two lists.
         with self._condition:
             admitted = schedule(
                 [group for group in self._pending if self._may_serve(group)],
-                num_rows=len(self._batch.rows),
+                num_rows=len(self._batch.sequences),
                 longest=self._batch.longest,
                 max_sequences=self._max_sequences,
                 max_positions=self._max_positions,
             )
             self._start_running(admitted)
+        # The prefill runs without the lock, so that task threads can submit meanwhile.
         if admitted:
             self._batch.admit(admitted, version=self._version)
 
     def _is_rather_empty(self) -> bool:
         """More would start than runs: a prefill pass now costs less than decoding so few rows meanwhile."""
-        num_rows = len(self._batch.rows)
+        num_rows = len(self._batch.sequences)
         return 2 * num_rows <= self._max_sequences and sum(group.size for group in self._pending) >= num_rows
 
     def _step(self) -> None:
-        num_tokens = len(self._batch.rows)
+        # Counted before the step, which removes what it finishes; a step that raises has generated nothing.
+        num_tokens = len(self._batch.sequences)
         finished = self._batch.step()
         self._generated_tokens += num_tokens
-        for row, completion in finished:
-            row.group.completions[row.index] = completion
-            if row.group.is_complete:
-                self._finish(row.group)
+        # A group resolves with its last completion; the others wait in it.
+        for sequence, completion in finished:
+            sequence.group.completions[sequence.index] = completion
+            if sequence.group.is_complete:
+                self._finish(sequence.group)
 
     def _fail_step(self, error: Exception) -> None:
         self._last_error = f"engine step failed: {type(error).__name__}: {error}"

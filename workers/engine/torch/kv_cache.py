@@ -83,22 +83,22 @@ class SlotCache(Cache):
         if self.has_room(rows=rows, length=length):
             return
         self._rows, self._length = self._shape(rows, round_up(length))
-        stages = _by_span(held, device=self._device)
+        chunks = _by_span(held, device=self._device)
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = new = self._allocate(old)
-                for kept, span in stages:
+                for kept, span in chunks:
                     span = min(span, old.shape[2], self._length)
                     new[kept, :, :span] = old[kept, :, :span]
 
     def fill(self, prefilled: DynamicCache, *, first_row: int, source: Tensor, held: Sequence[int]) -> None:
         """Copy prefilled [G, H, P, D]: row first_row + i takes the first held[i] positions of prompt source[i]."""
-        stages = [(first_row + stage, source[stage], span) for stage, span in _by_span(held, device=self._device)]
+        chunks = [(first_row + index, source[index], span) for index, span in _by_span(held, device=self._device)]
         for layer, states in enumerate(prefilled.layers):
             new = _states(states)
             self._add_layer(layer, *new)
             for stored, prompts in zip((self._keys[layer], self._values[layer]), new, strict=True):
-                for rows, of, span in stages:
+                for rows, of, span in chunks:
                     span = min(span, prompts.shape[2])
                     stored[rows, :, :span] = prompts[of, :, :span]
 
@@ -116,10 +116,10 @@ class SlotCache(Cache):
 
     def move(self, *, sources: Tensor, targets: Tensor, held: Sequence[int]) -> None:
         """Row targets[i] becomes what row sources[i] holds, held[i] positions; all are read before one is written."""
-        stages = [(sources[stage], targets[stage], span) for stage, span in _by_span(held, device=self._device)]
+        chunks = [(sources[index], targets[index], span) for index, span in _by_span(held, device=self._device)]
         for tensor in (*self._keys, *self._values):
-            moved = [tensor[of, :, :span] for of, _, span in stages]
-            for (_, to, span), states in zip(stages, moved, strict=True):
+            moved = [tensor[of, :, :span] for of, _, span in chunks]
+            for (_, to, span), states in zip(chunks, moved, strict=True):
                 tensor[to, :, :span] = states
 
     def _write(self, stored: Tensor, states: Tensor) -> Tensor:
@@ -161,15 +161,15 @@ class SlotCache(Cache):
 
 
 def _by_span(held: Sequence[int], *, device: torch.device) -> list[tuple[Tensor, int]]:
-    """Indexes of `held` in parts, each with the positions to copy: the next power of two, so under twice what is held.
+    """Group the indexes of `held` by the positions to copy: the next power of two, so under twice what is held.
 
-    A row that holds nothing is in no part.
+    A row that holds nothing is in no group.
     """
-    stages = defaultdict(list)
+    indexes = defaultdict(list)
     for index, length in enumerate(held):
         if length > 0:
-            stages[max(_SMALLEST_SPAN, 1 << (length - 1).bit_length())].append(index)
-    return [(torch.tensor(stage, device=device), span) for span, stage in stages.items()]
+            indexes[max(_SMALLEST_SPAN, 1 << (length - 1).bit_length())].append(index)
+    return [(torch.tensor(group, device=device), span) for span, group in indexes.items()]
 
 
 def _states(layer: Any) -> tuple[Tensor, Tensor]:

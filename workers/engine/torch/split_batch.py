@@ -30,8 +30,8 @@ def split_batch(offsets: NDArray[np.int64], *, split_saves: int) -> tuple[list[i
         saved = saved_positions(offsets)
         if saved.max() >= split_saves:
             split = int(saved.argmax())
-            stages = [slice(0, split), slice(split, n)]
-            return order, [(stage, int(offsets[stage].max())) for stage in stages]
+            passes = [slice(0, split), slice(split, n)]
+            return order, [(rows, int(offsets[rows].max())) for rows in passes]
     return order, [(slice(0, n), int(offsets.max()))]
 
 

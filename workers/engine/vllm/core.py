@@ -38,7 +38,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a worker has threads and open connections: it must not fork
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # 0.26's second runner dies of over 128 end tokens, and of NaN weights (seen on an H100)
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # 0.26's second runner dies of NaN weights (seen on an H100)
 }
 """Read by vLLM at import; whoever sets one of them before keeps it."""
 _CPU_KV_CACHE_MIB = 512
@@ -110,7 +110,7 @@ class VllmCore:
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             min_tokens=sampling.min_tokens,
-            stop_token_ids=[*self._eos_token_ids, *sampling.stop_token_ids],
+            stop_token_ids=list(self._eos_token_ids),
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
             skip_special_tokens=False,

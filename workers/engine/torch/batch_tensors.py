@@ -1,11 +1,11 @@
-"""What the device knows of every running row beside its keys and values: tokens, noise, limits, sampling parameters.
+"""The tensors of every running row besides its keys and values: tokens, noise, limits, sampling parameters.
 
 Legend: R = rows allocated, W = token positions allocated.
 
 Invariants:
 * row r's sequence is tokens[r, :lengths[r]], prompt then completion; logprobs[r, p] and uniforms[r, p] belong to the token
   at p;
-* everything grows by need and never shrinks; rows move in one call each for tokens, logprobs, noise, counts and parameters.
+* tensors grow when needed and never shrink; rows move in one call each for tokens, logprobs, noise, counts and parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PARAMETERS = ("temperature", "top_k", "top_p", "min_p")
 
 
 class BatchTensors:
-    """Tensors with one row per running completion."""
+    """Tensors with one row per running sequence."""
 
     def __init__(self, *, max_rows: int, device: torch.device) -> None:
         self._max_rows = max_rows
@@ -41,7 +41,7 @@ class BatchTensors:
 
     @property
     def ends_from(self) -> Tensor:
-        """[R], the length from which on the next token may be an end token."""
+        """[R], the length from which on the next token may be an end token (min_tokens)."""
         return self._counts[2]
 
     @property
@@ -61,14 +61,14 @@ class BatchTensors:
         self._parameters[:, rows] = parameters.to(self._device)
 
     def move(self, *, sources: Tensor, targets: Tensor) -> None:
-        """Rows `sources` [m] become rows `targets` [m], all read before the first is written."""
+        """Copy rows `sources` [m] to rows `targets` [m], all read before the first is written."""
         for tensor in (self.tokens, self.logprobs, self.uniforms):
             tensor[targets] = tensor[sources]
         for tensor in (self._counts, self._parameters):
             tensor[:, targets] = tensor[:, sources]
 
     def reserve(self, *, rows: int, width: int) -> None:
-        """Room for `rows` rows of `width` tokens; what is stored stays."""
+        """Make room for `rows` rows of `width` tokens; stored values stay."""
         old_rows, old_width = self.tokens.shape
         if rows <= old_rows and width <= old_width:
             return

@@ -4,13 +4,13 @@ Legend: n = rows active (always the first n), S = positions attended by the rows
 rounded up), V = vocabulary, G = groups admitted together, P = the longest of their prompts.
 
 Invariants:
-* noise is drawn at admission, so it depends on the seed and the place in the group, not on the batch;
+* noise is drawn at admission, so it depends on the seed and the index in the group, not on the batch;
 * before a step the cache holds every token of a row but its last; the step runs that one and samples the next. So
   admitting a prompt and recomputing a row are one operation, and no prefill computes logits;
 * a step reads one thing back from the device: which rows have finished (and the tokens of rows that have stop texts). The
   host knows all lengths without asking, because every row grows by one each step (length = offset + number of steps);
-* a few long rows do not make the others attend to their length: they run in a forward pass of their own where that costs
-  less.
+* a few long rows do not make the others attend to their length: they run in a forward pass of their own where that is
+  cheaper.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class RunningBatch:
             sequence.version_starts.append((version, length))
 
     def recompute(self) -> Iterator[None]:
-        """Rebuild the cache of all rows with the model's present weights; yields after every pass, for progress."""
+        """Rebuild the cache of all rows with the model's present weights; yields after every pass, to report progress."""
         held = self._held(self.sequences)
         rows_per_pass = max(1, PREFILL_TOKENS // max((1, *held)))
         for first in range(0, len(held), rows_per_pass):

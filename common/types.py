@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sluice.common.errors import SerializationError
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 VersionSpans = tuple[tuple[int, int], ...]
 """Runs of (policy version, number of tokens), in order; the counts sum to T."""
 TokenSpans = tuple[tuple[int, int], ...]

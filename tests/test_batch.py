@@ -110,15 +110,14 @@ def test_the_order_is_a_function_of_the_groups():
     assert equal[0].advantages.tolist() == [0.0, 1.0, 2.0]
 
 
-def test_unscorable_and_aborted_episodes_are_out_of_the_loss():
+def test_unscorable_episodes_are_out_of_the_loss():
     group = group_of(
         episode_of(2),
         episode_of(2, reward=None),
-        episode_of(2, finish_reason="abort"),
         episode_of(2, finish_reason="length"),
     )
     (batch,) = build(group)
-    assert batch.loss_mask.any(-1).tolist() == [True, False, False, True]
+    assert batch.loss_mask.any(-1).tolist() == [True, False, True]
     assert (num_loss_tokens([batch]), num_sequences([batch])) == (4, 2)
 
 

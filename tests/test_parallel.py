@@ -84,19 +84,19 @@ def config_of(model_folder: Path, **trainer: Any) -> Config:
 
 
 def make_groups(seed: int, *, num_groups: int = 3, group_size: int = 3) -> list[Group]:
-    """Ragged groups, one completion of which was aborted."""
+    """Ragged groups, one completion of which has no reward."""
     rng = np.random.default_rng(seed)
 
-    def episode(aborted: bool) -> Episode:
+    def episode(reward: float | None) -> Episode:
         length = int(rng.integers(1, 20))
         completion = Completion(
             token_ids=rng.integers(0, 50, length).astype(np.int32),
             rollout_logprobs=rng.normal(-4, 0.1, length).astype(np.float32),
             policy_versions=((0, length),),
-            finish_reason="abort" if aborted else "stop",
+            finish_reason="stop",
             text="",
         )
-        return Episode(completion=completion, reward=None if aborted else 1.0, rewards={}, ref_logprobs=None)
+        return Episode(completion=completion, reward=reward, rewards={}, ref_logprobs=None)
 
     return [
         Group(
@@ -105,7 +105,7 @@ def make_groups(seed: int, *, num_groups: int = 3, group_size: int = 3) -> list[
             prompt_ids=rng.integers(0, 50, int(rng.integers(2, 8))).astype(np.int32),
             prompt="",
             target=None,
-            episodes=[episode(aborted=(g, e) == (1, 0)) for e in range(group_size)],
+            episodes=[episode(None if (g, e) == (1, 0) else 1.0) for e in range(group_size)],
             timestamps={},
         )
         for g in range(num_groups)

@@ -21,11 +21,11 @@ from sluice.common.types import Episode, Group
 def loss_tokens(episode: Episode, *, mask_truncated: bool) -> NDArray[np.bool_]:
     """Which tokens of a completion are in the loss, bool [T].
 
-    None where the episode has no reward, was aborted, or, with mask_truncated, ran into the bound on its length (TRL's
+    None where the episode has no reward, or, with mask_truncated, ran into the bound on its length (TRL's
     mask_truncated_completions). Otherwise all but those of `tool_spans`, which the policy did not choose.
     """
     completion = episode.completion
-    is_left_out = completion.finish_reason == "abort" or (mask_truncated and completion.finish_reason == "length")
+    is_left_out = mask_truncated and completion.finish_reason == "length"
     in_loss = np.full(len(completion.token_ids), episode.reward is not None and not is_left_out)
     for first, count in completion.tool_spans:
         assert 0 <= first <= first + count <= len(in_loss), f"tool span {first}+{count} in {len(in_loss)} tokens"

@@ -101,8 +101,8 @@ class RunningBatch:
             row += group.size
         # Counts and parameters of a group are repeated for each of its rows; retired rows have left theirs there.
         counts = torch.tensor([_counts(group) for group in groups]).T  # [3, G]
-        knobs = torch.tensor([parameters(group.request.sampling) for group in groups]).T  # [4, G]
-        self._tensors.write(first, counts=counts[:, source], parameters=knobs[:, source])
+        settings = torch.tensor([parameters(group.request.sampling) for group in groups]).T  # [4, G]
+        self._tensors.write(first, counts=counts[:, source], parameters=settings[:, source])
         # The cache gets each prompt but its last token, which the first step runs.
         prompts, source = prompts.to(self._device), source.to(self._device)
         self._tensors.tokens[first : first + len(source), : prompts.shape[1]] = prompts[source]
@@ -117,7 +117,7 @@ class RunningBatch:
 
     def step(self) -> list[tuple[RunningSequence, Completion]]:
         """Sample one more token for every sequence; return the sequences that it finished, in no order."""
-        # One or two forward passes cover rows 0 to n in order, so their logits join to [n, V].
+        # One or two forward passes cover the first n rows in order, so their logits join to [n, V].
         n, tensors = len(self.sequences), self._tensors
         lengths = tensors.lengths[:n]
         position = lengths[:, None]  # [n, 1], of the token to sample

@@ -3,7 +3,7 @@
 Batches are padded on the right. A model that `enable_packing` has accepted runs their tokens without the padding
 (`common.models.packing`). Any other runs the padded rows and gets no attention mask: in a causal model a token never attends
 to what follows it, so padding is invisible to every real token (tests prove it for values and gradients) and the fast
-unmasked attention runs. Logits are computed only for positions that predict a completion token, `chunk_tokens` at a time, in
+unmasked attention runs. Logits are computed only for positions that predict a completion token, a chunk at a time, in
 float32: [B, S, V] is never held. The trainer calls this with gradients, the reference role without.
 
 Legend: B = sequences, P = prompt tokens, T = completion tokens, S = P + T padded, N = completion tokens of all rows,
@@ -95,7 +95,6 @@ def completion_logprobs(
     temperature: float = 1.0,
     truncation: Truncation = UNTRUNCATED,
     with_entropy: bool = False,
-    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return logprobs float32 [B, T] of every completion token, in nats, and the entropy [B, T] of its distribution or none.
 
@@ -105,7 +104,7 @@ def completion_logprobs(
     hold 0. temperature 0 (greedy sampling) counts as 1. The entropy carries no gradient. With a truncation, the softmax is
     over the tokens that it keeps of these logits and the sampled token itself (which another policy may have sampled); the
     set is a constant for the gradient. So the ratio to rollout_logprobs is 1 for equal weights, where the full softmax
-    would give the kept mass. chunk_tokens: rows of logits held at once; by default RECOMPUTE_ELEMENTS / V.
+    would give the kept mass.
     """
     # N completion tokens of all rows, and where each is predicted: one position before its own.
     device = input_ids.device
@@ -132,7 +131,7 @@ def completion_logprobs(
     # Each chunk's logits are freed after it; under gradients, more than RECOMPUTE_ELEMENTS are recomputed, not kept.
     is_early = columns < truncation.min_tokens  # [N]
     scored = []
-    size = chunk_tokens or max(1, RECOMPUTE_ELEMENTS // vocabulary)
+    size = max(1, RECOMPUTE_ELEMENTS // vocabulary)
     for chunk, chunk_targets, early in zip(*(x.split(size) for x in (inputs, targets, is_early)), strict=True):
         arguments = (chunk, weight, bias, (chunk_targets, temperature or 1.0, truncation, early), with_entropy)
         if torch.is_grad_enabled() and inputs.shape[0] * vocabulary > RECOMPUTE_ELEMENTS:

@@ -155,9 +155,8 @@ class ServedPolicy:
     def _base_tensors(self) -> Mapping[str, torch.Tensor]:
         """Return version 0, the base of all adapters: fetched with the first of them, and held from then on."""
         if self._base is None:
-            store = PolicyStore(
-                self._client, self._keys, self._config
-            )  # its own store: `stats` reports the last fetch of the other
+            # a store of its own: `stats` reports the last fetch of the other
+            store = PolicyStore(self._client, self._keys, self._config)
             manifest, tensors = store.fetch(0)
             self._base = Policy(manifest=manifest, tensors=tensors)
         return self._base.tensors

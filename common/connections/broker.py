@@ -87,9 +87,8 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
 def _broker(url: str) -> tuple[str, str, dict[str, str]]:
     """Return Celery's broker URL, transport and transport options for one of our URLs."""
     if url.startswith("unix://"):  # redis-py's form of it; ours so that one URL serves both
-        TRANSPORT_ALIASES["sluice"] = (
-            "sluice.common.connections.transport:Transport"  # a socket's URL needs a name before its plus
-        )
+        # a socket's URL needs a name before its plus
+        TRANSPORT_ALIASES["sluice"] = "sluice.common.connections.transport:Transport"
         return f"sluice+{_socket_url(url)}", "sluice", {}
     if not sentinel.is_sentinel(url):
         return url, "sluice.common.connections.transport:Transport", {}

@@ -84,9 +84,8 @@ class VllmCore:
         self._num_workers = config.rollout.tensor_parallel_size * config.rollout.pipeline_parallel_size
         longest = config.rollout.max_model_len or config.trainer.seq_len
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest + 1
-        self.max_model_len = min(
-            longest + 1, max(limit, longest)
-        )  # scoring a sequence of full length samples one more token
+        # scoring a sequence of full length samples one more token
+        self.max_model_len = min(longest + 1, max(limit, longest))
         with tempfile.TemporaryDirectory(prefix="sluice-vllm-") as folder:
             _write_model(Path(folder), assets, architecture=type(model).__name__)
             arguments = _arguments(config, folder=folder, max_model_len=self.max_model_len)

@@ -15,7 +15,6 @@ from harness import workers as worker_per_queue
 from test_rollout_policy import serving
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
-import sluice.workers.policy_updates
 from sluice.common.config import Config
 from sluice.common.connections.client import connect
 from sluice.common.models.causal_lm import load_pretrained
@@ -28,6 +27,7 @@ from sluice.common.run import open_run
 from sluice.common.types import SamplingParams
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 from sluice.trainer.trained_policy import TrainedPolicy
+from sluice.workers import policy_updates
 from sluice.workers.engine import GenerationRequest
 
 LORA = {"lora": {"rank": 2, "alpha": 4.0}}
@@ -109,7 +109,7 @@ IGNORED: dict[str, Callable[..., Mapping[str, torch.Tensor]]] = {
     "another scale": lambda base, adapter, scale: merge(base, adapter, scale=scale / 4),
 }
 IGNORED_BEFORE: dict[str, Mapping[str, torch.Tensor]] = {}
-merge = sluice.workers.policy_updates.merge_adapter
+merge = policy_updates.merge_adapter
 
 
 @pytest.mark.parametrize("served", IGNORED)
@@ -124,7 +124,7 @@ def test_a_worker_that_serves_something_else_than_the_adapter_is_named_long_befo
     run, policy = open_run(client, fleet.ledger.keys.run), trained_policy(fleet.config)
     IGNORED_BEFORE.clear()
     monkeypatch.setattr(
-        sluice.workers.policy_updates,
+        policy_updates,
         "merge_adapter",
         lambda base, adapter, *, scale: IGNORED[served](base, adapter, scale),
     )

@@ -13,7 +13,7 @@ from sluice.common.errors import DiskFull
 
 @contextmanager
 def needing_room(folder: Path, *, what: str) -> Iterator[None]:
-    """Whatever is written inside: raises DiskFull where `folder` has no room for it, and other errors as they are."""
+    """Raise DiskFull where `folder` has no room for what is written inside; other errors pass unchanged."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,7 @@
 """What a caller can act on.
 
 SluiceError
-  ConfigError            a config key or value, or an input file, is wrong: say what, where, what to do (exit code 2)
+  ConfigError            a config key or value, or an input file, is wrong: names what, where, what to do (exit code 2)
   ConnectionFailed       Redis cannot be reached, or is older than 6.2 (exit code 2)
   SerializationError     bytes that are not ours, or of another schema version
   PolicyError            a policy version cannot be published, found or verified
@@ -9,8 +9,8 @@ SluiceError
     DigestMismatch       the bytes are not those that the manifest names
     SignatureRefused     the manifest is not signed with the run's key
   EngineError            an engine could not generate; the group is retried elsewhere
-    EngineClosed         the engine is shutting down; the group is handed back, no attempt is spent
-  StateLost              Redis has lost the trainer's last writes: it was restarted, or another server took over
+    EngineClosed         the engine is shutting down; the group is returned, no attempt is spent
+  StateLost              Redis has lost the trainer's last writes: it was restarted, or replaced by another server
   DiskFull               a file could not be written: the trainer pauses until there is room
   Diverged               the gradients of many steps in a row are not finite: training ends (exit code 3)
   RewardError            a reward function raised, ran out of time or returned nonsense: infrastructure, never a score
@@ -48,7 +48,7 @@ class DigestMismatch(PolicyError):
 
 
 class SignatureRefused(PolicyError):
-    """The manifest does not come from whoever has the run's key."""
+    """The manifest is not signed with the run's key."""
 
 
 class EngineError(SluiceError):
@@ -64,11 +64,11 @@ class StateLost(SluiceError):
 
 
 class DiskFull(SluiceError):
-    """There is no room for a file; nothing that was there before is harmed."""
+    """There is no room for a file; existing files are intact."""
 
 
 class Diverged(SluiceError):
-    """Training cannot go on: no gradient is finite any more. Started again it would come to the same."""
+    """Training cannot continue: no gradient is finite any more, and a restart would not change that."""
 
     EXIT_CODE = 3
 

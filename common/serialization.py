@@ -3,10 +3,9 @@
     b"SL" | schema version (1 byte) | msgpack body
     array = ExtType(1, msgpack([dtype, shape, raw little-endian bytes]))
 
-Bounds on what is decoded: `MAX_BYTES` per message (but for a trainer's ranks, which know the size beforehand), containers
-nested 1024 deep at most (msgpack's own bound) and never declared longer than their message, and numeric dtypes only, so that
-a hostile message cannot allocate without end or smuggle objects. `decode_json` bounds the small JSON that roles leave for
-one another.
+Bounds on what is decoded: `MAX_BYTES` per message (except among a trainer's ranks, which know the size beforehand),
+containers at most 1024 deep (msgpack's own bound) and never declared longer than their message, and numeric dtypes only, so
+that a hostile message can neither exhaust memory nor smuggle objects. `decode_json` bounds the small JSON that roles exchange.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from sluice.common.errors import SerializationError
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 128 * 1024 * 1024
-"""A group of 64 completions of 128k tokens has 67 MB; decoded, no value takes more than some 64 times its bytes."""
+"""A group of 64 completions of 128k tokens has 67 MB; decoded, no value takes more than about 64 times its bytes."""
 MAX_JSON_BYTES = 1024 * 1024
 _HEADER = b"SL" + bytes([SCHEMA_VERSION])
 _ARRAY = 1
@@ -30,7 +29,7 @@ _DTYPES = frozenset(["|b1", "|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f
 
 
 def encode(value: Any) -> bytes:
-    """Bytes of a value made of None, bool, int, float, str, bytes, list, tuple, dict with str keys, and numeric arrays."""
+    """Encode a value made of None, bool, int, float, str, bytes, list, tuple, dict with str keys, and numeric arrays."""
     try:
         return _HEADER + msgpack.packb(value, default=_encode_array, use_bin_type=True)
     except (TypeError, ValueError, OverflowError) as error:
@@ -38,7 +37,7 @@ def encode(value: Any) -> bytes:
 
 
 def decode(data: bytes, *, max_bytes: int | None = MAX_BYTES) -> Any:
-    """Inverse of `encode`; tuples come back as lists. Raises SerializationError on anything that `encode` did not write.
+    """Invert `encode`; tuples become lists. Raises SerializationError on anything that `encode` did not write.
 
     max_bytes: longer messages are refused; none = no bound.
     """
@@ -51,7 +50,7 @@ def decode(data: bytes, *, max_bytes: int | None = MAX_BYTES) -> Any:
     if max_bytes is not None and len(data) > max_bytes:
         raise SerializationError(f"message of {len(data)} bytes, more than {max_bytes}")
     try:
-        # timestamp=1: msgpack's own extension type never reaches ext_hook; as a float it is at least no object
+        # timestamp=1: msgpack's own extension type never reaches ext_hook; as a float it is at least a plain number
         return msgpack.unpackb(
             memoryview(data)[3:], ext_hook=_decode_array, raw=False, strict_map_key=True, timestamp=1
         )
@@ -62,7 +61,7 @@ def decode(data: bytes, *, max_bytes: int | None = MAX_BYTES) -> Any:
 
 
 def decode_json(data: bytes) -> Any:
-    """A small JSON value. Raises SerializationError."""
+    """Decode a small JSON value. Raises SerializationError."""
     if len(data) > MAX_JSON_BYTES:
         raise SerializationError(f"JSON of {len(data)} bytes, more than {MAX_JSON_BYTES}")
     try:
@@ -90,4 +89,4 @@ def _decode_array(code: int, data: bytes) -> Any:
         raise SerializationError(f"refused array dtype {dtype!r}")
     if not isinstance(raw, bytes) or math.prod(shape) * np.dtype(dtype).itemsize != len(raw):
         raise SerializationError(f"array of shape {shape} and dtype {dtype} does not fit its {len(raw)} bytes")
-    return np.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)  # a copy: torch wants writable memory
+    return np.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)  # a copy: torch needs writable memory

@@ -26,7 +26,7 @@ from sluice.common.errors import SerializationError
 
 FinishReason = Literal["stop", "length"]
 VersionSpans = tuple[tuple[int, int], ...]
-"""Run-length (policy version, number of tokens), in order; the counts sum to T."""
+"""Runs of (policy version, number of tokens), in order; the counts sum to T."""
 TokenSpans = tuple[tuple[int, int], ...]
 """(first token, number of tokens) within a completion."""
 
@@ -46,24 +46,21 @@ class SamplingParams:
     top_k: int = 0
     "0 = off"
     min_p: float = 0.0
-    "tokens under min_p times the likeliest one's probability are cut; 0 = off"
+    "tokens under min_p times the probability of the likeliest are cut; 0 = off"
     min_tokens: int = 0
-    "no end of any kind before so many tokens"
-    stop_token_ids: tuple[int, ...] = ()
-    "end tokens beside the model's own; part of the completion, with a logprob"
+    "no completion ends before this many tokens"
     stop: tuple[str, ...] = ()
     "texts that end a completion; the tokens that complete one are part of it"
     seed: int = 0
-    "noise of this group alone: same seed and weights, same tokens, whatever else is in the batch"
+    "noise of this group: same seed and weights give the same tokens, whatever else is in the batch"
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> SamplingParams:
-        ends = {name: tuple(wire.get(name, ())) for name in ("stop_token_ids", "stop")}
-        return cls(**{**wire, **ends})
+        return cls(**{**wire, "stop": tuple(wire.get("stop", ()))})
 
     @property
     def distribution(self) -> SamplingParams:
-        """The same without the noise: groups that agree in it can be scored in one pass."""
+        """The same without the seed: groups that agree in it can be scored in one pass."""
         return replace(self, seed=0)
 
 
@@ -104,14 +101,14 @@ class Completion:
     token_ids: NDArray[np.int32]
     "[T], the stop token included"
     rollout_logprobs: NDArray[np.float32]
-    "[T], of the distribution that was really sampled"
+    "[T], of the distribution actually sampled"
     policy_versions: VersionSpans
     "which version produced which token"
     finish_reason: FinishReason
     text: str = ""
-    "decoded, special tokens that are not end-of-sequence kept out; filled in by the rollout role"
+    "decoded without end tokens; filled in by the rollout role"
     tool_spans: TokenSpans = ()
-    "tokens that were not sampled but put in (the output of a tool): context for what follows, never in the loss"
+    "tokens that were inserted, not sampled (the output of a tool): context for what follows, never in the loss"
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -120,7 +117,6 @@ class Completion:
             "policy_versions": [list(span) for span in self.policy_versions],
             "finish_reason": self.finish_reason,
             "text": self.text,
-            # only where there are any: a role of before this key still reads what it can
             **({"tool_spans": [list(span) for span in self.tool_spans]} if self.tool_spans else {}),
         }
 
@@ -131,24 +127,24 @@ class Completion:
 
 
 def oldest_version(completions: list[Completion]) -> int:
-    """The oldest policy version that produced any token of the group: the version the group is filed under."""
+    """Return the oldest policy version that produced any token of the group: the version the group is stored under."""
     return min(version for completion in completions for version, _ in completion.policy_versions)
 
 
 def has_reward_variance(rewards: Iterable[float | None]) -> bool:
-    """Whether the rewards of one group say which completion is better: two of them can be scored and differ.
+    """Return whether the rewards of one group prefer a completion: two of them exist and differ.
 
-    They are compared as float32, in which the trainer computes: without a preference all its advantages are 0.
+    They are compared as float32, in which the trainer computes: without a difference all its advantages are 0.
     """
     return len({np.float32(reward) for reward in rewards if reward is not None}) > 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What the reward role says of one group."""
+    """The rewards of one group."""
 
     reward: list[float | None]
-    "[G] total; None = unscorable (every function said None)"
+    "[G] total; None = unscorable (every function returned None)"
     by_function: dict[str, list[float | None]] = field(default_factory=dict)
     "[G] per reward function"
 
@@ -179,9 +175,9 @@ class Group:
     target: str | None
     episodes: list[Episode]
     timestamps: dict[str, float]
-    "stage -> seconds since the epoch, by Redis' clock"
+    "stage -> seconds since the epoch, on Redis' clock"
     sampling: SamplingParams | None = None
-    "what it was sampled with, which may change during a run; none = what the run was created with (records of before)"
+    "what it was sampled with, which may change during a run; none = what the run was created with (older records)"
 
     @classmethod
     def from_results(
@@ -250,9 +246,11 @@ class Group:
 def _check_lengths(
     completions: list[Completion], rewards: list[float | None], reference: list[NDArray[np.float32]] | None
 ) -> None:
-    """Raises SerializationError where a part has another number of completions, or of tokens, than the rollout."""
+    """Raise SerializationError where a stage has another number of completions, or of tokens, than the rollout."""
     if len(rewards) != len(completions) or (reference is not None and len(reference) != len(completions)):
-        raise SerializationError(f"{len(completions)} completions have other numbers of rewards or reference logprobs")
+        raise SerializationError(
+            f"{len(completions)} completions have a different number of rewards or reference logprobs"
+        )
     for i, completion in enumerate(completions):
         tokens, rows = completion.token_ids, [completion.rollout_logprobs]
         rows += [] if reference is None else [reference[i]]
@@ -269,7 +267,7 @@ def _check_values(
     reference: list[NDArray[np.float32]] | None,
     vocab_size: int,
 ) -> None:
-    """Raises SerializationError for what no tokenizer, engine or reward can have said: training on it would end the trainer."""
+    """Raise SerializationError for impossible ids, logprobs or rewards: training on them would end the trainer."""
     for ids in (prompt_ids, *(completion.token_ids for completion in completions)):
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise SerializationError(f"token ids from {ids.min()} to {ids.max()}, in a vocabulary of {vocab_size}")

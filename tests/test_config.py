@@ -188,15 +188,15 @@ def test_wrong_values_are_refused_with_key_and_value(override, message):
             "answer has no effect with num_samples under 2",
         ),
         (["evaluation.datasets=[{dataset: {path: a}, num_samples: 2, answer: 'x'}]"], "answer = 'x' has no group"),
-        (["evaluation.datasets=[{dataset: {path: a}, num_samples: 2, answer: '('}]"], "is no regular expression"),
+        (["evaluation.datasets=[{dataset: {path: a}, num_samples: 2, answer: '('}]"], "is not a regular expression"),
         (
             ["evaluation.datasets=[{dataset: {path: a}, num_samples: 4}]", "checkpoint.keep_best=heldout/pass@2"],
             "use one of heldout/pass@1, heldout/sampled_pass@1, heldout/pass@4, heldout/maj@4",
         ),
-        (["checkpoint.keep_best=heldout/pass@1"], "is no score of evaluation.datasets: use one of none"),
+        (["checkpoint.keep_best=heldout/pass@1"], "is not a score of evaluation.datasets: use one of none"),
         (
             ["evaluation.datasets=[{dataset: {path: a}}]", "checkpoint.keep_best=heldout/pass@1"],
-            "has nothing to choose from with evaluation.every_steps=0",
+            "has nothing to compare with evaluation.every_steps=0",
         ),
         (
             ["reward.functions=[{function: f, weight: 2.0}]"],

@@ -39,7 +39,7 @@ def test_a_key_of_the_checkpoints_leaves_the_others_at_their_defaults() -> None:
         ({"trainer": {"advantage": "none"}}, r"trainer\.advantage has no effect in supervised"),
         ({"trainer": {"loss": {}}}, r"trainer\.loss has no effect in supervised"),
         ({"checkpoint": {"keep_best": "a/b"}}, r"checkpoint\.keep_best\n  Extra inputs"),
-        ({"num_epochs": 2}, r"num_epochs and trainer\.num_steps both say when to end"),
+        ({"num_epochs": 2}, r"num_epochs and trainer\.num_steps both set the end"),
         ({"held_out": {"dataset": {"path": "d", "streaming": True}}}, "a streaming set needs num_examples"),
         ({"dataset": {"target_column": "a"}}, "Extra inputs"),
     ],

@@ -73,7 +73,7 @@ def test_the_same_order_twice_is_one_change_and_the_stored_value_is_no_override(
     [
         ("max_policy_age=-1", "replay_buffer.max_policy_age = -1: Input should be greater than or equal to 0"),
         ("sampling.temperature=11", "sampling.temperature = 11: Input should be less than or equal to 10"),
-        ("sampling.temperature=0", "nothing would be learnt"),
+        ("sampling.temperature=0", "nothing would be learned"),
         (
             "sampling.group_size=4",
             "sampling.group_size cannot be changed while a run goes on; these can: replay_buffer.max",

@@ -245,7 +245,6 @@ def test_a_failed_step_costs_the_running_requests_only(serve: Callable[..., Serv
         running.result(WAIT_S)
     assert isinstance(caught.value.__cause__, RuntimeError) and not isinstance(caught.value, EngineClosed)
     assert len(waiting.result(WAIT_S)) == 4
-    assert "out of memory" in (served.engine.last_error or "")
 
 
 def test_a_policy_of_nan_fails_its_requests_and_the_next_policy_serves(serve: Callable[..., Served]) -> None:
@@ -262,8 +261,7 @@ def test_a_policy_that_does_not_fit_leaves_the_old_one_serving(serve: Callable[.
     served.stage(0)
     served.engine.generate(request(5))
     served.engine.stage(1, "bad", {"no.such.weight": torch.zeros(1)})
-    eventually(lambda: served.engine.last_error is not None)
-    assert "version 1" in (served.engine.last_error or "")
+    eventually(lambda: (served.engine.refused or (-1, ""))[0] == 1)
     assert (served.engine.version, served.engine.digest) == (0, "digest-0")
     assert served.engine.generate(request(5))[0].policy_versions[0][0] == 0
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from served import (
     EOS,
-    VOCAB,
     Served,
     logits_under,
     policy,
@@ -64,28 +63,13 @@ def letters(tokens: list[int]) -> str:
     return "".join("" if token == 3 else chr(65 + token % 26) * (1 + token % 2) for token in tokens)
 
 
-def test_stop_token_ids_end_only_the_requests_that_name_them(serve: Callable[..., Served]) -> None:
-    stop, free = request(6, n=8, stop_token_ids=tuple(range(20, 30))), request(6, n=8, group_id="beside")
-    served = serve()
-    group, beside = served.run([stop, free])
-    cut = 0
-    for ours, theirs in zip(group, beside, strict=True):
-        ends = [i for i, token in enumerate(theirs.token_ids) if 20 <= token < 30 or token in EOS]
-        expected = theirs.token_ids[: ends[0] + 1] if ends else theirs.token_ids
-        assert ours.token_ids.tolist() == expected.tolist()
-        assert ours.finish_reason == ("stop" if ends else "length")
-        cut += len(expected) < len(theirs.token_ids)
-    assert cut >= 3
-    assert served.engine.generate(free)[0].token_ids.tolist() == beside[0].token_ids.tolist()
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_end_token_comes_before_min_tokens_and_logprobs_are_renormalised(
     serve: Callable[..., Served], temperature: float
 ) -> None:
     ends = tuple(range(1, 30))
-    what = request(6, n=8, min_tokens=7, temperature=temperature, stop_token_ids=ends[2:])
-    group, beside = serve().run([what, request(6, n=8, group_id="beside")])
+    what = request(6, n=8, min_tokens=7, temperature=temperature)
+    group, beside = serve(eos_token_ids=ends).run([what, request(6, n=8, group_id="beside")])
     assert min(len(c.token_ids) for c in beside) < 7
     for completion in group:
         tokens = completion.token_ids
@@ -124,7 +108,6 @@ def test_stop_texts_end_a_completion_with_the_token_that_completes_one(
     [
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\], found 1.5"),
         ({"min_tokens": 21}, r"min_tokens must be in \[0, max_tokens=20\], found 21"),
-        ({"stop_token_ids": (VOCAB,)}, "stop_token_ids 48..48 are outside the vocabulary of 48"),
         ({"stop": ("",)}, "stop must be texts that are not empty"),
         ({"stop": ("x",)}, "stop texts need a tokenizer"),
         ({"top_p": 0.0}, "top_p must be"),

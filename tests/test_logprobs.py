@@ -7,6 +7,7 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 
 import sluice.common.models.logprobs
 from sluice.common.models.logprobs import completion_logprobs, pad_sequences
+from sluice.common.models.truncation import Truncation
 
 VOCABULARY = 61
 SMALL = {
@@ -103,15 +104,15 @@ def test_pads_are_invisible_to_values_and_gradients():
     torch.testing.assert_close(narrow[1], [weight.grad for weight in model.parameters()], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("recompute_elements", [0, 2**26])
-def test_chunks_and_recomputation_change_neither_values_nor_gradients(monkeypatch, recompute_elements):
+@pytest.mark.parametrize("how", [{}, {"truncation": Truncation(top_k=9, min_tokens=2, end_token_ids=(1, 2))}])
+def test_chunks_and_recomputation_change_neither_values_nor_gradients(monkeypatch, how):
     model = tiny_model()
     batch = pad_sequences(*sequences((3, 7), (1, 4)))
-    monkeypatch.setattr(sluice.common.models.logprobs, "RECOMPUTE_ELEMENTS", recompute_elements)
     results = []
     for chunk_tokens in (4096, 3):
+        monkeypatch.setattr(sluice.common.models.logprobs, "RECOMPUTE_ELEMENTS", chunk_tokens * VOCABULARY)
         model.zero_grad()
-        logprobs, entropy = completion_logprobs(model, *batch, chunk_tokens=chunk_tokens, with_entropy=True)
+        logprobs, entropy = completion_logprobs(model, *batch, with_entropy=True, **how)
         assert not entropy.requires_grad
         logprobs.square().sum().backward()
         results.append((logprobs.detach(), entropy, [weight.grad.clone() for weight in model.parameters()]))
@@ -166,5 +167,6 @@ def test_the_whole_logits_are_never_held(monkeypatch):
         "_score",
         lambda inputs, *rest: widths.append(inputs.shape) or score(inputs, *rest),
     )
-    completion_logprobs(model, *batch, chunk_tokens=5)
+    monkeypatch.setattr(sluice.common.models.logprobs, "RECOMPUTE_ELEMENTS", 5 * VOCABULARY)
+    completion_logprobs(model, *batch)
     assert widths == [(5, 32), (3, 32)]  # hidden states of the 8 completion tokens alone

@@ -157,7 +157,7 @@ def test_an_adapter_that_does_not_fit_is_reported_while_the_version_before_serve
         half = dict(list(policy.snapshot(torch.float32).items())[:1])
         store.publish(2, half, step=2, parent=1, adapter_scale=2.0)
         wait_for(lambda: heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
-        assert heartbeat()["alarm"].startswith("still serves version 1: no LoRA adapter")
+        assert heartbeat()["alarm"].startswith("still serves version 1: not a LoRA adapter")
         publish(store, policy, 3)
         wait_for(
             lambda: heartbeat().get("version") == 3 and heartbeat()["alarm"] == "", timeout=15, what="the next good one"

@@ -197,13 +197,13 @@ def test_batches_are_as_few_and_as_even_as_their_order_allows(seed, packed):
     [
         (MistralConfig, MistralForCausalLM, {"sliding_window": 64}, "sliding_window"),
         (Gemma2Config, Gemma2ForCausalLM, {"attn_implementation": "eager"}, "softcap"),
-        (Llama4TextConfig, Llama4ForCausalLM, {**MIXTURE, "attention_chunk_size": 64}, "plainly causal"),
+        (Llama4TextConfig, Llama4ForCausalLM, {**MIXTURE, "attention_chunk_size": 64}, "other than the causal one"),
         (GptOssConfig, GptOssForCausalLM, {**MIXTURE, "attn_implementation": "eager"}, "s_aux"),
         (
             FalconH1Config,
             FalconH1ForCausalLM,
             {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
-            "come out otherwise",
+            "differ from each alone",
         ),
     ],
     ids=["window", "soft cap", "window in the masks alone", "trackers", "recurrent layers beside attention"],

@@ -306,9 +306,9 @@ def rollout_with(**changed: Any) -> bytes:
             rollout_with(token_ids=np.arange(1)),
             r"completion 0 has \(1,\) tokens, and logprobs of \[\(3,\)\]",
         ),
-        ("reward", encode({"reward": [1.0], "by_function": {}}), "other numbers of rewards"),
+        ("reward", encode({"reward": [1.0], "by_function": {}}), "a different number of rewards"),
         ("reward", encode([1, 2]), "list indices"),
-        ("reference", encode([np.zeros(3, np.float32)] * 5), "other numbers of rewards or reference logprobs"),
+        ("reference", encode([np.zeros(3, np.float32)] * 5), "a different number of rewards or reference logprobs"),
         ("task", encode(None), "NoneType"),
     ],
 )

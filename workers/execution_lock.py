@@ -1,7 +1,7 @@
-"""Who works beside whom in one worker process: most parts share it, one that has killed before has it to itself.
+"""Which stages run together in one worker process: most share it, one that has killed a process before runs alone.
 
-Whoever waits to be alone goes first: newcomers wait outside until it is out, and it waits until those inside are out.
-Nobody waits outside while holding a claim, so that no lease runs for a part that is not worked on.
+An exclusive lock has priority: new shared ones wait until it is released, and it waits until the present ones are released.
+No thread waits here while holding a claim, so that no lease runs for a stage that is not worked on.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WAIT_S = 600.0
-"""Longest wait to get in. A part that does not is owed still, and the reaper sends it again."""
+"""Longest wait for the lock. A stage that does not get it stays pending, and the reaper sends it again."""
 
 
 class ExecutionLock:
-    """`with lock.shared() as acquired`, `with lock.exclusive() as acquired`; false: did not get in within WAIT_S."""
+    """`with lock.shared() as acquired`, `with lock.exclusive() as acquired`; false: not acquired within WAIT_S."""
 
     def __init__(self, wait_s: float = WAIT_S) -> None:
         self._changed = threading.Condition()
         self._inside = 0
         self._want_exclusive = 0
-        "those that wait to be alone, and the one that is"
+        "threads that wait for the exclusive lock, and the one that holds it"
         self._wait_s = wait_s
 
     @contextmanager

@@ -1,17 +1,17 @@
 """Which policy one engine serves: fetched and verified beside generation, staged, and checked against its canary.
 
     policy thread:  event "policy" --> fetch --> verify --> engine.stage --> swapped in --> engine.score(canary)
-    pinned groups:  enter the gate of their version --> staged, if it is not --> generate --> leave
+    pinned groups:  enter the gate of their version --> stage it, if it is not --> generate --> leave
     any group:      its shortest completion, once per version --> engine.score --> the same logprobs as when it was sampled?
 
 Invariants:
 * the newest version is staged unless pinned groups are inside the gate, or were a moment ago: an evaluation's groups follow
-  one another closely, and its version is not given up between two of them;
-* whoever stages holds one lock, so that no older choice replaces a newer one;
-* what cannot be verified is never staged: the served version stays, and the heartbeat says so;
-* of a LoRA adapter the engine gets the merged weights (`common/models/lora.py`), as of any policy: inference costs nothing extra,
-  and no engine needs to know. Its digest is that of the adapter as fetched; the canary shows whether the engine computes
-  with it.
+  one another closely, and its version is not replaced between two of them;
+* staging holds one lock, so that no older choice replaces a newer one;
+* what cannot be verified is never staged: the served version stays, and the heartbeat reports it;
+* for a LoRA adapter the engine gets the merged weights (`common/models/lora.py`), as for any policy: inference costs nothing
+  extra, and no engine knows of adapters. Its digest is that of the adapter as fetched; the canary shows whether the
+  engine computes with it.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ from sluice.workers.engine import Engine, GenerationRequest
 log = logging.getLogger("sluice.rollout")
 
 _SOON_S = 0.1
-"""While a swap is awaited, or the newest version held back, the thread looks again so soon."""
+"""Poll period while a swap is awaited, or the newest version held back."""
 _HOLD_S = 0.5
-"""So long after the last pinned group has left, its version is still held for the next one."""
+"""After the last pinned group has left, its version is held this long for the next one."""
 
 
 class ServedPolicy:
-    """Keeps one engine at the newest policy, or at the one that evaluation groups are pinned to."""
+    """Keeps one engine on the newest policy, or on the one that evaluation groups are pinned to."""
 
     def __init__(self, client: redis.Redis, keys: Keys, config: PolicyStoreConfig, engine: Engine) -> None:
         self.alarm = ""
-        "why the newest version is not served; empty = it is, or is on its way"
+        "why the newest version is not served; empty = it is, or will be"
         self.mismatch: float | None = None
-        "of the newest canary scored, in nats"
+        "mean difference of the newest canary scored, in nats"
         self.cache_mismatch: float | None = None
-        "between a completion as it was sampled, from cached keys and values, and as it is scored afresh, in nats"
+        "mean difference between a completion as sampled, from cached keys and values, and as scored afresh, in nats"
         self.adapter_share: tuple[float, float] | None = None
-        "how much of a LoRA adapter's effect the newest canary shows, and the standard error of that"
+        "share of a LoRA adapter's effect that the newest canary shows, and its standard error"
         self._base: Policy | None = None
         self._compared = -1
         self._client, self._keys, self._config, self._engine = client, keys, config, engine
@@ -71,12 +71,12 @@ class ServedPolicy:
         self._stop = threading.Event()
 
     def follow(self) -> None:
-        """Serve every newest version from now on."""
+        """Start the thread that stages every newest version."""
         threading.Thread(target=self._follow, name="policy", daemon=True).start()
 
     @contextmanager
     def pinned(self, version: int) -> Iterator[None]:
-        """While inside, the engine serves this version or is about to. Raises PolicyError."""
+        """Keep the engine on this version while inside. Raises PolicyError."""
         with self._gate.at(version):
             with self._staging:
                 if self._staged[0] != version:
@@ -85,9 +85,9 @@ class ServedPolicy:
             self._check()
 
     def compare(self, request: GenerationRequest, completions: list[Completion]) -> None:
-        """Once per version: is a completion sampled from what the cache should hold? The canary does not see the cache.
+        """Check, once per version, that a completion was sampled from what the cache should hold: a canary does not read it.
 
-        Only what was sampled plainly (temperature 1, nothing cut) can be scored the same way.
+        Only a completion sampled at temperature 1 without truncation can be scored the same way.
         """
         sampling, shortest = request.sampling, min(completions, key=lambda completion: len(completion.token_ids))
         version = shortest.policy_versions[0][0]
@@ -106,7 +106,7 @@ class ServedPolicy:
             self.cache_mismatch = mean_difference([shortest.rollout_logprobs], logprobs)
 
     def stats(self) -> dict[str, Any]:
-        """For the heartbeat."""
+        """Return stats for the heartbeat."""
         return {
             "alarm": self.alarm,
             "mismatch": self.mismatch,
@@ -136,7 +136,7 @@ class ServedPolicy:
     def _stage_newest(self) -> None:
         version, digest = self._store.served()
         with self._staging:
-            # of the same number, yet another policy: a Redis that lost the first one's publication
+            # the same number can be another policy: Redis has lost the publication of the first one
             is_newer = version > self._staged[0] or (version == self._staged[0] and digest != self._staged[1])
             if is_newer and not self._gate.is_held:
                 self._stage(version)
@@ -151,15 +151,16 @@ class ServedPolicy:
         self._unchecked, self.mismatch, self.adapter_share = manifest, None, None
 
     def _base_tensors(self) -> Mapping[str, torch.Tensor]:
-        """Version 0, which all adapters are upon: fetched with the first of them, and held from then on."""
+        """Return version 0, the base of all adapters: fetched with the first of them, and held from then on."""
         if self._base is None:
-            store = PolicyReader(self._client, self._keys, self._config)  # of its own: what was fetched last is told of
+            # a reader of its own: `stats` reports the last fetch of the other
+            store = PolicyReader(self._client, self._keys, self._config)
             manifest, tensors = store.fetch(0)
             self._base = Policy(manifest=manifest, tensors=tensors)
         return self._base.tensors
 
     def _check(self) -> None:
-        """Score the canary of the staged policy, once it is served; or say that the engine refuses it."""
+        """Score the canary of the staged policy once it is served, or report that the engine refuses it."""
         if self._checking.acquire(blocking=False):
             try:
                 manifest = self._unchecked
@@ -191,7 +192,7 @@ class ServedPolicy:
 
 
 class _VersionGate:
-    """Lets groups of one policy version in at a time: those of another wait until the last one is out."""
+    """Admits groups of one policy version at a time: those of another wait until the last one has left."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -201,7 +202,7 @@ class _VersionGate:
 
     @property
     def is_held(self) -> bool:
-        """Whether somebody is inside, or was a moment ago."""
+        """Whether a group is inside, or was a moment ago."""
         return self._inside > 0 or time.monotonic() < self._left_at + _HOLD_S
 
     @contextmanager

@@ -32,7 +32,7 @@ class Prompt:
     target: str | None
     "what the answer is compared with; none where no target column is configured"
     columns: dict[str, Any]
-    "all columns but the prompt's, the target's in full among them; JSON values"
+    "all columns but the prompt's, including the target's in full; JSON values"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class PromptSource(PromptReader):
         super().__init__(config, tokenizer, seed=seed, section=section)
 
     def prompt_at(self, cursor: int) -> Prompt | TooLong:
-        """The prompt that the cursor names. Raises ConfigError, naming row and column, where the row does not fit."""
+        """Return the prompt that the cursor names. Raises ConfigError, naming row and column, where the row is not valid."""
         row, where = self.row_at(cursor)
         prompt = self.cell(row, "prompt_column", where)
         prompt_ids = self.prompt_ids(prompt, where)
@@ -69,7 +69,7 @@ class PromptSource(PromptReader):
         )
 
     def _target(self, row: dict[str, Any], where: str) -> str:
-        """The target's text; a column of numbers or lists gives their JSON."""
+        """Return the target's text; of a number or a list, its JSON."""
         value = self.cell(row, "target_column", where)
         text = value if isinstance(value, str) else json.dumps(value)
         delimiter = self._config.target_delimiter

@@ -1,6 +1,6 @@
 """The `reference` queue: logprobs of finished completions under the frozen base model (policy version 0).
 
-Task threads hand their groups to one model; whoever finds it free computes everything that waits, in one batch. Nothing
+Task threads submit their groups to one model; the thread that finds it free computes all that wait, in one batch. Nothing
 is sent to this queue when trainer.loss.kl_beta is 0.
 """
 
@@ -56,7 +56,7 @@ class ReferenceRole:
         self._loading = threading.Lock()
 
     def score(self, group_id: str) -> None:
-        """Task: the reference part of a group."""
+        """Run the reference stage of a group (Celery task)."""
         self.context.run_stage(group_id, "reference", self._score, fields=("task", "rollout"))
 
     def _score(self, claim: Claim) -> Result:
@@ -69,7 +69,7 @@ class ReferenceRole:
         return Result(payload=encode(logprobs))
 
     def _reference_model(self) -> ReferenceModel:
-        """Loaded at the first group: the base version is published after the workers may have started."""
+        """Load the model at the first group: the base version is published after the workers may have started."""
         with self._loading:
             if self._model is None:
                 torch.set_num_threads(1)
@@ -89,7 +89,7 @@ class ReferenceRole:
 
 
 class ReferenceModel:
-    """`forward(sequences)` from many threads, computed in common batches of what was sampled alike."""
+    """`forward` from many threads, computed in common batches of sequences with equal sampling."""
 
     def __init__(self, model: torch.nn.Module, *, max_batch_tokens: int, end_token_ids: tuple[int, ...] = ()) -> None:
         self._model = model
@@ -101,7 +101,7 @@ class ReferenceModel:
         self._model_lock = threading.Lock()
 
     def forward(self, sequences: list[Sequence], *, sampling: SamplingParams) -> list[NDArray[np.float32]]:
-        """ref_logprobs, float32 [T] each, of (prompt_ids [P], token_ids [T]) that were sampled so."""
+        """Return ref_logprobs, float32 [T] each, of (prompt_ids [P], token_ids [T]) sampled with `sampling`."""
         future: Future[list[NDArray[np.float32]]] = Future()
         with self._queue_lock:
             self._waiting.append((sampling, sequences, future))
@@ -130,7 +130,7 @@ class ReferenceModel:
 
     @torch.no_grad()
     def _compute(self, sequences: list[Sequence], sampling: SamplingParams) -> list[NDArray[np.float32]]:
-        """All logprobs, in the order asked."""
+        """Compute logprobs, in the order of `sequences`."""
         return score_sequences(
             self._model,
             sequences,

@@ -1,11 +1,11 @@
-"""Running a Python program that nobody has read: in a process of its own, with the isolation that this machine offers.
+"""Running an untrusted Python program: in a process of its own, with the isolation that this machine offers.
 
-    files      bubblewrap (`bwrap`): sees the interpreter, an empty /tmp and nothing else; and all of the next
-    network    util-linux' `unshare`: no network, its own process ids, which all end with it; files as this user sees them
-    limits     neither works here: time, memory, file size only
+    files      bubblewrap (`bwrap`): sees the interpreter, an empty /tmp and nothing else; also all of `network`
+    network    util-linux' `unshare`: no network, its own process ids, which all end with it; sees this user's files
+    limits     where neither works: time, memory, file size only
 
 Always: an empty environment, CPU seconds, address space, file size and open files bounded, output cut, one wall-clock limit
-after which everything it started is killed, and killed with us if we die. What is no fault of the program raises SandboxError.
+after which all that it started is killed; it ends with this process. What is not the program's fault raises SandboxError.
 """
 
 from __future__ import annotations
@@ -40,18 +40,16 @@ class SandboxError(RewardError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a program did."""
+    """The result of a program."""
 
     output: str
     "standard output and errors, the first MAX_OUTPUT bytes"
-    exit_code: int
-    "negative: the signal that ended it"
     timed_out: bool
 
 
 @cache
 def available() -> Isolation:
-    """The strictest that works here; asked once."""
+    """Return the strictest level that works here; tried once."""
     for level in reversed(LEVELS):
         wrapper = _wrapper(level)
         if not wrapper:
@@ -68,7 +66,7 @@ def run_python(program: str, *, stdin: str = "", timeout_s: float, memory_mib: i
 
     It reads `stdin`; `program` itself is not in any file or command line that it could read.
     """
-    # processes are counted per user namespace, so this is the program's own number; the machine's root is exempt
+    # processes are counted per user namespace, so this bounds the program alone; the machine's root is exempt
     few = (
         ""
         if isolation == "limits"
@@ -102,7 +100,7 @@ def run_python(program: str, *, stdin: str = "", timeout_s: float, memory_mib: i
         text = output.read(MAX_OUTPUT).decode(errors="replace")
     if process.returncode and text.startswith(("bwrap: ", "unshare: ")):
         raise SandboxError(f"the sandbox could not be started: {text.splitlines()[0]}")
-    return Outcome(output=text, exit_code=process.returncode, timed_out=timed_out)
+    return Outcome(output=text, timed_out=timed_out)
 
 
 def _wrapper(isolation: Isolation) -> list[str]:

@@ -10,14 +10,14 @@ from pydantic import Field, model_validator
 from sluice.common.config.trainer import Section
 
 DEFAULT_ANSWER = r"(?s)<answer>(.*?)</answer>"
-"""As MathReward reads it."""
+"""The pattern of MathReward."""
 
 
 class EvalScores(Section):
     """What is measured on each prompt of an evaluation set, and what counts as correct."""
 
     num_samples: int = Field(default=0, ge=0)
-    """Samples per prompt beside the greedy completion, drawn as `sampling` says; 0 = greedy only."""
+    """Samples per prompt besides the greedy completion, drawn as `sampling` says; 0 = greedy only."""
     pass_at: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Every k whose pass@k is estimated from the samples (k = 1 is `sampled_pass@1`: `pass@1` is greedy); none = 1 and
     num_samples."""
@@ -57,7 +57,7 @@ class EvalScores(Section):
         try:
             num_parts = re.compile(self.answer).groups
         except re.error as error:
-            raise ValueError(f"answer = {self.answer!r} is no regular expression: {error}") from None
+            raise ValueError(f"answer = {self.answer!r} is not a regular expression: {error}") from None
         if num_parts == 0:
             raise ValueError(f"answer = {self.answer!r} has no group: put the answer into parentheses")
         return self

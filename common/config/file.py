@@ -18,20 +18,20 @@ AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 
 def parse_config(text: str, *, overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
-    """Config of a run from YAML text and `dotted.key=value` overrides (values are YAML). Raises ConfigError.
+    """Return a run's config from YAML text and `dotted.key=value` overrides (values are YAML). Raises ConfigError.
 
-    `trainer.preset` is replaced by the values it stands for (`sluice.common.config.presets`): the config does not know it.
+    `trainer.preset` is replaced by the values it names (`sluice.common.config.presets`): the config does not have the key.
     """
     return parse_as(Config, text, overrides=overrides, source=source)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Config of a run from a YAML file. Raises ConfigError."""
+    """Return a run's config from a YAML file. Raises ConfigError."""
     return load_as(Config, path, overrides)
 
 
 def load_as(kind: type[AnyConfig], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyConfig:
-    """As `parse_as`, from a file."""
+    """Do the same as `parse_as`, from a file."""
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -47,7 +47,7 @@ def parse_as(
     source: str = "config",
     folder: Path | None = None,
 ) -> AnyConfig:
-    """A config of that kind from YAML text and overrides. Raises ConfigError with the nearest name of a wrong key.
+    """Return a config of that kind from YAML text and overrides. Raises ConfigError with the nearest name of a wrong key.
 
     folder: that of the file, which is the `code_folder` of a run unless it names another.
     """
@@ -73,12 +73,12 @@ def parse_as(
 
 
 def read_run_config(run_folder: Path) -> Config:
-    """The config that a run folder holds. Raises ConfigError."""
+    """Return the config that a run folder holds. Raises ConfigError."""
     return load_config(_config_file(run_folder))
 
 
 def read_training_config(run_folder: Path) -> Config | SftConfig:
-    """As `read_run_config`, also of a folder that `sluice sft` made. Raises ConfigError."""
+    """Do the same as `read_run_config`, also for a folder that `sluice sft` made. Raises ConfigError."""
     path = _config_file(run_folder)
     is_run = "reward" in yaml.safe_load(path.read_text())
     return load_as(Config, path) if is_run else load_as(SftConfig, path)
@@ -99,7 +99,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     for section in sections:
         child = data.setdefault(section, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {section} is not a section (lists are set whole, as YAML)")
+            raise ConfigError(f"override {override!r}: {section} is not a section (a list is set as a whole, as YAML)")
         data = child
     try:
         data[last] = yaml.safe_load(value)
@@ -108,7 +108,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any, kind: type[BaseModel]) -> str:
-    """One pydantic error as a sentence a user can act on."""
+    """Turn one pydantic error into a sentence a user can act on."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1], kind)

@@ -19,7 +19,7 @@ class ReplicaRange(Section):
 
 
 def _as_replicas(value: object) -> object:
-    """A count or a range, checked here so that an error names the key alone and not the branch of a union."""
+    """Check a count or a range here, so that an error names the key alone and not the branch of a union."""
     if isinstance(value, ReplicaRange):
         return value
     ends = list(value.values()) if isinstance(value, dict) and set(value) == {"min", "max"} else [value]
@@ -71,15 +71,16 @@ class AutoscaleConfig(Section):
     """How `replicas.<queue>: {min, max}` follows the load (docs/scaling.md has the formula)."""
 
     up_after_s: float = Field(default=5.0, gt=0)
-    """Seconds: load is averaged over so many, must be high for so many before workers are added, and is left alone after it."""
+    """Seconds over which load is averaged; before workers are added it must be high for as long, and as long after any change."""
     cooldown_s: float = Field(default=120.0, gt=0)
-    """Seconds without a need for them before workers go, and after any change; over the time that a worker takes to load."""
+    """Seconds without need before workers are removed, and after any change; more than the time that a worker takes to load."""
     wait_s: float = Field(default=1.0, ge=0)
-    """No growth while a part spends less than so many seconds in its queue and its worker, however many there are."""
+    """No workers are added while a stage spends less than this many seconds in queue and worker together."""
     busy_share: float = Field(default=0.5, ge=0, le=1)
-    """No growth while its workers are busy for less of their time: what waits then waits for something else, such as weights."""
+    """No workers are added while the present ones are busy for less of their time: work then waits for something else, such as
+    weights."""
     drain_s: float = Field(default=60.0, ge=0)
-    """A worker that goes may finish what it holds for so many seconds; then it hands back, as at SIGTERM."""
+    """Seconds in which a worker that is removed may finish what it holds; then it returns the rest, as at SIGTERM."""
 
 
 class DashboardConfig(Section):
@@ -88,7 +89,7 @@ class DashboardConfig(Section):
     enabled: bool = True
     """False = none; `sluice dashboard` shows any run at any time."""
     port: int = Field(default=8265, ge=0, le=65535)
-    """Port; another free one is taken where it is in use. 0 = any."""
+    """Port; another free one is used where it is occupied. 0 = any."""
 
 
 class MetricsConfig(Section):

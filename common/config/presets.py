@@ -1,6 +1,6 @@
 """Named algorithms: what `trainer.preset` sets over the separate choices of `trainer` and `trainer.loss`.
 
-A preset is applied when a config file is read, before validation, and is gone afterwards: the config that is stored spells
+A preset is applied when a config file is read, before validation, and does not remain: the config that is stored spells
 out every value, so that no run depends on what a preset means later. A key that the file (or an override) sets itself wins.
 Sources and what each name leaves to the separate keys: docs/algorithms.md.
 """
@@ -17,7 +17,7 @@ PRESETS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce", "rlo
 
 
 def preset_values(name: str, *, max_res_tokens: int) -> dict[str, Any]:
-    """The keys of section `trainer` that a preset sets. max_res_tokens: the run's `sampling.max_res_tokens`."""
+    """Return the keys of section `trainer` that a preset sets. max_res_tokens: the run's `sampling.max_res_tokens`."""
     per_token = {"aggregation": "token_mean", "kl_beta": 0.0, "off_policy": "bypass"}
     per_sequence = {**per_token, "aggregation": "sequence_mean"}
     clipped = {"loss": "grpo", "clip_low": 0.2, "clip_high": 0.2}
@@ -56,9 +56,9 @@ def preset_values(name: str, *, max_res_tokens: int) -> dict[str, Any]:
 
 
 def apply_preset(data: dict[str, Any]) -> None:
-    """Replace `trainer.preset` in the data of a config file by what it stands for. Raises ConfigError for an unknown name.
+    """Replace `trainer.preset` in the data of a config file by its values. Raises ConfigError for an unknown name.
 
-    What is no mapping where one should be is left as it is, for validation to refuse.
+    What is not a mapping where one should be is left as it is, for validation to refuse.
     """
     trainer = data.get("trainer")
     if not isinstance(trainer, dict) or trainer.get("preset") is None:
@@ -77,7 +77,7 @@ def apply_preset(data: dict[str, Any]) -> None:
     values = preset_values(name, max_res_tokens=longest)
     aggregation = trainer["loss"].get("aggregation") if isinstance(trainer.get("loss"), dict) else None
     if aggregation not in (None, values["loss"]["aggregation"]):
-        values["loss"].pop("horizon", None)  # it belongs to the preset's aggregation, not to the file's
+        values["loss"].pop("horizon", None)  # it belongs to the preset's aggregation, which the file replaces
     for key, value in values.items():
         if key == "loss" and isinstance(trainer.setdefault(key, {}), dict):
             trainer[key].update(value | trainer[key])

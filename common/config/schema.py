@@ -53,7 +53,7 @@ class DatasetConfig(PromptConfig):
     target_column: str | None = "target"
     """Column with the answer; none = the rewards need no target."""
     target_delimiter: str | None = None
-    """The target is the text after the last occurrence of this (`"#### "` in GSM8K); none = the whole column."""
+    """The target is the text after the last occurrence of this (`"#### "` in GSM8K); none = the full column."""
     max_req_tokens: int = Field(default=512, ge=1)
     """Prompts over this many tokens are skipped and counted."""
 
@@ -72,16 +72,16 @@ class SamplingConfig(Section):
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     """Cut tokens under min_p times the probability of the likeliest one; 0 = off."""
     min_tokens: int = Field(default=0, ge=0)
-    """No completion ends before so many tokens."""
+    """No completion ends before this many tokens."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts that end a completion, beside the model's own end tokens; they are part of it."""
+    """Texts that end a completion, besides the model's own end tokens; they are part of it."""
 
 
 class RolloutConfig(Section):
     engine: Literal["torch", "vllm"] = "torch"
     """`torch`: embedded, over a transformers model, CPU or CUDA. `vllm`: needs the extra `sluice-rl[vllm]`."""
     concurrency: int = Field(default=16, ge=1)
-    """Groups in flight per rollout worker: the task threads that feed the engine's continuous batch."""
+    """Groups that one rollout worker works on: the task threads that feed the engine's continuous batch."""
     max_sequences: int = Field(default=256, ge=1)
     """Sequences decoded together; groups beyond it wait in the engine."""
     dtype: DType = "float32"
@@ -89,7 +89,7 @@ class RolloutConfig(Section):
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`."""
     in_flight: Literal["keep", "recompute", "drain"] = "keep"
-    """Running sequences at a policy update: go on with their KV cache, with a recomputed one, or finish first."""
+    """Running sequences at a policy update continue with their KV cache, with a recomputed one, or finish first."""
     kv_cache_mib: int | None = Field(default=None, ge=1)
     """MiB of keys and values; sequences over it wait in the engine. None = `torch`: max_sequences of full length, `vllm`:
     what gpu_memory_utilization leaves."""
@@ -98,7 +98,7 @@ class RolloutConfig(Section):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """vLLM only: GPUs that share one model."""
     pipeline_parallel_size: int = Field(default=1, ge=1, le=1)
-    """vLLM only; 1: with more, batches are on their way between two steps, and a token's policy version could not be told."""
+    """vLLM only; 1: with more, batches are in progress between two steps, and a token's policy version would be unknown."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     """vLLM only: share of the GPU's memory that the engine may take."""
     enforce_eager: bool = False
@@ -150,22 +150,22 @@ class ReplayBufferConfig(Section):
     batch_size: int = Field(default=2, ge=1)
     """Groups per data-parallel rank and optimizer step."""
     dp_size: int = Field(default=1, ge=1)
-    """Data-parallel ranks that the batch is meant for; the trainer deals it to as many as it has."""
+    """Data-parallel ranks that the batch is meant for; the trainer divides it among as many as it has."""
     max_policy_age: int = Field(default=1, ge=0)
     """A group is trained only while current version - its version <= this. 0 = strictly on-policy."""
     max_resample_count: int | None = Field(default=0, ge=0)
-    """How often a group may be trained again; none = without limit until it is too old."""
+    """How many more times a group may be trained; none = no limit until it is too old."""
     max_bytes: int = Field(default=4 * 1024**3, ge=1)
     """Admission stops while the run's groups hold more bytes of Redis memory than this."""
 
 
 class CheckpointConfig(Section):
     every_steps: int = Field(default=10, ge=1)
-    """A durable checkpoint every so many steps, and one at the end."""
+    """Steps between durable checkpoints; one more is written at the end."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     keep_best: str | None = None
-    """`<set>/<score>` (`heldout/pass@1`): the checkpoint that did best there is kept as well. Evaluated steps then get a
+    """`<set>/<score>` (`heldout/pass@1`): the checkpoint with the best value is kept as well. Evaluated steps then get a
     checkpoint, which stays until its result is known. None = off."""
 
 
@@ -175,13 +175,13 @@ class PolicyStoreConfig(Section):
     path: str | None = None
     """Folder of the directory transport; none = /dev/shm/sluice-<user id> (this machine only)."""
     keep: int = Field(default=4, ge=2)
-    """Newest versions kept; the base version, versions an evaluation needs, and what deltas rest on stay as well."""
+    """Newest versions kept; the base version, versions that an evaluation needs, and the bases of deltas stay as well."""
     delta: bool = True
-    """Publish what changed since the version before where that is smaller (bf16 weights), instead of whole weights."""
+    """Publish what changed since the version before where that is smaller (bf16 weights), instead of full weights."""
     full_every: int = Field(default=16, ge=2)
-    """Every so many versions whole weights beside the delta, where processes without a recent version begin."""
+    """Versions from one full snapshot to the next, published beside the delta: processes without a recent version begin there."""
     pickup_alarm_s: float = Field(default=60.0, gt=0)
-    """A published version that no rollout worker serves after so many seconds raises an alarm."""
+    """A published version that no rollout worker serves after this many seconds raises an alarm."""
 
 
 class EvalDataset(EvalScores):
@@ -190,25 +190,25 @@ class EvalDataset(EvalScores):
     dataset: DatasetConfig
     """Where the prompts come from."""
     num_prompts: int | None = Field(default=None, ge=1)
-    """First so many rows; none = all."""
+    """Rows used, from the first on; none = all."""
 
 
 class EvaluationConfig(Section):
     datasets: tuple[EvalDataset, ...] = ()
     """Held-out sets; none = no evaluation."""
     every_steps: int = Field(default=0, ge=0)
-    """Evaluate every so many steps, besides before and after training; 0 = only those two."""
+    """Steps between evaluations, besides those before and after training; 0 = only those two."""
 
 
 class LeaseConfig(Section):
     running_s: float = Field(default=15.0, gt=0)
-    """A claimed part that is not renewed for so long is given to another worker."""
+    """A claimed stage that is not renewed for this many seconds is reassigned to another worker."""
     queued_s: float = Field(default=10.0, gt=0)
-    """A sent part that nobody claimed is sent again after so long, doubling each time."""
+    """A sent stage that no worker has claimed is sent again after this many seconds, doubling each time."""
     max_attempts: int = Field(default=3, ge=1)
-    """Claims of one part before the group is dead-lettered."""
+    """Claims of one stage before the group is dead-lettered."""
     shutdown_grace_s: float = Field(default=5.0, ge=0)
-    """SIGTERM: what cannot finish within this is handed back."""
+    """SIGTERM: what cannot finish within this many seconds is returned to the queue."""
 
 
 class Config(Section):
@@ -297,12 +297,12 @@ class Config(Section):
             )
         if self.sampling.group_size == 1:
             raise ValueError(
-                "sampling.group_size=1 gives every completion an advantage of 0, nothing would be learnt: "
+                "sampling.group_size=1 gives every completion an advantage of 0, so nothing would be learned: "
                 "use 2 or more (8 is usual)"
             )
         if self.sampling.temperature == 0:
             raise ValueError(
-                "sampling.temperature=0 makes all completions of a group equal, nothing would be learnt: use 1.0"
+                "sampling.temperature=0 makes all completions of a group equal, so nothing would be learned: use 1.0"
             )
         if endless := [e.name for e in self.evaluation.datasets if e.dataset.streaming and e.num_prompts is None]:
             raise ValueError(f"evaluation.datasets {endless}: a streaming set needs num_prompts")
@@ -317,15 +317,15 @@ class Config(Section):
         known = [f"{e.name}/{score}" for e in self.evaluation.datasets for score in e.scores]
         if best is not None and best not in known:
             raise ValueError(
-                f"checkpoint.keep_best = {best!r} is no score of evaluation.datasets: use one of {', '.join(known) or 'none'}"
+                f"checkpoint.keep_best = {best!r} is not a score of evaluation.datasets: use one of {', '.join(known) or 'none'}"
             )
         if best is not None and self.evaluation.every_steps == 0:
             raise ValueError(
-                f"checkpoint.keep_best = {best!r} has nothing to choose from with evaluation.every_steps=0: set how often "
+                f"checkpoint.keep_best = {best!r} has nothing to compare with evaluation.every_steps=0: set how often "
                 "to evaluate"
             )
         return self
 
     def to_yaml(self) -> str:
-        """The resolved config, every default spelled out."""
+        """Return the resolved config as YAML, with every default."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

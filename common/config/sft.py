@@ -12,22 +12,22 @@ RL_ONLY = (
     "num_iterations", "advantage", "filter_zero_variance", "max_refill", "loss", "objective", "mask_truncated",
     "overlong_penalty", "parallel", "stall_report_s",
 )  # fmt: skip
-"""Keys of `trainer` that nothing reads here, in one process and without rewards; setting one is refused."""
+"""Keys of `trainer` that have no effect here, in one process and without rewards; setting one is refused."""
 
 
 class ExamplesConfig(PromptConfig):
     completion_column: str | None = "completion"
-    """Column with what is learnt: text, or a list of one assistant message. None = `prompt_column` holds whole
-    conversations, of which the last turn, the assistant's, is learnt."""
+    """Column with what is learned: text, or a list of one assistant message. None = `prompt_column` holds full
+    conversations, of which the last turn, the assistant's, is learned."""
 
 
 class HeldOutConfig(Section):
     dataset: ExamplesConfig
     """Examples that are not trained on; never shuffled."""
     num_examples: int | None = Field(default=None, ge=1)
-    """First so many rows; none = all."""
+    """Rows used, from the first on; none = all."""
     every_steps: int = Field(default=0, ge=0)
-    """Measure every so many steps, besides before and after training; 0 = only those two."""
+    """Steps between measurements, besides those before and after training; 0 = only those two."""
 
     @model_validator(mode="after")
     def _ends(self) -> HeldOutConfig:
@@ -38,7 +38,7 @@ class HeldOutConfig(Section):
 
 class SftCheckpointConfig(Section):
     every_steps: int = Field(default=100, ge=1)
-    """A durable checkpoint every so many steps, and one at the end."""
+    """Steps between durable checkpoints; one more is written at the end."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
 
@@ -57,10 +57,10 @@ class SftConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     """Examples per optimizer step."""
     num_epochs: int | None = Field(default=None, ge=1)
-    """Passes over the examples of a table that are not skipped, in place of trainer.num_steps: all rows are read once to count
+    """Passes over the examples of a table that are not skipped, instead of trainer.num_steps: all rows are read once to count
     them. The last step may reach into the next pass."""
     trainer: TrainerConfig = TrainerConfig()
-    """Optimisation: as in a run, without what is RL's alone."""
+    """Optimisation: as in a run, without the keys that only RL has."""
     checkpoint: SftCheckpointConfig = SftCheckpointConfig()
     """Durable state."""
     held_out: HeldOutConfig | None = None
@@ -71,17 +71,17 @@ class SftConfig(Section):
         if idle := [name for name in RL_ONLY if name in self.trainer.model_fields_set]:
             raise ValueError(f"trainer.{idle[0]} has no effect in supervised training: remove it")
         if self.num_epochs is not None and "num_steps" in self.trainer.model_fields_set:
-            raise ValueError("num_epochs and trainer.num_steps both say when to end: set one of them")
+            raise ValueError("num_epochs and trainer.num_steps both set the end: set one of them")
         return self
 
     def for_examples(self, num_examples: int) -> SftConfig:
-        """The same with `num_epochs` turned into steps over so many examples."""
+        """Return the same config with `num_epochs` turned into steps over `num_examples`."""
         if self.num_epochs is None:
             return self
         trainer = self.trainer.model_copy(update={"num_steps": -(-num_examples * self.num_epochs // self.batch_size)})
         return self.model_copy(update={"num_epochs": None, "trainer": trainer})
 
     def to_yaml(self) -> str:
-        """The resolved config, every default spelled out."""
+        """Return the resolved config as YAML, with every default."""
         data = self.model_dump(mode="json", exclude={"trainer": set(RL_ONLY)})
         return yaml.safe_dump(data, sort_keys=False)

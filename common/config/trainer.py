@@ -16,7 +16,7 @@ _MAX_REFILL = 10
 
 
 class Section(BaseModel):
-    """A part of the config: data, frozen, unknown keys refused."""
+    """A section of the config: data, frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -111,9 +111,9 @@ class OverlongPenalty(Section):
     """What a completion near the bound on its length loses of its reward; arXiv:2503.14476, equation 13."""
 
     buffer_tokens: int = Field(ge=1)
-    """The penalty grows linearly over the last so many tokens before sampling.max_res_tokens."""
+    """The penalty grows linearly over this many tokens before sampling.max_res_tokens."""
     penalty: float = Field(default=1.0, gt=0.0)
-    """Taken off the reward of a completion of full length."""
+    """Subtracted from the reward of a completion of full length."""
 
 
 PEFT_MISSING = "trainer.lora needs peft: `pip install 'sluice-rl[lora]'`, or leave trainer.lora out"
@@ -131,12 +131,12 @@ class LoraConfig(Section):
 
     @property
     def scale(self) -> float:
-        """Of B A."""
+        """Factor of B A."""
         return self.alpha / self.rank
 
 
 class TrainerConfig(Section):
-    """The key `preset` of a file names what sets several of these at once; it is resolved when the file is read."""
+    """In a file, the key `preset` sets several of these at once; it is resolved when the file is read."""
 
     num_steps: int = Field(default=100, ge=1)
     """Batches of the run; each gives a policy version."""
@@ -145,10 +145,10 @@ class TrainerConfig(Section):
     local_batch_size: int = Field(default=2, ge=1)
     """Full-length sequences per micro-batch; with seq_len this is the token budget."""
     max_tokens_per_microbatch: int | None = Field(default=None, ge=1)
-    """The token budget of one forward and backward pass, where local_batch_size * seq_len is not to be it. Prompts and
-    completions count; pads too where packing is off or the model cannot be packed."""
+    """The token budget of one forward and backward pass, instead of local_batch_size * seq_len. Prompts and
+    completions count; so does padding where packing is off or the model cannot be packed."""
     packing: Literal["auto", "off"] = "auto"
-    """`auto`: no pads run through a model that can do without (all layers plain causal attention). `off`: always padded."""
+    """`auto`: no padding runs through a model that needs none (all layers plain causal attention). `off`: always padded."""
     seq_len: int = Field(default=2048, ge=2)
     """Bound on prompt + completion, in tokens."""
     device: str = "auto"
@@ -158,7 +158,7 @@ class TrainerConfig(Section):
     CPUs. The batch is the same for any number of ranks."""
     autocast: Literal["float32", "bfloat16"] = "float32"
     """Compute precision; master weights and optimizer state are float32 always. (float16 has too small a range for
-    gradients of a loss that is divided by a whole step's tokens.)"""
+    gradients of a loss that is divided by all tokens of a step.)"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     advantage: AdvantageName | str = "group"
@@ -168,7 +168,7 @@ class TrainerConfig(Section):
     (DAPO's dynamic sampling)."""
     max_refill: int = Field(default=_MAX_REFILL, ge=1)
     """filter_zero_variance only: batches' worth of groups that may be dropped for one batch; after that such groups are
-    trained, with advantage 0, until the batch is taken."""
+    trained, with advantage 0, until the batch is sampled."""
     loss: LossConfig = LossConfig()
     """Policy loss."""
     objective: str | None = None
@@ -192,7 +192,7 @@ class TrainerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled to at most this global norm."""
     lora: LoraConfig | None = None
-    """Train a LoRA adapter upon frozen weights; none = train all weights."""
+    """Train a LoRA adapter on frozen weights; none = train all weights."""
     stall_report_s: float = Field(default=5.0, gt=0)
     """While no batch is ready, the cause is logged this often, in seconds."""
 

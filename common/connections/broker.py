@@ -1,9 +1,9 @@
-"""The Celery app of a run, without its tasks: queues, transport settings and how a part is sent.
+"""The Celery app of a run, without its tasks: queues, transport settings and how a stage is sent.
 
-Every setting here was measured (see docs/operations.md): the defaults hang for ever on a half-open connection, redeliver
+Every setting here was measured (see docs/operations.md): the defaults hang forever on a half-open connection, redeliver
 after up to 100 s, or end the worker. A message is a hint, the ledger is the truth: acknowledging late keeps a
 message visible while it is worked on, a message delivered twice is refused by `claim`, and a message that cannot be sent is
-given up with a warning: the ledger sends what is owed again.
+dropped with a warning: the ledger sends what is pending again.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from sluice.common.pipeline import QUEUES, kind_of, stage_of
 log = logging.getLogger("sluice.broker")
 
 SEND_PAUSE_S = 5.0
-"""After a message could not be sent, no other is tried for so long: a role must not spend its time on a dead broker."""
+"""After a message could not be sent, none is tried for this long: a role must not spend its time on a dead broker."""
 
 
 def make_app(run: str, *, url: str | None = None) -> Celery:
-    """A Celery app bound to one run's queues, on the broker of the environment unless `url` names it. Does not connect."""
+    """Return a Celery app bound to one run's queues, on `url` or the broker of the environment. Does not connect."""
     app = Celery("sluice", set_as_current=False)
     where, transport, options = _broker(url or broker_url())
     app.conf.update(
@@ -63,13 +63,13 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
             "unacked_restore_interval": 5,
             "unacked_restore_throttle": 1,
             "unacked_mutex_expire": 15,
-            # a connection that died silently is found within 12 s: BRPOP is overdue after 6 s, looked at every 5 s
+            # a connection that died silently is found within 12 s: BRPOP is overdue after 6 s, checked every 5 s
             "socket_timeout": 3,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
             "retry_on_timeout": True,
             "health_check_interval": 5,
-            "max_retries": 1,  # of a producer's connection: for ever by default
+            "max_retries": 1,  # of a producer's connection: unbounded by default
             **options,
         },
     )
@@ -77,16 +77,15 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
 
 
 def _broker(url: str) -> tuple[str, str, dict[str, str]]:
-    """Celery's broker URL, transport and transport options for one of our URLs."""
+    """Return Celery's broker URL, transport and transport options for one of our URLs."""
     if url.startswith("unix://"):  # redis-py's form of it; ours so that one URL serves both
-        TRANSPORT_ALIASES["sluice"] = (
-            "sluice.common.connections.transport:Transport"  # a socket's URL wants a name before its plus
-        )
+        # a socket's URL needs a name before its plus
+        TRANSPORT_ALIASES["sluice"] = "sluice.common.connections.transport:Transport"
         return f"sluice+{_socket_url(url)}", "sluice", {}
     if not sentinel.is_sentinel(url):
         return url, "sluice.common.connections.transport:Transport", {}
     address = sentinel.parse(url)
-    host, port = address.sentinels[0]  # only shown: the transport asks the sentinels of its option
+    host, port = address.sentinels[0]  # display only: the transport asks the sentinels of its option
     return (
         f"sentinel://{host}:{port}/{address.database}",
         "sluice.common.connections.transport:SentinelTransport",
@@ -95,7 +94,7 @@ def _broker(url: str) -> tuple[str, str, dict[str, str]]:
 
 
 def _socket_url(url: str) -> str:
-    """`unix://user:password@/path?db=0`, or with `&password=`, as kombu says it."""
+    """Convert `unix://user:password@/path?db=0`, or with `&password=`, to kombu's form."""
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     user = quote(query["username"], safe="") if "username" in query else parts.username or ""
@@ -120,7 +119,7 @@ _pauses: WeakKeyDictionary[Celery, _Pause] = WeakKeyDictionary()
 
 
 def send(app: Celery, name: str, queue: str, *args: Any) -> bool:
-    """Send a task by name; the arguments are ids, never payloads. False: the broker does not take it now."""
+    """Send a task by name; the arguments are ids, never payloads. False: the broker does not accept it now."""
     pause = _pauses.setdefault(app, _Pause())
     if time.monotonic() < pause.until:
         pause.num_skipped += 1
@@ -134,7 +133,7 @@ def send(app: Celery, name: str, queue: str, *args: Any) -> bool:
         return False
     if pause.num_skipped:
         log.warning(
-            "%d messages were not sent while the broker was away; the ledger sends them again", pause.num_skipped
+            "%d messages were not sent while the broker was unavailable; the ledger sends them again", pause.num_skipped
         )
         pause.num_skipped = 0
     return True

@@ -1,12 +1,12 @@
 """Connections to Redis: one place for time-outs, retries and the message when it cannot be reached.
 
 `SLUICE_REDIS_URL` names the data server, `SLUICE_BROKER_URL` the Celery broker where it is another one, `SLUICE_RUN` the run;
-each URL may stand in a file that `SLUICE_REDIS_URL_FILE` or `SLUICE_BROKER_URL_FILE` names (see secrets.py).
+each URL may be in a file that `SLUICE_REDIS_URL_FILE` or `SLUICE_BROKER_URL_FILE` names (see secrets.py).
 Both may be a `sentinel://` URL (see sentinel.py).
 
-Every client that `connect` makes waits out an outage (see patience.py); the first connection does not, so that a wrong URL
-is said at once. A connection that died silently costs one time-out: a reply that does not come within SOCKET_TIMEOUT_S is
-asked for again on a new connection.
+Every client that `connect` makes waits out an outage (see outage.py); the first connection does not, so that a wrong URL
+fails at once. A connection that died silently costs one time-out: a reply that does not come within SOCKET_TIMEOUT_S is
+requested again on a new connection.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OLDEST_SERVER = (6, 2)
 
 
 def redis_url() -> str:
-    """The data server's URL. Raises ConfigError when it is not named."""
+    """Return the data server's URL. Raises ConfigError when it is not set."""
     url = secret("SLUICE_REDIS_URL")
     if not url:
         raise ConfigError(
@@ -44,12 +44,12 @@ def redis_url() -> str:
 
 
 def broker_url() -> str:
-    """The Celery broker's URL: the data server unless SLUICE_BROKER_URL names another."""
+    """Return the Celery broker's URL: the data server unless SLUICE_BROKER_URL names another."""
     return secret("SLUICE_BROKER_URL") or redis_url()
 
 
 def run_name() -> str:
-    """The run this process works for. Raises ConfigError when it is not named."""
+    """Return the name of the run that this process works for. Raises ConfigError when it is not set."""
     run = os.environ.get("SLUICE_RUN")
     if not run:
         raise ConfigError("SLUICE_RUN is not set: name the run this process works for (`sluice runs` lists them)")
@@ -57,7 +57,7 @@ def run_name() -> str:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be logged."""
+    """Return the URL as it may be logged."""
     parts = urlsplit(url)
     parts = parts._replace(query=re.sub(r"(password=)[^&]*", r"\1***", parts.query))
     if parts.password is not None:
@@ -89,10 +89,10 @@ class _Pipeline(Pipeline):
 
 
 def connect(url: str | None = None, **options: Any) -> redis.Redis:
-    """A checked client. Replies are bytes, RESP2. Raises ConfigError, and ConnectionFailed when the server is unreachable,
-    refuses the password or is too old.
+    """Return a checked client. Replies are bytes, RESP2. Raises ConfigError, and ConnectionFailed when the server is
+    unreachable, refuses the password or is too old.
 
-    Its commands wait for a server that is away or refuses writes, at most OUTAGE_S, unless `retry` says otherwise.
+    Its commands wait for a server that is unavailable or refuses writes, at most OUTAGE_S, unless `retry` says otherwise.
     """
     url = url or redis_url()
     settings: dict[str, Any] = {
@@ -128,20 +128,20 @@ def _outage_retry(client: redis.Redis) -> OutageRetry | None:
 
 
 def outage(client: redis.Redis) -> str | None:
-    """What a call of this client waits for at this moment, in a sentence; None when none waits. Asks no server."""
+    """Return a sentence that says what a call of this client waits for now; None when none waits. Asks no server."""
     policy = _outage_retry(client)
     return policy and policy.outage
 
 
 def give_up_after(client: redis.Redis, seconds: float) -> None:
-    """From now on wait for an outage at most so long: a process that is asked to stop must not hang on a server that is away."""
+    """Bound the wait for an outage from now on: a process that is asked to stop must not hang on an unavailable server."""
     policy = _outage_retry(client)
     if policy:
         policy.limit_s = seconds
 
 
 def persistence_warning(client: redis.Redis) -> str | None:
-    """One sentence when a crash of the server would lose the run; None when it keeps an append-only file."""
+    """Return one sentence when a crash of the server would lose the run; None when it keeps an append-only file."""
     if client.info("persistence").get("aof_enabled"):
         return None
     return (

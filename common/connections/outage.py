@@ -1,4 +1,4 @@
-"""Waiting out a Redis that is away or refuses writes: bounded, said in words, visible to every thread.
+"""Waiting for a Redis that is unavailable or refuses writes: bounded, reported in words, visible to every thread.
 
 A call that fails for one of the reasons below is repeated until it succeeds or the limit has passed; everything else (a
 script's own error, a wrong type, a refused password) surfaces at once. Repeating is safe because every write of ours is an
@@ -22,7 +22,7 @@ from redis.retry import Retry
 from sluice.common.errors import ConnectionFailed
 
 OUTAGE_S = 600.0
-"""Longest wait of a role for its data server: a server that is restarted, moved or given more memory is back sooner."""
+"""Longest wait of a role for its data server: a restart, a move or more memory takes less."""
 FIRST_REPORT_S = 2.0
 REPORT_EVERY_S = 5.0
 
@@ -39,7 +39,7 @@ _REFUSALS = {
     "UNBLOCKED": "was demoted to a replica: waiting",
 }
 _CODE = re.compile(rf"(?:^|caused error: |: -)({'|'.join(_REFUSALS)}) ")
-"""redis-py strips the codes it has classes for; a pipeline puts the command in front, an old server the script's line."""
+"""redis-py strips the codes it has classes for; a pipeline puts the command before it, an old server the script's line."""
 _CLASSES = {
     redis.OutOfMemoryError: "OOM",
     redis.exceptions.ReadOnlyError: "READONLY",
@@ -48,7 +48,7 @@ _CLASSES = {
 
 
 def refusal(error: BaseException) -> str | None:
-    """Why a server does not do now what it would do later, in words; None when the error is no such refusal."""
+    """Return why a server refuses for now, in words; None when the error is not a temporary refusal."""
     for kind, code in _CLASSES.items():
         if isinstance(error, kind):
             return _REFUSALS[code]
@@ -61,7 +61,7 @@ class RefusesWrites(redis.ConnectionError):
 
 
 def _trouble(error: BaseException) -> str | None:
-    """What to wait for, as a predicate of "Redis at ..."; None when waiting is of no use."""
+    """Return what to wait for, as a predicate of "Redis at ..."; None when waiting is of no use."""
     if isinstance(error, (redis.AuthenticationError, redis.exceptions.AuthorizationError)):
         return None
     if isinstance(error, RefusesWrites):
@@ -77,7 +77,7 @@ def _trouble(error: BaseException) -> str | None:
 
 
 def not_permitted(error: BaseException) -> str | None:
-    """What an ACL refused, and what to do about it; None for any other error. Also what a script may not do comes here."""
+    """Return what an ACL refused, to a command or inside a script, and what to do about it; None for any other error."""
     text = str(error)
     in_script = "ACL failure" in text or "user executing the script can't" in text
     if not isinstance(error, redis.exceptions.NoPermissionError) and not in_script:
@@ -104,11 +104,11 @@ class OutageRetry(Retry):
         return self  # redis-py copies the policy into each connection; the outage is one
 
     def update_supported_errors(self, specified_errors: Any) -> None:
-        """Which errors are waited out is decided above."""
+        """Ignore redis-py's list: `_trouble` decides which errors are waited for."""
 
     @property
     def outage(self) -> str | None:
-        """The sentence for whoever asks why nothing moves; None while no call waits."""
+        """Why nothing moves, in a sentence; None while no call waits."""
         with self._lock:
             return self._sentence()
 
@@ -125,7 +125,7 @@ class OutageRetry(Retry):
         is_retryable: Callable[[Exception], bool] | None = None,
         with_failure_count: bool = False,
     ) -> Any:
-        """As redis-py's, except that it goes by time. The last error is raised when the limit has passed."""
+        """Retry as redis-py does, but bounded by time. The last error is raised when the limit has passed."""
         if getattr(self._thread, "waits", False):  # the call around this one repeats both
             try:
                 return do()

@@ -9,9 +9,9 @@ from sluice.common.errors import ConfigError
 
 
 def secret(name: str) -> str | None:
-    """The value of NAME, else the content of the file that NAME_FILE names; None where neither is set. An empty variable
-    counts as none, so that a role can be started without a secret that its parent has.
+    """Return the value of NAME, else the content of the file that NAME_FILE names; None where neither is set.
 
+    An empty variable counts as not set, so that a role can be started without a secret that its parent has.
     Raises ConfigError for both at once, and for a file that cannot be read or is empty.
     """
     value, file = os.environ.get(name), os.environ.get(f"{name}_FILE")
@@ -22,7 +22,7 @@ def secret(name: str) -> str | None:
     try:
         content = Path(file).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(f"{name}_FILE={file} cannot be read: {reason}") from None
     if not content:
         raise ConfigError(f"{name}_FILE={file} is empty")

@@ -22,14 +22,14 @@ from sluice.common.errors import ConfigError, ConnectionFailed
 
 SCHEME = "sentinel"
 _ANSWER_S = 2.0
-"""A sentinel that does not answer so long is passed over for the next."""
+"""A sentinel that does not answer for this long is skipped for the next."""
 _FORM = "sentinel://:password@host1:26379,host2:26379/mymaster/0"
 
 
 class MasterConnection(SentinelManagedConnection):
     """A connection that asks for the master each time it connects.
 
-    redis-py's asks only when a connection leaves the pool: a command that is repeated through a fail-over would go on
+    redis-py's asks only when a connection leaves the pool: a command that is repeated through a fail-over would keep
     connecting to the old address.
     """
 
@@ -56,12 +56,12 @@ class SentinelAddress:
 
     @property
     def server(self) -> str:
-        """How messages name it: without passwords."""
+        """Its name in messages: without passwords."""
         hosts = ",".join(f"{host}:{port}" for host, port in self.sentinels)
         return f"{SCHEME}://{hosts}/{self.master}/{self.database}"
 
     def manager(self, **options: Any) -> Sentinel:
-        """redis-py's view of the sentinels; `options` are those of connections to the master."""
+        """Return redis-py's view of the sentinels; `options` are those of connections to the master."""
         return Sentinel(
             self.sentinels,
             sentinel_kwargs={
@@ -74,7 +74,7 @@ class SentinelAddress:
         )
 
     def master_address(self) -> tuple[str, int]:
-        """Where the master is now. Raises ConnectionFailed that says what is wrong."""
+        """Return where the master is now. Raises ConnectionFailed that says what is wrong."""
         silent: list[str] = []
         known: set[str] = set()
         with self.manager() as manager:
@@ -100,7 +100,7 @@ class SentinelAddress:
 
 
 def parse(url: str) -> SentinelAddress:
-    """Raises ConfigError when the URL is not of the form above."""
+    """Parse a sentinel URL. Raises ConfigError when it is not of the form above."""
     parts = urlsplit(url)
     hosts = [part for part in parts.netloc.rpartition("@")[2].split(",") if part]
     try:

@@ -1,11 +1,11 @@
 """Kombu's Redis transport, so that a broker in trouble or a foreign element in a queue costs time and never a worker.
 
-* An element that is no message is set aside in `<prefix>rejected` (the newest 100, 4 KiB of each), named in the log, and
-  consuming goes on. kombu lets the decoding error end the worker, one worker per element.
-* A broker that refuses writes (out of memory, disk full, demoted) is a lost connection: Celery reconnects with the tasks in
-  its hands instead of ending. Every command waits BROKER_WAIT_S for it first, which paces the reconnections; what the event
+* An element that is not a message is moved to `<prefix>rejected` (the newest 100, 4 KiB of each) and logged, and
+  consuming continues. kombu lets the decoding error end the worker, one worker per element.
+* A broker that refuses writes (out of memory, disk full, demoted) is a lost connection: Celery reconnects and keeps the tasks
+  that it holds instead of ending. Every command waits BROKER_WAIT_S for it first, which paces the reconnections; what the event
   loop waits for (BRPOP, subscriptions) fails at once.
-* A channel whose transport was closed says so with a connection error. kombu's reaches through a None there (AttributeError
+* A channel whose transport was closed raises a connection error. kombu's dereferences a None there (AttributeError
   in `Channel.close`) when the broker dies between the closing of two channels, which ended the worker.
 * One client object per channel. kombu makes a new `redis.Redis` for every command, two per consumed message and one per
   published one; the constructor alone was a quarter to a third of a consumer's main thread.
@@ -35,7 +35,7 @@ from sluice.common.connections.sentinel import MasterConnection, parse
 log = logging.getLogger("sluice.broker")
 
 BROKER_WAIT_S = 5.0
-"""How long one command waits for a broker that is away or refuses writes, before Celery's own reconnection takes over."""
+"""How long one command waits for a broker that is unavailable or refuses writes, before Celery itself reconnects."""
 _CONTENT = {"application/x-msgpack", "application/json"}
 MAX_REJECTED = 100
 MAX_REJECTED_BYTES = 4096
@@ -94,14 +94,14 @@ class Channel(kombu_redis.Channel):
         yield client
 
     def close(self) -> None:
-        self._outage_retry.limit_s = 0.0  # what cannot be handed back now is sent again by the ledger
+        self._outage_retry.limit_s = 0.0  # what cannot be returned now is sent again by the ledger
         super().close()
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
         if self.connection is None or self.connection.client is None:
             raise redis.ConnectionError("this channel of the broker was closed")
-        # What the event loop reads must fail when it is lost: a subscription that reconnects by itself is then read without
-        # a bound in the consumer's only thread, and a BRPOP of a socket that nobody polls is never read.
+        # What the event loop reads must fail when it is lost: a subscription that reconnects silently is then read without
+        # a bound in the consumer's only thread, and a BRPOP on a socket that is not polled is never read.
         retry = Retry(NoBackoff(), 0) if asynchronous else self._outage_retry
         return {**super()._connparams(asynchronous), "retry": retry}
 
@@ -110,7 +110,7 @@ class Channel(kombu_redis.Channel):
         return partial(_Client, global_keyprefix=self.global_keyprefix, examine=self._examine)
 
     def _examine(self, key: bytes, element: bytes) -> bool:
-        """Whether an element of a queue is a message that Celery survives; what is none is set aside."""
+        """Return whether an element of a queue is a message that Celery survives; any other is set aside."""
         try:
             payload = json.loads(element)
             message = self.Message(payload, channel=self, accept=_CONTENT)
@@ -123,14 +123,14 @@ class Channel(kombu_redis.Channel):
                 if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
                     raise TypeError("the body is not (args, kwargs, options)")
             if not all(isinstance(text, str) for text in texts):
-                raise TypeError("a name or an id is no text")
+                raise TypeError("a name or an id is not text")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, KombuError) as error:
             self._set_aside(key.decode().split(self.sep)[0], element, error)
             return False
         return True
 
     def _set_aside(self, queue: str, element: bytes, error: Exception) -> None:
-        log.error("an element of queue `%s` is no message and was set aside (%r): %r", queue, error, element[:100])
+        log.error("an element of queue `%s` is not a message and was set aside (%r): %r", queue, error, element[:100])
         record = {
             "queue": queue,
             "at": time.time(),
@@ -152,7 +152,7 @@ class Transport(kombu_redis.Transport):
     Channel = Channel
 
     def close_connection(self, connection: Any) -> None:
-        """Close every channel, also when the broker is gone and the first one fails."""
+        """Close every channel, also when the broker has died and the first one fails."""
         self.cycle.close()  # type: ignore[union-attr]
         for channels in (self._avail_channels, self.channels):
             while channels:
@@ -160,7 +160,7 @@ class Transport(kombu_redis.Transport):
                 try:
                     channel.close()
                 except self.connection_errors as error:
-                    log.warning("messages in hand were not handed back to the broker: %s", error)
+                    log.warning("unfinished messages were not returned to the broker: %s", error)
 
 
 class _Master(_RefusalsAreConnectionErrors, MasterConnection):
@@ -187,7 +187,7 @@ class SentinelChannel(Channel):
         return manager.master_for(address.master).connection_pool
 
     def _keep(self, manager: Sentinel, asynchronous: bool) -> Sentinel:
-        """kombu closes its connections to the sentinels with the channel."""
+        """Store it where kombu closes the connections to the sentinels with the channel."""
         if asynchronous:
             self._async_sentinel_manager = manager
         else:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PromptReader:
-    """Rows by cursor, and what stands in them. Not thread-safe."""
+    """Rows by cursor, and their cells. Not thread-safe."""
 
     def __init__(
         self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
@@ -35,19 +35,19 @@ class PromptReader:
         return self._rows.num_rows
 
     def epoch_of(self, cursor: int) -> int:
-        """Epochs completed before this cursor; 0 for a stream of which this worker has not yet met the end."""
+        """Return the epochs completed before this cursor; 0 for a stream whose end this worker has not yet reached."""
         return self._rows.epoch_of(cursor)
 
     def close(self) -> None:
-        """Let go of a stream's open file: a Parquet stream still open at interpreter exit prints a traceback."""
+        """Release a stream's open file: a Parquet stream still open at interpreter exit prints a traceback."""
         self._rows.close()
 
     def row_at(self, cursor: int) -> tuple[dict[str, Any], str]:
-        """The row that the cursor names, and in words where it is."""
+        """Return the row that the cursor names, and its location in words."""
         return self._rows.row_at(cursor)
 
     def cell(self, row: dict[str, Any], key: str, where: str) -> Any:
-        """Value of the column that the config key names; never None."""
+        """Return the value of the column that the config key names; never None. Raises ConfigError."""
         column = getattr(self._config, key)
         if column not in row:
             near = difflib.get_close_matches(column, row, n=1)
@@ -60,7 +60,7 @@ class PromptReader:
         return plain(row[column])
 
     def prompt_ids(self, prompt: Any, where: str) -> list[int]:
-        """Token ids of a prompt: by the chat template where it is wanted and there is one, as plain text otherwise."""
+        """Return token ids of a prompt: by the chat template where it is wanted and exists, as plain text otherwise."""
         system = self._config.system_prompt
         templated = self._config.chat_template and bool(self._tokenizer.chat_template)
         if isinstance(prompt, str) and not templated:
@@ -69,11 +69,11 @@ class PromptReader:
             messages = self._messages(prompt, where, templated=templated)
             try:
                 text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            except Exception as error:  # templates raise what they like, e.g. where a model knows no system role
+            except Exception as error:  # templates raise any exception, e.g. where a model knows no system role
                 raise ConfigError(
                     f"{self._source}, {where}: the chat template refuses it: {short_reason(error)}"
                 ) from None
-            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has added them
         if not ids:
             raise ConfigError(f"{self._source}, {where}: the prompt is empty; fill in or remove that row")
         return ids
@@ -104,7 +104,7 @@ class PromptReader:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON and msgpack know it."""
+    """Return the value in the types of JSON and msgpack."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, dict):

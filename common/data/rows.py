@@ -5,9 +5,9 @@ growing. What a cursor names depends on the config and the seed alone, so any wo
 exactly:
 
     table    epoch, i = divmod(cursor, num_rows); the row is permutation(seed, epoch)[i], or row i without shuffle.
-    stream   epoch and i likewise, once the end of the first epoch has been met; epoch 0 and i = cursor before. The row
-             is number i of the stream, shuffled in a window with (seed, epoch). It is reached by reading on from where
-             this worker stands, over rows that others took; a lower i starts the stream again.
+    stream   epoch and i likewise, once the end of the first epoch has been reached; epoch 0 and i = cursor before. The
+             row is number i of the stream, shuffled in a window with (seed, epoch). The worker reads forward to it from
+             its own position, over rows that others use; a lower i starts the stream again.
 
 The window is our own: the order of IterableDataset.shuffle changes between versions of datasets, and 5.2 sleeps 5 s
 whenever a shuffled Parquet stream ends. Shards are read in the order in which they are listed.
@@ -30,13 +30,13 @@ from sluice.common.errors import ConfigError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# What datasets 5.2 says of a JSON or CSV file, and of a Parquet file, without rows.
+# What datasets 5.2 reports for a JSON or CSV file, and for a Parquet file, without rows.
 _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")
 _log = logging.getLogger(__name__)
 
 
 def open_rows(config: PromptConfig, *, seed: int, section: str) -> Table | Stream:
-    """The configured dataset; errors name the config `section`. Raises ConfigError: not found, unreadable, empty."""
+    """Open the configured dataset; errors name the config `section`. Raises ConfigError: not found, unreadable, empty."""
     source = f"{section}.path = {config.path!r}"
     rows = _load(config, section)
     order = seed if config.shuffle else None
@@ -60,7 +60,7 @@ class Table:
         return cursor // self.num_rows
 
     def row_at(self, cursor: int) -> tuple[dict[str, Any], str]:
-        """The row, and in words where it is."""
+        """Return the row, and its location in words."""
         epoch, index = divmod(cursor, self.num_rows)
         if self._seed is not None:
             if self._order is None or self._order[0] != epoch:
@@ -69,7 +69,7 @@ class Table:
         return self._rows[index], f"row {index}"
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""
 
 
 class Stream:
@@ -92,7 +92,7 @@ class Stream:
         return 0 if self._length is None else cursor // self._length
 
     def row_at(self, cursor: int) -> tuple[dict[str, Any], str]:
-        """The row, and in words where it is. Raises what the reader raises; the stream then starts again."""
+        """Return the row, and its location in words. Raises what the reader raises; the stream then starts again."""
         while True:
             epoch = self.epoch_of(cursor)
             index = cursor - epoch * (self._length or 0)
@@ -103,10 +103,10 @@ class Stream:
                 return row, f"row {index} of epoch {epoch} of the stream"
             if self._position == 0:
                 raise _empty(self._source)
-            self._length = self._position  # the end of the epoch: the cursor lies in a later one
+            self._length = self._position  # the end of the epoch: the cursor is in a later one
 
     def close(self) -> None:
-        """Let go of the open file; `row_at` opens it again."""
+        """Release the open file; `row_at` opens it again."""
         self._iterator, self._epoch = iter(()), -1
 
     def _start(self, epoch: int) -> None:
@@ -117,7 +117,7 @@ class Stream:
             )
 
     def _read_up_to(self, index: int) -> dict[str, Any] | None:
-        """Row `index` of the current epoch, or None where it ends before."""
+        """Return row `index` of the current epoch, or None where it ends before."""
         try:
             for row in self._iterator:
                 self._has_read = True
@@ -135,7 +135,7 @@ class Stream:
 def _window_shuffle(
     rows: Iterator[dict[str, Any]], *, window: int, rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
-    """Each row pushes a random one out of the window; what is left at the end comes in random order."""
+    """Yield, for each row read, a random one of the window; what is left at the end comes in random order."""
     held: list[dict[str, Any]] = []
     for row in rows:
         if len(held) < window:
@@ -149,13 +149,13 @@ def _window_shuffle(
 
 
 def _load(config: PromptConfig, section: str) -> Any:
-    """A datasets.Dataset or IterableDataset without media columns. Raises ConfigError."""
+    """Load a datasets.Dataset or IterableDataset without media columns. Raises ConfigError."""
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it calls S3 also for local files
     arguments = _load_arguments(config, section)
     try:
         rows = datasets.load_dataset(**arguments, split=config.split, streaming=config.streaming)
-    except Exception as error:  # its readers raise many kinds; in each case what the config names cannot be had
+    except Exception as error:  # its readers raise many kinds; each means that what the config names cannot be read
         raise _unreadable(f"{section}.path = {config.path!r}", error) from None
     media = [name for name, feature in (rows.features or {}).items() if _is_media(feature)]
     return rows.remove_columns(media) if media else rows

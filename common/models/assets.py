@@ -1,7 +1,7 @@
 """What a model is besides its weights: config.json and the tokenizer's files, as they travel with the run.
 
-A worker on another machine needs these and the weights of the policy store, no model hub. Torch is not imported here by
-us; building a model from the assets is in `sluice.common.models.causal_lm`.
+A worker on another machine needs these and the weights of the policy store, no model hub. This module does not import
+torch; building a model from the assets is in `sluice.common.models.causal_lm`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ModelAssets:
         )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, from the files that travelled."""
+        """Load the tokenizer from `tokenizer_files`."""
         from transformers import AutoTokenizer
 
         with tempfile.TemporaryDirectory(prefix="sluice-tokenizer-") as folder:
@@ -59,7 +59,7 @@ class ModelAssets:
 
 
 def read_assets(path: str, *, revision: str | None = None) -> ModelAssets:
-    """Config and tokenizer of a folder or a hub id, without the weights. Raises ConfigError."""
+    """Read config and tokenizer of a folder or a hub id, without the weights. Raises ConfigError."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     with explained(path):
@@ -78,13 +78,13 @@ def read_assets(path: str, *, revision: str | None = None) -> ModelAssets:
         tokenizer.save_pretrained(folder)
         files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name.startswith(_TOKENIZER_FILES)}
     plain = config.to_dict()
-    plain.pop("dtype", None)  # the role decides
+    plain.pop("dtype", None)  # each role sets its own
     return ModelAssets(config=plain, tokenizer_files=files, eos_token_ids=tuple(sorted(eos)))
 
 
 @contextmanager
 def explained(path: str) -> Iterator[None]:
-    """What goes wrong while reading a model folder, as a ConfigError in one paragraph."""
+    """Turn an error while reading a model folder into a ConfigError of one paragraph."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"model.path = {path!r} is not a model folder: it holds no config.json")
     try:

@@ -18,20 +18,20 @@ from sluice.common.models.assets import ModelAssets, explained
 
 
 def build_model(assets: ModelAssets, *, dtype: str, device: str) -> PreTrainedModel:
-    """The architecture with uninitialised weights, in eval mode, on its device; fill it with `load_weights`."""
+    """Build the architecture with uninitialised weights, in eval mode, on its device; fill it with `load_weights`."""
     config = AutoConfig.for_model(**assets.config)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     return model.to(resolve_device(device)).eval()
 
 
 def load_pretrained(path: str, *, revision: str | None = None) -> PreTrainedModel:
-    """The model of a folder or a hub id, in float32. Raises ConfigError."""
+    """Load the model of a folder or a hub id, in float32. Raises ConfigError."""
     with explained(path):
         return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32)
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> parameter or persistent buffer, tied ones once: what a policy version consists of."""
+    """Map name to parameter or persistent buffer, tied ones once: the tensors of a policy version."""
     weights: dict[str, torch.Tensor] = dict(model.named_parameters())
     persistent = set(model.state_dict(keep_vars=True))
     weights.update({name: buffer for name, buffer in model.named_buffers() if name in persistent})
@@ -47,10 +47,10 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
 
 @torch.no_grad()
 def adopt_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """As `load_weights`, but on the CPU the weights become the tensors themselves, cast where they must be.
+    """Load as `load_weights` does, but on the CPU make the tensors themselves the weights, cast where needed.
 
-    Nobody may write to `tensors` any more; nor does this: a later policy replaces them. Elsewhere the weights are the
-    model's own and take a copy.
+    `tensors` must not be written to afterwards; a later policy replaces them. On other devices the weights are the model's
+    own and receive a copy.
     """
     for weight, tensor in _matched(model, tensors):
         if weight.device.type == "cpu" and tensor.device.type == "cpu":
@@ -60,7 +60,7 @@ def adopt_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -
 
 
 def _matched(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each weight with its tensor. Everything is checked before the first is used: a refused policy changes nothing."""
+    """Pair each weight with its tensor. All are checked before the first is used: a refused policy changes nothing."""
     weights = named_weights(model)
     if weights.keys() != tensors.keys():
         odd = sorted(weights.keys() ^ tensors.keys())[:5]
@@ -72,13 +72,13 @@ def _matched(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> lis
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
+    """Return the device; `auto` is CUDA where available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
 
 
 def device_name(device: str) -> str:
-    """As people call it: `cpu`, or the GPU's name."""
+    """Return the device's name for people: `cpu`, or the GPU's model."""
     resolved = resolve_device(device)
     return torch.cuda.get_device_name(resolved) if resolved.type == "cuda" else str(resolved)

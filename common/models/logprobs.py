@@ -1,10 +1,10 @@
 """Logprobs of completions under a causal LM: one forward pass over right-padded or packed rows, the output head in chunks.
 
-Batches come padded on the right. A model that `enable_packing` has accepted runs their tokens without the pads
-(`common.models.packing`). Any other runs the padded rows and gets no attention mask: in a causal model a token never sees what
-follows it, so pads are invisible to every real token (tests prove it for values and gradients) and the fast unmasked
-attention runs. Logits are born only for positions that predict a completion token, `chunk_tokens` at a time, in float32:
-[B, S, V] is never held. The trainer calls this with gradients, the reference role without.
+Batches are padded on the right. A model that `enable_packing` has accepted runs their tokens without the padding
+(`common.models.packing`). Any other runs the padded rows and gets no attention mask: in a causal model a token never attends
+to what follows it, so padding is invisible to every real token (tests prove it for values and gradients) and the fast
+unmasked attention runs. Logits are computed only for positions that predict a completion token, a chunk at a time, in
+float32: [B, S, V] is never held. The trainer calls this with gradients, the reference role without.
 
 Legend: B = sequences, P = prompt tokens, T = completion tokens, S = P + T padded, N = completion tokens of all rows,
 D = width of the hidden state, V = vocabulary.
@@ -26,7 +26,7 @@ from sluice.common.models.packing import causal_lm, is_packed, pack, plan_batche
 from sluice.common.models.truncation import Truncation
 
 RECOMPUTE_ELEMENTS = 2**26
-"""So many logits (256 MiB in float32) are computed at once; of more, the backward pass recomputes chunk by chunk."""
+"""Logits computed at once (256 MiB in float32); with more, the backward pass recomputes chunk by chunk."""
 
 UNTRUNCATED = Truncation()
 
@@ -45,7 +45,7 @@ _AFTER_HEAD = (
 def pad_sequences(
     prompts: list[NDArray[np.int32]], completions: list[NDArray[np.int32]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids long [B, S], right-padded with 0; prompt_lengths long [B]; completion_lengths long [B].
+    """Return input_ids long [B, S], right-padded with 0; prompt_lengths long [B]; completion_lengths long [B].
 
     Raises ValueError for an empty prompt: nothing would predict the first completion token.
     """
@@ -55,7 +55,7 @@ def pad_sequences(
     input_ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
     for padded, row in zip(input_ids, rows, strict=True):
         padded[: len(row)] = torch.from_numpy(row)
-    prompt_lengths, completion_lengths = (torch.tensor([len(x) for x in part]) for part in (prompts, completions))
+    prompt_lengths, completion_lengths = (torch.tensor([len(ids) for ids in side]) for side in (prompts, completions))
     return input_ids, prompt_lengths, completion_lengths
 
 
@@ -67,10 +67,10 @@ def score_sequences(
     temperature: float = 1.0,
     truncation: Truncation = UNTRUNCATED,
 ) -> list[NDArray[np.float32]]:
-    """Logprobs float32 [T] of each (prompt_ids [P], token_ids [T]), in the order given.
+    """Return logprobs float32 [T] of each (prompt_ids [P], token_ids [T]), in the order given.
 
-    Computed in batches of similar length, at most `max_batch_tokens` tokens each (pads count where the model is not
-    packed); a longer sequence goes alone.
+    Computed in batches of similar length, at most `max_batch_tokens` tokens each (padding counts where the model is not
+    packed); a longer sequence is a batch of its own.
     """
     device = next(model.parameters()).device
     lengths = [len(prompt) + len(tokens) for prompt, tokens in sequences]
@@ -95,30 +95,32 @@ def completion_logprobs(
     temperature: float = 1.0,
     truncation: Truncation = UNTRUNCATED,
     with_entropy: bool = False,
-    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Logprobs float32 [B, T] of every completion token, in nats, and the entropy [B, T] of its distribution, or none.
+    """Return logprobs float32 [B, T] of every completion token, in nats, and the entropy [B, T] of its distribution or none.
 
         logprob_t = log softmax(logits_{t-1} / temperature)[token_t]         entropy_t = -sum_v p_v log p_v
 
     model: a transformers causal LM, or peft's wrapper around one. T is the longest completion; positions after a row's end
     hold 0. temperature 0 (greedy sampling) counts as 1. The entropy carries no gradient. With a truncation, the softmax is
     over the tokens that it keeps of these logits and the sampled token itself (which another policy may have sampled); the
-    set is a constant for the gradient. So the ratio to rollout_logprobs is 1 for equal weights, where the whole softmax
-    gives the kept mass. chunk_tokens: rows of logits that live at once; by default as many as RECOMPUTE_ELEMENTS are.
+    set is a constant for the gradient. So the ratio to rollout_logprobs is 1 for equal weights, where the full softmax
+    would give the kept mass.
     """
+    # N completion tokens of all rows, and where each is predicted: one position before its own.
     device = input_ids.device
     width = int(completion_lengths.max())
     is_completion = torch.arange(width, device=device) < completion_lengths.to(device).unsqueeze(-1)  # [B, T]
     rows, columns = is_completion.nonzero(as_tuple=True)  # [N]
     positions = prompt_lengths.to(device)[rows] + columns  # [N]; position p is predicted at p - 1
     targets = input_ids[rows, positions]  # [N]
+    # The model's inputs, and where in its output the predicting positions are: padded rows, or one packed row.
     model = causal_lm(model)
     given, places = {"input_ids": input_ids}, (rows, positions - 1)
     if is_packed(model):
         ends = (prompt_lengths + completion_lengths).to(device) - 1  # the last token predicts nothing
         packed = pack(input_ids, ends.where(completion_lengths.to(device) > 0, 1))
         given, places = packed.inputs, (torch.zeros_like(rows), packed.starts[rows] + positions - 1)
+    # Hidden states [N, D] where the head can be applied here, chunk by chunk; else the model's own logits [N, V].
     head = _plain_head(model)
     if head is None:
         inputs = model(**given, use_cache=False).logits[places]  # [N, V]
@@ -126,15 +128,17 @@ def completion_logprobs(
     else:
         inputs = model.base_model(**given, use_cache=False).last_hidden_state[places]  # [N, D]
         weight, bias, vocabulary = head.weight.float(), head.bias, head.weight.shape[0]
+    # Each chunk's logits are freed after it; under gradients, more than RECOMPUTE_ELEMENTS are recomputed, not kept.
     is_early = columns < truncation.min_tokens  # [N]
     scored = []
-    size = chunk_tokens or max(1, RECOMPUTE_ELEMENTS // vocabulary)
+    size = max(1, RECOMPUTE_ELEMENTS // vocabulary)
     for chunk, chunk_targets, early in zip(*(x.split(size) for x in (inputs, targets, is_early)), strict=True):
         arguments = (chunk, weight, bias, (chunk_targets, temperature or 1.0, truncation, early), with_entropy)
         if torch.is_grad_enabled() and inputs.shape[0] * vocabulary > RECOMPUTE_ELEMENTS:
             scored.append(checkpoint(_score, *arguments, use_reentrant=False))
         else:
             scored.append(_score(*arguments))
+    # Back from [N] to [B, T]; positions after a row's end stay 0.
     padded = torch.zeros(is_completion.shape, device=device)
     logprobs = padded.index_put((rows, columns), torch.cat([logprobs for logprobs, _ in scored]))
     entropy = padded.index_put((rows, columns), torch.cat([entropy for _, entropy in scored]))
@@ -148,7 +152,7 @@ def _score(
     drawn: tuple[Tensor, float, Truncation, Tensor],
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Logprobs [N] and entropy [N] (0 where not asked for) of one chunk.
+    """Return logprobs [N] and entropy [N] (0 where not asked for) of one chunk.
 
     inputs: hidden states [N, D], or logits [N, V] where there is no weight. drawn: the tokens [N], and how they were
     sampled: temperature, truncation, whether min_tokens held [N].
@@ -169,7 +173,7 @@ def _score(
 class _Score(torch.autograd.Function):
     """Logprobs [N] of targets [N] and entropy [N] from logits [N, V], some of which may be -inf.
 
-    In as few passes over [N, V] as there can be: what is kept are the probabilities, which the entropy needs anyway, and
+    As few passes over [N, V] as possible: the probabilities are kept, which the entropy needs anyway, and
 
         d logprob / d logits = onehot(target) - p
     """
@@ -196,7 +200,7 @@ class _Score(torch.autograd.Function):
 
 
 def _truncated(logits: Tensor, targets: Tensor, truncation: Truncation, is_early: Tensor) -> Tensor:
-    """Logits [N, V], -inf where sampling could not draw; targets [N] always stay."""
+    """Return logits [N, V], -inf where sampling could not draw; targets [N] always stay."""
     if truncation == UNTRUNCATED:
         return logits
     with torch.no_grad():
@@ -212,7 +216,7 @@ def _truncated(logits: Tensor, targets: Tensor, truncation: Truncation, is_early
 
 
 def _plain_head(model: Any) -> torch.nn.Linear | None:
-    """The output head, where logits are its output and nothing else; none = use the model's own full forward."""
+    """Return the output head where logits are exactly its output; none = use the model's own full forward."""
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     changes = [value for name in _AFTER_HEAD if (value := getattr(config, name, None)) not in (None, 1.0)]

@@ -1,4 +1,4 @@
-"""LoRA adapters as tensors: the base weight that each pair belongs to, and the weights that base and adapter amount to.
+"""LoRA adapters as tensors: the base weight that each pair belongs to, and the merged weights.
 
     W = W0 + scale * B A        W0 [out, in], A [r, in], B [out, r]; scale = alpha / r; arXiv:2106.09685
 
@@ -23,16 +23,18 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 def merge_adapter(
     base: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], *, scale: float
 ) -> dict[str, torch.Tensor]:
-    """All weights of a model with the adapter merged in, under the names and in the precision of `base`.
+    """Return all weights of a model with the adapter merged in, under the names and in the precision of `base`.
 
-    Computed in float32 and rounded once. Weights that the adapter leaves alone are the tensors of `base` themselves, so
-    nobody may write to either. Raises DigestMismatch when the adapter is none of this base.
+    Computed in float32 and rounded once. Weights without an adapter are the tensors of `base` themselves, so neither may be
+    written to. Raises DigestMismatch when the adapter does not belong to this base.
     """
     merged = dict(base)
     modules = {name.removeprefix(PREFIX).removesuffix(_A) for name in adapter if name.endswith(_A)}
     expected = {f"{PREFIX}{module}{suffix}" for module in modules for suffix in (_A, _B)}
     if not modules or adapter.keys() != expected:
-        raise DigestMismatch(f"no LoRA adapter: odd tensors are {sorted(adapter.keys() ^ expected)[:5]}")
+        raise DigestMismatch(
+            f"not a LoRA adapter: unexpected or missing tensors are {sorted(adapter.keys() ^ expected)[:5]}"
+        )
     for module in modules:
         a, b = adapter[f"{PREFIX}{module}{_A}"].float(), adapter[f"{PREFIX}{module}{_B}"].float()
         weight = base.get(f"{module}.weight")

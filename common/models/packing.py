@@ -4,12 +4,12 @@
              b b . .
              c . . .
 
-Everything but attention works on single tokens, so a packed row costs what its tokens cost. Attention is given to
-transformers under the name `sluice_packed`: one varlen kernel on a GPU in half precision, elsewhere one call per length
-that occurs. Positions count from 0 in each sequence; the longest stands first.
+Everything but attention works on single tokens, so a packed row costs what its tokens cost. Attention is registered with
+transformers under the name `sluice_packed`: one varlen kernel on a GPU in half precision, elsewhere one call per distinct
+length. Positions count from 0 in each sequence; the longest comes first.
 
-A model is packed only after `enable_packing` has seen it compute packed sequences as it computes each alone, and make no
-call that this attention does not honour (windows, soft caps, sinks, biases, layers that are no attention).
+A model is packed only after `enable_packing` has checked that it computes packed sequences as it computes each alone, and
+makes no call that this attention does not support (windows, soft caps, sinks, biases, layers other than attention).
 
 Legend: B = sequences, S = padded length, N = tokens of the row, H = heads, D = width of a head.
 """
@@ -32,22 +32,22 @@ from transformers.masking_utils import causal_mask_function
 
 NAME = "sluice_packed"
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "is_causal"}
-"""Arguments of an attention call that change nothing here; any other one that is set is refused."""
+"""Arguments of an attention call that have no effect here; any other one that is set is refused."""
 _PROBE_LENGTHS = (9, 6, 6, 1)
 _PROBE_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""Relative differences of the outputs. Rounding stays a decade below; who sees its neighbour is off by its own size."""
+"""Relative differences of the outputs. Rounding stays ten times below; a sequence that sees its neighbour differs fully."""
 
 
 class CannotPackError(ValueError):
-    """What the model asks of its attention is more than causal attention within each sequence."""
+    """The model needs more than causal attention within each sequence."""
 
 
 @dataclass(slots=True)
 class Layout:
-    """Where the sequences of a packed row stand: an argument of every attention call of a packed forward pass."""
+    """Where the sequences of a packed row are: an argument of every attention call of a packed forward pass."""
 
     groups: tuple[tuple[int, int], ...]
-    "(how many, tokens of each), in the order of the row: sequences of one length stand together"
+    "(sequences, tokens of each), in the order of the row: sequences of one length are neighbours"
     offsets: Tensor
     "int32 [B + 1], where each begins; last, N"
     longest: int
@@ -74,7 +74,7 @@ class PackedRow:
 
 
 def pack(input_ids: Tensor, lengths: Tensor) -> PackedRow:
-    """The first lengths [B] (at least 1 each) tokens of the rows of input_ids [B, S], longest first."""
+    """Pack the first lengths [B] (at least 1 each) tokens of the rows of input_ids [B, S], longest first."""
     order = lengths.argsort(descending=True, stable=True)
     sorted_lengths = lengths[order]
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -96,9 +96,9 @@ def pack(input_ids: Tensor, lengths: Tensor) -> PackedRow:
 
 
 def plan_batches(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> list[list[int]]:
-    """The indices of all sequences, longest first, in as few batches as hold max_tokens each, and those about equally full.
+    """Divide the indices of all sequences, longest first, into the fewest batches of max_tokens each, about equally full.
 
-    A batch counts its tokens when it is packed, else its rows times the longest. A longer sequence goes alone.
+    A packed batch counts its tokens, a padded one its rows times the longest. A longer sequence is a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: equal lengths keep their order
 
@@ -120,17 +120,17 @@ def plan_batches(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> li
 
 
 def causal_lm(model: Any) -> Any:
-    """The transformers model itself, where `model` is a peft wrapper around it."""
+    """Return the transformers model itself, where `model` is a peft wrapper around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_packed(model: Any) -> bool:
-    """Whether `enable_packing` has accepted it."""
+    """Return whether `enable_packing` has accepted the model."""
     return getattr(causal_lm(model).config, "_attn_implementation", None) == NAME
 
 
 def enable_packing(model: Any) -> str | None:
-    """From now on `common.models.logprobs` runs the model padding-free. Returns why it cannot be, or none; then it is as before.
+    """Let `common.models.logprobs` run the model padding-free. Return none, or why it cannot: then the model is as before.
 
     The model must hold its weights, on its device, and not be sharded yet: a few tokens run through it.
     """
@@ -142,7 +142,7 @@ def enable_packing(model: Any) -> str | None:
         model.eval()
         with torch.no_grad():
             _probe(model)
-    except Exception as error:  # whatever an unusual model raises: it stays padded
+    except Exception as error:  # any exception of an unusual model: it stays padded
         model.set_attn_implementation(before)
         return str(error) or repr(error)
     finally:
@@ -151,7 +151,7 @@ def enable_packing(model: Any) -> str | None:
 
 
 def _probe(model: PreTrainedModel) -> None:
-    """Raises CannotPackError (or what the model raises) unless packed sequences come out as each alone."""
+    """Check that packed sequences come out as each alone. Raises CannotPackError, or what the model raises."""
     device = next(model.parameters()).device
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
@@ -168,11 +168,11 @@ def _probe(model: PreTrainedModel) -> None:
     difference = float((packed - expected).float().norm() / expected.float().norm().clamp(min=1e-9))
     computed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else expected.dtype
     if not difference <= _PROBE_BOUNDS[computed]:
-        raise CannotPackError(f"packed sequences come out otherwise than each alone, by {difference:.2g} of their size")
+        raise CannotPackError(f"packed sequences differ from each alone by {difference:.2g} of their size")
 
 
 def _output(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """The last hidden states, or the logits where the model has no decoder of its own."""
+    """Return the last hidden states, or the logits where the model has no separate decoder."""
     outputs = model.base_model(**inputs, use_cache=False)
     found: Tensor = outputs.logits if model.base_model is model else outputs.last_hidden_state
     return found
@@ -189,7 +189,7 @@ def packed_attention(
     packing: Layout | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention [1, N, H, D] within each sequence of a packed row.
+    """Compute causal attention [1, N, H, D] within each sequence of a packed row.
 
     query: [1, H, N, D]; key and value: the same with H heads or fewer. Without a layout it is the causal attention of
     right-padded rows. Raises CannotPackError for anything more.
@@ -200,11 +200,11 @@ def packed_attention(
         raise CannotPackError("its attention is not causal")
     if packing is None:
         if attention_mask is not None:
-            raise CannotPackError("its attention needs a mask that is not plainly causal")
+            raise CannotPackError("its attention needs a mask other than the causal one")
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
     packing.num_calls += 1
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # norms and rotations leave it; kernels want one dtype
+    if torch.is_autocast_enabled(device):  # norms and rotations change it; kernels need one dtype
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))  # [N, H, D]
     if dropout == 0.0 and _has_varlen(q, v):
@@ -213,7 +213,7 @@ def packed_attention(
 
 
 def _has_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's varlen kernel (FlashAttention) takes them."""
+    """Return whether torch's varlen kernel (FlashAttention) accepts them."""
     is_half, width = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
     if not (query.is_cuda and is_half and width == value.shape[-1] <= 256 and width % 8 == 0):
         return False
@@ -221,11 +221,11 @@ def _has_varlen(query: Tensor, value: Tensor) -> bool:
 
 
 def _by_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None) -> Tensor:
-    """[N, H, D] by one kernel for all lengths."""
-    # imported here: it loads torch's compiler, seconds that a process on a CPU need not spend
+    """Compute [N, H, D] with one kernel for all lengths."""
+    # imported here: it loads torch's compiler, which takes seconds that a process on a CPU can save
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes fewer key heads without being told
+    # torch 2.11 accepts fewer key heads without the argument
     gqa: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     span = (layout.offsets, layout.offsets, layout.longest, layout.longest)
     attended = varlen_attn(query, key, value, *span, scale=scaling, window_size=(-1, 0), **gqa)
@@ -236,7 +236,7 @@ def _by_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scalin
 def _by_length(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, dropout: float
 ) -> Tensor:
-    """[N, H, D], one batched call per length that occurs."""
+    """Compute [N, H, D] with one batched call per distinct length."""
     sizes = [count * length for count, length in layout.groups]
     parts = []
     for group, *chunk in zip(layout.groups, *(x.split(sizes) for x in (query, key, value)), strict=True):
@@ -249,7 +249,7 @@ def _by_length(
 
 
 def _causal_or_refused(**asked: Any) -> Tensor | None:
-    """No mask where the plain causal one is asked for; otherwise one that `packed_attention` refuses when it is not packed."""
+    """Return no mask for plain causal attention, else one that `packed_attention` refuses when it is not packed."""
     is_plain = asked["mask_function"] is causal_mask_function and asked.get("local_size") is None
     return None if is_plain and asked.get("attention_mask") is None else torch.empty(0)
 

@@ -1,9 +1,9 @@
-"""Which tokens a truncated distribution keeps: top_k, top_p and min_p, for the engine that samples and whoever scores.
+"""Which tokens a truncated distribution keeps: top_k, top_p and min_p, for the engine that samples and the roles that score.
 
 Sampling divides by the temperature first. Then min_p and top_k cut, and top_p cuts what they left, renormalised: vLLM's
 order (transformers' applies min_p last, which differs only where min_p and top_p cut together).
 
-Legend: n = rows, V = vocabulary, K = candidates looked at.
+Legend: n = rows, V = vocabulary, K = candidates examined.
 
 Invariants:
 * every cut keeps a prefix of the descending order, so the kept set is `logits >= threshold`: the likeliest token always
@@ -23,7 +23,7 @@ from sluice.common.config import SamplingConfig
 from sluice.common.types import SamplingParams
 
 _CANDIDATES = 64
-"Likeliest tokens looked at first; times 8 until they hold top_p of every row. Sorting whole vocabularies is far slower."
+"Likeliest tokens examined first; times 8 until they hold top_p of every row. Sorting full vocabularies is far slower."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +37,13 @@ class Truncation:
     min_p: float = 0.0
     "0 = off"
     min_tokens: int = 0
-    "the first so many tokens of a completion were no end tokens"
+    "tokens at the start of a completion that could not be end tokens"
     end_token_ids: tuple[int, ...] = ()
-    "what min_tokens forbade"
+    "what min_tokens excluded"
 
     @classmethod
     def of(cls, sampling: SamplingConfig | SamplingParams, *, end_token_ids: Sequence[int]) -> Truncation:
-        """What completions are sampled with, by a model that ends with any of `end_token_ids`."""
+        """Return the truncation of `sampling`, for a model that ends with any of `end_token_ids`."""
         ends = tuple(end_token_ids) if sampling.min_tokens else ()
         return cls(
             top_k=sampling.top_k,
@@ -54,7 +54,7 @@ class Truncation:
         )
 
     def kept(self, logits: Tensor) -> Tensor | None:
-        """Bool [n, V] of logits [n, V] that are divided by the temperature already; none = all are kept."""
+        """Return bool [n, V] for logits [n, V] that are divided by the temperature already; none = all are kept."""
         if (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0):
             return None
         columns = {name: logits.new_tensor([getattr(self, name)]) for name in ("top_k", "top_p", "min_p")}
@@ -62,7 +62,7 @@ class Truncation:
 
 
 def thresholds(logits: Tensor, *, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The lowest kept logit of each row, [n, 1]; -inf where nothing is cut.
+    """Return the lowest kept logit of each row, [n, 1]; -inf where nothing is cut.
 
     logits [n, V], divided by the temperature; top_k (0 = off), top_p (1 = off), min_p (0 = off): [n], or [1] for all rows.
     """

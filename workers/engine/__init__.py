@@ -3,16 +3,16 @@
     task threads --generate()--> [ pending ] --admit--> [ running rows ] --EOS or length--> futures resolve
     policy thread --stage()----> [ staged policy ] --swapped in between two decode steps--> every later token has its version
 
-One engine per process, shared by all task threads; it batches whatever they submit. Two implementations stand behind
-one contract test: `torch_engine.TorchEngine` and (with the extra `sluice-rl[vllm]`) `vllm_engine`.
+One engine per process, shared by all task threads; it batches what they submit. Two implementations pass one contract
+test: `engine.torch.engine.TorchEngine` and (with the extra `sluice-rl[vllm]`) `engine.vllm.engine.VllmEngine`.
 
 What every engine guarantees:
-* logprobs are those of the distribution really sampled (after temperature, top_p, top_k, min_p), in float32; greedy
+* logprobs are those of the distribution actually sampled (after temperature, top_p, top_k, min_p), in float32; greedy
   (temperature 0) reports the logprob at temperature 1;
 * the end-of-sequence token is part of token_ids and has a logprob; so are the tokens of a stop text;
-* noise depends on `sampling.seed` and the completion's place in the group only, never on what else is in the batch;
+* noise depends on `sampling.seed` and the completion's index in the group only, never on what else is in the batch;
 * a request waits inside `generate` until the engine serves `min_version` or newer (or exactly `pinned_version`); one that
-  finds no room (sequences, KV memory) waits too. Higher priority goes first, and nobody starves;
+  finds no room (sequences, KV memory) waits too. Higher priority goes first, and no request starves;
 * nothing that an older version computed (a prefix cache) serves a request that a newer one begins.
 """
 
@@ -46,7 +46,7 @@ class GenerationRequest:
     pinned_version: int | None = None
     "exactly this version (evaluation); none = any from min_version on"
     priority: int = 0
-    "higher goes first among those that wait; waiting long outweighs it"
+    "higher goes first among those that wait; a long wait outweighs it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +60,13 @@ class EngineStats:
     "seconds spent in prefill and decode"
     num_updates: int
     update_pause_s: float
-    "seconds that policy swaps took out of generation, in all, and in the torch engine `score`, which follows every swap"
+    "seconds of generation lost to policy swaps; in the torch engine also to `score`, which follows every swap"
     last_pause_s: float
-    "of them, by the newest swap, without scoring"
+    "of them, seconds of the newest swap, without scoring"
 
 
 class Engine(Protocol):
-    """What a rollout worker needs of an engine."""
+    """The operations of an engine that a rollout worker uses."""
 
     @property
     def version(self) -> int:
@@ -78,35 +78,36 @@ class Engine(Protocol):
 
     @property
     def progress_at(self) -> float:
-        """`time.monotonic()` of the engine loop's last pass; a hung engine's stands still, an idle one's moves every second."""
+        """`time.monotonic()` of the engine loop's last pass; it stops in a hung engine and moves every second in an idle one."""
 
     @property
     def refused(self) -> tuple[int, str] | None:
         """The policy version staged last that could not be loaded, and why; none once another was."""
 
     def generate(self, request: GenerationRequest) -> list[Completion]:
-        """`sampling.n` completions in order; blocks. Thread-safe. Raises EngineError, or EngineClosed when it was not served."""
+        """Return `sampling.n` completions in order; blocks. Thread-safe. Raises EngineError, or EngineClosed when not served."""
 
     def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Hand over a verified policy; returns at once, the swap happens between two decode steps. A newer one replaces it.
+        """Stage a verified policy; returns at once, the swap happens between two decode steps. A newer one replaces it.
 
-        Nobody writes to `tensors` any more: an engine may serve them where they are. One that cannot be loaded is `refused`,
-        requests pinned to it raise EngineError, and the served policy stays.
+        `tensors` must not be written to afterwards: an engine may serve them in place. A policy that cannot be loaded is
+        `refused`, requests pinned to it raise EngineError, and the served policy stays.
         """
 
     def cancel(self, group_id: str) -> None:
-        """Give up a group, if it is here: its `generate` raises EngineClosed, its sequences leave at the next step."""
+        """Drop a group, if it is here: its `generate` raises EngineClosed, its sequences leave at the next step."""
 
     def score(
         self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
     ) -> tuple[int, list[NDArray[np.float32]]]:
-        """Version served, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]); blocks, goes first.
+        """Return the served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]).
 
-        Computed by the same weights and kernels as generation, so that it tells whether a swap took. Raises EngineError.
+        Blocks; goes before generation. Computed by the same weights and kernels, so that it shows whether a swap took effect.
+        Raises EngineError.
         """
 
     def stats(self) -> EngineStats:
-        """Counters for heartbeats and metrics."""
+        """Return counters for heartbeats and metrics."""
 
     def close(self) -> None:
         """Stop; requests still inside raise EngineClosed. Idempotent."""

@@ -1,12 +1,12 @@
-"""What every engine does around its batch: who waits, which policy is served and which comes next, and how it all ends.
+"""What every engine does around its batch: which requests wait, which policy is served and which is next, and shutdown.
 
-An engine is a thread of its own over a `ServingEngine`; task threads meet it here, under one condition.
+An engine is a thread of its own over a `ServingEngine`; it shares state with task threads here, under one condition.
 
 Invariants:
 * every request is resolved exactly once: with its completions, an EngineError, or EngineClosed;
 * a request runs under a policy that may serve it: `min_version` or newer, or exactly `pinned_version`;
 * requests pinned to the served version run to their end before a swap: it waits for those running and those pending;
-* a policy that was refused is named, and who is pinned to it fails instead of waiting for it.
+* a policy that was refused is named, and requests pinned to it fail instead of waiting for it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _IDLE_PASS_S = 1.0
-"An idle loop passes this often, so that `progress_at` tells idle from hung."
+"An idle loop makes a pass this often, so that `progress_at` distinguishes idle from hung."
 _JOIN_S = 10.0
-"`close` waits so long for the step in progress; a hung device must not hang the shutdown."
+"Longest wait of `close` for the step in progress; a hung device must not hang the shutdown."
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class ServedGroup:
-    """One request, and what of it is finished."""
+    """One request, and its finished completions."""
 
     request: GenerationRequest
     future: Future[list[Completion]] = field(default_factory=Future)
@@ -51,7 +51,7 @@ class ServedGroup:
         return len(self.completions) == self.size
 
     def fail(self, error: type[EngineError], why: str, *, cause: Exception | None = None) -> None:
-        """Resolve it with an error that names it, unless it is resolved already."""
+        """Resolve the request with an error that names it, unless it is resolved already."""
         failure = error(f"group {self.request.group_id}: {why}")
         failure.__cause__ = cause
         fail(self.future, failure)
@@ -59,18 +59,18 @@ class ServedGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagedPolicy:
-    """A policy that an engine was handed and does not serve yet."""
+    """A policy that an engine has received and does not serve yet."""
 
     version: int
     digest: str
     tensors: Mapping[str, torch.Tensor]
 
 
-Group = TypeVar("Group", bound=ServedGroup)
+AnyGroup = TypeVar("AnyGroup", bound=ServedGroup)
 
 
-class ServingEngine(Generic[Group]):
-    """The part of `workers.engine.Engine` that does not depend on how a batch is decoded. Serves nothing before `stage`."""
+class ServingEngine(Generic[AnyGroup]):
+    """Implements what of `workers.engine.Engine` does not depend on how a batch is decoded. Serves nothing before `stage`."""
 
     _thread: threading.Thread
 
@@ -83,8 +83,8 @@ class ServingEngine(Generic[Group]):
         self._generated_tokens = self._num_updates = 0
         self._busy_s = self._update_pause_s = self._last_pause_s = 0.0
         self._condition = threading.Condition()  # guards all below
-        self._pending: list[Group] = []
-        self._running: list[Group] = []
+        self._pending: list[AnyGroup] = []
+        self._running: list[AnyGroup] = []
         self._staged: StagedPolicy | None = None
         self._has_news = self._is_closed = False
 
@@ -108,16 +108,11 @@ class ServingEngine(Generic[Group]):
         """The policy version staged last that could not be loaded, and why; none once another was."""
         return self._refused
 
-    @property
-    def last_error(self) -> str | None:
-        """The last failure of a step or of a policy swap, for people; none = there was none."""
-        return self._last_error
-
     def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Serve this policy from the next step on that may swap; returns at once. Replaces one staged before.
 
-        Versions may go back (evaluation); the served one drops what was staged. A policy that cannot be loaded is reported
-        in `refused`, `last_error` and the log, and the served one stays.
+        Versions may decrease (evaluation); staging the served one drops what was staged. A policy that cannot be loaded is
+        reported in `refused` and the log, and the served one stays.
         """
         with self._condition:
             is_served = (version, digest) == (self._version, self._digest)
@@ -125,7 +120,7 @@ class ServingEngine(Generic[Group]):
             self._wake()
 
     def cancel(self, group_id: str) -> None:
-        """Give up a group, if it is here: its `generate` raises EngineClosed, its sequences leave at the next step."""
+        """Drop a group, if it is here: its `generate` raises EngineClosed, its sequences leave at the next step."""
         with self._condition:
             for group in (*self._pending, *self._running):
                 if group.request.group_id == group_id:
@@ -133,7 +128,7 @@ class ServingEngine(Generic[Group]):
             self._wake()
 
     def stats(self) -> EngineStats:
-        """Counters since the engine started."""
+        """Return counters since the engine started."""
         return EngineStats(
             generated_tokens=self._generated_tokens,
             running_sequences=self._count_sequences(),
@@ -145,7 +140,7 @@ class ServingEngine(Generic[Group]):
         )
 
     def close(self) -> None:
-        """Release everyone inside with EngineClosed, and stop after the step in progress. Idempotent."""
+        """Fail all requests with EngineClosed, and stop after the step in progress. Idempotent."""
         self._release_all()
         self._thread.join(_JOIN_S)
         if self._thread.is_alive():
@@ -153,18 +148,18 @@ class ServingEngine(Generic[Group]):
                 "the engine's step has not ended within %.0f s; its thread is left to the process exit", _JOIN_S
             )
 
-    # What an engine says of itself.
+    # What each engine implements.
 
     def _count_sequences(self) -> int:
         raise NotImplementedError
 
     def _release_scores(self, why: str) -> None:
-        """Fail who waits for a score; with the condition held."""
+        """Fail the calls that wait for a score; with the condition held."""
         raise NotImplementedError
 
     # Task threads.
 
-    def _wait_for(self, group: Group) -> list[Completion]:
+    def _wait_for(self, group: AnyGroup) -> list[Completion]:
         with self._condition:
             self._check_open(f"group {group.request.group_id}")
             if self._refused is not None and group.request.pinned_version == self._refused[0]:
@@ -175,8 +170,8 @@ class ServingEngine(Generic[Group]):
 
     # The engine thread.
 
-    def _take_cancelled(self) -> set[Group]:
-        """Groups that ran and are resolved: their sequences have to leave."""
+    def _take_cancelled(self) -> set[AnyGroup]:
+        """Remove and return groups that ran and are resolved: their sequences have to leave."""
         with self._condition:
             dropped = {group for group in self._running if group.future.done()}
             self._pending = [group for group in self._pending if not group.future.done()]
@@ -184,7 +179,7 @@ class ServingEngine(Generic[Group]):
         return dropped
 
     def _take_staged(self) -> StagedPolicy | None:
-        """The staged policy, if it need not wait for running or pinned requests."""
+        """Remove and return the staged policy, if it need not wait for running or pinned requests."""
         with self._condition:
             if self._staged is None or self._must_not_swap():
                 return None
@@ -192,7 +187,7 @@ class ServingEngine(Generic[Group]):
             return policy
 
     def _serve(self, policy: StagedPolicy) -> None:
-        """It is loaded."""
+        """Record that the policy is loaded."""
         self._version, self._digest, self._refused = policy.version, policy.digest, None
         self._num_updates += 1
 
@@ -201,7 +196,7 @@ class ServingEngine(Generic[Group]):
         self._update_pause_s += self._last_pause_s
 
     def _refuse(self, policy: StagedPolicy, why: str) -> None:
-        """It cannot be loaded."""
+        """Record that the policy cannot be loaded, and fail the requests pinned to it."""
         self._last_error = f"policy version {policy.version} was not loaded: {why}"
         log.warning("%s; serving version %d", self._last_error, self._version)
         with self._condition:
@@ -210,8 +205,8 @@ class ServingEngine(Generic[Group]):
                 if group.request.pinned_version == policy.version:
                     group.fail(EngineError, self._last_error)
 
-    def _finish(self, group: Group) -> None:
-        """All its completions are there."""
+    def _finish(self, group: AnyGroup) -> None:
+        """Resolve a group that is complete."""
         with self._condition:
             self._running.remove(group)
             if not group.future.done():
@@ -237,7 +232,7 @@ class ServingEngine(Generic[Group]):
             return True
         return any(group.request.pinned_version == self._version for group in (*self._pending, *self._running))
 
-    def _may_serve(self, group: Group) -> bool:
+    def _may_serve(self, group: AnyGroup) -> bool:
         if self._version < 0:
             return False
         if group.request.pinned_version is not None:
@@ -245,7 +240,7 @@ class ServingEngine(Generic[Group]):
         is_draining = self._in_flight == "drain" and self._staged is not None
         return self._version >= group.request.min_version and not is_draining
 
-    def _start_running(self, admitted: list[Group]) -> None:
+    def _start_running(self, admitted: list[AnyGroup]) -> None:
         self._running += admitted
         self._pending = [group for group in self._pending if group not in admitted]
 
@@ -276,7 +271,7 @@ def fail(future: Future, error: EngineError) -> None:
 
 
 def version_spans(version_starts: list[tuple[int, int]], *, end: int) -> tuple[tuple[int, int], ...]:
-    """Run lengths (version, tokens) from (version, place from which on it samples); one that sampled nothing is left out."""
+    """Convert (version, position from which on it samples) to runs (version, tokens); versions without a token are omitted."""
     ends = [start for _, start in version_starts[1:]] + [end]
     spans = [(version, stop - start) for (version, start), stop in zip(version_starts, ends, strict=True)]
     return tuple(span for span in spans if span[1])

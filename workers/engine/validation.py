@@ -1,4 +1,4 @@
-"""What the torch engine refuses, before it can be silently wrong or harm the requests beside it."""
+"""What the torch engine refuses, before it can be silently wrong or harm other requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sluice.workers.engine.torch.kv_cache import round_up
 
 
 def check_model(model: PreTrainedModel, *, max_model_len: int) -> None:
-    """Raises ValueError unless every layer attends to all positions and takes the masks that the engine builds."""
+    """Raise ValueError unless every layer attends to all positions and accepts the masks that the engine builds."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
@@ -35,11 +35,10 @@ def check_request(
     max_positions: int | None = None,
     has_tokenizer: bool = True,
 ) -> None:
-    """Raises EngineError for a request that could never run. max_positions: tokens with room for keys and values."""
+    """Raise EngineError for a request that could never run. max_positions: tokens with room for keys and values."""
     problem = (
         _size_problem(request, max_model_len=max_model_len, max_positions=max_positions)
-        or _id_problem("prompt ids", request.prompt_ids, vocab_size=vocab_size)
-        or _id_problem("stop_token_ids", request.sampling.stop_token_ids, vocab_size=vocab_size)
+        or _id_problem(request.prompt_ids, vocab_size=vocab_size)
         or _sampling_problem(request.sampling, has_tokenizer=has_tokenizer)
     )
     if problem is not None:
@@ -63,9 +62,9 @@ def _size_problem(request: GenerationRequest, *, max_model_len: int, max_positio
     return None
 
 
-def _id_problem(name: str, ids: Sequence[int] | NDArray[np.int32], *, vocab_size: int) -> str | None:
-    if len(ids) and (min(ids) < 0 or max(ids) >= vocab_size):
-        return f"{name} {min(ids)}..{max(ids)} are outside the vocabulary of {vocab_size}"
+def _id_problem(ids: NDArray[np.int32], *, vocab_size: int) -> str | None:
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        return f"prompt ids {ids.min()}..{ids.max()} are outside the vocabulary of {vocab_size}"
     return None
 
 
@@ -82,14 +81,14 @@ def _sampling_problem(sampling: SamplingParams, *, has_tokenizer: bool) -> str |
         if not is_right:
             return f"{name} must be {allowed}, found {getattr(sampling, name)!r}"
     if sampling.stop and not has_tokenizer:
-        return "stop texts need a tokenizer, and the engine was given none: use stop_token_ids"
+        return "stop texts need a tokenizer, and the model has none"
     return None
 
 
 def check_sequences(
     sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], *, max_model_len: int, vocab_size: int
 ) -> None:
-    """Raises EngineError for a sequence that cannot be scored."""
+    """Raise EngineError for a sequence that cannot be scored."""
     for i, (prompt, tokens) in enumerate(sequences):
         total = len(prompt) + len(tokens)
         ids = np.concatenate([prompt, tokens])

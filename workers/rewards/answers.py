@@ -1,4 +1,4 @@
-"""What an evaluation keeps of each completion beside its scores: the answer that it gives, its length, whether it was cut off."""
+"""What an evaluation keeps of each completion besides its scores: its answer, its length, whether it was cut off."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import xxhash
 from sluice.workers.rewards.math_reward import parse_number
 
 LONGEST_ANSWER = 200
-"""Characters; of a longer answer, a digest is kept: all that it must do is equal itself."""
+"""Characters; of a longer answer a digest is kept: answers are only compared."""
 
 
 def evaluation_facts(completions: list[dict[str, Any]], *, answer: str) -> dict[str, Any]:
-    """Lists with one entry per completion (wire form): `answers` (text or None), `lengths` in tokens, `clipped`.
+    """Return lists with one entry per completion (wire form): `answers` (text or None), `lengths` in tokens, `clipped`.
 
     answer: regular expression with a group, `answer` of the evaluation set.
     """
@@ -26,10 +26,10 @@ def evaluation_facts(completions: list[dict[str, Any]], *, answer: str) -> dict[
 
 
 def read_answer(text: str, pattern: str) -> str | None:
-    """The first match's first group, so written that equal answers are equal text; None where there is none.
+    """Return the first group of the first match, normalised so that equal answers are equal text; None without a match.
 
-    A number is written as a number, read as MathReward does: "42", " $42.0" and "42.00" are one answer. Of other text
-    only the spacing is evened out, and over `LONGEST_ANSWER` characters it is its digest.
+    A number is parsed as MathReward does: "42", " $42.0" and "42.00" are one answer. In other text only the spacing is
+    normalised, and over `LONGEST_ANSWER` characters it is replaced by its digest.
     """
     found = re.search(pattern, text)
     if found is None or found.group(1) is None:

@@ -24,7 +24,7 @@ class CodeReward:
     """Share of a problem's tests that the completion's last code block passes; 0.0 without a block.
 
     Columns of the dataset, either: `test_list` (MBPP): statements that raise where the code is wrong; or `inputs` and
-    `outputs` (APPS, TACO): what the program reads, and what it must print, judged outside of it, blanks at the ends aside.
+    `outputs` (APPS, TACO): what the program reads, and what it must print, compared outside of it, stripped.
     None where a row has neither.
     """
 
@@ -36,8 +36,10 @@ class CodeReward:
         isolation: Isolation = "network",
         all_or_nothing: bool = False,
     ) -> None:
-        """timeout_s: of one run of the program; reward.time_limit_s is for all runs of a group. isolation: at least this, else
-        ConfigError, before anything is scored."""
+        """Bound each run by timeout_s; reward.time_limit_s bounds all runs of a group. isolation: the least accepted.
+
+        Raises ConfigError where this machine offers less.
+        """
         if isolation not in LEVELS:
             raise ConfigError(f"CodeReward: isolation = {isolation!r}: use one of {', '.join(LEVELS)}")
         self._level = available()
@@ -71,7 +73,7 @@ class CodeReward:
         return scores
 
     def _asserted(self, code: str | None, tests: list[str]) -> list[bool]:
-        """One run: code, then each test; which were passed is told by a word that the code does not know beforehand."""
+        """Run the code, then each test, once; a word that the code cannot know beforehand marks those passed."""
         nonce = token_hex(16)
         printed = self._run(f"{code}\n{_ASSERTS.format(tests=tests, nonce=nonce)}") if code is not None else ""
         return [f"{nonce} {i}" in printed.splitlines() for i in range(len(tests))]
@@ -85,7 +87,7 @@ class CodeReward:
         ]
 
     def _run(self, program: str, *, stdin: str = "") -> str:
-        """What it printed; nothing where it ran out of time."""
+        """Return what the program printed; nothing where it ran out of time."""
         found = run_python(
             program, stdin=stdin, timeout_s=self._timeout_s, memory_mib=self._memory_mib, isolation=self._level
         )
@@ -93,6 +95,6 @@ class CodeReward:
 
 
 def code_of(text: str) -> str | None:
-    """The last fenced block; None where there is none."""
+    """Return the last fenced block; None where there is none."""
     blocks = _BLOCK.findall(text)
     return blocks[-1] if blocks else None

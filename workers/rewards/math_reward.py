@@ -37,7 +37,7 @@ class MathReward:
 
 
 def parse_number(text: object) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number, or None."""
     try:
         number = float(_DECORATION.sub("", str(text)))
     except ValueError:

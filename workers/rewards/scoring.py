@@ -1,10 +1,10 @@
 """Scoring one group with the configured reward functions.
 
-A TRL function (`workers/rewards/loading.py` tells the two kinds) gets the arguments that it names, or all of them where
+A TRL function (`workers/rewards/loading.py` distinguishes the two kinds) gets the arguments that it names, or all of them where
 it takes **kwargs; lists have one entry per completion. A conversational prompt (a list of messages) makes each
 completion `[{"role": "assistant", "content": text}]`, as in TRL. Async functions of a group are awaited together.
 
-`None` = this function does not apply to this sample. Whatever else is not a finite number, and whatever is raised, is a
+`None` = this function does not apply to this sample. Any other value that is not a finite number, and any exception, is a
 RewardError: an infrastructure failure, never a score of 0. Nothing here imports torch or transformers.
 """
 
@@ -39,7 +39,7 @@ def score_group(
     columns: dict[str, Any],
     trainer_state: dict[str, Any],
 ) -> Scores:
-    """Scores of the G completions of one prompt.
+    """Score the G completions of one prompt.
 
     `mean` is the unweighted mean of the functions that apply, `sum` their weighted sum; where none applies the total is
     None. `target` reaches TRL functions as the column `target`, `trainer_state` as an object with its keys as
@@ -51,7 +51,7 @@ def score_group(
     calls = {reward.name: functools.partial(_call, reward, samples, group) for reward in rewards}
     results = {reward.name: calls[reward.name]() for reward in rewards if not reward.is_async}
     if pending := [reward.name for reward in rewards if reward.is_async]:
-        # One loop for all of them, and none around the synchronous ones, which may run a loop of their own.
+        # One event loop for all of them, and none around the synchronous ones, which may run their own.
         results |= zip(pending, asyncio.run(_gather([calls[name] for name in pending])), strict=True)
     by_function = {reward.name: _validated(reward.name, results[reward.name], len(completions)) for reward in rewards}
     weights = [reward.weight for reward in rewards]
@@ -71,7 +71,7 @@ def _total(scores: tuple[float | None, ...], weights: list[float], aggregation: 
 def _trl_arguments(
     prompt: Any, completions: list[str], completion_ids: list[list[int]], target: str | None, columns: dict[str, Any]
 ) -> dict[str, Any]:
-    """Keyword arguments of a TRL function, each a list of G; `target` wins over a column of that name."""
+    """Return keyword arguments of a TRL function, each a list of G; `target` overrides a column of that name."""
     conversational = isinstance(prompt, list)
     rows = {name: value for name, value in columns.items() if name not in _NOT_COLUMNS}
     if target is not None:
@@ -85,12 +85,12 @@ def _trl_arguments(
 
 
 def _call(reward: LoadedReward, samples: list[dict[str, Any]], group: dict[str, Any]) -> Any:
-    """The function's raw result for the group; an awaitable of it where the function is async."""
+    """Return the function's raw result for the group; an awaitable of it where the function is async."""
 
-    fixed = getattr(reward.function, "keywords", {})  # configured kwargs win over columns of the same name
+    fixed = getattr(reward.function, "keywords", {})  # configured kwargs override columns of the same name
 
     def accepted(arguments: dict[str, Any]) -> dict[str, Any]:
-        # A function may change what it is given; the next sample and the next function must not see that.
+        # A function may change its arguments; the next sample and the next function must not see that.
         return {
             name: [copy.deepcopy(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
             for name, value in arguments.items()
@@ -123,7 +123,7 @@ def _failed(name: str, error: Exception) -> RewardError:
 
 
 def _validated(name: str, result: Any, num_completions: int) -> list[float | None]:
-    """One float or None per completion; arrays and tensors are taken as lists. Raises RewardError."""
+    """Return one float or None per completion; arrays and tensors count as lists. Raises RewardError."""
     values = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(values, (list, tuple)):
         raise RewardError(

@@ -1,16 +1,16 @@
 """The embedded engine: continuous batching over any full-attention transformers causal LM, on CPU or CUDA.
 
     task threads --generate()--> pending --admit--> running --last token--> future
-    anyone       --stage()-----> staged  --swap---> version
+    any thread   --stage()-----> staged  --swap---> version
 
 One thread owns the model and the batch. A pass of its loop: drop what was cancelled, swap the policy if one is staged
-and may be, admit what fits (every few passes), decode one token for every running row.
+and may be served, admit what fits (every few passes), decode one token for every running sequence.
 
 Invariants, besides those of `serving`:
-* admission is by priority, as `admission` says, among the requests that the served version may serve; one that waits for
-  another version holds nobody up, one that waits for room holds up all behind it;
-* nothing computed by an older version serves a request admitted later: there is no cache between requests. Running rows
-  keep theirs, get it recomputed, or finish before the swap, as `in_flight` says;
+* admission is by priority, as `scheduler` defines it, among the requests that the served version may serve; one that waits
+  for another version delays no other, one that waits for room delays all behind it;
+* nothing computed by an older version serves a request admitted later: no cache is shared by requests. Running
+  sequences keep theirs, get it recomputed, or finish before the swap, as `in_flight` sets;
 * a failure costs the running requests, never the pending ones nor the loop.
 """
 
@@ -45,7 +45,7 @@ from sluice.workers.engine.validation import check_model, check_request, check_s
 log = logging.getLogger(__name__)
 
 _ADMISSION_PERIOD = 4
-"Decode steps between admissions: a prefill pass costs about a step whatever its size, so a few arrivals share one."
+"Decode steps between admissions: a prefill pass costs about a step at any size, so a few arrivals share one."
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -57,13 +57,13 @@ class _Scoring:
 class TorchEngine(ServingEngine[SequenceGroup]):
     """Implements `sluice.workers.engine.Engine`; serves nothing before the first `stage`.
 
-    model: in eval mode on its device, owned by the engine from now on; its weights may be uninitialised.
-    max_sequences: rows decoded together; a request with more completions runs alone.
+    model: in eval mode on its device, owned by the engine from then on; its weights may be uninitialised.
+    max_sequences: sequences decoded together; a request with more completions runs alone.
     max_model_len: bound on prompt + max_tokens.
-    in_flight: running rows at a policy swap go on with their cache ("keep"), with one recomputed by the new policy
+    in_flight: running sequences at a policy swap continue with their cache ("keep"), with one recomputed by the new policy
     ("recompute"), or finish first while nothing is admitted ("drain").
-    kv_cache_bytes: bound on the keys and values of running rows, each counted at the length that the longest of them may
-    reach (a prefill pass needs its own beside them for a moment); none = no bound but max_sequences.
+    kv_cache_bytes: bound on the keys and values of running sequences, each counted at the length that the longest of them
+    may reach (a prefill pass briefly needs its own besides); none = no bound but max_sequences.
     decode: text of token ids, for requests with stop texts; none = those are refused.
     """
 
@@ -93,7 +93,7 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         self._thread.start()
 
     def generate(self, request: GenerationRequest) -> list[Completion]:
-        """`sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
+        """Return `sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
         check_request(
             request,
             max_model_len=self._max_model_len,
@@ -106,10 +106,10 @@ class TorchEngine(ServingEngine[SequenceGroup]):
     def score(
         self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
     ) -> tuple[int, list[NDArray[np.float32]]]:
-        """The served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]); blocks.
+        """Return the served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]); blocks.
 
         Computed between two decode steps, before anything is admitted; a policy staged before is swapped in first, where
-        it may be. Raises EngineError (also where no policy is served yet), EngineClosed.
+        it may be served. Raises EngineError (also where no policy is served yet), EngineClosed.
         """
         vocab_size = self._model.config.get_text_config().vocab_size
         check_sequences(sequences, max_model_len=self._max_model_len, vocab_size=vocab_size)
@@ -121,7 +121,7 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         return scoring.future.result()
 
     def _count_sequences(self) -> int:
-        return len(self._batch.rows)
+        return len(self._batch.sequences)
 
     def _new_batch(self) -> RunningBatch:
         return RunningBatch(
@@ -142,20 +142,25 @@ class TorchEngine(ServingEngine[SequenceGroup]):
                 self._progress_at = time.monotonic()
                 try:
                     self._pass()
-                except Exception as error:  # whatever a model, a kernel or the device may raise
+                except Exception as error:  # any error of a model, a kernel or the device
                     self._fail_step(error)
         finally:
             self._release_all()
 
     def _pass(self) -> None:
+        # Cancelled groups leave first: under "drain" they must not hold back the swap.
         self._drop_cancelled()
+        # Between two steps the weights can be exchanged: every token is sampled wholly before or wholly after a swap.
         self._swap()
+        # A canary is scored by the version just swapped in, before any group is admitted under it.
         self._score_waiting()
+        # Prefill and decode count as busy; swaps and scores count as pause.
         started = time.monotonic()
         self._num_passes += 1
         if self._num_passes % _ADMISSION_PERIOD == 0 or self._is_rather_empty():
             self._admit()
-        if self._batch.rows:
+        # With nothing to decode the thread sleeps; `stage`, `generate`, `score`, `cancel` and `close` wake it.
+        if self._batch.sequences:
             self._step()
             self._busy_s += time.monotonic() - started
         else:
@@ -166,16 +171,18 @@ class TorchEngine(ServingEngine[SequenceGroup]):
             self._batch.discard(dropped)
 
     def _swap(self) -> None:
-        """Load the staged policy, if it may be."""
+        """Load the staged policy, if it may be served."""
         policy = self._take_staged()
         if policy is None:
             return
+        # Names and shapes are checked before the first weight changes: a refused policy leaves the served one intact.
         started = time.monotonic()
         try:
             adopt_weights(self._model, policy.tensors)
         except Exception as error:
             self._refuse(policy, f"{type(error).__name__}: {error}")
             return
+        # Every later token names the new version, also in sequences that continue with keys and values of the old one.
         self._serve(policy)
         self._batch.start_version(policy.version)
         if self._in_flight == "recompute":
@@ -193,42 +200,46 @@ class TorchEngine(ServingEngine[SequenceGroup]):
             started = time.monotonic()
             try:
                 scored = score_sequences(self._model, scoring.sequences, max_batch_tokens=PREFILL_TOKENS)
-            except Exception as error:  # whatever a model, a kernel or the device may raise; generation goes on
+            except Exception as error:  # any error of a model, a kernel or the device; generation continues
                 failure = EngineError(f"scoring failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 scoring.future.set_exception(failure)
             else:
-                self._update_pause_s += time.monotonic() - started  # before who waits for the result can ask
+                self._update_pause_s += time.monotonic() - started  # before the caller of `score` can read it
                 scoring.future.set_result((self._version, scored))
             self._progress_at = time.monotonic()
 
     def _admit(self) -> None:
         """Start pending requests that fit, in one prefill pass."""
+        # Scheduled and marked as running under one lock: `cancel` finds every group in exactly one of the two lists.
         with self._condition:
             admitted = schedule(
                 [group for group in self._pending if self._may_serve(group)],
-                num_rows=len(self._batch.rows),
+                num_rows=len(self._batch.sequences),
                 longest=self._batch.longest,
                 max_sequences=self._max_sequences,
                 max_positions=self._max_positions,
             )
             self._start_running(admitted)
+        # The prefill runs without the lock, so that task threads can submit meanwhile.
         if admitted:
             self._batch.admit(admitted, version=self._version)
 
     def _is_rather_empty(self) -> bool:
-        """More would start than runs: a prefill pass now costs less than decoding so few rows meanwhile."""
-        num_rows = len(self._batch.rows)
+        """Return whether more would start than runs: a prefill pass now costs less than decoding this few rows meanwhile."""
+        num_rows = len(self._batch.sequences)
         return 2 * num_rows <= self._max_sequences and sum(group.size for group in self._pending) >= num_rows
 
     def _step(self) -> None:
-        num_tokens = len(self._batch.rows)
+        # Counted before the step, which removes what it finishes; a step that raises has generated nothing.
+        num_tokens = len(self._batch.sequences)
         finished = self._batch.step()
         self._generated_tokens += num_tokens
-        for row, completion in finished:
-            row.group.completions[row.index] = completion
-            if row.group.is_complete:
-                self._finish(row.group)
+        # A group resolves with its last completion; the others wait in it.
+        for sequence, completion in finished:
+            sequence.group.completions[sequence.index] = completion
+            if sequence.group.is_complete:
+                self._finish(sequence.group)
 
     def _fail_step(self, error: Exception) -> None:
         self._last_error = f"engine step failed: {type(error).__name__}: {error}"

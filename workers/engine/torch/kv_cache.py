@@ -1,13 +1,13 @@
-"""The keys and values of all running rows, one slot per row and position.
+"""The keys and values of all running sequences, one slot per row and position.
 
 Legend: R = rows allocated, C = positions allocated, n = rows active (always the first n), S = positions attended,
 H = key-value heads, D = head size (keys and values may differ in it), G = prompts, P = tokens prefilled.
 
 Invariants:
-* tensors are [R, H, C, D]: what a head attends to lies together (up to 1.5x faster than a token's heads side by side);
+* tensors are [R, H, C, D]: what a head attends to is contiguous (up to 1.5x faster than a token's heads side by side);
 * R * C never exceeds `max_positions`. Within it they grow by steps, layer by layer, when a longer row or more rows come;
-  they shrink only where the other one would not fit otherwise;
-* a slot is written before it is attended: whoever builds the mask takes it from lengths.
+  one shrinks only where the other would not fit otherwise;
+* a slot is written before it is attended to: masks come from lengths.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 POSITION_STEP = 16
-"Attended positions are rounded up to this: few distinct shapes, and masks aligned as CUDA kernels want them."
+"Attended positions are rounded up to this: few distinct shapes, and masks aligned as CUDA kernels need them."
 _GROWTH = 1.5
 _SMALLEST_SPAN = 64
-"Positions that are copied at least: few distinct spans where all rows are short."
+"Fewest positions copied: few distinct spans where all rows are short."
 
 
 def cache_argument(model: torch.nn.Module) -> str:
-    """The name under which a model's class takes its cache: transformers 5.24 renamed it."""
+    """Return the name of the argument by which a model takes its cache: transformers 5.24 renamed it."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def round_up(length: int, step: int = POSITION_STEP) -> int:
-    """The smallest multiple of `step` that is at least `length`."""
+    """Return the smallest multiple of `step` that is at least `length`."""
     return -(-length // step) * step
 
 
 @torch.no_grad()
 def bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of keys and values of one token in all layers, learnt from a forward pass of one token."""
+    """Return the bytes of keys and values of one token in all layers, measured in a forward pass of one token."""
     cache = DynamicCache()
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     model.base_model(input_ids=ids, **{cache_argument(model): cache}, use_cache=True)
@@ -52,7 +52,7 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 
 
 class SlotCache(Cache):
-    """A transformers cache whose rows differ in length. Decodes only: prefill runs on a DynamicCache, see `fill`.
+    """A transformers cache whose rows differ in length. For decoding only: prefill runs on a DynamicCache, see `fill`.
 
     max_positions: bound on R * C; none = as many as max_rows rows of max_length take.
     """
@@ -75,51 +75,51 @@ class SlotCache(Cache):
         self._slots: dict[int, Tensor] = {}
 
     def has_room(self, *, rows: int, length: int) -> bool:
-        """Whether `rows` rows of `length` positions are allocated."""
+        """Return whether `rows` rows of `length` positions are allocated."""
         return rows <= self._rows and length <= self._length
 
     def reserve(self, *, rows: int, length: int, held: Sequence[int]) -> None:
-        """Room for `rows` rows of `length` positions; row r keeps its first held[r]."""
+        """Make room for `rows` rows of `length` positions; row r keeps its first held[r]."""
         if self.has_room(rows=rows, length=length):
             return
         self._rows, self._length = self._shape(rows, round_up(length))
-        stages = _by_span(held, device=self._device)
+        chunks = _by_span(held, device=self._device)
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = new = self._allocate(old)
-                for kept, span in stages:
+                for kept, span in chunks:
                     span = min(span, old.shape[2], self._length)
                     new[kept, :, :span] = old[kept, :, :span]
 
     def fill(self, prefilled: DynamicCache, *, first_row: int, source: Tensor, held: Sequence[int]) -> None:
         """Copy prefilled [G, H, P, D]: row first_row + i takes the first held[i] positions of prompt source[i]."""
-        stages = [(first_row + stage, source[stage], span) for stage, span in _by_span(held, device=self._device)]
+        chunks = [(first_row + index, source[index], span) for index, span in _by_span(held, device=self._device)]
         for layer, states in enumerate(prefilled.layers):
             new = _states(states)
             self._add_layer(layer, *new)
             for stored, prompts in zip((self._keys[layer], self._values[layer]), new, strict=True):
-                for rows, of, span in stages:
+                for rows, of, span in chunks:
                     span = min(span, prompts.shape[2])
                     stored[rows, :, :span] = prompts[of, :, :span]
 
     def begin_step(self, *, rows: slice, positions: Tensor, span: int) -> None:
-        """The next forward pass is of `rows`, writes their tokens at `positions` [n] and attends to the first `span`."""
+        """Set the next forward pass: it runs `rows`, writes their tokens at `positions` [n], attends to the first `span`."""
         self._active, self._span, self._positions = rows, span, positions
         self._slots = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention: stores [n, H, 1, D], returns the active slice [n, H, S, D]."""
+        """Store [n, H, 1, D] and return the active slice [n, H, S, D]; called by the model's attention."""
         self._add_layer(layer_idx, key_states, value_states)
         return self._write(self._keys[layer_idx], key_states), self._write(self._values[layer_idx], value_states)
 
     def move(self, *, sources: Tensor, targets: Tensor, held: Sequence[int]) -> None:
-        """Row targets[i] becomes what row sources[i] holds, held[i] positions; all are read before one is written."""
-        stages = [(sources[stage], targets[stage], span) for stage, span in _by_span(held, device=self._device)]
+        """Copy held[i] positions of row sources[i] to row targets[i]; all are read before one is written."""
+        chunks = [(sources[index], targets[index], span) for index, span in _by_span(held, device=self._device)]
         for tensor in (*self._keys, *self._values):
-            moved = [tensor[of, :, :span] for of, _, span in stages]
-            for (_, to, span), states in zip(stages, moved, strict=True):
+            moved = [tensor[of, :, :span] for of, _, span in chunks]
+            for (_, to, span), states in zip(chunks, moved, strict=True):
                 tensor[to, :, :span] = states
 
     def _write(self, stored: Tensor, states: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class SlotCache(Cache):
         return stored[self._active, :, : self._span]
 
     def _shape(self, rows: int, length: int) -> tuple[int, int]:
-        """R and C with room for `rows` of `length`, growing in proportion where max_positions allows."""
+        """Return R and C with room for `rows` of `length`, growing in proportion where max_positions allows."""
         grown_rows = _grown(self._rows, needed=rows, limit=self._max_rows)
         grown_length = round_up(_grown(self._length, needed=length, limit=self._max_length))
         if self._max_positions is None or grown_rows * grown_length <= self._max_positions:
@@ -139,37 +139,37 @@ class SlotCache(Cache):
         return max(rows, min(grown_rows, self._max_positions // length)), length
 
     def _add_layer(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Shapes are learnt from the first states of each layer: keys [*, H, *, D]."""
+        """Allocate a layer when its first states show the shape: keys [*, H, *, D]."""
         if layer == len(self._keys):
             self._keys.append(self._allocate(keys))
             self._values.append(self._allocate(values))
 
     def _allocate(self, like: Tensor) -> Tensor:
-        """Zeros, not uninitialised memory: a masked value still counts 0 times itself, and 0 * nan is nan.
+        """Allocate zeros, not uninitialised memory: a masked value still counts 0 times itself, and 0 * nan is nan.
 
-        On the CPU they are pages that the kernel has not made yet, so a short row takes no memory for the length of a long
-        one: whatever writes here writes by what each row holds. Small pages: numpy and torch ask for huge ones (2 MiB),
+        On the CPU they are pages that the kernel has not mapped yet, so a short row takes no memory for the length of a long
+        one: every write covers only what a row holds. Small pages: numpy and torch ask for huge ones (2 MiB),
         and then the first positions of every head make all of it resident.
         """
         shape = (self._rows, like.shape[1], self._length, like.shape[3])
         if like.device.type != "cpu":
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
         untouched = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel that has no huge pages
+        with suppress(OSError):  # a kernel without huge pages
             untouched.madvise(mmap.MADV_NOHUGEPAGE)
         return torch.frombuffer(untouched, dtype=like.dtype).view(shape)
 
 
 def _by_span(held: Sequence[int], *, device: torch.device) -> list[tuple[Tensor, int]]:
-    """Indexes of `held` in parts, each with the positions to copy: the next power of two, so under twice what is held.
+    """Group the indexes of `held` by the positions to copy: the next power of two, so under twice what is held.
 
-    A row that holds nothing is in no part.
+    A row that holds nothing is in no group.
     """
-    stages = defaultdict(list)
+    indexes = defaultdict(list)
     for index, length in enumerate(held):
         if length > 0:
-            stages[max(_SMALLEST_SPAN, 1 << (length - 1).bit_length())].append(index)
-    return [(torch.tensor(stage, device=device), span) for span, stage in stages.items()]
+            indexes[max(_SMALLEST_SPAN, 1 << (length - 1).bit_length())].append(index)
+    return [(torch.tensor(group, device=device), span) for span, group in indexes.items()]
 
 
 def _states(layer: Any) -> tuple[Tensor, Tensor]:
@@ -178,5 +178,5 @@ def _states(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _grown(current: int, *, needed: int, limit: int) -> int:
-    """At least `needed`; growing in proportion, up to `limit`, keeps the copying linear in the final size."""
+    """Return at least `needed`; growth in proportion, up to `limit`, keeps the copying linear in the final size."""
     return max(current, needed, min(int(_GROWTH * current), limit)) if needed > current else current

@@ -1,16 +1,16 @@
-"""The rows that decode together: admit, step, retire. No threads, no policies: `torch_engine` drives it.
+"""The sequences that decode together, one row each: admit, step, retire. No threads, no policies: `engine` drives it.
 
 Legend: n = rows active (always the first n), S = positions attended by the rows of a forward pass (the longest of them,
-rounded up), V = vocabulary, E = distinct sets of end tokens, G = groups admitted together, P = the longest of their prompts.
+rounded up), V = vocabulary, G = groups admitted together, P = the longest of their prompts.
 
 Invariants:
-* noise is drawn at admission, so it depends on the seed and the place in the group, not on the batch;
+* noise is drawn at admission, so it depends on the seed and the index in the group, not on the batch;
 * before a step the cache holds every token of a row but its last; the step runs that one and samples the next. So
   admitting a prompt and recomputing a row are one operation, and no prefill computes logits;
 * a step reads one thing back from the device: which rows have finished (and the tokens of rows that have stop texts). The
-  host knows all lengths without asking, because every row grows by one each step (length = row.offset + number of steps);
-* a few long rows do not make the others attend to their length: they run in a forward pass of their own where that costs
-  less.
+  host knows all lengths without asking, because every row grows by one each step (length = offset + number of steps);
+* a few long rows do not make the others attend to their length: they run in a forward pass of their own where that is
+  cheaper.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RunningBatch:
         max_positions: int | None = None,
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
-        self.rows: list[RunningSequence] = []
+        self.sequences: list[RunningSequence] = []  # one per row, in the order of the rows
         self._model = model
         self._decode = decode
         self._cache_argument = cache_argument(model)
@@ -70,23 +70,27 @@ class RunningBatch:
         self._early_until = 0  # number of steps from which on no row is short of min_tokens
         self._positions = torch.arange(round_up(max_model_len), device=self._device)  # [max S]
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._end_sets: dict[frozenset[int], int] = {}
-        self._is_end = torch.zeros(0, model.config.get_text_config().vocab_size, dtype=torch.bool, device=self._device)
-        self._end_set(self._eos_token_ids)  # set 0
+        vocab_size = model.config.get_text_config().vocab_size
+        self._is_end = torch.zeros(vocab_size, dtype=torch.bool, device=self._device)  # [V]
+        self._is_end[list(self._eos_token_ids)] = True
 
     @property
     def longest(self) -> int:
-        """Tokens that the longest running row may reach."""
-        return max((row.group.max_length for row in self.rows), default=0)
+        """Tokens that the longest running sequence may reach."""
+        return max((sequence.group.max_length for sequence in self.sequences), default=0)
 
     def admit(self, groups: Sequence[SequenceGroup], *, version: int) -> None:
-        """Prefill each prompt once and start its rows; `version` samples their first token."""
-        first, sizes = len(self.rows), [group.size for group in groups]
+        """Prefill each prompt once and start its sequences; `version` samples their first token."""
+        # New rows follow the active ones; those of one group are neighbours and share its prompt.
+        first, sizes = len(self.sequences), [group.size for group in groups]
         source = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(sizes))  # [rows], prompt of each row
+        # Room for the longest that any of them may become. Under a memory bound the cache is laid out for that as well: once,
+        # not every few steps.
         width = max(group.max_length for group in groups)
         self._tensors.reserve(rows=first + len(source), width=width)
-        if self._max_positions is not None:  # laid out once for what was admitted, not every few steps
+        if self._max_positions is not None:
             self._reserve(rows=first + len(source), length=max(width, self.longest))
+        # Position p of a row holds the uniform number that draws the token at p, from the end of the prompt on.
         prompts = torch.zeros(len(groups), max(group.prompt_length for group in groups), dtype=torch.long)  # [G, P]
         row = first
         for prompt, group in zip(prompts, groups, strict=True):
@@ -95,34 +99,40 @@ class RunningBatch:
                 self._device
             )
             row += group.size
-        counts = torch.tensor([self._counts(group) for group in groups]).T  # [4, G]
-        knobs = torch.tensor([parameters(group.request.sampling) for group in groups]).T  # [4, G]
-        self._tensors.write(first, counts=counts[:, source], parameters=knobs[:, source])
+        # Counts and parameters of a group are repeated for each of its rows; retired rows have left theirs there.
+        counts = torch.tensor([_counts(group) for group in groups]).T  # [3, G]
+        settings = torch.tensor([parameters(group.request.sampling) for group in groups]).T  # [4, G]
+        self._tensors.write(first, counts=counts[:, source], parameters=settings[:, source])
+        # The cache gets each prompt but its last token, which the first step runs.
         prompts, source = prompts.to(self._device), source.to(self._device)
         self._tensors.tokens[first : first + len(source), : prompts.shape[1]] = prompts[source]
         held = [group.prompt_length - 1 for group in groups for _ in range(group.size)]
         self._prefill(prompts[:, :-1], first_row=first, source=source, held=held)
+        # The rows become active only when all that a step reads of them is on the device.
         for group in groups:
             self._early_until = max(self._early_until, self._num_steps + group.request.sampling.min_tokens)
             self._asked.update(dict.fromkeys(features(group.request.sampling), group.size))
-            self.rows += [self._row(group, index, version=version) for index in range(group.size)]
+            self.sequences += [self._start(group, index, version=version) for index in range(group.size)]
         self._rearrange()
 
     def step(self) -> list[tuple[RunningSequence, Completion]]:
-        """One more token for every row; returns the rows that this token finished, in no order."""
-        n, tensors = len(self.rows), self._tensors
+        """Sample one more token for every sequence; return the sequences that it finished, in no order."""
+        # One or two forward passes cover the first n rows in order, so their logits join to [n, V].
+        n, tensors = len(self.sequences), self._tensors
         lengths = tensors.lengths[:n]
         position = lengths[:, None]  # [n, 1], of the token to sample
-        stages = [self._forward(rows, longest=offset + self._num_steps) for rows, offset in self._spans]
-        logits = self._without_early_ends(stages[0] if len(stages) == 1 else torch.cat(stages))
+        outputs = [self._forward(rows, longest=offset + self._num_steps) for rows, offset in self._spans]
+        logits = self._without_early_ends(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        # Each row draws with the uniform number of its own position, and the logprob is that of the distribution drawn from.
         uniforms = tensors.uniforms[:n].gather(1, position)[:, 0]
         tokens, logprobs = sample(logits, uniforms=uniforms, **self._sampling(n))
         tensors.tokens[:n].scatter_(1, position, tokens[:, None])
         tensors.logprobs[:n].scatter_(1, position, logprobs[:, None])
+        # Lengths grow on the device and on the host at once; from here on the new token is each row's last.
         lengths += 1
         self._num_steps += 1
-        is_end = self._is_end[0, tokens] if len(self._is_end) == 1 else self._is_end[tensors.end_sets[:n], tokens]
-        finished = (is_end | (lengths == tensors.limits[:n])).nonzero().flatten()
+        # The step waits for the device here, to learn which rows have ended; rows with stop texts make it wait once more.
+        finished = (self._is_end[tokens] | (lengths == tensors.limits[:n])).nonzero().flatten()
         done: list[int] = finished.tolist()
         stopped = self._stopped(tokens) if self._asked["stop"] else set()
         if stopped:
@@ -130,58 +140,64 @@ class RunningBatch:
             finished = torch.tensor(done, device=self._device)
         if not done:
             return []
+        # Completions are copied out before their rows are given to others.
         results = self._completions(finished, done, stopped=stopped)
         self._remove(done)
         return results
 
     def discard(self, groups: set[SequenceGroup]) -> None:
-        """Drop the rows of these groups."""
-        self._remove([r for r, row in enumerate(self.rows) if row.group in groups])
+        """Drop the sequences of these groups."""
+        self._remove([r for r, sequence in enumerate(self.sequences) if sequence.group in groups])
 
     def start_version(self, version: int) -> None:
-        """From the next step on, `version` samples."""
-        for row in self.rows:
-            length = row.offset + self._num_steps
-            if row.version_starts[-1][1] == length:  # no token was sampled under the version before
-                row.version_starts.pop()
-            row.version_starts.append((version, length))
+        """Record that `version` samples from the next step on."""
+        for sequence in self.sequences:
+            length = sequence.offset + self._num_steps
+            if sequence.version_starts[-1][1] == length:  # no token was sampled under the version before
+                sequence.version_starts.pop()
+            sequence.version_starts.append((version, length))
 
     def recompute(self) -> Iterator[None]:
-        """Rebuild the cache of all rows with the model's present weights; yields after every pass, for progress."""
-        held = self._held(self.rows)
+        """Rebuild the cache of all rows with the model's present weights; yields after every pass, to report progress."""
+        held = self._held(self.sequences)
         rows_per_pass = max(1, PREFILL_TOKENS // max((1, *held)))
         for first in range(0, len(held), rows_per_pass):
-            stage = held[first : first + rows_per_pass]
-            sequences = self._tensors.tokens[first : first + len(stage), : max(stage)]
-            self._prefill(sequences, first_row=first, source=torch.arange(len(stage), device=self._device), held=stage)
+            chunk = held[first : first + rows_per_pass]
+            tokens = self._tensors.tokens[first : first + len(chunk), : max(chunk)]
+            self._prefill(tokens, first_row=first, source=torch.arange(len(chunk), device=self._device), held=chunk)
             yield
 
-    def _prefill(self, sequences: Tensor, *, first_row: int, source: Tensor, held: list[int]) -> None:
-        """Cache `sequences` [G, P]; row first_row + i takes the first held[i] tokens of sequence source[i].
+    def _prefill(self, tokens: Tensor, *, first_row: int, source: Tensor, held: list[int]) -> None:
+        """Cache `tokens` [G, P]; row first_row + i takes the first held[i] of prompt source[i].
 
         Padding is on the right: the causal mask keeps it from the tokens before it, decoding overwrites it before it
         is attended.
         """
-        if sequences.shape[1] == 0:
+        if tokens.shape[1] == 0:
             return
+        # The decoder alone runs, without the output head: nothing is sampled from a prefill.
         prefilled = DynamicCache()
         self._model.base_model(
-            input_ids=sequences,
-            position_ids=self._positions[None, : sequences.shape[1]],
+            input_ids=tokens,
+            position_ids=self._positions[None, : tokens.shape[1]],
             **{self._cache_argument: prefilled},
             use_cache=True,
         )
-        rows = max(first_row + len(source), len(self.rows))
-        self._reserve(rows=rows, length=max(sequences.shape[1], self._longest_length()))
+        # Reserving may move the cache, so it comes before the copy; rows already cached keep what they hold.
+        rows = max(first_row + len(source), len(self.sequences))
+        self._reserve(rows=rows, length=max(tokens.shape[1], self._longest_length()))
         self._cache.fill(prefilled, first_row=first_row, source=source, held=held)
 
     def _forward(self, rows: slice, *, longest: int) -> Tensor:
-        """Run the last token of these rows, of which the longest has `longest` tokens: logits [n, V] of the next."""
+        """Run the last token of these rows, of which the longest has `longest` tokens; return logits [n, V] of the next."""
+        # The slot of every row's last token must exist before the model writes it.
         span = round_up(longest)  # S
-        self._reserve(rows=len(self.rows), length=round_up(self._longest_length()))
+        self._reserve(rows=len(self.sequences), length=round_up(self._longest_length()))
+        # The model stores keys and values at `last` through the cache.
         lengths = self._tensors.lengths[rows]
         last = lengths - 1  # [n]
         self._cache.begin_step(rows=rows, positions=last, span=span)
+        # A row attends to its own tokens only: slots behind its length hold padding or a retired row's values.
         hidden = self._positions[:span] >= lengths[:, None]  # [n, S]
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
         output = self._model(
@@ -195,25 +211,25 @@ class RunningBatch:
 
     def _reserve(self, *, rows: int, length: int) -> None:
         if not self._cache.has_room(rows=rows, length=length):
-            self._cache.reserve(rows=rows, length=length, held=self._held(self.rows))
+            self._cache.reserve(rows=rows, length=length, held=self._held(self.sequences))
 
-    def _held(self, rows: Sequence[RunningSequence]) -> list[int]:
-        """Tokens of each row whose keys and values are cached: all but the last."""
-        return [row.offset + self._num_steps - 1 for row in rows]
+    def _held(self, sequences: Sequence[RunningSequence]) -> list[int]:
+        """Count the tokens of each sequence whose keys and values are cached: all but the last."""
+        return [sequence.offset + self._num_steps - 1 for sequence in sequences]
 
     def _longest_length(self) -> int:
         return max((offset for _, offset in self._spans), default=-self._num_steps) + self._num_steps
 
     def _without_early_ends(self, logits: Tensor) -> Tensor:
-        """End tokens at -inf in the rows that have not come to min_tokens."""
+        """Set end tokens to -inf in the rows that have not reached min_tokens."""
         if self._num_steps >= self._early_until:
             return logits
         n = len(logits)
         is_early = self._tensors.lengths[:n] < self._tensors.ends_from[:n]  # [n]
-        return logits.masked_fill(is_early[:, None] & self._is_end[self._tensors.end_sets[:n]], -torch.inf)
+        return logits.masked_fill(is_early[:, None] & self._is_end, -torch.inf)
 
     def _sampling(self, n: int) -> dict[str, Any]:
-        """The arguments of `sample` that some row asks for."""
+        """Return the optional arguments of `sample` that some row asks for."""
         arguments: dict[str, Any] = {}
         if self._asked["temperature"]:
             arguments["temperature"] = self._tensors.temperature[:n]
@@ -222,77 +238,72 @@ class RunningBatch:
         return arguments
 
     def _stopped(self, tokens: Tensor) -> set[int]:
-        """The rows whose newest token completes a stop text, once they have min_tokens."""
-        asking = [(r, row) for r, row in enumerate(self.rows) if row.stop_strings is not None]
+        """Return the rows whose newest token completes a stop text, once they have min_tokens."""
+        asking = [(r, sequence) for r, sequence in enumerate(self.sequences) if sequence.stop_strings is not None]
         newest: list[int] = tokens[torch.tensor([r for r, _ in asking], device=self._device)].tolist()
         stopped = set()
-        for (r, row), token in zip(asking, newest, strict=True):
-            assert row.stop_strings is not None
-            is_complete = row.stop_strings.completed_by(token)
-            num_tokens = row.offset + self._num_steps - row.group.prompt_length
-            if is_complete and num_tokens >= row.group.request.sampling.min_tokens:
+        for (r, sequence), token in zip(asking, newest, strict=True):
+            assert sequence.stop_strings is not None
+            is_complete = sequence.stop_strings.completed_by(token)
+            num_tokens = sequence.offset + self._num_steps - sequence.group.prompt_length
+            if is_complete and num_tokens >= sequence.group.request.sampling.min_tokens:
                 stopped.add(r)
         return stopped
 
     def _completions(
         self, finished: Tensor, done: list[int], *, stopped: set[int]
     ) -> list[tuple[RunningSequence, Completion]]:
-        """What the rows `done` (`finished` on the device) are. Raises EngineError where a logprob is not finite."""
+        """Copy out the rows `done` (`finished` on the device). Raises EngineError where a logprob is not finite."""
         tokens = self._tensors.tokens[finished].int().cpu().numpy()  # [finished, W]
         logprobs = self._tensors.logprobs[finished].cpu().numpy()  # [finished, W]
         results = []
         for i, r in enumerate(done):
-            row = self.rows[r]
-            length = row.offset + self._num_steps
-            stage = slice(row.group.prompt_length, length)
-            if not np.isfinite(logprobs[i, stage]).all():
-                raise EngineError(f"policy version {row.version_starts[-1][0]} gives logprobs that are not finite")
-            last = int(tokens[i, length - 1])
-            has_stopped = (
-                r in stopped or last in self._eos_token_ids or last in row.group.request.sampling.stop_token_ids
-            )
+            sequence = self.sequences[r]
+            length = sequence.offset + self._num_steps
+            span = slice(sequence.group.prompt_length, length)
+            if not np.isfinite(logprobs[i, span]).all():
+                raise EngineError(f"policy version {sequence.version_starts[-1][0]} gives logprobs that are not finite")
+            has_stopped = r in stopped or int(tokens[i, length - 1]) in self._eos_token_ids
             completion = Completion(
-                token_ids=tokens[i, stage].copy(),
-                rollout_logprobs=logprobs[i, stage].copy(),
-                policy_versions=version_spans(row.version_starts, end=length),
+                token_ids=tokens[i, span].copy(),
+                rollout_logprobs=logprobs[i, span].copy(),
+                policy_versions=version_spans(sequence.version_starts, end=length),
                 finish_reason="stop" if has_stopped else "length",
             )
-            results.append((row, completion))
+            results.append((sequence, completion))
         return results
 
     def _remove(self, done: list[int]) -> None:
         """Close the holes: rows from the end take the places of those removed."""
-        n, gone = len(self.rows), set(done)
+        n, gone = len(self.sequences), set(done)
         for r in done:
-            self._asked.subtract(features(self.rows[r].group.request.sampling))
+            self._asked.subtract(features(self.sequences[r].group.request.sampling))
         kept = n - len(gone)
         targets = [r for r in done if r < kept]
         sources = [r for r in range(kept, n) if r not in gone]
         if sources:
             self._move(sources=sources, targets=targets)
-        del self.rows[kept:]
+        del self.sequences[kept:]
         self._rearrange()
 
     def _rearrange(self) -> None:
-        """After rows came or went: which rows run in which forward pass."""
-        offsets = np.array([row.offset for row in self.rows], dtype=np.int64)
+        """Decide which rows run in which forward pass, after rows came or went."""
+        offsets = np.array([sequence.offset for sequence in self.sequences], dtype=np.int64)
         order, spans = split_batch(offsets, split_saves=self._split_saves)
         if order is not None:
             self._move(sources=order, targets=list(range(len(order))))
         self._spans = spans
-        if not self.rows:  # sets of end tokens that requests brought
-            self._end_sets, self._is_end = {self._eos_token_ids: 0}, self._is_end[:1]
 
     def _move(self, *, sources: list[int], targets: list[int]) -> None:
         moves = [(of, to) for of, to in zip(sources, targets, strict=True) if of != to]
-        rows = [self.rows[of] for of, _ in moves]
+        moved = [self.sequences[of] for of, _ in moves]
         of, to = torch.tensor(moves, device=self._device).T
-        self._cache.move(sources=of, targets=to, held=self._held(rows))
+        self._cache.move(sources=of, targets=to, held=self._held(moved))
         self._tensors.move(sources=of, targets=to)
-        for (_, target), row in zip(moves, rows, strict=True):
-            self.rows[target] = row
+        for (_, target), sequence in zip(moves, moved, strict=True):
+            self.sequences[target] = sequence
 
-    def _row(self, group: SequenceGroup, index: int, *, version: int) -> RunningSequence:
+    def _start(self, group: SequenceGroup, index: int, *, version: int) -> RunningSequence:
         start, stop = group.prompt_length, group.request.sampling.stop
         assert not stop or self._decode is not None, "check_request refuses stop texts without a tokenizer"
         texts = StopStrings(stop, self._decode) if stop and self._decode is not None else None
@@ -304,17 +315,8 @@ class RunningBatch:
             stop_strings=texts,
         )
 
-    def _counts(self, group: SequenceGroup) -> tuple[int, ...]:
-        """In the order of `BatchTensors`: length, limit, the length from which on it may end, its set of end tokens."""
-        start, sampling = group.prompt_length, group.request.sampling
-        ends = self._end_set(self._eos_token_ids | frozenset(sampling.stop_token_ids))
-        return start, group.max_length, start + sampling.min_tokens, ends
 
-    def _end_set(self, tokens: frozenset[int]) -> int:
-        """Index of a set of end tokens in `_is_end` [E, V]; sets stay until the batch is empty."""
-        if tokens not in self._end_sets:
-            is_end = torch.zeros(1, self._is_end.shape[1], dtype=torch.bool, device=self._device)
-            is_end[0, list(tokens)] = True
-            self._end_sets[tokens] = len(self._is_end)
-            self._is_end = torch.cat([self._is_end, is_end])
-        return self._end_sets[tokens]
+def _counts(group: SequenceGroup) -> tuple[int, int, int]:
+    """Return length, limit, and the length from which on it may end: the order of `BatchTensors`."""
+    start = group.prompt_length
+    return start, group.max_length, start + group.request.sampling.min_tokens

@@ -1,10 +1,10 @@
-"""Which waiting groups start next: by priority, in the room that rows and keys and values leave, and nobody starves.
+"""Which waiting groups start next: by priority, in the room that rows and keys and values leave, without starvation.
 
 Invariants:
-* higher priority goes first; equal ones in order of arrival. A group that `PATIENCE` younger ones have passed outranks every
+* higher priority goes first; equal ones in order of arrival. A group that `PATIENCE` younger ones have bypassed outranks every
   priority; so at most PATIENCE - 1 + (groups of one admission) younger groups ever start before an older one that may run;
-* the first that finds no room holds up all behind it: small requests do not starve a large one;
-* rows times the longest that any of them may become never exceeds `max_positions`: what was admitted always finishes.
+* the first that finds no room delays all behind it: small requests do not starve a large one;
+* rows times the greatest length that any of them may reach never exceeds `max_positions`: what was admitted always finishes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from sluice.workers.engine.torch.kv_cache import round_up
 from sluice.workers.engine.torch.sequence import SequenceGroup
 
 PREFILL_TOKENS = 16384
-"Padded tokens of one prefill pass; a longer single prompt goes alone."
+"Padded tokens of one prefill pass; a longer prompt has a pass of its own."
 PATIENCE = 32
-"Younger groups that may go first."
+"Younger groups that may bypass a waiting one."
 
 
 def schedule(
     waiting: Sequence[SequenceGroup], *, num_rows: int, longest: int, max_sequences: int, max_positions: int | None
 ) -> list[SequenceGroup]:
-    """The groups of `waiting` (in order of arrival) that start now, in one prefill pass; the others are counted as passed.
+    """Return the groups of `waiting` (in order of arrival) to start now, in one prefill pass; count the others as bypassed.
 
-    num_rows, longest: rows that run, and the tokens that the longest of them may reach. A group of more than
+    num_rows, longest: running rows, and the tokens that the longest of them may reach. A group of more than
     max_sequences completions runs alone.
     """
     admitted: list[SequenceGroup] = []
@@ -51,6 +51,6 @@ def schedule(
 
 
 def _rank(group: SequenceGroup) -> tuple[bool, int]:
-    """Lower goes first; sorting is stable, so equal ranks keep the order of arrival."""
+    """Return the rank, lowest first; sorting is stable, so equal ranks keep the order of arrival."""
     is_overdue = group.num_bypassed >= PATIENCE
     return (not is_overdue, 0 if is_overdue else -group.request.priority)

@@ -1,4 +1,4 @@
-"""One request and its running completions: the host's side of what `batch` decodes."""
+"""One request and its running sequences: the host's side of what `running_batch` decodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sluice.workers.engine.torch.stop_strings import StopStrings
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class SequenceGroup(ServedGroup):
-    """One request, as it competes for room."""
+    """One request: `sampling.n` sequences of one prompt, admitted together."""
 
     num_bypassed: int = 0
     "younger groups that were admitted while this one waited"
@@ -25,19 +25,19 @@ class SequenceGroup(ServedGroup):
 
     @property
     def max_length(self) -> int:
-        """Tokens of prompt and completion at the most."""
+        """Most tokens of prompt and completion together."""
         return self.prompt_length + self.request.sampling.max_tokens
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class RunningSequence:
-    """The host's side of one running completion."""
+    """One running completion, on the host; its row is its index in `RunningBatch.sequences`."""
 
     group: SequenceGroup
     index: int
-    "place in the group"
+    "index in the group"
     offset: int
-    "sequence length less the batch's step count: constant while the row runs"
+    "sequence length minus the batch's step count: constant while it runs"
     version_starts: list[tuple[int, int]]
     "(policy version, sequence length from which on it samples)"
     stop_strings: StopStrings | None = None
@@ -45,7 +45,7 @@ class RunningSequence:
 
 
 def features(sampling: SamplingParams) -> list[str]:
-    """What a request asks for that costs extra."""
+    """Return the names of what a request asks for that costs extra."""
     is_truncated = sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
     asked = {
         "temperature": sampling.temperature != 1,
@@ -56,13 +56,13 @@ def features(sampling: SamplingParams) -> list[str]:
 
 
 def parameters(sampling: SamplingParams) -> tuple[float, ...]:
-    """In the order of `BatchTensors`; a greedy row cuts nothing."""
+    """Return temperature, top_k, top_p and min_p, in the order of `BatchTensors`; a greedy row cuts nothing."""
     if sampling.temperature == 0:
         return 0.0, 0.0, 1.0, 0.0
     return sampling.temperature, float(sampling.top_k), sampling.top_p, sampling.min_p
 
 
 def noise(group: SequenceGroup) -> Tensor:
-    """All uniforms of a group, [group size, max_tokens], on the CPU: the same on every device."""
+    """Draw all uniforms of a group, [group size, max_tokens], on the CPU: the same for every device."""
     sampling = group.request.sampling
     return torch.rand(sampling.n, sampling.max_tokens, generator=torch.Generator().manual_seed(sampling.seed))

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _CONTEXT_TOKENS = 8
-"Decoded beside the tokens that may hold the stop text: a decoder may treat the first ones of a text differently."
+"Tokens decoded before those that may hold the stop text: a decoder may treat the first ones of a text differently."
 
 
 class StopStrings:
-    """The stop texts of one row, and the end of its completion."""
+    """The stop texts of one sequence, and the last tokens of its completion."""
 
     def __init__(self, stop: Sequence[str], decode: Callable[[list[int]], str]) -> None:
         self._stop = tuple(stop)
@@ -22,7 +22,7 @@ class StopStrings:
         self._tail: list[int] = []
 
     def completed_by(self, token: int) -> bool:
-        """Whether the completion, with this token appended, has just come to a stop text."""
+        """Append a token; return whether it completes a stop text."""
         before = self._tail[-self._window :]
         self._tail = [*before, token]
         text = self._decode(self._tail)

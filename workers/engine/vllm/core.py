@@ -1,11 +1,11 @@
-"""vLLM's synchronous engine as `vllm_engine` drives it: built once, then one step after the other, all by one thread.
+"""vLLM's synchronous engine as `engine` drives it: built once, then one step after the other, all in one thread.
 
 Invariants:
 * the scheduler runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0, no asynchronous scheduling): between two steps nothing
-  moves, so weights are exchanged there without pausing, and the number of tokens of every sequence is known exactly;
+  runs, so weights are exchanged there without pausing, and the number of tokens of every sequence is known exactly;
 * every completion is a request of its own with a seed of its own: vLLM gives child i of a group the seed + i, so groups
   with neighbouring seeds would share noise;
-* logprobs are "processed": of the distribution sampled from; vLLM's default leaves the temperature out;
+* logprobs are "processed": of the distribution sampled from; vLLM's default omits the temperature;
 * a prompt matches cached blocks of its own `salt` only.
 
 vLLM is imported when a core is built, after the variables that it reads at import are set.
@@ -38,11 +38,11 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a worker has threads and open connections: it must not fork
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # 0.26's second runner dies of over 128 end tokens, and of NaN weights (seen on an H100)
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # 0.26's second runner dies of NaN weights (seen on an H100)
 }
-"""Read by vLLM at import; whoever sets one of them before keeps it."""
+"""Read by vLLM at import; a value that the environment sets already is kept."""
 _CPU_KV_CACHE_MIB = 512
-"""vLLM's default on a CPU is a share of all memory."""
+"""Instead of vLLM's default on a CPU, a share of all memory."""
 _CPU_STEP_TOKENS = 2048
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -59,14 +59,14 @@ class Finished:
     prompt_logprobs: NDArray[np.float32]
     "[P - 1], of every prompt token but the first, at temperature 1; empty unless asked for"
     reason: str
-    "stop, length, or what went wrong"
+    "stop, length, or vLLM's name of the failure"
 
 
 class VllmCore:
     """One model in vLLM, with random weights until the first `load`; not thread-safe."""
 
     def __init__(self, config: Config, assets: ModelAssets) -> None:
-        """Raises ConfigError where the config asks for what this vLLM cannot do."""
+        """Build the engine. Raises ConfigError where the config asks for what this vLLM cannot do."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -84,7 +84,8 @@ class VllmCore:
         self._num_workers = config.rollout.tensor_parallel_size * config.rollout.pipeline_parallel_size
         longest = config.rollout.max_model_len or config.trainer.seq_len
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest + 1
-        self.max_model_len = min(longest + 1, max(limit, longest))  # scoring a full sequence samples one token more
+        # scoring a sequence of full length samples one more token
+        self.max_model_len = min(longest + 1, max(limit, longest))
         with tempfile.TemporaryDirectory(prefix="sluice-vllm-") as folder:
             _write_model(Path(folder), assets, architecture=type(model).__name__)
             arguments = _arguments(config, folder=folder, max_model_len=self.max_model_len)
@@ -95,7 +96,7 @@ class VllmCore:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a step has something to do."""
+        """Whether a step has work."""
         return bool(self._internal_ids)
 
     def add(self, prompt_ids: NDArray[np.int32], *, sampling: SamplingParams, seed: int, salt: str) -> str:
@@ -110,7 +111,7 @@ class VllmCore:
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             min_tokens=sampling.min_tokens,
-            stop_token_ids=[*self._eos_token_ids, *sampling.stop_token_ids],
+            stop_token_ids=list(self._eos_token_ids),
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
             skip_special_tokens=False,
@@ -141,12 +142,12 @@ class VllmCore:
         self._engine.abort_request([request_id])
 
     def num_tokens(self, request_id: str) -> int:
-        """Tokens that a running request has so far."""
+        """Return the tokens that a running request has so far."""
         state = self._engine.output_processor.request_states[self._internal_ids[request_id]]
         return int(state.detokenizer.num_output_tokens())
 
     def step(self) -> list[Finished]:
-        """One forward pass; returns the requests that it ended."""
+        """Run one forward pass; return the requests that it ended."""
         finished = []
         for output in self._engine.step():
             if output.finished and self._internal_ids.pop(output.request_id, None) is not None:
@@ -163,7 +164,7 @@ class VllmCore:
         return finished
 
     def mismatch(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
-        """Why these tensors are no policy of this model, if so: vLLM itself loads what it finds and warns."""
+        """Return why these tensors are not a policy of this model, or none: vLLM itself loads what it finds and warns."""
         if odd := sorted(self._shapes.keys() ^ tensors.keys()):
             return f"policy and model differ in {len(odd)} tensors, e.g. {odd[:5]}"
         for name, shape in self._shapes.items():
@@ -176,7 +177,7 @@ class VllmCore:
         if self._num_workers == 1:
             self._engine.collective_rpc("load_policy", kwargs={"tensors": tensors})
             return
-        folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None  # tensors do not pass to other processes
+        folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None  # tensors cannot be sent to other processes
         with tempfile.TemporaryDirectory(prefix="sluice-policy-", dir=folder) as name:
             path = str(Path(name) / "policy.safetensors")
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -192,14 +193,14 @@ class VllmCore:
         self._engine.collective_rpc("clear_cache")
 
     def close(self) -> None:
-        """Give back memory and worker processes."""
+        """Release memory and worker processes."""
         self._engine.engine_core.shutdown()
         self._engine = None
         gc.collect()
 
 
 def is_temperature(value: float) -> bool:
-    """Whether vLLM samples at it: smaller ones are raised to 0.01 in silence, larger ones refused."""
+    """Return whether vLLM samples at it: smaller ones are silently raised to 0.01, larger ones refused."""
     return 0.01 <= value <= 2.0
 
 
@@ -219,7 +220,7 @@ def check_config(config: Config) -> None:
 
 
 def _arguments(config: Config, *, folder: str, max_model_len: int) -> dict[str, Any]:
-    """Of vLLM's EngineArgs."""
+    """Return the arguments of vLLM's EngineArgs."""
     from vllm.platforms import current_platform
 
     rollout = config.rollout
@@ -228,7 +229,7 @@ def _arguments(config: Config, *, folder: str, max_model_len: int) -> dict[str, 
         raise ConfigError(
             f"rollout.device={rollout.device}: the installed vLLM runs on {current_platform.device_type}; use device=auto"
         )
-    max_num_seqs = rollout.max_sequences + 1  # scoring does not wait for a row
+    max_num_seqs = rollout.max_sequences + 1  # scoring does not wait for a sequence to finish
     kv_cache_mib = rollout.kv_cache_mib or (_CPU_KV_CACHE_MIB if is_cpu else None)
     arguments: dict[str, Any] = {
         "model": folder,
@@ -250,7 +251,7 @@ def _arguments(config: Config, *, folder: str, max_model_len: int) -> dict[str, 
         "disable_log_stats": True,
     }
     if is_cpu:
-        # A prompt computed in parts rewinds its random generator, which a CPU generator cannot: the engine would die.
+        # A prompt computed in chunks rewinds its random generator, which a CPU generator cannot: the engine would die.
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(_CPU_STEP_TOKENS, max_model_len, max_num_seqs)
         torch._dynamo.config.disable = True  # vLLM compiles its logprobs, which needs a C++ compiler and 10 to 20 s
@@ -258,7 +259,7 @@ def _arguments(config: Config, *, folder: str, max_model_len: int) -> dict[str, 
 
 
 def _write_model(folder: Path, assets: ModelAssets, *, architecture: str) -> None:
-    """config.json and the tokenizer: the folder that vLLM is pointed at."""
+    """Write config.json and the tokenizer into the folder that vLLM loads."""
     for name, content in assets.tokenizer_files.items():
         (folder / Path(name).name).write_bytes(content)
     architectures = assets.config.get("architectures") or [architecture]
@@ -266,5 +267,5 @@ def _write_model(folder: Path, assets: ModelAssets, *, architecture: str) -> Non
 
 
 def _flat(logprobs: Any) -> NDArray[np.float32]:
-    """One number per position out of vLLM's FlatLogprobs; its position without a logprob (the first of a prompt) has none."""
+    """Return one number per position of vLLM's FlatLogprobs; the first position of a prompt has none."""
     return np.array(logprobs.logprobs if logprobs is not None else [], np.float32)

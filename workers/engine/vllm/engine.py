@@ -1,20 +1,20 @@
 """vLLM behind the engine contract, on CUDA or its CPU build: one thread steps it, task threads wait for their groups.
 
-    task threads --generate()--> pending --hand over--> in vLLM --last token--> future
-    anyone       --stage()-----> staged  --swap-------> version
-    anyone       --score()-----> scoring --hand over, first--> in vLLM ------> future
+    task threads --generate()--> pending --admit------> in vLLM --last token--> future
+    any thread   --stage()-----> staged  --swap-------> version
+    any thread   --score()-----> scoring --admit, first--> in vLLM -----------> future
 
-A pass of the loop: drop what was cancelled, swap the policy if one is staged and may be, hand over what fits, one step.
+A pass of the loop: drop what was cancelled, swap the policy if one is staged and may be served, admit what fits, one step.
 
 Invariants, besides those of `serving`:
 * a swap happens between two steps of a synchronous engine: nothing is paused, drained or restarted for it, and every
   sequence's tokens are known to be before or after it;
-* a cached block serves only requests that were handed over after the newest swap and before the next (the salt counts
-  swaps, because versions may come back); sequences without a token at a swap are handed over anew;
-* running sequences keep their blocks over a swap, or get them computed again, or finish before it, as `in_flight` says;
+* a cached block serves only requests that were admitted after the newest swap and before the next (the salt counts
+  swaps, because versions may come back); sequences without a token at a swap are admitted again;
+* running sequences keep their blocks over a swap, or get them computed again, or finish before it, as `in_flight` sets;
 * at most `max_sequences` are in vLLM, or one larger group; what does not fit into KV memory waits there;
 * a step or a load that raises ends the engine (scheduler, weights or device are in an unknown state): what runs gets
-  EngineError, what waits EngineClosed, and `progress_at` falls to -inf, for which a worker process ends itself.
+  EngineError, what waits EngineClosed, and `progress_at` falls to -inf, at which a worker process ends itself.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ log = logging.getLogger(__name__)
 _START_S = 1800.0
 "Bound on loading vLLM; compiling a large model for CUDA takes minutes."
 _DEAD_HOLD_S = 60.0
-"A dead engine keeps callers for so long, so that their groups do not race through the queue until the process has ended."
+"A dead engine holds callers this long, so that their groups do not race through the queue until the process has ended."
 
 
 class VllmEngine(ServingEngine[SequenceGroup]):
     """Implements `sluice.workers.engine.Engine`; serves nothing before the first `stage`."""
 
     def __init__(self, config: Config, assets: ModelAssets) -> None:
-        """Loads vLLM, which takes seconds to minutes. Raises ConfigError, or whatever vLLM raises."""
+        """Load vLLM, which takes seconds to minutes. Raises ConfigError, or what vLLM raises."""
         super().__init__(in_flight=config.rollout.in_flight)
         self._max_sequences = config.rollout.max_sequences
         self._max_model_len = config.rollout.max_model_len or config.trainer.seq_len
         self._finished_tokens = 0
         self._has_nan = False
         "the served policy has left NaN in the cache"
-        self._rows: dict[str, RunningSequence] = {}
+        self._sequences: dict[str, RunningSequence] = {}
         self._scored: dict[str, tuple[Score, int]] = {}
         self._scoring: list[Score] = []
         self._is_dead = False
@@ -69,7 +69,7 @@ class VllmEngine(ServingEngine[SequenceGroup]):
         self._core = started.result(_START_S)
 
     def generate(self, request: GenerationRequest) -> list[Completion]:
-        """`sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
+        """Return `sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
         check_request(
             request,
             max_model_len=self._max_model_len,
@@ -82,9 +82,9 @@ class VllmEngine(ServingEngine[SequenceGroup]):
     def score(
         self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
     ) -> tuple[int, list[NDArray[np.float32]]]:
-        """Version served, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]); goes first.
+        """Return the served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]).
 
-        Computed anew by the serving weights, without cached blocks. Raises EngineError.
+        Goes first; computed afresh by the serving weights, without cached blocks. Raises EngineError.
         """
         joined = [np.concatenate([prompt, tokens]).astype(np.int32) for prompt, tokens in sequences]
         longest = max(map(len, joined), default=0)
@@ -104,7 +104,7 @@ class VllmEngine(ServingEngine[SequenceGroup]):
         return version, [logprobs[i][len(prompt) - 1 :] for i, (prompt, _) in enumerate(sequences)]
 
     def _count_sequences(self) -> int:
-        return len(self._rows)
+        return len(self._sequences)
 
     # The engine thread.
 
@@ -119,40 +119,42 @@ class VllmEngine(ServingEngine[SequenceGroup]):
             while not self._is_closed:
                 self._progress_at = time.monotonic()
                 self._pass()
-        except Exception as error:  # whatever a model, a kernel or the device may raise
+        except Exception as error:  # any error of a model, a kernel or the device
             self._die(error)
         else:
             self._core.close()
         finally:
-            with self._condition:  # scores that were handed over while `close` looked are nobody else's
+            with self._condition:  # `close` may have missed scores submitted meanwhile
                 self._release_waiting(self._last_error or "the engine was closed")
-            self._rows, self._scored = {}, {}
+            self._sequences, self._scored = {}, {}
 
     def _pass(self) -> None:
+        # Between two steps nothing runs in vLLM: sequences, weights and the queue can be changed here.
         self._drop_cancelled()
         self._swap()
-        self._hand_over()
+        self._admit()
         if not self._core.is_busy:
             self._wait_for_news()
             return
+        # One step samples a token of every running sequence, and prefills admitted ones and scores.
         started = time.monotonic()
         for finished in self._core.step():
             if finished.request_id in self._scored:
                 self._take_score(finished)
             else:
                 self._take_completion(finished)
-        self._generated_tokens = self._finished_tokens + sum(map(self._core.num_tokens, self._rows))
+        self._generated_tokens = self._finished_tokens + sum(map(self._core.num_tokens, self._sequences))
         self._busy_s += time.monotonic() - started
 
     def _drop_cancelled(self) -> None:
         dropped = self._take_cancelled()
-        for request_id in [name for name, row in self._rows.items() if row.group in dropped]:
+        for request_id in [request_id for request_id, sequence in self._sequences.items() if sequence.group in dropped]:
             self._finished_tokens += self._core.num_tokens(request_id)
             self._core.abort(request_id)
-            del self._rows[request_id]
+            del self._sequences[request_id]
 
     def _swap(self) -> None:
-        """Load the staged policy, if it may be."""
+        """Load the staged policy, if it may be served."""
         policy = self._take_staged()
         if policy is None:
             return
@@ -161,30 +163,32 @@ class VllmEngine(ServingEngine[SequenceGroup]):
             return
         started = time.monotonic()
         self._core.load(policy.tensors)
+        # Every later token names the new version; a sequence without a token yet starts again under it.
         self._serve(policy)
-        for request_id, row in list(self._rows.items()):
+        for request_id, sequence in list(self._sequences.items()):
             if num_tokens := self._core.num_tokens(request_id):
-                row.version_starts.append((policy.version, num_tokens))
-            else:  # it may have found, or computed, blocks of the policy before
-                del self._rows[request_id]
+                sequence.version_starts.append((policy.version, num_tokens))
+            else:  # it may have found, or computed, blocks of the previous policy
+                del self._sequences[request_id]
                 self._core.abort(request_id)
-                self._start(row.group, row.index)
+                self._start(sequence.group, sequence.index)
+        # Blocks of the old policy serve no new request (the salt has changed); NaN would reach one through masked positions.
         if self._has_nan:
             self._core.clear_cache()
             self._has_nan = False
-        elif self._in_flight == "recompute" or not self._rows:
+        elif self._in_flight == "recompute" or not self._sequences:
             self._core.drop_cache(of_running=self._in_flight == "recompute")
         self._count_pause(since=started)
 
     def _must_not_swap(self) -> bool:
         return bool(self._scored) or super()._must_not_swap()
 
-    def _hand_over(self) -> None:
-        """Give vLLM the scores that are asked for, and pending groups, in order, up to `max_sequences` sequences."""
+    def _admit(self) -> None:
+        """Pass vLLM the scores that are asked for, and pending groups, in order, up to `max_sequences` sequences."""
         admitted: list[SequenceGroup] = []
         with self._condition:
             scores, self._scoring = self._scoring, []
-            num_sequences = len(self._rows)
+            num_sequences = len(self._sequences)
             for group in sorted(filter(self._may_serve, self._pending), key=lambda group: group.urgency):
                 if num_sequences and num_sequences + group.size > self._max_sequences:
                     break
@@ -200,34 +204,34 @@ class VllmEngine(ServingEngine[SequenceGroup]):
             try:
                 for index in range(group.size):
                     self._start(group, index)
-            except ValueError as error:  # refused by vLLM; what of it has started leaves with the next pass
+            except ValueError as error:  # refused by vLLM; its sequences that have started leave with the next pass
                 group.fail(EngineError, str(error))
 
     def _start(self, group: SequenceGroup, index: int) -> None:
         sampling = group.request.sampling
         seed = xxhash.xxh3_64_intdigest(f"{sampling.seed}/{index}".encode()) >> 1  # a signed 64-bit number
         request_id = self._core.add(group.request.prompt_ids, sampling=sampling, seed=seed, salt=self._salt)
-        self._rows[request_id] = RunningSequence(group=group, index=index, version_starts=[(self._version, 0)])
+        self._sequences[request_id] = RunningSequence(group=group, index=index, version_starts=[(self._version, 0)])
 
     @property
     def _salt(self) -> str:
         return str(self._num_updates)
 
     def _take_completion(self, finished: Finished) -> None:
-        row = self._rows.pop(finished.request_id)
-        group = row.group
+        sequence = self._sequences.pop(finished.request_id)
+        group = sequence.group
         self._finished_tokens += len(finished.token_ids)
         problem = None
         if finished.reason not in ("stop", "length"):
             problem = f"vLLM ended a completion with {finished.reason!r}"
         elif len(finished.logprobs) != len(finished.token_ids) or not np.isfinite(finished.logprobs).all():
-            problem = f"policy version {row.version_starts[-1][0]} gives logprobs that are not finite"
+            problem = f"policy version {sequence.version_starts[-1][0]} gives logprobs that are not finite"
             self._has_nan = True
         if problem is not None:  # its other sequences leave with the next pass
             with self._condition:
                 group.fail(EngineError, problem)
             return
-        group.completions[row.index] = completion_of(row, finished)
+        group.completions[sequence.index] = completion_of(sequence, finished)
         if group.is_complete:
             self._finish(group)
 

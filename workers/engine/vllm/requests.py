@@ -1,4 +1,4 @@
-"""What is asked of the vLLM engine, as it is on its way: groups, their sequences, scores. No threads, no vLLM."""
+"""The requests of the vLLM engine: groups, their sequences, scores. No threads, no vLLM."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from sluice.workers.engine.serving import ServedGroup, version_spans
 from sluice.workers.engine.vllm.core import Finished, is_temperature
 
 _PRIORITY_S = 10.0
-"One step of priority is worth so many seconds of waiting."
+"Seconds of waiting that one step of priority is worth."
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class SequenceGroup(ServedGroup):
-    """One request, as it waits its turn."""
+    """One request: `sampling.n` sequences of one prompt, admitted together."""
 
     arrived_at: float = field(default_factory=time.monotonic)
 
     @property
     def urgency(self) -> float:
-        """The least goes first."""
+        """The lowest goes first."""
         return self.arrived_at - _PRIORITY_S * self.request.priority
 
 
@@ -37,7 +37,7 @@ class RunningSequence:
 
     group: SequenceGroup
     index: int
-    "place in the group"
+    "index in the group"
     version_starts: list[tuple[int, int]]
     "(policy version, number of tokens from which on it samples)"
 
@@ -53,7 +53,7 @@ class Score:
 
 
 def check_temperature(request: GenerationRequest) -> None:
-    """Raises EngineError for what vLLM would refuse, or silently change."""
+    """Raise EngineError for a temperature that vLLM would refuse, or silently change."""
     temperature = request.sampling.temperature
     if temperature and not is_temperature(temperature):
         raise EngineError(
@@ -61,11 +61,11 @@ def check_temperature(request: GenerationRequest) -> None:
         )
 
 
-def completion_of(row: RunningSequence, finished: Finished) -> Completion:
+def completion_of(sequence: RunningSequence, finished: Finished) -> Completion:
     reason: FinishReason = "stop" if finished.reason == "stop" else "length"
     return Completion(
         token_ids=finished.token_ids,
         rollout_logprobs=finished.logprobs,
-        policy_versions=version_spans(row.version_starts, end=len(finished.token_ids)),
+        policy_versions=version_spans(sequence.version_starts, end=len(finished.token_ids)),
         finish_reason=reason,
     )

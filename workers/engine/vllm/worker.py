@@ -1,8 +1,8 @@
-"""What vLLM's worker processes do for us: take a whole policy in one call, so that no step ever sees half of one.
+"""What runs in vLLM's worker processes: loading a full policy in one call, so that no step ever sees half of one.
 
-vLLM mixes `PolicyLoader` into its worker class (`worker_extension_cls`); `vllm_core` calls `load_policy` on every worker.
-The layerwise reload of vLLM has its weights on the meta device between its start and its end: spread over several calls,
-a step between them ends the engine.
+vLLM mixes `PolicyLoader` into its worker class (`worker_extension_cls`); `core` calls `load_policy` on every worker.
+vLLM's layerwise reload has its weights on the meta device from start to end: spread over several calls, a step between them
+ends the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PolicyLoader:
         _repack_heads(self.model_runner.get_model())
 
     def clear_cache(self) -> None:
-        """Overwrite all keys and values: a NaN in a freed block reaches whoever gets the block, through masked positions."""
+        """Overwrite all keys and values: a NaN in a freed block reaches its next owner, through masked positions."""
         for caches in self.model_runner.kv_caches:
             for cache in [caches] if isinstance(caches, torch.Tensor) else caches:
                 cache.zero_()
@@ -36,12 +36,12 @@ class PolicyLoader:
 
 def _read(path: str) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dictionary)
+        for name in file.keys():  # noqa: SIM118 (not a dict)
             yield name, file.get_tensor(name)
 
 
 def _repack_heads(model: torch.nn.Module) -> None:
-    """The CPU backend multiplies by a packed copy of the head; for a tied head the reload loads no weight, and forgets it.
+    """Repack heads: the CPU backend multiplies by a packed copy, which the reload of a tied head does not renew.
 
     Seen in vLLM 0.32: logprobs were off by up to 6 after the second policy.
     """

@@ -1,13 +1,13 @@
 """A full run while a killer picks a random role every few seconds; nothing may be lost and nothing trained twice.
 
-    python benchmarks/chaos.py [--minutes 5] [--seed 0] [--every 4] [--steps 300] [--out benchmarks/results/chaos.json]
+    python benchmarks/chaos.py [--minutes 13] [--every 1.2] [--steps 700] [--seed 5]
 
 It runs `sluice run config/quickstart.yaml` (real Redis, real workers, real gradients) and sends, at random moments to a random
 role, SIGKILL, SIGTERM, or SIGSTOP and after 2-10 seconds SIGCONT; Redis (append-only file, started again by `sluice run`) only
 SIGKILL. Where it is permitted, one more rollout worker lives in a network namespace of its own and has its network cut for
-5 to 20 seconds (benchmarks/far_worker.py). When the minutes are over the killing ends and the run goes on to its last step.
+5 to 20 seconds (benchmarks/shared/far_worker.py). When the minutes are over the killing ends and the run makes its last steps.
 The same job is run undisturbed beside it, for its accuracy. What is claimed is read from records that the killed processes do
-not hold in memory:
+not hold in memory, and which process has which role is asked of the run (heartbeats):
 
 * lost: groups of the ledger that are neither settled nor in flight (the identity), and steps without a full batch
 * trained twice: group ids that occur more than once in the checkpoints' `trained_groups` of the surviving lineage
@@ -19,26 +19,34 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import datetime
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose names would hide others
 
 import psutil
-from far_worker import FarWorker, far_worker
+import redis
 
-from sluice.scripts.prepare_tiny import prepare
+from benchmarks.shared.far_worker import FarWorker, far_worker
+from benchmarks.shared.processes import (
+    ROOT,
+    check_ended_well,
+    read_steps,
+    roles_by_pid,
+    start_sluice_run,
+    tiny_settings,
+    until,
+)
+from benchmarks.shared.report import new_parser, parse, publish
 
 ROLES = ("dataset", "rollout", "reference", "reward", "trainer", "redis")
 FAR = "far rollout"
@@ -52,8 +60,10 @@ GROUPS_PER_STEP = 8
 class Killer:
     """Sends signals to the children of a `sluice run`, and cuts the network of a worker outside it."""
 
-    def __init__(self, pid: int, *, seed: int, far: FarWorker | None) -> None:
+    def __init__(self, pid: int, *, run: Path, url: str, seed: int, far: FarWorker | None) -> None:
         self._root = psutil.Process(pid)
+        self._run = run.name
+        self._client = redis.Redis.from_url(url, socket_timeout=1.0)
         self._draw = random.Random(seed)
         self._far = far
         self._far_busy_until = 0.0
@@ -97,17 +107,15 @@ class Killer:
         self.kills.append({"at": time.time(), "role": FAR, "signal": "network cut"})
 
     def _find(self, role: str) -> psutil.Process | None:
-        """A role's process, the worker itself or (reward) one of its pool children."""
-        found = []
-        for process in self._root.children(recursive=True):
-            try:
-                words = process.cmdline()
-            except psutil.NoSuchProcess:
-                continue
-            is_worker = "-Q" in words and words[words.index("-Q") + 1] == role
-            is_redis = role == "redis" and any(name in words[0] for name in ("redis-server", "valkey") if words)
-            if is_worker or is_redis or (role == "trainer" and words[1:3] == ["-m", "sluice.trainer"]):
-                found.append(process)
+        """Return a role's process, the worker or (reward) one of its pool children; none while the run cannot be asked."""
+        try:
+            family = {process.pid: process for process in self._root.children(recursive=True)}
+            roles = roles_by_pid(self._client, self._run)
+            found = [family[pid] for pid, named in roles.items() if named == role and pid in family]
+            if role == "reward":
+                found += [child for process in found for child in process.children()]
+        except (redis.RedisError, psutil.NoSuchProcess):
+            return None
         return self._draw.choice(found) if found else None
 
 
@@ -116,105 +124,50 @@ def _continue(process: psutil.Process) -> None:
         process.send_signal(signal.SIGCONT)
 
 
-def run_under_fire(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    tiny = folder / "tiny"
-    prepare(tiny, seed=0)
-    undisturbed = None if arguments.only_chaos else run_in_peace(folder, tiny, steps=arguments.steps)
-    run, output = folder / "runs" / "chaos", folder / "output"
-    with output.open("wb") as log, _sluice_run("chaos", folder, tiny, steps=arguments.steps, log=log) as process:
-        wait_for_first_step(run, process)
-        url = (run / "redis" / "url").read_text()
-        with contextlib.ExitStack() as stack:
-            far, relay_port = None, 0
-            if FarWorker.is_permitted():
-                far, relay_port = stack.enter_context(far_worker(url=url, run="chaos", log=folder / "far.log"))
-            killer = Killer(process.pid, seed=arguments.seed, far=far)
-            end = time.monotonic() + 60 * arguments.minutes
-            while time.monotonic() < end and process.poll() is None:
-                if far:
-                    far.keep_alive(relay_port)
-                time.sleep(killer._draw.uniform(0.5, 1.5) * arguments.every)
-                killer.strike()
-                print(f"\r{len(killer.kills)} signals", end="", file=sys.stderr, flush=True)
-            code = process.wait()
-    if code:
-        raise SystemExit(f"\nsluice run ended with {code}:\n{output.read_text()[-3000:]}")
+def run_under_fire(arguments: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    run = folder / "chaos"
+    process = start_sluice_run("chaos", settings, folder=folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        until(lambda: read_steps(run) or process.poll() is not None, "the first step", period_s=0.2)
+        check_ended_well(process.poll() or 0, folder / "chaos.output")
+        far, relay_port, url = None, 0, (run / "redis" / "url").read_text()
+        if FarWorker.is_permitted():
+            far, relay_port = stack.enter_context(far_worker(url=url, run="chaos", log=folder / "far.log"))
+        killer = Killer(process.pid, run=run, url=url, seed=arguments.seed, far=far)
+        end = time.monotonic() + 60 * arguments.minutes
+        while time.monotonic() < end and process.poll() is None:
+            if far:
+                far.keep_alive(relay_port)
+            time.sleep(killer._draw.uniform(0.5, 1.5) * arguments.every)
+            killer.strike()
+            print(f"\r{len(killer.kills)} signals", end="", file=sys.stderr, flush=True)
+        check_ended_well(process.wait(), folder / "chaos.output")
     report = judge(run, killer.kills)
     far_text = f"started {far.num_starts} times" if far else "not permitted here (needs root and ip)"
-    report["rollout_worker_in_its_own_network"] = far_text
-    report["undisturbed"] = undisturbed
-    return report
+    return {**report, "rollout_worker_in_its_own_network": far_text}
 
 
-def run_in_peace(folder: Path, tiny: Path, *, steps: int) -> dict[str, Any]:
-    """The same job with nobody killed."""
-    output = folder / "peace"
-    with output.open("wb") as log, _sluice_run("peace", folder, tiny, steps=steps, log=log) as process:
-        if process.wait():
-            raise SystemExit(f"the undisturbed run ended with {process.returncode}:\n{output.read_text()[-3000:]}")
-    summary = json.loads((folder / "runs" / "peace" / "summary.json").read_text())
+def run_undisturbed(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Run the same job with no process killed."""
+    process = start_sluice_run("undisturbed", settings, folder=folder)
+    check_ended_well(process.wait(), folder / "undisturbed.output")
+    summary = json.loads((folder / "undisturbed" / "summary.json").read_text())
     return {name: summary[name] for name in ("eval_before", "eval_after", "wall_s", "restarts")}
 
 
-def _sluice_run(name: str, folder: Path, tiny: Path, *, steps: int, log: Any) -> subprocess.Popen[bytes]:
-    heldout = {
-        "name": "heldout",
-        "num_prompts": 200,
-        "function": "MathReward",
-        "dataset": {"path": str(tiny / "heldout.jsonl")},
-    }
-    overrides = {
-        "model.path": str(tiny / "model"),
-        "dataset.path": str(tiny / "train.jsonl"),
-        "evaluation.datasets": [heldout],
-        "evaluation.every_steps": 0,
-        "trainer.num_steps": steps,
-        "checkpoint.every_steps": 5,
-        "checkpoint.keep": 100_000,  # all of them: they are the record
-        "lease.running_s": 5.0,
-        "lease.queued_s": 5.0,
-        "lease.max_attempts": 20,  # a group may lose many workers here; a dead letter would not be a loss, but would hide one
-        "output_dir": str(folder / "runs"),
-    }
-    argv = [
-        sys.executable,
-        "-c",
-        "from sluice.scripts.cli import main; main()",
-        "run",
-        str(ROOT / "config/quickstart.yaml"),
-    ]
-    argv += [f"{key}={json.dumps(value)}" for key, value in overrides.items()] + ["--name", name]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    env.pop("SLUICE_REDIS_URL", None)
-    return subprocess.Popen(argv, stdout=log, stderr=log, env=env)
-
-
-def wait_for_first_step(run: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or not steps_of(run):
-        if time.monotonic() > deadline or process.poll() is not None:
-            raise SystemExit("the run made no step")
-        time.sleep(0.2)
-
-
-def steps_of(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    return [line for line in lines if "reward/mean" in line]
-
-
 def judge(run: Path, kills: list[dict[str, Any]]) -> dict[str, Any]:
-    """What came of it."""
+    """Return what came of it."""
     summary = json.loads((run / "summary.json").read_text())
     states = [json.loads(path.read_text()) for path in sorted((run / "checkpoints").glob("step-*/state.json"))]
     trained = [group for state in states for group in state["trained_groups"]]
     twice = [group for group, count in collections.Counter(trained).items() if count > 1]
-    steps = steps_of(run)
+    steps = read_steps(run)
     moments = [line["time"] for line in steps]
     recoveries = [min((t - kill["at"] for t in moments if t > kill["at"]), default=0.0) for kill in kills]
     ledger = summary["ledger"]
     return {
-        "benchmark": "chaos",
-        "date": f"{datetime.date.today()}",
         "signals": len(kills),
         "signals_by_role": collections.Counter(f"{kill['role']} {kill['signal']}" for kill in kills),
         "restarts": summary["restarts"],
@@ -236,25 +189,40 @@ def judge(run: Path, kills: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5.0, help="how long the killing goes on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=float, default=4.0, help="mean seconds between two signals")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of the run")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=13.0, help="how long the killing goes on")
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--every", type=float, default=1.2, help="mean seconds between two signals")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps of the run")
+    parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--only-chaos", action="store_true", help="no undisturbed run beside it")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "chaos.json")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sluice-chaos-", ignore_cleanup_errors=True) as folder:
-        report = run_under_fire(arguments, Path(folder))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    print("\n" + json.dumps(report, indent=1))
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench", help="where the tiny model is kept")
+    quick = {"minutes": 0.25, "every": 2.5, "steps": 20, "group_size": 4, "only_chaos": True}
+    arguments = parse(parser, argv, quick=quick)
+    settings = (
+        tiny_settings(arguments.folder, quick=arguments.quick)
+        | {
+            "evaluation.every_steps": 0,
+            "trainer.num_steps": arguments.steps,
+            "sampling.group_size": arguments.group_size,
+            "checkpoint.every_steps": 5,
+            "checkpoint.keep": 100_000,  # all of them: they are the record
+            "lease.running_s": 5.0,
+            "lease.queued_s": 5.0,
+            "lease.max_attempts": 20,  # a group may lose many workers here; a dead letter would be no loss, but would hide one
+        }
+    )
+    with tempfile.TemporaryDirectory(prefix="sluice-chaos-", ignore_cleanup_errors=True) as made:
+        folder = Path(made)
+        undisturbed = None if arguments.only_chaos else run_undisturbed(folder, settings)
+        found = run_under_fire(arguments, folder, settings) | {"undisturbed": undisturbed}
+    publish("chaos", arguments, {"runs": [found]})
     if (
-        report["lost"]
-        or report["trained_twice"]
-        or report["groups_missing_from_checkpoints"]
-        or not report["ledger"]["holds"]
+        found["lost"]
+        or found["trained_twice"]
+        or found["groups_missing_from_checkpoints"]
+        or not found["ledger"]["holds"]
     ):
         raise SystemExit("something was lost or trained twice")
 

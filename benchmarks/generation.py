@@ -1,12 +1,12 @@
 """Tokens per CPU second of the torch engine, beside transformers (generate, continuous batching) and vLLM's CPU build.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation.py --vllm-python VENV/bin/python --out benchmarks/results/generation.json
+    OMP_NUM_THREADS=1 python benchmarks/generation.py --vllm-python VENV/bin/python
 
 One model, the same prompts and the same sampling for all sides, in one run, in turns (other load on the machine moves all
 of them): groups of 8, sampled at temperature 1, logprobs of the sampled tokens. Random weights of a Qwen3 of 0.1 M
 parameters (the quickstart's) and of 29 M; one token in 32 ends a completion, so lengths are ragged (mean 27, at most 64).
 Reported per side: useful tokens (up to the end token) per CPU second of its process, the best of `--repeats`, and the median
-of the paired ratios engine / side. Warm-up and start are left out. Without --vllm-python vLLM is left out.
+of the paired ratios engine / side. Warm-up and start are left out. vLLM is left out where --vllm-python cannot import it.
 
 `limit` says what a core of this machine could reach: bytes that must move per token (weights once per step for all rows,
 keys and values of a row) at the measured memory bandwidth, and FLOPs at the measured rate of a large matrix product; the
@@ -18,29 +18,28 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose names would hide others
 
 import numpy as np
 import torch
 import transformers
-from report import publish
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
+from benchmarks.shared.models import SHAPES, build_model, fastest, gemm_rate
+from benchmarks.shared.processes import PeerProcess, missing
+from benchmarks.shared.report import new_parser, parse, publish
 from sluice.common.models.causal_lm import named_weights
 from sluice.common.types import SamplingParams
 from sluice.workers.engine import GenerationRequest
@@ -48,34 +47,17 @@ from sluice.workers.engine.torch.engine import TorchEngine
 from sluice.workers.engine.torch.kv_cache import bytes_per_token
 
 GROUP_SIZE, MAX_TOKENS, PROMPT_LENGTHS, MAX_MODEL_LEN, PAD = 8, 64, (12, 18), 256, 0
-SHAPES: dict[str, dict[str, Any]] = {
-    "0.1M": {
-        "vocab_size": 384, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.08,
-    },
-    "29M": {
-        "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-    },
-}  # fmt: skip
+SIZES = ("0.1M", "29M")
 
 Side = Callable[[], tuple[float, int]]
 """One call generates everything; CPU seconds and useful tokens."""
 
 
-def build_model(size: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    shape = SHAPES[size]
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            **shape, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=PAD, bos_token_id=None,
-            eos_token_id=end_tokens(shape["vocab_size"]),
-        )
-    ).eval()  # fmt: skip
-
-
-def end_tokens(vocab_size: int) -> list[int]:
-    return list(range(1, 1 + vocab_size // 32))
+def ragged_model(size: str) -> PreTrainedModel:
+    """Return a model in which one token in 32 ends a completion."""
+    vocab_size = SHAPES[size][0]
+    ends = list(range(1, 1 + vocab_size // 32))
+    return build_model(size, eos_token_id=ends, initializer_range=0.08 if size == "0.1M" else 0.02).eval()
 
 
 def build_prompts(num_groups: int, *, vocab_size: int) -> list[list[int]]:
@@ -132,7 +114,7 @@ def generate_side(model: Any, prompts: list[list[int]]) -> Side:
 
 
 def continuous_side(model: Any, prompts: list[list[int]], stack: ExitStack) -> Side:
-    """transformers' continuous batching, kept alive between calls; one page holds a sequence, all requests fit."""
+    """Return transformers' continuous batching, kept alive between calls; one page holds a sequence, all requests fit."""
     count = len(prompts) * GROUP_SIZE
     sampling = GenerationConfig(
         do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=MAX_TOKENS, num_return_sequences=GROUP_SIZE,
@@ -158,55 +140,31 @@ def continuous_side(model: Any, prompts: list[list[int]], stack: ExitStack) -> S
     return measured(generate)
 
 
-class VllmProcess:
-    """The child that `generation_vllm.py` is; one per model."""
+def vllm_side(vllm: PeerProcess, model: PreTrainedModel, prompts: list[list[int]]) -> Side:
+    request = {
+        "prompts": prompts, "n": GROUP_SIZE, "max_tokens": MAX_TOKENS, "stop_token_ids": model.config.eos_token_id,
+        "max_sequences": len(prompts) * GROUP_SIZE,
+    }  # fmt: skip
 
-    def __init__(self, python: str, model: PreTrainedModel, stack: ExitStack) -> None:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        model.save_pretrained(folder)
-        script = Path(__file__).with_name("generation_vllm.py")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment.pop("PYTHONPATH", None)
-        self._process = subprocess.Popen(
-            [python, str(script), folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        stack.callback(self._process.wait, 60)
-        stack.callback(self._process.stdin.close)
-        self.versions = self._reply()
+    def side() -> tuple[float, int]:
+        reply = vllm.ask(**request)
+        return reply["cpu_s"], reply["num_tokens"]
 
-    def side(self, model: PreTrainedModel, prompts: list[list[int]]) -> Side:
-        request = {
-            "prompts": prompts, "n": GROUP_SIZE, "max_tokens": MAX_TOKENS, "stop_token_ids": model.config.eos_token_id,
-            "max_sequences": len(prompts) * GROUP_SIZE,
-        }  # fmt: skip
-
-        def side() -> tuple[float, int]:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            reply = self._reply()
-            return reply["cpu_s"], reply["num_tokens"]
-
-        return side
-
-    def _reply(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the vLLM process ended with exit code {self._process.wait(60)}")
-        return json.loads(line)
+    return side
 
 
 def compare(
-    size: str, num_sequences: int, *, repeats: int, vllm: VllmProcess | None, stack: ExitStack
+    size: str, num_sequences: int, *, repeats: int, vllm: PeerProcess | None, stack: ExitStack
 ) -> dict[str, Any]:
-    vocab_size = SHAPES[size]["vocab_size"]
+    vocab_size = SHAPES[size][0]
     prompts = build_prompts(num_sequences // GROUP_SIZE, vocab_size=vocab_size)
     sides = {
-        "engine": engine_side(build_model(size), prompts, stack),
-        "generate": generate_side(build_model(size), prompts),
-        "continuous_batching": continuous_side(build_model(size), prompts, stack),
+        "engine": engine_side(ragged_model(size), prompts, stack),
+        "generate": generate_side(ragged_model(size), prompts),
+        "continuous_batching": continuous_side(ragged_model(size), prompts, stack),
     }
     if vllm is not None:
-        sides["vllm"] = vllm.side(build_model(size), prompts)
+        sides["vllm"] = vllm_side(vllm, ragged_model(size), prompts)
     runs: dict[str, list[tuple[float, int]]] = {name: [] for name in sides}
     for turn in range(1 + repeats):
         for name, side in sides.items():
@@ -233,7 +191,7 @@ def compare(
 
 def limit(size: str, num_sequences: int, *, mean_tokens: float, prompts: list[list[int]]) -> dict[str, float]:
     """Bounds of one core for this job, from sizes and from what the machine does right now."""
-    model = build_model(size)
+    model = ragged_model(size)
     embedding = model.get_input_embeddings().weight
     weights = sum(
         weight.numel() for weight in model.parameters()
@@ -259,65 +217,37 @@ def memory_bandwidth() -> float:
     return data.nbytes / fastest(data.sum)
 
 
-def gemm_rate() -> float:
-    """FLOPs per second of a square matrix product."""
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    return 2 * 1024**3 / fastest(lambda: left @ right)
+def measure(arguments: argparse.Namespace, size: str) -> list[dict[str, Any]]:
+    """All counts of sequences at one size; vLLM has one process for them."""
+    with ExitStack() as process:
+        vllm = None
+        if arguments.vllm_python:
+            folder = process.enter_context(tempfile.TemporaryDirectory())
+            ragged_model(size).save_pretrained(folder)
+            vllm = PeerProcess("vllm_generation", folder, python=arguments.vllm_python, stack=process)
+        found = []
+        for count in arguments.sequences:
+            with ExitStack() as stack:
+                found.append(compare(size, count, repeats=arguments.repeats, vllm=vllm, stack=stack))
+            found[-1]["vllm"] = vllm.hello if vllm else None
+        return found
 
 
-def fastest(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(5):
-        started = time.process_time()
-        call()
-        times.append(time.process_time() - started)
-    return min(times)
-
-
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return {
-        "processor": next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine()),
-        "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average_1min": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
     parser.add_argument("--sequences", type=int, nargs="+", default=[32, 256], help="running together, each")
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--vllm-python", help="Python of an environment with vLLM")
-    parser.add_argument("--out", help="also write the JSON to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--vllm-python", default=sys.executable, help="Python of an environment with vLLM")
+    arguments = parse(parser, argv, quick={"sequences": [8], "models": ["0.1M"], "repeats": 1})
     torch.set_num_threads(1)
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
-    began, results, versions = machine(), [], {}
-    for size in arguments.models:
-        with ExitStack() as process:
-            python = arguments.vllm_python
-            vllm = VllmProcess(python, build_model(size), process) if python else None
-            versions = vllm.versions if vllm else {}
-            for count in arguments.sequences:
-                with ExitStack() as stack:
-                    results.append(compare(size, count, repeats=arguments.repeats, vllm=vllm, stack=stack))
-                print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    report = {
-        "benchmark": "generation",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": began,
-        "vllm": versions,
-        "repeats": arguments.repeats,
-        "results": results,
-    }
-    publish(report, arguments.out)
+    absent = missing("vllm", arguments.vllm_python)
+    arguments.vllm_python = None if absent else arguments.vllm_python
+    results = [found for size in arguments.models for found in measure(arguments, size)]
+    arguments.vllm_python = None  # a path of this machine
+    publish("generation", arguments, {"missing": [absent] if absent else [], "results": results})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the pipeline itself costs: groups per second with an engine and a trainer of zero cost (SYNTHETIC).
 
-    python benchmarks/pipeline.py [--groups 1500] [--rounds 3] [--quick] [--out benchmarks/results/pipeline.json]
+    python benchmarks/pipeline.py [--groups 1500] [--rounds 3]
 
 throughput   real Redis (append-only); dataset, rollout and reward workers (a process each), Celery, ledger and buffer; groups of
              8 completions of 512 tokens. The engine returns completions made beforehand; the trainer takes batches, moves the
@@ -13,33 +13,23 @@ workers      1 .. 64 rollout workers, one in four three times slower, latency si
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose names would hide others
 
 import psutil
-from builders import (
-    file_groups,
-    make_config,
-    publish_policy,
-    random_completions,
-    reward_payload,
-    rollout_payload,
-    task_payload,
-)
-from publication import machine
-from report import publish
 
+from benchmarks.shared.processes import environment, until
+from benchmarks.shared.report import new_parser, parse, publish
 from sluice.common.config import Config
 from sluice.common.connections.broker import make_app, send, send_stage
 from sluice.common.connections.client import connect
@@ -52,18 +42,26 @@ from sluice.common.serialization import encode
 from sluice.scripts.launcher.launch import preflight, with_absolute_paths
 from sluice.scripts.launcher.redis_server import start_server
 from sluice.scripts.prepare_tiny import prepare
+from tests.builders import (
+    file_groups,
+    make_config,
+    publish_policy,
+    random_completions,
+    reward_payload,
+    rollout_payload,
+    task_payload,
+)
 
 GROUP_SIZE, TOKENS, BATCH = 8, 512, 16
-SLOWER, LATENCY_S, GROUPS_PER_WORKER, FLEET_TOKENS = 3.0, 1.0, 24, 4
+SLOWER, LATENCY_S, FLEET_TOKENS = 3.0, 1.0, 4
 
 
 @contextlib.contextmanager
 def workers(
-    folder: Path, url: str, run: str, plan: list[tuple[str, float]], *, app: str = "pipeline_worker"
+    folder: Path, url: str, run: str, plan: list[tuple[str, float]], *, app: str = "benchmarks.shared.pipeline_worker"
 ) -> Iterator[list[Any]]:
     """Celery workers: (queue, latency) each; when the block ends they are killed."""
-    env = {**os.environ, "SLUICE_REDIS_URL": url, "SLUICE_RUN": run, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'benchmarks'}:{ROOT / 'tests'}"
+    env = environment(SLUICE_REDIS_URL=url, SLUICE_RUN=run)
     started = []
     try:
         for i, (queue, latency_s) in enumerate(plan):
@@ -78,7 +76,7 @@ def workers(
                 started.append(psutil.Popen(argv, env=here, cwd=folder, stdout=log, stderr=log))
         for log_file in [folder / f"{queue}-{i}.log" for i, (queue, _) in enumerate(plan)]:
             try:
-                until(lambda log_file=log_file: b" ready." in log_file.read_bytes(), log_file.stem, 180)
+                until(lambda log_file=log_file: b" ready." in log_file.read_bytes(), log_file.stem, timeout_s=180)
             except SystemExit:
                 print(log_file.read_text())
                 raise
@@ -90,15 +88,6 @@ def workers(
                 process.kill()
         for process in started:
             process.wait(10)
-
-
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> None:
-    """The tests' wait_for, but looking more often: times are taken with it."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"waited {timeout_s:.0f} s for {what}")
-        time.sleep(0.02)
 
 
 def cpu_of(process: Any) -> float:
@@ -127,7 +116,7 @@ def job(folder: Path, tiny: Path, **sections: Any) -> Config:
 def pipeline_round(
     folder: Path, url: str, tiny: Path, *, groups: int, name: str, server: Any
 ) -> tuple[float, dict[str, float]]:
-    """Groups per second through every step, and CPU ms per group of each process."""
+    """Return groups per second through every step, and CPU ms per group of each process."""
     config, client, keys = job(folder, tiny), connect(url), Keys(name)
     create_run(client, name, config, assets=preflight(config), folder=str(folder))
     publish_policy(client, keys, 0)
@@ -165,10 +154,10 @@ def pipeline_round(
 
 
 def noop_round(folder: Path, url: str, *, groups: int, name: str) -> float:
-    """The same number of tasks that do nothing, in groups per second: two tasks make one."""
+    """Return groups per second of as many tasks that do nothing: two tasks make one group."""
     app, client, keys = make_app(name, url=url), connect(url), Keys(name)
     queues = [keys.celery_prefix + queue for queue in ("rollout", "reward")]
-    with workers(folder, url, name, [("rollout", 0.0), ("reward", 0.0)], app="pipeline_worker:noop"):
+    with workers(folder, url, name, [("rollout", 0.0), ("reward", 0.0)], app="benchmarks.shared.pipeline_worker:noop"):
         began = time.monotonic()
         for group in range(groups):  # one client sends, as one dataset worker and one rollout worker do
             for stage in ("rollout", "reward"):
@@ -239,7 +228,7 @@ def backlog(url: str, size: int, *, repeats: int, rounds: int) -> dict[str, Any]
             timed("claim", ledger.claim, group, "rollout", fields=("task",))
             timed("store rollout", ledger.store, group, "rollout", rollout_payload(), version=0)
             timed("store reward", ledger.store, group, "reward", reward_payload())
-        assert timed("take 16", buffer.sample, 0, step=step).groups
+        assert timed("sample 16", buffer.sample, 0, step=step).groups
         timed("acknowledge 16", buffer.acknowledge, step)
     assert ledger.counters().holds
     client.flushdb()
@@ -270,7 +259,7 @@ def fleet(folder: Path, url: str, tiny: Path, *, count: int, per_worker: int) ->
         for group in groups:
             send_stage(app, group, "rollout")
         tokens = num_groups * GROUP_SIZE * FLEET_TOKENS
-        until(lambda: int(client.hget(keys("totals"), "generated_tokens") or 0) >= tokens, "the fleet", 600)
+        until(lambda: int(client.hget(keys("totals"), "generated_tokens") or 0) >= tokens, "the fleet", timeout_s=600)
         makespan = time.monotonic() - began
     ideal = num_groups / sum(1 / latency for _, latency in plan)
     client.close()
@@ -283,7 +272,7 @@ def fleet(folder: Path, url: str, tiny: Path, *, count: int, per_worker: int) ->
 
 
 def throughput(folder: Path, server: Any, tiny: Path, *, groups: int, rounds: int) -> dict[str, Any]:
-    """The pipeline, the no-ops and the bytes in turn; medians."""
+    """Measure the pipeline, the no-ops and the bytes in turn; medians."""
     rates: dict[str, list[float]] = {"pipeline": [], "celery_noop": [], "bare_redis": []}
     for i in range(rounds):
         redis_process = psutil.Process(server.process.pid)
@@ -305,38 +294,34 @@ def throughput(folder: Path, server: Any, tiny: Path, *, groups: int, rounds: in
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
     parser.add_argument("--groups", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, measures nothing")
-    parser.add_argument("--out")
-    options = parser.parse_args()
-    groups, rounds = (64, 1) if options.quick else (options.groups, options.rounds)
-    per_worker = 4 if options.quick else GROUPS_PER_WORKER
-    sizes = [100, 1000] if options.quick else [100, 1000, 10_000, 100_000]
-    counts = [1, 4] if options.quick else [1, 4, 16, 64]
+    parser.add_argument("--backlogs", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
+    parser.add_argument("--fleets", type=int, nargs="+", default=[1, 4, 16, 64], help="rollout workers")
+    parser.add_argument("--groups-per-worker", type=int, default=24)
+    quick = {"groups": 64, "rounds": 1, "backlogs": [100, 1000], "fleets": [1, 4], "groups_per_worker": 4}
+    arguments = parse(parser, argv, quick=quick)
     with tempfile.TemporaryDirectory(prefix="sluice-pipeline-") as made:
         folder = Path(made)
-        tiny = folder / "tiny"
-        prepare(tiny, warmup_steps=1)
-        server = start_server(folder / "redis")
+        tiny, server = folder / "tiny", start_server(folder / "redis")
         try:
-            report = {
-                "machine": machine(),
+            prepare(tiny, warmup_steps=1)
+            rounds, per_worker = 2 if arguments.quick else 12, arguments.groups_per_worker
+            found: dict[str, Any] = {
                 "synthetic": "engine and trainer of zero cost; the rollout latencies of `workers` are slept",
-                "throughput": throughput(folder, server, tiny, groups=groups, rounds=rounds),
+                "throughput": throughput(folder, server, tiny, groups=arguments.groups, rounds=arguments.rounds),
                 "backlog": {
-                    str(size): backlog(server.url, size, repeats=16, rounds=2 if options.quick else 12)
-                    for size in sizes
+                    str(size): backlog(server.url, size, repeats=16, rounds=rounds) for size in arguments.backlogs
                 },
-                "workers": {str(n): fleet(folder, server.url, tiny, count=n, per_worker=per_worker) for n in counts},
+                "workers": {
+                    str(n): fleet(folder, server.url, tiny, count=n, per_worker=per_worker) for n in arguments.fleets
+                },
             }
         finally:
             server.stop()
-    totals = [report["backlog"][str(size)]["total_ms_per_group"] for size in sizes]
-    report["backlog"]["largest_over_smallest"] = round(totals[-1] / totals[0], 3)
-    publish(report, options.out)
+    publish("pipeline", arguments, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Deltas of a synthetic 0.6 B-parameter bf16 model after one AdamW step: size, time, and the pause of a worker that swaps.
+"""Deltas of a synthetic bf16 model of 0.6 B parameters after one AdamW step: size, time, and the pause of a worker that swaps.
 
-    OMP_NUM_THREADS=1 python benchmarks/publication.py --out benchmarks/results/publication.json
+    OMP_NUM_THREADS=1 python benchmarks/publication.py
 
 Shapes are those of Qwen3-0.6B, weights normal with std 0.02, gradients standard normal, AdamW in fp32 (betas 0.9, 0.95)
 on `--steps` steps, so that its moments are warm; compared are the bf16 copies before and after the last one. For every
@@ -10,38 +10,39 @@ learning rate:
   `tensor.clone()`, which touches new memory as `apply` must: seconds of CPU of the one thread, in turn, the best of
   `--repeats` rounds and the median ratio within a round;
 * publication and fetch through a directory in memory and through a Redis of its own: wall seconds, of the delta, and of
-  whole weights (`first_*`);
+  full weights (`first_*`);
 * the pause: what generation waits for at a swap on the CPU, where the model takes the fetched tensors themselves
   (`adopt_weights`), and beside it the copy that this saves (`load_weights`); seconds, as a share of those of `publish`, and
   as one of those from `publish` to the end of `fetch`.
 
-Prints one JSON object. Needs about 9 GB of memory and, with the default settings, ten minutes.
+Needs about 9 GB of memory and, with the default settings, ten minutes.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose names would hide others
 
 import numpy as np
 import torch
-from report import publish
 
+from benchmarks.shared.models import SHAPES, build_model, fastest
+from benchmarks.shared.report import new_parser, parse, publish
 from sluice.common.config import PolicyStoreConfig
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
-from sluice.common.models.causal_lm import adopt_weights, load_weights
+from sluice.common.models.causal_lm import adopt_weights, load_weights, named_weights
 from sluice.common.policies import delta
 from sluice.common.policies.digest import tensor_digest
 from sluice.common.policies.store import PolicyStore
@@ -53,26 +54,22 @@ PIECE = 2**20
 """Elements that are trained at a time: their optimizer state stays in the cache."""
 
 
-def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
-    """Of Qwen3-0.6B, which has 28 layers and ties its head."""
-    layer = {
-        "q": (2048, 1024), "k": (1024, 1024), "v": (1024, 1024), "o": (1024, 2048), "q_norm": (128,), "k_norm": (128,),
-        "gate": (3072, 1024), "up": (3072, 1024), "down": (1024, 3072), "norm_1": (1024,), "norm_2": (1024,),
-    }  # fmt: skip
-    layers = {f"{i}_{name}": shape for i in range(num_layers) for name, shape in layer.items()}
-    return {"embed": (151936, 1024), **layers, "norm": (1024,)}
+# The CPU seconds are those of one thread: time that other processes have on the machine does not count.
+cpu_s = partial(fastest, repeats=1, clock=time.thread_time)
+wall_s = partial(fastest, repeats=1, clock=time.monotonic)
 
 
-def train(model: dict[str, tuple[int, ...]], *, lr: float, num_steps: int) -> tuple[Weights, Weights]:
+def train(size: str, *, lr: float, num_steps: int) -> tuple[Weights, Weights]:
     """bf16 weights before and after the last of `num_steps` steps; in pieces, because AdamW sees every element by itself."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.empty(64 * PIECE).normal_(generator=generator)  # gradients: pieces of it from random places
     before, after = {}, {}
-    for name, shape in model.items():
-        size = int(np.prod(shape))
-        old, new = torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.bfloat16)
-        for start in range(0, size, PIECE):
-            count = min(PIECE, size - start)
+    with torch.device("meta"):
+        shapes = {name.replace(".", "_"): weight.shape for name, weight in named_weights(build_model(size)).items()}
+    for name, shape in shapes.items():
+        old, new = (torch.empty(shape.numel(), dtype=torch.bfloat16) for _ in range(2))
+        for start in range(0, shape.numel(), PIECE):
+            count = min(PIECE, shape.numel() - start)
             weight = torch.nn.Parameter(torch.empty(count).normal_(std=0.02, generator=generator))
             optimizer = torch.optim.AdamW([weight], lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
             for place in torch.randint(0, len(pool) - count, (num_steps,), generator=generator).tolist():
@@ -82,19 +79,6 @@ def train(model: dict[str, tuple[int, ...]], *, lr: float, num_steps: int) -> tu
             new[start : start + count] = weight.detach()
         before[name], after[name] = old.reshape(shape), new.reshape(shape)
     return before, after
-
-
-def cpu_s(work: Callable[[], Any]) -> float:
-    """CPU seconds of this thread: time that other processes have on the machine does not count."""
-    began = time.thread_time()
-    work()
-    return time.thread_time() - began
-
-
-def wall_s(work: Callable[[], Any]) -> float:
-    began = time.monotonic()
-    work()
-    return time.monotonic() - began
 
 
 def measure_codec(before: Weights, after: Weights, *, repeats: int) -> dict[str, float]:
@@ -171,7 +155,7 @@ def measure_transport(before: Weights, after: Weights, *, transport: str, url: s
         _, tensors = worker.fetch(version)
         served = Served(tensors)
         swaps_s = {  # the copy first: afterwards the model serves the very tensors
-            name: min(wall_s(lambda: swap(served, tensors)) for _ in range(repeats))  # noqa: B023
+            name: fastest(partial(swap, served, tensors), repeats=repeats, clock=time.monotonic)
             for name, swap in (("load_weights", load_weights), ("pause", adopt_weights))
         }
         both_s = min(publish_s) + min(fetch_s)
@@ -187,51 +171,30 @@ def measure_transport(before: Weights, after: Weights, *, transport: str, url: s
         }
 
 
-def machine() -> dict[str, Any]:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(names),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "load_average": Path("/proc/loadavg").read_text().split()[0],
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--size", choices=list(SHAPES), default="qwen3-0.6b")
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-6, 3e-6])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=6)
+    arguments = parse(parser, argv, quick={"size": "1M", "lr": [1e-6], "steps": 3, "repeats": 2})
     torch.set_num_threads(1)
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "arguments": {key: value for key, value in vars(arguments).items() if key != "out"},
-        "by_lr": {},
-    }
+    by_lr: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         server = start_server(Path(folder))
         try:
             for lr in arguments.lr:
-                before, after = train(shapes(arguments.layers), lr=lr, num_steps=arguments.steps)
-                found: dict[str, Any] = {"codec": measure_codec(before, after, repeats=arguments.repeats)}
-                for transport in ("directory", "redis"):
-                    found[transport] = measure_transport(
+                before, after = train(arguments.size, lr=lr, num_steps=arguments.steps)
+                by_lr[f"{lr:g}"] = {"codec": measure_codec(before, after, repeats=arguments.repeats)} | {
+                    transport: measure_transport(
                         before, after, transport=transport, url=server.url, repeats=arguments.repeats
                     )
-                result["by_lr"][f"{lr:g}"] = found
+                    for transport in ("directory", "redis")
+                }
         finally:
             server.stop()
-    result["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    publish(result, arguments.out)
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    publish("publication", arguments, {"by_lr": by_lr, "peak_memory_gb": peak_gb})
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import pytest
 import redis
 from builders import make_config
 from harness import metrics_lines
-from sluice.trainer.control_state import ControlReader
 
 from sluice.common.keys import RUNS, Keys
 from sluice.common.operations import control
 from sluice.common.run import Run, create_run
+from sluice.trainer.control_state import ControlReader
 from sluice.trainer.report import append_line
 
 

@@ -1,4 +1,4 @@
-"""Loss, gradient and advantages agree with TRL's own, recorded by benchmarks/trl_numbers.py, to 1e-6 in float64.
+"""Loss, gradient and advantages agree with TRL's own, recorded by tests/fixtures/trl_numbers.py, to 1e-6 in float64.
 
 `loss_config` and `ADVANTAGES` are the dictionary between the two: arguments of GRPOConfig in, ours out. Where the two
 differ on purpose a test says by how much; docs/algorithms.md says why.

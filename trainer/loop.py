@@ -29,7 +29,6 @@ import numpy as np
 import redis
 import torch
 from numpy.typing import NDArray
-from sluice.trainer.control_state import HELD_POLL_S, ControlReader
 from torch import Tensor
 
 from sluice.common.config import Config
@@ -56,6 +55,7 @@ from sluice.trainer.checkpoint import (
     random_state,
     save_checkpoint,
 )
+from sluice.trainer.control_state import HELD_POLL_S, ControlReader
 from sluice.trainer.distributed.parallel import open_policy
 from sluice.trainer.distributed.ranks import Ranks
 from sluice.trainer.heartbeat import TrainerHeartbeat

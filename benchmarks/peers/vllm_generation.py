@@ -1,6 +1,6 @@
 """vLLM's side of benchmarks/generation.py: run by the Python of an environment that has vLLM, in-process on the CPU.
 
-    python benchmarks/generation_vllm.py MODEL_FOLDER < requests > results
+    python -m benchmarks.peers.vllm_generation MODEL_FOLDER < requests > results
 
 One line of JSON in ({"prompts": [[ids]], "n", "max_tokens", "stop_token_ids", "max_sequences"}), one out (CPU seconds of this
 process for the call, tokens generated). An engine is made per max_sequences, before the line that needs it is measured.

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from benchmarks.shared.processes import environment
+
 HERE, THERE = "10.231.77.1", "10.231.77.2"
 
 
@@ -54,14 +56,13 @@ class FarWorker:
             subprocess.run(["ip", *command.split()], check=True)
 
     def keep_alive(self, relay_port: int) -> None:
-        """Start the worker, or start it again: nobody else supervises it."""
+        """Start the worker, or start it again: no supervisor does."""
         if self._process and self._process.poll() is None:
             return
         parts = urlsplit(self._url)
         user = parts.netloc.rpartition("@")[0]
         url = urlunsplit(parts._replace(netloc=f"{user}@{HERE}:{relay_port}"))
-        env = {**os.environ, "SLUICE_REDIS_URL": url, "SLUICE_RUN": self._run, "OMP_NUM_THREADS": "1"}
-        env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+        env = environment(SLUICE_REDIS_URL=url, SLUICE_RUN=self._run)
         argv = ["ip", "netns", "exec", self.name, sys.executable, "-m", "celery", "-A", "sluice", "worker"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen([*argv, "-Q", "rollout", "-l", "INFO"], env=env, stdout=log, stderr=log)
@@ -84,7 +85,7 @@ class FarWorker:
 
 @contextlib.contextmanager
 def far_worker(*, url: str, run: str, log: Path) -> Iterator[tuple[FarWorker, int]]:
-    """The worker (not started yet), and the port of its relay."""
+    """Yield the worker (not started yet), and the port of its relay."""
     worker = FarWorker(url=url, run=run, log=log)
     worker.lay_cable()
     try:

@@ -1,11 +1,12 @@
 """Where the CPU seconds of a `sluice run` go: its process tree watched from outside, its functions by benchmarks/probe.
 
-    watcher = Watcher(pid, probe=folder, redis_url_file=...)   # a thread that takes a Reading several times a second
+    watcher = Watcher(pid, run=folder, probe_folder=folder)    # a thread that takes a Reading several times a second
     account(watcher.readings, since, until)                    # seconds by kind of work between two moments
 
 Every CPU second of the tree is in exactly one line: what the probe measured by its kind; of the rest, the main threads of
 Celery workers (and the reward worker's parent) as `celery_consume`, other threads and prefork children as `celery_task`,
-what remains of the trainer as `trainer_rest`, the server as `redis`, `sluice run` itself as `supervisor`.
+what remains of the trainer as `trainer_rest`, the server as `redis`, `sluice run` itself as `supervisor`. Who is who is asked of
+the run (heartbeats name the processes of the roles), so it does not matter how they were started.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import redis
 
-from benchmarks.probe import sitecustomize as probe
+from benchmarks.probe.sitecustomize import read as read_probe
+from benchmarks.shared.processes import roles_by_pid
 
 PERIOD_S = 0.25
 MODEL_WORK = ("generation", "evaluation", "reference", "training")
@@ -53,13 +55,13 @@ class Snapshot:
 class Watcher:
     """Reads the tree under `sluice run` until stopped."""
 
-    def __init__(self, pid: int, *, probe_folder: Path, find_redis_url: Callable[[], str | None]) -> None:
+    def __init__(self, pid: int, *, run: Path, probe_folder: Path) -> None:
         self.snapshots: list[Snapshot] = []
         self._root = psutil.Process(pid)
+        self._run = run
         self._probe_folder = probe_folder
-        self._find_redis_url = find_redis_url
         self._client: redis.Redis | None = None
-        self._roles: dict[int, tuple[str, bool]] = {}
+        self._roles: dict[int, str] = {pid: "supervisor"}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._thread.start()
@@ -71,13 +73,13 @@ class Watcher:
     def _watch(self) -> None:
         while not self._stop.wait(PERIOD_S):
             last = self.snapshots[-1] if self.snapshots else None
+            commands = self._ask_redis() or (last.commands if last else {})
             processes = {**(last.processes if last else {}), **self._processes()}
-            commands = self._commands() or (last.commands if last else {})
             self.snapshots.append(Snapshot(at=time.time(), processes=processes, commands=commands))
 
     def _processes(self) -> dict[int, Process]:
         found = {}
-        probed = probe.read(self._probe_folder)
+        probed = read_probe(self._probe_folder)
         try:
             tree = [self._root, *self._root.children(recursive=True)]
         except psutil.NoSuchProcess:
@@ -99,30 +101,22 @@ class Watcher:
         return found
 
     def _role(self, process: psutil.Process) -> tuple[str, bool]:
-        """(dataset | rollout | reference | reward | eval | trainer | redis | supervisor | other, prefork child?)"""
-        if process.pid not in self._roles:
-            words = process.cmdline()
-            is_child = process.pid != self._root.pid and process.ppid() != self._root.pid
-            if process.pid == self._root.pid:
-                role = "supervisor"
-            elif "-Q" in words:
-                role = words[words.index("-Q") + 1]
-            elif words[1:3] == ["-m", "sluice.trainer"]:
-                role = "trainer"
-            elif words and any(name in words[0] for name in ("redis", "valkey")):
-                role = "redis"
-            else:
-                return "other", is_child  # between fork and exec: asked again next time
-            self._roles[process.pid] = role, is_child
-        return self._roles[process.pid]
+        """(dataset | rollout | reference | reward | eval | trainer | redis | supervisor | other, prefork child?)
 
-    def _commands(self) -> dict[str, tuple[int, float]]:
+        A process is `other` until it has sent a heartbeat; its seconds until then are counted with its role afterwards.
+        """
+        if role := self._roles.get(process.pid):
+            return role, False
+        parent = self._roles.get(process.ppid(), "supervisor")
+        return ("other", False) if parent == "supervisor" else (parent, True)
+
+    def _ask_redis(self) -> dict[str, tuple[int, float]]:
+        """Learn which process has which role; calls and seconds of each Redis command, none while the server is away."""
         try:
             if self._client is None:
-                url = self._find_redis_url()
-                self._client = redis.Redis.from_url(url) if url else None
-            if self._client is None:
-                return {}
+                address = self._run / "redis" / "url"
+                self._client = redis.Redis.from_url(address.read_text(), socket_timeout=1.0)
+            self._roles |= roles_by_pid(self._client, self._run.name)
             stats: dict[str, Any] = self._client.info("commandstats")
         except (redis.RedisError, OSError):
             return {}
@@ -140,7 +134,8 @@ def counters(snapshots: Sequence[Snapshot], since: float | None, until: float) -
     roles: dict[str, float] = defaultdict(float)
     by_role: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for pid, after in last.processes.items():
-        before = first.processes.get(pid)
+        before, known = first.processes.get(pid), snapshots[-1].processes[pid]
+        after = replace(after, role=known.role, is_prefork_child=known.is_prefork_child)
         lines, counts = _lines(before, after)
         for kind, seconds in lines.items():
             kinds[kind] += seconds

@@ -1,8 +1,8 @@
 """Celery workers for pipeline.py: the real ones but for a rollout role whose engine costs nothing, or sleeps (SYNTHETIC), and
 bare no-op tasks.
 
-    celery -A pipeline_worker worker -Q rollout      completions made beforehand; BENCH_LATENCY_S is slept
-    celery -A pipeline_worker:noop worker -Q rollout     tasks that return at once
+    celery -A benchmarks.shared.pipeline_worker worker -Q rollout         completions made beforehand; BENCH_LATENCY_S is slept
+    celery -A benchmarks.shared.pipeline_worker:noop worker -Q rollout    tasks that return at once
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import sys
 import time
 from typing import Any
 
-from builders import random_completions
 from celery import Celery, signals
 
 from sluice.common.connections.broker import make_app
 from sluice.common.connections.client import run_name
 from sluice.common.serialization import decode, encode
 from sluice.workers.context import Context, CooperativePool, Result
+from tests.builders import random_completions
 
 LATENCY_S = float(os.environ.get("BENCH_LATENCY_S", "0"))
 TOKENS = int(os.environ.get("BENCH_TOKENS", "512"))

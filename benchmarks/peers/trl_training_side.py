@@ -1,4 +1,4 @@
-"""The TRL side of `trainer_side.py`: GRPOTrainer's training step on given completions. Imports nothing of Sluice.
+"""The TRL side of `training_side.py`: GRPOTrainer's training step on given completions. Imports nothing of Sluice.
 
 Legend: B = sequences, P = prompt tokens, T = completion tokens.
 """
@@ -14,9 +14,10 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from trainer_side import ADAMW, GROUP_SIZE, MAX_GRAD_NORM, WEIGHT_DECAY, Sequence, Step
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks.shared.training_batch import ADAMW, GROUP_SIZE, MAX_GRAD_NORM, WEIGHT_DECAY, Sequence, Step
 
 
 def trl_side(model: Any, batches: dict[str, list[Sequence]], *, device: str, budget: int) -> tuple[Step, float]:

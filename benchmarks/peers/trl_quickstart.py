@@ -1,6 +1,6 @@
 """The peer that runs on a CPU: TRL's GRPOTrainer at the job that a specification describes.
 
-    python -m benchmarks.trl_peer SPEC.json WEIGHTS_FOLDER
+    python -m benchmarks.peers.trl_quickstart SPEC.json WEIGHTS_FOLDER
 
 Needs torch, trl and accelerate (`pip install 'sluice-rl[trl]'`), nothing of Sluice but its reward functions. Prints one
 JSON line per optimizer step: step, wall_s and cpu_s since the first step began, reward. The weights of every step are
@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from datasets import Dataset

@@ -12,7 +12,7 @@ import redis
 import torch
 from harness import SMALL, create_run, metrics_of, sluice, trainer, wait_for
 from harness import workers as worker_per_queue
-from test_rollout_policy import serving
+from test_policy_updates import serving
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
 import sluice.workers.policy_updates

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from harness import metrics_lines, metrics_of, only_run, quickstart_config, sluice, tiny_folder
 from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_sinks import trackio_rows
+from test_trackers import trackio_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sluice.common.connections.client import connect

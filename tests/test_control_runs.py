@@ -151,7 +151,7 @@ def test_settings_act_within_a_step_and_every_step_can_be_computed_again(
 def test_a_drained_run_ends_in_good_order_and_is_gone_on_with(tmp_path: Path) -> None:
     # groups that are filtered out get no successor during a drain, so fewer than a batch may be left
     overrides = ON_POLICY | {"trainer__num_steps": 1000, "trainer__filter_zero_variance": True}
-    config = quickstart_config(tmp_path, tiny=tiny_folder(), **overrides)
+    config = quickstart_config(tmp_path, tiny=tiny_folder(700), **overrides)
     with running_sluice("run", str(config), "replay_buffer.max_policy_age=1", cwd=tmp_path) as process:
         wait_for(lambda: list(tmp_path.glob("runs/*/metrics.jsonl")), timeout=120, what="the run folder")
         folder = only_run(tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from builders import for_each
 from harness import wait_for
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -184,7 +185,7 @@ def test_a_replica_that_becomes_master_is_waited_for(server, patient, tmp_path):
     admin.close()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("message", "words"),
     [
         ("MISCONF Errors writing to the AOF file: No space left on device", "disk full"),

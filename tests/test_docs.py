@@ -15,6 +15,7 @@ from typing import Any, get_args
 import click
 import pytest
 import yaml
+from builders import for_each
 from harness import ROOT
 from pydantic import BaseModel
 
@@ -172,7 +173,7 @@ def test_a_reader_without_a_network_finds_a_key_in_both_themes_on_a_phone(site: 
 # What the pages name.
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@for_each("path", PAGES)
 def test_yaml_blocks_load_as_a_config(path: Path) -> None:
     needed = {
         "model": {"path": "m"},
@@ -218,7 +219,7 @@ def walk(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[t
         yield from walk(child, (*path, name))
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@for_each("path", PAGES)
 def test_commands_exist_with_the_options_that_are_shown(path: Path) -> None:
     known = dict(walk(cli))
     for line in code_of(path):
@@ -235,7 +236,7 @@ def test_commands_exist_with_the_options_that_are_shown(path: Path) -> None:
             assert settings <= ALL_KEYS | {*SHORT, *PLACEHOLDERS}, f"sluice {typed}"
 
 
-@pytest.mark.parametrize("path", sorted((DOCS / "coming_from").glob("*.md")), ids=name_of)
+@for_each("path", sorted((DOCS / "coming_from").glob("*.md")))
 def test_every_key_of_ours_in_the_tables_of_other_projects_exists(path: Path) -> None:
     count = 0
     for row in re.findall(r"^\|(?:[^|\n]+)\|([^|\n]+)\|", path.read_text(), re.M):
@@ -245,7 +246,7 @@ def test_every_key_of_ours_in_the_tables_of_other_projects_exists(path: Path) ->
     assert count > 25
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@for_each("path", PAGES)
 def test_tests_and_files_that_are_named_exist(path: Path) -> None:
     defined = {
         name

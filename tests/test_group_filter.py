@@ -8,6 +8,7 @@ import pytest
 import redis
 from builders import (
     admit_one,
+    for_each,
     make_config,
     make_ledger,
     publish_policy,
@@ -62,7 +63,7 @@ def score_equal(ledger, group_id=None):
     return not ledger.client.sismember(ledger.keys("live", "train"), group_id)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("rewards", "expected"),
     [
         ([1.0, 1.0, 1.0], False),

@@ -292,7 +292,7 @@ def test_a_run_of_mostly_equal_groups_trains_on_those_that_differ(tmp_path: Path
         reward={"functions": [{"function": f"{tmp_path / 'scores.py'}:mostly_equal"}]},
     )
     with workers(tmp_path, env), trainer(tmp_path, env) as daemon:
-        assert daemon.wait(120) == 0
+        assert daemon.wait(240) == 0
     account = account_of(env)
     assert account.holds and (account.trained, account.in_flight, account.dead) == (steps * k, 0, {})
     assert account.dropped.keys() == {"zero_variance"}, "none is stale: refills carry the version of their batch"

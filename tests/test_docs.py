@@ -94,12 +94,14 @@ ALL_KEYS = {*keys_of(Config), *keys_of(SftConfig), "trainer.preset"}
 # The site.
 
 
+@pytest.mark.slow
 def test_the_script_builds_what_is_tested_here(site: Path) -> None:
     assert f"python {' '.join(BUILD)} docs build/docs" in (ROOT / "scripts" / "docs").read_text()
     assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
     assert (site / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_reference_names_every_key_of_the_config(site: Path) -> None:
     page = (site / "reference" / "configuration.html").read_text()
     shown = set(re.findall(r'<span class="pre">([\w.\[\]]+)</span>', page))
@@ -111,6 +113,7 @@ def test_the_reference_names_every_key_of_the_config(site: Path) -> None:
     assert all(f'<span class="pre">{name}</span>' in page for name in RL_ONLY)
 
 
+@pytest.mark.slow
 def test_every_page_gets_everything_from_the_site(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 50
@@ -121,6 +124,7 @@ def test_every_page_gets_everything_from_the_site(site: Path) -> None:
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text()), sheet
 
 
+@pytest.mark.slow
 def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
     ids, links = {}, 0
     for page in site.rglob("*.html"):
@@ -138,12 +142,14 @@ def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
     assert links > 3000
 
 
+@pytest.mark.slow
 def test_formulas_are_drawn_without_a_script(site: Path) -> None:
     page = (site / "algorithms.html").read_text()
     assert page.count("<math ") > 10
     assert "MathJax" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
 def test_a_reader_without_a_network_finds_a_key_in_both_themes_on_a_phone(site: Path) -> None:
     from playwright.sync_api import sync_playwright

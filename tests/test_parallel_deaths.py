@@ -102,7 +102,7 @@ def test_a_run_whose_gradients_are_no_longer_finite_ends_with_the_reason(tmp_pat
 
 def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, own_redis: EmbeddedServer) -> None:
     """No worker lives: rank 0 waits for a batch, rank 1 for rank 0. Started by torchrun, then as `sluice run` does."""
-    env = create_run(tmp_path, own_redis.url, **SMALL)
+    env = create_run(tmp_path, own_redis.url, trainer__stall_report_s=0.5, **SMALL)
     client = connect(own_redis.url)
     run = open_run(client, env["SLUICE_RUN"])
     store = PolicyStore(client, run.keys, run.config.policy_store)
@@ -116,8 +116,11 @@ def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, 
         "stop": ["sluice.scripts.launcher.ranks", "2"],
     }
     for version, end in enumerate(starts):
+        said_before = len(log.read_text()) if log.exists() else 0
+        waits = lambda at=said_before: "trainer has waited" in log.read_text()[at:]  # type: ignore[misc]  # noqa: E731
         with running([sys.executable, "-m", *starts[end]], cwd=tmp_path, log=log, **env) as process:
             wait_for(lambda v=version: store.latest_version() == v, timeout=90, what="the policy")  # type: ignore[misc]
+            wait_for(waits, timeout=30, what="rank 0 to wait for a batch, and rank 1 for rank 0")
             ranks = [rank_of(process.pid, rank) for rank in (0, 1)]
             assert None not in ranks
             if end == "kill":

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,23 +44,31 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --slow no slow test. Runs of real processes first, each where there is room; other modules stay together."""
+    """Without --slow no slow test. Runs of real processes first: they take longest, so several test processes end together."""
     if not config.getoption("--slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
-    for item in items:
-        definitions = [
-            found for name in item.fixturenames for found in item._fixtureinfo.name2fixturedefs.get(name, ())
-        ]  # type: ignore[attr-defined]
-        if not _runs_processes(item) or any(found.scope == "module" for found in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: not _runs_processes(item))
+    items.sort(key=lambda item: "from harness import" not in _text_of(item.path))
 
 
-def _runs_processes(item: pytest.Item) -> bool:
-    names = vars(item.module).values()  # type: ignore[attr-defined]
-    return any(getattr(value, "__module__", "") == "harness" for value in names)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of a module stay together, but for those that run processes and share nothing: each goes where there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            text = _text_of(config.rootpath / path)
+            return nodeid if "from harness import" in text and 'scope="module"' not in text else path
+
+    return Scheduling(config, log)
+
+
+@cache
+def _text_of(path: Path) -> str:
+    return path.read_text()
 
 
 @pytest.fixture(scope="session")

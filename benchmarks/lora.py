@@ -104,14 +104,14 @@ def measure_rounding(*, learning_rate: float, steps: list[int]) -> list[dict[str
         row: dict[str, Any] = {"learning_rate": learning_rate, "step": step}
         row["effect"] = mean_difference([s.logprobs for s in canary], [s.base_logprobs for s in canary])  # type: ignore[misc]
         for dtype in ("bfloat16", "float16"):
-            weights = policy.snapshot(getattr(torch, dtype), whole=True)
+            weights = policy.snapshot(getattr(torch, dtype), full=True)
             sampler = deepcopy(base)
             load_weights(sampler, merge_adapter(weights, policy.snapshot(torch.float32), scale=ALPHA / RANK))
             with torch.no_grad():
                 logprobs = score_sequences(sampler, sequences, max_batch_tokens=4096)
-            share, error = adapter_share(canary, logprobs) or (float("nan"), float("nan"))
+            shard, error = adapter_share(canary, logprobs) or (float("nan"), float("nan"))
             row[dtype] = {
-                "share": round(share, 3),
+                "shard": round(shard, 3),
                 "error": round(error, 3),
                 "off": mean_difference([s.logprobs for s in canary], logprobs),
             }

@@ -41,7 +41,7 @@ from publication import machine
 from report import publish
 
 from sluice.common.config import Config
-from sluice.common.connections.broker import make_app, send, send_part
+from sluice.common.connections.broker import make_app, send, send_stage
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
@@ -155,8 +155,8 @@ def pipeline_round(
         took = time.monotonic() - began
         after = [cpu_of(process) for process in [*started, server, psutil.Process()]]
     buffer.acknowledge(step)
-    account = ledger.account()
-    assert account.holds and not account.dead and not account.retried, account
+    counters = ledger.counters()
+    assert counters.holds and not counters.dead and not counters.retried, counters
     done = trained - counted
     names = ("dataset", "rollout", "reward", "redis", "trainer")
     cpu_ms = {n: round(1000 * (b - a) / done, 2) for n, a, b in zip(names, before, after, strict=True)}
@@ -171,8 +171,8 @@ def noop_round(folder: Path, url: str, *, groups: int, name: str) -> float:
     with workers(folder, url, name, [("rollout", 0.0), ("reward", 0.0)], app="pipeline_worker:noop"):
         began = time.monotonic()
         for group in range(groups):  # one client sends, as one dataset worker and one rollout worker do
-            for part in ("rollout", "reward"):
-                send_part(app, f"t{group}", part)
+            for stage in ("rollout", "reward"):
+                send_stage(app, f"t{group}", stage)
         until(
             lambda: not any(client.llen(q) for q in queues) and not client.hlen(keys.celery_prefix + "unacked"),
             "the no-ops",
@@ -235,13 +235,13 @@ def backlog(url: str, size: int, *, repeats: int, rounds: int) -> dict[str, Any]
             reply = timed("admit", ledger.scripts, "admit", 1, 10**9, 10**12, 10**9, 10**6, 60_000, "b/1")
             group = f"t{int(reply[2])}"
             timed("store task", ledger.store, group, "task", task_payload(group))
-            timed("send", send_part, app, group, "rollout")
+            timed("send", send_stage, app, group, "rollout")
             timed("claim", ledger.claim, group, "rollout", fields=("task",))
             timed("store rollout", ledger.store, group, "rollout", rollout_payload(), version=0)
             timed("store reward", ledger.store, group, "reward", reward_payload())
         assert timed("take 16", buffer.sample, 0, step=step).groups
         timed("acknowledge 16", buffer.acknowledge, step)
-    assert ledger.account().holds
+    assert ledger.counters().holds
     client.flushdb()
     client.close()
     per_group = {name: median(values) / (16 if name.endswith("16") else 1) for name, values in timed.ms.items()}
@@ -268,7 +268,7 @@ def fleet(folder: Path, url: str, tiny: Path, *, count: int, per_worker: int) ->
             ledger.store(group, "task", task_payload(group, group_size=GROUP_SIZE))
         began = time.monotonic()
         for group in groups:
-            send_part(app, group, "rollout")
+            send_stage(app, group, "rollout")
         tokens = num_groups * GROUP_SIZE * FLEET_TOKENS
         until(lambda: int(client.hget(keys("totals"), "generated_tokens") or 0) >= tokens, "the fleet", 600)
         makespan = time.monotonic() - began

@@ -38,10 +38,10 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
         return Result(payload=payload, version=version, num_tokens=TOKENS * len(wire))
 
     def generate(group_id: str) -> None:
-        context.perform(group_id, "rollout", work, fields=("task", "min_version"))
+        context.run_stage(group_id, "rollout", work, fields=("task", "min_version"))
 
     app.task(generate, name="rollout.generate")
-    signals.worker_ready.connect(lambda **_: context.start_heart(), weak=False)
+    signals.worker_ready.connect(lambda **_: context.start_heartbeat(), weak=False)
     signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
     return CooperativePool, context.run.config.rollout.concurrency
 

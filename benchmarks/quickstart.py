@@ -38,7 +38,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.cpu_account import MODEL_WORK, Watcher, account
+from benchmarks.cpu_account import MODEL_WORK, Watcher, counters
 from benchmarks.generation import processor
 from benchmarks.sync_baseline import generate
 from sluice.common.config import Config
@@ -134,8 +134,8 @@ def _result(run: Path, watcher: Watcher, *, started: float, until: float) -> dic
     steps = [line for line in lines if "reward/mean" in line]
     summary = json.loads((run / "summary.json").read_text())
     began = steps[0]["time"] - steps[0]["time/step"]
-    steady = account(watcher.readings, began, lines[-1]["time"])
-    whole, start_up = (account(watcher.readings, None, moment) for moment in (until, began))
+    steady = counters(watcher.snapshots, began, lines[-1]["time"])
+    whole, start_up = (counters(watcher.snapshots, None, moment) for moment in (until, began))
     groups = sum(summary["ledger"][outcome] for outcome in ("trained", "scored"))
     return {
         "wall_s": round(until - started, 2),
@@ -143,7 +143,7 @@ def _result(run: Path, watcher: Watcher, *, started: float, until: float) -> dic
         "cpu_s": round(whole["cpu_s"], 2),
         "summary": {name: summary[name] for name in ("eval_before", "eval_after", "reward_first", "reward_last")},
         "restarts": summary["restarts"],
-        "steady": {**steady, **shares(steady, num_groups=groups + summary["ledger_eval"]["scored"])},
+        "steady": {**steady, **shards(steady, num_groups=groups + summary["ledger_eval"]["scored"])},
         "start_up_cpu_s": round(start_up["cpu_s"], 2),
         "start_up_cpu_s_by_role": start_up["cpu_s_by_role"],
         "step_s": round((steps[-1]["time"] - began) / len(steps), 4),
@@ -155,7 +155,7 @@ def _result(run: Path, watcher: Watcher, *, started: float, until: float) -> dic
     }
 
 
-def shares(steady: dict[str, Any], *, num_groups: int) -> dict[str, Any]:
+def shards(steady: dict[str, Any], *, num_groups: int) -> dict[str, Any]:
     """The account as the issue asks for it; milliseconds per group and per Celery message."""
     cpu_s, kinds = steady["cpu_s"], steady["by_kind"]
     model = {kind: round(kinds.get(kind, 0.0) / cpu_s, 4) for kind in MODEL_WORK}
@@ -163,7 +163,7 @@ def shares(steady: dict[str, Any], *, num_groups: int) -> dict[str, Any]:
     messages = steady["calls"].get("publish_message", 0)
     lua = [c for name, c in steady["redis_commands"].items() if name.startswith("eval")]
     return {
-        "share": {**model, "everything_else": round(other_s / cpu_s, 4)},
+        "shard": {**model, "everything_else": round(other_s / cpu_s, 4)},
         "num_groups": num_groups,
         "num_messages": messages,
         "num_ledger_calls": steady["calls"].get("ledger_calls", 0),
@@ -290,11 +290,11 @@ def headline(seeds: list[dict[str, Any]]) -> dict[str, Any]:
         "shipped_wall_s": middle([seed["shipped"]["wall_s"] for seed in seeds]),
         "shipped_cpu_s": middle([seed["shipped"]["cpu_s"] for seed in seeds]),
         "training_share": {
-            kind: middle([run["steady"]["share"][kind] for run in training]) for kind in training[0]["steady"]["share"]
+            kind: middle([run["steady"]["shard"][kind] for run in training]) for kind in training[0]["steady"]["shard"]
         },
         "shipped_share": {
-            kind: middle([seed["shipped"]["steady"]["share"][kind] for seed in seeds])
-            for kind in training[0]["steady"]["share"]
+            kind: middle([seed["shipped"]["steady"]["shard"][kind] for seed in seeds])
+            for kind in training[0]["steady"]["shard"]
         },
         "else_ms_per_group": middle([run["steady"]["else_ms_per_group"] for run in training]),
         "else_ms_per_message": middle([run["steady"]["else_ms_per_message"] for run in training]),
@@ -358,7 +358,7 @@ def main() -> None:
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report.get("headline", {}), indent=2))
     if "large" in report:
-        print(json.dumps(report["large"]["steady"]["share"], indent=2))
+        print(json.dumps(report["large"]["steady"]["shard"], indent=2))
     say(f"written to {arguments.out}")
 
 

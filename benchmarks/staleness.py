@@ -36,8 +36,13 @@ sys.path.insert(0, str(ROOT))
 TREATMENTS: dict[str, dict[str, Any]] = {
     "none": {},
     "bypass": {"off_policy": "bypass"},
-    "truncate": {"off_policy": "decoupled", "is_weight": "token_truncate", "is_high": 2.0},
-    "mask": {"off_policy": "decoupled", "is_weight": "token_mask", "is_low": 0.5, "is_high": 2.0},
+    "truncate": {"off_policy": "decoupled", "importance_sampling": "token_truncate", "importance_max": 2.0},
+    "mask": {
+        "off_policy": "decoupled",
+        "importance_sampling": "token_mask",
+        "importance_min": 0.5,
+        "importance_max": 2.0,
+    },
 }
 AGES = (0, 1, 2, 4, 8)
 

@@ -135,7 +135,7 @@ def oldest_version(completions: list[Completion]) -> int:
     return min(version for completion in completions for version, _ in completion.policy_versions)
 
 
-def have_preference(rewards: Iterable[float | None]) -> bool:
+def has_reward_variance(rewards: Iterable[float | None]) -> bool:
     """Whether the rewards of one group say which completion is better: two of them can be scored and differ.
 
     They are compared as float32, in which the trainer computes: without a preference all its advantages are 0.

@@ -53,7 +53,7 @@ def page_url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-class Door:
+class AuthMiddleware:
     """Wraps the app."""
 
     def __init__(self, app: App, *, token: str | None) -> None:
@@ -72,9 +72,9 @@ class Door:
         if not _is_same_origin(headers):
             return await _answer(scope, send, 403, "a page of another site may not read the dashboard")
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        if _fits(bearer, self._token) or _fits(_cookie(headers), self._pass):
+        if _matches(bearer, self._token) or _matches(_cookie(headers), self._pass):
             return await self._app(scope, receive, send)
-        if scope["type"] == "http" and _fits(dict(query).get("token", ""), self._token):
+        if scope["type"] == "http" and _matches(dict(query).get("token", ""), self._token):
             rest = urlencode([(name, value) for name, value in query if name != "token"])
             cookie = f"{COOKIE}={self._pass}; Path=/; HttpOnly; SameSite=Strict"
             cookie += "; Secure" if scope.get("scheme") == "https" else ""
@@ -83,7 +83,7 @@ class Door:
         return await _answer(scope, send, 401, "this dashboard needs its token: open it once as /?token=TOKEN")
 
 
-def _fits(shown: str, wanted: str) -> bool:
+def _matches(shown: str, wanted: str) -> bool:
     return hmac.compare_digest(shown.encode(), wanted.encode())
 
 

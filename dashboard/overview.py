@@ -9,10 +9,10 @@ from typing import Any
 
 from sluice.common.config import QUEUES
 from sluice.dashboard.charts import Points, area, chart, curve, line
-from sluice.dashboard.snapshots import Reading
+from sluice.dashboard.snapshots import Snapshot
 
-Readings = dict[str, Reading]
-Series = Callable[[Readings], list[dict[str, Any]]]
+Snapshots = dict[str, Snapshot]
+Series = Callable[[Snapshots], list[dict[str, Any]]]
 TIMES = {
     "time/wait_for_batch": "waiting",
     "time/forward_backward": "forward, backward",
@@ -27,38 +27,38 @@ def _metric(*metrics: str, **names: str) -> Series:
     """Curves of metrics, for each run."""
     shown = {metric: names.get(metric.rpartition("/")[2], metric.rpartition("/")[2]) for metric in metrics}
 
-    def series(readings: Readings) -> list[dict[str, Any]]:
+    def series(snapshots: Snapshots) -> list[dict[str, Any]]:
         found = []
-        for run, reading in readings.items():
+        for run, snapshot in snapshots.items():
             for metric, name in shown.items():
-                if points := curve(reading.steps, metric):
-                    found.append(line(_named(run, name, readings), points))
+                if points := curve(snapshot.steps, metric):
+                    found.append(line(_named(run, name, snapshots), points))
         return found
 
     return series
 
 
-def _named(run: str, name: str, readings: Readings) -> str:
-    return name if len(readings) == 1 else f"{run} {name}"
+def _named(run: str, name: str, snapshots: Snapshots) -> str:
+    return name if len(snapshots) == 1 else f"{run} {name}"
 
 
-def _reward(readings: Readings) -> list[dict[str, Any]]:
+def _reward(snapshots: Snapshots) -> list[dict[str, Any]]:
     found = []
-    for run, reading in readings.items():
-        names = {name for step in reading.steps[-50:] for name in step if name.startswith("reward/")}
-        found.append(line(_named(run, "mean", readings), curve(reading.steps, "reward/mean")))
+    for run, snapshot in snapshots.items():
+        names = {name for step in snapshot.steps[-50:] for name in step if name.startswith("reward/")}
+        found.append(line(_named(run, "mean", snapshots), curve(snapshot.steps, "reward/mean")))
         for name in sorted(n for n in names if n.count("/") == 2):
-            found.append(line(_named(run, name.split("/")[1], readings), curve(reading.steps, name), dashed=True))
+            found.append(line(_named(run, name.split("/")[1], snapshots), curve(snapshot.steps, name), dashed=True))
     return found
 
 
-def _accuracy(readings: Readings) -> list[dict[str, Any]]:
+def _accuracy(snapshots: Snapshots) -> list[dict[str, Any]]:
     """Scores of evaluations, at the step that made the version which was judged."""
     found = []
-    for run, reading in readings.items():
-        made_by = {step["version"]: step["step"] for step in reading.steps if "version" in step}
+    for run, snapshot in snapshots.items():
+        made_by = {step["version"]: step["step"] for step in snapshot.steps if "version" in step}
         scores: dict[str, Points] = {}
-        for entry in reading.evaluations:
+        for entry in snapshot.evaluations:
             for name, value in entry.items():
                 dataset, _, score = name.removeprefix("eval/").rpartition("/")
                 if name.startswith("eval/") and "@" in score and not score.endswith("_stderr") and math.isfinite(value):
@@ -67,13 +67,13 @@ def _accuracy(readings: Readings) -> list[dict[str, Any]]:
         datasets = {name.split()[0] for name in scores}
         for name, points in scores.items():
             shown = name if len(datasets) > 1 else name.split()[1]
-            found.append(line(_named(run, shown, readings), sorted(points), dots=True))
+            found.append(line(_named(run, shown, snapshots), sorted(points), dots=True))
     return found
 
 
-def _ages(readings: Readings) -> list[dict[str, Any]]:
+def _ages(snapshots: Snapshots) -> list[dict[str, Any]]:
     """Groups trained at each age, of one run."""
-    steps = next(iter(readings.values())).steps
+    steps = next(iter(snapshots.values())).steps
     ages = sorted({int(name.split("/")[1]) for step in steps for name in step if name.startswith("policy_age/")})
     layers = [area(f"age {age}", curve(steps, f"policy_age/{age}", otherwise=0.0)) for age in ages[:MAX_AGES]]
     if rest := ages[MAX_AGES:]:
@@ -82,22 +82,22 @@ def _ages(readings: Readings) -> list[dict[str, Any]]:
     return layers
 
 
-def _times(readings: Readings) -> list[dict[str, Any]]:
+def _times(snapshots: Snapshots) -> list[dict[str, Any]]:
     """Of one run; `other` is what no part accounts for."""
-    steps = next(iter(readings.values())).steps
+    steps = next(iter(snapshots.values())).steps
     parts = [area(name, curve(steps, metric, otherwise=0.0)) for metric, name in TIMES.items()]
     rest = [(s["step"], max(0.0, s["time/step"] - sum(s.get(m, 0.0) for m in TIMES))) for s in steps]
     return [*parts, area("other", rest)]
 
 
 def _by_queue(key: str) -> Series:
-    def series(readings: Readings) -> list[dict[str, Any]]:
+    def series(snapshots: Snapshots) -> list[dict[str, Any]]:
         found = []
-        for run, reading in readings.items():
+        for run, snapshot in snapshots.items():
             for queue in QUEUES:
-                points = curve(reading.steps, f"queue/{queue}/{key}")
+                points = curve(snapshot.steps, f"queue/{queue}/{key}")
                 if any(value for _, value in points):
-                    found.append(line(_named(run, queue, readings), points))
+                    found.append(line(_named(run, queue, snapshots), points))
         return found
 
     return series
@@ -129,9 +129,9 @@ CHARTS: list[tuple[dict[str, Any], Series]] = [
 ]  # fmt: skip
 
 
-def tiles(reading: Reading) -> list[tuple[str, str]]:
+def tiles(snapshot: Snapshot) -> list[tuple[str, str]]:
     """The numbers on top: (name, value)."""
-    status, train = reading.status, reading.status["ledger"]["train"]
+    status, train = snapshot.status, snapshot.status["ledger"]["train"]
     return [
         ("step", f"{status['step']:,} / {status['num_steps']:,}"),
         ("reward", _number(status["reward"], ".3f")),
@@ -140,63 +140,63 @@ def tiles(reading: Reading) -> list[tuple[str, str]]:
         ("policy version", str(status["policy"]["version"] or "-")),
         ("last step", _ago(status["age_of_last_step_s"])),
         ("in flight", f"{train['in_flight']:,}"),
-        ("ledger", "holds" if all(account["holds"] for account in status["ledger"].values()) else "BROKEN"),
+        ("ledger", "holds" if all(counters["holds"] for counters in status["ledger"].values()) else "BROKEN"),
     ]
 
 
-def ledger_rows(reading: Reading) -> list[dict[str, Any]]:
+def ledger_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
     """One row for each account."""
     rows = []
-    for kind, account in reading.status["ledger"].items():
+    for kind, counters in snapshot.status["ledger"].items():
         settled = "scored" if kind == "eval" else "trained"
         rows.append(
             {
                 "set": kind,
-                "admitted": account["admitted"],
-                "settled": f"{settled} {account[settled]:,}",
-                "dropped": _reasons(account["dropped"]),
-                "dead": _reasons(account["dead"]),
-                "in flight": account["in_flight"],
-                "retried": account["retried"],
-                "resent": account["resent"],
-                "refused": account["refused"],
-                "identity": "holds" if account["holds"] else "BROKEN",
+                "admitted": counters["admitted"],
+                "settled": f"{settled} {counters[settled]:,}",
+                "dropped": _reasons(counters["dropped"]),
+                "dead": _reasons(counters["dead"]),
+                "in flight": counters["in_flight"],
+                "retried": counters["retried"],
+                "resent": counters["resent"],
+                "refused": counters["refused"],
+                "identity": "holds" if counters["holds"] else "BROKEN",
             }
         )
     return rows
 
 
-def worker_rows(reading: Reading) -> list[dict[str, Any]]:
+def worker_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
     """One row for each process that beats, and one for each queue that nobody serves."""
     rows = []
-    status = reading.status
+    status = snapshot.status
     for role in (*QUEUES, "trainer"):
-        mine = {name: facts for name, facts in status["processes"].items() if facts["role"] == role}
-        for name, facts in mine.items():
+        mine = {name: stats for name, stats in status["processes"].items() if stats["role"] == role}
+        for name, stats in mine.items():
             rows.append(
                 {
                     "process": name,
                     "role": role,
-                    "host": facts.get("host") or name.partition("@")[2].rpartition(":")[0],
-                    "device": facts.get("device", ""),
-                    "version": facts.get("version", ""),
-                    "digest": facts.get("digest", ""),
-                    "tokens/s": _number(facts.get("tokens_per_s"), ",.0f", otherwise=""),
-                    "busy": _number(1 - facts["idle_fraction"], ".0%") if "idle_fraction" in facts else "",
-                    "running": facts.get("running", ""),
-                    "done": facts.get("done", ""),
-                    "up": _seconds(facts.get("up_s")),
-                    "last beat": _ago(facts["silent_s"]),
-                    "note": facts.get("alarm") or "",
+                    "host": stats.get("host") or name.partition("@")[2].rpartition(":")[0],
+                    "device": stats.get("device", ""),
+                    "version": stats.get("version", ""),
+                    "digest": stats.get("digest", ""),
+                    "tokens/s": _number(stats.get("tokens_per_s"), ",.0f", otherwise=""),
+                    "busy": _number(1 - stats["idle_fraction"], ".0%") if "idle_fraction" in stats else "",
+                    "running": stats.get("running", ""),
+                    "done": stats.get("done", ""),
+                    "up": _seconds(stats.get("up_s")),
+                    "last beat": _ago(stats["silent_s"]),
+                    "note": stats.get("alarm") or "",
                 }
             )
     return rows
 
 
-def queue_rows(reading: Reading) -> list[dict[str, Any]]:
+def queue_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
     """Queues with what autoscaling says of them."""
-    status = reading.status
-    live = [facts["role"] for facts in status["processes"].values()]
+    status = snapshot.status
+    live = [stats["role"] for stats in status["processes"].values()]
     return [
         {
             "queue": queue,
@@ -207,11 +207,11 @@ def queue_rows(reading: Reading) -> list[dict[str, Any]]:
             "why": wish.get("reason", ""),
         }
         for queue in QUEUES
-        for wish in [reading.scaling.get(queue, {})]
+        for wish in [snapshot.scaling.get(queue, {})]
     ]
 
 
-def order_rows(reading: Reading) -> list[dict[str, Any]]:
+def change_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
     """What operators have changed."""
     return [
         {
@@ -220,7 +220,7 @@ def order_rows(reading: Reading) -> list[dict[str, Any]]:
             "who": order["who"],
             "change": f"{order['key']}: {order['old']} → {order['new']}",
         }
-        for order in reading.orders
+        for order in snapshot.control_state
     ]
 
 

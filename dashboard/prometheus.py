@@ -73,19 +73,19 @@ class _Scrape(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        readings = []
+        snapshots = []
         for run in self._runs():
-            reading = collect_status(self._client, run)
-            if reading["status"] != "?":
-                readings.append(reading)
-        yield from _Readings(readings).collect()
+            snapshot = collect_status(self._client, run)
+            if snapshot["status"] != "?":
+                snapshots.append(snapshot)
+        yield from _Snapshots(snapshots).collect()
 
 
-class _Readings:
+class _Snapshots:
     """Plain readings as metric families."""
 
-    def __init__(self, readings: list[dict[str, Any]]) -> None:
-        self._readings = readings
+    def __init__(self, snapshots: list[dict[str, Any]]) -> None:
+        self._snapshots = snapshots
 
     def collect(self) -> Iterator[Metric]:
         yield from self._run()
@@ -174,44 +174,44 @@ class _Readings:
         return self._fill(CounterMetricFamily(PREFIX + name, text, labels=("run", *labels)), read, labels)
 
     def _fill(self, family: Any, read: Callable[[dict[str, Any]], Iterable[Any]], labels: tuple[str, ...]) -> Metric:
-        for reading in self._readings:
-            for values, number in read(reading):
+        for snapshot in self._snapshots:
+            for values, number in read(snapshot):
                 if number is not None:
-                    family.add_metric([reading["run"], *(values[label] for label in labels)], float(number))
+                    family.add_metric([snapshot["run"], *(values[label] for label in labels)], float(number))
         return family
 
 
-def _of_last_step(reading: dict[str, Any], name: str) -> list[tuple[dict[str, str], float | None]]:
-    return [({}, reading["metrics"].get(name))]
+def _of_last_step(snapshot: dict[str, Any], name: str) -> list[tuple[dict[str, str], float | None]]:
+    return [({}, snapshot["metrics"].get(name))]
 
 
-def _by_queue(reading: dict[str, Any], key: str) -> list[Labelled]:
-    return [({"queue": queue}, value) for queue, value in reading[key].items()]
+def _by_queue(snapshot: dict[str, Any], key: str) -> list[Labelled]:
+    return [({"queue": queue}, value) for queue, value in snapshot[key].items()]
 
 
-def _by_reason(reading: dict[str, Any], outcome: str) -> list[Labelled]:
+def _by_reason(snapshot: dict[str, Any], outcome: str) -> list[Labelled]:
     return [
         ({"set": kind, "reason": reason}, count)
-        for kind, account in reading["ledger"].items()
-        for reason, count in account[outcome].items()
+        for kind, counters in snapshot["ledger"].items()
+        for reason, count in counters[outcome].items()
     ]
 
 
-def _accounts(reading: dict[str, Any], outcome: str) -> list[Labelled]:
-    return [({"set": kind}, account[outcome]) for kind, account in reading["ledger"].items() if outcome in account]
+def _accounts(snapshot: dict[str, Any], outcome: str) -> list[Labelled]:
+    return [({"set": kind}, counters[outcome]) for kind, counters in snapshot["ledger"].items() if outcome in counters]
 
 
-def _num_processes(reading: dict[str, Any]) -> Iterator[Labelled]:
+def _num_processes(snapshot: dict[str, Any]) -> Iterator[Labelled]:
     for role in (*QUEUES, "trainer"):
-        mine = [facts for facts in reading["processes"].values() if facts["role"] == role]
-        num_silent = sum(is_silent(facts) for facts in mine)
+        mine = [stats for stats in snapshot["processes"].values() if stats["role"] == role]
+        num_silent = sum(is_silent(stats) for stats in mine)
         yield {"role": role, "state": "live"}, float(len(mine) - num_silent)
         yield {"role": role, "state": "silent"}, float(num_silent)
 
 
-def _by_process(reading: dict[str, Any], fact: str) -> list[Labelled]:
+def _by_process(snapshot: dict[str, Any], fact: str) -> list[Labelled]:
     return [
-        ({"process": name, "role": facts["role"]}, facts[fact])
-        for name, facts in reading["processes"].items()
-        if isinstance(facts.get(fact), int | float)
+        ({"process": name, "role": stats["role"]}, stats[fact])
+        for name, stats in snapshot["processes"].items()
+        if isinstance(stats.get(fact), int | float)
     ]

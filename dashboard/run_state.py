@@ -9,7 +9,7 @@ from typing import Any
 import redis
 
 from sluice.common.config import QUEUES
-from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, paused
 from sluice.common.monitoring.metrics import is_silent, last_metrics, newest_metrics, read_heartbeats
 from sluice.common.monitoring.queues import read_queues
@@ -28,10 +28,10 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
     settings = {key.decode(): json.loads(value) for key, value in client.hgetall(run.keys("settings")).items()}
     num_steps = settings.get("trainer.num_steps", run.config.trainer.num_steps)
     steps = [s for s in newest_metrics(client, run.keys, count=CURVE_STEPS) if "reward/mean" in s]
-    beats = read_heartbeats(client, run.keys)
+    heartbeats = read_heartbeats(client, run.keys)
     status = record.get(b"status", b"?").decode()
     queues = read_queues(client, run, QUEUES)
-    cause = _stall_cause(client, run, beats) if status == "running" else None
+    cause = _stall_cause(client, run, heartbeats) if status == "running" else None
     alarmed = alarms(client, run) if status == "running" else []
     return {
         "run": run.name,
@@ -52,8 +52,8 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "age_of_last_step_s": round(time.time() - metrics["time"], 1) if "time" in metrics else None,
         "queues": {name: queue.depth for name, queue in queues.items()},
         "oldest_age_s": {name: queue.oldest_age_s for name, queue in queues.items()},
-        "ledger": {kind: read_account(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
-        "processes": beats,
+        "ledger": {kind: read_counters(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
+        "processes": heartbeats,
         "stalled_by": cause and cause.text,
         "stall_kind": cause and cause.kind,
         "alarms": [alarm.text for alarm in alarmed],
@@ -76,11 +76,11 @@ def _desired_replicas(client: redis.Redis, run: Run) -> dict[str, int]:
     return {queue.decode(): int(json.loads(wish)["desired"]) for queue, wish in wishes.items()}
 
 
-def _stall_cause(client: redis.Redis, run: Run, beats: dict[str, dict[str, Any]]) -> Cause | None:
+def _stall_cause(client: redis.Redis, run: Run, heartbeats: dict[str, dict[str, Any]]) -> Cause | None:
     """Why no step is made; none where one is being made."""
     if held := paused(client, run):
         return held
-    trainer = next((facts for facts in beats.values() if facts["role"] == "trainer"), None)
+    trainer = next((stats for stats in heartbeats.values() if stats["role"] == "trainer"), None)
     if trainer is None:
         return Cause("no_trainer", "no trainer is running")
     if is_silent(trainer):

@@ -27,7 +27,7 @@ MAX_STEPS = 20_000
 
 
 @dataclass(kw_only=True)
-class Reading:
+class Snapshot:
     """One run at one moment."""
 
     status: dict[str, Any]
@@ -35,7 +35,7 @@ class Reading:
     "trainer steps, oldest first; one that was trained again after a crash stands once"
     evaluations: list[dict[str, float]] = field(default_factory=list)
     "entries that hold results of evaluations"
-    orders: list[dict[str, str]] = field(default_factory=list)
+    control_state: list[dict[str, str]] = field(default_factory=list)
     "what operators have changed, newest first: at, who, step, key, old, new"
     scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
     "queue -> what autoscaling wants and why"
@@ -49,22 +49,22 @@ class Reader:
         self.client = client
         self._lock = threading.Lock()
         self._read_at = 0.0
-        self._reading: Reading | None = None
+        self._snapshot: Snapshot | None = None
         self._last_entry = "-"
         self._steps: dict[int, dict[str, float]] = {}
         self._evaluations: list[dict[str, float]] = []
         self._samples: list[dict[str, Any]] = []
         self._newest_sample = "-"
 
-    def read(self) -> Reading:
+    def read(self) -> Snapshot:
         """At most FRESH_S old. Raises redis' errors."""
         with self._lock:
-            if self._reading is None or time.monotonic() - self._read_at > FRESH_S:
-                self._reading = self._fresh()
+            if self._snapshot is None or time.monotonic() - self._read_at > FRESH_S:
+                self._snapshot = self._fresh()
                 self._read_at = time.monotonic()
-            return self._reading
+            return self._snapshot
 
-    def _fresh(self) -> Reading:
+    def _fresh(self) -> Snapshot:
         for entry, metrics in read_metrics(self.client, self.run.keys, after=self._last_entry):
             self._last_entry = entry
             if "reward/mean" in metrics:
@@ -74,12 +74,14 @@ class Reader:
         with self.client.pipeline(transaction=False) as pipe:
             pipe.xrevrange(self.run.keys("controls"), count=20)
             pipe.hgetall(self.run.keys("autoscale"))
-            orders, wishes = pipe.execute()
-        return Reading(
+            control_state, wishes = pipe.execute()
+        return Snapshot(
             status=collect_status(self.client, self.run),
             steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
             evaluations=list(self._evaluations),
-            orders=[{name.decode(): value.decode() for name, value in fields.items()} for _, fields in orders],
+            control_state=[
+                {name.decode(): value.decode() for name, value in fields.items()} for _, fields in control_state
+            ],
             scaling={queue.decode(): json.loads(wish) for queue, wish in wishes.items()},
         )
 

@@ -85,11 +85,11 @@ def _ledger(status: dict[str, Any]) -> Table:
     columns = ["settled", "in_flight", "dropped", "dead", "retried", "resent", "refused"]
     for name in ("set", "admitted", *columns, "identity"):
         table.add_column(name, justify="right")
-    for kind, account in status["ledger"].items():
-        if kind == "train" or account["admitted"]:
-            settled = account["scored" if kind == "eval" else "trained"]
-            values = [_count({**account, "settled": settled}[name]) for name in columns]
-            table.add_row(kind, _count(account["admitted"]), *values, "holds" if account["holds"] else "BROKEN")
+    for kind, counters in status["ledger"].items():
+        if kind == "train" or counters["admitted"]:
+            settled = counters["scored" if kind == "eval" else "trained"]
+            values = [_count({**counters, "settled": settled}[name]) for name in columns]
+            table.add_row(kind, _count(counters["admitted"]), *values, "holds" if counters["holds"] else "BROKEN")
     return table
 
 
@@ -104,7 +104,7 @@ def _queues(status: dict[str, Any]) -> Table:
     table = _table("queues")
     for name in ("queue", "waiting", "oldest", "workers", "wanted"):
         table.add_column(name, justify="left" if name == "queue" else "right")
-    roles = [facts["role"] for facts in status["processes"].values()]
+    roles = [stats["role"] for stats in status["processes"].values()]
     for queue in QUEUES:
         oldest = status["oldest_age_s"][queue]
         wanted = status["desired_replicas"].get(queue, "")
@@ -126,21 +126,21 @@ def _processes(status: dict[str, Any]) -> Table:
         "running",
         "done",
         "up",
-        "beat",
+        "send_heartbeat",
         "note",
     )
     for name in columns:
         table.add_column(name)
     for role in (*QUEUES, "trainer"):
-        mine = [(name, facts) for name, facts in status["processes"].items() if facts["role"] == role]
-        for name, facts in mine:
-            cells = [str(facts.get(key, "")) for key in ("device", "version", "digest")]
-            speed = f"{facts['tokens_per_s']:,.0f}" if facts.get("tokens_per_s") is not None else ""
-            busy = f"{1 - facts['idle_fraction']:.0%}" if facts.get("idle_fraction") is not None else ""
-            work = [str(facts.get(key, "")) for key in ("running", "done")]
-            up = str(timedelta(seconds=round(facts["up_s"]))) if "up_s" in facts else ""
-            beat = f"{facts['silent_s']:.0f} s ago"
-            table.add_row(role, name, *cells, speed, busy, *work, up, beat, str(facts.get("alarm") or ""))
+        mine = [(name, stats) for name, stats in status["processes"].items() if stats["role"] == role]
+        for name, stats in mine:
+            cells = [str(stats.get(key, "")) for key in ("device", "version", "digest")]
+            speed = f"{stats['tokens_per_s']:,.0f}" if stats.get("tokens_per_s") is not None else ""
+            busy = f"{1 - stats['idle_fraction']:.0%}" if stats.get("idle_fraction") is not None else ""
+            work = [str(stats.get(key, "")) for key in ("running", "done")]
+            up = str(timedelta(seconds=round(stats["up_s"]))) if "up_s" in stats else ""
+            send_heartbeat = f"{stats['silent_s']:.0f} s ago"
+            table.add_row(role, name, *cells, speed, busy, *work, up, send_heartbeat, str(stats.get("alarm") or ""))
         if not mine:
             table.add_row(role, "-")
     return table

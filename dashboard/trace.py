@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sluice.common.connections.broker import PART_TASKS
+from sluice.common.connections.broker import STAGE_TASKS
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.serialization import decode
@@ -33,17 +33,17 @@ STAGES = {
 def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
     """Of a group in flight, dead-lettered, or trained and kept as a sample. Raises ConfigError for another."""
     found = client.hgetall(keys("g", group))
-    facts = {name.decode(): value for name, value in found.items()}
-    if facts:
-        times = {name[2:]: float(value) for name, value in facts.items() if name.startswith("t:")}
-        work = {name: facts[name].decode() for name in facts if name.partition(":")[0] in ("by", "w", "n", "s")}
-        stage = facts.get("stage", b"?").decode()
+    stats = {name.decode(): value for name, value in found.items()}
+    if stats:
+        times = {name[2:]: float(value) for name, value in stats.items() if name.startswith("t:")}
+        work = {name: stats[name].decode() for name in stats if name.partition(":")[0] in ("by", "w", "n", "s")}
+        stage = stats.get("stage", b"?").decode()
         trace = _trace(group, "dead" if stage == "dead" else "in flight", times, work)
-        version = facts.get("version")
+        version = stats.get("version")
         trace |= {"stage": stage, "version": int(version) if version else None}
         for name in ("dead_reason", "dead_worker", "dead_detail", "last_error"):
-            if name in facts:
-                trace[name] = facts[name].decode(errors="replace")
+            if name in stats:
+                trace[name] = stats[name].decode(errors="replace")
         return trace
     for _, fields in client.xrevrange(keys("samples")):
         sample = decode(fields[b"sample"])
@@ -70,17 +70,17 @@ def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]
         }
         for (at, stage), last in zip(ordered, before, strict=False)
     ]
-    parts = [
+    assignments = [
         {
-            "part": part,
-            "held_by": (work.get(f"by:{part}") or work.get(f"w:{part}", "")).rpartition("/")[0],
-            "attempts": int(work.get(f"n:{part}", 0)),
-            "sent_again": int(work.get(f"s:{part}", 0)),
+            "stage": stage,
+            "held_by": (work.get(f"by:{stage}") or work.get(f"w:{stage}", "")).rpartition("/")[0],
+            "attempts": int(work.get(f"n:{stage}", 0)),
+            "sent_again": int(work.get(f"s:{stage}", 0)),
         }
-        for part in PART_TASKS
-        if f"n:{part}" in work
+        for stage in STAGE_TASKS
+        if f"n:{stage}" in work
     ]
-    return {"group": group, "where": where, "stages": stages, "parts": parts}
+    return {"group": group, "where": where, "stages": stages, "assignments": assignments}
 
 
 def render_trace(trace: dict[str, Any]) -> RenderableType:
@@ -88,15 +88,15 @@ def render_trace(trace: dict[str, Any]) -> RenderableType:
     head = f"group {trace['group']}: {trace['where']}"
     head += f", step {trace['step']}" if "step" in trace else f", stage {trace['stage']}"
     head += f", policy version {trace['version']}" if trace["version"] is not None else ""
-    stages, parts = Table(), Table()
+    stages, assignments = Table(), Table()
     for name, side in (("stage", "left"), ("at", "left"), ("since start", "right"), ("since the one before", "right")):
         stages.add_column(name, justify=side)  # type: ignore[arg-type]
     for stage in trace["stages"]:
         clock = f"{datetime.fromtimestamp(stage['at']):%Y-%m-%d %H:%M:%S.%f}"[:-3]
         stages.add_row(stage["what"], clock, f"{stage['since_start_s']:.3f} s", f"{stage['since_last_s']:.3f} s")
-    for name in ("part", "held by", "attempts", "sent again"):
-        parts.add_column(name, overflow="fold")
-    for part in trace["parts"]:
-        parts.add_row(part["part"], part["held_by"], str(part["attempts"]), str(part["sent_again"]))
+    for name in ("stage", "held by", "attempts", "sent again"):
+        assignments.add_column(name, overflow="fold")
+    for stage in trace["assignments"]:
+        assignments.add_row(stage["stage"], stage["held_by"], str(stage["attempts"]), str(stage["sent_again"]))
     reasons = [Text(f"{name}: {trace[name]}") for name in ("dead_reason", "dead_detail", "last_error") if name in trace]
-    return Group(Text(head, style="bold"), stages, parts, *reasons)
+    return Group(Text(head, style="bold"), stages, assignments, *reasons)

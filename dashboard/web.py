@@ -22,10 +22,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from sluice.common.errors import SluiceError
 from sluice.dashboard import overview
-from sluice.dashboard.auth import Door
+from sluice.dashboard.auth import AuthMiddleware
 from sluice.dashboard.html import alarms_html, table_html, tiles_html
 from sluice.dashboard.prometheus import exposition
-from sluice.dashboard.snapshots import Readers, Reading
+from sluice.dashboard.snapshots import Readers, Snapshot
 from sluice.dashboard.web_samples import samples_page, trace_page
 
 STYLE = Path(__file__).parent / "style.css"
@@ -45,7 +45,7 @@ def serve(
 ) -> None:
     """Until Ctrl-C or SIGTERM. `started` is called when pages can be asked for."""
     readers = Readers(client, names)
-    app.add_middleware(Door, token=token)
+    app.add_middleware(AuthMiddleware, token=token)
     app.on_startup(started)
     _pages(readers)
     ui.run(
@@ -133,7 +133,7 @@ async def _overview(readers: Readers, asked: list[str]) -> None:
     async def refresh() -> None:
         try:
             found = {name: await run.io_bound(readers.of(name).read) for name in names}
-            page.show({name: reading for name, reading in found.items() if reading})  # none: the server is ending
+            page.show({name: snapshot for name, snapshot in found.items() if snapshot})  # none: the server is ending
         except (redis.RedisError, SluiceError) as error:
             page.trouble(f"what is shown is old: {error}")
 
@@ -176,18 +176,18 @@ class _Overview:
         with ui.element("div").classes("card"):
             self._charts.append((ui.echart(own), series, names))
 
-    def show(self, readings: dict[str, Reading]) -> None:
+    def show(self, snapshots: dict[str, Snapshot]) -> None:
         """Bring every element to these readings; what is the same is not sent."""
         self.trouble("")
-        for name, reading in readings.items():
-            head = tiles_html(name, reading.status, overview.tiles(reading))
+        for name, snapshot in snapshots.items():
+            head = tiles_html(name, snapshot.status, overview.tiles(snapshot))
             _put(self._heads[name], head)
-            _put(self._tables[name, "queues"], table_html(overview.queue_rows(reading)))
-            _put(self._tables[name, "ledger"], table_html(overview.ledger_rows(reading)))
-            _put(self._tables[name, "processes"], table_html(overview.worker_rows(reading)))
-            _put(self._tables[name, "changes"], table_html(overview.order_rows(reading)))
+            _put(self._tables[name, "queues"], table_html(overview.queue_rows(snapshot)))
+            _put(self._tables[name, "ledger"], table_html(overview.ledger_rows(snapshot)))
+            _put(self._tables[name, "processes"], table_html(overview.worker_rows(snapshot)))
+            _put(self._tables[name, "changes"], table_html(overview.change_rows(snapshot)))
         for element, series, names in self._charts:
-            drawn = series({name: readings[name] for name in names}) if all(readings[n].steps for n in names) else []
+            drawn = series({name: snapshots[name] for name in names}) if all(snapshots[n].steps for n in names) else []
             if element.options["series"] != drawn:
                 element.options["series"] = drawn
                 element.update()

@@ -122,7 +122,7 @@ def sample_html(sample: dict[str, Any], *, run: str, shade: str, tokenizer: Toke
 def _completion(c: dict[str, Any], *, shade: str, tokenizer: Tokenizer | None, versions: list[int]) -> str:
     reward = "unscored" if c["reward"] is None else f"{c['reward']:.3f}"
     by_function = "".join(f"<span>{escape(name)} {score}</span>" for name, score in c["rewards"].items())
-    facts = (
+    stats = (
         f'<div class="facts"><span>reward <b>{reward}</b></span>{by_function}<span>advantage {c["advantage"]:+.3f}</span>'
         f"<span>{c['tokens']} tokens</span><span>{escape(c['finish_reason'])}</span></div>"
     )
@@ -131,7 +131,7 @@ def _completion(c: dict[str, Any], *, shade: str, tokenizer: Tokenizer | None, v
         if shade == "none" or tokenizer is None or "token_ids" not in c
         else _tokens(c, shade, tokenizer, versions)
     )
-    return f'<div class="completion">{facts}<div class="tokens">{text}</div></div>'
+    return f'<div class="completion">{stats}<div class="tokens">{text}</div></div>'
 
 
 def _tokens(c: dict[str, Any], shade: str, tokenizer: Tokenizer, versions: list[int]) -> str:
@@ -208,12 +208,12 @@ def _trace_html(reader: Reader, group: str) -> str:
         }
         for stage in trace["stages"]
     ]
-    parts = [{name.replace("_", " "): value for name, value in part.items()} for part in trace["parts"]]
+    assignments = [{name.replace("_", " "): value for name, value in stage.items()} for stage in trace["assignments"]]
     where = f"step {trace['step']}" if "step" in trace else f"stage {trace['stage']}"
     version = "" if trace["version"] is None else f" · policy version {trace['version']}"
     reasons = [f"{name}: {trace[name]}" for name in ("dead_reason", "dead_detail", "last_error") if name in trace]
     return (
         f'<div class="card"><h2>group {escape(group)} · {escape(trace["where"])} · {escape(where)}{version}</h2>'
         f'<div class="scroll">{table_html(stages)}</div>{alarms_html(reasons)}</div>'
-        f'<div class="card"><h2>parts</h2><div class="scroll">{table_html(parts)}</div></div>'
+        f'<div class="card"><h2>parts</h2><div class="scroll">{table_html(assignments)}</div></div>'
     )

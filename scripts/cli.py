@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sluice.common.config import QUEUES
 from sluice.common.errors import ConfigError, SluiceError
-from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.ledger import read_counters
 from sluice.scripts.commands.control import drain, pause, resume, set_
 from sluice.scripts.commands.dashboard import dashboard, trace
 from sluice.scripts.commands.metrics import metrics
@@ -112,17 +112,17 @@ def ledger(name: str | None, as_json: bool) -> None:
     from sluice.scripts.launcher.summary import ledger_text
 
     with opened_run(name) as (client, opened, _):
-        accounts = [read_account(client, opened.keys, "train"), read_account(client, opened.keys, "eval")]
-    holds = all(account.holds for account in accounts)
+        all_counters = [read_counters(client, opened.keys, "train"), read_counters(client, opened.keys, "eval")]
+    holds = all(counters.holds for counters in all_counters)
     if as_json:
-        train, evals = (account.to_dict() for account in accounts)
+        train, evals = (counters.to_dict() for counters in all_counters)
         click.echo(json.dumps({"run": opened.name, **train, "eval": evals, "holds": holds}))
     else:
-        for account in accounts:
-            click.echo(f"{account.kind:5}  {ledger_text(account)}")
+        for counters in all_counters:
+            click.echo(f"{counters.kind:5}  {ledger_text(counters)}")
             click.echo(
-                f"       retried {account.retried}, sent again {account.resent}, late results refused {account.refused}"
-                + (f", reconciled {account.reconciled}" if account.reconciled else "")
+                f"       retried {counters.retried}, sent again {counters.resent}, late results refused {counters.refused}"
+                + (f", reconciled {counters.reconciled}" if counters.reconciled else "")
             )
     sys.exit(0 if holds else 1)
 

@@ -155,9 +155,9 @@ def reference_payload(*, group_size: int = 2, length: int = 3) -> bytes:
     return encode([np.full(length, -0.25, np.float32)] * group_size)
 
 
-def part_payload(group_id: str, part: str, *, version: int = 0) -> bytes:
+def part_payload(group_id: str, stage: str, *, version: int = 0) -> bytes:
     """What a worker would hand in for one part."""
-    match part:
+    match stage:
         case "task":
             return task_payload(group_id)
         case "rollout":
@@ -185,8 +185,8 @@ def push_group(ledger: Ledger, *, version: int = 0, until: str = "ready", group_
     assert following is not None
     if until == "rollout":
         return group_id
-    for part in following:
-        assert ledger.store(group_id, part, part_payload(group_id, part)) == []
+    for stage in following:
+        assert ledger.store(group_id, stage, part_payload(group_id, stage)) == []
     return group_id
 
 

@@ -25,8 +25,8 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     dead = {g.decode() for g in client.zrange(keys("dead"), 0, -1)}
     assert not live & dead
     assert not members["train"] & members["eval"]
-    owed = {line.decode().rpartition("|")[0] for line in client.zrange(keys("deadlines"), 0, -1)}
-    assert owed <= live, "a deadline of a settled group"
+    pending_groups = {line.decode().rpartition("|")[0] for line in client.zrange(keys("deadlines"), 0, -1)}
+    assert pending_groups <= live, "a deadline of a settled group"
     assert {g.decode() for g in client.smembers(keys("credit"))} <= members["train"]
 
     versions = [int(v) for v in client.zrange(keys("versions"), 0, -1)]
@@ -48,13 +48,15 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     assert set(leased) <= set(entries)
     assert sorted((v, e) for v, e, _ in leased) == sorted(pending), "pending entries are those that a manifest names"
     assert set(in_stream) <= members["train"]
-    assert live == owed | set(in_stream), "a group that nobody owes us anything for, and that is not in the buffer"
-    assert not owed & set(in_stream)
+    assert live == pending_groups | set(in_stream), (
+        "a group that nobody owes us anything for, and that is not in the buffer"
+    )
+    assert not pending_groups & set(in_stream)
 
     groups = {name[2:] for name in names if name.startswith("g:")}
     assert groups == live | dead
     held = {group: client.hgetall(keys("g", group)) for group in groups}
-    total = sum(len(h.get(part.encode(), b"")) for h in held.values() for part in PARTS)
+    total = sum(len(h.get(stage.encode(), b"")) for h in held.values() for stage in PARTS)
     assert total == int(client.get(keys("bytes")) or 0)
     for group in groups:
         assert sum(len(held[group].get(p.encode(), b"")) for p in PARTS) == int(held[group].get(b"bytes", 0))
@@ -65,7 +67,7 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     evaluations = {name for name in names if name.startswith("eval:")}
     assert names <= known | evaluations, names - known - evaluations
     for kind in ("train", "eval"):
-        account = make_ledger(client, keys).account(kind)
-        assert account.holds, account
-        assert account.in_flight == len(members[kind])
-    assert sum(sum(make_ledger(client, keys).account(k).dead.values()) for k in ("train", "eval")) == len(dead)
+        counters = make_ledger(client, keys).counters(kind)
+        assert counters.holds, counters
+        assert counters.in_flight == len(members[kind])
+    assert sum(sum(make_ledger(client, keys).counters(k).dead.values()) for k in ("train", "eval")) == len(dead)

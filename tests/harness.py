@@ -19,7 +19,7 @@ import psutil
 import yaml
 
 from sluice.common.connections.client import connect
-from sluice.common.ledger.ledger import Account, read_account
+from sluice.common.ledger.ledger import Counters, read_counters
 from sluice.common.run import open_run
 from sluice.scripts.prepare_tiny import prepare
 
@@ -152,12 +152,12 @@ def workers(folder: Path, env: dict[str, str], *queues: str) -> Iterator[list[su
         yield [stack.enter_context(worker(queue, cwd=folder, **env)) for queue in names]
 
 
-def account_of(env: dict[str, str]) -> Account:
+def counters_of(env: dict[str, str]) -> Counters:
     """The training account of a run."""
     client = connect(env["SLUICE_REDIS_URL"])
-    account = read_account(client, open_run(client, env["SLUICE_RUN"]).keys)
+    counters = read_counters(client, open_run(client, env["SLUICE_RUN"]).keys)
     client.close()
-    return account
+    return counters
 
 
 def assert_trained_once(run_folder: Path, steps: int, *, groups_per_step: int = 8) -> None:

@@ -1,7 +1,7 @@
 """A TCP proxy in a thread, for the ways a network fails.
 
 `black_hole` keeps every connection of now open and forwards nothing on it any more, in either direction, as a firewall that
-forgot its state; new connections pass. `cut` ends all connections and refuses new ones until `mend`.
+forgot its state; new connections pass. `cut` ends all connections and refuses new ones until `republish_full`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Proxy:
             for connection in list(self._peers):
                 self._end(connection)
 
-    def mend(self) -> None:
+    def republish_full(self) -> None:
         """Connections pass again, on the same port."""
         with self._lock:
             self._listener = _listen(self.port)

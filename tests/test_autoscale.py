@@ -13,7 +13,7 @@ from builders import for_each, make_config, make_ledger, publish_policy
 
 from sluice.common.config.operations import AutoscaleConfig
 from sluice.common.keys import Keys
-from sluice.common.monitoring.metrics import beat
+from sluice.common.monitoring.metrics import send_heartbeat
 from sluice.common.operations.autoscale import Bounds, Load, Scale, bounds_of, read_loads, read_scales, step, update
 from sluice.common.run import Run
 
@@ -31,11 +31,11 @@ class Queue:
         self.state: Scale | None = None
         self.changes: list[tuple[float, int, int]] = []
 
-    def look(self, owed: int, *, done: int = 0) -> int:
+    def look(self, pending: int, *, done: int = 0) -> int:
         """One second with so many parts owed, in which `done` were finished; the workers wanted."""
         self.done += done
         before = self.state
-        load = Load(owed=owed, waiting=owed, done={"w": self.done}, busy=self.busy, is_held=self.is_held)
+        load = Load(pending=pending, waiting=pending, done={"w": self.done}, busy=self.busy, is_held=self.is_held)
         self.state = step(before, load, bounds=self.bounds, settings=self.settings, now=self.now)
         assert Scale.from_json(self.state.to_json()) == self.state
         if before and before.desired != self.state.desired:
@@ -43,8 +43,8 @@ class Queue:
         self.now += 1.0
         return self.state.desired
 
-    def hold(self, owed: int, *, seconds: int, done: int = 0) -> list[int]:
-        return [self.look(owed, done=done) for _ in range(seconds)]
+    def hold(self, pending: int, *, seconds: int, done: int = 0) -> list[int]:
+        return [self.look(pending, done=done) for _ in range(seconds)]
 
 
 def test_a_lasting_load_is_met_at_once_and_left_slowly() -> None:
@@ -65,7 +65,7 @@ def test_the_number_is_owed_parts_over_parts_per_worker() -> None:
     # 16 in flight, 4 workers at most: 4 parts are a worker's share, though it could take 16 at a time
     bounds = Bounds(min=1, max=4, concurrency=16, in_flight=16)
     assert bounds.share == 4
-    assert [Queue(bounds).hold(owed, seconds=60)[-1] for owed in (0, 4, 5, 8, 9, 12, 16)] == [1, 1, 2, 2, 3, 3, 4]
+    assert [Queue(bounds).hold(pending, seconds=60)[-1] for pending in (0, 4, 5, 8, 9, 12, 16)] == [1, 1, 2, 2, 3, 3, 4]
     assert Bounds(min=1, max=4, concurrency=2, in_flight=16).share == 2
     assert Bounds(min=0, max=0, concurrency=2, in_flight=16).share == 2
 
@@ -147,14 +147,14 @@ def test_noise_causes_few_changes_and_none_too_soon(seed: int) -> None:
     rng = random.Random(seed)
     print("seed", seed)
     settings = AutoscaleConfig(up_after_s=rng.choice([2.0, 5.0]), cooldown_s=rng.choice([20.0, 60.0]), wait_s=0.0)
-    most = rng.randint(2, 8)
-    queue = Queue(Bounds(min=rng.randint(0, 2), max=most, concurrency=rng.choice([1, 4]), in_flight=16), settings)
+    max_useful = rng.randint(2, 8)
+    queue = Queue(Bounds(min=rng.randint(0, 2), max=max_useful, concurrency=rng.choice([1, 4]), in_flight=16), settings)
     seconds, level = 900, 0.0
     for _ in range(seconds):
         if rng.random() < 0.05:
             level = rng.choice([0.0, 2.0, 8.0, 16.0])
         wanted = queue.look(max(0, round(level + rng.gauss(0, 3))), done=rng.randint(0, 3))
-        assert queue.bounds.min <= wanted <= most
+        assert queue.bounds.min <= wanted <= max_useful
     for (at, _, _), (following, before, after) in pairwise(queue.changes):
         soonest = (
             settings.cooldown_s if after < before else settings.up_after_s if before else 0.0
@@ -200,10 +200,10 @@ def test_a_tick_writes_what_every_queue_should_have(client: redis.Redis, keys: K
     for cursor in admitted.cursors[1:]:
         ledger.store(f"t{cursor}", "task", b"task")
     client.lpush(keys.celery_prefix + "rollout", b"a message")
-    beat(client, keys, "rollout@here:1", {"role": "rollout", "done": 7, "idle_fraction": 0.25})
-    beat(client, keys, "rollout@here:2", {"role": "rollout", "done": 0, "idle_fraction": 0.75})
+    send_heartbeat(client, keys, "rollout@here:1", {"role": "rollout", "done": 7, "idle_fraction": 0.25})
+    send_heartbeat(client, keys, "rollout@here:2", {"role": "rollout", "done": 0, "idle_fraction": 0.75})
     loads = read_loads(client, run)
-    assert {queue: load.owed for queue, load in loads.items() if load.owed} == {"dataset": 1, "rollout": 3}
+    assert {queue: load.pending for queue, load in loads.items() if load.pending} == {"dataset": 1, "rollout": 3}
     assert (loads["rollout"].waiting, loads["rollout"].done) == (1, {"rollout@here:1": 7, "rollout@here:2": 0})
     assert (loads["rollout"].busy, loads["reward"].busy) == (0.5, 1.0)
     update(client, run)

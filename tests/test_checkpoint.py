@@ -113,7 +113,7 @@ def test_a_missing_step_names_those_there_are(tmp_path: Path) -> None:
 
 
 def test_the_split_into_micro_batches_changes_no_weight() -> None:
-    whole, halves = new_policy(), new_policy()
+    full, halves = new_policy(), new_policy()
     batch = micro_batch(1)
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "ref_logprobs"}
     halves_of = [
@@ -121,10 +121,10 @@ def test_the_split_into_micro_batches_changes_no_weight() -> None:
         for rows in (slice(0, 2), slice(2, 4))
     ]
     parts = [MicroBatch(ref_logprobs=None, **half) for half in halves_of]
-    a = whole.optimize([batch], step=1)
+    a = full.optimize([batch], step=1)
     b = halves.optimize(parts, step=1)
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-6)
-    for x, y in zip(whole.model.parameters(), halves.model.parameters(), strict=True):
+    for x, y in zip(full.model.parameters(), halves.model.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
 
 

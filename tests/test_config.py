@@ -71,7 +71,7 @@ def test_defaults_of_the_loss_are_those_of_the_contract():
     assert (loss.loss, loss.clip_low, loss.clip_high, loss.dual_clip, loss.cispo_cap) == ("grpo", 0.2, 0.2, None, 5.0)
     assert (loss.sapo_tau_pos, loss.sapo_tau_neg, loss.aggregation, loss.horizon) == (1.0, 1.05, "token_mean", None)
     assert (loss.kl_beta, loss.kl_estimator, loss.off_policy) == (0.0, "k3", "bypass")
-    assert (loss.is_weight, loss.is_low, loss.is_high) == (None, None, 2.0)
+    assert (loss.importance_sampling, loss.importance_min, loss.importance_max) == (None, None, 2.0)
 
 
 def test_overrides_replace_single_values_and_make_missing_sections():
@@ -147,7 +147,7 @@ def test_unknown_keys_name_the_nearest_known_one(override, message):
         ("rollout.max_model_len=15", "exceeds rollout.max_model_len = 15"),
         ("rollout.pipeline_parallel_size=2", "rollout.pipeline_parallel_size = 2"),
         ("policy_store.keep=1", "policy_store.keep = 1"),
-        ("policy_store.anchor_every=1", "policy_store.anchor_every = 1"),
+        ("policy_store.full_every=1", "policy_store.full_every = 1"),
         ("lease.running_s=0", "lease.running_s = 0"),
         ("reward.functions=[]", "reward.functions = []"),
         ("seed=-1", "seed = -1"),
@@ -214,14 +214,32 @@ def test_settings_that_contradict_each_other_are_refused(overrides, message):
 @for_each(
     ("settings", "message"),
     [
-        ({"is_weight": "token_truncate"}, "double correction"),
-        ({"off_policy": "decoupled", "is_weight": "geometric_mask"}, "needs is_low and is_high"),
-        ({"off_policy": "decoupled", "is_weight": "geometric_mask", "is_low": 0.99}, "needs is_low and is_high"),
-        ({"off_policy": "decoupled", "is_weight": "token_mask"}, "is_weight=token_mask needs is_low"),
-        ({"off_policy": "decoupled", "is_weight": "sequence_mask"}, "is_weight=sequence_mask needs is_low"),
-        ({"is_low": 0.5}, "is_low is the lower bound of an is_weight that masks"),
-        ({"off_policy": "decoupled", "is_weight": "token_truncate", "is_low": 0.5}, "is_low is the lower bound"),
-        ({"off_policy": "decoupled", "is_weight": "token_mask", "is_low": 2.0}, "must be under is_high"),
+        ({"importance_sampling": "token_truncate"}, "double correction"),
+        (
+            {"off_policy": "decoupled", "importance_sampling": "geometric_mask"},
+            "needs importance_min and importance_max",
+        ),
+        (
+            {"off_policy": "decoupled", "importance_sampling": "geometric_mask", "importance_min": 0.99},
+            "needs importance_min and importance_max",
+        ),
+        (
+            {"off_policy": "decoupled", "importance_sampling": "token_mask"},
+            "importance_sampling=token_mask needs importance_min",
+        ),
+        (
+            {"off_policy": "decoupled", "importance_sampling": "sequence_mask"},
+            "importance_sampling=sequence_mask needs importance_min",
+        ),
+        ({"importance_min": 0.5}, "importance_min is the lower bound of an importance_sampling that masks"),
+        (
+            {"off_policy": "decoupled", "importance_sampling": "token_truncate", "importance_min": 0.5},
+            "importance_min is the lower bound",
+        ),
+        (
+            {"off_policy": "decoupled", "importance_sampling": "token_mask", "importance_min": 2.0},
+            "must be under importance_max",
+        ),
         ({"loss": "dppo", "off_policy": "decoupled"}, "loss=dppo bounds the distance to the sampler itself"),
         ({"loss": "cispo", "dual_clip": 3.0}, "dual_clip belongs to loss=grpo or gspo"),
         ({"dual_clip": 1.1}, "must be over 1 \\+ clip_high"),
@@ -237,8 +255,13 @@ def test_losses_that_do_not_fit_together_are_refused(settings, message):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"off_policy": "decoupled", "is_weight": "geometric_mask", "is_low": 0.99, "is_high": 1.01},
-        {"off_policy": "decoupled", "is_weight": "token_mask", "is_low": 0.5},
+        {
+            "off_policy": "decoupled",
+            "importance_sampling": "geometric_mask",
+            "importance_min": 0.99,
+            "importance_max": 1.01,
+        },
+        {"off_policy": "decoupled", "importance_sampling": "token_mask", "importance_min": 0.5},
         {"off_policy": "decoupled"},
         {"dual_clip": 3.0},
         {"loss": "dppo"},
@@ -284,10 +307,10 @@ def test_a_config_is_frozen():
 
 def test_derived_values_follow_from_their_sections():
     config = make_config(replay_buffer={"batch_size": 3, "dp_size": 2, "max_policy_age": 2})
-    assert (config.groups_per_step, config.max_in_flight, config.parts) == (6, 18, ("reward",))
+    assert (config.groups_per_step, config.max_in_flight, config.stages) == (6, 18, ("reward",))
     assert make_config(replay_buffer={"max_policy_age": 0}).max_in_flight == 2
     with_kl = make_config(trainer={"loss": {"kl_beta": 0.1}, "local_batch_size": 3})
-    assert with_kl.parts == ("reward", "reference")
+    assert with_kl.stages == ("reward", "reference")
     assert with_kl.trainer.microbatch_tokens == 48
     assert make_config(trainer={"max_tokens_per_microbatch": 7}).trainer.microbatch_tokens == 7
 

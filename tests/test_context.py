@@ -17,7 +17,7 @@ from sluice.common.keys import Keys
 from sluice.common.monitoring.metrics import read_heartbeats
 from sluice.common.run import create_run
 from sluice.workers.context import HUNG_EXIT_CODE, Context
-from sluice.workers.execution_lock import Room
+from sluice.workers.execution_lock import ExecutionLock
 
 CHILD = """
 import sys, time
@@ -29,7 +29,7 @@ context.progress_age_s = lambda: max(0.0, time.time() - hang_at)
 print(hang_at, flush=True)
 claim = context.ledger.claim("t0", "rollout", fields=())
 context._claims[claim.holder] = claim
-context.start_heart()
+context.start_heartbeat()
 time.sleep(60)
 """
 
@@ -83,7 +83,7 @@ def test_the_heart_survives_whatever_redis_answers(
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
     client.set(keys("processes"), "not a sorted set")  # the beat is answered with WRONGTYPE
     context = Context.open(make_app(keys.run, url=redis_url), "rollout")
-    context.start_heart()
+    context.start_heartbeat()
     wait_for(lambda: refused_commands(client) > 2, timeout=10, what="beats to be refused")
     client.delete(keys("processes"))
     wait_for(lambda: read_heartbeats(client, keys), timeout=10, what="the next beat")
@@ -95,11 +95,11 @@ def refused_commands(client: redis.Redis) -> int:
 
 
 def test_a_part_that_wants_to_be_alone_waits_for_those_inside_and_goes_before_newcomers() -> None:
-    room, order, leave = Room(), [], threading.Event()
+    lock, order, leave = ExecutionLock(), [], threading.Event()
 
-    def be(name: str, *, alone: bool) -> threading.Thread:
+    def be(name: str, *, exclusive: bool) -> threading.Thread:
         def enter() -> None:
-            with room.alone() if alone else room.shared():
+            with lock.exclusive() if exclusive else lock.shared():
                 order.append(name)
                 assert leave.wait(10)
 
@@ -107,11 +107,11 @@ def test_a_part_that_wants_to_be_alone_waits_for_those_inside_and_goes_before_ne
         thread.start()
         return thread
 
-    threads = [be("first", alone=False), be("second", alone=False)]
+    threads = [be("first", exclusive=False), be("second", exclusive=False)]
     wait_for(lambda: len(order) == 2, timeout=5, what="two to be inside together")
-    threads += [be("alone 1", alone=True), be("alone 2", alone=True)]
-    wait_for(lambda: room._want_alone == 2, timeout=5, what="two to wait to be alone")
-    threads.append(be("newcomer", alone=False))
+    threads += [be("alone 1", exclusive=True), be("alone 2", exclusive=True)]
+    wait_for(lambda: lock._want_exclusive == 2, timeout=5, what="two to wait to be alone")
+    threads.append(be("newcomer", exclusive=False))
     assert sorted(order) == ["first", "second"]
     leave.set()
     for thread in threads:
@@ -121,11 +121,11 @@ def test_a_part_that_wants_to_be_alone_waits_for_those_inside_and_goes_before_ne
 
 
 def test_whoever_does_not_get_in_is_told_so_and_blocks_nobody_afterwards() -> None:
-    room = Room(wait_s=0.05)
-    with room.shared() as is_in, room.alone() as is_alone:
-        assert is_in
+    lock = ExecutionLock(wait_s=0.05)
+    with lock.shared() as acquired, lock.exclusive() as is_alone:
+        assert acquired
         assert not is_alone
-        with room.shared() as is_beside:
+        with lock.shared() as is_beside:
             assert not is_beside, "it still wants to be alone"
-    with room.alone() as is_alone:
+    with lock.exclusive() as is_alone:
         assert is_alone

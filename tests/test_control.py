@@ -34,8 +34,8 @@ def run(client: redis.Redis, keys: Keys) -> Iterator[Run]:
     client.hdel(RUNS, keys.run)
 
 
-def trail(client: redis.Redis, run: Run) -> list[tuple[str, str, str, str]]:
-    entries = control.read_orders(client, run.keys).trail
+def change_log(client: redis.Redis, run: Run) -> list[tuple[str, str, str, str]]:
+    entries = control.read_control_state(client, run.keys).change_log
     return [(fields["who"], fields["key"], fields["old"], fields["new"]) for _, fields in entries]
 
 
@@ -50,11 +50,11 @@ def test_a_setting_is_in_the_effective_config_and_the_stored_one_stays(client: r
     assert config.trainer.learning_rate == 2e-6
     assert config.max_in_flight == 8
     assert client.hget(run.keys("run"), "config") == stored
-    assert trail(client, run) == [
+    assert change_log(client, run) == [
         ("alice", "replay_buffer.max_policy_age", "1", "3"),
         ("alice", "trainer.learning_rate", "1e-05", "2e-06"),
     ]
-    (_, entry), _ = control.read_orders(client, run.keys).trail
+    (_, entry), _ = control.read_control_state(client, run.keys).change_log
     assert entry["step"] == "2"
     assert abs(float(entry["at"]) - client.time()[0]) < 60
 
@@ -62,10 +62,10 @@ def test_a_setting_is_in_the_effective_config_and_the_stored_one_stays(client: r
 def test_the_same_order_twice_is_one_change_and_the_stored_value_is_no_override(client: redis.Redis, run: Run) -> None:
     for _ in range(2):
         control.change(client, run, ["sampling.temperature=0.7"], who="a")
-    assert len(trail(client, run)) == 1
+    assert len(change_log(client, run)) == 1
     control.change(client, run, ["sampling.temperature=1.0"], who="b")
-    assert control.read_orders(client, run.keys).settings == {}
-    assert trail(client, run)[-1] == ("b", "sampling.temperature", "0.7", "1.0")
+    assert control.read_control_state(client, run.keys).settings == {}
+    assert change_log(client, run)[-1] == ("b", "sampling.temperature", "0.7", "1.0")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_is_out_of_range_is_refused_and_nothing_is_changed(
     with pytest.raises(ConfigError) as error:
         control.change(client, run, ["sampling.top_p=0.9", assignment], who="a")
     assert message in str(error.value)
-    assert control.read_orders(client, run.keys) == control.Orders()
+    assert control.read_control_state(client, run.keys) == control.ControlState()
 
 
 def test_vllm_gets_no_temperature_that_it_refuses(client: redis.Redis, keys: Keys) -> None:
@@ -140,7 +140,7 @@ def test_operators_at_once_lose_no_change_and_break_no_rule(
     for thread in threads:
         thread.join(60)
     assert not refused
-    changes = [(key, old, new) for _, key, old, new in trail(client, run)]
+    changes = [(key, old, new) for _, key, old, new in change_log(client, run)]
     for name in ("sampling.top_k", "trainer.max_grad_norm"):
         values = [(old, new) for key, old, new in changes if key == name]
         assert all(before[1] == after[0] for before, after in pairwise(values)), values
@@ -151,7 +151,7 @@ def test_a_change_is_judged_again_when_another_came_first(client: redis.Redis, r
     checked = control._checked
 
     def slow(*arguments):
-        if not control.read_orders(client, run.keys).settings:
+        if not control.read_control_state(client, run.keys).settings:
             monkeypatch.setattr(control, "_checked", checked)
             control.change(client, run, ["sampling.top_p=0.5"], who="faster")
         return checked(*arguments)
@@ -177,7 +177,7 @@ def test_a_paused_run_admits_nothing_and_says_who_paused_it(client: redis.Redis,
     assert not control.resume(client, run, who="bob")
     assert diagnose(client, run).kind != "paused"
     admit_one(ledger)
-    assert trail(client, run) == [("alice", "paused", "false", "true"), ("bob", "paused", "true", "false")]
+    assert change_log(client, run) == [("alice", "paused", "false", "true"), ("bob", "paused", "true", "false")]
 
 
 def test_a_drain_lifts_a_pause_and_a_resumption_lifts_both(client: redis.Redis, run: Run) -> None:
@@ -185,13 +185,13 @@ def test_a_drain_lifts_a_pause_and_a_resumption_lifts_both(client: redis.Redis, 
     publish_policy(client, run.keys, 0)
     control.pause(client, run, who="a")
     control.drain(client, run, who="b")
-    orders = control.read_orders(client, run.keys)
-    assert orders.paused is None
-    assert orders.draining is not None and orders.draining["who"] == "b"
+    control_state = control.read_control_state(client, run.keys)
+    assert control_state.paused is None
+    assert control_state.draining is not None and control_state.draining["who"] == "b"
     assert ledger.admit(1).stopped_by == "draining"
     control.pause(client, run, who="a")
     control.resume(client, run, who="a")
-    assert control.read_orders(client, run.keys).draining is None
+    assert control.read_control_state(client, run.keys).draining is None
     admit_one(ledger)
 
 
@@ -210,7 +210,7 @@ def test_a_higher_bound_admits_more_and_a_lower_one_drops_what_is_too_old(client
     buffer.max_policy_age = control.change(client, run, ["max_policy_age=1"], who="a").replay_buffer.max_policy_age
     sample = buffer.sample(2, step=2)
     assert (sample.groups, sample.evicted) == (None, 4)
-    assert ledger.account().holds
+    assert ledger.counters().holds
 
 
 def test_what_no_batch_holds_is_untrained(client: redis.Redis, keys: Keys) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import (
     SMALL,
-    account_of,
+    counters_of,
     create_run,
     metrics_lines,
     metrics_of,
@@ -71,7 +71,7 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
             what="the step that was running to be published",
         )
         assert step <= at_pause + 2, "the step being trained at the time, and one that was being published"
-        before = account_of(env)
+        before = counters_of(env)
         status = status_of(tmp_path, env)
         assert status["stall_kind"] == "paused"
         assert "paused by alice@laptop since" in status["stalled_by"]
@@ -84,8 +84,8 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
         stack.enter_context(trainer(tmp_path, env))
 
         def roles_back() -> set[str]:
-            beats = status_of(tmp_path, env)["processes"]
-            return {facts["role"] for name, facts in beats.items() if name not in old}
+            heartbeats = status_of(tmp_path, env)["processes"]
+            return {stats["role"] for name, stats in heartbeats.items() if name not in old}
 
         wait_for(lambda: len(roles_back()) == 4, timeout=120, what="every role to be back")
         log = tmp_path / "trainer.log"
@@ -94,15 +94,18 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
             timeout=60,
             what="the trainer to stand still again",
         )
-        after = account_of(env)
+        after = counters_of(env)
         assert (after.admitted, after.dropped, after.dead) == (before.admitted, {}, {})
         assert last_step(folder) == step
         assert sluice("resume", cwd=tmp_path, **env).stdout == "roles goes on\n"
         wait_for(lambda: last_step(folder) >= step + 3, timeout=60, what="steps after the resumption")
-    assert account_of(env).holds
-    orders = [line for line in metrics_lines(folder) if "control" in line]
-    assert [(o["control"], o["old"], o["new"]) for o in orders] == [("paused", False, True), ("paused", True, False)]
-    assert orders[0]["who"] == "alice@laptop"
+    assert counters_of(env).holds
+    control_state = [line for line in metrics_lines(folder) if "control" in line]
+    assert [(o["control"], o["old"], o["new"]) for o in control_state] == [
+        ("paused", False, True),
+        ("paused", True, False),
+    ]
+    assert control_state[0]["who"] == "alice@laptop"
     client.close()
 
 
@@ -138,7 +141,7 @@ def test_settings_act_within_a_step_and_every_step_can_be_computed_again(
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     shown = json.loads(sluice("set", "--json", cwd=tmp_path, **env).stdout)
     assert shown["settings"]["sampling.temperature"] == 0.6
-    assert [(o["key"], o["old"], o["new"], o["who"]) for o in shown["trail"]][:2] == [
+    assert [(o["key"], o["old"], o["new"], o["who"]) for o in shown["change_log"]][:2] == [
         ("trainer.learning_rate", "0.0002", "0.0001", "bob"),
         ("sampling.temperature", "1.0", "0.6", "bob"),
     ]
@@ -172,5 +175,5 @@ def test_a_drained_run_ends_in_good_order_and_is_gone_on_with(tmp_path: Path) ->
         wait_for(lambda: last_step(folder) >= step + 2, timeout=120, what="steps after the drain")
         process.send_signal(signal.SIGTERM)
         assert process.wait(180) == 130
-    trail = json.loads(sluice("set", "--json", cwd=tmp_path).stdout)["trail"]
-    assert [(o["key"], o["new"]) for o in trail] == [("draining", "true"), ("draining", "false")]
+    change_log = json.loads(sluice("set", "--json", cwd=tmp_path).stdout)["change_log"]
+    assert [(o["key"], o["new"]) for o in change_log] == [("draining", "true"), ("draining", "false")]

@@ -19,8 +19,8 @@ from harness import only_run, quickstart_config, running_sluice, sluice, tiny_fo
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
-from sluice.common.ledger.ledger import read_account
-from sluice.common.monitoring.metrics import beat, last_metrics, write_metrics
+from sluice.common.ledger.ledger import read_counters
+from sluice.common.monitoring.metrics import last_metrics, send_heartbeat, write_metrics
 from sluice.common.serialization import decode, encode
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 
@@ -156,15 +156,17 @@ def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
     open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
 ) -> None:
     client, keys = shown
-    account, metrics = read_account(client, keys), last_metrics(client, keys)
+    counters, metrics = read_counters(client, keys), last_metrics(client, keys)
     page = open_page(f"/?run={RUN}")
     wait_text(page, tile(page, "step"), "6 / 6")
     wait_text(page, tile(page, "reward"), f"{metrics['reward/mean']:.3f}")
     wait_text(page, tile(page, "ledger"), "holds")
-    assert page.locator("td", has_text=f"trained {account.trained}").count() == 1
+    assert page.locator("td", has_text=f"trained {counters.trained}").count() == 1
     assert page.locator("canvas").count() >= 15
     keep(page, "overview-light")
-    beat(client, keys, "reward@host:7", {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"})
+    send_heartbeat(
+        client, keys, "reward@host:7", {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"}
+    )
     entry = client.xadd(
         keys("controls"), {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
     )
@@ -375,8 +377,10 @@ def test_the_trace_of_a_group_is_printed(ended_run: tuple[Path, EmbeddedServer],
     assert stages[0] == "admitted"
     assert stages[-1] == "leased"
     assert all(stage["since_last_s"] >= 0 for stage in found["stages"])
-    assert all(part["held_by"].startswith(("dataset@", "rollout@", "reward@", "reference@")) for part in found["parts"])
-    assert {part["part"] for part in found["parts"]} == {"task", "rollout", "reward", "reference"}
+    assert all(
+        stage["held_by"].startswith(("dataset@", "rollout@", "reward@", "reference@")) for stage in found["assignments"]
+    )
+    assert {stage["stage"] for stage in found["assignments"]} == {"task", "rollout", "reward", "reference"}
     assert "generated" in sluice("trace", kept, cwd=tmp_path, **env).stdout
     missing = sluice("trace", "t99999", cwd=tmp_path, **env)
     assert missing.returncode == 2

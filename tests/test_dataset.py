@@ -10,7 +10,7 @@ from harness import tiny_folder
 
 from sluice.common.connections.broker import make_app
 from sluice.common.connections.client import connect
-from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.ledger import read_counters
 from sluice.common.models.assets import read_assets
 from sluice.common.run import create_run
 from sluice.scripts.launcher.redis_server import start_server
@@ -39,12 +39,12 @@ def test_admission_pauses_while_redis_is_nearly_full(tmp_path: Path, monkeypatch
         used = int(client.info("memory")["used_memory"])
         client.config_set("maxmemory", int(used * 1.05))
         role.fill()
-        assert read_account(client, keys).admitted == 0
-        assert role.context.facts()["stopped_by"].startswith(f"redis_memory: {used >> 20} MiB of maxmemory")
+        assert read_counters(client, keys).admitted == 0
+        assert role.context.stats()["stopped_by"].startswith(f"redis_memory: {used >> 20} MiB of maxmemory")
         client.config_set("maxmemory", int(used * 1.5))
         role.fill()
-        assert read_account(client, keys).admitted == config.max_in_flight
-        assert role.context.facts()["stopped_by"] == "no_credit"
+        assert read_counters(client, keys).admitted == config.max_in_flight
+        assert role.context.stats()["stopped_by"] == "no_credit"
     finally:
         role.close()
         client.close()

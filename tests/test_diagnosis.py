@@ -16,7 +16,7 @@ from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, explain_stall
-from sluice.common.monitoring.metrics import SILENT_AFTER_S, beat, read_heartbeats, write_metrics
+from sluice.common.monitoring.metrics import SILENT_AFTER_S, read_heartbeats, send_heartbeat, write_metrics
 from sluice.common.policies.manifest import Manifest
 from sluice.common.run import Run, create_run
 from sluice.common.serialization import encode
@@ -36,7 +36,7 @@ def new_run(client: redis.Redis, keys: Keys, folder: Path) -> Run:
     return made
 
 
-def staff(client: redis.Redis, keys: Keys, *, without: str = "", **facts: Any) -> None:
+def staff(client: redis.Redis, keys: Keys, *, without: str = "", **stats: Any) -> None:
     """One live worker on every queue; `rollout={...}` adds to the facts of that role."""
     defaults: dict[str, dict[str, Any]] = {
         "dataset": {"stopped_by": "no_credit"},
@@ -45,8 +45,8 @@ def staff(client: redis.Redis, keys: Keys, *, without: str = "", **facts: Any) -
     }
     for role, own in defaults.items():
         if role != without:
-            beat(
-                client, keys, f"{role}@host:1", {"role": role, "running": 1, "alarm": "", **own, **facts.get(role, {})}
+            send_heartbeat(
+                client, keys, f"{role}@host:1", {"role": role, "running": 1, "alarm": "", **own, **stats.get(role, {})}
             )
 
 
@@ -81,7 +81,7 @@ def test_a_process_that_stopped_beating_is_silent_within_five_seconds(
 
 def test_heartbeats_carry_the_age_of_the_last_beat_by_redis_clock(client: redis.Redis, keys: Keys, run: Run) -> None:
     staff(client, keys)
-    assert all(0 <= facts["silent_s"] < 2 for facts in read_heartbeats(client, keys).values())
+    assert all(0 <= stats["silent_s"] < 2 for stats in read_heartbeats(client, keys).values())
     silence_for(client, keys, "reward@host:1", seconds=8.0)
     assert 8 <= read_heartbeats(client, keys)["reward@host:1"]["silent_s"] < 10
 
@@ -171,7 +171,7 @@ def test_a_batch_worth_of_groups_dropped_for_equal_rewards_is_named(client: redi
     for num_dropped in (1, 2):
         assert diagnose(client, run).kind != "zero_variance", "a group now and then explains nothing"
         ledger.store(push_group(ledger, until="rollout"), "reward", reward_payload(), is_zero_variance=True)
-        assert ledger.account().dropped == {"zero_variance": num_dropped}
+        assert ledger.counters().dropped == {"zero_variance": num_dropped}
     admit_one(ledger)
     expected = "2 groups were dropped for equal rewards since step 4; 18 more may be, then they are kept; 1 in flight"
     assert diagnose(client, run) == Cause("zero_variance", expected)
@@ -201,11 +201,11 @@ def test_status_shows_cause_kind_and_alarms(client: redis.Redis, keys: Keys, run
     client.hset(keys("run"), "status", "running")
     staff(client, keys, without="rollout", reward={"alarm": "cannot score"})
     assert collect_status(client, run)["stall_kind"] == "no_trainer"
-    beat(client, keys, "trainer@host:1", {"role": "trainer", "waiting_s": 6.0, "alarm": ""})
+    send_heartbeat(client, keys, "trainer@host:1", {"role": "trainer", "waiting_s": 6.0, "alarm": ""})
     shown = collect_status(client, run)
     assert (shown["stall_kind"], shown["alarms"]) == ("no_workers", ["reward@host:1: cannot score"])
     assert json.dumps(shown)
-    beat(client, keys, "trainer@host:1", {"role": "trainer", "waiting_s": 0.0, "alarm": ""})
+    send_heartbeat(client, keys, "trainer@host:1", {"role": "trainer", "waiting_s": 0.0, "alarm": ""})
     assert collect_status(client, run)["stalled_by"] is None
     silence_for(client, keys, "trainer@host:1", seconds=6.0)
     assert collect_status(client, run)["stall_kind"] == "silent_trainer"
@@ -240,7 +240,7 @@ def test_a_full_redis_is_named_and_heartbeats_go_on(own_server: tuple[redis.Redi
     client.config_set("maxmemory", int(int(client.info("memory")["used_memory"]) * 0.8))
     with pytest.raises(redis.OutOfMemoryError):
         client.set("sluice:probe", "x")
-    beat(client, run.keys, "rollout@host:2", {"role": "rollout", "running": 0, "version": 0})
+    send_heartbeat(client, run.keys, "rollout@host:2", {"role": "rollout", "running": 0, "version": 0})
     assert "rollout@host:2" in read_heartbeats(client, run.keys)
     found = diagnose(client, run)
     assert found.kind == "redis_full"

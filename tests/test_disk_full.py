@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from harness import (
     SMALL,
-    account_of,
     assert_trained_once,
+    counters_of,
     create_run,
     metrics_lines,
     metrics_of,
@@ -61,8 +61,8 @@ def fill(folder: Path, *, leave: int) -> Path:
 def wait_for_the_word(folder: Path, env: dict[str, str], trainer: subprocess.Popen[bytes]) -> None:
     """`sluice status` and the trainer's log say what it waits for."""
     told = lambda: (text := sluice("status", cwd=folder, **env).stdout) and "stalled: " in text and text  # noqa: E731
-    reading = wait_for(told, timeout=60, what="`sluice status` to name the stall")
-    assert "the disk is full: no room for" in reading
+    snapshot = wait_for(told, timeout=60, what="`sluice status` to name the stall")
+    assert "the disk is full: no room for" in snapshot
     log = folder / "trainer.log"
     wait_for(lambda: "trainer has waited" in log.read_text(), timeout=10, what="a word in the log")
     assert trainer.poll() is None
@@ -80,8 +80,8 @@ def test_training_pauses_while_the_disk_of_its_policies_is_full(
         wait_for_the_word(tmp_path, env, daemon)
         filler.unlink()
         assert daemon.wait(240) == 0
-    account = account_of(env)
-    assert (account.holds, account.trained, account.in_flight) == (True, 64, 0)
+    counters = counters_of(env)
+    assert (counters.holds, counters.trained, counters.in_flight) == (True, 64, 0)
     assert_trained_once(run_folder, 16, groups_per_step=4)
     stalls = [line for line in metrics_lines(run_folder) if "stall" in line]
     assert any("the disk is full" in line.get("cause", "") for line in stalls)
@@ -123,9 +123,9 @@ def test_training_pauses_while_the_disk_of_its_checkpoints_is_full_and_the_one_b
         with trainer(tmp_path, env) as daemon:
             assert daemon.wait(240) == 0
         assert f"resumed at step {kept}" in log.read_text()
-    account = account_of(env)
+    counters = counters_of(env)
     assert metrics_of(run_folder)[-1]["step"] == steps
-    assert (account.holds, account.trained, account.in_flight) == (True, steps * 4, 0)
+    assert (counters.holds, counters.trained, counters.in_flight) == (True, steps * 4, 0)
 
 
 def test_a_redis_whose_append_only_file_cannot_be_written_is_waited_for(small_disk: Path) -> None:

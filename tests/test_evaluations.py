@@ -186,8 +186,8 @@ def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> No
         "eval sums at step 0:  pass@1 0.667±0.333  sampled_pass@1 0.250±0.144  pass@2 0.444±0.242  pass@4 0.667±0.333  "
         "maj@4 0.500±0.289  length 5.0  clipped 0.333  dead 1 of 4"
     )
-    account = ledger.account("eval")
-    assert (account.scored, account.dead, account.holds) == (6, {"EngineError": 2}, True)
+    counters = ledger.counters("eval")
+    assert (counters.scored, counters.dead, counters.holds) == (6, {"EngineError": 2}, True)
     assert client.zcard(run.keys("versions")) == 0, "nothing is in the buffer"
 
 

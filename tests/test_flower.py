@@ -12,7 +12,7 @@ import redis
 from builders import make_config, publish_policy, rollout_payload, task_payload
 from harness import running, wait_for, worker
 
-from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.run import create_run
@@ -45,7 +45,7 @@ def test_flower_and_events_show_what_a_worker_does(
         app.control.enable_events()
         wait_for(lambda: name in ask(port, "workers?refresh=1"), timeout=60, what="the worker in Flower")
         for group_id in generated(Ledger(client, keys, config)):
-            send_part(app, group_id, "reward")
+            send_stage(app, group_id, "reward")
         done = wait_for(
             lambda: len(found := ask(port, "tasks?state=SUCCESS")) == NUM_GROUPS and found,
             timeout=30,

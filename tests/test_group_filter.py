@@ -19,17 +19,17 @@ from builders import (
     task_payload,
 )
 from consistency import assert_consistent
-from harness import account_of, metrics_of, trainer, wait_for, worker, workers
+from harness import counters_of, metrics_of, trainer, wait_for, worker, workers
 from harness import create_run as start_run
 
 from sluice.common.config import Config
-from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.run import Run, create_run
-from sluice.common.types import have_preference
+from sluice.common.types import has_reward_variance
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 from sluice.trainer.report import Reporter, flow_metrics
 
@@ -77,7 +77,7 @@ def score_equal(ledger, group_id=None):
     ],
 )
 def test_a_group_has_a_preference_when_two_scorable_rewards_differ(rewards, expected):
-    assert have_preference(rewards) is expected
+    assert has_reward_variance(rewards) is expected
 
 
 def test_a_group_of_equal_rewards_is_dropped_when_its_scores_arrive_and_its_credit_returns(client, keys):
@@ -85,8 +85,8 @@ def test_a_group_of_equal_rewards_is_dropped_when_its_scores_arrive_and_its_cred
     group_ids = [push_group(ledger, until="rollout") for _ in range(4)]
     assert ledger.admit(1).stopped_by == "no_credit"
     assert score_equal(ledger, group_ids[0])
-    account = ledger.account()
-    assert (account.dropped, account.in_flight, account.holds) == ({"zero_variance": 1}, 3, True)
+    counters = ledger.counters()
+    assert (counters.dropped, counters.in_flight, counters.holds) == ({"zero_variance": 1}, 3, True)
     assert client.exists(keys("g", group_ids[0])) == 0
     assert ledger.admit(10).cursors == [4], "another prompt in its place"
     ledger.store(group_ids[1], "reward", reward_payload())
@@ -106,8 +106,8 @@ def test_a_repeated_or_late_call_after_the_drop_changes_nothing(client, keys):
     assert ledger.fail(claim, reason="x", detail="") is False and ledger.release(claim) is False
     assert ledger.claim(group_id, "reward", fields=()) is None
     assert ledger.drop([group_id], reason="bad_row") == 0
-    account = ledger.account()
-    assert (account.dropped, account.refused, account.in_flight) == ({"zero_variance": 1}, 3, 1)
+    counters = ledger.counters()
+    assert (counters.dropped, counters.refused, counters.in_flight) == ({"zero_variance": 1}, 3, 1)
     assert client.get(keys("filtered")) == b"1"
     ledger.store(slow, "reward", reward_payload())
     assert ledger.store(slow, "reward", EQUAL, is_zero_variance=True) is None, "the first result of a part wins"
@@ -136,16 +136,16 @@ def test_evaluations_are_never_filtered(client, keys):
     ledger.admit_eval("0.x", dataset="x", version=0, tasks={"e0.x.0g": task_payload("e0.x.0g")})
     ledger.store("e0.x.0g", "rollout", rollout_payload(), version=0)
     assert ledger.store("e0.x.0g", "reward", EQUAL, is_zero_variance=True) == []
-    account = ledger.account("eval")
-    assert (account.scored, account.dropped, account.kept_for_bound) == (1, {}, 0)
+    counters = ledger.counters("eval")
+    assert (counters.scored, counters.dropped, counters.kept_for_bound) == (1, {}, 0)
 
 
 def test_groups_are_kept_over_the_bound_until_the_batch_is_taken(client, keys):
     ledger, buffer = filtering(client, keys, max_refill=3)
     assert [score_equal(ledger) for _ in range(3 * K + K)] == [True] * 3 * K + [False] * K
     assert client.llen(keys("wake")) == 0, "nobody waits yet"
-    account = ledger.account()
-    assert (account.dropped, account.kept_for_bound) == ({"zero_variance": 3 * K}, K)
+    counters = ledger.counters()
+    assert (counters.dropped, counters.kept_for_bound) == ({"zero_variance": 3 * K}, K)
     batch = buffer.sample(0, step=1).groups
     assert [[e.reward for e in group.episodes] for group in batch] == [[1.0, 1.0]] * K
     assert [group.group_id for group in buffer.sample(0, step=1).groups] == [group.group_id for group in batch]
@@ -164,7 +164,7 @@ def test_a_batch_that_nobody_takes_raises_the_bound_once_and_waste_ends(client, 
     assert [score_equal(ledger) for _ in range(4 * K + 1)] == [True] * (4 * K - 1) + [False] * 2
     assert len(buffer.sample(0, step=1).groups) == K
     assert client.exists(keys("filtered")) == 0
-    assert ledger.account().kept_for_bound == 2
+    assert ledger.counters().kept_for_bound == 2
 
 
 def test_a_waiting_trainer_is_woken_by_a_group_kept_over_the_bound(client, keys):
@@ -190,9 +190,9 @@ def test_strictly_on_policy_batches_are_refilled_under_the_same_version(client, 
             push_group(ledger, version=version)
         assert len(buffer.sample(version, step=version + 1).groups) == K
     assert buffer.acknowledge(3) == 3 * K
-    account = ledger.account()
-    assert (account.dropped, account.trained, account.in_flight) == ({"zero_variance": 3 * 5 * K}, 3 * K, 0)
-    assert account.holds
+    counters = ledger.counters()
+    assert (counters.dropped, counters.trained, counters.in_flight) == ({"zero_variance": 3 * 5 * K}, 3 * K, 0)
+    assert counters.holds
 
 
 def test_a_run_that_is_nearly_complete_replaces_what_is_dropped(client, keys):
@@ -267,12 +267,12 @@ def test_a_reward_worker_drops_what_teaches_nothing_and_asks_for_other_prompts(
         ledger.store(group_id, "task", task_payload(group_id, target=target))
     for group_id in (*targets, "e0.x.0s"):
         ledger.store(group_id, "rollout", rollout_payload(), version=0)
-        send_part(app, group_id, "reward")
+        send_stage(app, group_id, "reward")
     with worker("reward", cwd=tmp_path, SLUICE_REDIS_URL=server_flavours, SLUICE_RUN=keys.run):
         asked_for = lambda: client.llen(keys.celery_prefix + "dataset")  # noqa: E731
-        wait_for(lambda: asked_for() == 3 and ledger.account("eval").scored, timeout=60, what="every group's scores")
-    account = ledger.account()
-    assert (account.dropped, account.in_flight, account.holds) == ({"zero_variance": 3}, 1, True)
+        wait_for(lambda: asked_for() == 3 and ledger.counters("eval").scored, timeout=60, what="every group's scores")
+    counters = ledger.counters()
+    assert (counters.dropped, counters.in_flight, counters.holds) == ({"zero_variance": 3}, 1, True)
     assert [group for group, target in targets.items() if client.exists(keys("g", group))] == ["t2"]
     assert client.xlen(keys("stream", 0)) == 1
 
@@ -293,10 +293,10 @@ def test_a_run_of_mostly_equal_groups_trains_on_those_that_differ(tmp_path: Path
     )
     with workers(tmp_path, env), trainer(tmp_path, env) as daemon:
         assert daemon.wait(240) == 0
-    account = account_of(env)
-    assert account.holds and (account.trained, account.in_flight, account.dead) == (steps * k, 0, {})
-    assert account.dropped.keys() == {"zero_variance"}, "none is stale: refills carry the version of their batch"
-    assert account.dropped["zero_variance"] > steps * k
+    counters = counters_of(env)
+    assert counters.holds and (counters.trained, counters.in_flight, counters.dead) == (steps * k, 0, {})
+    assert counters.dropped.keys() == {"zero_variance"}, "none is stale: refills carry the version of their batch"
+    assert counters.dropped["zero_variance"] > steps * k
     metrics = metrics_of(tmp_path / "runs" / env["SLUICE_RUN"])
     assert [line["frac_reward_zero_std"] for line in metrics] == [0.0] * steps
     assert all(line["filter/dropped_in_step"] > 0 and line["filter/kept_for_bound"] == 0 for line in metrics)

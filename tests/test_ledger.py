@@ -50,10 +50,10 @@ def reap_until(ledger, expected):
     return until(lambda: [(g, p) for g, p, _ in ledger.reap() if (g, p) == expected])
 
 
-def deadline_in(ledger, group_id, part):
+def deadline_in(ledger, group_id, stage):
     """Milliseconds until a part is overdue."""
     seconds, micros = ledger.client.time()
-    return ledger.client.zscore(ledger.keys("deadlines"), f"{group_id}|{part}") - (seconds * 1000 + micros // 1000)
+    return ledger.client.zscore(ledger.keys("deadlines"), f"{group_id}|{stage}") - (seconds * 1000 + micros // 1000)
 
 
 def buffer_of(ledger, *, k=2, max_policy_age=1, **options):
@@ -73,11 +73,11 @@ def test_admission_stops_at_the_in_flight_bound(client, keys, max_policy_age, bo
     ledger = make_ledger(client, keys, replay_buffer={"batch_size": 3, "max_policy_age": max_policy_age})
     publish_policy(client, keys, 0)
     first = ledger.admit(2)
-    assert (first.stopped_by, first.cursors) == ("most", [0, 1])
+    assert (first.stopped_by, first.cursors) == ("max_count", [0, 1])
     rest = ledger.admit(100)
     assert (rest.stopped_by, len(rest.cursors)) == ("no_credit", bound - 2)
     assert ledger.admit(1).cursors == []
-    assert ledger.account().in_flight == ledger.account().admitted == bound
+    assert ledger.counters().in_flight == ledger.counters().admitted == bound
 
 
 def test_admission_stops_when_the_run_has_all_the_groups_it_needs(client, keys):
@@ -130,7 +130,7 @@ def test_many_admitters_never_repeat_or_skip_a_cursor(client, keys, server_flavo
         thread.join(timeout=30)
     assert sorted(itertools.chain(*cursors)) == list(range(bound))
     assert sum(bool(mine) for mine in cursors) > 1, "only one thread got through: this tested nothing"
-    assert make_ledger(client, keys).account().admitted == bound
+    assert make_ledger(client, keys).counters().admitted == bound
 
 
 # Claims and leases
@@ -225,7 +225,7 @@ def test_of_a_late_and_a_new_result_exactly_one_is_used(client, keys, late_first
     assert replies == [["reward"], None]
     assert client.hget(keys("g", group_id), "rollout") == rollout_payload(version=0), "the first one that arrived"
     assert client.hget(keys("totals"), "generated_tokens") == b"6"
-    assert fast.account().refused == 1
+    assert fast.counters().refused == 1
 
 
 def test_every_part_is_stored_once(client, keys):
@@ -233,11 +233,12 @@ def test_every_part_is_stored_once(client, keys):
     ledger = make_ledger(client, keys, trainer=KL)
     group_id = push_group(ledger)
     held = int(client.get(keys("bytes")))
-    for part in PARTS:
+    for stage in PARTS:
         assert (
-            ledger.store(group_id, part, part_payload(group_id, part), version=0 if part == "rollout" else None) is None
+            ledger.store(group_id, stage, part_payload(group_id, stage), version=0 if stage == "rollout" else None)
+            is None
         )
-    assert ledger.account().refused == 4
+    assert ledger.counters().refused == 4
     assert int(client.get(keys("bytes"))) == held
     assert client.xlen(keys("stream", 0)) == 1
 
@@ -273,8 +274,8 @@ def test_a_failing_part_is_retried_then_dead_with_reason_and_payload(client, key
         assert claim.attempt == attempt
         assert ledger.fail(claim, reason="RewardError", detail="boom") is True
     assert ledger.fail(ledger.claim(group_id, "reward", fields=()), reason="RewardError", detail="last boom") is False
-    account = ledger.account()
-    assert (account.dead, account.retried, account.in_flight) == ({"RewardError": 1}, 2, 0)
+    counters = ledger.counters()
+    assert (counters.dead, counters.retried, counters.in_flight) == ({"RewardError": 1}, 2, 0)
     kept = client.hgetall(keys("g", group_id))
     assert (kept[b"stage"], kept[b"dead_reason"], kept[b"dead_detail"]) == (b"dead", b"RewardError", b"last boom")
     assert kept[b"task"] == task_payload(group_id) and kept[b"rollout"] == rollout_payload(version=0)
@@ -285,9 +286,9 @@ def test_a_failing_part_is_retried_then_dead_with_reason_and_payload(client, key
     assert_consistent(client, keys)
 
 
-def kill_group(ledger, group_id, part):
+def kill_group(ledger, group_id, stage):
     """Fail a part until the group is dead."""
-    while ledger.fail(ledger.claim(group_id, part, fields=()), reason="RewardError", detail="boom"):
+    while ledger.fail(ledger.claim(group_id, stage, fields=()), reason="RewardError", detail="boom"):
         pass
 
 
@@ -297,13 +298,13 @@ def test_a_requeued_group_gets_fresh_attempts_for_what_it_lacks(client, keys):
     scored, generated = push_group(ledger, until="rollout"), push_group(ledger, until="task")
     kill_group(ledger, scored, "reward")
     kill_group(ledger, generated, "rollout")
-    assert ledger.account().dead == {"RewardError": 2}
+    assert ledger.counters().dead == {"RewardError": 2}
     assert ledger.requeue(scored) == ["reward"]
     assert ledger.requeue(generated) == ["rollout"]
     assert ledger.requeue(scored) == [], "it is not dead any more"
     assert ledger.requeue("t99") == []
-    account = ledger.account()
-    assert (account.dead, account.in_flight, account.holds) == ({}, 2, True)
+    counters = ledger.counters()
+    assert (counters.dead, counters.in_flight, counters.holds) == ({}, 2, True)
     assert client.scard(keys("credit")) == 2
     assert_consistent(client, keys)
     assert ledger.claim(scored, "reward", fields=()).attempt == 1
@@ -322,10 +323,10 @@ def test_a_requeued_evaluation_group_is_waited_for_again(client, keys):
     assert client.hlen(keys("evaluations")) == 0, "finished, with a dead group"
     assert ledger.requeue(group_id) == ["rollout"]
     assert client.hgetall(keys("evaluations")) == {b"0.x": b"0"}, "its version is kept again"
-    assert ledger.account("eval").holds
+    assert ledger.counters("eval").holds
     ledger.store(group_id, "rollout", rollout_payload(version=0), version=0)
     ledger.store(group_id, "reward", reward_payload())
-    assert ledger.account("eval").scored == 1
+    assert ledger.counters("eval").scored == 1
     assert client.hlen(keys("evaluations")) == 0
 
 
@@ -349,7 +350,7 @@ def test_a_released_part_spends_no_attempt(client, keys):
         assert claim.attempt == 1
         assert ledger.release(claim) is True
         assert ledger.release(claim) is False, "once"
-    assert ledger.account().retried == 0 and ledger.account().in_flight == 1
+    assert ledger.counters().retried == 0 and ledger.counters().in_flight == 1
 
 
 def test_a_failure_reported_twice_spends_one_attempt(client, keys):
@@ -358,7 +359,7 @@ def test_a_failure_reported_twice_spends_one_attempt(client, keys):
     group_id = push_group(ledger, until="task")
     claim = ledger.claim(group_id, "rollout", fields=())
     assert [ledger.fail(claim, reason="x", detail="") for _ in range(3)] == [True, False, False]
-    assert ledger.account().retried == 1
+    assert ledger.counters().retried == 1
     assert ledger.claim(group_id, "rollout", fields=()).attempt == 2
 
 
@@ -371,8 +372,8 @@ def test_an_unclaimed_part_is_sent_again_with_doubling_intervals(client, keys):
         client.zadd(keys("deadlines"), {f"{group_id}|rollout": 1})  # as if the interval had passed
         assert ledger.reap() == [(group_id, "rollout", "train")]
         assert deadline_in(ledger, group_id, "rollout") == pytest.approx(20_000 * times, abs=1500)
-    account = ledger.account()
-    assert (account.resent, account.retried) == (7, 0)
+    counters = ledger.counters()
+    assert (counters.resent, counters.retried) == (7, 0)
     assert ledger.claim(group_id, "rollout", fields=()).attempt == 1, "nobody held it: no attempt is spent"
 
 
@@ -383,9 +384,9 @@ def test_an_abandoned_claim_is_retried_then_dead(client, keys):
     ledger.claim(group_id, "rollout", fields=())
     assert reap_until(ledger, (group_id, "rollout"))
     assert ledger.claim(group_id, "rollout", fields=()).attempt == 2
-    until(lambda: ledger.reap() == [] and ledger.account().in_flight == 0)
-    account = ledger.account()
-    assert (account.dead, account.retried, account.resent) == ({"lease_expired": 1}, 1, 0)
+    until(lambda: ledger.reap() == [] and ledger.counters().in_flight == 0)
+    counters = ledger.counters()
+    assert (counters.dead, counters.retried, counters.resent) == ({"lease_expired": 1}, 1, 0)
     assert b"rollout@host:7" in client.hget(keys("g", group_id), "dead_worker")
     assert b"was not renewed" in client.hget(keys("g", group_id), "dead_detail")
 
@@ -398,7 +399,7 @@ def test_a_group_that_dies_of_one_overdue_part_is_not_owed_another_that_is_overd
     assert ledger.claim(group_id, "reward", fields=()) is not None  # overdue first, on its last attempt
     until(lambda: deadline_in(ledger, group_id, "reference") < 0)
     assert ledger.reap() == []
-    assert ledger.account().dead == {"lease_expired": 1}
+    assert ledger.counters().dead == {"lease_expired": 1}
     assert client.zcard(keys("deadlines")) == 0
     assert_consistent(client, keys)
 
@@ -419,7 +420,7 @@ def test_the_reaper_takes_a_bounded_number_at_a_time(client, keys):
     ledger = make_ledger(client, keys, replay_buffer={"batch_size": 5}, lease={"running_s": 0.001})
     assert len(ledger.admit(10).cursors) == 10
     until(lambda: client.zcount(keys("deadlines"), "-inf", _server_ms(client)) == 10)
-    assert [len(ledger.reap(most=4)) for _ in range(4)] == [4, 4, 2, 0]
+    assert [len(ledger.reap(max_count=4)) for _ in range(4)] == [4, 4, 2, 0]
 
 
 def _server_ms(client):
@@ -445,7 +446,7 @@ def test_credit_returns_when_the_version_a_group_helped_to_make_is_published_and
     assert ledger.admit(1).stopped_by == "no_credit", (
         "the checkpoint frees the payload; the credit was returned already"
     )
-    assert ledger.account().trained == 2 and ledger.account().holds
+    assert ledger.counters().trained == 2 and ledger.counters().holds
 
 
 def test_strictly_on_policy_admits_one_batch_per_version(client, keys):
@@ -459,7 +460,7 @@ def test_strictly_on_policy_admits_one_batch_per_version(client, keys):
             push_group(ledger, version=version, group_id=f"t{cursor}")
         assert len(buffer.sample(version, step=version + 1).groups) == 2
     assert buffer.acknowledge(5) == 10
-    assert ledger.account().to_dict()["dropped"] == {}
+    assert ledger.counters().to_dict()["dropped"] == {}
 
 
 @pytest.mark.parametrize("stage", ["admitted", "task", "rollout"])
@@ -472,8 +473,8 @@ def test_a_dropped_group_is_counted_under_its_reason_and_freed(client, keys, sta
     assert ledger.drop([group_id, "t99"], reason="prompt_too_long") == 1
     assert ledger.drop([group_id], reason="bad_row") == 0, "once"
     assert ledger.drop([], reason="bad_row") == 0
-    account = ledger.account()
-    assert (account.dropped, account.in_flight, account.holds) == ({"prompt_too_long": 1}, 0, True)
+    counters = ledger.counters()
+    assert (counters.dropped, counters.in_flight, counters.holds) == ({"prompt_too_long": 1}, 0, True)
     assert client.exists(keys("g", group_id)) == 0 and int(client.get(keys("bytes")) or 0) == 0
     assert client.scard(keys("credit")) == client.zcard(keys("deadlines")) == 0
     assert ledger.store(group_id, "rollout", b"late", version=0) is None
@@ -495,10 +496,10 @@ def test_an_account_that_does_not_add_up_says_so(client, keys):
     publish_policy(client, keys, 0)
     ledger = make_ledger(client, keys)
     admit_one(ledger)
-    account = ledger.account()
-    assert account.holds and account.to_dict()["holds"] is True
-    assert not replace(account, in_flight=0).holds
-    assert not replace(account, trained=1).holds
+    counters = ledger.counters()
+    assert counters.holds and counters.to_dict()["holds"] is True
+    assert not replace(counters, in_flight=0).holds
+    assert not replace(counters, trained=1).holds
 
 
 def test_versions_only_grow_and_an_older_incarnation_is_refused(client, keys):
@@ -547,9 +548,9 @@ def test_an_evaluation_is_scored_and_never_enters_the_buffer(client, keys):
     assert result.scores["pass@1"] == 0.5, "greedy: one of two prompts"
     assert result.scores["pass@4"] == 0.5, "of four samples one is right for the first prompt, none for the second"
     assert evaluation.pending(client, keys) == []
-    account = ledger.account("eval")
-    assert (account.scored, account.in_flight, account.holds) == (4, 0, True)
-    assert ledger.account("train").admitted == 0
+    counters = ledger.counters("eval")
+    assert (counters.scored, counters.in_flight, counters.holds) == (4, 0, True)
+    assert ledger.counters("train").admitted == 0
     assert client.zcard(keys("versions")) == 0 and int(client.get(keys("bytes"))) == 0
     evaluation.request(client, keys, HELDOUT, version=0)
     assert evaluation.pending(client, keys) == [], "it is known already"
@@ -568,7 +569,7 @@ def test_an_evaluation_ends_although_one_of_its_groups_died(client, keys):
     result = evaluation.result(client, keys, HELDOUT, version=0)
     assert (result.num_prompts, result.num_dead, result.scores["pass@1"]) == (1, 1, 1.0)
     assert evaluation.pending(client, keys) == []
-    assert ledger.account("eval").to_dict()["dead"] == {"EngineError": 1}
+    assert ledger.counters("eval").to_dict()["dead"] == {"EngineError": 1}
     assert_consistent(client, keys)
 
 

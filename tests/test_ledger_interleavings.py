@@ -73,20 +73,20 @@ class Actors:
             if self.draw.random() < 0.8:
                 self.store_as(f"t{cursor}", "task")
 
-    def store_as(self, group_id, part):
+    def store_as(self, group_id, stage):
         versions = [v for v in range(self.version - 3, self.version + 1) if v >= 0]
         version = self.draw.choice(versions[-1:] * 4 + versions)
         size = self.draw.randint(0, 30)
-        payload = bytes(size) if part != "reward" else reward_payload(rewards=(1.0,) * (1 + size % 3))
+        payload = bytes(size) if stage != "reward" else reward_payload(rewards=(1.0,) * (1 + size % 3))
         # in long stretches nearly all rewards are equal, so that the bound is reached, and in between hardly any
         are_equal = group_id.startswith("e") or int(group_id[1:]) // 16 % 2 == 0
-        is_zero_variance = part == "reward" and self.draw.random() < (0.9 if are_equal else 0.1)
+        is_zero_variance = stage == "reward" and self.draw.random() < (0.9 if are_equal else 0.1)
         for _ in range(self.draw.choice([1, 1, 1, 2])):  # sometimes the reply is lost and the call repeated
             following = self.ledger.store(
                 group_id,
-                part,
+                stage,
                 payload,
-                version=version if part == "rollout" else None,
+                version=version if stage == "rollout" else None,
                 num_tokens=size,
                 is_zero_variance=is_zero_variance,
             )
@@ -111,16 +111,16 @@ class Actors:
 
     def finish(self):
         if claim := self.pick(self.claims):
-            self.store_as(claim.group_id, claim.part)
+            self.store_as(claim.group_id, claim.stage)
             self.old_claims.append(claim)
 
     def fail(self):
         if (claim := self.pick(self.claims)) and self.ledger.fail(claim, reason=self.draw.choice("ab"), detail="d"):
-            self.messages.append((claim.group_id, claim.part))
+            self.messages.append((claim.group_id, claim.stage))
 
     def release(self):
         if (claim := self.pick(self.claims)) and self.ledger.release(claim):
-            self.messages.append((claim.group_id, claim.part))
+            self.messages.append((claim.group_id, claim.stage))
 
     def abandon(self):
         if claim := self.pick(self.claims):
@@ -134,14 +134,14 @@ class Actors:
         if claim := self.pick(self.old_claims):
             match self.draw.randrange(3):
                 case 0:
-                    self.store_as(claim.group_id, claim.part)
+                    self.store_as(claim.group_id, claim.stage)
                 case 1:
                     self.ledger.fail(claim, reason="late", detail="")
                 case _:
                     self.ledger.release(claim)
 
     def reap(self):
-        self.messages += [(group_id, part) for group_id, part, _ in self.ledger.reap(self.draw.choice([1, 200]))]
+        self.messages += [(group_id, stage) for group_id, stage, _ in self.ledger.reap(self.draw.choice([1, 200]))]
 
     def drop(self):
         live = [g.decode() for g in self.client.srandmember(self.keys("live", "train"), 1)]
@@ -161,7 +161,7 @@ class Actors:
     def take(self, step=None):
         step = step or self.step + 1
         version = self.taken_under.setdefault(step, self.version) if step in self.taken else self.version
-        reply = self.ledger.scripts("take", step, self.K, version, self.AGE, -1, "", "mark")
+        reply = self.ledger.scripts("sample", step, self.K, version, self.AGE, -1, "", "mark")
         self.num_evicted += int(reply[0])
         group_ids = [g.decode() for g in reply[2:]]
         if step in self.taken:
@@ -226,10 +226,10 @@ class Actors:
 
 def check_identity(ledger):
     for kind in ("train", "eval"):
-        account = ledger.account(kind)
-        assert account.holds, account
-    most = Actors.MAX_FILTERED * (1 + Actors.AGE + 1)  # a batch and those that may be ready
-    assert int(ledger.client.get(ledger.keys("filtered")) or 0) <= most
+        counters = ledger.counters(kind)
+        assert counters.holds, counters
+    max_count = Actors.MAX_FILTERED * (1 + Actors.AGE + 1)  # a batch and those that may be ready
+    assert int(ledger.client.get(ledger.keys("filtered")) or 0) <= max_count
 
 
 def check_places(actors):
@@ -244,14 +244,14 @@ def check_places(actors):
     for a, b in itertools.combinations(places, 2):
         assert not a & b
     stale = everyone - set().union(*places)
-    account = actors.ledger.account()
-    assert account.admitted == len(everyone)
-    assert account.trained == len(actors.trained)
-    assert len(stale) == account.dropped.get("stale", 0) == actors.num_evicted
-    assert len(actors.filtered) == account.dropped["zero_variance"]
-    assert sum(account.dropped.values()) == len(stale) + len(actors.dropped) + len(actors.filtered)
-    assert account.in_flight == len(live)
-    assert sum(account.dead.values()) == len(dead)
+    counters = actors.ledger.counters()
+    assert counters.admitted == len(everyone)
+    assert counters.trained == len(actors.trained)
+    assert len(stale) == counters.dropped.get("stale", 0) == actors.num_evicted
+    assert len(actors.filtered) == counters.dropped["zero_variance"]
+    assert sum(counters.dropped.values()) == len(stale) + len(actors.dropped) + len(actors.filtered)
+    assert counters.in_flight == len(live)
+    assert sum(counters.dead.values()) == len(dead)
 
 
 def test_the_identity_holds_after_each_of_5000_random_transitions(client, keys):
@@ -268,10 +268,17 @@ def test_the_identity_holds_after_each_of_5000_random_transitions(client, keys):
     actors.drain()
     check_places(actors)
     assert set(done) == set(WORKER_ACTIONS | TRAINER_ACTIONS)
-    account = actors.ledger.account()
-    reached = (account.trained, account.dead, account.retried, account.resent, account.refused, account.kept_for_bound)
-    assert all(reached) and "zero_variance" in account.dropped, f"some transition never happened: {account}"
-    evaluated = actors.ledger.account("eval")
+    counters = actors.ledger.counters()
+    reached = (
+        counters.trained,
+        counters.dead,
+        counters.retried,
+        counters.resent,
+        counters.refused,
+        counters.kept_for_bound,
+    )
+    assert all(reached) and "zero_variance" in counters.dropped, f"some transition never happened: {counters}"
+    evaluated = actors.ledger.counters("eval")
     assert (evaluated.in_flight, evaluated.dropped) == (0, {})
     assert evaluation.pending(client, keys) == []
 
@@ -316,14 +323,14 @@ def test_the_identity_holds_at_every_reading_while_threads_race(client, keys, se
     for thread in (*workers, trainer):
         thread.start()
     ledger = make_ledger(client, keys)
-    readings = 0
+    snapshots = 0
     while any(thread.is_alive() for thread in workers):
-        assert ledger.account().holds
-        readings += 1
+        assert ledger.counters().holds
+        snapshots += 1
     stop.set()
     for thread in (*workers, trainer):
         thread.join(timeout=20)
     assert errors == []
-    assert readings > 50
+    assert snapshots > 50
     assert max(trained.values(), default=1) == 1
     assert_consistent(client, keys)

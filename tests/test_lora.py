@@ -130,13 +130,13 @@ def test_only_the_adapter_moves_and_it_is_merged_as_peft_merges(architecture: st
     plain = {name: weight.detach().clone() for name, weight in named_weights(build(architecture)).items()}
     policy = new_policy(build(architecture))
     before = policy.snapshot(torch.float32)
-    assert_equal(policy.snapshot(torch.float32, whole=True), plain)
+    assert_equal(policy.snapshot(torch.float32, full=True), plain)
     trained(policy)
     after = policy.snapshot(torch.bfloat16)
     assert all(tensor.dtype == torch.float32 for tensor in after.values()), "an adapter is small: it is never rounded"
     assert len(after) == 2 * 2 * 7, "A and B of two layers' seven linear layers; not of the head"
     assert [name for name in after if after[name].equal(before[name])] == []
-    assert_equal(policy.snapshot(torch.float32, whole=True), plain)
+    assert_equal(policy.snapshot(torch.float32, full=True), plain)
     assert {name.rpartition("/")[0] for name in policy._optimizer_tensors()} == {
         name for name, parameter in policy.model.named_parameters() if parameter.requires_grad
     }
@@ -252,7 +252,7 @@ def test_a_recorded_stream_is_replayed_bit_for_bit(tmp_path: Path) -> None:
     torch.manual_seed(config.seed)
     policy = TrainedPolicy.of_run(load_pretrained(config.model.path), config, end_token_ids=[1])
     for step in (1, 2, 3):
-        before = weights_digest(policy.snapshot(torch.float32, whole=step == 1))  # step 1 begins with version 0
+        before = weights_digest(policy.snapshot(torch.float32, full=step == 1))  # step 1 begins with version 0
         groups = [make_group(step), make_group(step + 100)]
         metrics, _ = train_on(ParallelPolicy(policy), groups, config, step=step)
         record = StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics)

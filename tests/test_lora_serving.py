@@ -75,19 +75,19 @@ def test_a_worker_samples_from_the_adapter_and_proves_it(
     store = PolicyStore(client, fleet.ledger.keys, fleet.config.policy_store)
     run, policy = open_run(client, fleet.ledger.keys.run), trained_policy(fleet.config)
     base = store.manifest(0)
-    with serving(fleet, monkeypatch) as (role, beat):
+    with serving(fleet, monkeypatch) as (role, heartbeat):
         role.start()
         for version in (1, 2):
             move(policy, 0.05, seed=version)
             manifest = publish(store, policy, version)
-            wait_for(lambda: beat().get("adapter_share"), timeout=15, what="the canary to be scored")
-            wait_for(lambda: beat()["version"] == version, timeout=15, what="the adapter to be served")  # noqa: B023
+            wait_for(lambda: heartbeat().get("adapter_share"), timeout=15, what="the canary to be scored")
+            wait_for(lambda: heartbeat()["version"] == version, timeout=15, what="the adapter to be served")  # noqa: B023
             adapter_bytes = sum(tensor.nbytes for tensor in policy.snapshot(torch.float32).values())
             assert adapter_bytes < manifest.payload_bytes < adapter_bytes + 8192 < base.num_bytes
-            assert manifest.digest.startswith(beat()["digest"])
-            wait_for(lambda: beat()["fetch_bytes"] == manifest.payload_bytes, timeout=15, what="what was read")  # noqa: B023
-            assert beat()["mismatch"] < 1e-5
-            assert beat()["adapter_share"] == pytest.approx([1.0, 0.0], abs=1e-3)
+            assert manifest.digest.startswith(heartbeat()["digest"])
+            wait_for(lambda: heartbeat()["fetch_bytes"] == manifest.payload_bytes, timeout=15, what="what was read")  # noqa: B023
+            assert heartbeat()["mismatch"] < 1e-5
+            assert heartbeat()["adapter_share"] == pytest.approx([1.0, 0.0], abs=1e-3)
             assert alarms(client, run) == []
             completions = role.engine.generate(request())
             assert {completion.policy_versions[0][0] for completion in completions} == {version}
@@ -128,16 +128,16 @@ def test_a_worker_that_serves_something_else_than_the_adapter_is_named_long_befo
         "merge_adapter",
         lambda base, adapter, *, scale: IGNORED[served](base, adapter, scale),
     )
-    with serving(fleet, monkeypatch) as (role, beat):
+    with serving(fleet, monkeypatch) as (role, heartbeat):
         role.start()
         move(policy, 0.0, seed=1)
         publish(store, policy, 1)
-        wait_for(lambda: beat().get("version") == 1, timeout=15, what="the fresh adapter to be served")
+        wait_for(lambda: heartbeat().get("version") == 1, timeout=15, what="the fresh adapter to be served")
         move(policy, 5e-5, seed=2)  # a first small step
         manifest = publish(store, policy, 2)
-        wait_for(lambda: beat().get("adapter_share"), timeout=15, what="the canary to be scored")
-        assert manifest.digest.startswith(beat()["digest"]), "the bytes have arrived"
-        assert beat()["mismatch"] < mismatch_bound("float32", "float32"), "the difference alone says nothing yet"
+        wait_for(lambda: heartbeat().get("adapter_share"), timeout=15, what="the canary to be scored")
+        assert manifest.digest.startswith(heartbeat()["digest"]), "the bytes have arrived"
+        assert heartbeat()["mismatch"] < mismatch_bound("float32", "float32"), "the difference alone says nothing yet"
         (found,) = alarms(client, run)
         assert found.kind == "sampler_mismatch" and "of the LoRA adapter's effect" in found.text
 
@@ -150,16 +150,18 @@ def test_an_adapter_that_does_not_fit_is_reported_while_the_version_before_serve
     fleet = make_fleet(trainer=LORA)
     store = PolicyStore(client, fleet.ledger.keys, fleet.config.policy_store)
     policy = trained_policy(fleet.config)
-    with serving(fleet, monkeypatch) as (role, beat):
+    with serving(fleet, monkeypatch) as (role, heartbeat):
         role.start()
         publish(store, policy, 1)
-        wait_for(lambda: beat().get("version") == 1, timeout=15, what="the adapter to be served")
+        wait_for(lambda: heartbeat().get("version") == 1, timeout=15, what="the adapter to be served")
         half = dict(list(policy.snapshot(torch.float32).items())[:1])
         store.publish(2, half, step=2, parent=1, adapter_scale=2.0)
-        wait_for(lambda: beat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
-        assert beat()["alarm"].startswith("still serves version 1: no LoRA adapter")
+        wait_for(lambda: heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
+        assert heartbeat()["alarm"].startswith("still serves version 1: no LoRA adapter")
         publish(store, policy, 3)
-        wait_for(lambda: beat().get("version") == 3 and beat()["alarm"] == "", timeout=15, what="the next good one")
+        wait_for(
+            lambda: heartbeat().get("version") == 3 and heartbeat()["alarm"] == "", timeout=15, what="the next good one"
+        )
 
 
 def test_a_run_with_an_adapter_is_on_policy_throughout_and_survives_its_trainers_death(

@@ -14,11 +14,11 @@ LOSSES = LossConfig.model_fields["loss"].annotation.__args__
 AGGREGATIONS = ("token_mean", "sequence_mean", "fixed_horizon")
 BANDS = {
     None: {},
-    "token_truncate": {"is_high": 1.1},
-    "token_mask": {"is_low": 0.8, "is_high": 1.2},
-    "sequence_truncate": {"is_high": 1.1},
-    "sequence_mask": {"is_low": 0.5, "is_high": 2.0},
-    "geometric_mask": {"is_low": 0.95, "is_high": 1.05},
+    "token_truncate": {"importance_max": 1.1},
+    "token_mask": {"importance_min": 0.8, "importance_max": 1.2},
+    "sequence_truncate": {"importance_max": 1.1},
+    "sequence_mask": {"importance_min": 0.5, "importance_max": 2.0},
+    "geometric_mask": {"importance_min": 0.95, "importance_max": 1.05},
 }
 
 
@@ -69,7 +69,7 @@ def naive_token_loss(config, *, lp, old, advantage, sequence_log_ratio):
             rho = min(rho, lp.new_tensor(config.dual_clip))
         return -min(rho * advantage, clipped)
     if config.loss in ("cispo", "reinforce"):
-        cap = config.cispo_cap if config.loss == "cispo" else config.is_high
+        cap = config.cispo_cap if config.loss == "cispo" else config.importance_max
         return -min(rho.item(), cap) * advantage * lp
     if config.loss == "sapo":
         tau = config.sapo_tau_pos if advantage > 0 else config.sapo_tau_neg
@@ -81,14 +81,14 @@ def naive_token_loss(config, *, lp, old, advantage, sequence_log_ratio):
 
 def naive_weights(config, log_weights):
     """Importance weight per token of one sequence, from floats."""
-    if config.is_weight is None:
+    if config.importance_sampling is None:
         return [math.exp(x) for x in log_weights]
-    level, operation = config.is_weight.split("_")
+    level, operation = config.importance_sampling.split("_")
     shared = {"sequence": sum(log_weights), "geometric": sum(log_weights) / len(log_weights)}.get(level)
     weights = [math.exp(x if shared is None else shared) for x in log_weights]
     if operation == "truncate":
-        return [min(w, config.is_high) for w in weights]
-    return [w if config.is_low <= w <= config.is_high else 0.0 for w in weights]
+        return [min(w, config.importance_max) for w in weights]
+    return [w if config.importance_min <= w <= config.importance_max else 0.0 for w in weights]
 
 
 def naive_loss(config, batch):
@@ -134,13 +134,17 @@ def assert_matches_naive(config, batch):
 def test_every_loss_is_the_loop_over_tokens(loss, aggregation):
     for seed, spread in ((0, 0.1), (1, 0.8)):
         batch = batch_of(4, 0, 7, 1, seed=seed, spread=spread)
-        config = config_of(loss=loss, aggregation=aggregation, clip_low=0.1, clip_high=0.3, is_high=1.3, cispo_cap=1.2)
+        config = config_of(
+            loss=loss, aggregation=aggregation, clip_low=0.1, clip_high=0.3, importance_max=1.3, cispo_cap=1.2
+        )
         assert_matches_naive(config, batch)
 
 
-@for_each(("loss", "is_weight"), every(sorted(set(LOSSES) - {"dppo"}), BANDS))
-def test_decoupled_is_the_weighted_loop_over_tokens(loss, is_weight):
-    config = config_of(loss=loss, off_policy="decoupled", is_weight=is_weight, **BANDS[is_weight])
+@for_each(("loss", "importance_sampling"), every(sorted(set(LOSSES) - {"dppo"}), BANDS))
+def test_decoupled_is_the_weighted_loop_over_tokens(loss, importance_sampling):
+    config = config_of(
+        loss=loss, off_policy="decoupled", importance_sampling=importance_sampling, **BANDS[importance_sampling]
+    )
     assert_matches_naive(config, batch_of(4, 2, 7, 1, spread=0.15))
 
 
@@ -232,7 +236,7 @@ def test_decoupled_without_prox_weights_the_policy_gradient():
         "prox_logprobs": None,
         "advantages": torch.tensor([3.0]),
     }
-    loss, gradient, _ = run(config_of(off_policy="decoupled", is_weight="token_truncate"), batch)
+    loss, gradient, _ = run(config_of(off_policy="decoupled", importance_sampling="token_truncate"), batch)
     assert (float(loss), float(gradient)) == (-6.0, -6.0)
 
 
@@ -242,8 +246,10 @@ def test_bands_apply_to_trainer_over_sampler():
         "prox_logprobs": torch.tensor([[-1.0]], dtype=torch.float64),
         "rollout_logprobs": torch.tensor([[-1.5]], dtype=torch.float64),
     }
-    for is_weight in ("token_mask", "sequence_mask", "geometric_mask"):
-        config = config_of(off_policy="decoupled", is_weight=is_weight, is_low=0.5, is_high=1.5)
+    for importance_sampling in ("token_mask", "sequence_mask", "geometric_mask"):
+        config = config_of(
+            off_policy="decoupled", importance_sampling=importance_sampling, importance_min=0.5, importance_max=1.5
+        )
         loss, gradient, metrics = run(config, batch)
         assert (float(loss), float(gradient), float(metrics["off_policy/masked_fraction"])) == (0.0, 0.0, 1.0)
 
@@ -257,7 +263,9 @@ def test_the_normaliser_is_counted_before_off_policy_masking():
         "advantages": torch.tensor([1.0]),
     }
     for aggregation, expected in (("token_mean", -0.5), ("sequence_mean", -0.5), ("fixed_horizon", -1 / 11)):
-        config = config_of(aggregation=aggregation, off_policy="decoupled", is_weight="token_mask", is_low=0.5)
+        config = config_of(
+            aggregation=aggregation, off_policy="decoupled", importance_sampling="token_mask", importance_min=0.5
+        )
         loss, _, metrics = run(config, batch)
         assert float(loss) == pytest.approx(expected)
         assert float(metrics["off_policy/masked_fraction"]) == 0.5
@@ -276,11 +284,17 @@ def test_zero_advantage_gives_zero_gradient(loss):
 
 @for_each("garbage", [1e30, math.inf, -math.inf, math.nan])
 @for_each(
-    ("loss", "off_policy", "is_weight"),
+    ("loss", "off_policy", "importance_sampling"),
     every(LOSSES, ["bypass"], [None]) + every(["gspo"], ["decoupled"], BANDS),
 )
-def test_masked_tokens_change_nothing(loss, off_policy, is_weight, garbage):
-    config = config_of(loss=loss, off_policy=off_policy, is_weight=is_weight, kl_beta=0.1, **BANDS[is_weight])
+def test_masked_tokens_change_nothing(loss, off_policy, importance_sampling, garbage):
+    config = config_of(
+        loss=loss,
+        off_policy=off_policy,
+        importance_sampling=importance_sampling,
+        kl_beta=0.1,
+        **BANDS[importance_sampling],
+    )
     clean = batch_of(4, 0, 7)
     mask = clean["loss_mask"]
     dirty = {name: torch.where(mask, v, garbage) if name.endswith("logprobs") else v for name, v in clean.items()}
@@ -355,7 +369,7 @@ def test_metrics_compare_trainer_and_sampler():
 
 def test_double_correction_is_refused():
     with pytest.raises(ValueError, match="double correction"):
-        config_of(is_weight="token_truncate")
+        config_of(importance_sampling="token_truncate")
 
 
 def test_kl_without_reference_logprobs_is_refused():
@@ -366,11 +380,11 @@ def test_kl_without_reference_logprobs_is_refused():
 @for_each(
     ("changes", "message"),
     [
-        ({"is_weight": "token_mask"}, "is_weight=token_mask needs is_low"),
-        ({"is_weight": "sequence_mask"}, "is_weight=sequence_mask needs is_low"),
-        ({"is_weight": "geometric_mask", "is_low": 0.99}, "needs is_low and is_high"),
-        ({"is_weight": "token_mask", "is_low": 2.5}, "must be under is_high"),
-        ({"is_weight": "sequence_truncate", "is_low": 0.5}, "is_low is the lower bound"),
+        ({"importance_sampling": "token_mask"}, "importance_sampling=token_mask needs importance_min"),
+        ({"importance_sampling": "sequence_mask"}, "importance_sampling=sequence_mask needs importance_min"),
+        ({"importance_sampling": "geometric_mask", "importance_min": 0.99}, "needs importance_min and importance_max"),
+        ({"importance_sampling": "token_mask", "importance_min": 2.5}, "must be under importance_max"),
+        ({"importance_sampling": "sequence_truncate", "importance_min": 0.5}, "importance_min is the lower bound"),
         ({"loss": "dppo"}, "loss=dppo bounds the distance to the sampler"),
         ({"loss": "cispo", "dual_clip": 3.0}, "dual_clip belongs to"),
         ({"dual_clip": 1.1}, "must be over 1 \\+ clip_high"),

@@ -9,8 +9,8 @@ import redis
 from builders import admit_one, make_ledger, publish_policy, push_group, rollout_payload, task_payload
 from harness import (
     SMALL,
-    account_of,
     assert_trained_once,
+    counters_of,
     create_run,
     metrics_of,
     sluice,
@@ -77,8 +77,8 @@ def test_at_maxmemory_payloads_are_refused_whole_and_all_else_goes_on(client: re
     write_metrics(client, keys, {"step": 1.0}, max_length=10)
     assert last_metrics(client, keys) == {"step": 1.0}
     assert buffer.acknowledge(1) == 2, "this is what frees memory again"
-    account = ledger.account()
-    assert (account.trained, account.dropped, account.in_flight, account.holds) == (2, {"bad_row": 1}, 3, True)
+    counters = ledger.counters()
+    assert (counters.trained, counters.dropped, counters.in_flight, counters.holds) == (2, {"bad_row": 1}, 3, True)
     client.config_set("maxmemory", 0)
     assert ledger.store(working, "rollout", rollout_payload(), version=0) == ["reward"]
 
@@ -91,14 +91,14 @@ def test_a_run_pauses_at_maxmemory_names_the_cause_and_goes_on(tmp_path: Path, o
     with workers(tmp_path, env) as processes, trainer(tmp_path, env) as daemon:
         wait_for(lambda: len(metrics_of(run_folder)) >= 4, timeout=90, what="four steps")
         fill_up(client)
-        reading = wait_for(
+        snapshot = wait_for(
             lambda: (
                 (text := sluice("status", cwd=tmp_path, **env).stdout) and "stalled: Redis is full" in text and text
             ),
             timeout=30,
             what="`sluice status` to name the full memory",
         )
-        assert "MiB of maxmemory" in reading
+        assert "MiB of maxmemory" in snapshot
         steps = len(metrics_of(run_folder))
         log = tmp_path / "trainer.log"
         wait_for(lambda: "trainer has waited" in log.read_text(), timeout=30, what="the trainer to say that it waits")
@@ -107,8 +107,8 @@ def test_a_run_pauses_at_maxmemory_names_the_cause_and_goes_on(tmp_path: Path, o
         client.config_set("maxmemory", 0)
         assert daemon.wait(240) == 0
     client.close()
-    account = account_of(env)
-    assert (account.holds, account.trained, account.in_flight, account.dead) == (True, 24 * 4, 0, {})
+    counters = counters_of(env)
+    assert (counters.holds, counters.trained, counters.in_flight, counters.dead) == (True, 24 * 4, 0, {})
     assert_trained_once(run_folder, 24, groups_per_step=4)
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert "is out of memory (maxmemory): writing pauses" in logs

@@ -23,7 +23,7 @@ from test_roles import assert_trained_once
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
-from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.ledger import read_counters
 from sluice.scripts.launcher.redis_server import start_server
 
 RECOVERY_S = 25.0
@@ -42,7 +42,7 @@ class Roles:
     def log(self, role: str) -> str:
         return (self.folder / f"{role}.log").read_text()
 
-    def beats(self) -> dict[str, bytes]:
+    def heartbeats(self) -> dict[str, bytes]:
         """Role -> when it last beat, as the score of its process."""
         found = self.client.zrange(self.keys("processes"), 0, -1, withscores=True)
         return {name.decode().partition("@")[0].partition("-")[0]: score for name, score in found}
@@ -85,7 +85,7 @@ def roles(tmp_path: Path) -> Iterator[Roles]:
         stack.callback(client.close)
         found = Roles(folder=tmp_path, proxy=proxy, client=client, keys=Keys("net"), processes=processes)
         wait_for(
-            lambda: found.steps() >= 2 and len(found.beats()) >= 4,
+            lambda: found.steps() >= 2 and len(found.heartbeats()) >= 4,
             timeout=60,
             what="two steps, and four roles that beat",
         )
@@ -94,11 +94,11 @@ def roles(tmp_path: Path) -> Iterator[Roles]:
 
 def test_roles_survive_silent_connections_and_an_outage_and_the_run_finishes(roles: Roles) -> None:
     # connections that die silently
-    before, steps = roles.beats(), roles.steps()
+    before, steps = roles.heartbeats(), roles.steps()
     assert roles.proxy.black_hole() >= 8
     silenced, wall = time.monotonic(), time.time()
     wait_for(
-        lambda: all(at > wall + 1 for at in roles.beats().values()) and set(roles.beats()) == set(before),
+        lambda: all(at > wall + 1 for at in roles.heartbeats().values()) and set(roles.heartbeats()) == set(before),
         timeout=RECOVERY_S,
         what="every role to beat again after its connections fell silent",
     )
@@ -122,10 +122,10 @@ def test_roles_survive_silent_connections_and_an_outage_and_the_run_finishes(rol
         )
     wait_for(lambda: time.monotonic() - cut > OUTAGE_S, timeout=OUTAGE_S + 1, what="the outage to last")
     roles.none_exited()
-    roles.proxy.mend()
+    roles.proxy.republish_full()
     mended, wall, steps = time.monotonic(), time.time(), roles.steps()
     wait_for(
-        lambda: all(at > wall for at in roles.beats().values()),
+        lambda: all(at > wall for at in roles.heartbeats().values()),
         timeout=RECOVERY_S,
         what="every role to beat after the outage",
     )
@@ -135,8 +135,8 @@ def test_roles_survive_silent_connections_and_an_outage_and_the_run_finishes(rol
     roles.none_exited()
 
     assert roles.processes["trainer"].wait(120) == 0
-    account = read_account(roles.client, roles.keys)
-    assert account.holds, account
-    assert account.dead == {}
-    assert account.trained == STEPS * 8
+    counters = read_counters(roles.client, roles.keys)
+    assert counters.holds, counters
+    assert counters.dead == {}
+    assert counters.trained == STEPS * 8
     assert_trained_once(roles.folder / "runs" / "net", STEPS)

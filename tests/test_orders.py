@@ -13,7 +13,7 @@ from harness import metrics_lines
 from sluice.common.keys import RUNS, Keys
 from sluice.common.operations import control
 from sluice.common.run import Run, create_run
-from sluice.trainer.orders import OrderReader
+from sluice.trainer.control_state import ControlReader
 from sluice.trainer.report import append_line
 
 
@@ -30,7 +30,7 @@ def told(run: Run) -> list[tuple[str, object, object]]:
 
 def test_every_order_is_told_once_also_over_restarts_of_the_trainer(client: redis.Redis, run: Run) -> None:
     control.change(client, run, ["sampling.temperature=0.5"], who="a")  # before there is a trainer
-    first = OrderReader(client, run)
+    first = ControlReader(client, run)
     first.read()
     first.read()
     assert told(run) == [("sampling.temperature", 1.0, 0.5)]
@@ -38,7 +38,7 @@ def test_every_order_is_told_once_also_over_restarts_of_the_trainer(client: redi
     append_line(Path(run.folder) / "metrics.jsonl", {"step": 1, "version": 1})
     with (Path(run.folder) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "control": "pau\n')  # torn by a power failure
-    second = OrderReader(client, run)
+    second = ControlReader(client, run)
     for reader in (second, second):
         reader.read()
     lines = [line for line in (Path(run.folder) / "metrics.jsonl").read_text().splitlines() if '"entry"' in line]
@@ -47,7 +47,7 @@ def test_every_order_is_told_once_also_over_restarts_of_the_trainer(client: redi
 
 
 def test_what_holds_is_read_again_each_time(client: redis.Redis, run: Run) -> None:
-    reader = OrderReader(client, run)
+    reader = ControlReader(client, run)
     reader.read()
     assert reader.config is run.config
     assert reader.metrics() == {}
@@ -55,11 +55,11 @@ def test_what_holds_is_read_again_each_time(client: redis.Redis, run: Run) -> No
     control.drain(client, run, who="a")
     reader.read()
     assert reader.config.replay_buffer.max_policy_age == 4
-    assert reader.orders.draining is not None
+    assert reader.control_state.draining is not None
     assert reader.metrics() == {"setting/replay_buffer.max_policy_age": 4.0}
     control.change(client, run, ["max_policy_age=1"], who="a")
     control.resume(client, run, who="a")
     reader.read()
     assert reader.config == run.config
     assert reader.metrics() == {"setting/replay_buffer.max_policy_age": 1.0}, "a curve goes back with its setting"
-    assert reader.orders.draining is None
+    assert reader.control_state.draining is None

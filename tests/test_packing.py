@@ -207,7 +207,7 @@ def test_batches_are_as_few_and_as_even_as_their_order_allows(seed, packed):
             "come out otherwise",
         ),
     ],
-    ids=["window", "soft cap", "window in the masks alone", "sinks", "recurrent layers beside attention"],
+    ids=["window", "soft cap", "window in the masks alone", "trackers", "recurrent layers beside attention"],
 )
 def test_a_model_that_asks_for_more_stays_padded_and_as_it_was(config_class, model_class, changes, reason):
     model = tiny_model(config_class, model_class, **changes)

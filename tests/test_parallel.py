@@ -23,7 +23,7 @@ from sluice.common.config import Config
 from sluice.common.errors import ConfigError, Diverged
 from sluice.common.types import Completion, Episode, Group
 from sluice.trainer.checkpoint import SavedTensors
-from sluice.trainer.distributed.parallel import ParallelPolicy, deal, evened, open_policy
+from sluice.trainer.distributed.parallel import ParallelPolicy, open_policy, pad_micro_batches, shard_by_tokens
 from sluice.trainer.distributed.ranks import Ranks
 from sluice.trainer.micro_batches import build_micro_batches
 
@@ -133,7 +133,11 @@ def opened(config: Config, ranks: Ranks | None = None) -> ParallelPolicy:
     "settings",
     [
         {},
-        {"num_iterations": 2, "gradient_checkpointing": True, "loss": {"off_policy": "decoupled", "is_high": 5.0}},
+        {
+            "num_iterations": 2,
+            "gradient_checkpointing": True,
+            "loss": {"off_policy": "decoupled", "importance_max": 5.0},
+        },
         {"lora": {"rank": 2}},
         {"max_grad_norm": 0.01, "learning_rate": 50.0, "weight_decay": 0.0, "loss": {"aggregation": "sequence_mean"}},
     ],
@@ -168,9 +172,9 @@ def test_two_ranks_make_the_steps_of_one(
 
 def test_a_publication_is_the_same_from_shards(two_ranks: Ranks, model_folder: Path) -> None:
     """With an adapter: the weights that it is upon."""
-    for settings, whole in (({}, False), ({"lora": {"rank": 2}}, True)):
+    for settings, full in (({}, False), ({"lora": {"rank": 2}}, True)):
         config = config_of(model_folder, parallel="fsdp", **settings)
-        alone, together = (opened(config, ranks).snapshot(torch.bfloat16, whole=whole) for ranks in (None, two_ranks))
+        alone, together = (opened(config, ranks).snapshot(torch.bfloat16, full=full) for ranks in (None, two_ranks))
         assert alone.keys() == together.keys()
         assert [name for name in alone if not alone[name].equal(together[name])] == []
 
@@ -267,12 +271,12 @@ def test_one_gpu_for_several_ranks_is_refused() -> None:
 def test_every_episode_goes_to_one_rank_with_its_advantage(num_ranks: int) -> None:
     groups = make_groups(7, num_groups=6, group_size=5)
     advantages = [torch.arange(5.0) + 10 * g for g in range(6)]
-    shares = deal(groups, advantages, num_ranks=num_ranks)
+    shards = shard_by_tokens(groups, advantages, num_ranks=num_ranks)
     tokens = {id(episode): float(a) for group, values in zip(groups, advantages, strict=True)
               for episode, a in zip(group.episodes, values, strict=True)}  # fmt: skip
     dealt: dict[int, float] = {}
     loads = []
-    for own_groups, own_advantages in shares:
+    for own_groups, own_advantages in shards:
         loads.append(0)
         for group, values in zip(own_groups, own_advantages, strict=True):
             for episode, advantage in zip(group.episodes, values, strict=True):
@@ -286,8 +290,8 @@ def test_every_episode_goes_to_one_rank_with_its_advantage(num_ranks: int) -> No
 def test_a_rank_with_fewer_micro_batches_gets_passes_without_a_loss_token() -> None:
     groups = make_groups(1)
     batches = build_micro_batches(groups, [torch.ones(3)] * 3, max_tokens=60)
-    assert evened(batches, count=len(batches)) == batches
-    first, *idle = evened(batches[:1], count=len(batches))
+    assert pad_micro_batches(batches, count=len(batches)) == batches
+    first, *idle = pad_micro_batches(batches[:1], count=len(batches))
     assert first is batches[0] and len(idle) == len(batches) - 1 > 0
     assert not any(batch.loss_mask.any() for batch in idle)
 
@@ -295,9 +299,9 @@ def test_a_rank_with_fewer_micro_batches_gets_passes_without_a_loss_token() -> N
 def test_a_step_of_fewer_sequences_than_ranks_is_that_of_one(two_ranks: Ranks, model_folder: Path) -> None:
     config = config_of(model_folder, parallel="fsdp")
     group, advantages = make_groups(1, num_groups=1, group_size=1), [torch.ones(1)]
-    shares = deal(group, advantages, num_ranks=2)
-    assert [len(groups) for groups, _ in shares] == [1, 1]
-    assert shares[1][0][0].episodes[0].reward is None
+    shards = shard_by_tokens(group, advantages, num_ranks=2)
+    assert [len(groups) for groups, _ in shards] == [1, 1]
+    assert shards[1][0][0].episodes[0].reward is None
     weights = []
     for ranks in (None, two_ranks):
         policy = opened(config, ranks)

@@ -454,7 +454,7 @@ def make(client, keys, tmp_path, transport):
 
     def make_one(client=client, **options):
         config = make_config(
-            policy_store={"transport": transport, "path": str(tmp_path), "keep": 2, "anchor_every": 4, **options}
+            policy_store={"transport": transport, "path": str(tmp_path), "keep": 2, "full_every": 4, **options}
         )
         return PolicyStore(client, keys, config.policy_store)
 
@@ -583,7 +583,7 @@ def kill_trainer(redis_url, act, *, at):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("last", ["whole", "delta", "mended"])
+@pytest.mark.parametrize("last", ["full", "delta", "mended"])
 @pytest.mark.parametrize("is_complete", [False, True], ids=["half written", "without manifest"])
 def test_what_killed_trainers_left_is_freed(
     client, keys, tmp_path, transport, make, redis_url, monkeypatch, last, is_complete
@@ -595,19 +595,19 @@ def test_what_killed_trainers_left_is_freed(
 
     def act(own_client, arm):
         trainer = make(client=own_client, keep=9)
-        if last != "whole":
+        if last != "full":
             publish_drifting(trainer, [2])
         if last == "mended":
             publish_drifting(trainer, [3])
         arm()
         if last == "mended":
-            trainer.mend()
-        publish_drifting(trainer, [2 if last == "whole" else 3])
+            trainer.republish_full()
+        publish_drifting(trainer, [2 if last == "full" else 3])
 
     kill_trainer(redis_url, act, at=at)
     before = stored_names(client, keys, tmp_path, transport)
     recorded = {int(v) for v in client.hkeys(keys("manifests"))}
-    assert before - recorded == ({"whole": {2}, "delta": {3}, "mended": set()}[last])
+    assert before - recorded == ({"full": {2}, "delta": {3}, "mended": set()}[last])
     successor = make(keep=9)
     publish_drifting(successor, [4])
     assert stored_names(client, keys, tmp_path, transport) == recorded | {4}
@@ -734,13 +734,13 @@ def test_a_version_without_a_sound_delta_is_refused_and_written_whole_on_request
     publish_drifting(trainer, [0, 1])
     worker.fetch(1)
     publish_drifting(trainer, [2])
-    assert not trainer.is_wanted_whole()
+    assert not trainer.is_full_requested()
     harm(client, keys, tmp_path, transport, 2)
     with pytest.raises(PolicyError, match="policy version 2"):
         worker.fetch(2)
-    assert trainer.is_wanted_whole()
-    trainer.mend()
-    assert not trainer.is_wanted_whole()
+    assert trainer.is_full_requested()
+    trainer.republish_full()
+    assert not trainer.is_full_requested()
     assert_identical(worker.fetch(2)[1], drifting(2))
     publish_drifting(trainer, [3, 4])
     assert_identical(make().fetch(4)[1], drifting(4))
@@ -750,13 +750,13 @@ def test_a_version_without_a_sound_delta_is_refused_and_written_whole_on_request
 def test_publication_runs_beside_the_next_step(client, keys, make, redis_url):
     store, room = make(), threading.Event()
 
-    def when_there_is_room(write):
+    def retry_while_disk_full(write):
         assert room.wait(10)
         write()
 
     run = Run(name=keys.run, keys=keys, config=make_config(), assets={}, folder="")
     app = make_app(keys.run, url=redis_url)
-    publisher = Publisher(store, app, run, client, incarnation=1, when_there_is_room=when_there_is_room)
+    publisher = Publisher(store, app, run, client, incarnation=1, retry_while_disk_full=retry_while_disk_full)
     publisher.publish(0, drifting(0), step=0, parent=-1, canary=[])
     assert (store.latest_version(), publisher.published) == (-1, -1), "publish has returned, and nothing is written yet"
     assert client.hget(keys("lineage"), "0") == b"-1:0"

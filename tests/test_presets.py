@@ -108,7 +108,7 @@ def test_an_unknown_preset_names_the_nearest(override, message):
     ("overrides", "message"),
     [
         (["trainer.loss=3"], "trainer.loss = 3"),
-        (["trainer.loss.is_weight=token_truncate"], "double correction"),
+        (["trainer.loss.importance_sampling=token_truncate"], "double correction"),
         (["sampling.max_res_tokens=many"], "sampling.max_res_tokens = 'many'"),
     ],
 )

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sluice.common.keys import RUNS, Keys
 from sluice.common.monitoring import diagnosis
 from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
-from sluice.common.monitoring.metrics import beat, write_metrics
+from sluice.common.monitoring.metrics import send_heartbeat, write_metrics
 from sluice.common.run import Run, create_run, set_status
 from sluice.dashboard.prometheus import PREFIX, exposition
 
@@ -57,8 +57,8 @@ def fill(client: redis.Redis, keys: Keys) -> None:
     publish_policy(client, keys, 0)
     push_group(ledger)
     ledger.drop([admit_one(ledger)], reason="bad_row")
-    beat(client, keys, "trainer@h:1", {"role": "trainer", "waiting_s": 60.0, "version": 0, "step": 3})
-    beat(client, keys, "rollout@h:2", {"role": "rollout", "running": 2, "version": 0, "idle_fraction": 0.25})
+    send_heartbeat(client, keys, "trainer@h:1", {"role": "trainer", "waiting_s": 60.0, "version": 0, "step": 3})
+    send_heartbeat(client, keys, "rollout@h:2", {"role": "rollout", "running": 2, "version": 0, "idle_fraction": 0.25})
     write_metrics(client, keys, {"step": 3, "time": 1.0, "reward/mean": 0.5, "off_policy/ess": 0.9}, max_length=10)
     client.hset(keys("autoscale"), "reward", json.dumps({"desired": 3, "have": 1}))
     client.lpush(keys.celery_prefix + "reward", "a", "b")

@@ -9,9 +9,9 @@ import pytest
 import redis
 from builders import make_config
 
-from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.keys import Keys
-from sluice.common.monitoring.metrics import beat
+from sluice.common.monitoring.metrics import send_heartbeat
 from sluice.common.monitoring.queues import queue_depths, read_queues
 from sluice.common.run import create_run, set_status
 from sluice.dashboard.run_state import collect_status
@@ -26,7 +26,7 @@ def test_the_oldest_message_of_a_queue_is_the_one_sent_first(
     app, now = make_app(keys.run), time.time()
     for group, sent_s_ago in (("t0", 30.0), ("t1", 5.0)):
         monkeypatch.setattr("sluice.common.connections.broker.time.time", lambda ago=sent_s_ago: now - ago)
-        send_part(app, group, "rollout")
+        send_stage(app, group, "rollout")
     monkeypatch.undo()
     found = read_queues(client, run, ("rollout", "reward"))
     assert found["rollout"].depth == 2
@@ -56,9 +56,9 @@ def test_a_heartbeat_that_is_none_harms_nobody_who_reads_it(
     run = create_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
     set_status(client, keys, "running")
     for role in ("rollout", "trainer"):
-        beat(client, keys, f"{role}@here:1", {"role": role})
+        send_heartbeat(client, keys, f"{role}@here:1", {"role": role})
         client.set(keys("process", f"{role}@here:1"), hostile)
     status = collect_status(client, run)
-    assert {facts["role"] for facts in status["processes"].values()} == {"rollout", "trainer"}
+    assert {stats["role"] for stats in status["processes"].values()} == {"rollout", "trainer"}
     assert any("its heartbeat cannot be read" in alarm for alarm in status["alarms"])
     assert "idle_fraction/rollout" not in flow_metrics(client, run, generated_before=0.0)

@@ -131,7 +131,7 @@ def test_what_was_published_is_signed_with_the_key_of_the_run_folder(finished: t
         client.close()
     assert len(sealed) >= 2
     for version, manifest in sealed.items():
-        assert Manifest.opened(manifest, Signer(run.name, key), version=int(version)).version == int(version)
+        assert Manifest.from_signed_bytes(manifest, Signer(run.name, key), version=int(version)).version == int(version)
     for file in [*run.glob("logs/*"), run / "config.yaml", run / "summary.json", *run.glob("redis/**/*.aof")]:
         assert key.encode() not in file.read_bytes(), file
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, trainer, wait_for, workers
+from harness import SMALL, assert_trained_once, counters_of, create_run, metrics_of, trainer, wait_for, workers
 
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 
@@ -47,11 +47,11 @@ def test_what_redis_forgets_is_settled_by_the_trainer_that_lives_on(tmp_path: Pa
             wait_for_steps(run_folder, 5)
             come_back_with(own_redis, copy)
         assert daemon.wait(240) == 0
-    account = account_of(env)
-    assert account.holds
-    assert account.trained == STEPS * 4
-    assert account.in_flight == 0
-    assert account.reconciled > 0, "the lost steps had groups that Redis did not know were trained"
+    counters = counters_of(env)
+    assert counters.holds
+    assert counters.trained == STEPS * 4
+    assert counters.in_flight == 0
+    assert counters.reconciled > 0, "the lost steps had groups that Redis did not know were trained"
     assert_trained_once(run_folder, STEPS, groups_per_step=4)
     assert "Redis has lost the trainer's last writes" in (tmp_path / "trainer.log").read_text()
 
@@ -70,10 +70,10 @@ def test_a_power_failure_of_redis_and_trainer_together_trains_nothing_twice(
         come_back_with(own_redis, copy)
         with trainer(tmp_path, env) as daemon:
             assert daemon.wait(240) == 0
-    account = account_of(env)
-    assert account.holds
-    assert (account.trained, account.in_flight) == (20 * 4, 0)
-    assert account.reconciled > 0
+    counters = counters_of(env)
+    assert counters.holds
+    assert (counters.trained, counters.in_flight) == (20 * 4, 0)
+    assert counters.reconciled > 0
     assert_trained_once(run_folder, 20, groups_per_step=4)
 
 

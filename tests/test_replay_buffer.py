@@ -49,7 +49,7 @@ def test_age_equal_to_the_bound_is_kept_and_one_more_is_dropped(client, keys, ma
     sample = buffer.sample(5, step=6)
     assert ids(sample) == [kept]
     assert (sample.evicted, sample.available) == (1, 1)
-    assert ledger.account().dropped == {"stale": 1}
+    assert ledger.counters().dropped == {"stale": 1}
     assert client.exists(keys("g", stale), keys("stream", too_old)) == 0
 
 
@@ -120,12 +120,12 @@ def test_a_batch_too_old_for_the_branch_after_a_roll_back_is_dissolved_and_those
     publish_policy(client, keys, 5, parent=4, step=2)  # and now 2 and 3
     sample = buffer.sample(5, step=3)
     assert (sample.groups, sample.evicted, sample.available) == (None, 3, 1)
-    assert ledger.account().dropped == {"stale": 3}
+    assert ledger.counters().dropped == {"stale": 3}
     (fresh,) = file_groups(ledger, [5])
     assert ids(buffer.sample(5, step=3)) == [kept, fresh]
     assert client.zrange(keys("batches"), 0, -1) == [b"3"], "the batch of step 4 is dissolved too"
     assert buffer.acknowledge(3) == 2
-    assert ledger.account().trained == 2
+    assert ledger.counters().trained == 2
 
 
 def test_a_policy_made_again_bit_for_bit_keeps_the_groups_of_the_abandoned_branch_young(client, keys):
@@ -170,8 +170,8 @@ def test_a_group_that_redis_forgot_it_dealt_out_is_settled_by_name_wherever_it_s
     others = file_groups(ledger, [0, 0])
     assert buffer.acknowledge(1, trained=[group_id]) == 1
     assert buffer.acknowledge(1, trained=[group_id]) == 0
-    account = ledger.account()
-    assert (account.trained, account.reconciled, account.in_flight, account.holds) == (1, 1, 2, True)
+    counters = ledger.counters()
+    assert (counters.trained, counters.reconciled, counters.in_flight, counters.holds) == (1, 1, 2, True)
     assert ledger.store(group_id, "rollout", b"late", version=0) is None
     assert [ids(buffer.sample(0, step=step)) for step in (2, 3)] == [[others[0]], [others[1]]]
     assert client.exists(keys("g", group_id)) == 0
@@ -186,8 +186,8 @@ def test_a_group_whose_admission_was_lost_is_settled_and_its_cursor_passed_over(
     admitted = [cursor for _ in range(3) for cursor in ledger.admit(1).cursors]
     assert admitted == [1, 3, 4], "t2 is not trained a second time, and t1 and t3 are not skipped"
     assert buffer.acknowledge(1, trained=["t2"]) == 0
-    account = ledger.account()
-    assert (account.admitted, account.trained, account.in_flight, account.holds) == (5, 1, 4, True)
+    counters = ledger.counters()
+    assert (counters.admitted, counters.trained, counters.in_flight, counters.holds) == (5, 1, 4, True)
 
 
 def test_a_group_kept_for_resampling_is_not_taken_for_a_forgotten_one(client, keys):
@@ -210,8 +210,8 @@ def test_what_only_a_damaged_checkpoint_held_counts_as_dropped(client, keys):
     assert buffer.roll_back(3) == 0
     assert buffer.roll_back(1) == 4
     assert buffer.roll_back(1) == 0
-    account = ledger.account()
-    assert (account.admitted, account.trained, account.dropped, account.holds) == (6, 2, {"rolled_back": 4}, True)
+    counters = ledger.counters()
+    assert (counters.admitted, counters.trained, counters.dropped, counters.holds) == (6, 2, {"rolled_back": 4}, True)
 
 
 def test_a_sampled_group_carries_all_that_was_stored(client, keys):
@@ -241,7 +241,7 @@ def test_after_the_acknowledgement_nothing_of_a_group_is_left_in_redis(client, k
     assert left == {"cursor", "counts:train", "totals", "policy", "lineage", "events", "bytes", "run", "settled"}
     assert client.get(keys("bytes")) == b"0"
     assert not any(client.exists(keys("g", group_id)) for group_id in group_ids)
-    assert ledger.account().trained == 2
+    assert ledger.counters().trained == 2
 
 
 def test_an_acknowledgement_covers_every_step_up_to_it_and_none_after(client, keys):
@@ -252,7 +252,7 @@ def test_an_acknowledgement_covers_every_step_up_to_it_and_none_after(client, ke
         buffer.sample(0, step=step)
     assert buffer.acknowledge(9) == 9
     assert [int(step) for step in client.zrange(keys("batches"), 0, -1)] == [10, 11]
-    assert ledger.account().trained == 9
+    assert ledger.counters().trained == 9
 
 
 @pytest.mark.parametrize(("max_resample_count", "times"), [(0, 1), (1, 2), (3, 4)])
@@ -264,7 +264,7 @@ def test_a_group_is_trained_max_resample_count_times_more(client, keys, max_resa
         assert ids(buffer.sample(0, step=step)) == wanted
         assert buffer.acknowledge(step) == (2 if step == times else 0)
     assert buffer.sample(0, step=times + 1).groups is None
-    assert (ledger.account().trained, ledger.account().in_flight) == (2, 0)
+    assert (ledger.counters().trained, ledger.counters().in_flight) == (2, 0)
 
 
 def test_without_a_resample_limit_a_group_is_trained_until_it_is_too_old_and_then_counts_as_trained(client, keys):
@@ -277,8 +277,8 @@ def test_without_a_resample_limit_a_group_is_trained_until_it_is_too_old_and_the
     publish_up_to(client, keys, 2)
     sample = buffer.sample(2, step=6)
     assert (sample.groups, sample.evicted) == (None, 0)
-    account = ledger.account()
-    assert (account.trained, account.dropped, account.in_flight, account.holds) == (1, {}, 0, True)
+    counters = ledger.counters()
+    assert (counters.trained, counters.dropped, counters.in_flight, counters.holds) == (1, {}, 0, True)
 
 
 def rollout_with(**changed: Any) -> bytes:
@@ -286,7 +286,7 @@ def rollout_with(**changed: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("part", "damage", "detail"),
+    ("stage", "damage", "detail"),
     [
         ("rollout", None, "without all of its parts: was its key deleted by hand?"),
         ("rollout", b"SL\x01\xc1", "damaged message of 4 bytes"),
@@ -313,16 +313,16 @@ def rollout_with(**changed: Any) -> bytes:
     ],
 )
 def test_a_group_that_cannot_be_read_is_a_dead_letter_and_the_others_of_its_batch_are_trained(
-    client, keys, part, damage, detail
+    client, keys, stage, damage, detail
 ):
     publish_policy(client, keys, 0)
     ledger, buffer = make_buffer(client, keys, k=3)
     buffer.vocab_size = 100
     bad, *sound = file_groups(ledger, [0] * 5)
     if damage is None:
-        client.hdel(keys("g", bad), part)
+        client.hdel(keys("g", bad), stage)
     else:
-        client.hset(keys("g", bad), part, damage)
+        client.hset(keys("g", bad), stage, damage)
     sample = buffer.sample(0, step=1)
     assert (sample.groups, sample.available) == (None, 4)
     trained = ids(buffer.sample(0, step=1))
@@ -331,8 +331,8 @@ def test_a_group_that_cannot_be_read_is_a_dead_letter_and_the_others_of_its_batc
     assert (letter["group"], letter["reason"]) == (bad, "undecodable")
     assert re.search(detail, letter["detail"])
     buffer.acknowledge(1)
-    account = ledger.account()
-    assert (account.trained, account.dead, account.in_flight, account.holds) == (3, {"undecodable": 1}, 1, True)
+    counters = ledger.counters()
+    assert (counters.trained, counters.dead, counters.in_flight, counters.holds) == (3, {"undecodable": 1}, 1, True)
 
 
 # Waiting
@@ -546,9 +546,9 @@ def run_against_model(client, keys, *, num_operations, max_policy_age, max_resam
                 current = newest = newest + 1
                 model.publish(current, parent=parent)
                 publish_policy(client, keys, current, parent=parent, step=model.step_of[current])
-        account = ledger.account()
-        assert account.holds
-        assert (account.admitted, account.trained, account.dropped.get("stale", 0)) == (
+        counters = ledger.counters()
+        assert counters.holds
+        assert (counters.admitted, counters.trained, counters.dropped.get("stale", 0)) == (
             model.added,
             model.trained,
             model.stale,

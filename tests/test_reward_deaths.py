@@ -10,7 +10,7 @@ import redis
 from builders import make_config, publish_policy, rollout_payload
 from harness import alive, children, wait_for, worker
 
-from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.monitoring.metrics import read_heartbeats
@@ -84,18 +84,18 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
         )
         ledger.store(group_id, "task", encode(task.to_wire()))
         ledger.store(group_id, "rollout", rollout_payload(), version=0)
-        send_part(app, group_id, "reward")
+        send_stage(app, group_id, "reward")
     env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}
     with worker("reward", cwd=tmp_path, **env) as process:
         told: list[dict[str, Any]] = []
 
-        def facts() -> dict[str, Any]:
+        def stats() -> dict[str, Any]:
             return next((f for f in read_heartbeats(client, keys).values() if f["role"] == "reward"), {})
 
         def is_settled() -> bool:
-            told.append(facts())
-            account = ledger.account()
-            return sum(account.dead.values()) == len(EXPECTED) and client.xlen(keys("stream", 0)) == 4
+            told.append(stats())
+            counters = ledger.counters()
+            return sum(counters.dead.values()) == len(EXPECTED) and client.xlen(keys("stream", 0)) == 4
 
         wait_for(is_settled, timeout=45, what="two attempts at every bad group, and one at the others")
         assert process.poll() is None, "the worker itself lives"
@@ -103,7 +103,7 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
         assert max(f.get("running", 0) for f in told) >= 2
         assert min(f.get("idle_fraction", 1.0) for f in told) < 0.5, "two of three sleep, and are busy with it"
         wait_for(
-            lambda: (facts()["running"], facts()["idle_fraction"]) == (0, 1.0),
+            lambda: (stats()["running"], stats()["idle_fraction"]) == (0, 1.0),
             timeout=10,
             what="those that died at work to be counted as idle",
         )
@@ -116,9 +116,9 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
         assert group[b"n:reward"] == b"2", kind
         assert b"rollout" in group, "the payload is kept"
         assert b"reward" not in group, "no score was made up"
-    account = ledger.account()
-    assert account.retried == len(EXPECTED)
-    assert account.holds
+    counters = ledger.counters()
+    assert counters.retried == len(EXPECTED)
+    assert counters.holds
 
 
 def test_children_are_the_first_that_the_kernel_kills(

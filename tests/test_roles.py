@@ -12,7 +12,7 @@ import pytest
 from harness import assert_trained_once, create_run, metrics_of, running, terminate, trainer, wait_for, worker
 
 from sluice.common.connections.client import connect
-from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.metrics import read_heartbeats
 from sluice.common.run import open_run
 from sluice.scripts.launcher.redis_server import EmbeddedServer
@@ -23,11 +23,11 @@ def redis_url(own_redis: EmbeddedServer) -> str:
     return own_redis.url
 
 
-def beats(url: str, role: str) -> dict[str, dict[str, object]]:
+def heartbeats(url: str, role: str) -> dict[str, dict[str, object]]:
     client = connect(url)
     found = read_heartbeats(client, open_run(client, "roles").keys)
     client.close()
-    return {name: facts for name, facts in found.items() if facts["role"] == role}
+    return {name: stats for name, stats in found.items() if stats["role"] == role}
 
 
 def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path, redis_url: str) -> None:
@@ -44,7 +44,8 @@ def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path,
         second = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
         wait_for(
             lambda: (
-                len(beats(redis_url, "rollout")) == 2 and all(f["done"] for f in beats(redis_url, "rollout").values())
+                len(heartbeats(redis_url, "rollout")) == 2
+                and all(f["done"] for f in heartbeats(redis_url, "rollout").values())
             ),
             timeout=60,
             what="a second rollout worker to share the load",
@@ -61,18 +62,18 @@ def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path,
         daemon.wait()
         again = stack.enter_context(trainer(tmp_path, env))
         third = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
-        wait_for(lambda: len(beats(redis_url, "rollout")) >= 2, timeout=60, what="a third rollout worker")
+        wait_for(lambda: len(heartbeats(redis_url, "rollout")) >= 2, timeout=60, what="a third rollout worker")
         assert terminate(second, timeout=15) == 0  # hands back what it cannot finish
         assert again.wait(240) == 0
         assert third.poll() is None
 
     client = connect(redis_url)
-    account = read_account(client, open_run(client, "roles").keys)
+    counters = read_counters(client, open_run(client, "roles").keys)
     client.close()
-    assert account.holds, account
-    assert account.in_flight == 0
-    assert account.dead == {}
-    assert account.trained == steps * 8
+    assert counters.holds, counters
+    assert counters.in_flight == 0
+    assert counters.dead == {}
+    assert counters.trained == steps * 8
     assert_trained_once(folder, steps)
 
 
@@ -124,14 +125,14 @@ def test_a_reward_that_hangs_or_raises_is_dead_lettered_and_never_a_score(tmp_pa
         assert daemon.wait(240) == 0
     client = connect(redis_url)
     keys = open_run(client, "roles").keys
-    account = read_account(client, keys)
+    counters = read_counters(client, keys)
     dead = [client.hgetall(keys("g", group.decode())) for group in client.zrange(keys("dead"), 0, -1)]
     client.close()
-    assert account.holds
-    assert account.trained == 4 * 8
-    assert account.dead == {"RewardError": len(dead)}
+    assert counters.holds
+    assert counters.trained == 4 * 8
+    assert counters.dead == {"RewardError": len(dead)}
     assert dead, "of 32 and more sums some end in 0 or 1"
-    assert account.retried >= 2 * len(dead)  # three attempts each
+    assert counters.retried >= 2 * len(dead)  # three attempts each
     details = b" ".join(group[b"dead_detail"] for group in dead)
     assert b"the grader is broken" in details or b"SoftTimeLimitExceeded" in details
     assert all(
@@ -155,7 +156,7 @@ def test_sigterm_makes_the_trainer_checkpoint_and_exit_0(tmp_path: Path, redis_u
         assert state["step"] == done
         assert (folder / "checkpoints" / "latest").read_text() == f"step-{done:08d}"
         client = connect(redis_url)
-        account = read_account(client, open_run(client, "roles").keys)
+        counters = read_counters(client, open_run(client, "roles").keys)
         client.close()
-        assert account.holds
-        assert account.trained == done * 8
+        assert counters.holds
+        assert counters.trained == done * 8

@@ -17,7 +17,7 @@ from sluice.common.connections.broker import make_app, send
 from sluice.common.connections.client import connect
 from sluice.common.errors import ConfigError
 from sluice.common.keys import RUNS, Keys
-from sluice.common.monitoring.metrics import beat, write_metrics
+from sluice.common.monitoring.metrics import send_heartbeat, write_metrics
 from sluice.common.operations import control
 from sluice.common.run import Run, create_run, open_run, set_status
 from sluice.common.serialization import encode
@@ -93,7 +93,7 @@ def test_a_live_run_is_deleted_by_force_only(
     client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
 ) -> None:
     run = make_run(client, names[0], redis_url, tmp_path)
-    beat(client, run.keys, "rollout@host:1", {"role": "rollout"})
+    send_heartbeat(client, run.keys, "rollout@host:1", {"role": "rollout"})
     before = contents(client, run.name)
     with pytest.raises(ConfigError, match=r"is alive \(rollout@host:1\)"):
         delete_run(client, run.name)
@@ -136,7 +136,7 @@ def test_runs_are_listed_with_what_they_hold(
 ) -> None:
     for name in names:
         make_run(client, name, redis_url, tmp_path)
-    beat(client, Keys(names[1]), "rollout@host:1", {"role": "rollout"})
+    send_heartbeat(client, Keys(names[1]), "rollout@host:1", {"role": "rollout"})
     client.set(Keys(names[1])("g", "big"), b"x" * 1_000_000)
     client.delete(Keys(names[2])("run"))
     listed = {run["run"]: run for run in read_runs(client)}

@@ -31,7 +31,7 @@ from harness import (
 )
 
 from sluice.common.connections.client import connect
-from sluice.common.ledger.ledger import Account, read_account
+from sluice.common.ledger.ledger import Counters, read_counters
 from sluice.common.operations.autoscale import read_scales
 from sluice.common.run import Run, open_run
 from sluice.scripts.launcher.redis_server import EmbeddedServer
@@ -73,10 +73,10 @@ class Scaled:
     def num_steps(self) -> int:
         return len(metrics_of(only_run(self.folder)))
 
-    def account(self) -> Account:
+    def counters(self) -> Counters:
         client = connect(self._url)
         try:
-            return read_account(client, self.run(client).keys)
+            return read_counters(client, self.run(client).keys)
         finally:
             client.close()
 
@@ -124,7 +124,7 @@ def test_workers_follow_the_load_and_a_drain_costs_no_attempt(tmp_path: Path, ow
         run.slow.unlink()
         run.wait_for_workers(1)
         assert "reward-0" not in run.output.read_text()
-        assert run.account().retried == 0
+        assert run.counters().retried == 0
         changes = run.events()
         assert changes[0][0] == changes[-1][1] == 1
         assert max(to for _, to in changes) == 3
@@ -166,8 +166,8 @@ def test_a_worker_that_drains_finishes_what_it_holds(tmp_path: Path, own_redis: 
     keys = open_run(client, env["SLUICE_RUN"]).keys
 
     def claimed() -> set[str]:
-        owed = [line.decode().partition("|")[0] for line in client.zrange(keys("deadlines"), 0, -1)]
-        return {group for group in owed if client.hexists(keys("g", group), "by:rollout")}
+        pending = [line.decode().partition("|")[0] for line in client.zrange(keys("deadlines"), 0, -1)]
+        return {group for group in pending if client.hexists(keys("g", group), "by:rollout")}
 
     with ExitStack() as stack:
         stack.enter_context(trainer(tmp_path, env))
@@ -176,8 +176,8 @@ def test_a_worker_that_drains_finishes_what_it_holds(tmp_path: Path, own_redis: 
         held = wait_for(claimed, timeout=90, what="groups in generation")
         assert terminate(process, number=signal.SIGUSR2, timeout=60) == 0
         assert all(client.hexists(keys("g", group), "rollout") for group in held)
-        account = read_account(client, keys)
-        assert (account.retried, account.refused) == (0, 0)
+        counters = read_counters(client, keys)
+        assert (counters.retried, counters.refused) == (0, 0)
     client.close()
 
 
@@ -205,7 +205,12 @@ def supervising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
             lease={"shutdown_grace_s": 0.2},
         )
         supervisor = Supervisor(
-            config, run="test", url="redis://", folder=tmp_path, status=lambda: "running", trainer_beats=lambda: False
+            config,
+            run="test",
+            url="redis://",
+            folder=tmp_path,
+            status=lambda: "running",
+            trainer_is_alive=lambda: False,
         )
         supervisor._trainer.argv = [sys.executable, "-c", "import signal; signal.pause()"]
         supervisor.start()

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import redis
 from builders import make_config, publish_policy
-from harness import ROOT, SMALL, account_of, create_run, environment, sluice, trainer, wait_for, worker
+from harness import ROOT, SMALL, counters_of, create_run, environment, sluice, trainer, wait_for, worker
 from test_flower import NUM_GROUPS, generated
 
-from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.connections.client import connect
 from sluice.common.errors import ConnectionFailed
 from sluice.common.keys import Keys
@@ -68,8 +68,8 @@ def test_a_run_with_a_user_for_each_role_and_what_each_may_not(tmp_path: Path, u
             roles.enter_context(worker(queue, cwd=tmp_path, **of[queue]))
         process = roles.enter_context(trainer(tmp_path, of["trainer"]))
         assert process.wait(180) == 0, (tmp_path / "trainer.log").read_text()[-3000:]
-        account = account_of(of["viewer"])
-        assert (account.trained, account.dead, account.holds) == (8, {}, True)
+        counters = counters_of(of["viewer"])
+        assert (counters.trained, counters.dead, counters.holds) == (8, {}, True)
         for command in (("status", "--json"), ("ledger",), ("samples",), ("metrics",), ("runs", "list")):
             shown = sluice(*command, cwd=tmp_path, **of["viewer"])
             assert shown.returncode == 0, (command, shown.stderr)
@@ -165,7 +165,7 @@ def _is_scored_over(url: str, folder: Path) -> None:
     publish_policy(client, keys, 0)
     app = make_app(keys.run, url=url)
     for group_id in generated(Ledger(client, keys, config)):
-        send_part(app, group_id, "reward")
+        send_stage(app, group_id, "reward")
     (folder / "url").write_text(url + "\n")
     with worker("reward", cwd=folder, SLUICE_REDIS_URL_FILE=str(folder / "url"), SLUICE_RUN=keys.run):
         wait_for(lambda: client.xlen(keys("stream", 0)) == NUM_GROUPS, timeout=60, what="the groups' scores")

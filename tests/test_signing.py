@@ -22,7 +22,7 @@ from sluice.common.errors import ConfigError, DigestMismatch, SignatureRefused
 from sluice.common.keys import Keys
 from sluice.common.monitoring.diagnosis import alarms
 from sluice.common.policies.manifest import Manifest
-from sluice.common.policies.signing import Signer, make_key, unsealed
+from sluice.common.policies.signing import Signer, make_key, unsigned_bytes
 from sluice.common.policies.store import PolicyStore
 from sluice.common.run import open_run
 from sluice.common.serialization import encode
@@ -73,8 +73,8 @@ def test_a_policy_of_somebody_without_the_key_is_refused(
 @pytest.mark.parametrize("name", [field.name for field in fields(Manifest)])
 def test_every_field_is_signed(client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore], name: str) -> None:
     manifest = publish(make(KEY), 0)
-    sealed = client.hget(keys("manifests"), "0")
-    head = sealed[: -len(unsealed(sealed))]
+    signed = client.hget(keys("manifests"), "0")
+    head = signed[: -len(unsigned_bytes(signed))]
     other: dict[str, Any] = {
         "digest": "0" * 64,
         "tensors": {**manifest.tensors, "x": "0"},
@@ -91,27 +91,27 @@ def test_a_signed_manifest_is_of_one_version_and_one_run(
     client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore]
 ) -> None:
     publish(make(KEY), 0)
-    sealed = client.hget(keys("manifests"), "0")
-    client.hset(keys("manifests"), "7", sealed)
+    signed = client.hget(keys("manifests"), "0")
+    client.hset(keys("manifests"), "7", signed)
     with pytest.raises(DigestMismatch, match="the manifest of policy version 7 is that of version 0"):
         make(KEY).fetch(7)
     with pytest.raises(SignatureRefused):
-        Manifest.opened(sealed, Signer("another-run", KEY), version=0)
+        Manifest.from_signed_bytes(signed, Signer("another-run", KEY), version=0)
 
 
-@pytest.mark.parametrize("sealed", [b"", b"SL+", b"SL+" + b"x" * 31, b"\x00" * 40, b"SL\x01\xc1", b"SL\x01\x90"])
-def test_garbage_is_refused_with_or_without_a_key(sealed: bytes) -> None:
+@pytest.mark.parametrize("signed", [b"", b"SL+", b"SL+" + b"x" * 31, b"\x00" * 40, b"SL\x01\xc1", b"SL\x01\x90"])
+def test_garbage_is_refused_with_or_without_a_key(signed: bytes) -> None:
     with pytest.raises((SignatureRefused, DigestMismatch)):
-        Manifest.opened(sealed, Signer("r", KEY), version=0)
+        Manifest.from_signed_bytes(signed, Signer("r", KEY), version=0)
     with pytest.raises(DigestMismatch, match="the manifest of policy version 0 is damaged"):
-        Manifest.opened(sealed, Signer("r", None), version=0)
+        Manifest.from_signed_bytes(signed, Signer("r", None), version=0)
 
 
 def test_a_mended_version_is_signed_as_well(client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore]) -> None:
     trainer = make(KEY)
     publish(trainer, 0)
-    client.set(keys("wanted_whole"), 0)
-    trainer.mend()
+    client.set(keys("full_requested"), 0)
+    trainer.republish_full()
     assert make(KEY).fetch(0)[0].version == 0
 
 
@@ -126,18 +126,18 @@ def test_a_rollout_worker_goes_on_with_the_last_policy_of_its_trainer(
     _, tensors = PolicyStore(client, keys, config).fetch(0)
     trainer.publish(1, tensors, step=1, parent=0)
     monkeypatch.setenv("SLUICE_RUN_KEY", KEY)
-    with serving(fleet, monkeypatch) as (role, beat):
+    with serving(fleet, monkeypatch) as (role, heartbeat):
         role.start()
-        wait_for(lambda: beat().get("version") == 1, timeout=15, what="version 1 to be served")
+        wait_for(lambda: heartbeat().get("version") == 1, timeout=15, what="version 1 to be served")
         forged = {name: tensor + 1.0 for name, tensor in tensors.items()}
         PolicyStore(client, keys, config, signer=Signer(keys.run, None)).publish(2, forged, step=2, parent=1)
-        wait_for(lambda: beat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
-        assert "still serves version 1: policy version 2 is not signed" in beat()["alarm"]
+        wait_for(lambda: heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
+        assert "still serves version 1: policy version 2 is not signed" in heartbeat()["alarm"]
         assert any("is not signed" in alarm.text for alarm in alarms(client, open_run(client, keys.run)))
         assert role.engine.version == 1
         trainer.publish(3, {name: tensor + 0.001 for name, tensor in tensors.items()}, step=3, parent=1)
-        wait_for(lambda: beat().get("version") == 3, timeout=15, what="the trainer's next version to be served")
-        assert beat()["alarm"] == ""
+        wait_for(lambda: heartbeat().get("version") == 3, timeout=15, what="the trainer's next version to be served")
+        assert heartbeat()["alarm"] == ""
     for key in client.scan_iter(keys.root + "*"):
         assert KEY.encode() not in (client.dump(key) or b""), key
     assert KEY not in json.dumps(fleet.config.model_dump(mode="json"))

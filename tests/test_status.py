@@ -19,7 +19,7 @@ from rich.console import Console
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
-from sluice.common.monitoring.metrics import beat, write_metrics
+from sluice.common.monitoring.metrics import send_heartbeat, write_metrics
 from sluice.common.operations.control import change, pause
 from sluice.common.run import create_run, set_status
 from sluice.dashboard.run_state import collect_status
@@ -48,7 +48,9 @@ def test_the_screen_says_what_redis_holds(client: redis.Redis, keys: Keys, tmp_p
         }
         write_metrics(client, keys, line, max_length=100)
     rollout = {"role": "rollout", "device": "cpu", "version": 9, "digest": "abc", "tokens_per_s": 1234.5, "alarm": ""}
-    beat(client, keys, "rollout@here:1", {**rollout, "idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0})
+    send_heartbeat(
+        client, keys, "rollout@here:1", {**rollout, "idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0}
+    )
     client.hset(keys("run"), "dashboard", "http://127.0.0.1:1/?run=x")
     client.hset(keys("autoscale"), "reward", '{"desired": 4}')
     client.hincrby(keys("counts:train"), "admitted", 1)

@@ -64,7 +64,7 @@ def supervising(folder: Path, program: str, **options: Any) -> tuple[Supervisor,
         url="redis://",
         folder=folder,
         status=lambda: "running",
-        trainer_beats=lambda: True,
+        trainer_is_alive=lambda: True,
         **options,
     )
     trainer = supervisor._trainer
@@ -115,9 +115,9 @@ def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> No
     supervisor.stop()
 
 
-@pytest.mark.parametrize(("beats", "is_waited_for"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("heartbeats", "is_waited_for"), [(True, True), (False, False)])
 def test_a_trainer_that_beats_has_time_for_its_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beats: bool, is_waited_for: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeats: bool, is_waited_for: bool
 ) -> None:
     monkeypatch.setattr("sluice.scripts.launcher.supervisor.STOP_S", 0.2)
     program = f"""
@@ -133,12 +133,12 @@ time.sleep(60)
 """
 
     def asked() -> bool:
-        if beats:  # its checkpoint takes until it is asked after, which is after STOP_S
+        if heartbeats:  # its checkpoint takes until it is asked after, which is after STOP_S
             (tmp_path / "asked").touch()
-        return beats
+        return heartbeats
 
     supervisor, trainer = supervising(tmp_path, program)
-    supervisor._trainer_beats = asked
+    supervisor._trainer_is_alive = asked
     supervisor.start()
     wait_for(lambda: "ready" in trainer.log.read_text(), timeout=20, what="the trainer")
     supervisor.stop()

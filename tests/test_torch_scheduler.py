@@ -30,7 +30,7 @@ from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.torch.kv_cache import SlotCache, bytes_per_token
 from sluice.workers.engine.torch.scheduler import PATIENCE, choose
 from sluice.workers.engine.torch.sequence import Group
-from sluice.workers.engine.torch.split_batch import plan_passes, saved_positions
+from sluice.workers.engine.torch.split_batch import saved_positions, split_batch
 
 
 def test_a_group_larger_than_max_sequences_runs_alone(serve: Callable[..., Served]) -> None:
@@ -74,7 +74,7 @@ def test_a_large_request_is_not_starved_by_small_ones() -> None:
     groups = [Group(request=request(5, group_id=str(k), n=n)) for k, n in enumerate([2, 8, 1])]
     chosen = choose(groups, num_rows=4, longest=25, max_sequences=8, max_positions=None)
     assert [group.size for group in chosen] == [2], "the group of 8 waits, and the one of 1 waits behind it"
-    assert [group.num_passed_over for group in groups] == [0, 0, 0]
+    assert [group.num_bypassed for group in groups] == [0, 0, 0]
 
 
 def test_requests_over_the_kv_budget_wait_and_one_that_never_fits_is_refused(serve: Callable[..., Served]) -> None:
@@ -182,7 +182,7 @@ def test_a_plan_puts_long_rows_first_and_counts_what_a_split_saves() -> None:
             naive = sum(len(part) * int(part.max()) for part in (offsets[:a], offsets[a:]) if len(part))
             assert saved == n * offsets.max() - naive
     offsets = np.array([10, 20, 900, 15])
-    assert plan_passes(offsets, split_saves=10_000) == (None, [(slice(0, 4), 900)])
-    order, passes = plan_passes(offsets, split_saves=1000)
+    assert split_batch(offsets, split_saves=10_000) == (None, [(slice(0, 4), 900)])
+    order, passes = split_batch(offsets, split_saves=1000)
     assert order == [2, 1, 3, 0] and passes == [(slice(0, 1), 900), (slice(1, 4), 20)]
-    assert plan_passes(offsets[:0], split_saves=1) == (None, [])
+    assert split_batch(offsets[:0], split_saves=1) == (None, [])

@@ -36,10 +36,10 @@ from sluice.common.keys import Keys
 from sluice.common.monitoring.metrics import last_metrics
 from sluice.common.run import Run
 from sluice.scripts.cli import cli
-from sluice.trainer import trackers as sinks
+from sluice.trainer import trackers as trackers
 from sluice.trainer.completions import CompletionsTable
 from sluice.trainer.report import Reporter
-from sluice.trainer.trackers import Sink, TrackedRun, check_trackers, tracked_id
+from sluice.trainer.trackers import TrackedRun, TrackerQueue, check_trackers, tracked_id
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
 
@@ -213,11 +213,11 @@ def online(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], tuple[int, d
 def test_wandb_without_a_network_records_offline_and_nothing_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sinks, "OPEN_S", 3)
+    monkeypatch.setattr(trackers, "OPEN_S", 3)
     ended = threading.Event()
     with online(monkeypatch, lambda body: (500, {"quiet": ended.wait(20)})):
         began = time.monotonic()
-        sink = Sink(name="wandb", open=sinks.WandB, run=tracked(tmp_path))
+        sink = TrackerQueue(name="wandb", open=trackers.WandB, run=tracked(tmp_path))
         for step in (1, 2, 3):
             sink.log(step, {"reward/mean": 0.5})
         assert time.monotonic() - began < 2.5
@@ -245,9 +245,9 @@ def test_a_network_that_goes_away_meanwhile_holds_the_end_up_for_a_bounded_time(
             return 200, {"data": {"upsertBucket": {"bucket": run, "inserted": True}}}
         return 200, {"data": {}}
 
-    monkeypatch.setattr(sinks, "FINISH_S", 1)
+    monkeypatch.setattr(trackers, "FINISH_S", 1)
     with online(monkeypatch, answer):
-        sink = Sink(name="wandb", open=sinks.WandB, run=tracked(tmp_path))
+        sink = TrackerQueue(name="wandb", open=trackers.WandB, run=tracked(tmp_path))
         assert opened.wait(20)
         began = time.monotonic()
         for step in (1, 2, 3):
@@ -264,7 +264,7 @@ def test_a_tracker_that_fails_loses_its_own_lines_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake = Fake(fails_from=3)
-    sink = Sink(name="fake", open=lambda run: fake, run=tracked(tmp_path))
+    sink = TrackerQueue(name="fake", open=lambda run: fake, run=tracked(tmp_path))
     for step in range(1, 8):
         sink.log(step, {"reward/mean": 0.5})
     sink.close()
@@ -279,7 +279,7 @@ def test_a_tracker_that_does_not_open_is_no_reason_to_stop(tmp_path: Path, caplo
     def opens(run: TrackedRun) -> Fake:
         raise PermissionError("not you")
 
-    sink = Sink(name="fake", open=opens, run=tracked(tmp_path))
+    sink = TrackerQueue(name="fake", open=opens, run=tracked(tmp_path))
     sink.log(1, {"reward/mean": 0.5})
     sink.close()
     assert sink.dropped == 1
@@ -290,10 +290,10 @@ def test_a_tracker_that_does_not_open_is_no_reason_to_stop(tmp_path: Path, caplo
 def test_a_tracker_that_stands_still_costs_no_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sinks, "CLOSE_S", 0.2)
+    monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
     fake = Fake(stuck_in=1)
-    sink = Sink(name="fake", open=lambda run: fake, run=tracked(tmp_path))
-    for step in range(1, sinks.LINES_HELD + 12):
+    sink = TrackerQueue(name="fake", open=lambda run: fake, run=tracked(tmp_path))
+    for step in range(1, trackers.LINES_HELD + 12):
         sink.log(step, {"reward/mean": 0.5})
     assert not fake.free.is_set() and len(fake.seen) == 0, "it still stands in the first line"
     assert sink.dropped in (10, 11)  # the thread may have taken the first line already
@@ -309,7 +309,7 @@ def test_a_step_is_sent_once_however_often_the_trainer_dies(
     config = make_config(metrics={"trackio": True})
     run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
     fake = Fake()
-    monkeypatch.setitem(sinks.TRACKERS, "trackio", lambda run: fake)
+    monkeypatch.setitem(trackers.TRACKERS, "trackio", lambda run: fake)
     version = itertools.count()
     for resumed, steps in [(0, [1, 2, 3, 4]), (1, [2]), (1, [2, 3, 4, 5, 6]), (6, [6])]:
         reporter = Reporter(client, run)
@@ -371,7 +371,7 @@ def test_a_tracked_id_is_that_of_one_run() -> None:
 def test_a_missing_package_is_named_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(sinks, "find_spec", lambda wanted: None if wanted == name else find_spec(wanted))
+    monkeypatch.setattr(trackers, "find_spec", lambda wanted: None if wanted == name else find_spec(wanted))
     quickstart = str(ROOT / "config" / "quickstart.yaml")
     done = CliRunner().invoke(cli, ["plan", quickstart, f"metrics.{name}=true"])
     assert isinstance(done.exception, ConfigError)

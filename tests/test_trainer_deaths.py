@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from harness import SMALL, account_of, assert_trained_once, create_run, metrics_of, trainer, workers
+from harness import SMALL, assert_trained_once, counters_of, create_run, metrics_of, trainer, workers
 from pyarrow import parquet
 
 from sluice.scripts.launcher.redis_server import EmbeddedServer
@@ -43,14 +43,14 @@ def test_a_trainer_killed_at_any_point_goes_on_and_trains_every_group_once(
         for place in KILLS:
             with trainer(tmp_path, env, kill_at=place) as process:
                 assert process.wait(180) == -9, f"{place} was never reached"
-            assert account_of(env).holds
+            assert counters_of(env).holds
         assert len(metrics_of(run_folder)) > 0 and max(m["step"] for m in metrics_of(run_folder)) < steps
         with trainer(tmp_path, env) as process:
             assert process.wait(240) == 0
-    account = account_of(env)
-    assert account.holds
-    assert (account.in_flight, account.dead) == (0, {})
-    assert account.trained == steps * 4
+    counters = counters_of(env)
+    assert counters.holds
+    assert (counters.in_flight, counters.dead) == (0, {})
+    assert counters.trained == steps * 4
     assert_trained_once(run_folder, steps, groups_per_step=4)
     assert_completions_are_those_trained(run_folder, every_steps=3)
 
@@ -91,7 +91,7 @@ def test_ten_steps_are_five_a_kill_and_five_bit_for_bit(tmp_path: Path, own_redi
                 assert found is not None and found.state.step == 5
             with trainer(folder, env) as process:
                 assert process.wait(180) == 0
-        assert account_of(env).to_dict() | {"retried": 0, "resent": 0, "refused": 0} == {
+        assert counters_of(env).to_dict() | {"retried": 0, "resent": 0, "refused": 0} == {
             "admitted": 40, "trained": 40, "scored": 0, "dropped": {}, "dead": {}, "in_flight": 0,
             "retried": 0, "resent": 0, "refused": 0, "reconciled": 0, "kept_for_bound": 0, "holds": True,
         }  # fmt: skip

@@ -16,7 +16,7 @@ import redis
 from harness import running, wait_for
 from kombu import Connection, Queue
 
-from sluice.common.connections.broker import make_app, send, send_part
+from sluice.common.connections.broker import make_app, send, send_stage
 from sluice.common.connections.client import connect
 from sluice.common.connections.transport import MAX_REJECTED, MAX_REJECTED_BYTES
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
@@ -126,7 +126,7 @@ def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, server,
     for i, element in enumerate(DROPPED_BY_CELERY):
         element["properties"]["delivery_tag"] = f"tag{i}"
         client.lpush(PREFIX + "rollout", json.dumps(element))
-    send_part(app, "t1", "rollout")
+    send_stage(app, "t1", "rollout")
     with tiny_worker(tmp_path, server.url) as process:
         wait_for(lambda: is_done(client, "t1"), timeout=20, what="the message behind the foreign elements")
         records = [json.loads(record) for record in client.lrange(PREFIX + "rejected", 0, -1)]
@@ -138,7 +138,7 @@ def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, server,
         assert "Received unregistered task of type 'no.such.task'" in log_of(tmp_path)
         for i in range(MAX_REJECTED):
             client.lpush(PREFIX + "rollout", f"rubbish {i}")
-        send_part(app, "t2", "rollout")
+        send_stage(app, "t2", "rollout")
         wait_for(lambda: is_done(client, "t2"), timeout=20, what="the message behind more of them")
         assert client.llen(PREFIX + "rejected") == MAX_REJECTED
         assert process.poll() is None
@@ -150,7 +150,7 @@ def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, server,
 def test_a_broker_that_refuses_writes_pauses_the_worker(tmp_path, server, client, trouble):
     app = make_app("tiny", url=server.url)
     with tiny_worker(tmp_path, server.url) as process:
-        send_part(app, "t1", "rollout")
+        send_stage(app, "t1", "rollout")
         wait_for(lambda: is_done(client, "t1"), timeout=20, what="the first message")
         for i in range(20):
             client.lpush(PREFIX + "rollout", json.dumps(message(properties__delivery_tag=f"tag{i}")))
@@ -170,7 +170,7 @@ def test_a_broker_that_refuses_writes_pauses_the_worker(tmp_path, server, client
             client.config_set("maxmemory", 0)
         else:
             client.replicaof("NO", "ONE")
-        send_part(app, "t3", "rollout")
+        send_stage(app, "t3", "rollout")
         wait_for(lambda: is_done(client, "t3"), timeout=30, what="a message after the broker was cured")
         assert process.poll() is None
         assert "Unrecoverable" not in log_of(tmp_path)
@@ -212,7 +212,7 @@ def test_a_message_that_cannot_be_sent_costs_seconds_and_no_exception(server, cl
     server.process.wait(10)
     began = time.monotonic()
     for _ in range(50):
-        send_part(app, "t2", "rollout")
+        send_stage(app, "t2", "rollout")
     assert time.monotonic() - began < 20
     assert "was not sent" in caplog.text and "the ledger sends it again" in caplog.text
     server.restart()

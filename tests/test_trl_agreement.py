@@ -55,9 +55,13 @@ def loss_config(trl):
     settings |= {ours: trl[theirs] for theirs, ours in names.items() if theirs in trl}
     if trl.get("use_vllm"):
         mode = trl["vllm_importance_sampling_mode"]
-        settings |= {"off_policy": "decoupled", "is_weight": mode, "is_high": trl["vllm_importance_sampling_clip_max"]}
+        settings |= {
+            "off_policy": "decoupled",
+            "importance_sampling": mode,
+            "importance_max": trl["vllm_importance_sampling_clip_max"],
+        }
         if mode.endswith("mask"):
-            settings["is_low"] = trl.get("vllm_importance_sampling_clip_min", NO_LOWER_BOUND)
+            settings["importance_min"] = trl.get("vllm_importance_sampling_clip_min", NO_LOWER_BOUND)
     return LossConfig(**settings)
 
 
@@ -137,10 +141,10 @@ def test_a_case_tells_its_setting_from_the_default():
         "two_sided": {"dual_clip": None},
         "cispo": {"cispo_cap": 5.0},
         "gspo": {"loss": "grpo"},
-        "token_truncate": {"is_high": 9.0},
-        "token_mask": {"is_high": 9.0},
-        "sequence_truncate": {"is_high": 99.0},
-        "sequence_mask": {"is_high": 99.0},
+        "token_truncate": {"importance_max": 9.0},
+        "token_mask": {"importance_max": 9.0},
+        "sequence_truncate": {"importance_max": 99.0},
+        "sequence_mask": {"importance_max": 99.0},
         "sapo_temperatures": {"sapo_tau_neg": 1.05},
         "kl_grpo": {"kl_estimator": "k2"},
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from harness import account_of, create_run, metrics_of, trainer, workers
+from harness import counters_of, create_run, metrics_of, trainer, workers
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import RUNS, Keys
@@ -39,9 +39,14 @@ def train(folder: Path, url: str, seeds: dict[str, int]) -> dict[str, dict[int, 
             daemons[name] = own, env, stack.enter_context(trainer(own, env))
         for name, (own, env, daemon) in daemons.items():
             assert daemon.wait(240) == 0, (own / "trainer.log").read_text()
-            account = account_of(env)
-            assert account.holds
-            assert (account.admitted, account.trained, account.dropped, account.dead) == (4 * STEPS, 4 * STEPS, {}, {})
+            counters = counters_of(env)
+            assert counters.holds
+            assert (counters.admitted, counters.trained, counters.dropped, counters.dead) == (
+                4 * STEPS,
+                4 * STEPS,
+                {},
+                {},
+            )
             assert [m["step"] for m in metrics_of(own / "runs" / name)] == list(range(1, STEPS + 1))
     digests = {}
     for name in seeds:

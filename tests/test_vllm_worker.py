@@ -44,17 +44,23 @@ def test_a_vllm_worker_generates_follows_the_policy_and_ends_when_its_engine_die
         lease={"running_s": 6.0, "queued_s": 3.0, "max_attempts": 3},
     )
     store = PolicyStore(fleet.ledger.client, fleet.ledger.keys, fleet.config.policy_store)
-    beats = lambda: read_heartbeats(fleet.ledger.client, fleet.ledger.keys).values()  # noqa: E731
+    heartbeats = lambda: read_heartbeats(fleet.ledger.client, fleet.ledger.keys).values()  # noqa: E731
     with fleet.odd("rollout", patch=PATCH) as process:
-        wait_for(lambda: any(beat["version"] == 0 for beat in beats()), timeout=60, what="a worker that serves")
+        wait_for(
+            lambda: any(heartbeat["version"] == 0 for heartbeat in heartbeats()),
+            timeout=60,
+            what="a worker that serves",
+        )
         first = fleet.admit(4)
         fleet.tick_until(lambda: fleet.has(first, "rollout"), timeout=30, what="groups of version 0")
         _, tensors = store.fetch(0)
         rng = torch.Generator().manual_seed(1)
         changed = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=rng) for name, tensor in tensors.items()}
         manifest = store.publish(1, changed, step=1, parent=0)
-        wait_for(lambda: any(beat["version"] == 1 for beat in beats()), timeout=30, what="the new policy")
-        assert {beat["digest"] for beat in beats()} == {manifest.digest[:12]}
+        wait_for(
+            lambda: any(heartbeat["version"] == 1 for heartbeat in heartbeats()), timeout=30, what="the new policy"
+        )
+        assert {heartbeat["digest"] for heartbeat in heartbeats()} == {manifest.digest[:12]}
         second = fleet.admit(4)
         fleet.tick_until(lambda: fleet.has(second, "rollout"), timeout=30, what="groups of version 1")
         adapter = {
@@ -64,8 +70,10 @@ def test_a_vllm_worker_generates_follows_the_policy_and_ends_when_its_engine_die
             for side, shape in (("A", (4, tensor.shape[1])), ("B", (tensor.shape[0], 4)))
         }
         manifest = store.publish(2, adapter, step=2, parent=1, adapter_scale=2.0)
-        wait_for(lambda: any(beat["version"] == 2 for beat in beats()), timeout=30, what="the LoRA adapter")
-        assert {beat["digest"] for beat in beats()} == {manifest.digest[:12]}
+        wait_for(
+            lambda: any(heartbeat["version"] == 2 for heartbeat in heartbeats()), timeout=30, what="the LoRA adapter"
+        )
+        assert {heartbeat["digest"] for heartbeat in heartbeats()} == {manifest.digest[:12]}
         third = fleet.admit(4)
         fleet.tick_until(lambda: fleet.has(third, "rollout"), timeout=30, what="groups of version 2")
         merged = merge_adapter(tensors, adapter, scale=2.0)
@@ -80,8 +88,8 @@ def test_a_vllm_worker_generates_follows_the_policy_and_ends_when_its_engine_die
             "illegal memory access" in fleet.field(last, "n:rollout") + (fleet.folder / "odd-rollout.log").read_text()
         )
     (fleet.folder / "die").unlink()
-    account = fleet.ledger.account()
-    assert account.holds and account.dead == {} and account.in_flight == 13
+    counters = fleet.ledger.counters()
+    assert counters.holds and counters.dead == {} and counters.in_flight == 13
 
 
 def assert_generated_by(fleet: Fleet, group_id: str, *, version: int, weights: dict[str, Any]) -> None:

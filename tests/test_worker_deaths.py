@@ -22,7 +22,7 @@ from builders import make_config, rollout_payload, task_payload
 from harness import running, tiny_folder, wait_for, worker
 
 from sluice.common.config import Config
-from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.models.assets import read_assets
@@ -75,16 +75,16 @@ class Fleet:
             following = self.ledger.store(group_id, "task", task_payload(group_id))
             if until == "rollout":
                 following = self.ledger.store(group_id, "rollout", rollout_payload(), version=0)
-            for part in following or ():
-                send_part(self.app, group_id, part)
+            for stage in following or ():
+                send_stage(self.app, group_id, stage)
         return group_ids
 
     def tick_until(self, condition: Callable[[], Any], *, timeout: float, what: str) -> Any:
         """What the dataset worker's tick does, until something is so."""
 
         def ticked() -> Any:
-            for group_id, part, _ in self.ledger.reap():
-                send_part(self.app, group_id, part)
+            for group_id, stage, _ in self.ledger.reap():
+                send_stage(self.app, group_id, stage)
             return condition()
 
         return wait_for(ticked, timeout=timeout, what=what)
@@ -152,12 +152,12 @@ def test_a_poison_prompt_dies_alone_and_takes_no_innocent_with_it(make_fleet: Ca
             over = lambda: process.poll() is not None or settled()  # noqa: E731
             fleet.tick_until(over, timeout=30, what="the poison prompt to kill a worker, or to be dead")
             num_deaths += process.poll() is not None
-    account = fleet.ledger.account()
+    counters = fleet.ledger.counters()
     assert num_deaths == 2, "as many as lease.max_attempts"
-    assert account.dead == {"lease_expired": 1}
+    assert counters.dead == {"lease_expired": 1}
     assert "rollout held by" in fleet.field(poison, "dead_detail")
     assert max(int(fleet.field(group_id, "n:rollout")) for group_id in others) == 2, "somebody was beside it"
-    assert account.holds
+    assert counters.holds
 
 
 def test_a_stopped_worker_is_taken_over_and_its_late_results_are_refused(make_fleet: Callable[..., Fleet]) -> None:
@@ -165,8 +165,8 @@ def test_a_stopped_worker_is_taken_over_and_its_late_results_are_refused(make_fl
     late = fleet.folder / "late"  # until then it generates
     behaviour = f"wait_until(lambda: os.path.exists({str(late)!r}), 60)"
     with fleet.odd("rollout", patch=ROLLOUT.format(behaviour=behaviour)) as stopped:
-        beats = lambda: read_heartbeats(fleet.ledger.client, fleet.ledger.keys)  # noqa: E731
-        wait_for(lambda: any(f["version"] == 0 for f in beats().values()), timeout=30, what="a worker that serves")
+        heartbeats = lambda: read_heartbeats(fleet.ledger.client, fleet.ledger.keys)  # noqa: E731
+        wait_for(lambda: any(f["version"] == 0 for f in heartbeats().values()), timeout=30, what="a worker that serves")
         group_ids = fleet.admit(3)
         wait_for(lambda: fleet.has(group_ids, "by:rollout"), timeout=10, what="the groups to be in its hands")
         stopped.send_signal(signal.SIGSTOP)
@@ -174,7 +174,7 @@ def test_a_stopped_worker_is_taken_over_and_its_late_results_are_refused(make_fl
         holders = [fleet.field(group_id, "by:rollout") for group_id in group_ids]
 
         def taken_over() -> bool:
-            return fleet.ledger.account().retried == len(group_ids)
+            return fleet.ledger.counters().retried == len(group_ids)
 
         fleet.tick_until(taken_over, timeout=30, what="the leases of a stopped worker to end")
         assert time.monotonic() - stopped_at < 5 * LEASE_S
@@ -187,14 +187,14 @@ def test_a_stopped_worker_is_taken_over_and_its_late_results_are_refused(make_fl
             late.touch()
             stopped.send_signal(signal.SIGCONT)
             wait_for(
-                lambda: fleet.ledger.account().refused == len(group_ids) or stopped.poll() is not None,
+                lambda: fleet.ledger.counters().refused == len(group_ids) or stopped.poll() is not None,
                 timeout=20,
                 what="its late results to be refused",
             )
-    account = fleet.ledger.account()
-    assert account.refused == len(group_ids)
-    assert (account.admitted, account.in_flight, account.dead) == (3, 3, {})
-    assert account.holds
+    counters = fleet.ledger.counters()
+    assert counters.refused == len(group_ids)
+    assert (counters.admitted, counters.in_flight, counters.dead) == (3, 3, {})
+    assert counters.holds
 
 
 def test_an_engine_in_an_endless_loop_is_taken_over_and_its_process_ends(make_fleet: Callable[..., Fleet]) -> None:
@@ -205,12 +205,12 @@ def test_an_engine_in_an_endless_loop_is_taken_over_and_its_process_ends(make_fl
     with fleet.odd("rollout", patch=patch) as hung:
         wait_for(lambda: fleet.has(group_ids, "by:rollout"), timeout=30, what="the groups to be in its hands")
         claimed_at = time.monotonic()
-        fleet.tick_until(lambda: fleet.ledger.account().retried == 2, timeout=30, what="its leases to end")
+        fleet.tick_until(lambda: fleet.ledger.counters().retried == 2, timeout=30, what="its leases to end")
         assert time.monotonic() - claimed_at < 5 * LEASE_S
         assert hung.wait(60) == HUNG_EXIT_CODE
     with fleet.sound("rollout"):
         fleet.tick_until(lambda: fleet.has(group_ids, "rollout"), timeout=30, what="another worker to do its groups")
-    assert fleet.ledger.account().holds
+    assert fleet.ledger.counters().holds
 
 
 def test_prompts_of_a_dataset_worker_that_died_after_admission_are_prepared_by_another(
@@ -220,17 +220,17 @@ def test_prompts_of_a_dataset_worker_that_died_after_admission_are_prepared_by_a
     patch = "from sluice.workers.prompt_source import PromptSource\nPromptSource.prompt_at = lambda self, cursor: os._exit(9)"
     with fleet.odd("dataset", patch=patch) as killed:
         assert killed.wait(90) == 9
-    num_admitted = fleet.ledger.account().admitted
-    assert num_admitted == fleet.ledger.account().in_flight > 0
+    num_admitted = fleet.ledger.counters().admitted
+    assert num_admitted == fleet.ledger.counters().in_flight > 0
     group_ids = [f"t{cursor}" for cursor in range(num_admitted)]
     assert not any(fleet.has([group_id], "task") for group_id in group_ids)
     with fleet.sound("dataset"):  # its own tick reaps and sends
         wait_for(lambda: fleet.has(group_ids, "task"), timeout=30, what="the tasks of the dead worker's groups")
         messages = fleet.messages("rollout")
         wait_for(lambda: fleet.ledger.client.llen(messages) == num_admitted, timeout=30, what="their messages")
-    account = fleet.ledger.account()
-    assert (account.admitted, account.dropped, account.retried) == (num_admitted, {}, num_admitted)
-    assert account.holds
+    counters = fleet.ledger.counters()
+    assert (counters.admitted, counters.dropped, counters.retried) == (num_admitted, {}, num_admitted)
+    assert counters.holds
 
 
 def test_groups_of_a_killed_reference_worker_are_scored_by_another(make_fleet: Callable[..., Fleet]) -> None:
@@ -244,8 +244,8 @@ def test_groups_of_a_killed_reference_worker_are_scored_by_another(make_fleet: C
     assert held
     with fleet.sound("reference"):
         fleet.tick_until(lambda: fleet.has(group_ids, "reference"), timeout=30, what="all groups to be scored")
-    assert fleet.ledger.account().retried == len(held)
-    assert fleet.ledger.account().holds
+    assert fleet.ledger.counters().retried == len(held)
+    assert fleet.ledger.counters().holds
 
 
 def test_messages_that_vanish_from_the_broker_are_sent_again(make_fleet: Callable[..., Fleet]) -> None:
@@ -255,7 +255,7 @@ def test_messages_that_vanish_from_the_broker_are_sent_again(make_fleet: Callabl
     fleet.ledger.client.delete(fleet.messages("reward"))
     with fleet.sound("reward"):
         fleet.tick_until(lambda: fleet.has(group_ids, "reward"), timeout=30, what="all groups to be scored")
-    account = fleet.ledger.account()
-    assert account.resent >= 3
-    assert (account.retried, account.dead) == (0, {})
-    assert account.holds
+    counters = fleet.ledger.counters()
+    assert counters.resent >= 3
+    assert (counters.retried, counters.dead) == (0, {})
+    assert counters.holds

@@ -34,10 +34,10 @@ def main() -> int:
         die_with(os.getppid())
     try:
         if not is_alone and rank != "0":
-            from sluice.trainer.distributed.parallel import follow
+            from sluice.trainer.distributed.parallel import run_follower
             from sluice.trainer.distributed.ranks import Ranks
 
-            return follow(Ranks.join())
+            return run_follower(Ranks.join())
         client = connect()
         run = open_run(client, run_name())
         from sluice.trainer.distributed.ranks import Ranks

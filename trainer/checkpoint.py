@@ -94,7 +94,7 @@ class SavedTensors:
         first, *others = (file.get_slice(name).get_shape() for file in self._holders[name])
         return torch.Size([first[0] + sum(shape[0] for shape in others), *first[1:]] if others else first)
 
-    def whole(self, name: str) -> Tensor:
+    def full(self, name: str) -> Tensor:
         parts: list[Tensor] = [file.get_tensor(name) for file in self._holders[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -110,7 +110,7 @@ class SavedTensors:
         return torch.cat(parts) if parts else self._holders[name][0].get_slice(name)[:0]
 
     def all(self) -> dict[str, Tensor]:
-        return {name: self.whole(name) for name in self._holders}
+        return {name: self.full(name) for name in self._holders}
 
 
 def write_tensors(folder: Path, kind: str, tensors: dict[str, Tensor], *, rank: int) -> dict[str, str]:
@@ -147,7 +147,7 @@ def save_checkpoint(
     with needing_room(folder, what=f"the checkpoint of step {state.step}"), _removed_on_failure(temporary):
         temporary.mkdir()
         state_file = temporary / "state.json"
-        state_file.write_text(_sealed({**asdict(state), "files": write(temporary)}))
+        state_file.write_text(_with_digest({**asdict(state), "files": write(temporary)}))
         _fsync(state_file)
         _fsync(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -173,7 +173,7 @@ def saved_versions(folder: Path) -> dict[int, int]:
     found = {}
     for path in _complete(folder):
         with suppress(OSError, ValueError, KeyError):
-            state = _opened((path / "state.json").read_text())
+            state = _without_digest((path / "state.json").read_text())
             found[int(state["step"])] = int(state["version"])
     return found
 
@@ -203,7 +203,7 @@ _DAMAGE = (OSError, ValueError, TypeError, safetensors.SafetensorError)
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """One checkpoint. Raises OSError, ValueError, TypeError or SafetensorError when it is damaged."""
-    fields = _opened((path / "state.json").read_text())
+    fields = _without_digest((path / "state.json").read_text())
     for name, digest in fields.pop("files").items():
         if _digest(path / name) != digest:
             raise ValueError(f"{name} does not have the digest that state.json names")
@@ -267,12 +267,12 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def _sealed(fields: dict[str, Any]) -> str:
+def _with_digest(fields: dict[str, Any]) -> str:
     """JSON with a digest of itself."""
     return json.dumps({**fields, "digest": _text_digest(fields)}, indent=1)
 
 
-def _opened(text: str) -> dict[str, Any]:
+def _without_digest(text: str) -> dict[str, Any]:
     """The inverse of `_sealed`. Raises ValueError."""
     fields = json.loads(text)
     if not isinstance(fields, dict) or fields.pop("digest", None) != _text_digest(fields):

@@ -18,7 +18,7 @@ from redis.retry import Retry
 
 from sluice.common.connections.client import connect, outage
 from sluice.common.monitoring.diagnosis import Cause, diagnose
-from sluice.common.monitoring.metrics import HEARTBEAT_S, beat, silence, write_metrics
+from sluice.common.monitoring.metrics import HEARTBEAT_S, remove_heartbeat, send_heartbeat, write_metrics
 from sluice.common.run import Run
 
 log = logging.getLogger("sluice.trainer")
@@ -27,10 +27,10 @@ STREAMED_EVERY_S = 60.0
 """How often a stall that lasts is an entry of the metrics stream, besides its beginning: readers look at the newest few."""
 
 
-class Watch:
+class TrainerHeartbeat:
     """Beats until closed; reports a stall every `trainer.stall_report_s`."""
 
-    def __init__(self, run: Run, trainer: redis.Redis, *, process: str, facts: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, run: Run, trainer: redis.Redis, *, process: str, stats: Callable[[], dict[str, Any]]) -> None:
         """`trainer` is the client over which the trainer itself works."""
         self.report: Callable[[Cause, float], None] = lambda cause, waited_s: None
         "where a stall is recorded besides the log"
@@ -40,7 +40,7 @@ class Watch:
         self._run = run
         self._trainer = trainer
         self._process = process
-        self._facts = facts
+        self._stats = stats
         self._client = connect(retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
         self._waiting_since: float | None = None
         self._away_since: float | None = None
@@ -83,17 +83,17 @@ class Watch:
         self._closed.set()
         self._thread.join(timeout=10)
         try:
-            silence(self._client, self._run.keys, self._process)
+            remove_heartbeat(self._client, self._run.keys, self._process)
         except redis.RedisError as error:
             log.warning("could not sign off: %s", error)
 
     def _run_until_closed(self) -> None:
         while not self._closed.is_set():
             self._look_at_the_trainers_client()
-            facts = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm}
-            facts |= {"up_s": round(time.monotonic() - self._began, 1), **self._facts()}
+            stats = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm}
+            stats |= {"up_s": round(time.monotonic() - self._began, 1), **self._stats()}
             try:
-                beat(self._client, self._run.keys, self._process, facts)
+                send_heartbeat(self._client, self._run.keys, self._process, stats)
                 self._away_since = None
                 self._report_stall()
             except redis.RedisError as error:
@@ -118,7 +118,7 @@ class Watch:
         now = time.monotonic()
         if cause.kind != self._streamed[0] or now - self._streamed[1] > STREAMED_EVERY_S:
             self._streamed = cause.kind, now
-            line = {"step": self._facts()["step"], f"stall/{cause.kind}": waited_s}
+            line = {"step": self._stats()["step"], f"stall/{cause.kind}": waited_s}
             write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
 
     def _is_reported(self) -> bool:

@@ -55,10 +55,10 @@ from sluice.trainer.checkpoint import (
     random_state,
     save_checkpoint,
 )
+from sluice.trainer.control_state import HELD_POLL_S, ControlReader
 from sluice.trainer.distributed.parallel import open_policy
 from sluice.trainer.distributed.ranks import Ranks
-from sluice.trainer.heartbeat import Watch
-from sluice.trainer.orders import HELD_POLL_S, OrderReader
+from sluice.trainer.heartbeat import TrainerHeartbeat
 from sluice.trainer.publish import Publisher
 from sluice.trainer.report import Reporter, batch_metrics, flow_metrics, log_step, token_age
 from sluice.trainer.step import train_on
@@ -69,7 +69,7 @@ EVALUATION_WAIT_S = 300.0
 """At the end, how long the trainer waits for evaluations still running."""
 DISK_RETRY_S = 3.0
 """While a disk is full, how often the trainer tries again."""
-REMEMBERED_S = 120.0
+RECENT_GROUPS_S = 120.0
 """How long a trained group is remembered by name: well over the seconds that a restarted Redis may have lost."""
 
 
@@ -79,8 +79,8 @@ class Trainer:
     def __init__(self, client: redis.Redis, run: Run, *, ranks: Ranks | None = None) -> None:
         """ranks: those that train together; this process is the first of them, by default the only one."""
         self.client, self.run = client, run
-        self.orders = OrderReader(client, run)
-        self.orders.read()
+        self.control_state = ControlReader(client, run)
+        self.control_state.read()
         self.ranks = ranks or Ranks()
         self.folder = Path(run.folder)
         self.checkpoints = self.folder / "checkpoints"
@@ -101,7 +101,7 @@ class Trainer:
             run,
             client,
             incarnation=self.incarnation,
-            when_there_is_room=self._when_there_is_room,
+            retry_while_disk_full=self._retry_while_disk_full,
         )
         self.reporter = Reporter(client, run)
         self.audit = Audit(self.folder, self.config)
@@ -109,22 +109,22 @@ class Trainer:
         self.step, self.saved_step, self.version, self.available, self.wall_s = 0, 0, 0, 0, 0.0
         self.generated_tokens = float(client.hget(run.keys("totals"), "generated_tokens") or 0)
         self.trained_groups: list[str] = []
-        self._remembered: deque[tuple[float, str]] = deque()
+        self._recent_groups: deque[tuple[float, str]] = deque()
         self._abandoned: dict[int, dict[str, int]] = {}
         self._canary_bound = mismatch_bound(self.config.rollout.dtype, self.config.trainer.autocast)
         self._canary_sequences: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
         self.evaluating: set[tuple[str, int]] = set()
         self.idle_fraction = 1.0
         self.device = device_name(self.config.trainer.device)
-        self.watch = Watch(run, client, process=process_name("trainer"), facts=self._facts)
-        self.watch.report = lambda cause, waited_s: self.reporter.report_stall(self.step, cause, waited_s)
+        self.heartbeat = TrainerHeartbeat(run, client, process=process_name("trainer"), stats=self._stats)
+        self.heartbeat.report = lambda cause, waited_s: self.reporter.report_stall(self.step, cause, waited_s)
 
     @property
     def config(self) -> Config:
         """With the settings in force at the last look."""
-        return self.orders.config
+        return self.control_state.config
 
-    def _facts(self) -> dict[str, object]:
+    def _stats(self) -> dict[str, object]:
         device = f"{self.ranks.size} x {self.device}" if self.ranks.size > 1 else self.device
         return {"step": self.step, "version": self.version, "idle_fraction": self.idle_fraction, "device": device}
 
@@ -136,7 +136,7 @@ class Trainer:
         self._resume_or_begin()
         started = time.monotonic() - self.wall_s
         while not self.stopping:
-            self.orders.read()
+            self.control_state.read()
             if self.step >= self.config.trainer.num_steps:
                 break
             began = time.monotonic()
@@ -149,7 +149,7 @@ class Trainer:
             metrics["time/step"] = time.monotonic() - began
             metrics["idle_fraction/trainer"] = self.idle_fraction = waited / metrics["time/step"]
             metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
-            metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations() | self.orders.metrics()
+            metrics |= self._flow(metrics["time/step"]) | self._finished_evaluations() | self.control_state.metrics()
             self.reporter.report(self.step, self.version, metrics)
             log_step(self.step, self.config.trainer.num_steps, metrics, canary_bound=self._canary_bound)
             if self.step % self.config.checkpoint.every_steps == 0 or self._may_become_best():
@@ -161,18 +161,18 @@ class Trainer:
         """One optimizer step and the publication of its policy."""
         metrics = batch_metrics(groups, self._ages_of(groups))
         metrics["staleness/token_mean"] = token_age(self.client, self.run.keys, groups, current=self.version)
-        learnt, advantages = train_on(self.policy, groups, self.config, step=self.step + 1)
-        metrics |= learnt
+        step_metrics, advantages = train_on(self.policy, groups, self.config, step=self.step + 1)
+        metrics |= step_metrics
         self.step += 1
-        self._remember([group.group_id for group in groups])
+        self._record_recent([group.group_id for group in groups])
         self._canary_sequences = choose_sequences(groups)
         began = time.monotonic()
         parent_digest = self._publish(parent=self.version)
         metrics["time/publish_pause"] = time.monotonic() - began
         metrics |= self.publisher.metrics()
-        settings = self.orders.orders.settings
+        settings = self.control_state.control_state.settings
         record = StepRecord(
-            step=self.step, parent_digest=parent_digest, groups=groups, metrics=learnt, settings=settings
+            step=self.step, parent_digest=parent_digest, groups=groups, metrics=step_metrics, settings=settings
         )
         self.audit.record(record, saved_step=self.saved_step)
         self.reporter.keep_samples(self.step, groups, [a.tolist() for a in advantages], self.policy.logprobs_of)
@@ -189,28 +189,28 @@ class Trainer:
 
     def _next_batch(self) -> list[Group] | None:
         """The groups of the next step, in the order of their cursors; None when told to stop while waiting, or drained."""
-        self.watch.waits()
+        self.heartbeat.waits()
         while not self.stopping:
-            self.publisher.mend()
-            if self.orders.orders.paused:
+            self.publisher.republish_full()
+            if self.control_state.control_state.paused:
                 time.sleep(HELD_POLL_S)
-                self.orders.read()
+                self.control_state.read()
                 continue
             self.buffer.max_policy_age = self.config.replay_buffer.max_policy_age
             try:
                 sample = self.buffer.sample(self.version, step=self.step + 1, published=self.publisher.published)
             except StateLost as lost:
-                self._tell_redis_again(lost)
+                self._restore_redis_state(lost)
                 continue
             if sample.groups is not None:
                 self.available = sample.available - len(sample.groups)
-                self.watch.moves()
+                self.heartbeat.moves()
                 return sorted(sample.groups, key=lambda group: int(group.group_id[1:]))
-            if self.orders.orders.draining and self._nothing_is_left(sample.available):
+            if self.control_state.control_state.draining and self._nothing_is_left(sample.available):
                 self.is_drained = True
                 return None
             self.buffer.wait(1.0)
-            self.orders.read()
+            self.control_state.read()
         return None
 
     def _nothing_is_left(self, available: int) -> bool:
@@ -223,8 +223,8 @@ class Trainer:
         evaluate = self.config.evaluation.datasets if self._is_evaluated() else ()
         self.publisher.wait()  # before the snapshot, so that there are two copies at most: this one and its base
         digest_before = self.publisher.digest
-        weights = self.policy.snapshot(self.sampling_dtype, whole=self.version == 0)
-        parent = self._twin_of(weights, otherwise=parent)
+        weights = self.policy.snapshot(self.sampling_dtype, full=self.version == 0)
+        parent = self._matching_abandoned_version(weights, otherwise=parent)
         canary = self.policy.score(self._canary_sequences or random_sequences(self.policy.vocab_size))
         self.publisher.publish(self.version, weights, step=self.step, parent=parent, canary=canary, evaluate=evaluate)
         self.evaluating |= {(dataset.name, self.version) for dataset in evaluate}
@@ -237,7 +237,7 @@ class Trainer:
     def _may_become_best(self) -> bool:
         return self.config.checkpoint.keep_best is not None and self._is_evaluated()
 
-    def _twin_of(self, weights: dict[str, Tensor], *, otherwise: int) -> int:
+    def _matching_abandoned_version(self, weights: dict[str, Tensor], *, otherwise: int) -> int:
         """The version of the abandoned branch at this step that is bit for bit the same policy, if there is one."""
         versions = self._abandoned.get(self.step)
         if not versions:
@@ -253,7 +253,7 @@ class Trainer:
             cursor=int(self.client.get(self.run.keys("cursor")) or 0),
             random_state=random_state(),
             trained_groups=self.trained_groups,
-            recent_groups=[group for _, group in self._remembered],
+            recent_groups=[group for _, group in self._recent_groups],
             wall_s=self.wall_s,
             base_digest=self.policy.base_digest,
         )
@@ -267,31 +267,31 @@ class Trainer:
                 protected=update_best(self.checkpoints, self.client, self.run),
             )
 
-        self._when_there_is_room(save)
+        self._retry_while_disk_full(save)
         self.saved_step = self.step
         self.audit.keep_only_replayable(checkpoint_steps(self.checkpoints))
         self.trained_groups = []
         self.buffer.acknowledge(self.step, trained=list(dict.fromkeys(state.trained_groups + state.recent_groups)))
 
-    def _remember(self, group_ids: list[str]) -> None:
+    def _record_recent(self, group_ids: list[str]) -> None:
         now = time.monotonic()
         self.trained_groups += group_ids
-        self._remembered += [(now, group_id) for group_id in group_ids]
-        while self._remembered and self._remembered[0][0] < now - REMEMBERED_S:
-            self._remembered.popleft()
+        self._recent_groups += [(now, group_id) for group_id in group_ids]
+        while self._recent_groups and self._recent_groups[0][0] < now - RECENT_GROUPS_S:
+            self._recent_groups.popleft()
 
-    def _when_there_is_room(self, write: Callable[[], None]) -> None:
+    def _retry_while_disk_full(self, write: Callable[[], None]) -> None:
         """Do what writes a file; while the disk is full training pauses. Raises DiskFull when told to stop meanwhile."""
         while True:
             try:
                 write()
             except DiskFull as error:
-                self.watch.raise_alarm(f"training pauses: {error}")
+                self.heartbeat.raise_alarm(f"training pauses: {error}")
                 if self.stopping:
                     raise
                 time.sleep(DISK_RETRY_S)
             else:
-                self.watch.clear_alarm()
+                self.heartbeat.clear_alarm()
                 return
 
     def _resume_or_begin(self) -> None:
@@ -299,7 +299,7 @@ class Trainer:
         self.evaluating = evaluation.unreported(self.client, self.run)  # of an earlier process
         newest = self.store.latest_version()
         if newest >= 0:  # the store may be a memory file system: the reference role needs the base version back
-            self.store.restore(0, self.policy.snapshot(self.sampling_dtype, whole=True))
+            self.store.restore(0, self.policy.snapshot(self.sampling_dtype, full=True))
         found = newest_checkpoint(self.checkpoints)
         if found is None:
             self.buffer.roll_back(0)
@@ -309,10 +309,10 @@ class Trainer:
             go_on_from(found, self.policy)
             self.step, self.version, self.wall_s = found.state.step, found.state.version, found.state.wall_s
             self.saved_step = self.step
-            self._remember([*found.state.recent_groups, *found.state.trained_groups])
+            self._record_recent([*found.state.recent_groups, *found.state.trained_groups])
             self.trained_groups = []
             self.client.set(self.run.keys("cursor"), found.state.cursor, nx=True)
-            self.buffer.acknowledge(self.step, trained=[group for _, group in self._remembered])
+            self.buffer.acknowledge(self.step, trained=[group for _, group in self._recent_groups])
             if lost := self.buffer.roll_back(self.step):
                 log.error("%d groups were trained after step %d and are lost: dropped(rolled_back)", lost, self.step)
             log.info("resumed at step %d from %s", self.step, found.path)
@@ -323,7 +323,7 @@ class Trainer:
         self.reporter.begin(self.step, self.config)
         self.publisher.wait()
 
-    def _tell_redis_again(self, lost: StateLost) -> None:
+    def _restore_redis_state(self, lost: StateLost) -> None:
         """Redis came back with an older state: settle what was trained, and publish under a version of its own."""
         keys = self.run.keys
         if not self.client.hexists(keys("run"), "config"):
@@ -332,13 +332,13 @@ class Trainer:
                 f"record are gone. `sluice export {self.folder} TARGET` saves the policy of the newest checkpoint; "
                 "start a new run with model.path=TARGET"
             )
-        log.error("%s; settling %d groups by name", lost, len(self._remembered))
+        log.error("%s; settling %d groups by name", lost, len(self._recent_groups))
         self.publisher.wait()
         self.store.announce_again(incarnation=self.incarnation)
         if self.step > self.saved_step:
             self.checkpoint()
         else:
-            self.buffer.acknowledge(self.step, trained=[group for _, group in self._remembered])
+            self.buffer.acknowledge(self.step, trained=[group for _, group in self._recent_groups])
         self._publish(parent=self.version)
         self.publisher.wait()
 
@@ -372,7 +372,7 @@ class Trainer:
         return metrics
 
     def _settle_best(self) -> None:
-        self._when_there_is_room(lambda: settle_best(self.checkpoints, self.client, self.run))
+        self._retry_while_disk_full(lambda: settle_best(self.checkpoints, self.client, self.run))
 
     def _finish(self) -> None:
         """The last step is saved, its groups are freed, and its evaluation is awaited."""
@@ -396,5 +396,5 @@ class Trainer:
     def close(self) -> None:
         """In order: publisher, sinks, heartbeat."""
         self.publisher.close()
-        self.watch.close()
+        self.heartbeat.close()
         self.reporter.close()

@@ -119,21 +119,21 @@ def reference_kl(logprobs: Tensor, *, ref_logprobs: Tensor, estimator: str) -> T
 def importance_weight(config: LossConfig, *, log_weight: Tensor, loss_mask: Tensor) -> Tensor:
     """Weight [B, T] of each token from log_weight = log(pi_prox / pi_behav) [B, T], itself 0 at masked positions.
 
-    `is_weight` names a level and an operation. Level: `token`, the token's own ratio; `sequence`, the product of its
-    sequence's ratios; `geometric`, their geometric mean. Operation: `truncate`, min(w, is_high); `mask`, 0 outside
-    [is_low, is_high]. None: the token's ratio as it is.
+    `importance_sampling` names a level and an operation. Level: `token`, the token's own ratio; `sequence`, the product of its
+    sequence's ratios; `geometric`, their geometric mean. Operation: `truncate`, min(w, importance_max); `mask`, 0 outside
+    [importance_min, importance_max]. None: the token's ratio as it is.
     """
-    if config.is_weight is None:
+    if config.importance_sampling is None:
         return log_weight.exp()
-    level, operation = config.is_weight.split("_")
+    level, operation = config.importance_sampling.split("_")
     if level == "sequence":
         log_weight = log_weight.sum(-1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expand_as(log_weight)
     elif level == "geometric":
         log_weight = _sequence_mean(log_weight, mask=loss_mask).expand_as(log_weight)
     weight = log_weight.exp()
     if operation == "truncate":
-        return weight.clamp(max=config.is_high)
-    is_kept = (weight >= (config.is_low or 0.0)) & (weight <= config.is_high)
+        return weight.clamp(max=config.importance_max)
+    is_kept = (weight >= (config.importance_min or 0.0)) & (weight <= config.importance_max)
     return torch.where(is_kept, weight, 0.0)
 
 
@@ -184,8 +184,8 @@ def _cispo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
 
 
 def _reinforce(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
-    """-sg(min(rho, is_high)) A lp: REINFORCE under a truncated importance weight."""
-    return _capped_reinforce(tokens, cap=config.is_high)
+    """-sg(min(rho, importance_max)) A lp: REINFORCE under a truncated importance weight."""
+    return _capped_reinforce(tokens, cap=config.importance_max)
 
 
 def _capped_reinforce(tokens: _Tokens, *, cap: float) -> _TokenLoss:
@@ -210,10 +210,10 @@ def _dppo(config: LossConfig, tokens: _Tokens) -> _TokenLoss:
     """
     logprobs = tokens.logprobs.detach()
     moved = logprobs.exp() - (logprobs - tokens.log_ratio.detach()).exp()  # p - mu
-    is_high = (tokens.advantages > 0) & (moved > config.clip_high)
-    is_low = (tokens.advantages <= 0) & (moved < -config.clip_low)
-    surrogate = torch.where(is_high | is_low, 0.0, tokens.log_ratio.exp() * tokens.advantages)
-    return DPPO_PULL * tokens.log_ratio.square() - surrogate, is_low, is_high
+    importance_max = (tokens.advantages > 0) & (moved > config.clip_high)
+    importance_min = (tokens.advantages <= 0) & (moved < -config.clip_low)
+    surrogate = torch.where(importance_max | importance_min, 0.0, tokens.log_ratio.exp() * tokens.advantages)
+    return DPPO_PULL * tokens.log_ratio.square() - surrogate, importance_min, importance_max
 
 
 _LOSSES = {"grpo": _grpo, "gspo": _gspo, "cispo": _cispo, "sapo": _sapo, "reinforce": _reinforce, "dppo": _dppo}

@@ -35,11 +35,11 @@ class Publisher:
         client: redis.Redis,
         *,
         incarnation: int,
-        when_there_is_room: Callable[[Callable[[], None]], None],
+        retry_while_disk_full: Callable[[Callable[[], None]], None],
     ) -> None:
-        """`when_there_is_room` runs what writes to a disk, again and again while that is full."""
+        """`retry_while_disk_full` runs what writes to a disk, again and again while that is full."""
         self._store = store
-        self._when_there_is_room = when_there_is_room
+        self._retry_while_disk_full = retry_while_disk_full
         self._app = app
         self._run = run
         self._client = client
@@ -74,10 +74,10 @@ class Publisher:
             self._running.result()
             self._running = None
 
-    def mend(self) -> None:
+    def republish_full(self) -> None:
         """Write the newest version whole where a reader could not verify its delta, and asked."""
-        if (self._running is None or self._running.done()) and self._store.is_wanted_whole():
-            self._when_there_is_room(self._store.mend)
+        if (self._running is None or self._running.done()) and self._store.is_full_requested():
+            self._retry_while_disk_full(self._store.republish_full)
 
     def metrics(self) -> dict[str, float]:
         """Of the newest publication: seconds, and what a reader downloads who has the version before, in bytes and of all."""
@@ -116,7 +116,7 @@ class Publisher:
                 "policy/payload_share": manifest.payload_bytes / whole_bytes,
             }
 
-        self._when_there_is_room(write)
+        self._retry_while_disk_full(write)
         self.published = version
         for dataset in evaluate:
             evaluation.request(self._client, self._run.keys, dataset, version=version)

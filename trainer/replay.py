@@ -92,9 +92,7 @@ def _replay_step(policy: ParallelPolicy, config: Config, run_folder: Path, *, st
     record = read_record(audit_folder(run_folder), step)
     config = with_settings(config, record.settings)
     dtype = getattr(torch, config.rollout.dtype)
-    began_with = {
-        weights_digest(policy.snapshot(dtype, whole=whole)) for whole in {False, step == 1}
-    }  # 1: on version 0
+    began_with = {weights_digest(policy.snapshot(dtype, full=full)) for full in {False, step == 1}}  # 1: on version 0
     metrics, _ = train_on(policy, record.groups, config, step=step)
     ended_same = None
     if step in checkpoint_steps(run_folder / "checkpoints"):

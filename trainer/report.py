@@ -23,11 +23,11 @@ import redis
 from numpy.typing import NDArray
 
 from sluice.common.config import QUEUES, Config
-from sluice.common.connections.broker import PART_TASKS
+from sluice.common.connections.broker import STAGE_TASKS
 from sluice.common.errors import PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger.evaluations import mark_reported
-from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.ledger import read_counters
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.monitoring.diagnosis import Cause
 from sluice.common.monitoring.metrics import last_metrics, read_heartbeats, write_metrics
@@ -35,17 +35,17 @@ from sluice.common.monitoring.queues import read_queues
 from sluice.common.policies.lineage import policy_ages
 from sluice.common.run import Run
 from sluice.common.serialization import encode
-from sluice.common.types import Group, have_preference
+from sluice.common.types import Group, has_reward_variance
 from sluice.trainer.completions import CompletionsTable
 from sluice.trainer.micro_batches import Sequences
-from sluice.trainer.trackers import Sinks, TrackedRun, check_packages, tracked_id
+from sluice.trainer.trackers import TrackedRun, Trackers, check_packages, tracked_id
 
 log = logging.getLogger("sluice.trainer")
 
 SAMPLES_PER_STEP = 2
 _REPORTED = re.compile(rb'\{"step": (\d+), "version": (\d+)')
 """Beginning of the line of a step."""
-_WORK = [f"{fact}:{part}" for part in PART_TASKS for fact in ("w", "n", "s")]
+_WORK = [f"{fact}:{stage}" for stage in STAGE_TASKS for fact in ("w", "n", "s")]
 """Who did each part, its claims, and how often it was sent again."""
 
 
@@ -59,10 +59,10 @@ class Reporter:
         folder = Path(run.folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        self._last_step, self.last_version = _last_told(self._path)
+        self._last_step, self.last_version = _last_logged(self._path)
         "newest policy version that earlier processes have reported; -1 when there was none"
         check_packages(run.config.metrics)
-        self._trackers: Sinks | None = None
+        self._trackers: Trackers | None = None
         self._completions = CompletionsTable(folder) if run.config.metrics.completions else None
 
     def begin(self, step: int, config: Config) -> None:
@@ -77,7 +77,7 @@ class Reporter:
             resumed_step=step,
             told_step=self._last_step,
         )
-        self._trackers = Sinks(config.metrics, tracked)
+        self._trackers = Trackers(config.metrics, tracked)
         if self._completions is not None:
             self._completions.forget_after(step)
 
@@ -126,9 +126,9 @@ class Reporter:
         )
         with self._client.pipeline(transaction=False) as pipe:
             for (group, values), done in zip(chosen, work, strict=True):
-                facts = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
-                sample = encode(_sample(step, group, values, trained) | {"work": facts})
-                self._scripts("small", "XADD", "samples", "MAXLEN", kept, "*", "sample", sample, client=pipe)
+                stats = {name: value.decode() for name, value in zip(_WORK, done, strict=True) if value is not None}
+                sample = encode(_sample(step, group, values, trained) | {"work": stats})
+                self._scripts("write_record", "XADD", "samples", "MAXLEN", kept, "*", "sample", sample, client=pipe)
             pipe.execute()
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
             os.truncate(path, size)
 
 
-def _last_told(path: Path) -> tuple[int, int]:
+def _last_logged(path: Path) -> tuple[int, int]:
     """Highest step and newest version of all steps that were reported, or (-1, -1)."""
     step = version = -1
     if path.exists():
@@ -208,7 +208,7 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
     metrics = {
         "reward/mean": fmean(rewards) if rewards else math.nan,
         "reward/std": pstdev(rewards) if rewards else math.nan,
-        "frac_reward_zero_std": fmean(not have_preference(e.reward for e in g.episodes) for g in groups),
+        "frac_reward_zero_std": fmean(not has_reward_variance(e.reward for e in g.episodes) for g in groups),
         "completions/mean_length": fmean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -253,37 +253,37 @@ def flow_metrics(client: redis.Redis, run: Run, *, generated_before: float) -> d
         pipe.scard(run.keys("credit"))
         pipe.hget(run.keys("totals"), "generated_tokens")
         held, credits, generated = pipe.execute()
-    account = read_account(client, run.keys)
+    counters = read_counters(client, run.keys)
     metrics: dict[str, float] = {}
     for name, queue in read_queues(client, run, QUEUES).items():
         metrics |= {f"queue/{name}/depth": float(queue.depth), f"queue/{name}/oldest_age_s": queue.oldest_age_s}
     shares: dict[str, list[float]] = defaultdict(list)
-    beats = read_heartbeats(client, run.keys).values()
-    for facts in beats:
-        if "idle_fraction" in facts and facts["role"] != "trainer":
-            shares[facts["role"]].append(facts["idle_fraction"])
-    compared = [facts.get(key) for facts in beats for key in ("mismatch", "cache_mismatch")]
+    heartbeats = read_heartbeats(client, run.keys).values()
+    for stats in heartbeats:
+        if "idle_fraction" in stats and stats["role"] != "trainer":
+            shares[stats["role"]].append(stats["idle_fraction"])
+    compared = [stats.get(key) for stats in heartbeats for key in ("mismatch", "cache_mismatch")]
     if differences := [difference for difference in compared if difference is not None]:
         metrics["off_policy/canary_abs_diff"] = max(differences)
-    if adapter_shares := [facts["adapter_share"][0] for facts in beats if facts.get("adapter_share")]:
+    if adapter_shares := [stats["adapter_share"][0] for stats in heartbeats if stats.get("adapter_share")]:
         metrics["off_policy/adapter_share"] = min(adapter_shares)
     metrics |= {f"idle_fraction/{role}": fmean(values) for role, values in shares.items()}
     if run.config.trainer.filter_zero_variance:
         dropped, before = (
-            account.dropped.get("zero_variance", 0),
+            counters.dropped.get("zero_variance", 0),
             last_metrics(client, run.keys).get("filter/dropped", 0.0),
         )
         metrics["filter/dropped"] = float(dropped)
         metrics["filter/dropped_in_step"] = dropped - before
-        metrics["filter/kept_for_bound"] = float(account.kept_for_bound)
+        metrics["filter/kept_for_bound"] = float(counters.kept_for_bound)
     return {
         **metrics,
         "buffer/bytes": float(held or 0),
         "admission/credits": float(credits),
         "num_generated_tokens": float(generated or 0) - generated_before,
-        "staleness/dropped": float(account.dropped.get("stale", 0)),
-        "ledger/admitted": float(account.admitted),
-        "ledger/in_flight": float(account.in_flight),
-        "ledger/retried": float(account.retried),
-        "ledger/dead": float(sum(account.dead.values())),
+        "staleness/dropped": float(counters.dropped.get("stale", 0)),
+        "ledger/admitted": float(counters.admitted),
+        "ledger/in_flight": float(counters.in_flight),
+        "ledger/retried": float(counters.retried),
+        "ledger/dead": float(sum(counters.dead.values())),
     }

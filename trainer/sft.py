@@ -37,7 +37,7 @@ from sluice.trainer.trained_policy import TrainedPolicy
 
 log = logging.getLogger("sluice.sft")
 
-MOST_SKIPPED = 10_000
+MAX_SKIPPED_ROWS = 10_000
 """So many rows of a stream without one that can be trained on, and it is given up; of a table, all its rows."""
 
 
@@ -135,7 +135,7 @@ class SftTrainer:
             skipped = 0 if example else skipped + 1
             if example:
                 examples.append(example)
-            elif skipped >= (self._source.num_rows or MOST_SKIPPED):
+            elif skipped >= (self._source.num_rows or MAX_SKIPPED_ROWS):
                 raise ConfigError(_nothing_fits(self.config, self.config.dataset, "dataset"))
         return examples
 

@@ -25,9 +25,9 @@ def train_on(
     rewards = [rewards_of(group, config) for group in groups]
     advantages = batch_advantages(rewards, method=trainer.advantage)
     began = time.monotonic()
-    learnt = policy.optimize(
+    step_metrics = policy.optimize(
         groups, advantages, step=step, max_tokens=trainer.microbatch_tokens, mask_truncated=trainer.mask_truncated
     )
-    metrics = mask_metrics(groups, config) | learnt
+    metrics = mask_metrics(groups, config) | step_metrics
     metrics["time/forward_backward"] = time.monotonic() - began
     return metrics, advantages

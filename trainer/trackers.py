@@ -147,7 +147,7 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {"tensorboard": TensorBoa
 
 
 @dataclass(kw_only=True)
-class Sink:
+class TrackerQueue:
     """One tracker, its queue and its thread."""
 
     name: str
@@ -214,24 +214,24 @@ class Sink:
         log.error("%s fails: %s. The run goes on without it (said once; metric trackers/dropped)", self.name, why)
 
 
-class Sinks:
+class Trackers:
     """All trackers that a config names."""
 
     def __init__(self, config: MetricsConfig, run: TrackedRun) -> None:
-        self._sinks = [Sink(name=name, open=TRACKERS[name], run=run) for name in chosen(config)]
+        self._queues = [TrackerQueue(name=name, open=TRACKERS[name], run=run) for name in chosen(config)]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for sink in self._sinks:
+        for sink in self._queues:
             sink.log(step, finite)
 
     def metrics(self) -> dict[str, float]:
         """Nothing while every tracker keeps up."""
-        dropped = sum(sink.dropped for sink in self._sinks)
+        dropped = sum(sink.dropped for sink in self._queues)
         return {"trackers/dropped": float(dropped)} if dropped else {}
 
     def close(self) -> None:
-        for sink in self._sinks:
+        for sink in self._queues:
             sink.close()
 
 

@@ -250,16 +250,16 @@ class TrainedPolicy:
         ]
 
     @torch.no_grad()
-    def snapshot(self, dtype: torch.dtype, *, whole: bool = False) -> dict[str, Tensor]:
+    def snapshot(self, dtype: torch.dtype, *, full: bool = False) -> dict[str, Tensor]:
         """A copy of the weights on the CPU of rank 0, in the sampling precision; training may go on while it travels.
 
-        Where an adapter is trained, its tensors in float32; with `whole` the weights that it is upon. Sharded weights are
+        Where an adapter is trained, its tensors in float32; with `full` the weights that it is upon. Sharded weights are
         gathered one by one. On the other ranks it is empty.
         """
         weights = self._trained_weights()
         if self.adapter is not None:
-            weights = self.adapter.base_weights() if whole else weights
-            dtype = dtype if whole else torch.float32
+            weights = self.adapter.base_weights() if full else weights
+            dtype = dtype if full else torch.float32
         copies = {}
         for name, weight in weights.items():
             kept_dtype = dtype if weight.is_floating_point() else weight.dtype
@@ -314,7 +314,7 @@ class TrainedPolicy:
             parameter_name, _, key = name.rpartition("/")
             parameter = parameters[parameter_name]
             if key == "step":
-                counted = saved.whole(name).clone()  # not the file's memory
+                counted = saved.full(name).clone()  # not the file's memory
                 state = counted if self.device.type == "cpu" else counted.to(self.device)
             else:
                 state = torch.zeros_like(parameter)
@@ -329,7 +329,7 @@ class TrainedPolicy:
         if (shape := saved.shape(name)) != tensor.shape:
             raise DigestMismatch(f"{name}: the checkpoint has shape {tuple(shape)}, the model {tuple(tensor.shape)}")
         own, start = own_rows(tensor, self._ranks)
-        own.copy_(saved.whole(name) if start is None else saved.rows(name, start, start + own.shape[0]))
+        own.copy_(saved.full(name) if start is None else saved.rows(name, start, start + own.shape[0]))
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """AdamW's state as flat tensors, `<parameter>/<exp_avg|exp_avg_sq|step>`: no pickle needed to keep it."""

@@ -39,7 +39,7 @@ class QueueWorker(Worker):
         queues = _served_queues(options.get("queues"))
         role = queues[0]
         try:
-            module = import_module(f"workers.{'rollout' if role == 'eval' else role}")
+            module = import_module(f"sluice.workers.{'rollout' if role == 'eval' else role}")
             pool, concurrency = module.prepare(self.app, ",".join(queues))
         except (ConfigError, ConnectionFailed) as error:
             _refuse(str(error))

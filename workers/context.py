@@ -37,13 +37,13 @@ from celery.concurrency.thread import TaskPool
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from sluice.common.connections.broker import send, send_part
+from sluice.common.connections.broker import send, send_stage
 from sluice.common.connections.client import connect, give_up_after, run_name
 from sluice.common.errors import EngineClosed, SerializationError
 from sluice.common.ledger.ledger import Claim, Ledger
-from sluice.common.monitoring.metrics import HEARTBEAT_S, beat, silence
+from sluice.common.monitoring.metrics import HEARTBEAT_S, remove_heartbeat, send_heartbeat
 from sluice.common.run import Run, open_run, process_name
-from sluice.workers.execution_lock import Room
+from sluice.workers.execution_lock import ExecutionLock
 
 log = logging.getLogger("sluice.worker")
 
@@ -78,16 +78,16 @@ class Context:
     process: str
     progress_age_s: Callable[[], float] = lambda: 0.0
     "seconds since the engine last made progress: leases end one lease after it, the process after two"
-    facts: Callable[[], dict[str, Any]] = dict
+    stats: Callable[[], dict[str, Any]] = dict
     "what this process adds to its heartbeat"
     busy_s: Callable[[], float] = lambda: 0.0
     "seconds of work so far, of whatever the process has one of: an engine, a model, a reader"
     started_at: float = field(default_factory=time.time)
     num_done: int = 0
-    _beat_at: float = field(default_factory=time.monotonic)
-    _beat_busy_s: float = 0.0
+    _heartbeat_at: float = field(default_factory=time.monotonic)
+    _heartbeat_busy_s: float = 0.0
     _claims: dict[str, Claim] = field(default_factory=dict)
-    _room: Room = field(default_factory=Room)
+    _lock: ExecutionLock = field(default_factory=ExecutionLock)
     _was_hung: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
     _is_draining: ClassVar[bool] = False
@@ -98,7 +98,7 @@ class Context:
         cls._is_draining = True
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def take_grace_s(self) -> float:
+    def consume_grace_period_s(self) -> float:
         """Seconds that running parts have when the process is told to end: autoscale.drain_s once after SIGUSR2."""
         was_draining, Context._is_draining = Context._is_draining, False
         config = self.run.config
@@ -115,42 +115,42 @@ class Context:
         urgent = Ledger(quick, run.keys, run.config, worker=process)
         return cls(role=role, app=app, client=client, run=run, ledger=ledger, urgent=urgent, process=process)
 
-    def perform(
+    def run_stage(
         self,
         group_id: str,
-        part: str,
+        stage: str,
         work: Callable[[Claim], Result],
         *,
         fields: tuple[str, ...],
         lease_s: float | None = None,
     ) -> None:
         """Do one part of one group, beside others unless this is its last attempt."""
-        do = partial(self._perform, group_id, part, work, fields=fields, lease_s=lease_s)
-        with self._room.shared() as is_in:
-            is_last = self._is_last_attempt(group_id, part)
-            if is_in and not is_last:
+        do = partial(self._run_stage, group_id, stage, work, fields=fields, lease_s=lease_s)
+        with self._lock.shared() as acquired:
+            is_last = self._is_last_attempt(group_id, stage)
+            if acquired and not is_last:
                 do()
         if is_last:
-            with self._room.alone() as is_in:
-                if is_in:
+            with self._lock.exclusive() as acquired:
+                if acquired:
                     do()
 
-    def _is_last_attempt(self, group_id: str, part: str) -> bool:
+    def _is_last_attempt(self, group_id: str, stage: str) -> bool:
         """Asked before the claim: a claim that waits would spend the attempt if its process were killed."""
         most = self.run.config.lease.max_attempts
-        spent = int(self.client.hget(self.run.keys("g", group_id), f"n:{part}") or 0)
+        spent = int(self.client.hget(self.run.keys("g", group_id), f"n:{stage}") or 0)
         return spent + 1 >= most > 1
 
-    def _perform(
+    def _run_stage(
         self,
         group_id: str,
-        part: str,
+        stage: str,
         work: Callable[[Claim], Result],
         *,
         fields: tuple[str, ...],
         lease_s: float | None,
     ) -> None:
-        claim = self.ledger.claim(group_id, part, fields=fields, lease_s=lease_s)
+        claim = self.ledger.claim(group_id, stage, fields=fields, lease_s=lease_s)
         if claim is None:
             return
         with self._working_on(claim):
@@ -158,17 +158,17 @@ class Context:
                 result = work(claim)
             except EngineClosed:
                 if self.ledger.release(claim):
-                    send_part(self.app, group_id, part)
+                    send_stage(self.app, group_id, stage)
                 return
             except Exception as error:  # the task boundary: whatever a part raises is accounted for, never lost
-                log.warning("%s of group %s failed on attempt %d: %r", part, group_id, claim.attempt, error)
+                log.warning("%s of group %s failed on attempt %d: %r", stage, group_id, claim.attempt, error)
                 detail = f"{error!r}\n{traceback.format_exc(limit=-8)}"
                 if self.ledger.fail(claim, reason=_reason(error), detail=detail):
-                    send_part(self.app, group_id, part)
+                    send_stage(self.app, group_id, stage)
                 return
             following = self._store(claim, result)  # may wait for Redis; the lease is kept meanwhile
         for name in following or ():
-            send_part(self.app, group_id, name)
+            send_stage(self.app, group_id, name)
         if result.is_zero_variance and following is not None:
             send(self.app, "dataset.fill", "dataset")  # its credit is free: another prompt takes its place
         self.num_done += 1
@@ -176,7 +176,7 @@ class Context:
     def _store(self, claim: Claim, result: Result) -> list[str] | None:
         return self.ledger.store(
             claim.group_id,
-            claim.part,
+            claim.stage,
             result.payload,
             version=result.version,
             num_tokens=result.num_tokens,
@@ -191,11 +191,11 @@ class Context:
         finally:
             del self._claims[claim.holder]
 
-    def start_heart(self) -> None:
+    def start_heartbeat(self) -> None:
         """Begin to renew leases and to beat."""
-        threading.Thread(target=self._beat_until_stopped, name="heart", daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, name="heart", daemon=True).start()
 
-    def _beat_until_stopped(self) -> None:
+    def _send_heartbeats(self) -> None:
         period = min(HEARTBEAT_S, self.run.config.lease.running_s / 3)
         while not self._stop.wait(period):
             try:
@@ -203,7 +203,7 @@ class Context:
                 left_s = self.run.config.lease.running_s - self.progress_age_s()
                 if left_s > 0:
                     self._renew(left_s)
-                beat(self.urgent.client, self.run.keys, self.process, self._facts())
+                send_heartbeat(self.urgent.client, self.run.keys, self.process, self._stats())
             except redis.RedisError as error:
                 log.warning("no heartbeat: %s", error)
 
@@ -212,10 +212,10 @@ class Context:
         lost = set(self.urgent.renew(claims, lease_s=lease_s))
         for claim in claims:
             # one that was handed in meanwhile has no lease any more either
-            if f"{claim.group_id}|{claim.part}" in lost and claim.holder in self._claims:
+            if f"{claim.group_id}|{claim.stage}" in lost and claim.holder in self._claims:
                 log.warning(
                     "lost the lease of %s of group %s: it was taken over, or its group is settled; a late result will be refused",
-                    claim.part,
+                    claim.stage,
                     claim.group_id,
                 )
 
@@ -232,10 +232,10 @@ class Context:
             os._exit(HUNG_EXIT_CODE)
         self._was_hung = is_hung
 
-    def _facts(self) -> dict[str, Any]:
+    def _stats(self) -> dict[str, Any]:
         now, busy_s = time.monotonic(), self.busy_s()
-        idle = 1.0 - (busy_s - self._beat_busy_s) / max(now - self._beat_at, 1e-9)
-        self._beat_at, self._beat_busy_s = now, busy_s
+        idle = 1.0 - (busy_s - self._heartbeat_busy_s) / max(now - self._heartbeat_at, 1e-9)
+        self._heartbeat_at, self._heartbeat_busy_s = now, busy_s
         return {
             "idle_fraction": round(min(1.0, max(0.0, idle)), 3),
             "role": self.role,
@@ -244,7 +244,7 @@ class Context:
             "up_s": round(time.time() - self.started_at, 1),
             "running": len(self._claims),
             "done": self.num_done,
-            **self.facts(),
+            **self.stats(),
         }
 
     def close(self) -> None:
@@ -252,7 +252,7 @@ class Context:
         self._stop.set()
         give_up_after(self.client, 2.0)
         try:
-            silence(self.urgent.client, self.run.keys, self.process)
+            remove_heartbeat(self.urgent.client, self.run.keys, self.process)
         except redis.RedisError as error:
             log.warning("could not sign off: %s", error)
 

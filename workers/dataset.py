@@ -21,10 +21,10 @@ import xxhash
 from celery import Celery, signals
 
 from sluice.common.config import EvalDataset
-from sluice.common.connections.broker import send_part
+from sluice.common.connections.broker import send_stage
 from sluice.common.errors import ConfigError
 from sluice.common.ledger.evaluations import evaluation_id
-from sluice.common.ledger.ledger import stored_parts
+from sluice.common.ledger.ledger import stored_stages
 from sluice.common.models.assets import ModelAssets
 from sluice.common.operations import autoscale
 from sluice.common.operations.control import effective
@@ -67,14 +67,14 @@ class DatasetRole:
         self._source = PromptSource(self._config.dataset, self._tokenizer, seed=self._config.seed)
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        context.facts = lambda: {"stopped_by": self._stopped_by}
+        context.stats = lambda: {"stopped_by": self._stopped_by}
         self._stopped_by = "starting"
         self._busy_s = 0.0
         self._ticked_at = self._reap_from = 0.0
         context.busy_s = lambda: self._busy_s
 
     def start(self) -> None:
-        self.context.start_heart()
+        self.context.start_heartbeat()
         threading.Thread(target=self._tick_until_stopped, name="tick", daemon=True).start()
 
     def stop(self) -> None:
@@ -143,8 +143,8 @@ class DatasetRole:
                 self.context.ledger.store(group_id, "task", payload, client=pipe)
             replies = pipe.execute()
         for group_id, reply in zip(tasks, replies, strict=True):
-            for part in stored_parts(reply) or ():
-                send_part(self.context.app, group_id, part)
+            for stage in stored_stages(reply) or ():
+                send_stage(self.context.app, group_id, stage)
         self.context.num_done += len(tasks)
         self._busy_s += time.monotonic() - started
 
@@ -192,7 +192,7 @@ class DatasetRole:
         dataset = sets[evaluation]
         tasks = self._evaluation_tasks(evaluation, dataset)
         for group_id in self.context.ledger.admit_eval(evaluation, dataset=dataset.name, version=version, tasks=tasks):
-            send_part(self.context.app, group_id, "rollout")
+            send_stage(self.context.app, group_id, "rollout")
 
     def _evaluation_tasks(self, evaluation: str, dataset: EvalDataset) -> dict[str, bytes]:
         ordered = dataset.dataset.model_copy(update={"shuffle": False})
@@ -241,8 +241,8 @@ class DatasetRole:
         if now - self._ticked_at > AWAY_S:  # Redis, or this process, was away: who lives gets time to renew its leases
             self._reap_from = now + RENEWAL_S
         if now >= self._reap_from:
-            for group_id, part, _ in self.context.ledger.reap():
-                send_part(self.context.app, group_id, part)
+            for group_id, stage, _ in self.context.ledger.reap():
+                send_stage(self.context.app, group_id, stage)
         self.fill()
         self.evaluate()
         autoscale.update(self.context.client, self.context.run)

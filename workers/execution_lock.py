@@ -14,38 +14,38 @@ WAIT_S = 600.0
 """Longest wait to get in. A part that does not is owed still, and the reaper sends it again."""
 
 
-class Room:
-    """`with room.shared() as is_in`, `with room.alone() as is_in`; false: did not get in within WAIT_S."""
+class ExecutionLock:
+    """`with lock.shared() as acquired`, `with lock.exclusive() as acquired`; false: did not get in within WAIT_S."""
 
     def __init__(self, wait_s: float = WAIT_S) -> None:
         self._changed = threading.Condition()
         self._inside = 0
-        self._want_alone = 0
+        self._want_exclusive = 0
         "those that wait to be alone, and the one that is"
         self._wait_s = wait_s
 
     @contextmanager
     def shared(self) -> Iterator[bool]:
         with self._changed:
-            is_in = self._changed.wait_for(lambda: self._want_alone == 0, self._wait_s)
-            self._inside += is_in
+            acquired = self._changed.wait_for(lambda: self._want_exclusive == 0, self._wait_s)
+            self._inside += acquired
         try:
-            yield is_in
+            yield acquired
         finally:
             with self._changed:
-                self._inside -= is_in
+                self._inside -= acquired
                 self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
+    def exclusive(self) -> Iterator[bool]:
         with self._changed:
-            self._want_alone += 1
-            is_in = self._changed.wait_for(lambda: self._inside == 0, self._wait_s)
-            self._inside += is_in
+            self._want_exclusive += 1
+            acquired = self._changed.wait_for(lambda: self._inside == 0, self._wait_s)
+            self._inside += acquired
         try:
-            yield is_in
+            yield acquired
         finally:
             with self._changed:
-                self._inside -= is_in
-                self._want_alone -= 1
+                self._inside -= acquired
+                self._want_exclusive -= 1
                 self._changed.notify_all()

@@ -104,7 +104,7 @@ class ServedPolicy:
         if served == version:
             self.cache_mismatch = mean_difference([shortest.rollout_logprobs], logprobs)
 
-    def facts(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, Any]:
         """For the heartbeat."""
         return {
             "alarm": self.alarm,

@@ -39,7 +39,7 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
     context = Context.open(app, role)
     host = ReferenceRole(context)
     app.task(host.score, name="reference.score")
-    signals.worker_ready.connect(lambda **_: context.start_heart(), weak=False)
+    signals.worker_ready.connect(lambda **_: context.start_heartbeat(), weak=False)
     signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
     return CooperativePool, context.run.config.reference.concurrency
 
@@ -51,13 +51,13 @@ class ReferenceRole:
         self.context = context
         self._config = context.run.config
         self._model: ReferenceModel | None = None
-        context.facts = lambda: {"device": device_name(self._config.reference.device)}
+        context.stats = lambda: {"device": device_name(self._config.reference.device)}
         context.busy_s = lambda: self._model.busy_s if self._model else 0.0
         self._loading = threading.Lock()
 
     def score(self, group_id: str) -> None:
         """Task: the reference part of a group."""
-        self.context.perform(group_id, "reference", self._score, fields=("task", "rollout"))
+        self.context.run_stage(group_id, "reference", self._score, fields=("task", "rollout"))
 
     def _score(self, claim: Claim) -> Result:
         task = decode(claim.fields["task"] or b"")

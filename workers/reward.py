@@ -22,10 +22,10 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, signals
 from celery.utils.log import current_process_index
 
-from sluice.common.connections.broker import send_part
+from sluice.common.connections.broker import send_stage
 from sluice.common.ledger.ledger import Claim
 from sluice.common.serialization import decode, encode
-from sluice.common.types import have_preference
+from sluice.common.types import has_reward_variance
 from sluice.workers.context import Context, Result
 from sluice.workers.rewards.answers import evaluation_facts
 from sluice.workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
@@ -34,7 +34,7 @@ log = logging.getLogger("sluice.reward")
 
 _KILL_AFTER_S = 2.0
 """A child that ignores its soft time limit is killed this much later."""
-_MOST_CHILDREN = 1024
+_MAX_CHILDREN = 1024
 """Of a reward worker; more than that share places in the tally."""
 _IDLE = -1.0
 
@@ -50,30 +50,30 @@ def prepare(app: Celery, role: str) -> tuple[Any, int]:
         soft_time_limit=config.time_limit_s,
         time_limit=config.time_limit_s + _KILL_AFTER_S,
     )
-    signals.worker_ready.connect(lambda **_: context.start_heart(), weak=False)
+    signals.worker_ready.connect(lambda **_: context.start_heartbeat(), weak=False)
     signals.worker_process_init.connect(lambda **_: host.reopen(app, role), weak=False)
     signals.task_failure.connect(host.report_lost_child, weak=False)
     signals.worker_shutdown.connect(lambda **_: context.close(), weak=False)
     return "prefork", config.concurrency
 
 
-class Tally:
+class SharedWorkerStats:
     """What the children do, in memory that they share with the parent, which tells of it.
 
     A child writes its own place only: there is no lock that one could take with it when it is killed.
     """
 
     def __init__(self) -> None:
-        self._num_done = multiprocessing.RawArray("d", _MOST_CHILDREN)
-        self._worked_s = multiprocessing.RawArray("d", _MOST_CHILDREN)
-        self._since = multiprocessing.RawArray("d", _MOST_CHILDREN)  # 0: no child, _IDLE, or when its part began
+        self._num_done = multiprocessing.RawArray("d", _MAX_CHILDREN)
+        self._worked_s = multiprocessing.RawArray("d", _MAX_CHILDREN)
+        self._since = multiprocessing.RawArray("d", _MAX_CHILDREN)  # 0: no child, _IDLE, or when its part began
 
     def join(self) -> None:
         """In a fresh child; the one before it in this place may have died at work."""
         self._since[self._place] = _IDLE
 
     @contextlib.contextmanager
-    def part(self) -> Iterator[None]:
+    def stage(self) -> Iterator[None]:
         place, began = self._place, time.monotonic()  # one clock for all processes of a machine
         self._since[place] = began
         try:
@@ -85,7 +85,7 @@ class Tally:
 
     @property
     def _place(self) -> int:
-        return (current_process_index(0) or 0) % _MOST_CHILDREN
+        return (current_process_index(0) or 0) % _MAX_CHILDREN
 
     @property
     def num_done(self) -> int:
@@ -109,14 +109,14 @@ class RewardRole:
         self.context = context
         self._functions = functions
         self._reported: deque[str] = deque(maxlen=1000)
-        self._tally = Tally()
-        context.facts = lambda: {"done": self._tally.num_done, "running": self._tally.num_running}
-        context.busy_s = lambda: self._tally.busy_s
+        self._shared_stats = SharedWorkerStats()
+        context.stats = lambda: {"done": self._shared_stats.num_done, "running": self._shared_stats.num_running}
+        context.busy_s = lambda: self._shared_stats.busy_s
 
     def reopen(self, app: Celery, role: str) -> None:
         """In a fresh child: connections of its own, its own name in claims, and less memory than the machine has."""
         self.context = Context.open(app, role)
-        self._tally.join()
+        self._shared_stats.join()
         limit_mib = self.context.run.config.reward.memory_limit_mib
         if limit_mib is not None:
             _, most = resource.getrlimit(resource.RLIMIT_DATA)
@@ -138,9 +138,9 @@ class RewardRole:
             holder = (ledger.client.hget(ledger.keys("g", group_id), "by:reward") or b"").decode()
             if not holder.startswith(context.process.rpartition(":")[0] + ":"):
                 return  # it died before it claimed the part, or the part was taken over
-            claim = Claim(group_id=group_id, part="reward", holder=holder, attempt=0, fields={})
+            claim = Claim(group_id=group_id, stage="reward", holder=holder, attempt=0, fields={})
             if ledger.fail(claim, reason=type(exception).__name__, detail=what):
-                send_part(context.app, group_id, "reward")
+                send_stage(context.app, group_id, "reward")
         except redis.RedisError as error:
             log.warning("group %s is scored again when its lease ends: %s", group_id, error)
 
@@ -148,8 +148,8 @@ class RewardRole:
         """Task: the reward part of a group."""
         config = self.context.run.config
         lease_s = max(config.lease.running_s, config.reward.time_limit_s + 2 * _KILL_AFTER_S)
-        with self._tally.part():
-            self.context.perform(
+        with self._shared_stats.stage():
+            self.context.run_stage(
                 group_id, "reward", self._score, fields=("task", "rollout", "version", "eval"), lease_s=lease_s
             )
 
@@ -172,7 +172,7 @@ class RewardRole:
             (dataset,) = (d for d in self.context.run.config.evaluation.datasets if d.name == name)
             payload |= evaluation_facts(completions, answer=dataset.answer)
         is_filtered = self.context.run.config.trainer.filter_zero_variance and not evaluation
-        return Result(payload=encode(payload), is_zero_variance=is_filtered and not have_preference(scores.reward))
+        return Result(payload=encode(payload), is_zero_variance=is_filtered and not has_reward_variance(scores.reward))
 
 
 def _how_it_ended(exception: BaseException) -> str:

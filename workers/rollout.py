@@ -97,21 +97,21 @@ class RolloutRole:
         self._tokenizer = assets.tokenizer()
         self.engine = make_engine(context.run.config, assets)
         self._device = _device_name(context.run.config)
-        self._beat_at, self._beat_tokens = time.monotonic(), 0
+        self._heartbeat_at, self._heartbeat_tokens = time.monotonic(), 0
         self._policy = ServedPolicy(context.client, context.run.keys, context.run.config.policy_store, self.engine)
         context.progress_age_s = lambda: time.monotonic() - self.engine.progress_at
-        context.facts = self._facts
+        context.stats = self._stats
         context.busy_s = lambda: self.engine.stats().busy_s
 
     def start(self) -> None:
         """The worker is connected: follow the policy, renew leases, beat."""
-        self.context.start_heart()
+        self.context.start_heartbeat()
         if self.context.role == "rollout":
             self._policy.follow()
 
     def generate(self, group_id: str) -> None:
         """Task: the rollout part of a group."""
-        self.context.perform(group_id, "rollout", self._generate, fields=_FIELDS)
+        self.context.run_stage(group_id, "rollout", self._generate, fields=_FIELDS)
 
     def _generate(self, claim: Claim) -> Result:
         task = Task.from_wire(decode(claim.fields["task"] or b""))
@@ -142,10 +142,10 @@ class RolloutRole:
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return replace(completion, text=str(text))
 
-    def _facts(self) -> dict[str, Any]:
+    def _stats(self) -> dict[str, Any]:
         stats, now = self.engine.stats(), time.monotonic()
-        tokens_per_s = (stats.generated_tokens - self._beat_tokens) / max(now - self._beat_at, 1e-9)
-        self._beat_at, self._beat_tokens = now, stats.generated_tokens
+        tokens_per_s = (stats.generated_tokens - self._heartbeat_tokens) / max(now - self._heartbeat_at, 1e-9)
+        self._heartbeat_at, self._heartbeat_tokens = now, stats.generated_tokens
         return {
             "device": self._device,
             "tokens_per_s": round(tokens_per_s, 1),
@@ -157,12 +157,12 @@ class RolloutRole:
             "updates": stats.num_updates,
             "update_pause_s": round(stats.update_pause_s, 4),
             "last_pause_s": round(stats.last_pause_s, 4),
-            **self._policy.facts(),
+            **self._policy.stats(),
         }
 
     def stop_soon(self) -> None:
         """SIGTERM, SIGUSR2: what is not finished after the grace period goes back to the queue."""
-        timer = threading.Timer(self.context.take_grace_s(), self.engine.close)
+        timer = threading.Timer(self.context.consume_grace_period_s(), self.engine.close)
         timer.daemon = True
         timer.start()
 

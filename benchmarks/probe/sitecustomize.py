@@ -30,7 +30,7 @@ TARGETS = {
     "sluice.common.serialization": {"encode": "codec", "decode": "codec"},
     "sluice.common.ledger.scripts": {"Scripts.__call__": "ledger_calls"},
     "sluice.common.connections.broker": {"send": "publish_message"},
-    "sluice.workers.context": {"Context.perform": "task_rest", "Context._beat_until_stopped": "heart"},
+    "sluice.workers.context": {"Context.perform": "task_rest", "Context._send_heartbeats": "heart"},
     "sluice.trainer.loop": {"Trainer._train_on": "step_rest", "Trainer._next_batch": "take_batch"},
     "sluice.trainer.report": {
         "Reporter.report": "metrics",

@@ -39,10 +39,16 @@ def preset_values(name: str, *, max_res_tokens: int) -> dict[str, Any]:
             "advantage": "group",
             "loss": {**per_sequence, "loss": "sapo", "sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05},
         },
-        "reinforce": {"advantage": "none", "loss": {**per_token, "loss": "reinforce", "is_high": 2.0}},
+        "reinforce": {"advantage": "none", "loss": {**per_token, "loss": "reinforce", "importance_max": 2.0}},
         "rloo": {
             "advantage": "rloo",
-            "loss": {**per_token, "loss": "reinforce", "is_high": 2.0, "aggregation": "fixed_horizon", "horizon": 1},
+            "loss": {
+                **per_token,
+                "loss": "reinforce",
+                "importance_max": 2.0,
+                "aggregation": "fixed_horizon",
+                "horizon": 1,
+            },
         },
         "dppo": {"advantage": "none", "loss": {**per_token, "loss": "dppo", "clip_low": 0.2, "clip_high": 0.2}},
     }

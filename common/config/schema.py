@@ -180,7 +180,7 @@ class PolicyStoreConfig(Section):
     """Newest versions kept; the base version, versions an evaluation needs, and what deltas rest on stay as well."""
     delta: bool = True
     """Publish what changed since the version before where that is smaller (bf16 weights), instead of whole weights."""
-    anchor_every: int = Field(default=16, ge=2)
+    full_every: int = Field(default=16, ge=2)
     """Every so many versions whole weights beside the delta, where processes without a recent version begin."""
     pickup_alarm_s: float = Field(default=60.0, gt=0)
     """A published version that no rollout worker serves after so many seconds raises an alarm."""
@@ -271,7 +271,7 @@ class Config(Section):
         return self.trainer.max_refill * self.groups_per_step
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def stages(self) -> tuple[str, ...]:
         """Parts a group needs after its rollout."""
         return ("reward", "reference") if self.trainer.loss.kl_beta > 0 else ("reward",)
 

@@ -46,30 +46,37 @@ class LossConfig(Section):
     """Estimator of that KL."""
     off_policy: Literal["bypass", "decoupled"] = "bypass"
     """Denominator of the ratio: the sampler's logprobs, or the trainer's own at the start of the step."""
-    is_weight: (
+    importance_sampling: (
         Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"] | None
     ) = None
     """Treatment of the importance weight pi_prox / pi_behav, `decoupled` only; none = the weight as it is. Per token or
-    sequence (product of its ratios, or their geometric mean): capped at is_high, or 0 outside [is_low, is_high]."""
-    is_low: float | None = Field(default=None, gt=0.0)
+    sequence (product of its ratios, or their geometric mean): capped at importance_max, or 0 outside importance_min to
+    importance_max."""
+    importance_min: float | None = Field(default=None, gt=0.0)
     """Lower bound of the masks."""
-    is_high: float = Field(default=2.0, gt=0.0)
+    importance_max: float = Field(default=2.0, gt=0.0)
     """Cap of the truncations and of `reinforce`'s weight, upper bound of the masks."""
 
     @model_validator(mode="after")
     def _choices_fit(self) -> LossConfig:
-        if self.off_policy == "bypass" and self.is_weight is not None:
+        if self.off_policy == "bypass" and self.importance_sampling is not None:
             raise ValueError(
                 "double correction: with off_policy=bypass the ratio already corrects for the sampler; "
-                "drop is_weight or set off_policy=decoupled"
+                "drop importance_sampling or set off_policy=decoupled"
             )
-        if self.is_weight == "geometric_mask" and (self.is_low is None or "is_high" not in self.model_fields_set):
-            raise ValueError("is_weight=geometric_mask needs is_low and is_high (0.99 and 1.01 are usual)")
-        is_masked = self.is_weight is not None and self.is_weight.endswith("_mask")
-        if is_masked and self.is_low is None:
-            raise ValueError(f"is_weight={self.is_weight} needs is_low (0.5 is usual)")
-        if self.is_low is not None and (not is_masked or self.is_low >= self.is_high):
-            raise ValueError("is_low is the lower bound of an is_weight that masks and must be under is_high")
+        if self.importance_sampling == "geometric_mask" and (
+            self.importance_min is None or "importance_max" not in self.model_fields_set
+        ):
+            raise ValueError(
+                "importance_sampling=geometric_mask needs importance_min and importance_max (0.99 and 1.01 are usual)"
+            )
+        is_masked = self.importance_sampling is not None and self.importance_sampling.endswith("_mask")
+        if is_masked and self.importance_min is None:
+            raise ValueError(f"importance_sampling={self.importance_sampling} needs importance_min (0.5 is usual)")
+        if self.importance_min is not None and (not is_masked or self.importance_min >= self.importance_max):
+            raise ValueError(
+                "importance_min is the lower bound of an importance_sampling that masks and must be under importance_max"
+            )
         if self.loss == "dppo" and self.off_policy != "bypass":
             raise ValueError("loss=dppo bounds the distance to the sampler itself: set off_policy=bypass")
         if self.dual_clip is not None and (self.loss not in ("grpo", "gspo") or self.dual_clip <= 1 + self.clip_high):

@@ -31,7 +31,7 @@ log = logging.getLogger("sluice.broker")
 SEND_PAUSE_S = 5.0
 """After a message could not be sent, no other is tried for so long: a role must not spend its time on a dead broker."""
 
-PART_TASKS = {
+STAGE_TASKS = {
     "task": ("dataset.prepare", "dataset"),
     "rollout": ("rollout.generate", "rollout"),
     "reward": ("reward.score", "reward"),
@@ -112,10 +112,10 @@ def _socket_url(url: str) -> str:
     return f"socket://{who}{parts.path}?virtual_host={query.get('db', '0')}"
 
 
-def send_part(app: Celery, group_id: str, part: str) -> None:
+def send_stage(app: Celery, group_id: str, stage: str) -> None:
     """Tell a queue that a part of a group is owed."""
-    name, queue = PART_TASKS[part]
-    if part == "rollout" and group_id.startswith("e"):
+    name, queue = STAGE_TASKS[stage]
+    if stage == "rollout" and group_id.startswith("e"):
         queue = "eval"
     send(app, name, queue, group_id)
 

@@ -23,7 +23,7 @@ from redis.client import Pipeline
 from redis.retry import Retry
 
 from sluice.common.connections import sentinel
-from sluice.common.connections.outage import Patience
+from sluice.common.connections.outage import OutageRetry
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError, ConnectionFailed
 
@@ -101,7 +101,7 @@ def connect(url: str | None = None, **options: Any) -> redis.Redis:
         "socket_keepalive": True,
         "health_check_interval": 5,
         "protocol": 2,
-        "retry": Patience(without_password(url)),
+        "retry": OutageRetry(without_password(url)),
     }
     if url.startswith("unix://"):
         del settings["socket_keepalive"], settings["socket_connect_timeout"]
@@ -122,20 +122,20 @@ def _open(url: str, **options: Any) -> redis.Redis:
         raise ConfigError(f"{without_password(url)!r} is not a Redis URL: {error}") from None
 
 
-def _patience(client: redis.Redis) -> Patience | None:
+def _outage_retry(client: redis.Redis) -> OutageRetry | None:
     policy = client.get_retry()
-    return policy if isinstance(policy, Patience) else None
+    return policy if isinstance(policy, OutageRetry) else None
 
 
 def outage(client: redis.Redis) -> str | None:
     """What a call of this client waits for at this moment, in a sentence; None when none waits. Asks no server."""
-    policy = _patience(client)
+    policy = _outage_retry(client)
     return policy and policy.outage
 
 
 def give_up_after(client: redis.Redis, seconds: float) -> None:
     """From now on wait for an outage at most so long: a process that is asked to stop must not hang on a server that is away."""
-    policy = _patience(client)
+    policy = _outage_retry(client)
     if policy:
         policy.limit_s = seconds
 

@@ -88,7 +88,7 @@ def not_permitted(error: BaseException) -> str | None:
     )
 
 
-class Patience(Retry):
+class OutageRetry(Retry):
     """The retry policy of one client, shared by all its connections and threads."""
 
     def __init__(self, server: str, *, limit_s: float = OUTAGE_S) -> None:
@@ -100,7 +100,7 @@ class Patience(Retry):
         self._waiting: dict[int, tuple[float, str]] = {}
         self._reported_at: float | None = None
 
-    def __deepcopy__(self, memo: Any) -> Patience:
+    def __deepcopy__(self, memo: Any) -> OutageRetry:
         return self  # redis-py copies the policy into each connection; the outage is one
 
     def update_supported_errors(self, specified_errors: Any) -> None:

@@ -29,7 +29,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from sluice.common.connections.outage import Patience, RefusesWrites, refusal
+from sluice.common.connections.outage import OutageRetry, RefusesWrites, refusal
 from sluice.common.connections.sentinel import MasterConnection, parse
 
 log = logging.getLogger("sluice.broker")
@@ -79,7 +79,7 @@ class Channel(kombu_redis.Channel):
     _kept: Any = None
 
     def __init__(self, connection: Any, *args: Any, **kwargs: Any) -> None:
-        self._patience = Patience(self._server(connection.client), limit_s=BROKER_WAIT_S)
+        self._outage_retry = OutageRetry(self._server(connection.client), limit_s=BROKER_WAIT_S)
         super().__init__(connection, *args, **kwargs)
 
     def _server(self, client: Any) -> str:
@@ -94,7 +94,7 @@ class Channel(kombu_redis.Channel):
         yield client
 
     def close(self) -> None:
-        self._patience.limit_s = 0.0  # what cannot be handed back now is sent again by the ledger
+        self._outage_retry.limit_s = 0.0  # what cannot be handed back now is sent again by the ledger
         super().close()
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Channel(kombu_redis.Channel):
             raise redis.ConnectionError("this channel of the broker was closed")
         # What the event loop reads must fail when it is lost: a subscription that reconnects by itself is then read without
         # a bound in the consumer's only thread, and a BRPOP of a socket that nobody polls is never read.
-        retry = Retry(NoBackoff(), 0) if asynchronous else self._patience
+        retry = Retry(NoBackoff(), 0) if asynchronous else self._outage_retry
         return {**super()._connparams(asynchronous), "retry": retry}
 
     def _get_client(self) -> Any:

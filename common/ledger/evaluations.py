@@ -95,7 +95,7 @@ def request(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: i
     """Ask for an evaluation of a published version; asking twice asks once."""
     evaluation = evaluation_id(version, dataset.name)
     if not client.hexists(keys("eval", evaluation), "total"):
-        Scripts(client, keys)("small", "HSET", "evaluations", evaluation, version)
+        Scripts(client, keys)("write_record", "HSET", "evaluations", evaluation, version)
 
 
 def pending(client: redis.Redis, keys: Keys) -> list[str]:
@@ -121,7 +121,7 @@ def unreported(client: redis.Redis, run: Run) -> set[tuple[str, int]]:
 
 
 def mark_reported(client: redis.Redis, keys: Keys, *, dataset: str, version: int) -> None:
-    Scripts(client, keys)("small", "HSET", f"eval:{evaluation_id(version, dataset)}", "reported", 1)
+    Scripts(client, keys)("write_record", "HSET", f"eval:{evaluation_id(version, dataset)}", "reported", 1)
 
 
 def _admitted(client: redis.Redis, keys: Keys) -> list[str]:
@@ -130,7 +130,7 @@ def _admitted(client: redis.Redis, keys: Keys) -> list[str]:
     return [key.decode().rpartition(":eval:")[2] for key in client.scan_iter(match=pattern, count=1000)]
 
 
-class _Tally:
+class _ScoreSums:
     """What is known of the groups that were scored: how often each value of a score came up, and the greedy lengths."""
 
     def __init__(self, summary: bytes | None) -> None:
@@ -182,7 +182,7 @@ def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: in
             folded.append(field)
             if kind == "result":
                 results.append((group, value))
-    tally = _Tally(before)
+    tally = _ScoreSums(before)
     for group, value in results:
         tally.add(dataset, decode(value), is_greedy=group.endswith("g"))
     if folded:
@@ -216,8 +216,8 @@ def majority_vote(answers: Sequence[str | None], correct: Sequence[bool]) -> flo
     among the samples that gave a winning answer; 0 where no sample gave any.
     """
     votes: Counter[str | None] = Counter(answer for answer in answers if answer is not None)
-    most = max(votes.values(), default=0)
-    winners = [right for answer, right in zip(answers, correct, strict=True) if votes[answer] == most > 0]
+    max_votes = max(votes.values(), default=0)
+    winners = [right for answer, right in zip(answers, correct, strict=True) if votes[answer] == max_votes > 0]
     return fmean(winners) if winners else 0.0
 
 

@@ -18,7 +18,7 @@ makes progress, and stores its result, which is accepted once whichever attempt 
 losing or repeating one changes nothing but time.
 
     >>> claim = ledger.claim("t7", "rollout", fields=("task",))     # None: somebody else has it, or it is done
-    >>> ledger.store("t7", "rollout", payload, version=3)           # ["reward"]: the parts to send next
+    >>> ledger.store("t7", "rollout", payload, version=3)           # ["reward"]: the stages to send next
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sluice.common.config import Config
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
 
-Part = Literal["task", "rollout", "reward", "reference"]
+Stage = Literal["task", "rollout", "reward", "reference"]
 Kind = Literal["train", "eval"]
 
 
@@ -42,7 +42,7 @@ class Claim:
     """The right to work on one part of one group, until the lease ends."""
 
     group_id: str
-    part: str
+    stage: str
     holder: str
     "worker and claim, so that a message delivered twice to one worker runs once"
     attempt: int
@@ -61,7 +61,7 @@ class Admission:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Account:
+class Counters:
     """One consistent reading of a kind's counters."""
 
     kind: str
@@ -118,13 +118,13 @@ class Ledger:
         self._claims = itertools.count()
         self.scripts = Scripts(client, keys)
 
-    def admit(self, most: int) -> Admission:
-        """Up to `most` new groups, as far as credit, memory and the run's length allow."""
+    def admit(self, max_count: int) -> Admission:
+        """Up to `max_count` new groups, as far as credit, memory and the run's length allow."""
         holder = self._new_holder()
         config = self.config
         reply = self.scripts(
             "admit",
-            most,
+            max_count,
             config.max_in_flight,
             config.replay_buffer.max_bytes,
             config.trainer.num_steps,
@@ -141,28 +141,30 @@ class Ledger:
         reply = self.scripts("admit_eval", evaluation, dataset, version, self._queued_ms, *flat)
         return [group.decode() for group in reply]
 
-    def claim(self, group_id: str, part: str, *, fields: tuple[str, ...], lease_s: float | None = None) -> Claim | None:
+    def claim(
+        self, group_id: str, stage: str, *, fields: tuple[str, ...], lease_s: float | None = None
+    ) -> Claim | None:
         """Take on a part, reading `fields` of the group in the same round trip. None: not owed, or held by another."""
         holder = self._new_holder()
         lease_s = lease_s or self.config.lease.running_s
-        reply = self.scripts("claim", group_id, part, holder, _ms(lease_s), *fields)
+        reply = self.scripts("claim", group_id, stage, holder, _ms(lease_s), *fields)
         if not reply[0]:
             return None
         values = dict(zip(fields, reply[2:], strict=True))
-        return Claim(group_id=group_id, part=part, holder=holder, attempt=int(reply[1]), fields=values)
+        return Claim(group_id=group_id, stage=stage, holder=holder, attempt=int(reply[1]), fields=values)
 
     def renew(self, claims: list[Claim], *, lease_s: float | None = None) -> list[str]:
         """Let leases end so long from now. Returns the "group|part" that were taken over in the meantime."""
         if not claims:
             return []
         lease_s = lease_s or self.config.lease.running_s
-        flat = itertools.chain.from_iterable((c.group_id, c.part, c.holder) for c in claims)
+        flat = itertools.chain.from_iterable((c.group_id, c.stage, c.holder) for c in claims)
         return [lost.decode() for lost in self.scripts("renew", _ms(lease_s), *flat)]
 
     def store(
         self,
         group_id: str,
-        part: str,
+        stage: str,
         payload: bytes,
         *,
         version: int | None = None,
@@ -177,14 +179,14 @@ class Ledger:
 
         Returns the parts to send next, or None when the result was refused (too late).
 
-        With a pipeline as `client` the reply comes from its `execute`; read it with `stored_parts`.
+        With a pipeline as `client` the reply comes from its `execute`; read it with `stored_stages`.
         """
         complete = self._complete(group_id)
-        following = {"task": ("rollout",), "rollout": complete}.get(part, ())
+        following = {"task": ("rollout",), "rollout": complete}.get(stage, ())
         reply = self.scripts(
             "store",
             group_id,
-            part,
+            stage,
             payload,
             "" if version is None else version,
             self._queued_ms,
@@ -195,22 +197,22 @@ class Ledger:
             self.config.max_filtered if is_zero_variance else "",
             client=client,
         )
-        return None if client is not None else stored_parts(reply)
+        return None if client is not None else stored_stages(reply)
 
     def fail(self, claim: Claim, *, reason: str, detail: str) -> bool:
         """The part could not be done: spend an attempt. True: send it again; False: it is dead or was taken over."""
-        return self._give_up("failed", claim, reason, detail)
+        return self._fail_or_release("failed", claim, reason, detail)
 
     def release(self, claim: Claim) -> bool:
         """Hand the part back unharmed (shutdown). True: send it again."""
-        return self._give_up("released", claim, "released", "")
+        return self._fail_or_release("released", claim, "released", "")
 
-    def _give_up(self, mode: str, claim: Claim, reason: str, detail: str) -> bool:
+    def _fail_or_release(self, mode: str, claim: Claim, reason: str, detail: str) -> bool:
         reply = self.scripts(
-            "give_up",
+            "fail_or_release",
             mode,
             claim.group_id,
-            claim.part,
+            claim.stage,
             claim.holder,
             reason,
             detail[:4000],
@@ -219,9 +221,9 @@ class Ledger:
         )
         return reply == b"again"
 
-    def reap(self, most: int = 200) -> list[tuple[str, str, Kind]]:
+    def reap(self, max_count: int = 200) -> list[tuple[str, str, Kind]]:
         """Overdue parts to send again: (group, part, kind)."""
-        reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, most)
+        reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, max_count)
         flat = [item.decode() for item in reply]
         return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
 
@@ -232,15 +234,15 @@ class Ledger:
     def requeue(self, group_id: str) -> list[str]:
         """Give a dead-lettered group fresh attempts. Returns the parts to send; none when it is not dead."""
         complete = self._complete(group_id)
-        return [part.decode() for part in self.scripts("requeue", group_id, self._queued_ms, ",".join(complete))]
+        return [stage.decode() for stage in self.scripts("requeue", group_id, self._queued_ms, ",".join(complete))]
 
-    def account(self, kind: Kind = "train") -> Account:
+    def counters(self, kind: Kind = "train") -> Counters:
         """One atomic reading of the counters and the in-flight set."""
-        return read_account(self.client, self.keys, kind)
+        return read_counters(self.client, self.keys, kind)
 
     def _complete(self, group_id: str) -> tuple[str, ...]:
         """Parts that a complete group has after its rollout."""
-        return self.config.parts if kind_of(group_id) == "train" else ("reward",)
+        return self.config.stages if kind_of(group_id) == "train" else ("reward",)
 
     @property
     def _queued_ms(self) -> int:
@@ -255,9 +257,9 @@ def kind_of(group_id: str) -> Kind:
     return "eval" if group_id.startswith("e") else "train"
 
 
-def read_account(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Account:
+def read_counters(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Counters:
     """As Ledger.account, for readers that have no config."""
-    flat, in_flight = Scripts(client, keys)("account", kind)
+    flat, in_flight = Scripts(client, keys)("counters", kind)
     counts = zip(flat[0::2], flat[1::2], strict=True)
     plain: dict[str, int] = {}
     reasons: dict[str, dict[str, int]] = {"dropped": {}, "dead": {}}
@@ -268,10 +270,10 @@ def read_account(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Accou
         else:
             plain[name] = value
     known: dict[str, Any] = {**plain, **reasons}
-    return Account(kind=kind, in_flight=in_flight, **{"admitted": 0, **known})
+    return Counters(kind=kind, in_flight=in_flight, **{"admitted": 0, **known})
 
 
-def stored_parts(reply: list[bytes]) -> list[str] | None:
+def stored_stages(reply: list[bytes]) -> list[str] | None:
     """What a `store` script answered: parts to send next, or None when the result was refused."""
     state, *following = (item.decode() for item in reply)
     return None if state == "refused" else following

@@ -68,7 +68,7 @@ class ReplayBuffer:
         """
         mark = token_hex(8)
         reply = self._ledger.scripts(
-            "take", step, self._k, curr_policy_version, self.max_policy_age, published, self._mark, mark
+            "sample", step, self._k, curr_policy_version, self.max_policy_age, published, self._mark, mark
         )
         if int(reply[0]) < 0:
             self._mark = ""
@@ -78,7 +78,7 @@ class ReplayBuffer:
         self._mark = mark if group_ids else self._mark
         evicted, available = int(reply[0]), int(reply[1]) - len(damaged)
         if damaged:
-            self._bury(step, damaged)
+            self._dead_letter(step, damaged)
         return Sample(groups=None if damaged else groups or None, evicted=evicted, available=available)
 
     def wait(self, timeout_s: float) -> bool:
@@ -117,11 +117,11 @@ class ReplayBuffer:
                 pipe.xlen(keys("stream", version))
             return dict(zip(versions, pipe.execute(), strict=True))
 
-    def _bury(self, step: int, damaged: dict[str, str]) -> None:
+    def _dead_letter(self, step: int, damaged: dict[str, str]) -> None:
         for group_id, detail in damaged.items():
             log.error("group %s is a dead letter (undecodable): %s", group_id, detail)
         pairs = [item for group_id, detail in damaged.items() for item in (group_id, detail[:4000])]
-        self._ledger.scripts("bury", step, process_name("trainer"), *pairs)
+        self._ledger.scripts("dead_letter", step, process_name("trainer"), *pairs)
 
     def _read(self, group_ids: list[str]) -> tuple[list[Group], dict[str, str]]:
         """Groups, and of those that cannot be decoded why."""

@@ -1,6 +1,6 @@
 """The Lua scripts of a run: each one transition of the ledger, atomic and idempotent.
 
-`Scripts(client, keys)("claim", group, part, ...)` runs `lua/claim.lua` with the shared prelude in front. Scripts are
+`Scripts(client, keys)("claim", group, stage, ...)` runs `lua/claim.lua` with the shared prelude in front. Scripts are
 loaded by digest and loaded again by redis-py when a restarted server forgot them.
 """
 
@@ -19,7 +19,7 @@ _WAITS_WHEN_FULL = frozenset(["admit", "admit_eval", "claim", "reap", "requeue",
 """Refused as a whole while Redis is at maxmemory: what brings payloads in, and what begins work or judges its deadlines.
 Every other script works then too, or nothing would be freed again."""
 
-_READS = frozenset(["account"])
+_READS = frozenset(["counters"])
 """Write nothing, not even to open the way: users who may only look call them."""
 
 

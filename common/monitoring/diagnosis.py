@@ -29,12 +29,12 @@ from typing import Any
 import redis
 
 from sluice.common.errors import ConnectionFailed
-from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.metrics import is_silent, last_metrics, read_heartbeats
 from sluice.common.monitoring.queues import Queue, broker_client, read_queues
 from sluice.common.operations.control import describe_paused
 from sluice.common.policies.canary import is_adapter_missing, mismatch_bound
-from sluice.common.policies.signing import unsealed
+from sluice.common.policies.signing import unsigned_bytes
 from sluice.common.run import Run
 from sluice.common.serialization import decode
 
@@ -69,7 +69,7 @@ _FULL = 0.99
 """At the limit the server hovers around it: what is refused leaves its buffers free again."""
 _COMPARED = {"mismatch": "the trainer's on the canary", "cache_mismatch": "its own fresh forward pass"}
 """Fact of a heartbeat -> what it compares with."""
-Beats = dict[str, dict[str, Any]]
+Heartbeats = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,13 @@ def diagnose(client: redis.Redis, run: Run) -> Cause:
 def alarms(client: redis.Redis, run: Run) -> list[Cause]:
     """What is wrong, whether or not training stalls."""
     try:
-        beats = read_heartbeats(client, run.keys)
-        found = [*_silent(beats), *_reported(beats), *_not_picked_up(client, run, beats)]
-        found += [*_other_digests(client, run, beats), *_mismatched(run, beats), *_memory(client, over=_NEARLY_FULL)]
+        heartbeats = read_heartbeats(client, run.keys)
+        found = [*_silent(heartbeats), *_reported(heartbeats), *_not_picked_up(client, run, heartbeats)]
+        found += [
+            *_other_digests(client, run, heartbeats),
+            *_mismatched(run, heartbeats),
+            *_memory(client, over=_NEARLY_FULL),
+        ]
         if rejected := broker_client(client).llen(run.keys.celery_prefix + "rejected"):
             found.append(Cause("rejected_messages", f"{rejected} broker messages could not be read and were set aside"))
     except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
@@ -111,13 +115,13 @@ def _unreachable(error: Exception) -> Cause:
 
 
 def _first_cause(client: redis.Redis, run: Run) -> Cause:
-    needed = ("dataset", "rollout", *run.config.parts)
+    needed = ("dataset", "rollout", *run.config.stages)
     if held := paused(client, run):
         return held
-    beats = read_heartbeats(client, run.keys)
+    heartbeats = read_heartbeats(client, run.keys)
     queues = read_queues(client, run, needed)
-    serving = {facts["role"] for facts in beats.values()}
-    on_path = {name: facts for name, facts in beats.items() if facts["role"] in (*needed, "trainer")}
+    serving = {stats["role"] for stats in heartbeats.values()}
+    on_path = {name: stats for name, stats in heartbeats.items() if stats["role"] in (*needed, "trainer")}
     causes = [
         *_memory(client, over=_FULL),
         *(
@@ -127,9 +131,9 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
         ),
         *_silent(on_path),
         *_reported(on_path),
-        *_not_picked_up(client, run, beats),
+        *_not_picked_up(client, run, heartbeats),
     ]
-    return causes[0] if causes else _from_flow(client, run, beats, queues)
+    return causes[0] if causes else _from_flow(client, run, heartbeats, queues)
 
 
 def paused(client: redis.Redis, run: Run) -> Cause | None:
@@ -140,37 +144,39 @@ def paused(client: redis.Redis, run: Run) -> Cause | None:
 
 def _memory(client: redis.Redis, *, over: float) -> list[Cause]:
     info = client.info("memory") | client.info("persistence")
-    used, most = int(info["used_memory"]), int(info.get("maxmemory", 0))
+    used, maxmemory = int(info["used_memory"]), int(info.get("maxmemory", 0))
     found = []
-    if most and used >= over * most:
-        text = f"Redis is full: {used >> 20} MiB of maxmemory {most >> 20} MiB used"
-        found.append(Cause("redis_full", text if used >= _FULL * most else text.replace("full", "nearly full")))
+    if maxmemory and used >= over * maxmemory:
+        text = f"Redis is full: {used >> 20} MiB of maxmemory {maxmemory >> 20} MiB used"
+        found.append(Cause("redis_full", text if used >= _FULL * maxmemory else text.replace("full", "nearly full")))
     if info.get("aof_last_write_status", "ok") != "ok":
         text = "Redis cannot write its append-only file (its disk is full?) and refuses writes"
         found.append(Cause("redis_full", text))
     return found
 
 
-def _silent(beats: Beats) -> list[Cause]:
+def _silent(heartbeats: Heartbeats) -> list[Cause]:
     return [
-        Cause("silent_worker", f"{name} has been silent for {facts['silent_s']:.0f} s: dead, stopped or cut off")
-        for name, facts in beats.items()
-        if is_silent(facts)
+        Cause("silent_worker", f"{name} has been silent for {stats['silent_s']:.0f} s: dead, stopped or cut off")
+        for name, stats in heartbeats.items()
+        if is_silent(stats)
     ]
 
 
-def _reported(beats: Beats) -> list[Cause]:
-    return [Cause("alarm", f"{name}: {facts['alarm']}") for name, facts in beats.items() if facts.get("alarm")]
+def _reported(heartbeats: Heartbeats) -> list[Cause]:
+    return [Cause("alarm", f"{name}: {stats['alarm']}") for name, stats in heartbeats.items() if stats.get("alarm")]
 
 
-def _not_picked_up(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
+def _not_picked_up(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> list[Cause]:
     """Whether the newest policy has been out for too long without a live rollout worker that serves it."""
     version, published_at = client.hmget(run.keys("policy"), ["version", "published_at"])
     if version is None or published_at is None:
         return []
     seconds, microseconds = client.time()
     out_s = seconds + microseconds / 1e6 - float(published_at)
-    served = [f["version"] for f in beats.values() if f["role"] == "rollout" and "version" in f and not is_silent(f)]
+    served = [
+        f["version"] for f in heartbeats.values() if f["role"] == "rollout" and "version" in f and not is_silent(f)
+    ]
     if out_s <= run.config.policy_store.pickup_alarm_s or max(served, default=-1) >= int(version):
         return []
     serving = f"the newest that one serves is {max(served)}" if served else "none is there"
@@ -178,39 +184,39 @@ def _not_picked_up(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
     return [Cause("not_picked_up", text)]
 
 
-def _other_digests(client: redis.Redis, run: Run, beats: Beats) -> list[Cause]:
+def _other_digests(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> list[Cause]:
     """Workers that serve other weights than the manifest of their version names."""
     found = []
-    for name, facts in beats.items():
-        if not facts.get("digest"):
+    for name, stats in heartbeats.items():
+        if not stats.get("digest"):
             continue
-        wire = client.hget(run.keys("manifests"), str(facts["version"]))
-        if wire is not None and not decode(unsealed(wire))["digest"].startswith(facts["digest"]):
+        wire = client.hget(run.keys("manifests"), str(stats["version"]))
+        if wire is not None and not decode(unsigned_bytes(wire))["digest"].startswith(stats["digest"]):
             text = (
-                f"{name} serves policy version {facts['version']} with digest {facts['digest']}, not the published one"
+                f"{name} serves policy version {stats['version']} with digest {stats['digest']}, not the published one"
             )
             found.append(Cause("digest_mismatch", text))
     return found
 
 
-def _mismatched(run: Run, beats: Beats) -> list[Cause]:
+def _mismatched(run: Run, heartbeats: Heartbeats) -> list[Cause]:
     """Workers whose engine scores otherwise than the trainer does, or than it has sampled."""
     bound = mismatch_bound(run.config.rollout.dtype, run.config.trainer.autocast)
     found = [
         Cause(
             "sampler_mismatch",
-            f"{name} serves policy version {facts['version']}, but its logprobs are {facts[key]:.3g} nats from {what} "
+            f"{name} serves policy version {stats['version']}, but its logprobs are {stats[key]:.3g} nats from {what} "
             f"(bound {bound:g}): it samples from another policy",
         )
-        for name, facts in beats.items()
+        for name, stats in heartbeats.items()
         for key, what in _COMPARED.items()
-        if (facts.get(key) or 0.0) > bound
+        if (stats.get(key) or 0.0) > bound
     ]
-    for name, facts in beats.items():
-        if facts.get("adapter_share") and is_adapter_missing(*facts["adapter_share"]):
-            share, error = facts["adapter_share"]
+    for name, stats in heartbeats.items():
+        if stats.get("adapter_share") and is_adapter_missing(*stats["adapter_share"]):
+            share, error = stats["adapter_share"]
             text = (
-                f"{name} serves policy version {facts['version']}, but on the canary it shows {share:.2f} +- {error:.2f} of "
+                f"{name} serves policy version {stats['version']}, but on the canary it shows {share:.2f} +- {error:.2f} of "
                 f"the LoRA adapter's effect: it samples from the base, or {run.config.rollout.dtype} rounds the adapter away"
             )
             found.append(Cause("sampler_mismatch", text))
@@ -223,11 +229,11 @@ def _waiting(queue: Queue) -> str:
     return f"{text}, the oldest for {queue.oldest_age_s:.0f} s" if queue.oldest_age_s >= 1 else text
 
 
-def _from_flow(client: redis.Redis, run: Run, beats: Beats, queues: dict[str, Queue]) -> Cause:
+def _from_flow(client: redis.Redis, run: Run, heartbeats: Heartbeats, queues: dict[str, Queue]) -> Cause:
     """Everybody is there: where the groups are."""
-    account = read_account(client, run.keys)
+    account = read_counters(client, run.keys)
     if account.in_flight == 0:
-        stopped = {facts.get("stopped_by", "?") for facts in beats.values() if facts["role"] == "dataset"}
+        stopped = {stats.get("stopped_by", "?") for stats in heartbeats.values() if stats["role"] == "dataset"}
         return Cause("admission", f"no group is in flight; admission stopped by {', '.join(sorted(stopped))}")
     last = last_metrics(client, run.keys)
     stale = account.dropped.get("stale", 0) - int(last.get("staleness/dropped", 0))
@@ -239,14 +245,14 @@ def _from_flow(client: redis.Redis, run: Run, beats: Beats, queues: dict[str, Qu
         left = max(0, run.config.max_filtered - int(client.get(run.keys("filtered")) or 0))
         text = f"{filtered} groups were dropped for equal rewards since step {int(last.get('step', 0))}; "
         return Cause("zero_variance", text + f"{left} more may be, then they are kept; {account.in_flight} in flight")
-    running = {queue: sum(f.get("running", 0) for f in beats.values() if f["role"] == queue) for queue in queues}
+    running = {queue: sum(f.get("running", 0) for f in heartbeats.values() if f["role"] == queue) for queue in queues}
     busy = ", ".join(f"{count} on {queue}" for queue, count in running.items() if count) or "none"
     deepest = max(queues, key=lambda queue: queues[queue].depth)
     if 2 * queues[deepest].depth >= account.in_flight:
-        workers = sum(facts["role"] == deepest for facts in beats.values())
+        workers = sum(stats["role"] == deepest for stats in heartbeats.values())
         text = f"queue `{deepest}` is backed up: {_waiting(queues[deepest])} for {workers} workers"
         return Cause("queue_backed_up", f"{text}; {account.in_flight} groups in flight, being worked on: {busy}")
     queued = f"; longest queue: {queues[deepest].depth} on `{deepest}`" if queues[deepest].depth else ""
-    if "redis_memory" in (held := " ".join(str(f.get("stopped_by", "")) for f in beats.values())):
+    if "redis_memory" in (held := " ".join(str(f.get("stopped_by", "")) for f in heartbeats.values())):
         queued += f"; admission stopped by {held.strip()}"
     return Cause("working", f"{account.in_flight} groups in flight, being worked on: {busy}{queued}")

@@ -38,7 +38,7 @@ SILENT_AFTER_S = 4.0
 def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float], *, max_length: int) -> None:
     """Append one trainer step. Works while Redis is full, too."""
     fields = [text for name, value in metrics.items() for text in (name, f"{value:.15g}")]
-    Scripts(client, keys)("small", "XADD", "metrics", "MAXLEN", "~", max_length, "*", *fields)
+    Scripts(client, keys)("write_record", "XADD", "metrics", "MAXLEN", "~", max_length, "*", *fields)
 
 
 def read_metrics(
@@ -64,12 +64,12 @@ def _floats(fields: Mapping[bytes, bytes]) -> dict[str, float]:
     return {name.decode(): float(value) for name, value in fields.items()}
 
 
-def beat(client: redis.Redis, keys: Keys, process: str, facts: Mapping[str, Any]) -> None:
+def send_heartbeat(client: redis.Redis, keys: Keys, process: str, stats: Mapping[str, Any]) -> None:
     """Say that a process is alive, and what it is doing. Works while Redis is full, too."""
-    Scripts(client, keys)("beat", process, json.dumps(facts), HEARTBEAT_TTL_S)
+    Scripts(client, keys)("send_heartbeat", process, json.dumps(stats), HEARTBEAT_TTL_S)
 
 
-def silence(client: redis.Redis, keys: Keys, process: str) -> None:
+def remove_heartbeat(client: redis.Redis, keys: Keys, process: str) -> None:
     """A process leaves in good order."""
     client.delete(keys("process", process))
     client.zrem(keys("processes"), process)
@@ -84,24 +84,24 @@ def read_heartbeats(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]
     values = client.mget([keys("process", name.decode()) for name, _ in beaten]) if beaten else []
     now = seconds + microseconds / 1e6
     return {
-        name.decode(): {**_facts(name.decode(), value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
+        name.decode(): {**_stats(name.decode(), value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
         for (name, at_ms), value in zip(beaten, values, strict=True)
         if value is not None
     }
 
 
-def _facts(process: str, value: bytes) -> dict[str, Any]:
+def _stats(process: str, value: bytes) -> dict[str, Any]:
     """What a process says of itself; where that is no sound record, only that it is none: it must not harm who reads it."""
     try:
-        facts = decode_json(value)
-        wrong = [key for key in _NUMBERS if not isinstance(facts.get(key), int | float | None)]
-        if wrong or not isinstance(facts["role"], str):
+        stats = decode_json(value)
+        wrong = [key for key in _NUMBERS if not isinstance(stats.get(key), int | float | None)]
+        if wrong or not isinstance(stats["role"], str):
             raise SerializationError(f"{', '.join(wrong) or 'role'} has another type")
     except (SerializationError, AttributeError, KeyError, TypeError) as error:
         return {"role": process.partition("@")[0], "alarm": f"its heartbeat cannot be read: {error}"[:300]}
-    return dict(facts)
+    return dict(stats)
 
 
-def is_silent(facts: Mapping[str, Any]) -> bool:
+def is_silent(stats: Mapping[str, Any]) -> bool:
     """Whether a process of `read_heartbeats` has missed several beats."""
-    return bool(facts["silent_s"] > SILENT_AFTER_S)
+    return bool(stats["silent_s"] > SILENT_AFTER_S)

@@ -67,7 +67,7 @@ class Bounds:
         return max(1, min(self.concurrency, math.ceil(self.in_flight / max(1, self.max))))
 
     @property
-    def most(self) -> int:
+    def max_useful(self) -> int:
         """Workers that can be of use."""
         return max(self.min, min(self.max, self.in_flight))
 
@@ -76,7 +76,7 @@ class Bounds:
 class Load:
     """What one queue has to do at one moment."""
 
-    owed: int
+    pending: int
     "parts waiting or in work, by the ledger"
     waiting: int
     "messages that no worker has taken"
@@ -102,7 +102,7 @@ class Scale:
     "Unix seconds of this step"
     since: float
     "Unix seconds of the last change of `desired`"
-    owed: float = 0.0
+    pending: float = 0.0
     "mean over up_after_s"
     waiting: int = 0
     "messages, now"
@@ -115,7 +115,7 @@ class Scale:
     "since when more workers are needed without a break"
     under_since: float | None = None
     "since when fewer are"
-    under_most: int = 0
+    under_max: int = 0
     "the most that were needed since then"
 
     def to_json(self) -> str:
@@ -132,41 +132,41 @@ def bounds_of(config: Config) -> dict[str, Bounds]:
     concurrency = {"dataset": 1, "reference": config.reference.concurrency, "reward": config.reward.concurrency}
     found = {}
     for queue in QUEUES:
-        least, most = config.replicas.bounds(queue)
+        min_workers, max_useful = config.replicas.bounds(queue)
         if queue == "eval" and not evaluations.datasets:
-            least = most = 0
+            min_workers = max_useful = 0
         slots = concurrency.get(queue, config.rollout.concurrency)
-        useful = slots * max(1, most) if queue == "eval" else in_flight
-        found[queue] = Bounds(min=least, max=most, concurrency=slots, in_flight=useful)
+        useful = slots * max(1, max_useful) if queue == "eval" else in_flight
+        found[queue] = Bounds(min=min_workers, max=max_useful, concurrency=slots, in_flight=useful)
     return found
 
 
 def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: AutoscaleConfig, now: float) -> Scale:
     """The next state of one queue, a second or so after `state`; `now` in Unix seconds, of Redis' clock."""
     if state is None or not 0 <= now - state.at <= GAP_S:
-        least = bounds.min if state is None else min(max(state.desired, bounds.min), bounds.most)
+        min_workers = bounds.min if state is None else min(max(state.desired, bounds.min), bounds.max_useful)
         since = now if state is None else min(state.since, now)
         state = Scale(
-            desired=least,
+            desired=min_workers,
             have=0,
             min=0,
             max=0,
             reason="",
             at=now,
             since=since,
-            owed=load.owed,
+            pending=load.pending,
             busy=load.busy,
             done=dict(load.done),
         )
     passed = now - state.at
-    owed = _mean(state.owed, load.owed, passed, settings.up_after_s)
+    pending = _mean(state.pending, load.pending, passed, settings.up_after_s)
     finished = sum(max(0, count - state.done.get(name, count)) for name, count in load.done.items())
     rate = _mean(state.done_per_s, finished / max(passed, 1e-9), passed, max(settings.up_after_s, 10.0))
     busy = _mean(state.busy, load.busy, passed, settings.up_after_s)
-    have = min(max(state.desired, bounds.min), bounds.most)  # the config may have changed since
-    stays_s = owed / rate if rate > 1e-6 else math.inf
-    over, under = _need(owed / (1 + TOLERANCE), bounds), _need(owed * (1 + TOLERANCE), bounds)
-    if have == 0 and load.owed > 0:
+    have = min(max(state.desired, bounds.min), bounds.max_useful)  # the config may have changed since
+    stays_s = pending / rate if rate > 1e-6 else math.inf
+    over, under = _need(pending / (1 + TOLERANCE), bounds), _need(pending * (1 + TOLERANCE), bounds)
+    if have == 0 and load.pending > 0:
         over = max(over, 1)
     if load.is_held:
         over = min(over, max(have, 1))
@@ -174,24 +174,24 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
     is_worth_it = have == 0 or (stays_s >= settings.wait_s and busy >= settings.busy_share)
     over_since = (state.over_since or now) if over > have and is_worth_it else None
     under_since = (state.under_since or now) if under < have else None
-    under_most = max(under, state.under_most if state.under_since else 0)
+    under_max = max(under, state.under_max if state.under_since else 0)
     if bounds.min == bounds.max:
         desired, reason = have, "a fixed number"
     elif over_since is not None:
         is_due = min(now - over_since, now - state.since) >= settings.up_after_s or have == 0
         desired = over if is_due else have
-        reason = f"{owed:.1f} parts owed, {bounds.share} per worker: {over} needed"
+        reason = f"{pending:.1f} parts owed, {bounds.share} per worker: {over} needed"
     elif under_since is not None:
         is_due = min(now - under_since, now - state.since) >= settings.cooldown_s
-        desired = under_most if is_due else have
-        reason = f"{owed:.1f} parts owed, {bounds.share} per worker: {under} suffice"
+        desired = under_max if is_due else have
+        reason = f"{pending:.1f} parts owed, {bounds.share} per worker: {under} suffice"
         reason += "" if is_due else f"; fewer after {settings.cooldown_s:g} s of that"
     elif over > have and stays_s < settings.wait_s:
-        desired, reason = have, f"{owed:.1f} parts owed, but a part is through in {stays_s:.2f} s"
+        desired, reason = have, f"{pending:.1f} parts owed, but a part is through in {stays_s:.2f} s"
     elif over > have:
-        desired, reason = have, f"{owed:.1f} parts owed, but its workers are busy for {busy:.0%} of their time"
+        desired, reason = have, f"{pending:.1f} parts owed, but its workers are busy for {busy:.0%} of their time"
     else:
-        desired, reason = have, f"{owed:.1f} parts owed, {bounds.share} per worker: as needed"
+        desired, reason = have, f"{pending:.1f} parts owed, {bounds.share} per worker: as needed"
     has_changed = desired != state.desired
     return Scale(
         desired=desired,
@@ -201,19 +201,19 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
         reason=reason,
         at=now,
         since=now if has_changed else state.since,
-        owed=round(owed, 4),
+        pending=round(pending, 4),
         waiting=load.waiting,
         done_per_s=round(rate, 6),
         busy=round(busy, 4),
         done=dict(load.done),
         over_since=None if has_changed else over_since,
         under_since=None if has_changed else under_since,
-        under_most=0 if has_changed or under_since is None else under_most,
+        under_max=0 if has_changed or under_since is None else under_max,
     )
 
 
-def _need(owed: float, bounds: Bounds) -> int:
-    return min(max(math.ceil(owed / bounds.share - 1e-3), bounds.min), bounds.most)
+def _need(pending: float, bounds: Bounds) -> int:
+    return min(max(math.ceil(pending / bounds.share - 1e-3), bounds.min), bounds.max_useful)
 
 
 def _mean(before: float, value: float, passed_s: float, over_s: float) -> float:
@@ -224,22 +224,22 @@ def _mean(before: float, value: float, passed_s: float, over_s: float) -> float:
 def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     """Every queue's load now. A silent worker is no live one."""
     has_eval = bounds_of(run.config)["eval"].max > 0
-    owed: Counter[str] = Counter()
+    pending: Counter[str] = Counter()
     for line in client.zrange(run.keys("deadlines"), 0, -1):
-        group, _, part = line.decode().rpartition("|")
-        queue = _QUEUE_OF[part]
-        owed["eval" if has_eval and queue == "rollout" and group.startswith("e") else queue] += 1
+        group, _, stage = line.decode().rpartition("|")
+        queue = _QUEUE_OF[stage]
+        pending["eval" if has_eval and queue == "rollout" and group.startswith("e") else queue] += 1
     depths = queue_depths(client, run, QUEUES)
     is_held = any(client.hmget(run.keys("run"), ["paused", "draining"]))
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}
     busy: dict[str, list[float]] = {queue: [] for queue in QUEUES}
-    for name, facts in read_heartbeats(client, run.keys).items():
-        if facts["role"] in done and not is_silent(facts):
-            done[facts["role"]][name] = int(facts.get("done", 0))
-            busy[facts["role"]].append(1.0 - facts.get("idle_fraction", 0.0))
+    for name, stats in read_heartbeats(client, run.keys).items():
+        if stats["role"] in done and not is_silent(stats):
+            done[stats["role"]][name] = int(stats.get("done", 0))
+            busy[stats["role"]].append(1.0 - stats.get("idle_fraction", 0.0))
     return {
         queue: Load(
-            owed=owed[queue],
+            pending=pending[queue],
             waiting=depths[queue],
             done=done[queue],
             busy=fmean(busy[queue] or [1.0]),
@@ -264,4 +264,4 @@ def update(client: redis.Redis, run: Run) -> None:
         queue: step(states.get(queue), loads[queue], bounds=bounds, settings=run.config.autoscale, now=now).to_json()
         for queue, bounds in bounds_of(run.config).items()
     }
-    Scripts(client, run.keys)("small", "HSET", "autoscale", *(text for pair in found.items() for text in pair))
+    Scripts(client, run.keys)("write_record", "HSET", "autoscale", *(text for pair in found.items() for text in pair))

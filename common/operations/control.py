@@ -58,29 +58,29 @@ _ATTEMPTS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Orders:
+class ControlState:
     """One reading of what a run was told."""
 
     settings: dict[str, str] = field(default_factory=dict)
     paused: dict[str, Any] | None = None
     "{who, at: seconds since the epoch}"
     draining: dict[str, Any] | None = None
-    trail: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    change_log: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     "(entry id, {at, who, step, key, old, new}), oldest first"
 
 
-def read_orders(client: redis.Redis, keys: Keys, *, after: str = "-") -> Orders:
+def read_control_state(client: redis.Redis, keys: Keys, *, after: str = "-") -> ControlState:
     """Everything in one round trip; of the trail what follows an entry id."""
     with client.pipeline(transaction=False) as pipe:
         pipe.hgetall(keys("settings"))
         pipe.hmget(keys("run"), ["paused", "draining"])
         pipe.xrange(keys("controls"), min=after if after == "-" else f"({after}")
         settings, (paused, draining), entries = pipe.execute()
-    return Orders(
+    return ControlState(
         settings=_text(settings),
         paused=json.loads(paused) if paused else None,
         draining=json.loads(draining) if draining else None,
-        trail=[(entry.decode(), _text(fields)) for entry, fields in entries],
+        change_log=[(entry.decode(), _text(fields)) for entry, fields in entries],
     )
 
 
@@ -116,7 +116,7 @@ def resume(client: redis.Redis, run: Run, *, who: str) -> bool:
     return _order(client, run, who, _unmark("paused"), _unmark("draining")) > 0
 
 
-def lift_drain(client: redis.Redis, run: Run, *, who: str) -> None:
+def cancel_drain(client: redis.Redis, run: Run, *, who: str) -> None:
     """A drained run is gone on with; a pause stays. Nothing for one that was finished while it was draining."""
     draining, status = client.hmget(run.keys("run"), ["draining", "status"])
     if draining and status != b"finished":
@@ -182,7 +182,7 @@ def _checked(client: redis.Redis, run: Run, before: Config, asked: Mapping[str, 
     """The config with these changes. Raises ConfigError for one that is out of range or would have no sound effect."""
     overrides = [f"{key}={value}" for key, value in asked.items()]
     after = parse_config(before.to_yaml(), overrides=overrides, source=f"run {run.name}")
-    if after.parts != before.parts:
+    if after.stages != before.stages:
         raise ConfigError(
             f"trainer.loss.kl_beta = {after.trainer.loss.kl_beta:g}: 0 or not decides whether references are computed, which "
             "cannot change while a run goes on; stay over 0"

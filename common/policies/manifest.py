@@ -40,22 +40,22 @@ class Manifest:
     "of a LoRA adapter upon version 0, which the tensors then are (`common/models/lora.py`)"
 
     @classmethod
-    def opened(cls, sealed: bytes, signer: Signer, *, version: int) -> Manifest:
+    def from_signed_bytes(cls, signed: bytes, signer: Signer, *, version: int) -> Manifest:
         """The manifest of a version from what Redis holds under its number. Raises SignatureRefused, DigestMismatch."""
         try:
-            manifest = cls(**decode(signer.open(sealed, version=version)))
+            manifest = cls(**decode(signer.verify(signed, version=version)))
         except (SerializationError, TypeError) as error:
             raise DigestMismatch(f"the manifest of policy version {version} is damaged: {error}") from None
         if manifest.version != version:
             raise DigestMismatch(f"the manifest of policy version {version} is that of version {manifest.version}")
         return manifest
 
-    def sealed(self, signer: Signer) -> bytes:
+    def to_signed_bytes(self, signer: Signer) -> bytes:
         """For Redis."""
-        return signer.seal(encode(asdict(self)))
+        return signer.sign(encode(asdict(self)))
 
     @property
-    def rests_on(self) -> int:
+    def base_version(self) -> int:
         """The version without which this one cannot be read; -1 = it is stored whole."""
         return -1 if self.num_bytes else self.base
 

@@ -40,21 +40,21 @@ class Signer:
     def of_environment(cls, run: str) -> Signer:
         return cls(run, secret(RUN_KEY))
 
-    def seal(self, manifest: bytes) -> bytes:
+    def sign(self, manifest: bytes) -> bytes:
         """The manifest with its signature; as it is where there is no key."""
         return manifest if self._key is None else _MARK + self._mac(manifest) + manifest
 
-    def open(self, sealed: bytes, *, version: int) -> bytes:
+    def verify(self, signed: bytes, *, version: int) -> bytes:
         """The manifest, verified where there is a key. Raises SignatureRefused."""
-        manifest = unsealed(sealed)
+        manifest = unsigned_bytes(signed)
         if self._key is None:
             return manifest
-        if manifest is sealed:
+        if manifest is signed:
             raise SignatureRefused(
                 f"policy version {version} is not signed, and this process has the run's key: was it published by a trainer "
                 f"that was started without {RUN_KEY}, or by somebody else?"
             )
-        if not hmac.compare_digest(sealed[len(_MARK) : _HEAD], self._mac(manifest)):
+        if not hmac.compare_digest(signed[len(_MARK) : _HEAD], self._mac(manifest)):
             raise SignatureRefused(
                 f"policy version {version} is not signed with this process' {RUN_KEY}: it has another key than the trainer, or "
                 "somebody else has published it"
@@ -66,9 +66,9 @@ class Signer:
         return hmac.digest(self._key, b"\0".join([b"sluice manifest", self._run.encode(), manifest]), "sha256")
 
 
-def unsealed(sealed: bytes) -> bytes:
+def unsigned_bytes(signed: bytes) -> bytes:
     """The manifest, not verified: for those who only show it."""
-    return sealed[_HEAD:] if sealed.startswith(_MARK) else sealed
+    return signed[_HEAD:] if signed.startswith(_MARK) else signed
 
 
 def make_key(file: Path) -> None:

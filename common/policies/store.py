@@ -9,12 +9,12 @@ roles agree on it whichever transport carries the bytes (`common/policies/transp
 
 A version is stored whole, as a delta (`common/policies/delta.py`) upon the version published before it, its *base*, or as both:
 
-    v0 whole <- v1 <- v2 ... <- v15 <- v16 delta and whole <- v17 ...        policy_store.anchor_every = 16
+    v0 whole <- v1 <- v2 ... <- v15 <- v16 delta and whole <- v17 ...        policy_store.full_every = 16
 
 A process that fetched one of the last versions applies the deltas since; another begins at the nearest whole version. Whole
-is the first version that a trainer process publishes, every `anchor_every`th, and each one that differs too much. A version
+is the first version that a trainer process publishes, every `full_every`th, and each one that differs too much. A version
 that is kept keeps what it rests on, down to a whole one. A reader that cannot verify a version asks for it whole, and the
-trainer writes it so (`mend`): a damaged delta costs that version's time, not a dead chain.
+trainer writes it so (`republish_full`): a damaged delta costs that version's time, not a dead chain.
 
 Digests are those of the result: xxh3-128 per tensor; the manifest's own digest is the sha256 of all of them. `fetch`
 computes both from the bytes in memory, so a worker that reports a manifest's digest has proved it.
@@ -72,11 +72,11 @@ class PolicyStore:
         self._keys = keys
         self._signer = signer or Signer.of_environment(keys.run)
         self._keep = config.keep
-        self._anchor_every = config.anchor_every if config.delta else 1
+        self._full_every = config.full_every if config.delta else 1
         self._scripts = Scripts(client, keys)
         self._announced: dict[int, str] = {}
         self._held: Policy | None = None
-        self._mended = -1
+        self._republished = -1
         self._has_swept = False
         self._known_bases: dict[int, int] = {}
         self.last_fetch_s = 0.0
@@ -109,13 +109,13 @@ class PolicyStore:
             digests, patches = delta.encode(tensors, base=base.tensors)
         self._refuse_outdated(version, policy_digest(digests), incarnation=incarnation)
         self._sweep(before=version)
-        is_whole = patches is None or num_links >= self._anchor_every
+        is_full = patches is None or num_links >= self._full_every
         manifest = Manifest(
             version=version,
             step=step,
             incarnation=incarnation,
             parent=parent,
-            num_bytes=self._transport.write(version, tensors) if is_whole else 0,
+            num_bytes=self._transport.write(version, tensors) if is_full else 0,
             digest=policy_digest(digests),
             tensors=digests,
             canary=[sequence.to_wire() for sequence in canary],
@@ -128,14 +128,14 @@ class PolicyStore:
         moved = self._scripts("publish", version, parent, step, incarnation, manifest.digest, num_bytes)
         if moved != 1:
             self._refuse_outdated(version, manifest.digest, incarnation=incarnation)
-        if self._anchor_every > 1:
+        if self._full_every > 1:
             self._held = Policy(manifest=manifest, tensors=tensors)
         self._collect_garbage()
         return manifest
 
     def _record(self, manifest: Manifest) -> None:
-        self._scripts("small", "HSET", "manifests", manifest.version, manifest.sealed(self._signer))
-        self._known_bases[manifest.version] = manifest.rests_on
+        self._scripts("write_record", "HSET", "manifests", manifest.version, manifest.to_signed_bytes(self._signer))
+        self._known_bases[manifest.version] = manifest.base_version
 
     def _base_for(self, version: int) -> tuple[Policy | None, int]:
         """What this version can be a delta upon, and the versions that one consists of; (None, 0) = nothing."""
@@ -149,15 +149,15 @@ class PolicyStore:
             PolicyError
         ):  # a Redis that lost it has lost all that would have been built upon it; or somebody replaced it
             return None, 0
-        return held, 1 + len(self._foundations(held.manifest.version))
+        return held, 1 + len(self._base_chain(held.manifest.version))
 
-    def _foundations(self, version: int) -> list[int]:
+    def _base_chain(self, version: int) -> list[int]:
         """The versions that this one rests on, down to a whole one."""
         found: list[int] = []
         while True:
             if version not in self._known_bases:
                 try:
-                    self._known_bases[version] = self.manifest(version).rests_on
+                    self._known_bases[version] = self.manifest(version).base_version
                 except PolicyError:
                     return found
             version = self._known_bases[version]
@@ -165,20 +165,20 @@ class PolicyStore:
                 return found
             found.append(version)
 
-    def is_wanted_whole(self) -> bool:
+    def is_full_requested(self) -> bool:
         """Whether a reader could not verify the version that this process published last; each version is mended once."""
-        if self._held is None or self._held.manifest.version == self._mended:
+        if self._held is None or self._held.manifest.version == self._republished:
             return False
-        return self._client.get(self._keys("wanted_whole")) == b"%d" % self._held.manifest.version
+        return self._client.get(self._keys("full_requested")) == b"%d" % self._held.manifest.version
 
-    def mend(self) -> None:
+    def republish_full(self) -> None:
         """Write the version that this process published last whole, beside any delta of it. Raises DiskFull."""
         assert self._held is not None
         manifest, tensors = self._held.manifest, self._held.tensors
         manifest = replace(manifest, num_bytes=self._transport.write(manifest.version, tensors))
         self._record(manifest)
         self._held = Policy(manifest=manifest, tensors=tensors)
-        self._mended = manifest.version
+        self._republished = manifest.version
 
     def _refuse_outdated(self, version: int, digest: str, *, incarnation: int) -> None:
         """Asked before anything is written as well, so that a trainer that was replaced cannot damage a served version."""
@@ -193,7 +193,7 @@ class PolicyStore:
     def announce(self, version: int, *, step: int, parent: int) -> None:
         """Enter a version into the lineage before its bytes are written, so that ages can be told while they travel."""
         self._announced[version] = f"{parent}:{step}"
-        self._scripts("small", "HSET", "lineage", version, self._announced[version])
+        self._scripts("write_record", "HSET", "lineage", version, self._announced[version])
 
     def announce_again(self, *, incarnation: int) -> None:
         """Restore what this process announced, and its incarnation, in a Redis that has forgotten some of it."""
@@ -231,10 +231,10 @@ class PolicyStore:
 
     def manifest(self, version: int) -> Manifest:
         """Raises PolicyNotFound, SignatureRefused, DigestMismatch."""
-        sealed = self._client.hget(self._keys("manifests"), str(version))
-        if sealed is None:
+        signed = self._client.hget(self._keys("manifests"), str(version))
+        if signed is None:
             raise PolicyNotFound(f"policy version {version} was never published in this run, or was removed")
-        return Manifest.opened(sealed, self._signer, version=version)
+        return Manifest.from_signed_bytes(signed, self._signer, version=version)
 
     def fetch(self, version: int) -> tuple[Manifest, dict[str, torch.Tensor]]:
         """Verified tensors of a version, not to be written to. Raises PolicyNotFound, SignatureRefused, DigestMismatch."""
@@ -245,10 +245,10 @@ class PolicyStore:
             try:
                 tensors, num_bytes = self._load_somehow(manifest, held=held, go_on=go_on)
             except PolicyError:
-                self._scripts("small", "SET", "wanted_whole", version)
+                self._scripts("write_record", "SET", "full_requested", version)
                 raise
         has_deltas = manifest.base >= 0 or any(tensor.dtype != torch.float32 for tensor in tensors.values())
-        self._held = Policy(manifest=manifest, tensors=tensors) if has_deltas and self._anchor_every > 1 else None
+        self._held = Policy(manifest=manifest, tensors=tensors) if has_deltas and self._full_every > 1 else None
         self.last_fetch_s, self.last_fetch_bytes = time.monotonic() - began, num_bytes
         return manifest, tensors
 
@@ -346,7 +346,7 @@ class PolicyStore:
         stored = sorted(int(v) for v in self._client.hkeys(self._keys("manifests")))
         needed = {0, *(int(v) for v in self._client.hvals(self._keys("evaluations"))), *self._readers()}
         needed |= {*stored[-self._keep :]}
-        needed |= {foundation for version in needed.intersection(stored) for foundation in self._foundations(version)}
+        needed |= {foundation for version in needed.intersection(stored) for foundation in self._base_chain(version)}
         for version in stored:
             if version not in needed:
                 self._transport.delete(version)

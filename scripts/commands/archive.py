@@ -25,11 +25,11 @@ from sluice.common.config import Config
 from sluice.common.config.file import parse_config
 from sluice.common.errors import ConfigError
 from sluice.common.keys import RUNS, Keys
-from sluice.common.ledger.ledger import read_account
+from sluice.common.ledger.ledger import read_counters
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.monitoring.diagnosis import broker_client
 from sluice.common.monitoring.metrics import is_silent, read_heartbeats
-from sluice.common.operations.control import read_orders
+from sluice.common.operations.control import read_control_state
 from sluice.common.run import Run
 from sluice.common.serialization import decode
 from sluice.dashboard.dead_letters import read_dead
@@ -62,17 +62,17 @@ def archive_run(client: redis.Redis, run: Run, file: Path) -> list[str]:
 
 def _record(client: redis.Redis, run: Run) -> dict[str, Any]:
     status, created_at = client.hmget(run.keys("run"), ["status", "created_at"])
-    orders = read_orders(client, run.keys)
+    control_state = read_control_state(client, run.keys)
     return {
         "run": run.name,
         "status": (status or b"?").decode(),
         "created_at": float(created_at or 0),
         "folder": run.folder,
-        "settings": {key: json.loads(value) for key, value in orders.settings.items()},
-        "paused": orders.paused,
-        "draining": orders.draining,
+        "settings": {key: json.loads(value) for key, value in control_state.settings.items()},
+        "paused": control_state.paused,
+        "draining": control_state.draining,
         "policy": {name.decode(): value.decode() for name, value in client.hgetall(run.keys("policy")).items()},
-        "ledger": {kind: read_account(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
+        "ledger": {kind: read_counters(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
         "evaluations": list_evaluations(client, run),
     }
 
@@ -107,7 +107,7 @@ def _plain(value: Any) -> Any:
 
 def live_processes(client: redis.Redis, keys: Keys) -> list[str]:
     """Names of the run's processes that beat."""
-    return [name for name, facts in read_heartbeats(client, keys).items() if not is_silent(facts)]
+    return [name for name, stats in read_heartbeats(client, keys).items() if not is_silent(stats)]
 
 
 def delete_run(client: redis.Redis, name: str, *, force: bool = False, with_folder: bool = False) -> int:
@@ -123,7 +123,7 @@ def delete_run(client: redis.Redis, name: str, *, force: bool = False, with_fold
     if (live := live_processes(client, keys)) and not force:
         raise ConfigError(f"run {name} is alive ({', '.join(live)}): stop its processes first, or give --force")
     doomed = checked_folder(Path(folder.decode()), name) if with_folder and folder is not None else None
-    Scripts(client, keys)("small", "HSET", "run", "status", "deleting")
+    Scripts(client, keys)("write_record", "HSET", "run", "status", "deleting")
     removed = _unlink(client, keys)
     if (broker := broker_client(client)) is not client:
         removed += _unlink(broker, keys)

@@ -61,20 +61,22 @@ def set_(arguments: tuple[str, ...], who: str | None, as_json: bool) -> None:
     with opened_run(names[0] if names else None) as (client, opened, _):
         if assignments:
             control.change(client, opened, assignments, who=who or control.default_who())
-        orders = control.read_orders(client, opened.keys)
-        config = control.with_settings(opened.config, orders.settings)
+        control_state = control.read_control_state(client, opened.keys)
+        config = control.with_settings(opened.config, control_state.settings)
     state = {
         "run": opened.name,
         "settings": {key: control.at(config, key) for key in control.CHANGEABLE},
-        "changed": sorted(orders.settings),
-        "paused": orders.paused,
-        "draining": orders.draining,
-        "trail": [fields for _, fields in orders.trail],
+        "changed": sorted(control_state.settings),
+        "paused": control_state.paused,
+        "draining": control_state.draining,
+        "change_log": [fields for _, fields in control_state.change_log],
     }
     if as_json:
         click.echo(json.dumps(state))
     elif assignments:
-        click.echo(f"{opened.name}: " + ", ".join(f"{key}={value}" for key, value in sorted(orders.settings.items())))
+        click.echo(
+            f"{opened.name}: " + ", ".join(f"{key}={value}" for key, value in sorted(control_state.settings.items()))
+        )
     else:
         _show(state, control.CHANGEABLE)
 
@@ -92,7 +94,7 @@ def _show(state: dict[str, Any], acts_from: dict[str, str]) -> None:
     for key, value in state["settings"].items():
         mark = "*" if key in state["changed"] else " "
         click.echo(f"{mark} {key} = {json.dumps(value)}    acts on {acts_from[key]}")
-    for entry in state["trail"]:
+    for entry in state["change_log"]:
         when = datetime.fromtimestamp(float(entry["at"]))
         click.echo(
             f"{when:%Y-%m-%d %H:%M:%S}  step {entry['step']}  {entry['who']}  {entry['key']}: {entry['old']} -> {entry['new']}"

@@ -21,8 +21,8 @@ def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float
     """Results on every configured set. Raises ConfigError, and SluiceError when it does not finish in time."""
     if not run.config.evaluation.datasets:
         raise ConfigError(f"run {run.name} has no evaluation.datasets in its config")
-    beats = read_heartbeats(client, run.keys).values()
-    roles = {facts["role"] for facts in beats} | {"eval" for facts in beats if facts.get("evaluates")}
+    heartbeats = read_heartbeats(client, run.keys).values()
+    roles = {stats["role"] for stats in heartbeats} | {"eval" for stats in heartbeats if stats.get("evaluates")}
     if missing := {"dataset", "eval", "reward"} - roles:
         raise ConfigError(
             f"an evaluation needs workers on {', '.join(sorted(missing))}: start them with `sluice worker QUEUE`"

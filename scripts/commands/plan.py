@@ -59,24 +59,24 @@ def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dic
         "groups_per_step": config.groups_per_step,
         "completions_per_step": config.groups_per_step * config.sampling.group_size,
         "groups_in_flight": config.max_in_flight,
-        "messages_per_group": ["rollout", *config.parts],
+        "messages_per_group": ["rollout", *config.stages],
         "machines": _machines(path, overrides, [role for role in roles if role["max"]]),
         "notes": _notes(config, roles),
     }
 
 
-def _worker(config: Config, queue: str, least: int, most: int) -> dict[str, Any]:
+def _worker(config: Config, queue: str, min_workers: int, max_workers: int) -> dict[str, Any]:
     name = queue.partition(",")[0]
     concurrency = {
         "dataset": 1,
         "reference": config.reference.concurrency,
         "reward": config.reward.concurrency,
     }.get(name, config.rollout.concurrency)
-    gpus = [] if name in ("dataset", "reward") else [assigned_gpus(config, queue, i) for i in range(most)]
+    gpus = [] if name in ("dataset", "reward") else [assigned_gpus(config, queue, i) for i in range(max_workers)]
     return {
         "role": queue,
-        "min": least,
-        "max": most,
+        "min": min_workers,
+        "max": max_workers,
         "pool": "prefork" if name == "reward" else "threads",
         "concurrency": concurrency,
         "gpus": [each for each in gpus if each],
@@ -131,13 +131,13 @@ def render_plan(found: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     weights = "" if found["weights_mib"] is None else f", {found['weights_mib']:,} MiB of weights"
     console.print(f"model {found['model']}{weights}", markup=False)
-    parts = " + ".join(found["messages_per_group"])
+    stages = " + ".join(found["messages_per_group"])
     console.print(
         f"{found['groups_per_step']} groups a step ({found['completions_per_step']} completions), at most "
-        f"{found['groups_in_flight']} in flight; messages per group: {parts}"
+        f"{found['groups_in_flight']} in flight; messages per group: {stages}"
     )
-    least, most = found["processes"]["min"], found["processes"]["max"]
-    shown = f"{least}" if least == most else f"{least} to {most}"
+    min_workers, max_workers = found["processes"]["min"], found["processes"]["max"]
+    shown = f"{min_workers}" if min_workers == max_workers else f"{min_workers} to {max_workers}"
     table = Table(title=f"sluice run starts {shown} processes here, beside Redis", title_justify="left")
     for name in ("role", "number", "pool", "GPUs", "command"):
         table.add_column(name, overflow="fold")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import redis
 
-from sluice.common.connections.broker import make_app, send_part
+from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.run import Run
 from sluice.dashboard.dead_letters import read_dead
@@ -23,6 +23,6 @@ def requeue_groups(client: redis.Redis, run: Run, groups: Sequence[str], *, url:
     ledger = Ledger(client, run.keys, run.config, worker="requeue")
     app = make_app(run.name, url=os.environ.get("SLUICE_BROKER_URL") or url)
     for group in chosen:
-        for part in ledger.requeue(group):
-            send_part(app, group, part)
+        for stage in ledger.requeue(group):
+            send_stage(app, group, stage)
     return chosen

@@ -32,11 +32,11 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
         if watch:
             _watch(client, opened)
             return
-        reading = collect_status(client, opened)
+        snapshot = collect_status(client, opened)
     if as_json:
-        click.echo(json.dumps(reading))
+        click.echo(json.dumps(snapshot))
     else:
-        console().print(render(reading))
+        console().print(render(snapshot))
 
 
 def _watch(client: redis.Redis, run: Run) -> None:
@@ -47,20 +47,20 @@ def _watch(client: redis.Redis, run: Run) -> None:
     from sluice.dashboard.terminal import render
     from sluice.scripts.cli import console
 
-    reading: dict[str, Any] = collect_status(client, run)
+    snapshot: dict[str, Any] = collect_status(client, run)
     read_at = time.monotonic()
     terminal = console()
     try:
-        with Live(render(reading), console=terminal, auto_refresh=False, transient=True) as live:
-            while reading["status"] not in HAS_ENDED:
+        with Live(render(snapshot), console=terminal, auto_refresh=False, transient=True) as live:
+            while snapshot["status"] not in HAS_ENDED:
                 time.sleep(REFRESH_S)
                 trouble = ""
                 try:
-                    reading, read_at = collect_status(client, run), time.monotonic()
+                    snapshot, read_at = collect_status(client, run), time.monotonic()
                 except redis.RedisError:
                     old_s = time.monotonic() - read_at
                     trouble = f"Redis cannot be reached; all of this is {old_s:.0f} s old (has the run ended?)"
-                live.update(render(reading, trouble=trouble), refresh=True)
+                live.update(render(snapshot, trouble=trouble), refresh=True)
     except KeyboardInterrupt:
         pass
-    terminal.print(render(reading))
+    terminal.print(render(snapshot))

@@ -30,7 +30,7 @@ from sluice.common.connections.client import connect, give_up_after
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.metrics import is_silent, read_heartbeats
-from sluice.common.operations.control import default_who, lift_drain
+from sluice.common.operations.control import cancel_drain, default_who
 from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, create_run, open_run, set_status
 from sluice.dashboard.auth import LOOPBACK, free_port, page_url
@@ -106,7 +106,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         client = connect(url, retry=Retry(ExponentialBackoff(), 1))  # the supervisor must not wait while Redis is away
         if assets is None:
             run = open_run(client, name)
-            lift_drain(client, run, who=default_who())
+            cancel_drain(client, run, who=default_who())
         else:
             run = create_run(client, name, config, assets=assets, folder=str(folder))
             write_config(run)
@@ -139,7 +139,7 @@ def _drive(
         url=url,
         folder=folder,
         status=lambda: (client.hget(run.keys("run"), "status") or b"").decode(),
-        trainer_beats=lambda: _trainer_beats(client, run),
+        trainer_is_alive=lambda: _trainer_is_alive(client, run),
         extra=pages,
         say=progress.say,
         key_file=folder / KEY_FILE if secret(RUN_KEY) is None and (folder / KEY_FILE).exists() else None,
@@ -193,12 +193,12 @@ def _dashboard(run: Run) -> tuple[list[Role], str | None]:
     return [dashboard_role(port)], f"{page_url(LOOPBACK, port)}?run={quote(run.name)}"
 
 
-def _trainer_beats(client: redis.Redis, run: Run) -> bool:
+def _trainer_is_alive(client: redis.Redis, run: Run) -> bool:
     try:
-        beats = read_heartbeats(client, run.keys)
+        heartbeats = read_heartbeats(client, run.keys)
     except (redis.ConnectionError, redis.TimeoutError):
         return False
-    return any(name.startswith("trainer@") and not is_silent(facts) for name, facts in beats.items())
+    return any(name.startswith("trainer@") and not is_silent(stats) for name, stats in heartbeats.items())
 
 
 def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None, progress: Progress) -> bool:
@@ -213,7 +213,7 @@ def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None
         progress.update()
         return goes_on
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        progress.say_seldom(f"Redis is unreachable, every role waits for it: {error}")
+        progress.say_throttled(f"Redis is unreachable, every role waits for it: {error}")
         return True
 
 

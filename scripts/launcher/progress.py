@@ -68,7 +68,7 @@ class Progress:
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def say_seldom(self, text: str) -> None:
+    def say_throttled(self, text: str) -> None:
         """As `say`, at most every LINE_EVERY_S: for what may be true many times a second."""
         if time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()

@@ -61,7 +61,7 @@ def trainer_role(config: Config) -> Role:
     argv = [
         sys.executable,
         "-m",
-        *(["trainer"] if num_ranks == 1 else ["sluice.scripts.launcher.ranks", str(num_ranks)]),
+        *(["sluice.trainer"] if num_ranks == 1 else ["sluice.scripts.launcher.ranks", str(num_ranks)]),
     ]
     env = {"RANK": "0", "WORLD_SIZE": "1"}  # a machine's own must not make it wait for ranks that nobody starts
     gpus = trainer_gpus(config)

@@ -39,9 +39,9 @@ class Scaler:
         scales = read_scales(self._client, self._run)
         for queue in self._queues:
             name = queue.partition(",")[0]
-            least, most = worker_bounds(self._run.config)[queue]
-            if name in scales and most:
-                self._follow(queue, min(max(scales[name].desired, least), most), scales[name].reason)
+            min_workers, max_workers = worker_bounds(self._run.config)[queue]
+            if name in scales and max_workers:
+                self._follow(queue, min(max(scales[name].desired, min_workers), max_workers), scales[name].reason)
 
     def _follow(self, queue: str, desired: int, reason: str) -> None:
         before = self._supervisor.num_workers(queue)

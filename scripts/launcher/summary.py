@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from sluice.common.ledger.ledger import Account, read_account
+from sluice.common.ledger.ledger import Counters, read_counters
 from sluice.common.monitoring.metrics import read_metrics
 from sluice.common.run import Run
 from sluice.dashboard.terminal import sparkline
@@ -32,7 +32,7 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
     rewards = [latest[step]["reward/mean"] for step in sorted(latest)]
     # not the very first batch: the groups that finish first are those with short, easy completions
     ends = min(10, max(1, len(rewards) // 10))
-    account, evals = read_account(client, run.keys), list_evaluations(client, run)
+    counters, evals = read_counters(client, run.keys), list_evaluations(client, run)
     ours = [entry for entry in evals if entry["dataset"] == run.config.evaluation.datasets[0].name]
     first, last = (ours[0], ours[-1]) if ours else (None, None)
     wall_s = max(wall_s, _training_wall_s(run))
@@ -48,16 +48,16 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
         "generated_tokens": int(client.hget(run.keys("totals"), "generated_tokens") or 0),
         "trained_tokens": int(sum(metrics["num_tokens"] for metrics in latest.values())),
         "policy_age": _age_histogram(list(latest.values())),
-        "ledger": account.to_dict(),
-        "ledger_eval": read_account(client, run.keys, "eval").to_dict(),
-        "ledger_holds": account.holds,
+        "ledger": counters.to_dict(),
+        "ledger_eval": read_counters(client, run.keys, "eval").to_dict(),
+        "ledger_holds": counters.holds,
         "restarts": restarts,
     }
     folder = Path(run.folder)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if rewards:
         _draw(folder / "reward.png", sorted(latest), rewards, evals, title=run.name)
-    return Summary(holds=account.holds, text=_text(summary, rewards, account, folder))
+    return Summary(holds=counters.holds, text=_text(summary, rewards, counters, folder))
 
 
 def _age_histogram(steps: list[dict[str, float]]) -> dict[str, int]:
@@ -77,7 +77,7 @@ def _training_wall_s(run: Run) -> float:
     return float(json.loads(states[-1].read_text())["wall_s"]) if states else 0.0
 
 
-def _text(summary: dict[str, Any], rewards: list[float], account: Account, folder: Path) -> str:
+def _text(summary: dict[str, Any], rewards: list[float], counters: Counters, folder: Path) -> str:
     seconds = max(summary["wall_s"], 1e-9)
     lines = [f"{summary['run']}: {summary['steps']} steps in {seconds:.1f} s"]
     for entry in summary["evaluations"]:
@@ -94,20 +94,22 @@ def _text(summary: dict[str, Any], rewards: list[float], account: Account, folde
         f"  tokens     {summary['generated_tokens']:,} generated ({summary['generated_tokens'] / seconds:,.0f}/s), "
         f"{summary['trained_tokens']:,} trained ({summary['trained_tokens'] / seconds:,.0f}/s)"
     )
-    lines.append("  ledger     " + ledger_text(account))
+    lines.append("  ledger     " + ledger_text(counters))
     if summary["restarts"]:
         lines.append(f"  restarted  {summary['restarts']}")
     return "\n".join(lines)
 
 
-def ledger_text(account: Account) -> str:
+def ledger_text(counters: Counters) -> str:
     """The identity, spelled out."""
-    dropped = "".join(f" + dropped({reason}) {count}" for reason, count in account.dropped.items())
-    dead = "".join(f" + dead({reason}) {count}" for reason, count in account.dead.items())
-    settled = "scored" if account.kind == "eval" else "trained"
-    count = account.scored if account.kind == "eval" else account.trained
-    verdict = "holds" if account.holds else f"BROKEN: the right side is {account.settled + account.in_flight}"
-    return f"admitted {account.admitted} = {settled} {count}{dropped}{dead} + in_flight {account.in_flight}: {verdict}"
+    dropped = "".join(f" + dropped({reason}) {count}" for reason, count in counters.dropped.items())
+    dead = "".join(f" + dead({reason}) {count}" for reason, count in counters.dead.items())
+    settled = "scored" if counters.kind == "eval" else "trained"
+    count = counters.scored if counters.kind == "eval" else counters.trained
+    verdict = "holds" if counters.holds else f"BROKEN: the right side is {counters.settled + counters.in_flight}"
+    return (
+        f"admitted {counters.admitted} = {settled} {count}{dropped}{dead} + in_flight {counters.in_flight}: {verdict}"
+    )
 
 
 def _draw(path: Path, steps: list[int], rewards: list[float], evals: list[dict[str, Any]], *, title: str) -> None:

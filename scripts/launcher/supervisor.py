@@ -87,19 +87,19 @@ class Supervisor:
         url: str,
         folder: Path,
         status: Callable[[], str],
-        trainer_beats: Callable[[], bool],
+        trainer_is_alive: Callable[[], bool],
         extra: Iterable[Role] = (),
         say: Callable[[str], None] = print,
         key_file: Path | None = None,
     ) -> None:
         """`status` reads the run's; while Redis is away it raises its ConnectionError, and so does `poll` then.
 
-        `trainer_beats`: whether a heartbeat of the trainer came in the last seconds; false while Redis is away.
+        `trainer_is_alive`: whether a heartbeat of the trainer came in the last seconds; false while Redis is away.
         `extra`: roles that the run can do without; `say` tells when one is given up. `key_file`: the run's key, where the
         environment has none (common/policies/signing.py).
         """
         self._say, self._key_file = say, key_file
-        self._status, self._trainer_beats = status, trainer_beats
+        self._status, self._trainer_is_alive = status, trainer_is_alive
         env = {"SLUICE_REDIS_URL": url, "SLUICE_REDIS_URL_FILE": "", "SLUICE_RUN": run}
         env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -186,8 +186,8 @@ class Supervisor:
             if child.process and child.process.poll() is None:
                 child.process.send_signal(signal.SIGUSR2)
         taken = {child.replica for child in self._children if child.queue == queue}
-        most = worker_bounds(self._config)[queue][1]
-        free = [replica for replica in range(most) if replica not in taken]
+        max_workers = worker_bounds(self._config)[queue][1]
+        free = [replica for replica in range(max_workers) if replica not in taken]
         for replica in free[: max(0, number - len(active))]:
             child = self._worker(queue, replica, was_added=True)
             child.process = spawn(child.argv, log=child.log, env=child.env)
@@ -226,7 +226,7 @@ class Supervisor:
                     process.wait(timeout=max(0.0, began + STOP_S - time.monotonic()))
             _kill(child.process for child in self._children if child is not self._trainer)
             while self._trainer.process in alive and self._trainer.process.poll() is None:
-                if time.monotonic() > began + TRAINER_STOP_S or not self._trainer_beats():
+                if time.monotonic() > began + TRAINER_STOP_S or not self._trainer_is_alive():
                     break
                 time.sleep(POLL_S)
         finally:

@@ -1,6 +1,6 @@
 """Several ranks as one policy: rank 0 runs the training loop, the others make its calls.
 
-    rank 0: Trainer (trainer/loop.py)                   rank 1 ... N-1: `follow`
+    rank 0: Trainer (trainer/loop.py)                   rank 1 ... N-1: `run_follower`
     open_policy(...)          -- open -->               the same TrainedPolicy, of the same model folder
     policy.optimize(groups)   -- optimize, its share --> its micro-batches, TrainedPolicy.optimize    collectives inside
     policy.score / snapshot / save / restore  -- ... --> the same
@@ -42,7 +42,7 @@ from sluice.trainer.trained_policy import TrainedPolicy
 log = logging.getLogger("sluice.trainer")
 
 """(prompt_ids, token_ids)"""
-Share = tuple[list[Group], list[Tensor]]
+Shard = tuple[list[Group], list[Tensor]]
 """What a rank trains on: groups with its episodes only, and their advantages, [G] per group."""
 
 
@@ -70,13 +70,13 @@ class ParallelPolicy:
     def optimize(
         self, groups: list[Group], advantages: list[Tensor], *, step: int, max_tokens: int, mask_truncated: bool = False
     ) -> dict[str, float]:
-        """TrainedPolicy's, on the micro-batches that every rank makes of its share (`deal`); metrics are those of all.
+        """TrainedPolicy's, on the micro-batches that every rank makes of its share (`shard_by_tokens`); metrics are those of all.
 
         advantages: [G] per group. max_tokens, mask_truncated: as in `build_micro_batches`.
         """
         options: dict[str, Any] = {"step": step, "max_tokens": max_tokens, "mask_truncated": mask_truncated}
-        own, *others = deal(groups, advantages, num_ranks=self.num_ranks)
-        with self._call("optimize", [{"share": _to_wire(share), "options": options} for share in others]):
+        own, *others = shard_by_tokens(groups, advantages, num_ranks=self.num_ranks)
+        with self._call("optimize", [{"shard": _to_wire(shard), "options": options} for shard in others]):
             return _optimize(self._policy, own, self._ranks, **options)
 
     def configure(self, config: TrainerConfig) -> None:
@@ -93,9 +93,9 @@ class ParallelPolicy:
         with self._call("score", {"sequences": sequences}):
             return self._policy.score(sequences)
 
-    def snapshot(self, dtype: torch.dtype, *, whole: bool = False) -> dict[str, Tensor]:
-        with self._call("snapshot", {"dtype": str(dtype).removeprefix("torch."), "whole": whole}):
-            return self._policy.snapshot(dtype, whole=whole)
+    def snapshot(self, dtype: torch.dtype, *, full: bool = False) -> dict[str, Tensor]:
+        with self._call("snapshot", {"dtype": str(dtype).removeprefix("torch."), "full": full}):
+            return self._policy.snapshot(dtype, full=full)
 
     def save(self, folder: Path) -> dict[str, str]:
         with self._call("save", {"folder": str(folder)}):
@@ -114,7 +114,7 @@ class ParallelPolicy:
     def _call(self, name: str, body: dict[str, Any] | list[dict[str, Any]]) -> Iterator[None]:
         with _explained(name, self._ranks):
             bodies = body if isinstance(body, list) else [body] * (self._ranks.size - 1)
-            self._ranks.tell_others([{"call": name, **one} for one in bodies])
+            self._ranks.send_calls([{"call": name, **one} for one in bodies])
             yield
 
 
@@ -122,12 +122,12 @@ def open_policy(config: Config, *, end_token_ids: Sequence[int], ranks: Ranks | 
     """The policy of a run with the weights of model.path, on all ranks; for rank 0. Raises ConfigError."""
     ranks = ranks or Ranks()
     body = {"call": "open", "config": config.to_yaml(), "end_token_ids": list(end_token_ids)}
-    ranks.tell_others([body] * (ranks.size - 1))
+    ranks.send_calls([body] * (ranks.size - 1))
     with _explained("open", ranks):
         return ParallelPolicy(_build(config, end_token_ids, ranks), ranks)
 
 
-def follow(ranks: Ranks) -> int:
+def run_follower(ranks: Ranks) -> int:
     """A rank other than 0, from its start to its exit code.
 
     SIGTERM and Ctrl-C are rank 0's to answer, which then finishes its step with this one; but without a rank 0 they end it.
@@ -162,7 +162,7 @@ def _make(call: dict[str, Any], policy: TrainedPolicy, ranks: Ranks) -> None:
     match call["call"]:
         case "optimize":
             try:
-                _optimize(policy, _from_wire(call["share"]), ranks, **call["options"])
+                _optimize(policy, _from_wire(call["shard"]), ranks, **call["options"])
             except Diverged:  # rank 0 has raised the same, says so, and ends the run
                 log.warning("step %d: training has diverged", call["options"]["step"])
         case "configure":
@@ -172,7 +172,7 @@ def _make(call: dict[str, Any], policy: TrainedPolicy, ranks: Ranks) -> None:
         case "score":
             policy.score([(prompt, tokens) for prompt, tokens in call["sequences"]])
         case "snapshot":
-            policy.snapshot(getattr(torch, call["dtype"]), whole=call["whole"])
+            policy.snapshot(getattr(torch, call["dtype"]), full=call["full"])
         case "save":
             try:
                 policy.save(Path(call["folder"]))
@@ -185,11 +185,11 @@ def _make(call: dict[str, Any], policy: TrainedPolicy, ranks: Ranks) -> None:
 
 
 def _optimize(
-    policy: TrainedPolicy, share: Share, ranks: Ranks, *, step: int, max_tokens: int, mask_truncated: bool
+    policy: TrainedPolicy, shard: Shard, ranks: Ranks, *, step: int, max_tokens: int, mask_truncated: bool
 ) -> dict[str, float]:
     """This rank's part of an optimizer step."""
-    batches = build_micro_batches(*share, max_tokens=max_tokens, packed=policy.is_packed, mask_truncated=mask_truncated)
-    return policy.optimize(evened(batches, count=max(ranks.gather(len(batches)))), step=step)
+    batches = build_micro_batches(*shard, max_tokens=max_tokens, packed=policy.is_packed, mask_truncated=mask_truncated)
+    return policy.optimize(pad_micro_batches(batches, count=max(ranks.gather(len(batches)))), step=step)
 
 
 def _build(config: Config, end_token_ids: Sequence[int], ranks: Ranks) -> TrainedPolicy:
@@ -216,7 +216,7 @@ def _explained(call: str, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def deal(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> list[Share]:
+def shard_by_tokens(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> list[Shard]:
     """Every episode to one rank, so that their real tokens are balanced: the longest first, each to whom has least so far.
 
     advantages: per group [G]. A rank for which there is none gets the shortest one without its reward, which leaves it out of
@@ -248,14 +248,14 @@ def deal(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> li
     ]
 
 
-def evened(batches: list[MicroBatch], *, count: int) -> list[MicroBatch]:
+def pad_micro_batches(batches: list[MicroBatch], *, count: int) -> list[MicroBatch]:
     """`count` passes, as many as the other ranks make: those that lack are the smallest one without a loss token."""
     smallest = min(batches, key=lambda batch: batch.num_tokens)
     idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
     return [*batches, *[idle] * (count - len(batches))]
 
 
-def _to_wire(share: Share) -> dict[str, Any]:
+def _to_wire(shard: Shard) -> dict[str, Any]:
     """Without the texts, which no rank reads: some 12 bytes a token."""
     groups = [
         replace(
@@ -265,10 +265,10 @@ def _to_wire(share: Share) -> dict[str, Any]:
             timestamps={},
             episodes=[replace(e, completion=replace(e.completion, text="")) for e in group.episodes],
         )
-        for group in share[0]
+        for group in shard[0]
     ]
-    return {"groups": [group.to_wire() for group in groups], "advantages": [a.numpy() for a in share[1]]}
+    return {"groups": [group.to_wire() for group in groups], "advantages": [a.numpy() for a in shard[1]]}
 
 
-def _from_wire(wire: dict[str, Any]) -> Share:
+def _from_wire(wire: dict[str, Any]) -> Shard:
     return [Group.from_wire(group) for group in wire["groups"]], [torch.from_numpy(a) for a in wire["advantages"]]

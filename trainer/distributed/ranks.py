@@ -1,7 +1,7 @@
 """The processes that train one policy together (ranks): who this one is, and what they tell each other.
 
     rank 0                                  rank 1 ... N-1
-    tell_others(bodies) -- key in store -->  next_call(): looks for its key, for hours if need be, and says so
+    send_calls(bodies) -- key in store -->  next_call(): looks for its key, for hours if need be, and says so
                         -- bytes (gloo) -->  its body
     gather(value)       <-- all ranks -->    gather(value)
 
@@ -95,7 +95,7 @@ class Ranks:
         dist.all_gather(bodies, padded)
         return [decode(body[: int(size)].numpy().tobytes()) for body, size in zip(bodies, sizes, strict=True)]
 
-    def tell_others(self, bodies: list[dict[str, Any]]) -> None:
+    def send_calls(self, bodies: list[dict[str, Any]]) -> None:
         """Rank 0: a call, one body for each other rank."""
         if self._store is None:
             return

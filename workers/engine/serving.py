@@ -275,8 +275,8 @@ def fail(future: Future, error: EngineError) -> None:
         future.set_exception(error)
 
 
-def version_spans(marks: list[tuple[int, int]], *, end: int) -> tuple[tuple[int, int], ...]:
+def version_spans(version_starts: list[tuple[int, int]], *, end: int) -> tuple[tuple[int, int], ...]:
     """Run lengths (version, tokens) from (version, place from which on it samples); one that sampled nothing is left out."""
-    ends = [start for _, start in marks[1:]] + [end]
-    spans = [(version, stop - start) for (version, start), stop in zip(marks, ends, strict=True)]
+    ends = [start for _, start in version_starts[1:]] + [end]
+    spans = [(version, stop - start) for (version, start), stop in zip(version_starts, ends, strict=True)]
     return tuple(span for span in spans if span[1])

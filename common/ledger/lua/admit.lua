@@ -1,7 +1,7 @@
--- Admission: hand out dataset cursors while there is credit. The caller holds the claim on each group's `task` part.
--- ARGV: most groups, max_in_flight, max_bytes, trainer steps of the run, groups per step, lease_ms, holder
+-- Admission: hand out dataset cursors while there is credit. The caller holds the claim on each group's `task` stage.
+-- ARGV: max_count groups, max_in_flight, max_bytes, trainer steps of the run, groups per step, lease_ms, holder
 -- Returns {reason it stopped, policy version, cursor, cursor, ...}; nothing is admitted while the run is paused or drained
-local most, bound, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local max_count, bound, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local num_steps, groups_per_step, lease_ms, holder = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 local version = redis.call('HGET', key('policy'), 'version')
 
@@ -11,12 +11,12 @@ for _, order in ipairs({ 'paused', 'draining' }) do
 end
 if tonumber(redis.call('GET', key('bytes')) or '0') >= max_bytes then return { 'max_bytes', tonumber(version) } end
 
-local reason = 'most'
+local reason = 'max_count'
 local held = redis.call('SCARD', key('credit'))
-if bound - held < most then most, reason = bound - held, 'no_credit' end
+if bound - held < max_count then max_count, reason = bound - held, 'no_credit' end
 -- what the steps still to be published need; a group keeps its credit until its step is
 local needed = (num_steps - tonumber(redis.call('HGET', key('policy'), 'step'))) * groups_per_step - held
-if needed < most then most, reason = needed, 'run_complete' end
+if needed < max_count then max_count, reason = needed, 'run_complete' end
 
 local out = { reason, tonumber(version) }
 local deadline, seconds = now_ms() + lease_ms, now_s()
@@ -25,7 +25,7 @@ local function next_cursor()
   repeat cursor = redis.call('INCR', key('cursor')) - 1 until redis.call('SREM', key('ahead'), 't' .. cursor) == 0
   return cursor
 end
-for _ = 1, most do
+for _ = 1, max_count do
   local cursor = next_cursor()
   local group = 't' .. cursor
   redis.call('SADD', key('live:train'), group)

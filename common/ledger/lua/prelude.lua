@@ -14,10 +14,10 @@
 --   live:<kind>        set      groups admitted and not yet settled: the ledger's in_flight
 --   credit             set      training groups that hold an admission credit
 --   g:<group>          hash     kind, stage, cursor, min_version, pinned, version, samples, bytes, eval,
---                               payloads task|rollout|reward|reference, and per part: n:<part> claims, by:<part> worker,
---                               w:<part> who did it,
---                               s:<part> times sent again; t:<stage> seconds
---   deadlines          zset     "<group>|<part>" -> ms: every part somebody owes us
+--                               payloads task|rollout|reward|reference, and per stage: n:<stage> claims, by:<stage> worker,
+--                               w:<stage> who did it,
+--                               s:<stage> times sent again; t:<stage> seconds
+--   deadlines          zset     "<group>|<stage>" -> ms: every stage somebody owes us
 --   stream:<version>   stream   groups ready for training, filed under their oldest version; consumer group `trainer`
 --   versions           zset     versions that have a stream
 --   batch:<step>       list     manifest of a trainer step: "<version>|<entry>|<group>"
@@ -65,7 +65,7 @@ local function now_s()
   return string.format('%d.%06d', t[1], t[2])
 end
 
-local function member(group, part) return group .. '|' .. part end
+local function member(group, stage) return group .. '|' .. stage end
 
 local function split(text)
   local out = {}
@@ -100,10 +100,10 @@ local function record_evaluated(id, field, value)
   end
 end
 
--- Remove every trace of work still owed for a group.
+-- Remove every trace of work still pending for a group.
 local function forget_work(group)
-  for _, part in ipairs({ 'task', 'rollout', 'reward', 'reference' }) do
-    redis.call('ZREM', key('deadlines'), member(group, part))
+  for _, stage in ipairs({ 'task', 'rollout', 'reward', 'reference' }) do
+    redis.call('ZREM', key('deadlines'), member(group, stage))
   end
   redis.call('SREM', key('credit'), group)
 end

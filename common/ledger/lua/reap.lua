@@ -1,34 +1,34 @@
--- Overdue parts. One that a worker held (it died, hung or lost its network) spends an attempt; one that nobody claimed
+-- Overdue stages. One that a worker held (it died, hung or lost its network) spends an attempt; one that nobody claimed
 -- (its message was lost, or the queue is long) is only sent again, each time after twice as long.
--- ARGV: max_attempts, queued_ms, most parts
--- Returns {group, part, kind, group, part, kind, ...} to send
+-- ARGV: max_attempts, queued_ms, max_count stages
+-- Returns {group, stage, kind, group, stage, kind, ...} to send
 local max_attempts, queued_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
 local now = now_ms()
 local out = {}
-for _, owed in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, ARGV[3])) do
-  local group, part = string.match(owed, '^(.+)|(%a+)$')
+for _, pending in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', now, 'LIMIT', 0, ARGV[3])) do
+  local group, stage = string.match(pending, '^(.+)|(%a+)$')
   local g = key('g:' .. group)
-  local kind, holder = redis.call('HGET', g, 'kind'), redis.call('HGET', g, 'by:' .. part)
-  if not redis.call('ZSCORE', key('deadlines'), owed) then
-    -- nothing: its group has just died of another part
+  local kind, holder = redis.call('HGET', g, 'kind'), redis.call('HGET', g, 'by:' .. stage)
+  if not redis.call('ZSCORE', key('deadlines'), pending) then
+    -- nothing: its group has just died of another stage
   elseif not kind then
-    redis.call('ZREM', key('deadlines'), owed)
-  elseif holder and tonumber(redis.call('HGET', g, 'n:' .. part)) >= max_attempts then
+    redis.call('ZREM', key('deadlines'), pending)
+  elseif holder and tonumber(redis.call('HGET', g, 'n:' .. stage)) >= max_attempts then
     local last = redis.call('HGET', g, 'last_error') or 'no error was reported'
-    dead_letter(group, kind, 'lease_expired', part .. ' held by ' .. holder .. ' was not renewed; before that: ' .. last, holder)
+    dead_letter(group, kind, 'lease_expired', stage .. ' held by ' .. holder .. ' was not renewed; before that: ' .. last, holder)
   else
     local wait = queued_ms
     if holder then
-      redis.call('HDEL', g, 'by:' .. part)
+      redis.call('HDEL', g, 'by:' .. stage)
       redis.call('HINCRBY', key('counts:' .. kind), 'retried', 1)
     else
-      local sends = redis.call('HINCRBY', g, 's:' .. part, 1)
+      local sends = redis.call('HINCRBY', g, 's:' .. stage, 1)
       redis.call('HINCRBY', key('counts:' .. kind), 'resent', 1)
       wait = queued_ms * 2 ^ math.min(sends, 6)
     end
-    redis.call('ZADD', key('deadlines'), now + wait, owed)
+    redis.call('ZADD', key('deadlines'), now + wait, pending)
     out[#out + 1] = group
-    out[#out + 1] = part
+    out[#out + 1] = stage
     out[#out + 1] = kind
   end
 end

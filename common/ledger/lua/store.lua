@@ -1,13 +1,13 @@
--- A finished part arrives. The first result of a part wins, whichever attempt it came from; a later one is refused.
--- ARGV: group, part, payload, policy version ('' unless part is rollout), queued_ms, parts that follow this one,
---       parts that a complete group has (comma-separated), generated tokens,
+-- A finished stage arrives. The first result of a stage wins, whichever attempt it came from; a later one is refused.
+-- ARGV: group, stage, payload, policy version ('' unless stage is rollout), queued_ms, stages that follow this one,
+--       stages that a complete group has (comma-separated), generated tokens,
 --       groups per step, and '' or, where the rewards say that the group teaches nothing, how many such may be dropped per batch
--- Returns {'refused'} | {'stored', part to send, ...} | {'waiting'} | {'ready'} | {'scored'} | {'dropped'}
-local group, part, payload, version = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+-- Returns {'refused'} | {'stored', stage to send, ...} | {'waiting'} | {'ready'} | {'scored'} | {'dropped'}
+local group, stage, payload, version = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local queued_ms, following, complete = tonumber(ARGV[5]), split(ARGV[6]), split(ARGV[7])
-local g, owed = key('g:' .. group), member(group, part)
+local g, pending = key('g:' .. group), member(group, stage)
 
-if not redis.call('ZSCORE', key('deadlines'), owed) then
+if not redis.call('ZSCORE', key('deadlines'), pending) then
   local kind = string.sub(group, 1, 1) == 'e' and 'eval' or 'train'
   redis.call('HINCRBY', key('counts:' .. kind), 'refused', 1)
   return { 'refused' }
@@ -24,11 +24,11 @@ if ARGV[10] ~= '' and redis.call('HGET', g, 'kind') == 'train' then
   redis.call('HINCRBY', key('counts:train'), 'kept_for_bound', 1)
 end
 
-redis.call('ZREM', key('deadlines'), owed)
-redis.call('HSET', g, part, payload, 't:' .. part, now_s())
-local holder = redis.call('HGET', g, 'by:' .. part)
-if holder then redis.call('HSET', g, 'w:' .. part, holder) end
-redis.call('HDEL', g, 'by:' .. part)
+redis.call('ZREM', key('deadlines'), pending)
+redis.call('HSET', g, stage, payload, 't:' .. stage, now_s())
+local holder = redis.call('HGET', g, 'by:' .. stage)
+if holder then redis.call('HSET', g, 'w:' .. stage, holder) end
+redis.call('HDEL', g, 'by:' .. stage)
 redis.call('HINCRBY', g, 'bytes', #payload)
 redis.call('INCRBY', key('bytes'), #payload)
 if version ~= '' then

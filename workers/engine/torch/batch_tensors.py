@@ -17,7 +17,7 @@ _COUNTS = ("lengths", "limits", "ends_from", "end_sets")
 _PARAMETERS = ("temperature", "top_k", "top_p", "min_p")
 
 
-class Columns:
+class BatchTensors:
     """Tensors with one row per running completion."""
 
     def __init__(self, *, max_rows: int, device: torch.device) -> None:

@@ -38,8 +38,8 @@ from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.serving import ServingEngine, fail
 from sluice.workers.engine.torch.kv_cache import bytes_per_token
 from sluice.workers.engine.torch.running_batch import RunningBatch
-from sluice.workers.engine.torch.scheduler import PREFILL_TOKENS, choose
-from sluice.workers.engine.torch.sequence import Group
+from sluice.workers.engine.torch.scheduler import PREFILL_TOKENS, schedule
+from sluice.workers.engine.torch.sequence import SequenceGroup
 from sluice.workers.engine.validation import check_model, check_request, check_sequences
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class _Scoring:
     future: Future[tuple[int, list[NDArray[np.float32]]]] = field(default_factory=Future)
 
 
-class TorchEngine(ServingEngine[Group]):
+class TorchEngine(ServingEngine[SequenceGroup]):
     """Implements `sluice.workers.engine.Engine`; serves nothing before the first `stage`.
 
     model: in eval mode on its device, owned by the engine from now on; its weights may be uninitialised.
@@ -101,7 +101,7 @@ class TorchEngine(ServingEngine[Group]):
             max_positions=self._max_positions,
             has_tokenizer=self._decode is not None,
         )
-        return self._wait_for(Group(request=request))
+        return self._wait_for(SequenceGroup(request=request))
 
     def score(
         self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
@@ -177,7 +177,7 @@ class TorchEngine(ServingEngine[Group]):
             self._refuse(policy, f"{type(error).__name__}: {error}")
             return
         self._serve(policy)
-        self._batch.mark(policy.version)
+        self._batch.start_version(policy.version)
         if self._in_flight == "recompute":
             for _ in self._batch.recompute():
                 self._progress_at = time.monotonic()
@@ -205,7 +205,7 @@ class TorchEngine(ServingEngine[Group]):
     def _admit(self) -> None:
         """Start pending requests that fit, in one prefill pass."""
         with self._condition:
-            admitted = choose(
+            admitted = schedule(
                 [group for group in self._pending if self._may_serve(group)],
                 num_rows=len(self._batch.rows),
                 longest=self._batch.longest,

@@ -83,22 +83,22 @@ class SlotCache(Cache):
         if self.has_room(rows=rows, length=length):
             return
         self._rows, self._length = self._shape(rows, round_up(length))
-        parts = _by_span(held, device=self._device)
+        stages = _by_span(held, device=self._device)
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = new = self._allocate(old)
-                for kept, span in parts:
+                for kept, span in stages:
                     span = min(span, old.shape[2], self._length)
                     new[kept, :, :span] = old[kept, :, :span]
 
     def fill(self, prefilled: DynamicCache, *, first_row: int, source: Tensor, held: Sequence[int]) -> None:
         """Copy prefilled [G, H, P, D]: row first_row + i takes the first held[i] positions of prompt source[i]."""
-        parts = [(first_row + part, source[part], span) for part, span in _by_span(held, device=self._device)]
+        stages = [(first_row + stage, source[stage], span) for stage, span in _by_span(held, device=self._device)]
         for layer, states in enumerate(prefilled.layers):
             new = _states(states)
             self._add_layer(layer, *new)
             for stored, prompts in zip((self._keys[layer], self._values[layer]), new, strict=True):
-                for rows, of, span in parts:
+                for rows, of, span in stages:
                     span = min(span, prompts.shape[2])
                     stored[rows, :, :span] = prompts[of, :, :span]
 
@@ -116,10 +116,10 @@ class SlotCache(Cache):
 
     def move(self, *, sources: Tensor, targets: Tensor, held: Sequence[int]) -> None:
         """Row targets[i] becomes what row sources[i] holds, held[i] positions; all are read before one is written."""
-        parts = [(sources[part], targets[part], span) for part, span in _by_span(held, device=self._device)]
+        stages = [(sources[stage], targets[stage], span) for stage, span in _by_span(held, device=self._device)]
         for tensor in (*self._keys, *self._values):
-            moved = [tensor[of, :, :span] for of, _, span in parts]
-            for (_, to, span), states in zip(parts, moved, strict=True):
+            moved = [tensor[of, :, :span] for of, _, span in stages]
+            for (_, to, span), states in zip(stages, moved, strict=True):
                 tensor[to, :, :span] = states
 
     def _write(self, stored: Tensor, states: Tensor) -> Tensor:
@@ -165,11 +165,11 @@ def _by_span(held: Sequence[int], *, device: torch.device) -> list[tuple[Tensor,
 
     A row that holds nothing is in no part.
     """
-    parts = defaultdict(list)
+    stages = defaultdict(list)
     for index, length in enumerate(held):
         if length > 0:
-            parts[max(_SMALLEST_SPAN, 1 << (length - 1).bit_length())].append(index)
-    return [(torch.tensor(part, device=device), span) for span, part in parts.items()]
+            stages[max(_SMALLEST_SPAN, 1 << (length - 1).bit_length())].append(index)
+    return [(torch.tensor(stage, device=device), span) for span, stage in stages.items()]
 
 
 def _states(layer: Any) -> tuple[Tensor, Tensor]:

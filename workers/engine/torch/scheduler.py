@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sluice.workers.engine.torch.kv_cache import round_up
-from sluice.workers.engine.torch.sequence import Group
+from sluice.workers.engine.torch.sequence import SequenceGroup
 
 PREFILL_TOKENS = 16384
 "Padded tokens of one prefill pass; a longer single prompt goes alone."
@@ -20,15 +20,15 @@ PATIENCE = 32
 "Younger groups that may go first."
 
 
-def choose(
-    waiting: Sequence[Group], *, num_rows: int, longest: int, max_sequences: int, max_positions: int | None
-) -> list[Group]:
+def schedule(
+    waiting: Sequence[SequenceGroup], *, num_rows: int, longest: int, max_sequences: int, max_positions: int | None
+) -> list[SequenceGroup]:
     """The groups of `waiting` (in order of arrival) that start now, in one prefill pass; the others are counted as passed.
 
     num_rows, longest: rows that run, and the tokens that the longest of them may reach. A group of more than
     max_sequences completions runs alone.
     """
-    admitted: list[Group] = []
+    admitted: list[SequenceGroup] = []
     longest_prompt = 0
     for group in sorted(waiting, key=_rank):
         num_rows += group.size
@@ -46,11 +46,11 @@ def choose(
         if id(group) in starting:
             younger += 1
         else:
-            group.num_passed_over += younger
+            group.num_bypassed += younger
     return admitted
 
 
-def _rank(group: Group) -> tuple[bool, int]:
+def _rank(group: SequenceGroup) -> tuple[bool, int]:
     """Lower goes first; sorting is stable, so equal ranks keep the order of arrival."""
-    is_overdue = group.num_passed_over >= PATIENCE
+    is_overdue = group.num_bypassed >= PATIENCE
     return (not is_overdue, 0 if is_overdue else -group.request.priority)

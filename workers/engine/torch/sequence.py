@@ -9,14 +9,14 @@ from torch import Tensor
 
 from sluice.common.types import SamplingParams
 from sluice.workers.engine.serving import ServedGroup
-from sluice.workers.engine.torch.stop_strings import StopTexts
+from sluice.workers.engine.torch.stop_strings import StopStrings
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Group(ServedGroup):
+class SequenceGroup(ServedGroup):
     """One request, as it competes for room."""
 
-    num_passed_over: int = 0
+    num_bypassed: int = 0
     "younger groups that were admitted while this one waited"
 
     @property
@@ -30,17 +30,17 @@ class Group(ServedGroup):
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Row:
+class RunningSequence:
     """The host's side of one running completion."""
 
-    group: Group
+    group: SequenceGroup
     index: int
     "place in the group"
     offset: int
     "sequence length less the batch's step count: constant while the row runs"
-    marks: list[tuple[int, int]]
+    version_starts: list[tuple[int, int]]
     "(policy version, sequence length from which on it samples)"
-    stop_texts: StopTexts | None = None
+    stop_strings: StopStrings | None = None
     "none = it has no stop texts"
 
 
@@ -56,13 +56,13 @@ def features(sampling: SamplingParams) -> list[str]:
 
 
 def parameters(sampling: SamplingParams) -> tuple[float, ...]:
-    """In the order of `Columns`; a greedy row cuts nothing."""
+    """In the order of `BatchTensors`; a greedy row cuts nothing."""
     if sampling.temperature == 0:
         return 0.0, 0.0, 1.0, 0.0
     return sampling.temperature, float(sampling.top_k), sampling.top_p, sampling.min_p
 
 
-def noise(group: Group) -> Tensor:
+def noise(group: SequenceGroup) -> Tensor:
     """All uniforms of a group, [group size, max_tokens], on the CPU: the same on every device."""
     sampling = group.request.sampling
     return torch.rand(sampling.n, sampling.max_tokens, generator=torch.Generator().manual_seed(sampling.seed))

@@ -16,7 +16,7 @@ SPLIT_SAVES = {"cpu": 2**15, "cuda": 2**19}
 31 thousand of them at 0.1 M parameters and 8 thousand at 29 M (generation_costs.py); CUDA's is an estimate."""
 
 
-def plan_passes(offsets: NDArray[np.int64], *, split_saves: int) -> tuple[list[int] | None, list[tuple[slice, int]]]:
+def split_batch(offsets: NDArray[np.int64], *, split_saves: int) -> tuple[list[int] | None, list[tuple[slice, int]]]:
     """The order that the rows should have first (none = as they are), then per pass its rows and their largest offset."""
     n = len(offsets)
     if n == 0:
@@ -30,8 +30,8 @@ def plan_passes(offsets: NDArray[np.int64], *, split_saves: int) -> tuple[list[i
         saved = saved_positions(offsets)
         if saved.max() >= split_saves:
             split = int(saved.argmax())
-            parts = [slice(0, split), slice(split, n)]
-            return order, [(part, int(offsets[part].max())) for part in parts]
+            stages = [slice(0, split), slice(split, n)]
+            return order, [(stage, int(offsets[stage].max())) for stage in stages]
     return order, [(slice(0, n), int(offsets.max()))]
 
 

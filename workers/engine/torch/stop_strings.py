@@ -12,7 +12,7 @@ _CONTEXT_TOKENS = 8
 "Decoded beside the tokens that may hold the stop text: a decoder may treat the first ones of a text differently."
 
 
-class StopTexts:
+class StopStrings:
     """The stop texts of one row, and the end of its completion."""
 
     def __init__(self, stop: Sequence[str], decode: Callable[[list[int]], str]) -> None:

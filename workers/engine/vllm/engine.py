@@ -37,7 +37,7 @@ from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.serving import ServingEngine, fail
 from sluice.workers.engine.validation import check_request
 from sluice.workers.engine.vllm.core import Finished, VllmCore
-from sluice.workers.engine.vllm.requests import Group, Row, Score, check_temperature, completion_of
+from sluice.workers.engine.vllm.requests import RunningSequence, Score, SequenceGroup, check_temperature, completion_of
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _DEAD_HOLD_S = 60.0
 "A dead engine keeps callers for so long, so that their groups do not race through the queue until the process has ended."
 
 
-class VllmEngine(ServingEngine[Group]):
+class VllmEngine(ServingEngine[SequenceGroup]):
     """Implements `sluice.workers.engine.Engine`; serves nothing before the first `stage`."""
 
     def __init__(self, config: Config, assets: ModelAssets) -> None:
@@ -58,7 +58,7 @@ class VllmEngine(ServingEngine[Group]):
         self._finished_tokens = 0
         self._has_nan = False
         "the served policy has left NaN in the cache"
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, RunningSequence] = {}
         self._scored: dict[str, tuple[Score, int]] = {}
         self._scoring: list[Score] = []
         self._is_dead = False
@@ -77,7 +77,7 @@ class VllmEngine(ServingEngine[Group]):
             has_tokenizer=self._core.has_tokenizer,
         )
         check_temperature(request)
-        return self._wait_for(Group(request=request))
+        return self._wait_for(SequenceGroup(request=request))
 
     def score(
         self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
@@ -164,7 +164,7 @@ class VllmEngine(ServingEngine[Group]):
         self._serve(policy)
         for request_id, row in list(self._rows.items()):
             if num_tokens := self._core.num_tokens(request_id):
-                row.marks.append((policy.version, num_tokens))
+                row.version_starts.append((policy.version, num_tokens))
             else:  # it may have found, or computed, blocks of the policy before
                 del self._rows[request_id]
                 self._core.abort(request_id)
@@ -181,7 +181,7 @@ class VllmEngine(ServingEngine[Group]):
 
     def _hand_over(self) -> None:
         """Give vLLM the scores that are asked for, and pending groups, in order, up to `max_sequences` sequences."""
-        admitted: list[Group] = []
+        admitted: list[SequenceGroup] = []
         with self._condition:
             scores, self._scoring = self._scoring, []
             num_sequences = len(self._rows)
@@ -203,11 +203,11 @@ class VllmEngine(ServingEngine[Group]):
             except ValueError as error:  # refused by vLLM; what of it has started leaves with the next pass
                 group.fail(EngineError, str(error))
 
-    def _start(self, group: Group, index: int) -> None:
+    def _start(self, group: SequenceGroup, index: int) -> None:
         sampling = group.request.sampling
         seed = xxhash.xxh3_64_intdigest(f"{sampling.seed}/{index}".encode()) >> 1  # a signed 64-bit number
         request_id = self._core.add(group.request.prompt_ids, sampling=sampling, seed=seed, salt=self._salt)
-        self._rows[request_id] = Row(group=group, index=index, marks=[(self._version, 0)])
+        self._rows[request_id] = RunningSequence(group=group, index=index, version_starts=[(self._version, 0)])
 
     @property
     def _salt(self) -> str:
@@ -221,7 +221,7 @@ class VllmEngine(ServingEngine[Group]):
         if finished.reason not in ("stop", "length"):
             problem = f"vLLM ended a completion with {finished.reason!r}"
         elif len(finished.logprobs) != len(finished.token_ids) or not np.isfinite(finished.logprobs).all():
-            problem = f"policy version {row.marks[-1][0]} gives logprobs that are not finite"
+            problem = f"policy version {row.version_starts[-1][0]} gives logprobs that are not finite"
             self._has_nan = True
         if problem is not None:  # its other sequences leave with the next pass
             with self._condition:

@@ -20,7 +20,7 @@ _PRIORITY_S = 10.0
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Group(ServedGroup):
+class SequenceGroup(ServedGroup):
     """One request, as it waits its turn."""
 
     arrived_at: float = field(default_factory=time.monotonic)
@@ -32,13 +32,13 @@ class Group(ServedGroup):
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Row:
+class RunningSequence:
     """One completion that is in vLLM."""
 
-    group: Group
+    group: SequenceGroup
     index: int
     "place in the group"
-    marks: list[tuple[int, int]]
+    version_starts: list[tuple[int, int]]
     "(policy version, number of tokens from which on it samples)"
 
 
@@ -61,11 +61,11 @@ def check_temperature(request: GenerationRequest) -> None:
         )
 
 
-def completion_of(row: Row, finished: Finished) -> Completion:
+def completion_of(row: RunningSequence, finished: Finished) -> Completion:
     reason: FinishReason = "stop" if finished.reason == "stop" else "length"
     return Completion(
         token_ids=finished.token_ids,
         rollout_logprobs=finished.logprobs,
-        policy_versions=version_spans(row.marks, end=len(finished.token_ids)),
+        policy_versions=version_spans(row.version_starts, end=len(finished.token_ids)),
         finish_reason=reason,
     )

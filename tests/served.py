@@ -20,7 +20,7 @@ from sluice.workers.engine.torch.kv_cache import cache_argument
 
 VOCAB = 48
 EOS = (1, 2)
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 Weights = dict[str, torch.Tensor]
 

@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from builders import for_each
 
 from sluice.common.config.trainer import AdvantageName
 from sluice.trainer.advantage import batch_advantages, compute_advantages
@@ -17,7 +18,7 @@ def advantages_of(rewards, method="group"):
     return compute_advantages(torch.tensor(rewards, dtype=torch.float64), method=method).tolist()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("method", "rewards", "expected"),
     [
         # mean 1/4, std = sqrt((9/16 + 3/16) / 3) = 1/2: 0.75 / 0.5001 = 1.49970, -0.25 / 0.5001 = -0.49990
@@ -35,13 +36,13 @@ def test_worked_numbers(method, rewards, expected):
     assert advantages_of(rewards, method) == pytest.approx(expected, abs=5e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rewards", [[1.0], [0.1] * 3, [0.0] * 8, [NAN, NAN], [NAN, 0.7], [0.7, NAN, 0.7]])
+@for_each("method", METHODS)
+@for_each("rewards", [[1.0], [0.1] * 3, [0.0] * 8, [NAN, NAN], [NAN, 0.7], [0.7, NAN, 0.7]])
 def test_a_group_without_a_preference_gives_exact_zeros(method, rewards):
     assert advantages_of(rewards, method) == [0.0] * len(rewards)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@for_each("method", METHODS)
 def test_a_group_that_lost_a_sample_is_normalised_alone(method):
     seven = [1.0, 0.0, 0.5, 0.25, 0.0, 1.0, 0.0]
     with_hole = advantages_of([*seven[:3], NAN, *seven[3:]], method)
@@ -50,7 +51,7 @@ def test_a_group_that_lost_a_sample_is_normalised_alone(method):
     assert max(map(abs, with_hole)) < 10
 
 
-@pytest.mark.parametrize("method", METHODS)
+@for_each("method", METHODS)
 def test_advantages_of_a_group_sum_to_zero_and_keep_the_order_of_rewards(method):
     rewards = [0.3, 0.9, 0.1, 0.4, 0.4]
     advantages = advantages_of(rewards, method)
@@ -58,7 +59,7 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_the_order_of_rewards(method)
     assert sorted(range(5), key=advantages.__getitem__) == sorted(range(5), key=rewards.__getitem__)
 
 
-@pytest.mark.parametrize("method", ["group", "none", "rloo", "maxrl"])
+@for_each("method", ["group", "none", "rloo", "maxrl"])
 def test_a_group_does_not_see_the_others(method):
     groups = [torch.tensor([1.0, 0.0]), torch.tensor([5.0, 3.0, 4.0])]
     together = batch_advantages(groups, method=method)
@@ -81,8 +82,8 @@ def test_reinforce_pp_whitens_the_centred_rewards_and_leaves_out_the_unscorable(
     assert second.tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("groups", [[], [[NAN]], [[1.0]], [[1.0, 1.0], [1.0]], [[NAN, NAN], [NAN]]])
+@for_each("method", METHODS)
+@for_each("groups", [[], [[NAN]], [[1.0]], [[1.0, 1.0], [1.0]], [[NAN, NAN], [NAN]]])
 def test_a_batch_without_a_preference_gives_zeros(method, groups):
     advantages = batch_advantages([torch.tensor(rewards) for rewards in groups], method=method)
     assert [a.tolist() for a in advantages] == [[0.0] * len(rewards) for rewards in groups]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from builders import make_config, make_ledger, publish_policy
+from builders import for_each, make_config, make_ledger, publish_policy
 
 from sluice.common.config.operations import AutoscaleConfig
 from sluice.common.keys import Keys
@@ -141,7 +141,7 @@ def test_workers_that_restart_are_not_counted_as_work_done() -> None:
     assert queue.state and queue.state.done_per_s == 0.0
 
 
-@pytest.mark.parametrize("seed", range(30))
+@for_each("seed", range(30))
 def test_noise_causes_few_changes_and_none_too_soon(seed: int) -> None:
     """Any load: changes are up_after_s apart, one down is cooldown_s after the one before, ends are kept."""
     rng = random.Random(seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import micro_batch
+from builders import for_each, micro_batch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from sluice.common.config import Config
@@ -147,7 +147,7 @@ def test_a_wholly_masked_batch_moves_no_weight_and_its_metrics_are_finite() -> N
     assert all(torch.equal(before[name], weight) for name, weight in policy.snapshot(torch.float32).items())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("schedule", "step", "expected"),
     [
         ("constant", 1, 0.2),  # warm-up over 5 steps

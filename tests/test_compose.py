@@ -11,8 +11,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+from builders import for_each
 
 from sluice.common.config.file import load_config
 from sluice.common.pipeline import QUEUES, ROLES, stage_on
@@ -52,7 +52,7 @@ def test_only_known_top_level_and_service_keys() -> None:
         assert isinstance(service.get("command", ""), str), name
 
 
-@pytest.mark.parametrize("name", services())
+@for_each("name", services())
 def test_durations_and_restart_policies_are_valid(name: str) -> None:
     service = services()[name]
     health = service.get("healthcheck", {})
@@ -61,14 +61,14 @@ def test_durations_and_restart_policies_are_valid(name: str) -> None:
     assert service["restart"] in ("no", "always", "on-failure", "unless-stopped")
 
 
-@pytest.mark.parametrize("name", services())
+@for_each("name", services())
 def test_dependencies_exist_with_valid_conditions(name: str) -> None:
     for dependency, how in services()[name].get("depends_on", {}).items():
         assert dependency in services()
         assert how["condition"] in CONDITIONS
 
 
-@pytest.mark.parametrize("name", services())
+@for_each("name", services())
 def test_named_volumes_are_declared_and_mounted_at_absolute_paths(name: str) -> None:
     for mount in services()[name].get("volumes", []):
         source, target = mount.removesuffix(":ro").split(":")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import make_config
+from builders import for_each, make_config
 from pydantic import ValidationError
 
 from sluice.common.config import Config
@@ -110,7 +110,7 @@ def test_malformed_overrides_are_refused(override, message):
         parse_config(MINIMAL, overrides=[override])
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("override", "message"),
     [
         ("trainr.num_steps=5", "unknown key 'trainr'; did you mean 'trainer'?"),
@@ -132,7 +132,7 @@ def test_unknown_keys_name_the_nearest_known_one(override, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("override", "message"),
     [
         ("trainer.learning_rate=fast", "trainer.learning_rate = 'fast'"),
@@ -162,7 +162,7 @@ def test_wrong_values_are_refused_with_key_and_value(override, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("overrides", "message"),
     [
         (
@@ -211,7 +211,7 @@ def test_settings_that_contradict_each_other_are_refused(overrides, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("settings", "message"),
     [
         ({"importance_sampling": "token_truncate"}, "double correction"),

@@ -35,7 +35,10 @@ FLAGS = (
 RUN = "shown"
 HOSTILE = '<script>document.title = "taken"</script><img src=x onerror="document.title=1">'
 pytestmark = pytest.mark.timeout(600)  # the first test waits for a model to be made and a run of it
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+
+
+def needs_browser(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.slow(pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")(test))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import (
@@ -32,6 +33,7 @@ from sluice.trainer.checkpoint import newest_checkpoint
 from sluice.trainer.sft import SftTrainer
 
 MIB = 2**20
+REPORTING: dict[str, Any] = {"trainer__stall_report_s": 1.0, "checkpoint__every_steps": 4}
 
 
 @pytest.fixture
@@ -56,69 +58,74 @@ def fill(folder: Path, *, leave: int) -> Path:
     return filler
 
 
-@pytest.mark.parametrize("full", ["checkpoints", "policies"])
-def test_training_pauses_while_a_disk_is_full(
-    tmp_path: Path, own_redis: EmbeddedServer, small_disk: Path, full: str
+def wait_for_the_word(folder: Path, env: dict[str, str], trainer: subprocess.Popen[bytes]) -> None:
+    """`sluice status` and the trainer's log say what it waits for."""
+    told = lambda: (text := sluice("status", cwd=folder, **env).stdout) and "stalled: " in text and text  # noqa: E731
+    snapshot = wait_for(told, timeout=60, what="`sluice status` to name the stall")
+    assert "the disk is full: no room for" in snapshot
+    log = folder / "trainer.log"
+    wait_for(lambda: "trainer has waited" in log.read_text(), timeout=10, what="a word in the log")
+    assert trainer.poll() is None
+
+
+def test_training_pauses_while_the_disk_of_its_policies_is_full(
+    tmp_path: Path, own_redis: EmbeddedServer, small_disk: Path
 ) -> None:
-    where = {"output_dir": str(small_disk)} if full == "checkpoints" else {"policy_store__path": str(small_disk)}
-    settings = {
-        "trainer__num_steps": 16,
-        "trainer__stall_report_s": 1.0,
-        "checkpoint__every_steps": 4,
-        **SMALL,
-        **where,
-    }
-    env = create_run(tmp_path, own_redis.url, **settings)  # type: ignore[arg-type]
-    run_folder = (small_disk if full == "checkpoints" else tmp_path / "runs") / "roles"
+    settings = {"trainer__num_steps": 16, "policy_store__path": str(small_disk), **REPORTING, **SMALL}
+    env = create_run(tmp_path, own_redis.url, **settings)
+    run_folder = tmp_path / "runs" / "roles"
     with workers(tmp_path, env), trainer(tmp_path, env) as daemon:
         wait_for(lambda: (run_folder / "checkpoints" / "latest").exists(), timeout=90, what="the first checkpoint")
         filler = fill(small_disk, leave=MIB)
-        told = lambda: (text := sluice("status", cwd=tmp_path, **env).stdout) and "stalled: " in text and text  # noqa: E731
-        snapshot = wait_for(told, timeout=60, what="`sluice status` to name the stall")
-        assert "the disk is full: no room for" in snapshot
-        found = newest_checkpoint(run_folder / "checkpoints")
-        assert found is not None and found.state.step >= 4, "the checkpoint before is as good as it was"
-        assert not list((run_folder / "checkpoints").glob(".tmp-*"))
-        assert daemon.poll() is None
-        wait_for(
-            lambda: "trainer has waited" in (tmp_path / "trainer.log").read_text(), timeout=10, what="a word in the log"
-        )
+        wait_for_the_word(tmp_path, env, daemon)
         filler.unlink()
-        assert daemon.wait(120) == 0
+        assert daemon.wait(240) == 0
     counters = counters_of(env)
     assert (counters.holds, counters.trained, counters.in_flight) == (True, 64, 0)
-    if full == "policies":
-        assert_trained_once(run_folder, 16, groups_per_step=4)
-        assert any("the disk is full" in line.get("cause", "") for line in stalls_of(run_folder))
+    assert_trained_once(run_folder, 16, groups_per_step=4)
+    stalls = [line for line in metrics_lines(run_folder) if "stall" in line]
+    assert any("the disk is full" in line.get("cause", "") for line in stalls)
 
 
-def stalls_of(run_folder: Path) -> list[dict[str, str]]:
-    return [line for line in metrics_lines(run_folder) if "stall" in line]
-
-
-def test_a_trainer_stopped_while_the_disk_is_full_keeps_the_checkpoint_before(
+def test_training_pauses_while_the_disk_of_its_checkpoints_is_full_and_the_one_before_stays_as_good(
     tmp_path: Path, own_redis: EmbeddedServer, small_disk: Path
 ) -> None:
-    settings = {"trainer__num_steps": 1000, "checkpoint__every_steps": 4, "output_dir": str(small_disk), **SMALL}
-    env = create_run(tmp_path, own_redis.url, **{**settings, "checkpoint__keep": 1})  # type: ignore[arg-type]
-    checkpoints = small_disk / "roles" / "checkpoints"
+    settings = {"trainer__num_steps": 1000, "output_dir": str(small_disk), **REPORTING, **SMALL, "checkpoint__keep": 1}
+    env = create_run(tmp_path, own_redis.url, **settings)
+    run_folder, log = small_disk / "roles", tmp_path / "trainer.log"
+    checkpoints = run_folder / "checkpoints"
+
+    def newest() -> int:
+        found = newest_checkpoint(checkpoints)
+        return found.state.step if found else 0
+
+    def set_full() -> tuple[int, Path]:
+        before = newest()
+        wait_for(lambda: newest() > before, timeout=90, what="a checkpoint")
+        return newest(), fill(small_disk, leave=MIB)
+
     with workers(tmp_path, env):
         with trainer(tmp_path, env) as daemon:
-            wait_for(lambda: (checkpoints / "latest").exists(), timeout=90, what="the first checkpoint")
-            filler = fill(small_disk, leave=MIB)
-            log = tmp_path / "trainer.log"
-            wait_for(lambda: "the disk is full" in log.read_text(), timeout=60, what="the trainer to notice")
+            _, filler = set_full()
+            wait_for_the_word(tmp_path, env, daemon)
+            assert newest() >= 4, "the checkpoint before is as good as it was"
+            assert not list(checkpoints.glob(".tmp-*"))
+            filler.unlink()
+            _, filler = set_full()
+            wait_for(lambda: log.read_text().count("the disk is full") > 1, timeout=60, what="the trainer to notice")
             daemon.terminate()
-            assert daemon.wait(20) == 1
+            assert daemon.wait(60) == 1
         assert "error: stopped without a checkpoint of step" in log.read_text()
-        found = newest_checkpoint(checkpoints)
-        assert found is not None
+        kept = newest()
         filler.unlink()
+        steps = kept + 8
+        assert sluice("set", f"trainer.num_steps={steps}", cwd=tmp_path, **env).returncode == 0
         with trainer(tmp_path, env) as daemon:
-            wait_for(lambda: f"resumed at step {found.state.step}" in log.read_text(), timeout=60, what="it to go on")
-            before = len(metrics_of(small_disk / "roles"))
-            wait_for(lambda: len(metrics_of(small_disk / "roles")) > before, timeout=60, what="a step")
-    assert counters_of(env).holds
+            assert daemon.wait(240) == 0
+        assert f"resumed at step {kept}" in log.read_text()
+    counters = counters_of(env)
+    assert metrics_of(run_folder)[-1]["step"] == steps
+    assert (counters.holds, counters.trained, counters.in_flight) == (True, steps * 4, 0)
 
 
 def test_a_redis_whose_append_only_file_cannot_be_written_is_waited_for(small_disk: Path) -> None:

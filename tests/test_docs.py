@@ -15,6 +15,7 @@ from typing import Any, get_args
 import click
 import pytest
 import yaml
+from builders import for_each
 from harness import ROOT
 from pydantic import BaseModel
 
@@ -93,12 +94,14 @@ ALL_KEYS = {*keys_of(Config), *keys_of(SftConfig), "trainer.preset"}
 # The site.
 
 
+@pytest.mark.slow
 def test_the_script_builds_what_is_tested_here(site: Path) -> None:
     assert f"python {' '.join(BUILD)} docs build/docs" in (ROOT / "scripts" / "docs").read_text()
     assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
     assert (site / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_reference_names_every_key_of_the_config(site: Path) -> None:
     page = (site / "reference" / "configuration.html").read_text()
     shown = set(re.findall(r'<span class="pre">([\w.\[\]]+)</span>', page))
@@ -110,6 +113,7 @@ def test_the_reference_names_every_key_of_the_config(site: Path) -> None:
     assert all(f'<span class="pre">{name}</span>' in page for name in RL_ONLY)
 
 
+@pytest.mark.slow
 def test_every_page_gets_everything_from_the_site(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 50
@@ -120,6 +124,7 @@ def test_every_page_gets_everything_from_the_site(site: Path) -> None:
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text()), sheet
 
 
+@pytest.mark.slow
 def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
     ids, links = {}, 0
     for page in site.rglob("*.html"):
@@ -137,12 +142,14 @@ def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
     assert links > 3000
 
 
+@pytest.mark.slow
 def test_formulas_are_drawn_without_a_script(site: Path) -> None:
     page = (site / "algorithms.html").read_text()
     assert page.count("<math ") > 10
     assert "MathJax" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
 def test_a_reader_without_a_network_finds_a_key_in_both_themes_on_a_phone(site: Path) -> None:
     from playwright.sync_api import sync_playwright
@@ -172,7 +179,7 @@ def test_a_reader_without_a_network_finds_a_key_in_both_themes_on_a_phone(site: 
 # What the pages name.
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@for_each("path", PAGES)
 def test_yaml_blocks_load_as_a_config(path: Path) -> None:
     needed = {
         "model": {"path": "m"},
@@ -218,7 +225,7 @@ def walk(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[t
         yield from walk(child, (*path, name))
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@for_each("path", PAGES)
 def test_commands_exist_with_the_options_that_are_shown(path: Path) -> None:
     known = dict(walk(cli))
     for line in code_of(path):
@@ -235,7 +242,7 @@ def test_commands_exist_with_the_options_that_are_shown(path: Path) -> None:
             assert settings <= ALL_KEYS | {*SHORT, *PLACEHOLDERS}, f"sluice {typed}"
 
 
-@pytest.mark.parametrize("path", sorted((DOCS / "coming_from").glob("*.md")), ids=name_of)
+@for_each("path", sorted((DOCS / "coming_from").glob("*.md")))
 def test_every_key_of_ours_in_the_tables_of_other_projects_exists(path: Path) -> None:
     count = 0
     for row in re.findall(r"^\|(?:[^|\n]+)\|([^|\n]+)\|", path.read_text(), re.M):
@@ -245,7 +252,7 @@ def test_every_key_of_ours_in_the_tables_of_other_projects_exists(path: Path) ->
     assert count > 25
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@for_each("path", PAGES)
 def test_tests_and_files_that_are_named_exist(path: Path) -> None:
     defined = {
         name

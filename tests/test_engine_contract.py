@@ -6,11 +6,11 @@ and runs this file in it. SLUICE_TEST_DEVICE and SLUICE_TEST_DTYPE run it on a G
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 import torch
 from builders import letter_tokenizer, make_config
+from served import WAIT_S, Weights, eventually, request, sequence
 from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from sluice.common.errors import ConfigError, EngineClosed, EngineError
 from sluice.common.models.assets import ModelAssets
 from sluice.common.models.causal_lm import load_weights, named_weights, resolve_device
-from sluice.common.types import Completion, SamplingParams
+from sluice.common.types import Completion
 from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.torch.kv_cache import cache_argument
 from sluice.workers.engine.vllm.core import check_config
@@ -36,9 +37,6 @@ DEVICE = os.environ.get("SLUICE_TEST_DEVICE", "cpu")
 DTYPE = os.environ.get("SLUICE_TEST_DTYPE", "float32")
 VOCAB, EOS = 512, 1
 MAX_MODEL_LEN, MAX_SEQUENCES = 448, 16
-WAIT_S = 60.0
-
-Weights = dict[str, torch.Tensor]
 
 
 def build_model(seed: int = 0, *, tied: bool = True) -> PreTrainedModel:
@@ -72,7 +70,10 @@ def letters_of(token_ids: Any) -> str:
 
 
 class Served:
-    """An engine and threads that call it; every policy staged gets a version of its own."""
+    """An engine and threads that call it; every policy staged gets a version of its own.
+
+    In a block of `standing()` the engine's thread stands between two passes, and `advance` says how far it goes.
+    """
 
     def __init__(self, name: str, *, tied: bool = True, in_flight: str = "keep") -> None:
         config = make_config(
@@ -86,6 +87,45 @@ class Served:
         self.engine: Any = make_engine(config, build_assets(tied=tied))
         self.threads = ThreadPoolExecutor(max_workers=32)
         self.version = -1
+        self.num_passes = 0
+        self.admitted: list[str] = []
+        "Group ids in the order in which they were admitted."
+        self._gate = threading.Condition()
+        self._goal: Callable[[], bool] | None = None  # where to stand; none = nowhere
+        self._stands = False
+        self._pass, self.engine._pass = self.engine._pass, self._pass_through_the_gate
+        self._start_running, self.engine._start_running = self.engine._start_running, self._admit
+
+    def _pass_through_the_gate(self) -> None:
+        with self._gate:
+            if self._goal is not None and self._goal():
+                self._stands, self._goal = True, None
+                self._gate.notify_all()
+                while self._stands and not self.engine._is_closed:
+                    self._gate.wait(0.01)
+        self.num_passes += 1
+        self._pass()
+
+    def _admit(self, groups: list[Any]) -> None:
+        self.admitted += [group.request.group_id for group in groups]
+        self._start_running(groups)
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        self.advance(lambda: True)
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._stands, self._goal = False, None
+
+    def advance(self, goal: Callable[[], bool]) -> None:
+        """Let the engine pass until, between two passes, the goal is reached; it stands there."""
+        with self._gate:
+            self._stands, self._goal = False, goal
+            with self.engine._condition:
+                self.engine._wake()
+            assert self._gate.wait_for(lambda: self._stands, WAIT_S), "the engine did not get there"
 
     def stage(self, seed: int, *, version: int | None = None) -> int:
         """Stage the policy of that seed; returns its version."""
@@ -106,10 +146,18 @@ class Served:
         futures = [self.submit(what) for what in requests]
         return [future.result(WAIT_S) for future in futures]
 
-    def after_tokens(self, count: int) -> None:
-        """Wait until so many more tokens were generated."""
+    def wait(self, *requests: GenerationRequest) -> list[Future[list[Completion]]]:
+        """Submit to an engine that stands, in this order: one after the other waits inside."""
+        futures = []
+        for what in requests:
+            waiting = self.engine.stats().waiting_requests + 1
+            futures.append(self.submit(what))
+            eventually(lambda waiting=waiting: self.engine.stats().waiting_requests == waiting)  # type: ignore[misc]
+        return futures
+
+    def advance_by_tokens(self, count: int) -> None:
         target = self.engine.stats().generated_tokens + count
-        eventually(lambda: self.engine.stats().generated_tokens >= target)
+        self.advance(lambda: self.engine.stats().generated_tokens >= target)
 
     def close(self) -> None:
         self.engine.close()
@@ -140,23 +188,6 @@ def served(request: pytest.FixtureRequest, get_engine: Callable[..., Served]) ->
     return get_engine(request.param)
 
 
-def request(prompt: int | list[int] = 7, **settings: Any) -> GenerationRequest:
-    """`prompt`: token ids, or the length of a prompt drawn by that seed."""
-    if isinstance(prompt, int):
-        prompt = np.random.default_rng(prompt).integers(3, VOCAB, prompt).tolist()
-    names = ("group_id", "min_version", "pinned_version", "priority")
-    ours = {name: settings.pop(name) for name in names if name in settings}
-    sampling = SamplingParams(**{"n": 4, "max_tokens": 20, "seed": 1, **settings})
-    return GenerationRequest(prompt_ids=np.array(prompt, np.int32), sampling=sampling, **{"group_id": "g", **ours})
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in time"
-        time.sleep(0.001)
-
-
 def load(model: PreTrainedModel, seed: int, *, tied: bool) -> None:
     if getattr(model, "holds_policy", None) != seed:
         load_weights(model, policy(seed, tied=tied))
@@ -183,10 +214,6 @@ def expected_logprobs(logits: torch.Tensor, what: GenerationRequest, completion:
     rows[: what.sampling.min_tokens, EOS] = -torch.inf
     tokens = torch.from_numpy(completion.token_ids).long()
     return rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0].numpy()
-
-
-def sequence(what: GenerationRequest, completion: Completion) -> np.ndarray:
-    return np.concatenate([what.prompt_ids, completion.token_ids])
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
@@ -324,9 +351,10 @@ def test_a_policy_swapped_in_mid_generation_stamps_and_scores_every_token(
     served = get_engine(name, **settings)
     before = served.serve(4)
     requests = [request(size, group_id=str(size), n=3, max_tokens=120) for size in (1, 20, 300)]
-    futures = [served.submit(what) for what in requests]
-    served.after_tokens(150)
-    after = served.stage(5)
+    with served.standing():
+        futures = served.wait(*requests)
+        served.advance_by_tokens(150)
+        after = served.stage(5)
     num_swapped = 0
     for what, future in zip(requests, futures, strict=True):
         for completion in future.result(WAIT_S):
@@ -348,10 +376,11 @@ def test_a_policy_swapped_in_mid_generation_stamps_and_scores_every_token(
 def test_drain_finishes_running_rows_before_the_swap(get_engine: Callable[..., Served], name: str) -> None:
     served = get_engine(name, in_flight="drain")
     before = served.serve(4)
-    running = [served.submit(request(size, group_id=str(size), max_tokens=150)) for size in (5, 3)]
-    served.after_tokens(20)
-    after = served.stage(5)
-    late = served.submit(request(4, group_id="late"))
+    with served.standing():
+        running = served.wait(*[request(size, group_id=str(size), max_tokens=150) for size in (5, 3)])
+        served.advance_by_tokens(20)
+        after = served.stage(5)
+        [late] = served.wait(request(4, group_id="late"))
     for future in running:
         assert {version for c in future.result(WAIT_S) for version, _ in c.policy_versions} == {before}
     assert {version for c in late.result(WAIT_S) for version, _ in c.policy_versions} == {after}
@@ -362,27 +391,37 @@ def test_no_cached_prefix_crosses_a_swap(served: Served) -> None:
     served.serve(6)
     what = request(300)
     assert_scored_by(6, what, served.run(what)[0])
-    beside = served.submit(request(3, group_id="beside", n=1, max_tokens=120, min_tokens=120))  # no idle moment
-    served.after_tokens(1)
-    served.serve(7)
-    assert_scored_by(7, what, served.run(what)[0])
+    with served.standing():
+        beside, again = _beside(served, 7, what)
+    assert_scored_by(7, what, again.result(WAIT_S))
     beside.result(WAIT_S)
+
+
+def _beside(served: Served, seed: int, what: GenerationRequest, **version: int) -> list[Future[list[Completion]]]:
+    """A request that runs over the swap to that policy, so that there is no idle moment, and one that follows the swap."""
+    [running] = served.wait(request(3, group_id="beside", n=1, max_tokens=120, min_tokens=120))
+    served.advance_by_tokens(1)
+    served.stage(seed, **version)
+    [following] = served.wait(what)
+    served.advance(lambda: served.engine.stats().waiting_requests == 0)
+    assert served.engine.version == served.version
+    assert not running.done()
+    return [running, following]
 
 
 def test_a_version_that_comes_back_does_not_find_what_another_computed_meanwhile(served: Served) -> None:
     first = served.serve(6)
     what = request(150, n=1, max_tokens=110, min_tokens=110)
-    grown = served.submit(what)
-    served.after_tokens(2)
-    newest = served.serve(7)  # computes the rest, in blocks that began under the first
+    with served.standing():
+        [grown] = served.wait(what)
+        served.advance_by_tokens(2)
+        newest = served.stage(7)  # computes the rest, in blocks that began under the first
     [completion] = grown.result(WAIT_S)
-    beside = served.submit(request(3, group_id="beside", n=1, max_tokens=120, min_tokens=120))
-    served.after_tokens(1)
-    served.stage(6, version=first)
-    eventually(lambda: served.engine.version == first)
-    served.version = newest
     again = request(sequence(what, completion).tolist(), n=1)
-    assert_scored_by(6, again, served.run(again)[0])
+    with served.standing():
+        beside, scored = _beside(served, 6, again, version=first)
+    served.version = newest
+    assert_scored_by(6, again, scored.result(WAIT_S))
     beside.result(WAIT_S)
 
 
@@ -391,19 +430,17 @@ def test_what_has_no_token_at_a_swap_begins_under_the_new_policy(served: Served)
     served.serve(6)
     what = request(400, n=1)
     served.run(what)
+    requests = [request(401 - k, group_id=str(k), n=1, max_tokens=8) for k in range(1, 20)]
+    with served.standing():
+        futures = served.wait(*requests, what)
+        served.advance(lambda: served.engine.stats().running_sequences > 0)
+        after = served.stage(7)
     num_begun_after = 0
-    for policy_seed in range(7, 27):  # on a busy machine the swap may come too late
-        requests = [request(401 - k, group_id=f"{policy_seed}.{k}", n=1, max_tokens=8) for k in range(1, 15)]
-        futures = [served.submit(each) for each in [*requests, what]]
-        eventually(lambda: served.engine.stats().running_sequences > 0)
-        after = served.stage(policy_seed)
-        for each, future in zip([*requests, what], futures, strict=True):
-            [completion] = future.result(WAIT_S)
-            if completion.policy_versions[0][0] == after:
-                assert_scored_by(policy_seed, each, [completion])
-                num_begun_after += 1
-        if num_begun_after:
-            break
+    for each, future in zip([*requests, what], futures, strict=True):
+        [completion] = future.result(WAIT_S)
+        if completion.policy_versions[0][0] == after:
+            assert_scored_by(7, each, [completion])
+            num_begun_after += 1
     assert num_begun_after > 0 or DEVICE != "cpu", "on a CPU they take more than one step"
 
 
@@ -426,10 +463,13 @@ def test_min_version_waits_without_holding_up_others(served: Served) -> None:
 
 def test_a_pinned_request_holds_the_swap_until_it_is_done(served: Served) -> None:
     version = served.serve(0)
-    pinned = served.submit(request(5, group_id="pinned", pinned_version=version, max_tokens=100))
-    other = served.submit(request(5, group_id="other", pinned_version=version + 7))
-    served.after_tokens(8)
-    after = served.stage(1)
+    with served.standing():
+        pinned, other = served.wait(
+            request(5, group_id="pinned", pinned_version=version, max_tokens=100),
+            request(5, group_id="other", pinned_version=version + 7),
+        )
+        served.advance_by_tokens(8)
+        after = served.stage(1)
     assert {span[0] for c in pinned.result(WAIT_S) for span in c.policy_versions} == {version}
     eventually(lambda: served.engine.version == after)
     served.version = version + 6
@@ -458,41 +498,32 @@ def test_more_sequences_than_fit_wait_their_turn(served: Served) -> None:
 
 def test_higher_priority_goes_first_among_those_that_wait(served: Served) -> None:
     served.serve(0)
-    done: list[str] = []
-    blocker = served.submit(request(5, n=MAX_SEQUENCES, max_tokens=60))
-    eventually(lambda: served.engine.stats().running_sequences > 0)
-    futures = []
-    for waiting, (name, priority) in enumerate([("low", 0), ("lower", -1), ("high", 1)], start=1):
-        future = served.submit(request(5, group_id=name, n=MAX_SEQUENCES, max_tokens=3, priority=priority))
-        future.add_done_callback(lambda _, name=name: done.append(name))
-        futures.append(future)
-        eventually(lambda expected=waiting: served.engine.stats().waiting_requests == expected)  # type: ignore[misc]
+    served.admitted.clear()
+    with served.standing():
+        [blocker] = served.wait(request(5, group_id="blocker", n=MAX_SEQUENCES, max_tokens=60))
+        served.advance(lambda: served.engine.stats().running_sequences > 0)
+        priorities = {"low": 0, "lower": -1, "high": 1}
+        futures = served.wait(
+            *[request(5, group_id=k, n=MAX_SEQUENCES, max_tokens=3, priority=p) for k, p in priorities.items()]
+        )
     for future in [blocker, *futures]:
         future.result(WAIT_S)
-    eventually(lambda: len(done) == 3)
-    assert done == ["high", "low", "lower"]
+    assert served.admitted == ["blocker", "high", "low", "lower"]
 
 
 def test_cancel_removes_one_group_and_leaves_the_others(served: Served) -> None:
     served.serve(0)
     requests = [request(5, group_id=name, n=8, max_tokens=60) for name in ("running", "stays", "waiting")]
-    futures = []
-    for what in requests:
-        futures.append(served.submit(what))
-        eventually(lambda: sum(map(_inside, [served])) >= len(futures))
-    served.after_tokens(16)
-    for name in ("running", "waiting", "unknown"):
-        served.engine.cancel(name)
+    with served.standing():
+        futures = served.wait(*requests)
+        served.advance_by_tokens(16)
+        for name in ("running", "waiting", "unknown"):
+            served.engine.cancel(name)
     for future in (futures[0], futures[2]):
         with pytest.raises(EngineClosed, match="cancelled"):
             future.result(WAIT_S)
     assert_scored_by(0, requests[1], futures[1].result(WAIT_S))
     eventually(lambda: served.engine.stats().running_sequences == 0)
-
-
-def _inside(served: Served) -> int:
-    stats = served.engine.stats()
-    return stats.running_sequences // 8 + stats.waiting_requests
 
 
 def test_a_stop_text_ends_a_completion_and_belongs_to_it(served: Served) -> None:
@@ -522,16 +553,22 @@ def test_score_is_a_fresh_forward_of_the_served_policy_while_others_run(served: 
     served.serve(2)
     what = request(300, n=2)
     [group] = served.run(what)
-    running = served.submit(request(3, group_id="running", n=MAX_SEQUENCES, max_tokens=80))
-    served.after_tokens(16)
-    version = served.stage(3)
-    eventually(lambda: served.engine.version == version)
-    scored_by, logprobs = served.engine.score([(what.prompt_ids, completion.token_ids) for completion in group])
+    sequences = [(what.prompt_ids, completion.token_ids) for completion in group]
+    with served.standing():
+        [running] = served.wait(request(3, group_id="running", n=MAX_SEQUENCES, max_tokens=80, min_tokens=80))
+        served.advance_by_tokens(16)
+        version = served.stage(3)
+        served.advance(lambda: served.engine.version == version)
+        scoring = served.threads.submit(served.engine.score, sequences)
+        eventually(lambda: len(served.engine._scoring) == 1)
+        end = served.num_passes + 20
+        served.advance(lambda: served.num_passes == end)
+        scored_by, logprobs = scoring.result(WAIT_S)
+        assert not running.done(), "scoring goes first"
     assert scored_by == version
     for completion, scored in zip(group, logprobs, strict=True):
         assert scored.dtype == np.float32
         assert_close(scored, expected_logprobs(logits_under(3, sequence(what, completion)), what, completion))
-    assert not running.done(), "scoring goes first"
     running.result(WAIT_S)
     full = request(MAX_MODEL_LEN - 20, n=1, min_tokens=20)
     [[completion]] = served.run(full)
@@ -594,16 +631,16 @@ def test_an_engine_whose_step_fails_costs_the_running_requests_only(
         reached.set()
         raise RuntimeError("out of memory, say")
 
-    running = served.submit(request(5, group_id="running", n=MAX_SEQUENCES, max_tokens=300))
-    served.after_tokens(16)
-    waiting = served.submit(request(5, group_id="waiting"))
-    eventually(lambda: served.engine.stats().waiting_requests == 1)
-    if name == "torch":
-        with monkeypatch.context() as patch:
-            patch.setattr(served.engine._model, "forward", explode)
-            assert reached.wait(WAIT_S)
-    else:
-        served.engine._core._engine.model_executor.execute_model = explode
+    with monkeypatch.context() as patch:
+        with served.standing():
+            [running] = served.wait(request(5, group_id="running", n=MAX_SEQUENCES, max_tokens=300, min_tokens=300))
+            served.advance_by_tokens(16)
+            [waiting] = served.wait(request(5, group_id="waiting"))
+            if name == "torch":
+                patch.setattr(served.engine._model, "forward", explode)
+            else:
+                served.engine._core._engine.model_executor.execute_model = explode
+        assert reached.wait(WAIT_S)
     with pytest.raises(EngineError, match="out of memory, say") as caught:
         running.result(WAIT_S)
     assert isinstance(caught.value.__cause__, RuntimeError) and not isinstance(caught.value, EngineClosed)
@@ -627,9 +664,11 @@ def test_close_releases_running_and_waiting_requests(name: str) -> None:
     waiting = served.submit(request(5, group_id="early", n=1, max_tokens=3))
     served.serve(0)
     assert waiting.result(WAIT_S), "it waited for the first policy"
-    futures = [served.submit(request(5, group_id=n, n=MAX_SEQUENCES, max_tokens=400)) for n in ("running", "waiting")]
-    served.after_tokens(16)
-    served.engine.close()
+    with served.standing():
+        requests = [request(5, group_id=n, n=MAX_SEQUENCES, max_tokens=400) for n in ("running", "waiting")]
+        futures = served.wait(*requests)
+        served.advance_by_tokens(16)
+        served.engine.close()
     served.close()
     for future in futures:
         with pytest.raises(EngineClosed):

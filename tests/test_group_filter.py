@@ -8,6 +8,7 @@ import pytest
 import redis
 from builders import (
     admit_one,
+    for_each,
     make_config,
     make_ledger,
     publish_policy,
@@ -62,7 +63,7 @@ def score_equal(ledger, group_id=None):
     return not ledger.client.sismember(ledger.keys.live("train"), group_id)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("rewards", "expected"),
     [
         ([1.0, 1.0, 1.0], False),
@@ -291,7 +292,7 @@ def test_a_run_of_mostly_equal_groups_trains_on_those_that_differ(tmp_path: Path
         reward={"functions": [{"function": f"{tmp_path / 'scores.py'}:mostly_equal"}]},
     )
     with workers(tmp_path, env), trainer(tmp_path, env) as daemon:
-        assert daemon.wait(120) == 0
+        assert daemon.wait(240) == 0
     counters = counters_of(env)
     assert counters.holds and (counters.trained, counters.in_flight, counters.dead) == (steps * k, 0, {})
     assert counters.dropped.keys() == {"zero_variance"}, "none is stale: refills carry the version of their batch"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 
 from harness import (
@@ -32,10 +31,8 @@ def test_ctrl_c_ends_everything_soon_and_resume_goes_on(tmp_path: Path) -> None:
     with running_sluice("run", str(config), "checkpoint.every_steps=4", cwd=tmp_path) as process:
         wait_for(lambda: some_steps(tmp_path, 5), timeout=100, what="five steps")
         family = children(process.pid)
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
-        assert time.monotonic() - began < 20  # 10 on a quiet machine; other tests run beside this one
+        assert process.wait(90) == 130  # 10 s on a quiet machine; other tests run beside this one
         assert alive(family) == []
     run = only_run(tmp_path)
     assert "--resume" in (tmp_path / "output.log").read_text()
@@ -64,35 +61,23 @@ def test_nothing_survives_a_killed_supervisor(tmp_path: Path) -> None:
         wait_for(lambda: not alive(family), timeout=20, what=f"the end of {alive(family)}")
 
 
-def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
-    config = quickstart_config(
-        tmp_path, tiny=tiny_folder(), trainer__num_steps=16, evaluation__datasets=[], lease__running_s=2.0
-    )
-    with running_sluice("run", str(config), cwd=tmp_path) as process:
-        wait_for(lambda: some_steps(tmp_path, 2), timeout=100, what="two steps")
-        for queue in ("reward", "rollout"):
-            serving(process.pid, queue)[0].kill()
-        assert process.wait(150) == 0
-    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
-    assert summary["restarts"] == {"reward-0": 1, "rollout-0": 1}
-    assert summary["steps"] == 16
-    assert summary["ledger_holds"]
-    assert summary["ledger"]["trained"] == 16 * 8
-
-
-def test_a_killed_redis_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_killed_workers_and_a_killed_redis_are_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
     steps = 24
     config = quickstart_config(tmp_path, tiny=tiny_folder(), trainer__num_steps=steps, evaluation__datasets=[])
     with running_sluice("run", str(config), "lease.running_s=3", "lease.queued_s=3", cwd=tmp_path) as process:
-        wait_for(lambda: some_steps(tmp_path, 3), timeout=100, what="three steps")
+        wait_for(lambda: some_steps(tmp_path, 2), timeout=100, what="two steps")
+        for queue in ("reward", "rollout"):
+            serving(process.pid, queue)[0].kill()
+        done = len(metrics_of(only_run(tmp_path)))
+        wait_for(lambda: some_steps(tmp_path, done + 3), timeout=100, what="steps with other workers")
         (server,) = [child for child in children(process.pid) if child.name() in ("redis-server", "valkey-server")]
         server.kill()
-        assert process.wait(150) == 0
+        assert process.wait(240) == 0
     run = only_run(tmp_path)
-    assert (
-        "the embedded Redis ended by itself (exit code -9): starting it again" in (tmp_path / "output.log").read_text()
-    )
+    said = (tmp_path / "output.log").read_text()
+    assert "the embedded Redis ended by itself (exit code -9): starting it again" in said
     summary = json.loads((run / "summary.json").read_text())
+    assert summary["restarts"] == {"reward-0": 1, "rollout-0": 1}
     assert summary["steps"] == steps
     assert summary["ledger_holds"]
     assert summary["ledger"]["trained"] == steps * 8

@@ -10,6 +10,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from builders import for_each
 
 from sluice.common.config import Config
 from sluice.common.config.file import load_config
@@ -129,7 +130,7 @@ def test_keda_reads_the_lists_that_the_broker_uses() -> None:
         assert f'{{run="{keys.run}",queue="{queue}"}}' in trigger["metadata"]["query"]
 
 
-@pytest.mark.parametrize("name", pods())
+@for_each("name", pods())
 def test_pods_are_unprivileged_and_bounded(name: str) -> None:
     pod = pods()[name]
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0

@@ -183,7 +183,7 @@ def test_layers_whose_weights_lie_otherwise_are_refused() -> None:
 
 def test_a_missing_peft_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"pip install 'sluice\[lora\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'sluice-rl\[lora\]'"):
         new_policy()
 
 
@@ -196,7 +196,7 @@ def test_a_run_is_refused_before_anything_starts_where_peft_is_missing(
     config = quickstart_config(
         tmp_path, tiny=tiny_folder(3), trainer__lora={"rank": 2}, output_dir=str(tmp_path / "runs")
     )
-    with pytest.raises(ConfigError, match=r"pip install 'sluice\[lora\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'sluice-rl\[lora\]'"):
         sluice.scripts.launcher.launch.run_to_the_end(str(config), [], name=None, resume=None)
     assert not (tmp_path / "runs").exists()
 

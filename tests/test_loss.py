@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from builders import for_each
 
 from sluice.common.config.trainer import LossConfig, LossName
 from sluice.trainer.loss import combine_metrics, policy_loss
@@ -130,7 +131,7 @@ def assert_matches_naive(config, batch):
     assert gradient.any()
 
 
-@pytest.mark.parametrize(("loss", "aggregation"), every(LOSSES, AGGREGATIONS))
+@for_each(("loss", "aggregation"), every(LOSSES, AGGREGATIONS))
 def test_every_loss_is_the_loop_over_tokens(loss, aggregation):
     for seed, spread in ((0, 0.1), (1, 0.8)):
         batch = batch_of(4, 0, 7, 1, seed=seed, spread=spread)
@@ -140,7 +141,7 @@ def test_every_loss_is_the_loop_over_tokens(loss, aggregation):
         assert_matches_naive(config, batch)
 
 
-@pytest.mark.parametrize(("loss", "importance_sampling"), every(sorted(set(LOSSES) - {"dppo"}), BANDS))
+@for_each(("loss", "importance_sampling"), every(sorted(set(LOSSES) - {"dppo"}), BANDS))
 def test_decoupled_is_the_weighted_loop_over_tokens(loss, importance_sampling):
     config = config_of(
         loss=loss, off_policy="decoupled", importance_sampling=importance_sampling, **BANDS[importance_sampling]
@@ -148,7 +149,7 @@ def test_decoupled_is_the_weighted_loop_over_tokens(loss, importance_sampling):
     assert_matches_naive(config, batch_of(4, 2, 7, 1, spread=0.15))
 
 
-@pytest.mark.parametrize(("estimator", "aggregation"), every(("k1", "k2", "k3"), AGGREGATIONS))
+@for_each(("estimator", "aggregation"), every(("k1", "k2", "k3"), AGGREGATIONS))
 def test_kl_is_added_per_token(estimator, aggregation):
     config = config_of(kl_beta=0.3, kl_estimator=estimator, aggregation=aggregation)
     assert_matches_naive(config, batch_of(4, 2, 6))
@@ -271,7 +272,7 @@ def test_the_normaliser_is_counted_before_off_policy_masking():
         assert float(metrics["off_policy/masked_fraction"]) == 0.5
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@for_each("loss", LOSSES)
 def test_zero_advantage_gives_zero_gradient(loss):
     batch = batch_of(4, 2) | {"advantages": torch.zeros(2)}
     if loss == "dppo":  # its square pulls towards the sampler, whatever the advantage
@@ -282,8 +283,8 @@ def test_zero_advantage_gives_zero_gradient(loss):
         assert float(value) == 0.0
 
 
-@pytest.mark.parametrize("garbage", [1e30, math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize(
+@for_each("garbage", [1e30, math.inf, -math.inf, math.nan])
+@for_each(
     ("loss", "off_policy", "importance_sampling"),
     every(LOSSES, ["bypass"], [None]) + every(["gspo"], ["decoupled"], BANDS),
 )
@@ -304,7 +305,7 @@ def test_masked_tokens_change_nothing(loss, off_policy, importance_sampling, gar
     assert not got[1][~mask].any()
 
 
-@pytest.mark.parametrize(("loss", "aggregation"), every(LOSSES, AGGREGATIONS))
+@for_each(("loss", "aggregation"), every(LOSSES, AGGREGATIONS))
 def test_micro_batches_add_up_to_the_step(loss, aggregation):
     config = config_of(loss=loss, aggregation=aggregation, kl_beta=0.1)
     lengths = (9, 1, 5, 2, 0, 7)
@@ -324,7 +325,7 @@ def test_micro_batches_add_up_to_the_step(loss, aggregation):
     torch.testing.assert_close(by_rank, metrics_whole, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("loss", "aggregation"), every(LOSSES, AGGREGATIONS))
+@for_each(("loss", "aggregation"), every(LOSSES, AGGREGATIONS))
 def test_a_wholly_masked_batch_gives_zero_and_finite_metrics(loss, aggregation):
     batch = batch_of(3, 2) | {"loss_mask": torch.zeros(2, 3, dtype=torch.bool)}
     value, gradient, metrics = run(config_of(loss=loss, aggregation=aggregation, kl_beta=0.1), batch)
@@ -333,7 +334,7 @@ def test_a_wholly_masked_batch_gives_zero_and_finite_metrics(loss, aggregation):
     assert {float(metric) for metric in metrics.values()} == {0.0}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@for_each("loss", LOSSES)
 def test_policies_far_apart_stay_finite(loss):
     far = {"policy_logprobs": torch.tensor([[-200.0, -1e-6]]), "rollout_logprobs": torch.tensor([[-1e-6, -200.0]])}
     for advantage in (1.0, -1.0):
@@ -377,7 +378,7 @@ def test_kl_without_reference_logprobs_is_refused():
         run(config_of(kl_beta=0.1), batch_of(2) | {"ref_logprobs": None})
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("changes", "message"),
     [
         ({"importance_sampling": "token_mask"}, "importance_sampling=token_mask needs importance_min"),

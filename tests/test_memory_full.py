@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -85,7 +84,8 @@ def test_at_maxmemory_payloads_are_refused_whole_and_all_else_goes_on(client: re
 
 
 def test_a_run_pauses_at_maxmemory_names_the_cause_and_goes_on(tmp_path: Path, own_redis: EmbeddedServer) -> None:
-    env = create_run(tmp_path, own_redis.url, trainer__num_steps=24, checkpoint__every_steps=4, **SMALL)
+    settings = {"trainer__num_steps": 24, "trainer__stall_report_s": 1.0, "checkpoint__every_steps": 4, **SMALL}
+    env = create_run(tmp_path, own_redis.url, **settings)  # type: ignore[arg-type]
     run_folder = tmp_path / "runs" / "roles"
     client = connect(own_redis.url)
     with workers(tmp_path, env) as processes, trainer(tmp_path, env) as daemon:
@@ -100,11 +100,12 @@ def test_a_run_pauses_at_maxmemory_names_the_cause_and_goes_on(tmp_path: Path, o
         )
         assert "MiB of maxmemory" in snapshot
         steps = len(metrics_of(run_folder))
-        time.sleep(2.0)
+        log = tmp_path / "trainer.log"
+        wait_for(lambda: "trainer has waited" in log.read_text(), timeout=30, what="the trainer to say that it waits")
         assert len(metrics_of(run_folder)) <= steps + 2, "it does not move, at most a batch that was ready"
         assert [process.poll() for process in (*processes, daemon)] == [None] * 4
         client.config_set("maxmemory", 0)
-        assert daemon.wait(120) == 0
+        assert daemon.wait(240) == 0
     client.close()
     counters = counters_of(env)
     assert (counters.holds, counters.trained, counters.in_flight, counters.dead) == (True, 24 * 4, 0, {})

@@ -64,7 +64,7 @@ def roles(tmp_path: Path) -> Iterator[Roles]:
         proxy = stack.enter_context(Proxy(("127.0.0.1", int(address.port or 0))))
         config = quickstart_config(
             tmp_path,
-            tiny=tiny_folder(20),
+            tiny=tiny_folder(),
             trainer__num_steps=STEPS,
             trainer__loss={"kl_beta": 0.0},
             checkpoint__every_steps=10,

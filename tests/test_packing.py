@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from builders import for_each
 from peft import LoraConfig, get_peft_model
 from test_logprobs import sequences, tiny_model
 from transformers import (
@@ -172,8 +173,8 @@ def test_many_sequences_are_scored_in_the_order_given_within_the_budget(packed):
     assert len(batches) == (4 if packed else 5)  # 18, 14, 10 + 10, 7 + 5 + 2 + 1; padded: 18, 14, 2 x 10, 2 x 7, 2 x 2
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("seed", range(20))
+@for_each("packed", [False, True])
+@for_each("seed", range(20))
 def test_batches_are_as_few_and_as_even_as_their_order_allows(seed, packed):
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, 30, 9).tolist()

@@ -250,7 +250,7 @@ with joined(3, Path({str(tmp_path)!r})) as ranks:
     save(policy, Path({str(tmp_path / "three-later")!r}))
 """
     with running([sys.executable, "-c", program], cwd=tmp_path, log=tmp_path / "three.log") as process:
-        assert process.wait(120) == 0, (tmp_path / "three.log").read_text()
+        assert process.wait(240) == 0, (tmp_path / "three.log").read_text()
     assert_same_checkpoint(tmp_path / "two", tmp_path / "three")
     steps(together, config, first=2, last=2)
     save(together, tmp_path / "two-later")

@@ -62,7 +62,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_path
         assert first is not None and second is not None
         second.kill()
         wait_for(lambda: not alive([first]), timeout=20, what="rank 0 to end with rank 1")
-        assert process.wait(120) == 0
+        assert process.wait(240) == 0
     run_folder = only_run(tmp_path)
     summary = json.loads((run_folder / "summary.json").read_text())
     assert summary["restarts"] == {"trainer": 1}
@@ -83,7 +83,7 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path: Path, redis_url
         {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": "none"},
     )
     with running(argv, cwd=tmp_path, log=log, **env) as process:
-        assert process.wait(60) == 2
+        assert process.wait(180) == 2
     assert "error: there is no run 'none' on this Redis" in log.read_text()
     assert "rank 0 ended with code 2" in log.read_text().splitlines()[-1]
 
@@ -93,7 +93,7 @@ def test_a_run_whose_gradients_are_no_longer_finite_ends_with_the_reason(tmp_pat
     settings = {"evaluation__datasets": [], "trainer__learning_rate": 1e30, "trainer__warmup_steps": 0, **SMALL}
     config = quickstart_config(tmp_path, tiny=tiny_folder(), replicas={"trainer": 2}, **settings)
     with running_sluice("run", str(config), "trainer.num_iterations=12", cwd=tmp_path) as process:
-        assert process.wait(120) == 1
+        assert process.wait(240) == 1
     output = (tmp_path / "output.log").read_text()
     assert "training has diverged" in output
     assert "step 1: the gradients of 10 optimizer steps in a row were not finite" in output
@@ -103,7 +103,7 @@ def test_a_run_whose_gradients_are_no_longer_finite_ends_with_the_reason(tmp_pat
 
 def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, own_redis: EmbeddedServer) -> None:
     """No worker lives: rank 0 waits for a batch, rank 1 for rank 0. Started by torchrun, then as `sluice run` does."""
-    env = create_run(tmp_path, own_redis.url, **SMALL)
+    env = create_run(tmp_path, own_redis.url, trainer__stall_report_s=0.5, **SMALL)
     client = connect(own_redis.url)
     run = open_run(client, env["SLUICE_RUN"])
     store = PolicyStore(client, run.keys, run.config.policy_store)
@@ -117,8 +117,11 @@ def test_ranks_that_wait_end_with_rank_0_and_stop_in_good_order(tmp_path: Path, 
         "stop": ["sluice.scripts.cli", "train", "--ranks", "2"],
     }
     for version, end in enumerate(starts):
+        said_before = len(log.read_text()) if log.exists() else 0
+        waits = lambda at=said_before: "trainer has waited" in log.read_text()[at:]  # type: ignore[misc]  # noqa: E731
         with running([sys.executable, "-m", *starts[end]], cwd=tmp_path, log=log, **env) as process:
             wait_for(lambda v=version: store.latest_version() == v, timeout=90, what="the policy")  # type: ignore[misc]
+            wait_for(waits, timeout=30, what="rank 0 to wait for a batch, and rank 1 for rank 0")
             ranks = [rank_of(process.pid, rank) for rank in (0, 1)]
             assert None not in ranks
             if end == "kill":

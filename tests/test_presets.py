@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from builders import for_each
 
 from sluice.common.config.file import parse_config
 from sluice.common.config.presets import PRESETS
@@ -28,7 +29,7 @@ def changed(trainer):
     return loss | {k: v for k, v in rest.items() if v != default.model_dump()[k]}
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("preset", "expected"),
     [
         ("grpo", {"aggregation": "sequence_mean", "kl_beta": 0.04}),

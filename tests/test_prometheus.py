@@ -103,9 +103,10 @@ def test_several_runs_stand_side_by_side_and_a_deleted_one_is_left_out(
 
 def test_every_kind_of_cause_in_the_diagnosis_has_a_series() -> None:
     named = set()
-    for path in (Path(diagnosis.__file__), ROOT / "dashboard" / "status.py"):
-        named |= set(re.findall(r'Cause\(\s*"(\w+)"', path.read_text()))
-    assert named <= {*STALL_KINDS, *ALARM_KINDS}
+    for folder in ("common", "trainer", "dashboard"):
+        for path in (ROOT / folder).rglob("*.py"):
+            named |= set(re.findall(r'Cause\(\s*"(\w+)"', path.read_text()))
+    assert len(named) > 10 and named <= {*STALL_KINDS, *ALARM_KINDS}
     documented = set(re.findall(r"^    (\w+)  ", diagnosis.__doc__ or "", re.M))
     assert documented <= set(STALL_KINDS)
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from harness import metrics_lines, metrics_of, only_run, quickstart_config, sluice, tiny_folder
 from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_sinks import trackio_rows
+from test_trackers import trackio_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sluice.common.connections.client import connect
@@ -33,14 +33,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run of the quickstart, shortened; the folder it was started in and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
     heldout = {
-        "dataset": {"path": str(tiny_folder() / "heldout.jsonl"), "max_req_tokens": 24},
+        "dataset": {"path": str(tiny_folder(700) / "heldout.jsonl"), "max_req_tokens": 24},
         "num_prompts": NUM_HELDOUT,
         "num_samples": 4,
         "function": "MathReward",
     }
     config = quickstart_config(
         folder,
-        tiny=tiny_folder(),
+        tiny=tiny_folder(700),
         trainer__num_steps=STEPS,
         audit="all",
         metrics={"completions": True, "tensorboard": True, "trackio": True},

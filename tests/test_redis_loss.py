@@ -46,7 +46,7 @@ def test_what_redis_forgets_is_settled_by_the_trainer_that_lives_on(tmp_path: Pa
             copy = copy_data(own_redis)
             wait_for_steps(run_folder, 5)
             come_back_with(own_redis, copy)
-        assert daemon.wait(120) == 0
+        assert daemon.wait(240) == 0
     counters = counters_of(env)
     assert counters.holds
     assert counters.trained == STEPS * 4
@@ -69,7 +69,7 @@ def test_a_power_failure_of_redis_and_trainer_together_trains_nothing_twice(
             daemon.kill()
         come_back_with(own_redis, copy)
         with trainer(tmp_path, env) as daemon:
-            assert daemon.wait(120) == 0
+            assert daemon.wait(240) == 0
     counters = counters_of(env)
     assert counters.holds
     assert (counters.trained, counters.in_flight) == (20 * 4, 0)
@@ -85,7 +85,7 @@ def test_a_run_that_redis_has_lost_is_named_and_says_what_can_be_saved(
     with workers(tmp_path, env), trainer(tmp_path, env) as daemon:
         wait_for_steps(run_folder, 3)
         come_back_with(own_redis, None)
-        assert daemon.wait(60) == 2
+        assert daemon.wait(180) == 2
     text = (tmp_path / "trainer.log").read_text()
     assert "error: Redis has lost run roles: was it restarted without its append-only file?" in text
     assert "sluice export" in text

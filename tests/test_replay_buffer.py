@@ -568,6 +568,7 @@ def check_sample(buffer, model, current, step):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_resample_count", [0, 1, None])
 @pytest.mark.parametrize("max_policy_age", [0, 1, 2, 3])
 def test_the_buffer_agrees_with_its_model_over_10000_random_operations(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
+from builders import for_each
 
 from sluice.workers.rewards import MathReward, ThinkingReward
 
@@ -69,12 +69,12 @@ THINKING_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("response", "target", "expected"), MATH_CASES)
+@for_each(("response", "target", "expected"), MATH_CASES)
 def test_math_reward_gives_the_defined_value(response: str, target: str, expected: float) -> None:
     assert MathReward()("How many?", response, target) == expected
 
 
-@pytest.mark.parametrize(("response", "expected"), THINKING_CASES)
+@for_each(("response", "expected"), THINKING_CASES)
 def test_thinking_reward_gives_the_defined_value(response: str, expected: float) -> None:
     assert ThinkingReward()("Why?", response, None) == expected
     assert ThinkingReward()("Why?", response) == expected

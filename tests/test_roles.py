@@ -64,7 +64,7 @@ def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path,
         third = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
         wait_for(lambda: len(heartbeats(redis_url, "rollout")) >= 2, timeout=60, what="a third rollout worker")
         assert terminate(second, timeout=15) == 0  # hands back what it cannot finish
-        assert again.wait(120) == 0
+        assert again.wait(240) == 0
         assert third.poll() is None
 
     client = connect(redis_url)
@@ -87,7 +87,7 @@ def test_a_worker_with_wrong_options_says_what_to_pass(tmp_path: Path, redis_url
     ]:
         argv = [sys.executable, "-m", "celery", "-A", "sluice", "worker", *options]
         with running(argv, cwd=tmp_path, log=tmp_path / "wrong.log", **env) as process:
-            assert process.wait(30) == 2
+            assert process.wait(90) == 2
         text = (tmp_path / "wrong.log").read_text()
         assert expected in text
         assert "Traceback" not in text
@@ -122,7 +122,7 @@ def test_a_reward_that_hangs_or_raises_is_dead_lettered_and_never_a_score(tmp_pa
         for queue in ("dataset", "reward", "rollout"):
             stack.enter_context(worker(queue, cwd=tmp_path, **env))
         daemon = stack.enter_context(trainer(tmp_path, env))
-        assert daemon.wait(150) == 0
+        assert daemon.wait(240) == 0
     client = connect(redis_url)
     keys = open_run(client, "roles").keys
     counters = read_counters(client, keys)

@@ -50,7 +50,7 @@ def score(code: str, tests: list[str] = TESTS) -> float | None:
 def test_the_score_is_the_share_of_tests_passed_whatever_the_code_tries(code: str, expected: float) -> None:
     began = time.monotonic()
     assert score(code) == expected
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_programs_are_judged_by_what_they_print() -> None:

@@ -100,7 +100,7 @@ def scaled_run(folder: Path, server: EmbeddedServer, *, seconds: float = 3.0, **
         reward__functions=[{"function": f"{folder / 'grader.py'}:grade"}],
         trainer__num_steps=100_000,
         replicas={"reward": {"min": 1, "max": 3}},
-        autoscale={"up_after_s": 1.0, "cooldown_s": 6.0, "wait_s": 0.2, **autoscale},
+        autoscale={"up_after_s": 1.0, "cooldown_s": 3.0, "wait_s": 0.2, **autoscale},
         lease={"running_s": 5.0, "queued_s": 30.0},
         **SMALL,
     )
@@ -110,7 +110,7 @@ def scaled_run(folder: Path, server: EmbeddedServer, *, seconds: float = 3.0, **
         yield scaled
         family = children(process.pid)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130, scaled.output.read_text()
+        assert process.wait(180) == 130, scaled.output.read_text()
         assert alive(family) == []
     summary = json.loads((only_run(folder) / "summary.json").read_text())
     assert summary["ledger_holds"]

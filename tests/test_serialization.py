@@ -12,7 +12,7 @@ from dataclasses import replace
 import msgpack
 import numpy as np
 import pytest
-from builders import make_completion
+from builders import for_each, make_completion
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -78,14 +78,14 @@ def test_nested_values_come_back_as_they_were(value):
     assert_same(decode(encode(value)), value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (0, 5), (2, 0, 3), (2, 3), (1, 1, 1, 1)])
+@for_each("dtype", DTYPES)
+@for_each("shape", [(), (0,), (3,), (0, 5), (2, 0, 3), (2, 3), (1, 1, 1, 1)])
 def test_every_dtype_and_shape_round_trips(dtype, shape):
     array = np.arange(math.prod(shape)).reshape(shape).astype(dtype)
     assert_same(decode(encode(array)), array)
 
 
-@pytest.mark.parametrize("dtype", [">u2", ">i4", ">f4", ">f8", ">i8", ">f2"])
+@for_each("dtype", [">u2", ">i4", ">f4", ">f8", ">i8", ">f2"])
 def test_big_endian_arrays_keep_their_values_and_become_little_endian(dtype):
     array = np.array([[1, 2, 3], [250, 5, 6]], dtype)
     back = decode(encode(array))
@@ -94,7 +94,7 @@ def test_big_endian_arrays_keep_their_values_and_become_little_endian(dtype):
     np.testing.assert_array_equal(back, array)
 
 
-@pytest.mark.parametrize("view", [np.s_[::2], np.s_[::-1], np.s_[:, 1:3], np.s_[:, ::-2]])
+@for_each("view", [np.s_[::2], np.s_[::-1], np.s_[:, 1:3], np.s_[:, ::-2]])
 def test_views_without_contiguous_memory_keep_their_values(view):
     array = np.arange(24, dtype=np.int32).reshape(4, 6)
     for strided in (array[view], array.T[view], np.asfortranarray(array)[view]):
@@ -122,7 +122,7 @@ def test_numpy_scalars_become_plain_numbers_and_tuples_lists():
     }
 
 
-@pytest.mark.parametrize(
+@for_each(
     "value",
     [
         object(),
@@ -137,7 +137,6 @@ def test_numpy_scalars_become_plain_numbers_and_tuples_lists():
         np.zeros(1, [("a", "i4")]),
         np.longdouble(1),
     ],
-    ids=lambda value: f"{type(value).__name__}-{getattr(value, 'dtype', '')}",
 )
 def test_what_has_no_wire_form_is_refused_by_name(value):
     with pytest.raises(SerializationError, match="cannot encode a"):
@@ -161,19 +160,19 @@ def test_another_schema_version_is_named_with_what_to_do():
         decode(message)
 
 
-@pytest.mark.parametrize("message", [b"", b"S", b"SX\x01\xc0", b"\x80\x04}.", b"{}", b"cos\nsystem\n"])
+@for_each("message", [b"", b"S", b"SX\x01\xc0", b"\x80\x04}.", b"{}", b"cos\nsystem\n"])
 def test_foreign_bytes_are_not_a_sluice_message(message):
     with pytest.raises(SerializationError, match="not a Sluice message"):
         decode(message)
 
 
-@pytest.mark.parametrize("message", [b"SL", b"SL\x01", b"SL\x01\xc0\xc0", b"SL\x01\xc1", b"SL\x01\x81\x01\x02"])
+@for_each("message", [b"SL", b"SL\x01", b"SL\x01\xc0\xc0", b"SL\x01\xc1", b"SL\x01\x81\x01\x02"])
 def test_incomplete_trailing_or_reserved_bytes_are_refused(message):
     with pytest.raises(SerializationError):
         decode(message)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("dtype", "shape", "raw"),
     [
         ("|O", [1], b"12345678"),

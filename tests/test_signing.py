@@ -13,7 +13,7 @@ import pytest
 import redis
 import torch
 from harness import wait_for
-from test_rollout_policy import serving
+from test_policy_updates import serving
 from test_worker_deaths import Fleet, make_fleet  # noqa: F401
 
 from sluice.common.config import PolicyStoreConfig

@@ -15,7 +15,7 @@ STEPS = 20
 
 
 def test_twenty_steps_on_policy(tmp_path: Path) -> None:
-    tiny = tiny_folder()
+    tiny = tiny_folder(700)
     heldout = {"path": str(tiny / "heldout.jsonl"), "max_req_tokens": 24}
     config = quickstart_config(
         tmp_path,

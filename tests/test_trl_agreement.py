@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import make_completion
+from builders import for_each, make_completion
 
 from sluice.common.config.presets import preset_values
 from sluice.common.config.trainer import LossConfig
@@ -121,7 +121,7 @@ def test_the_fixture_is_of_the_version_that_the_docs_name():
     assert len(CASES) >= 35
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - DIFFERS))
+@for_each("name", sorted(set(CASES) - DIFFERS))
 def test_loss_and_gradient_are_trls(name):
     trl = CASES[name]["trl"]
     loss, gradient = ours(loss_config(trl), trl)
@@ -130,7 +130,7 @@ def test_loss_and_gradient_are_trls(name):
     assert gradient.abs().max() > 1e-3, "the case must say something"
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@for_each("name", sorted(CASES))
 def test_advantages_are_trls(name):
     assert_same(advantages_of(CASES[name]["trl"]), CASES[name]["advantages"])
 
@@ -163,7 +163,7 @@ def test_our_kl_is_not_importance_weighted():
     assert_same(ours(loss_config(trl), trl)[0] + 0.3 * more, CASES["kl_bias_correction"]["loss"])
 
 
-@pytest.mark.parametrize("name", ["truncated_grpo", "truncated_dr_grpo"])
+@for_each("name", ["truncated_grpo", "truncated_dr_grpo"])
 def test_masked_sequences_are_not_in_our_divisor(name):
     # TRL divides by all 8 sequences, ours by the 6 that have a token in the loss
     loss, gradient = ours(loss_config(CASES[name]["trl"]), CASES[name]["trl"])
@@ -179,7 +179,7 @@ def test_unscorable_completions_are_not_in_our_divisor():
     assert_same(gradient * 27 / 32, CASES["unscorable_dapo"]["gradient"])
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("preset", "trl"),
     [
         ("grpo", {"loss_type": "grpo", "beta": 0.04}),

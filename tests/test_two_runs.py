@@ -38,7 +38,7 @@ def train(folder: Path, url: str, seeds: dict[str, int]) -> dict[str, dict[int, 
             stack.enter_context(workers(own, env))
             daemons[name] = own, env, stack.enter_context(trainer(own, env))
         for name, (own, env, daemon) in daemons.items():
-            assert daemon.wait(200) == 0, (own / "trainer.log").read_text()
+            assert daemon.wait(240) == 0, (own / "trainer.log").read_text()
             counters = counters_of(env)
             assert counters.holds
             assert (counters.admitted, counters.trained, counters.dropped, counters.dead) == (

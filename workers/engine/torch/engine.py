@@ -88,7 +88,7 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         self._max_model_len = max_model_len
         self._batch = self._new_batch()
         self._num_passes = 0
-        self._scorings: list[_Scoring] = []
+        self._scoring: list[_Scoring] = []
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
         self._thread.start()
 
@@ -116,7 +116,7 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         scoring = _Scoring(sequences=sequences)
         with self._condition:
             self._check_open("score")
-            self._scorings.append(scoring)
+            self._scoring.append(scoring)
             self._wake()
         return scoring.future.result()
 
@@ -192,7 +192,7 @@ class TorchEngine(ServingEngine[SequenceGroup]):
 
     def _score_waiting(self) -> None:
         with self._condition:
-            waiting, self._scorings = self._scorings, []
+            waiting, self._scoring = self._scoring, []
         for scoring in waiting:
             if self._version < 0:
                 scoring.future.set_exception(EngineError("nothing can be scored: no policy is served yet"))
@@ -252,6 +252,6 @@ class TorchEngine(ServingEngine[SequenceGroup]):
     # With the condition held.
 
     def _release_scores(self, why: str) -> None:
-        for scoring in self._scorings:
+        for scoring in self._scoring:
             fail(scoring.future, EngineClosed(f"score: {why}"))
-        self._scorings = []
+        self._scoring = []

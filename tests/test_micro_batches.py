@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from builders import for_each
 
 from sluice.common.types import Completion, Episode, Group
 from sluice.trainer.micro_batches import (
@@ -70,8 +71,8 @@ def test_a_row_holds_its_episode():
     assert (batch.num_tokens, batch.num_padded_tokens) == (9, 10)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("seed", range(5))
+@for_each("packed", [False, True])
+@for_each("seed", range(5))
 def test_every_episode_is_trained_once_within_the_budget(seed, packed):
     groups = random_groups(seed)
     batches = build(*groups, max_tokens=40, packed=packed)

@@ -67,7 +67,7 @@ def test_a_run_with_a_user_for_each_role_and_what_each_may_not(tmp_path: Path, u
         for queue in ("dataset", "rollout", "reward"):
             roles.enter_context(worker(queue, cwd=tmp_path, **of[queue]))
         process = roles.enter_context(trainer(tmp_path, of["trainer"]))
-        assert process.wait(60) == 0, (tmp_path / "trainer.log").read_text()[-3000:]
+        assert process.wait(180) == 0, (tmp_path / "trainer.log").read_text()[-3000:]
         counters = counters_of(of["viewer"])
         assert (counters.trained, counters.dead, counters.holds) == (8, {}, True)
         for command in (("status", "--json"), ("ledger",), ("samples",), ("metrics",), ("runs", "list")):

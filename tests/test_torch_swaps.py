@@ -124,17 +124,6 @@ def test_a_swap_pauses_generation_for_less_than_a_decode_step_and_a_copy_of_the_
     assert statistics.median(pauses) < 2 * (statistics.median(np.diff(busy)) + statistics.median(copies))
 
 
-def test_drain_finishes_running_rows_before_the_swap(serve: Callable[..., Served]) -> None:
-    served = serve(in_flight="drain", eos_token_ids=(), max_sequences=8)
-    served.at_step[2] = lambda: served.stage(1)
-    running = [request(5, group_id="a", max_tokens=10), request(3, group_id="b", max_tokens=25)]
-    late = request(4, group_id="late", max_tokens=5)
-    first, second, third = served.run([*running, late])
-    assert all(c.policy_versions == ((0, 10),) for c in first)
-    assert all(c.policy_versions == ((0, 25),) for c in second)
-    assert all(c.policy_versions == ((1, 5),) for c in third), "room was free after 10 steps, but nothing is admitted"
-
-
 def test_staged_tensors_are_served_and_never_written_to(serve: Callable[..., Served]) -> None:
     """The policy store keeps them as what the next delta rests on."""
     served = serve()

@@ -11,6 +11,7 @@ import pytest
 import redis
 from builders import (
     evaluated_payload,
+    for_each,
     make_completion,
     make_config,
     make_ledger,
@@ -60,7 +61,7 @@ def test_the_vote_is_what_drawing_among_the_most_frequent_answers_gives_on_avera
             assert evaluation.majority_vote(answers, correct) == pytest.approx(fmean(draws) if draws else 0.0)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("answers", "correct", "expected"),
     [
         (["7", "7", "8"], [True, True, False], 1.0),
@@ -77,7 +78,7 @@ def test_the_vote_of_worked_cases(answers, correct, expected):
     assert evaluation.majority_vote(answers, correct) == expected
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("text", "pattern", "expected"),
     [
         ("so <answer>42</answer>", DEFAULT_ANSWER, "42.0"),

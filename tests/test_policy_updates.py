@@ -67,9 +67,9 @@ def test_damaged_weights_are_refused_and_reported_while_the_old_version_serves(
     fleet = make_fleet(policy_store={"transport": transport})
     keys, folder = fleet.ledger.keys, fleet.folder
     store = PolicyStore(client, keys, fleet.config.policy_store)
-    with serving(fleet, monkeypatch) as (role, heartbeat):
+    with serving(fleet, monkeypatch) as (role, send_heartbeat):
         role.start()
-        wait_for(lambda: heartbeat().get("version") == 0, timeout=15, what="version 0 to be served")
+        wait_for(lambda: send_heartbeat().get("version") == 0, timeout=15, what="version 0 to be served")
 
         with monkeypatch.context() as patch:
             write = store._transport.write
@@ -81,8 +81,8 @@ def test_damaged_weights_are_refused_and_reported_while_the_old_version_serves(
 
             patch.setattr(store._transport, "write", write_and_damage)
             publish(store, 1)
-        wait_for(lambda: heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
-        assert heartbeat()["alarm"].startswith("still serves version 0: policy version 1")
+        wait_for(lambda: send_heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
+        assert send_heartbeat()["alarm"].startswith("still serves version 0: policy version 1")
         request = GenerationRequest(
             group_id="t0",
             prompt_ids=np.array([5, 6], np.int32),
@@ -93,9 +93,9 @@ def test_damaged_weights_are_refused_and_reported_while_the_old_version_serves(
         assert role.engine.generate(request)[0].policy_versions[0][0] == 0, "the old one serves"
 
         publish(store, 2)
-        wait_for(lambda: heartbeat().get("version") == 2, timeout=15, what="the next good version to be served")
-        assert heartbeat()["alarm"] == ""
-        assert store.manifest(2).digest.startswith(heartbeat()["digest"])
+        wait_for(lambda: send_heartbeat().get("version") == 2, timeout=15, what="the next good version to be served")
+        assert send_heartbeat()["alarm"] == ""
+        assert store.manifest(2).digest.startswith(send_heartbeat()["digest"])
 
 
 def test_a_late_worker_stages_the_newest_version_first(
@@ -107,7 +107,7 @@ def test_a_late_worker_stages_the_newest_version_first(
     store = PolicyStore(client, fleet.ledger.keys, fleet.config.policy_store)
     for version in (1, 2, 3):
         publish(store, version)
-    with serving(fleet, monkeypatch) as (role, heartbeat):
+    with serving(fleet, monkeypatch) as (role, send_heartbeat):
         staged = []
         stage = role.engine.stage
 
@@ -117,7 +117,7 @@ def test_a_late_worker_stages_the_newest_version_first(
 
         monkeypatch.setattr(role.engine, "stage", record)
         role.start()
-        wait_for(lambda: heartbeat().get("version") == 3, timeout=15, what="the newest version to be served")
+        wait_for(lambda: send_heartbeat().get("version") == 3, timeout=15, what="the newest version to be served")
         assert staged == [3]
 
 
@@ -145,19 +145,21 @@ def test_every_policy_is_checked_against_the_trainers_canary(
     _, base = store.fetch(0)
     other = {name: tensor * 1.05 for name, tensor in base.items()}
     run = open_run(client, fleet.ledger.keys.run)
-    with serving(fleet, monkeypatch) as (role, heartbeat):
+    with serving(fleet, monkeypatch) as (role, send_heartbeat):
         role.start()
         store.publish(1, other, step=1, parent=0, canary=canary_of(other))
         wait_for(
-            lambda: heartbeat().get("mismatch") is not None, timeout=15, what="the canary of version 1 to be scored"
+            lambda: send_heartbeat().get("mismatch") is not None,
+            timeout=15,
+            what="the canary of version 1 to be scored",
         )
-        assert heartbeat()["mismatch"] < 1e-5
+        assert send_heartbeat()["mismatch"] < 1e-5
         assert alarms(client, run) == []
         store.publish(2, base, step=2, parent=1, canary=canary_of(other))  # as if the engine had kept version 1's head
-        wait_for(lambda: heartbeat().get("mismatch", 0) > 1e-3, timeout=15, what="the mismatch of version 2")
+        wait_for(lambda: send_heartbeat().get("mismatch", 0) > 1e-3, timeout=15, what="the mismatch of version 2")
         assert [alarm.kind for alarm in alarms(client, run)] == ["sampler_mismatch"]
         store.publish(3, base, step=3, parent=2, canary=canary_of(base))
-        wait_for(lambda: heartbeat()["mismatch"] < 1e-5, timeout=15, what="the canary of version 3 to be scored")
+        wait_for(lambda: send_heartbeat()["mismatch"] < 1e-5, timeout=15, what="the canary of version 3 to be scored")
         assert alarms(client, run) == []
 
 
@@ -213,28 +215,28 @@ def test_a_worker_that_cannot_apply_a_delta_serves_the_old_version_until_the_tra
         return store.publish(version, dict(weights), step=version, parent=version - 1)
 
     publish_nudged(1)
-    with serving(fleet, monkeypatch) as (role, heartbeat):
+    with serving(fleet, monkeypatch) as (role, send_heartbeat):
         role.start()
         for version in (2, 3):
             manifest = publish_nudged(version)
             assert (manifest.num_bytes, manifest.base) == (0, version - 1)
-            wait_for(lambda: heartbeat().get("version") == version, timeout=15, what="the delta to be served")  # noqa: B023
-            assert manifest.digest.startswith(heartbeat()["digest"])
+            wait_for(lambda: send_heartbeat().get("version") == version, timeout=15, what="the delta to be served")  # noqa: B023
+            assert manifest.digest.startswith(send_heartbeat()["digest"])
         wait_for(
-            lambda: heartbeat()["fetch_bytes"] == manifest.delta_bytes, timeout=15, what="what was read to be told"
+            lambda: send_heartbeat()["fetch_bytes"] == manifest.delta_bytes, timeout=15, what="what was read to be told"
         )
-        assert heartbeat()["fetch_s"] > 0 and heartbeat()["last_pause_s"] > 0
+        assert send_heartbeat()["fetch_s"] > 0 and send_heartbeat()["last_pause_s"] > 0
         assert all(torch.equal(found, weights[name]) for name, found in named_weights(role.engine._model).items())
 
         with monkeypatch.context() as patch:
             patch.setattr(store._transport, "write", lambda *_: 99)  # what was written got lost
             publish_nudged(4)
-        wait_for(lambda: heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
-        assert heartbeat()["alarm"].startswith("still serves version 3: policy version 4")
+        wait_for(lambda: send_heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
+        assert send_heartbeat()["alarm"].startswith("still serves version 3: policy version 4")
         assert store.is_full_requested()
         store.republish_full()
-        wait_for(lambda: heartbeat().get("version") == 4, timeout=15, what="the whole version to be served")
-        assert heartbeat()["alarm"] == "" and store.manifest(4).digest.startswith(heartbeat()["digest"])
+        wait_for(lambda: send_heartbeat().get("version") == 4, timeout=15, what="the whole version to be served")
+        assert send_heartbeat()["alarm"] == "" and store.manifest(4).digest.startswith(send_heartbeat()["digest"])
 
 
 def test_a_policy_that_the_engine_cannot_load_is_named_and_fails_who_is_pinned_to_it(
@@ -248,17 +250,17 @@ def test_a_policy_that_the_engine_cannot_load_is_named_and_fails_who_is_pinned_t
     request = GenerationRequest(
         group_id="e0", prompt_ids=np.array([5], np.int32), sampling=SamplingParams(n=1, max_tokens=1), pinned_version=1
     )
-    with serving(fleet, monkeypatch) as (role, heartbeat):
+    with serving(fleet, monkeypatch) as (role, send_heartbeat):
         role.start()
         wait_for(lambda: role.engine.version == 0, timeout=15, what="the base version")
         store.publish(1, {"of_another_model": torch.zeros(3)}, step=1, parent=0)
-        wait_for(lambda: heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
-        assert heartbeat()["alarm"].startswith("still serves version 0: policy version 1 was not loaded: ")
+        wait_for(lambda: send_heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
+        assert send_heartbeat()["alarm"].startswith("still serves version 0: policy version 1 was not loaded: ")
         with role._policy.pinned(1), pytest.raises(EngineError, match="policy version 1 was not loaded"):
             role.engine.generate(request)
         store.publish(2, base, step=2, parent=1)
         wait_for(lambda: role.engine.version == 2, timeout=15, what="the next good version")
-        wait_for(lambda: heartbeat()["alarm"] == "", timeout=15, what="the alarm to end")
+        wait_for(lambda: send_heartbeat()["alarm"] == "", timeout=15, what="the alarm to end")
 
 
 def test_a_completion_from_a_wrong_cache_raises_an_alarm(
@@ -276,7 +278,7 @@ def test_a_completion_from_a_wrong_cache_raises_an_alarm(
             states.keys.zero_()
         fill(self, prefilled, **places)
 
-    with serving(fleet, monkeypatch) as (role, heartbeat):
+    with serving(fleet, monkeypatch) as (role, send_heartbeat):
         role.start()
         for version, is_right in enumerate([True, False]):
             if not is_right:
@@ -286,10 +288,12 @@ def test_a_completion_from_a_wrong_cache_raises_an_alarm(
             [group_id] = fleet.admit(1)
             role.generate(group_id)
             wait_for(
-                lambda: heartbeat().get("cache_mismatch") is not None, timeout=15, what="a completion to be compared"
+                lambda: send_heartbeat().get("cache_mismatch") is not None,
+                timeout=15,
+                what="a completion to be compared",
             )
             if is_right:
-                assert heartbeat()["cache_mismatch"] < 1e-4 and alarms(client, run) == []
-        wait_for(lambda: heartbeat()["cache_mismatch"] > 1e-2, timeout=15, what="the wrong cache to be noticed")
+                assert send_heartbeat()["cache_mismatch"] < 1e-4 and alarms(client, run) == []
+        wait_for(lambda: send_heartbeat()["cache_mismatch"] > 1e-2, timeout=15, what="the wrong cache to be noticed")
         (found,) = alarms(client, run)
         assert found.kind == "sampler_mismatch" and "its own fresh forward pass" in found.text

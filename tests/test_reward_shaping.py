@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders import make_completion, make_config
+from builders import for_each, make_completion, make_config
 from pydantic import ValidationError
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -92,9 +92,7 @@ def test_a_tool_span_outside_its_completion_is_our_own_mistake(span):
         loss_tokens(episode_of(4, span), mask_truncated=False)
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "expected"), [(0, 0.0), (80, 0.0), (81, 0.05), (90, 0.5), (100, 1.0), (101, 1.0), (500, 1.0)]
-)
+@for_each(("num_tokens", "expected"), [(0, 0.0), (80, 0.0), (81, 0.05), (90, 0.5), (100, 1.0), (101, 1.0), (500, 1.0)])
 def test_the_overlong_penalty_grows_over_the_buffer(num_tokens, expected):
     # L = 100, buffer 20: (T - 80) / 20, between 0 and 1
     assert overlong_penalty(num_tokens, max_res_tokens=100, buffer_tokens=20) == pytest.approx(expected)

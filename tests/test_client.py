@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from builders import for_each
 from harness import wait_for
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -29,6 +30,11 @@ from sluice.common.connections.client import (
 from sluice.common.errors import ConnectionFailed
 from sluice.scripts.commands.doctor import examine_redis
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
+
+
+@pytest.fixture(autouse=True)
+def reports_come_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "FIRST_REPORT_S", 0.2)
 
 
 @pytest.fixture
@@ -89,7 +95,6 @@ def test_a_call_waits_for_a_killed_server_says_so_and_says_that_it_is_back(serve
 
 
 def test_reports_come_every_five_seconds_for_all_threads_together(monkeypatch, server, patient, caplog):
-    monkeypatch.setattr(patience, "FIRST_REPORT_S", 0.2)
     monkeypatch.setattr(patience, "REPORT_EVERY_S", 1.0)
     kill(server)
     calls = [Background(lambda: patient.get("key")) for _ in range(5)]
@@ -112,12 +117,12 @@ def test_the_wait_is_bounded_and_can_be_shortened_while_it_lasts(server, patient
 
 
 def test_nested_retries_of_one_call_have_one_limit(server, patient):
-    give_up_after(patient, 2.0)
+    give_up_after(patient, 1.0)
     kill(server)
     began = time.monotonic()
     with pytest.raises(redis.ConnectionError):
         patient.get("key")
-    assert 1.9 < time.monotonic() - began < 4.5
+    assert 0.9 < time.monotonic() - began < 10, "limits that multiply would make it minutes"
 
 
 def test_a_pipeline_of_scripts_waits_and_loads_its_scripts_into_the_new_server(server, patient):
@@ -184,7 +189,7 @@ def test_a_replica_that_becomes_master_is_waited_for(server, patient, tmp_path):
     admin.close()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("message", "words"),
     [
         ("MISCONF Errors writing to the AOF file: No space left on device", "disk full"),
@@ -203,7 +208,6 @@ def test_refusals_are_told_from_errors_by_their_code(message, words):
 
 def test_errors_of_our_own_surface_at_once(patient):
     patient.set("text", "x")
-    began = time.monotonic()
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
         patient.lpush("text", "y")
     with pytest.raises(redis.ResponseError, match="mistake"):
@@ -214,7 +218,7 @@ def test_errors_of_our_own_surface_at_once(patient):
     patient.connection_pool.disconnect()
     with pytest.raises(redis.AuthenticationError):
         patient.get("text")
-    assert time.monotonic() - began < 2
+    assert outage(patient) is None
 
 
 def test_a_wrong_address_or_password_is_said_at_once(server):

@@ -1,19 +1,16 @@
 """How soon a run trains, and how soon a killed worker is back.
 
-    python benchmarks/start.py [--rounds 5] [--quick] [--against PATH_OF_ANOTHER_CHECKOUT] [--out FILE]
+    python benchmarks/start.py [--rounds 5] [--against PATH_OF_ANOTHER_CHECKOUT]
 
-`sluice run config/quickstart.yaml` with everything on this machine, as a user starts it. Measured: seconds and CPU seconds of all
-its processes from the command to the first trained step in metrics.jsonl, and seconds from `kill -9` of the rollout worker to the
-first heartbeat of its successor. With `--against`, both checkouts take turns within one run, with this interpreter and its
+`sluice run config/quickstart.yaml` with everything on this machine, as a user starts it. Measured: seconds and CPU seconds (of
+all its processes) from the command to the first trained step in metrics.jsonl; seconds from `kill -9` of the rollout worker to
+the first heartbeat of its successor. With `--against`, both checkouts take turns within one run, with this interpreter and its
 packages, so that ratios hold on a machine that does other things as well.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
-import os
 import shutil
 import signal
 import statistics
@@ -21,49 +18,41 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose names would hide others
 
 import psutil
 import redis
-from report import publish
 
+from benchmarks.shared.processes import ROOT, environment, read_steps, until
+from benchmarks.shared.report import new_parser, parse, publish
 from sluice.scripts.prepare_tiny import prepare
 
 BOUND_S = 180.0
 RUN = "start"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = new_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one round with an untrained model: does it still work?")
     parser.add_argument("--against", type=Path, help="another checkout to measure beside this one")
-    parser.add_argument("--out", help="file for the report")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, quick={"rounds": 1})
     checkouts = {"this": ROOT} | ({"against": arguments.against.resolve()} if arguments.against else {})
     found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     with tempfile.TemporaryDirectory(prefix="sluice-start-", ignore_cleanup_errors=True) as folder:
         prepare(Path(folder) / "runs" / "tiny", seed=0, warmup_steps=3 if arguments.quick else 100)
-        for _ in range(1 if arguments.quick else arguments.rounds):
+        for _ in range(arguments.rounds):
             for name, checkout in checkouts.items():
                 found[name].append(measure(checkout, Path(folder)))
                 print(name, found[name][-1], file=sys.stderr)
     medians = {name: _medians(rounds) for name, rounds in found.items()}
-    report: dict[str, Any] = {
-        "benchmark": "start",
-        "date": f"{datetime.date.today()}",
-        "cores": os.cpu_count(),
-        **medians,
-    }
     if arguments.against:
         pairs = zip(medians["this"].items(), medians["against"].values(), strict=True)
-        report["ratio"] = {name: round(ours / theirs, 3) for (name, ours), theirs in pairs}
-    publish(report, arguments.out)
+        medians["ratio"] = {name: round(ours / theirs, 3) for (name, ours), theirs in pairs}
+    publish("start", arguments, {"medians": medians})
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -75,13 +64,11 @@ def measure(checkout: Path, folder: Path) -> dict[str, float]:
     run = folder / "runs" / RUN
     began = time.monotonic()
     with _running(checkout, folder) as process:
-        _wait(
-            lambda: (run / "metrics.jsonl").exists() and "reward/mean" in (run / "metrics.jsonl").read_text(), process
-        )
+        _wait(lambda: read_steps(run), process)
         first_step_s, cpu_s = time.monotonic() - began, _cpu_s(process.pid)
         client = redis.Redis.from_url((run / "redis" / "url").read_text())
         before = _rollout_workers(client)
-        (worker, *_) = [p for p in psutil.Process(process.pid).children(recursive=True) if _serves_rollout(p)]
+        worker = psutil.Process(max(int(name.rpartition(b":")[2]) for name in before))
         killed_at = time.monotonic()
         worker.kill()
         _wait(lambda: _rollout_workers(client) - before, process)
@@ -96,8 +83,7 @@ def _running(checkout: Path, folder: Path) -> Iterator[psutil.Popen]:
     """`sluice run` of a checkout, ended at once with all its processes."""
     cli = "sluice.scripts.cli" if (checkout / "sluice").is_dir() else "scripts.cli"  # before everything was `sluice.*`
     argv = [sys.executable, "-m", cli, "run", str(checkout / "config" / "quickstart.yaml"), "--name", RUN]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}
-    env |= {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    env = environment(PYTHONPATH=str(checkout))
     with (folder / "output").open("wb") as output:
         process = psutil.Popen(argv, cwd=folder, env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     try:
@@ -112,12 +98,10 @@ def _running(checkout: Path, folder: Path) -> Iterator[psutil.Popen]:
         psutil.wait_procs(family, 20)
 
 
-def _wait(condition: Any, process: psutil.Popen) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not condition():
-        if time.monotonic() > deadline or process.poll() is not None:
-            raise SystemExit(f"the run made no progress within {BOUND_S:.0f} s, or ended")
-        time.sleep(0.02)
+def _wait(condition: Callable[[], object], process: psutil.Popen) -> None:
+    until(lambda: process.poll() is not None or condition(), "the run", timeout_s=BOUND_S)
+    if process.poll() is not None:
+        raise SystemExit("the run ended")
 
 
 def _cpu_s(pid: int) -> float:
@@ -132,12 +116,6 @@ def _cpu_s(pid: int) -> float:
 def _rollout_workers(client: redis.Redis) -> set[bytes]:
     """Names of all that have ever sent a heartbeat: the same key in every version of Sluice."""
     return {name for name in client.zrange(f"sluice:{{{RUN}}}:processes", 0, -1) if name.startswith(b"rollout")}
-
-
-def _serves_rollout(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return " -Q rollout " in " ".join(process.cmdline())
-    return False
 
 
 if __name__ == "__main__":

@@ -207,6 +207,9 @@ def test_a_killed_broker_does_not_end_a_worker_with_messages_in_hand(tmp_path, s
 
 def test_a_message_that_cannot_be_sent_costs_seconds_and_no_exception(server, client, caplog):
     app = make_app("tiny", url=server.url)
+    client.config_set(
+        "appendfsync", "always"
+    )  # what follows is about the messages after the kill, not about the one before
     assert send(app, "rollout.generate", "rollout", "t1")
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait(10)

@@ -31,6 +31,7 @@ class Adapter:
         """Raises ConfigError when peft is not installed, and for target modules that the model does not have."""
         try:
             import peft
+            import torch.distributed.tensor  # peft asks for its DTensor, which common/models/compiler.py leaves out
         except ImportError:
             raise ConfigError(PEFT_MISSING) from None
         self.base_digest = base_digest(model, config)

@@ -236,10 +236,26 @@ def sync_baseline(report: Report) -> list[str]:
     return [down(report["evaluations"], columns)]
 
 
+def start(report: Report) -> list[str]:
+    names = {
+        "first_step_s": "first trained step, s",
+        "first_step_cpu_s": "the same, CPU s",
+        "restart_s": "restart of a killed worker, s",
+    }
+    return [
+        markdown(
+            [
+                ["", *report["medians"]],
+                *([title, *(f"{m[key]:g}" for m in report["medians"].values())] for key, title in names.items()),
+            ]
+        )
+    ]
+
+
 TABLES: dict[str, Callable[[Report], list[str]]] = {
     function.__name__: function
     for function in (
         quickstart, chaos, publication, pipeline, training_step, staleness, generation, generation_costs, engines, lora,
-        sync_baseline,
+        start, sync_baseline,
     )
 }  # fmt: skip

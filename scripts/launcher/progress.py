@@ -108,7 +108,7 @@ class Progress:
             self._first_step, self._started_at = step, now
         text = (
             f"reward {metrics['reward/mean']:.3f}  age {metrics['staleness/mean']:.1f}  "
-            f"{metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s  in flight {metrics['admission/credits']:.0f}"
+            f"{metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s  credits {metrics['admission/credits']:.0f}"
         )
         if self._bar:
             self._bar.update(self._task, completed=step, total=total, description=text)

@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path: Path) -> 
     policy = new_policy()
     with pytest.raises(ConfigError, match=r"holds a LoRA adapter, but trainer\.lora is none"):
         check_base(policy.base_digest, "")
-    with pytest.raises(ConfigError, match=r"holds whole weights, but trainer\.lora is set"):
+    with pytest.raises(ConfigError, match=r"holds full weights, but trainer\.lora is set"):
         check_base("", policy.base_digest)
     changed = build()
     next(changed.parameters()).data[0, 0] += 1

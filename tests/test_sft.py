@@ -323,12 +323,12 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
         ({"prompt": "a", "completion": " "}, {}, "row 0: the completion is empty"),
         ({"prompt": "a", "completion": 3}, {}, "column 'completion' holds int; a completion is text"),
         ({"prompt": "a", "answer": "b"}, {"completion_column": "anwser"}, "columns prompt, answer; did you mean 'answer'"),
-        ({"prompt": "a", "completion": "b"}, {"completion_column": None}, "is no conversation of two turns"),
+        ({"prompt": "a", "completion": "b"}, {"completion_column": None}, "is not a conversation of two turns"),
         ({"prompt": CONVERSATIONS[0]["turns"][:1] * 2}, {"completion_column": None}, "the last turn is not the assistant's"),
         (
             {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": ["f"]}]},
             {"completion_column": None},
-            "tool_calls of the last turn: only its content is learnt",
+            "tool_calls of the last turn: only its content is trained on",
         ),
     ],
 )  # fmt: skip

@@ -1,6 +1,6 @@
-"""What operators have ordered, as the trainer goes by it: read before each batch, and while it waits for one.
+"""The control state as the trainer reads it: before each batch, and while it waits for one.
 
-Each order that is new becomes a line of metrics.jsonl, once, also over restarts of the trainer.
+Each new entry of the change log becomes a line of metrics.jsonl, once, also over restarts of the trainer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sluice.trainer.step_metrics import append_line
 log = logging.getLogger("sluice.trainer")
 
 HELD_POLL_S = 0.5
-"""While the run is paused, how often the trainer looks whether it still is."""
+"""How often a paused trainer checks whether it still is."""
 
 
 class ControlReader:
-    """The orders in force, and the config that follows from them."""
+    """The control state in force, and the config that follows from it."""
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client, self._run = client, run
@@ -35,12 +35,12 @@ class ControlReader:
         self._changed: set[str] = set()
 
     def metrics(self) -> dict[str, float]:
-        """`setting/<key>`: the numbers in force of keys that were changed, so that every tracker shows when they were."""
+        """Return `setting/<key>`: the current values of changed keys, so that every tracker shows when they changed."""
         values = {key: at(self.config, key) for key in sorted(self._changed)}
         return {f"setting/{key}": float(value) for key, value in values.items() if value is not None}
 
     def read(self) -> None:
-        """Look again: `control_state` and `config` are those in force now."""
+        """Refresh `control_state` and `config`."""
         before, self.control_state = (
             self.control_state,
             read_control_state(self._client, self._run.keys, after=self._told),
@@ -65,7 +65,7 @@ class ControlReader:
 
 
 def _last_logged(path: Path) -> str:
-    """Entry id of the newest order that is in the file."""
+    """Return the entry id of the newest change that is in the file."""
     told = "-"
     if path.exists():
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Training pauses while a disk is full: what writes a file is done again until there is room."""
+"""Training pauses while a disk is full: a write is retried until there is room."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DISK_RETRY_S = 3.0
 def retry_while_disk_full(
     heartbeat: TrainerHeartbeat, is_stopping: Callable[[], bool], write: Callable[[], None]
 ) -> None:
-    """Do what writes a file, with an alarm while there is no room. Raises DiskFull when told to stop meanwhile."""
+    """Write a file, with an alarm while there is no room. Raises DiskFull when told to stop meanwhile."""
     while True:
         try:
             write()

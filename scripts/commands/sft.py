@@ -16,20 +16,14 @@ from sluice.common.errors import ConfigError
 from sluice.scripts.launcher.progress import LINE_EVERY_S, make_bar
 from sluice.scripts.launcher.run_folder import default_name
 from sluice.scripts.launcher.signals import interrupted_by_signals
-from sluice.scripts.options import ConfigFile, Overrides, example
+from sluice.scripts.options import ConfigFile, Overrides, Resume, example
 
 
 @click.command(epilog=example("sluice sft config/sft_gsm8k.yaml trainer.num_steps=100"))
 @ConfigFile
 @Overrides
 @click.option("--name", help="Name of the run's folder; default: the config's name and the time.")
-@click.option(
-    "--resume",
-    is_flag=False,
-    flag_value="",
-    metavar="[RUN]",
-    help="Go on with a run's folder; default: the newest of this config.",
-)
+@Resume
 def sft(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
     """Supervised training on prompts and completions, in this process, without Redis: a model to begin a run with."""
     run_sft(config, list(overrides), name=name, resume=resume)

@@ -23,8 +23,7 @@ from sluice.common.operations import control
 from sluice.common.operations.storage import run_keys
 from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.common.serialization import encode
-from sluice.scripts.commands.archive import archive_run, delete_run
-from sluice.scripts.commands.runs import read_runs
+from sluice.scripts.commands.runs import archive_run, delete_run, read_runs
 from sluice.scripts.launcher.redis_server import start_server
 
 
@@ -185,7 +184,7 @@ def test_an_archive_holds_what_the_run_has_told(
     assert json.loads(texts["samples.jsonl"])["group"] == "t0"
     assert json.loads(texts["controls.jsonl"])["who"] == "alice"
     assert "policy" in texts["events.jsonl"]
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists: give another file"):
         archive_run(client, run, file)
 
 

@@ -293,7 +293,7 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     stopped_at = int(lines_of(run)[-1]["step"])
-    assert f"stopped after step {stopped_at}; go on with: sluice sft job.yaml --resume sft-job-1" in said
+    assert f"stopped after step {stopped_at}; resume with: sluice sft job.yaml --resume sft-job-1" in said
     assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
     monkeypatch.chdir(tmp_path)

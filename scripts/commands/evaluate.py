@@ -1,4 +1,4 @@
-"""`sluice eval`: ask for an evaluation of the newest policy and wait for it; `--list`: what all evaluations found."""
+"""`sluice eval`: request an evaluation of the newest policy and wait for it; `--list`: the results of all evaluations."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool)
 
 
 def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float) -> list[dict[str, Any]]:
-    """Results on every configured set. Raises ConfigError, and SluiceError when it does not finish in time."""
+    """Return results on every configured set. Raises ConfigError, and SluiceError when it does not finish in time."""
     if not run.config.evaluation.datasets:
         raise ConfigError(f"run {run.name} has no evaluation.datasets in its config")
     heartbeats = read_heartbeats(client, run.keys).values()

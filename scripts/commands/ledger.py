@@ -15,7 +15,7 @@ from sluice.scripts.options import Json, RunName, example
 @RunName
 @Json
 def ledger(name: str | None, as_json: bool) -> None:
-    """The accounting identity: admitted = trained + dropped + dead + in flight. Exit code 1 when it does not hold."""
+    """Check the accounting identity: admitted = trained + dropped + dead + in_flight. Exit code 1 when it does not hold."""
     from sluice.dashboard.terminal import ledger_text
     from sluice.scripts.launcher.existing_run import opened_run
 

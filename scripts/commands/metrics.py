@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--all", "all_runs", is_flag=True, help="Every run of this Redis.")
 @click.option("--listen", metavar="HOST:PORT", help="Serve /metrics there until Ctrl-C, instead of printing it once.")
 def metrics(name: str | None, all_runs: bool, listen: str | None) -> None:
-    """Queues, ledger, workers, ages and alarms in Prometheus' text format."""
+    """Print or serve queues, ledger, workers, ages and alarms in Prometheus' text format."""
     from prometheus_client import generate_latest, start_http_server
 
     from sluice.dashboard.prometheus import registry
@@ -50,7 +50,7 @@ def _runs(client: redis.Redis) -> list[Run]:
 
     opened = []
     for name in list_runs(client):
-        with suppress(ConfigError):  # deleted meanwhile
+        with suppress(ConfigError):  # deleted in the meantime
             opened.append(open_run(client, name))
     return opened
 

@@ -15,7 +15,7 @@ from sluice.scripts.options import Json, RunName, console, example
 @click.option("--step", type=int, help="Only groups of this trainer step.")
 @Json
 def samples(name: str | None, count: int, step: int | None, as_json: bool) -> None:
-    """Prompts and completions that were trained on, with rewards and advantages."""
+    """Show prompts and completions that were trained on, with rewards and advantages."""
     from sluice.dashboard.samples import read_samples, render_sample
     from sluice.scripts.launcher.existing_run import opened_run
 

@@ -1,4 +1,4 @@
-"""`sluice sft`: supervised training in this process, with live progress; what it leaves is the model to begin a run with."""
+"""`sluice sft`: supervised training in this process, with live progress; it writes the model to begin a run with."""
 
 from __future__ import annotations
 
@@ -25,45 +25,40 @@ from sluice.scripts.options import ConfigFile, Overrides, Resume, example
 @click.option("--name", help="Name of the run's folder; default: the config's name and the time.")
 @Resume
 def sft(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
-    """Supervised training on prompts and completions, in this process, without Redis: a model to begin a run with."""
-    run_sft(config, list(overrides), name=name, resume=resume)
-
-
-def run_sft(config_path: str, overrides: list[str], *, name: str | None, resume: str | None) -> None:
-    """To the last step, or to Ctrl-C or SIGTERM: both leave a checkpoint. Raises ConfigError."""
+    """Train supervised on prompts and completions, in this process, without Redis: a model to begin a run with."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("sluice sft trains in one process: start it without torchrun")
-    config, folder = _new(config_path, overrides, name) if resume is None else _old(config_path, overrides, resume)
+    made = _new(config, list(overrides), name) if resume is None else _old(config, list(overrides), resume)
+    sft_config, folder = made
     with interrupted_by_signals() as interrupted:
         from transformers.utils import logging as transformers_logging
 
         from sluice.trainer.sft import SftTrainer  # torch loads here, after the config was checked
 
         transformers_logging.disable_progress_bar()
-        trainer = SftTrainer(config, folder)
+        trainer = SftTrainer(sft_config, folder)
         with _Shown(total=trainer.config.trainer.num_steps, done=trainer.step) as shown:
             shown.say(f"supervised training in {folder}" + (f", from step {trainer.step} on" if trainer.step else ""))
             is_finished = trainer.train(shown.step, stop=interrupted)
     if is_finished:
         shown.say(f"{shown.summary()}\n  model      {folder / 'model'}   (sluice run CONFIG model.path=...)")
     else:
-        shown.say(f"stopped after step {trainer.step}; go on with: sluice sft {config_path} --resume {folder.name}")
+        shown.say(f"stopped after step {trainer.step}; resume with: sluice sft {config} --resume {folder.name}")
 
 
 def _new(config_path: str, overrides: list[str], name: str | None) -> tuple[SftConfig, Path]:
     config = with_absolute_paths(load_as(SftConfig, config_path, overrides))
-    folder = Path(config.output_dir) / (
-        name or f"sft-{default_name(config_path)}"
-    )  # no run takes it for one of its own
+    name = name or f"sft-{default_name(config_path)}"  # never the name of a run
+    folder = Path(config.output_dir) / name
     if folder.exists():
-        raise ConfigError(f"{folder} exists: choose another --name, or go on with it by --resume {folder.name}")
+        raise ConfigError(f"{folder} exists: choose another --name, or resume it with --resume {folder.name}")
     return config, folder
 
 
 def _old(config_path: str, overrides: list[str], resume: str) -> tuple[SftConfig, Path]:
-    """The config is the one that stands in the run's folder; of the file, only where run folders are."""
+    """Read the config in the run's folder; the config file only says where run folders are."""
     if overrides or "=" in resume:
-        raise ConfigError("--resume goes on with the config in the run's folder: give no key=value with it")
+        raise ConfigError("--resume uses the config in the run's folder: give no key=value with it")
     base = Path(load_as(SftConfig, config_path).output_dir).resolve()
     pattern = resume or f"sft-{Path(config_path).stem}-*"
     files = sorted(base.glob(f"{pattern}/config.yaml"), key=lambda p: p.stat().st_mtime)
@@ -73,7 +68,7 @@ def _old(config_path: str, overrides: list[str], resume: str) -> tuple[SftConfig
 
 
 def with_absolute_paths(config: SftConfig) -> SftConfig:
-    """Local paths made absolute, so that the run can be gone on with from any folder; hub ids stay as they are."""
+    """Make local paths absolute, so that the run can be resumed from any folder; hub ids stay as they are."""
     data = config.model_dump(exclude_unset=True)
     sections = [data["model"], data["dataset"], *([data["held_out"]["dataset"]] if config.held_out else [])]
     for section in sections:
@@ -109,7 +104,7 @@ class _Shown:
         self._console.print(text, markup=False)
 
     def step(self, metrics: dict[str, float]) -> None:
-        """The metrics of one step, or of the held-out set before the first."""
+        """Show the metrics of one step, or of the held-out set before the first."""
         step, now = int(metrics["step"]), time.monotonic()
         if "held_out/loss" in metrics:
             self._held_out.append(metrics["held_out/loss"])
@@ -130,9 +125,8 @@ class _Shown:
             self.say(f"step {step}/{self._total}  {text}  eta {eta:.0f} s")
 
     def summary(self) -> str:
-        lines = [
-            f"{self._step} steps, the last {len(self._losses)} of them in {time.monotonic() - self._started_at:.1f} s"
-        ]
+        seconds = time.monotonic() - self._started_at
+        lines = [f"{self._step} steps, the last {len(self._losses)} of them in {seconds:.1f} s"]
         if self._losses:
             lines.append(f"  loss       {self._losses[0]:.4f} -> {self._losses[-1]:.4f}")
         if len(self._held_out) > 1:

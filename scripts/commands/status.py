@@ -21,7 +21,7 @@ HAS_ENDED = ("finished", "drained", "stopped", "failed")
 @click.option("--watch", is_flag=True, help="Refresh every second until the run has ended, or Ctrl-C.")
 @Json
 def status(name: str | None, watch: bool, as_json: bool) -> None:
-    """Where the run is: step, reward, queues, processes, and what it waits for."""
+    """Show where the run is: step, reward, queues, processes, and what it waits for."""
     from sluice.dashboard.run_state import collect_status
     from sluice.dashboard.terminal import render
     from sluice.scripts.launcher.existing_run import opened_run
@@ -40,7 +40,7 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
 
 
 def _watch(client: redis.Redis, run: Run) -> None:
-    """A screen that follows the run. While Redis is away it keeps what it showed last, and says so."""
+    """Follow the run on a screen. While Redis is unavailable it keeps the last snapshot, and says so."""
     from rich.live import Live
 
     from sluice.dashboard.run_state import collect_status

@@ -14,7 +14,7 @@ from sluice.scripts.options import Json, RunName, console, example
 @RunName
 @Json
 def trace(group: str, name: str | None, as_json: bool) -> None:
-    """One group's whole life: its stages with times, who held each part, attempts."""
+    """Show the life of one group: its stages with times, workers and attempts."""
     from sluice.dashboard.trace import read_trace, render_trace
     from sluice.scripts.launcher.existing_run import opened_run
 

@@ -25,7 +25,7 @@ STALLED_AFTER_S = 10.0
 
 
 def make_bar(console: Console) -> Bar:
-    """Steps done, a bar, the task's description, and the time that remains."""
+    """Make a bar: steps done, the task's description, and the time that remains."""
     return Bar(
         TextColumn("step"),
         MofNCompleteColumn(),
@@ -37,7 +37,7 @@ def make_bar(console: Console) -> Bar:
 
 
 class Progress:
-    """Reads the run's metrics stream and says how it goes."""
+    """Reads the run's metrics stream and prints progress."""
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client = client
@@ -66,13 +66,13 @@ class Progress:
         self._console.print(text, markup=False)
 
     def say_throttled(self, text: str) -> None:
-        """As `say`, at most every LINE_EVERY_S: for what may be true many times a second."""
+        """Print as `say`, at most every LINE_EVERY_S: for what may be true many times a second."""
         if time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
             self.say(text)
 
     def update(self) -> None:
-        """Call it often; it reads and prints as seldom as is useful."""
+        """Read and print, at most every READ_EVERY_S; to be called often."""
         now = time.monotonic()
         if now - self._read_at < READ_EVERY_S:
             return

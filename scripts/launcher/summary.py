@@ -61,7 +61,7 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
 
 
 def _age_histogram(steps: list[dict[str, float]]) -> dict[str, int]:
-    """Policy age in optimizer steps -> groups trained at that age."""
+    """Return policy age in optimizer steps -> groups trained at that age."""
     histogram: dict[int, int] = {}
     for metrics in steps:
         for name, count in metrics.items():
@@ -72,7 +72,7 @@ def _age_histogram(steps: list[dict[str, float]]) -> dict[str, int]:
 
 
 def _training_wall_s(run: Run) -> float:
-    """Of a resumed run: the seconds of all its incarnations that its last checkpoint counts."""
+    """Return the seconds of all incarnations of a resumed run, from its last checkpoint."""
     states = sorted((Path(run.folder) / "checkpoints").glob("step-*/state.json"))
     return float(json.loads(states[-1].read_text())["wall_s"]) if states else 0.0
 

@@ -40,7 +40,7 @@ def names(client: redis.Redis) -> Iterator[list[str]]:
 
 
 def make_run(client: redis.Redis, name: str, url: str, tmp_path: Path) -> Run:
-    """A run with a group in every kind of place, metrics, a sample, an order, a message on a queue and published policies."""
+    """A run with a group in every kind of place, metrics, a sample, a control command, a message on a queue and published policies."""
     config = make_config(policy_store={"path": str(tmp_path / "policies")}, output_dir=str(tmp_path / "runs"))
     folder = tmp_path / "runs" / name
     folder.mkdir(parents=True)
@@ -74,7 +74,7 @@ def test_one_run_is_deleted_and_its_neighbours_stay_byte_for_byte(
     assert any(b":mq:" in key for key in contents(client, target))
     env = {"SLUICE_REDIS_URL": redis_url}
     asked = sluice("runs", "delete", target, cwd=tmp_path, **env)
-    assert asked.returncode == 1, "nobody said yes"
+    assert asked.returncode == 1, "without a yes nothing is deleted"
     assert contents(client, target)
     done = sluice("runs", "delete", target, "--yes", cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr

@@ -108,7 +108,7 @@ def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> No
             child.start_at = 0.0  # its pauses are not what is tested
         return bool(said)
 
-    wait_for(is_given_up, timeout=20, what="the word")
+    wait_for(is_given_up, timeout=20, what="the message")
     assert said == [f"dashboard died 5 times and is not started again (its log: {tmp_path / 'logs' / 'dashboard.log'})"]
     assert supervisor._children == [trainer]
     assert trainer.process is not None and trainer.process.poll() is None

@@ -40,7 +40,7 @@ def names(client: redis.Redis) -> Iterator[list[str]]:
 
 
 def make_run(client: redis.Redis, name: str, url: str, tmp_path: Path) -> Run:
-    """A run with a group in every kind of place, metrics, a sample, a control command, a message on a queue and published policies."""
+    """A run with a group in every state, metrics, a sample, a control command, a message on a queue and published policies."""
     config = make_config(policy_store={"path": str(tmp_path / "policies")}, output_dir=str(tmp_path / "runs"))
     folder = tmp_path / "runs" / name
     folder.mkdir(parents=True)

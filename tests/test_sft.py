@@ -1,4 +1,4 @@
-"""Supervised training: the loss is transformers' own, what is trained on is what RL will sample, and a run resumes bit for bit."""
+"""Supervised training: the loss is transformers' own, it trains on what RL will sample, and a run resumes bit for bit."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,8 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _to_wire(record: StepRecord) -> dict[str, Any]:
-    return {
-        "step": record.step,
-        "parent_digest": record.parent_digest,
-        "groups": [group.to_wire() for group in record.groups],
-        "metrics": record.metrics,
-        "settings": record.settings,
-    }
+    wire = {f.name: getattr(record, f.name) for f in fields(record)}
+    return wire | {"groups": [group.to_wire() for group in record.groups]}
 
 
 def _from_wire(wire: dict[str, Any]) -> StepRecord:

@@ -9,6 +9,7 @@ import json
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -29,7 +30,7 @@ class ControlReader:
         self._client, self._run = client, run
         self._path = Path(run.folder) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._told = _last_logged(self._path)
+        self._last_entry = _last_logged(self._path)
         self.control_state = ControlState()
         self.config = run.config
         self._changed: set[str] = set()
@@ -41,36 +42,28 @@ class ControlReader:
 
     def read(self) -> None:
         """Refresh `control_state` and `config`."""
-        before, self.control_state = (
-            self.control_state,
-            read_control_state(self._client, self._run.keys, after=self._told),
-        )
+        before = self.control_state
+        self.control_state = read_control_state(self._client, self._run.keys, after=self._last_entry)
         if self.control_state.settings != before.settings:
             self.config = with_settings(self._run.config, self.control_state.settings)
             self._changed |= self.control_state.settings.keys()
         if self.control_state.paused and not before.paused:
             log.warning("%s", describe_paused(self.control_state.paused))
         for entry, fields in self.control_state.change_log:
-            line = {
-                "step": int(fields["step"]),
-                "time": float(fields["at"]),
-                "control": fields["key"],
-                "who": fields["who"],
-            }
-            append_line(
-                self._path, line | {name: json.loads(fields[name]) for name in ("old", "new")} | {"entry": entry}
-            )
+            line: dict[str, Any] = {"step": int(fields["step"]), "time": float(fields["at"])}
+            line |= {"control": fields["key"], "who": fields["who"], "entry": entry}
+            append_line(self._path, line | {name: json.loads(fields[name]) for name in ("old", "new")})
             log.info("%s: %s from %s to %s", fields["who"], fields["key"], fields["old"], fields["new"])
-            self._told = entry
+            self._last_entry = entry
 
 
 def _last_logged(path: Path) -> str:
     """Return the entry id of the newest change that is in the file."""
-    told = "-"
+    entry = "-"
     if path.exists():
         with path.open("rb") as file:
             for line in file:
                 if b'"control": ' in line:
                     with suppress(ValueError, KeyError):  # a torn line
-                        told = str(json.loads(line)["entry"])
-    return told
+                        entry = str(json.loads(line)["entry"])
+    return entry

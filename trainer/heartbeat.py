@@ -14,6 +14,7 @@ from typing import Any
 import redis
 
 from sluice.common.connections.client import outage
+from sluice.common.errors import DiskFull
 from sluice.common.monitoring.diagnosis import Cause, diagnose
 from sluice.common.monitoring.heartbeats import HeartbeatThread, connect_quickly
 from sluice.common.monitoring.metric_stream import write_metrics
@@ -23,6 +24,8 @@ log = logging.getLogger("sluice.trainer")
 
 STREAMED_EVERY_S = 60.0
 """How often a lasting stall is an entry of the metrics stream, besides its beginning: readers look at the newest few."""
+DISK_RETRY_S = 3.0
+"""While a disk is full, how often the trainer tries again."""
 
 
 class TrainerHeartbeat:
@@ -74,6 +77,20 @@ class TrainerHeartbeat:
         if since := self._since.pop("alarm", None):
             log.info("over after %.0f s: %s", time.monotonic() - since, self.alarm)
         self.alarm = ""
+
+    def retry_while_disk_full(self, is_stopping: Callable[[], bool], write: Callable[[], None]) -> None:
+        """Write a file, with an alarm while there is no room. Raises DiskFull when told to stop meanwhile."""
+        while True:
+            try:
+                write()
+            except DiskFull as error:
+                self.raise_alarm(f"training pauses: {error}")
+                if is_stopping():
+                    raise
+                time.sleep(DISK_RETRY_S)
+            else:
+                self.clear_alarm()
+                return
 
     @property
     def waiting_s(self) -> float:

@@ -4,7 +4,7 @@
            -> every few steps: checkpoint, then acknowledge
 
 What it waits for: a full batch young enough to train on (woken by the script that stores the last group; the cause is
-logged while it waits), the previous publication, room on a disk (`disk_retry.py`), and an operator who has paused the run.
+logged while it waits), the previous publication, room on a disk (`heartbeat.py`), and an operator who has paused the run.
 What ends it: the last step, SIGTERM (finish the step, checkpoint, exit 0), a drain (full batches of what is in flight,
 checkpoint, exit 0), or an error (the supervisor restarts it, and `recovery.py` says how it continues).
 """
@@ -32,7 +32,6 @@ from sluice.common.run import Run, RunRecord
 from sluice.common.types import Group
 from sluice.trainer.audit import StepRecord
 from sluice.trainer.control_state import HELD_POLL_S, ControlReader
-from sluice.trainer.disk_retry import retry_while_disk_full
 from sluice.trainer.distributed.parallel import open_policy
 from sluice.trainer.distributed.ranks import Ranks
 from sluice.trainer.evaluations import Evaluations
@@ -61,7 +60,7 @@ class Trainer:
         self.reporter, self.samples = Reporter(client, run), Samples(client, run)
         self.heartbeat = TrainerHeartbeat(client, run, report=self.reporter.report_stall)
         incarnation = RunRecord(client, run.keys).begin_incarnation()
-        retry = partial(retry_while_disk_full, self.heartbeat, lambda: self.stopping)
+        retry = partial(self.heartbeat.retry_while_disk_full, lambda: self.stopping)
         self.buffer = ReplayBuffer(
             Ledger(client, run.keys, self.config),
             groups_per_step=self.config.groups_per_step,

@@ -84,10 +84,8 @@ class Reporter:
 
     def report_stall(self, step: int, cause: Cause, waited_s: float) -> None:
         """Append a stall to metrics.jsonl: for how long, and why. Needs no Redis."""
-        append_line(
-            self._path,
-            {"step": step, "time": time.time(), "stall": cause.kind, "cause": cause.text, "waited_s": waited_s},
-        )
+        stall = {"stall": cause.kind, "cause": cause.text, "waited_s": waited_s}
+        append_line(self._path, {"step": step, "time": time.time(), **stall})
 
     def close(self) -> None:
         if self._trackers is not None:
@@ -96,11 +94,9 @@ class Reporter:
 
 def log_step(step: int, config: Config, metrics: Mapping[str, float]) -> None:
     """Log one line; log an error where a sampler scores the canary otherwise than the trainer."""
-    shown = [
-        metrics[name] for name in ("reward/mean", "loss/policy", "grad_norm", "staleness/mean", "time/wait_for_batch")
-    ]
+    names = ("reward/mean", "loss/policy", "grad_norm", "staleness/mean", "time/wait_for_batch")
     line = "step %d/%d reward %.3f loss %.4f grad_norm %.2f age %.2f waited %.2f s"
-    log.info(line, step, config.trainer.num_steps, *shown)
+    log.info(line, step, config.trainer.num_steps, *(metrics[name] for name in names))
     bound = mismatch_bound(config.rollout.dtype, config.trainer.autocast)
     if (difference := metrics.get("off_policy/canary_abs_diff", 0.0)) > bound:
         log.error(
@@ -146,7 +142,7 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
         "completions/clipped_ratio": fmean(e.completion.finish_reason == "length" for e in episodes),
         "staleness/mean": fmean(ages),
         "staleness/max": max(ages),
-        "staleness/in_queue": fmean(_seconds_in_queue(group) for group in groups),
+        "staleness/in_queue": fmean(g.timestamps.get("leased", 0.0) - g.timestamps.get("ready", 0.0) for g in groups),
         "num_episodes": len(episodes),
         "num_tokens": sum(lengths),
     }
@@ -170,11 +166,6 @@ def token_age(client: redis.Redis, keys: Keys, groups: list[Group], *, current: 
     except PolicyNotFound:
         return math.nan
     return sum(age * count for age, count in zip(ages, tokens.values(), strict=True)) / max(1, tokens.total())
-
-
-def _seconds_in_queue(group: Group) -> float:
-    """Return the seconds from ready to sampled."""
-    return group.timestamps.get("leased", 0.0) - group.timestamps.get("ready", 0.0)
 
 
 class FlowMeter:

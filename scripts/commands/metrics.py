@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import click
 import redis
 
 from sluice.common.errors import ConfigError
+from sluice.common.run import Run, list_runs, open_run
+from sluice.scripts.launcher.existing_run import opened_run
 from sluice.scripts.options import RunName, example
-
-if TYPE_CHECKING:
-    from sluice.common.run import Run
 
 
 @click.command(epilog=example("sluice metrics --all --listen 127.0.0.1:9464"))
@@ -24,7 +22,6 @@ def metrics(name: str | None, all_runs: bool, listen: str | None) -> None:
     from prometheus_client import generate_latest, start_http_server
 
     from sluice.dashboard.prometheus import registry
-    from sluice.scripts.launcher.existing_run import opened_run
 
     if name and all_runs:
         raise ConfigError(f"{name} and --all: name one run or ask for all")
@@ -46,8 +43,6 @@ def metrics(name: str | None, all_runs: bool, listen: str | None) -> None:
 
 
 def _runs(client: redis.Redis) -> list[Run]:
-    from sluice.common.run import list_runs, open_run
-
     opened = []
     for name in list_runs(client):
         with suppress(ConfigError):  # deleted in the meantime

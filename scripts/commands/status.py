@@ -8,8 +8,12 @@ from typing import Any
 
 import click
 import redis
+from rich.live import Live
 
 from sluice.common.run import Run
+from sluice.dashboard.run_state import collect_status
+from sluice.dashboard.terminal import render
+from sluice.scripts.launcher.existing_run import opened_run
 from sluice.scripts.options import Json, RunName, console, example
 
 REFRESH_S = 1.0
@@ -22,10 +26,6 @@ HAS_ENDED = ("finished", "drained", "stopped", "failed")
 @Json
 def status(name: str | None, watch: bool, as_json: bool) -> None:
     """Show where the run is: step, reward, queues, processes, and what it waits for."""
-    from sluice.dashboard.run_state import collect_status
-    from sluice.dashboard.terminal import render
-    from sluice.scripts.launcher.existing_run import opened_run
-
     if watch and as_json:
         raise click.UsageError("--watch draws a screen, --json prints one object: give one of them")
     with opened_run(name) as (client, opened, _):
@@ -41,11 +41,6 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
 
 def _watch(client: redis.Redis, run: Run) -> None:
     """Follow the run on a screen. While Redis is unavailable it keeps the last snapshot, and says so."""
-    from rich.live import Live
-
-    from sluice.dashboard.run_state import collect_status
-    from sluice.dashboard.terminal import render
-
     snapshot: dict[str, Any] = collect_status(client, run)
     read_at = time.monotonic()
     terminal = console()

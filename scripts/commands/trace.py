@@ -6,6 +6,8 @@ import json
 
 import click
 
+from sluice.dashboard.trace import read_trace, render_trace
+from sluice.scripts.launcher.existing_run import opened_run
 from sluice.scripts.options import Json, RunName, console, example
 
 
@@ -15,9 +17,6 @@ from sluice.scripts.options import Json, RunName, console, example
 @Json
 def trace(group: str, name: str | None, as_json: bool) -> None:
     """Show the life of one group: its stages with times, workers and attempts."""
-    from sluice.dashboard.trace import read_trace, render_trace
-    from sluice.scripts.launcher.existing_run import opened_run
-
     with opened_run(name) as (client, opened, _):
         found = read_trace(client, opened.keys, group)
     if as_json:

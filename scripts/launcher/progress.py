@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from types import TracebackType
 
 import redis
 from rich.console import Console
@@ -56,9 +55,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -98,9 +95,8 @@ class Progress:
             if name.startswith("eval/") and "@" in name.rpartition("/")[2] and not name.endswith("_stderr"):
                 version = metrics[name.rpartition("/")[0] + "/version"]
                 error = metrics.get(f"{name}_stderr", math.nan)
-                self.say(
-                    f"{name} = {value:.3f}{'' if math.isnan(error) else f' ± {error:.3f}'} (policy version {version:.0f})"
-                )
+                spread = "" if math.isnan(error) else f" ± {error:.3f}"
+                self.say(f"{name} = {value:.3f}{spread} (policy version {version:.0f})")
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
         step, total = int(metrics["step"]), effective(self._client, self._run).trainer.num_steps

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from sluice.common.config.file import load_as
 from sluice.common.config.sft import SftConfig
 from sluice.common.errors import ConfigError
-from sluice.scripts.launcher.progress import LINE_EVERY_S, make_bar
+from sluice.scripts.launcher.progress import Display
 from sluice.scripts.launcher.run_folder import default_name
 from sluice.scripts.launcher.signals import interrupted_by_signals
 from sluice.scripts.options import ConfigFile, Overrides, Resume, example
@@ -78,51 +76,30 @@ def with_absolute_paths(config: SftConfig) -> SftConfig:
     return SftConfig.model_validate(data)
 
 
-class _Shown:
-    """Progress on standard error: a bar in a terminal, one line every few seconds elsewhere."""
+class _Shown(Display):
+    """Progress of supervised training, and its summary."""
 
     def __init__(self, *, total: int, done: int) -> None:
-        self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
-        self._bar = make_bar(self._console) if self._console.is_terminal else None
-        self._total, self._first = total, done
-        self._step = done
-        self._task = self._bar.add_task("starting", total=total, completed=done) if self._bar else None
-        self._started_at, self._line_at = time.monotonic(), 0.0
+        super().__init__(total=total, done=done)
+        self._total, self._step = total, done
         self._losses: list[float] = []
         self._held_out: list[float] = []
 
-    def __enter__(self) -> _Shown:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
-
     def step(self, metrics: dict[str, float]) -> None:
         """Show the metrics of one step, or of the held-out set before the first."""
-        step, now = int(metrics["step"]), time.monotonic()
+        step = int(metrics["step"])
         if "held_out/loss" in metrics:
             self._held_out.append(metrics["held_out/loss"])
             self.say(f"held-out loss {self._held_out[-1]:.4f} (step {step})")
         if "loss" not in metrics:
-            self._started_at = now
+            self.begin(step)
             return
         self._step = step
         self._losses.append(metrics["loss"])
         text = f"loss {metrics['loss']:.4f}  {metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s"
         if metrics["num_skipped"]:
             text += f"  skipped {metrics['num_skipped']:.0f}"
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif now - self._line_at >= LINE_EVERY_S or step == self._total:
-            self._line_at = now
-            eta = (self._total - step) * (now - self._started_at) / (step - self._first)
-            self.say(f"step {step}/{self._total}  {text}  eta {eta:.0f} s")
+        self.show(step, self._total, text)
 
     def summary(self) -> str:
         seconds = time.monotonic() - self._started_at

@@ -80,9 +80,9 @@ class SavedTensors:
     """The tensors of one kind in a checkpoint, over all its files."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self._files = [safe_open(path, "pt") for path in _files_of(folder, kind)]
-        self._holders: dict[str, list[Any]] = {}
-        for file in self._files:
+        paths = [folder / f"{kind}.safetensors", *sorted(folder.glob(f"{kind}-*.safetensors"))]
+        self._holders: dict[str, list[Any]] = {}  # in the order of the ranks that wrote the files
+        for file in (safe_open(path, "pt") for path in paths):
             for name in file.keys():  # noqa: SIM118  it is not a mapping
                 self._holders.setdefault(name, []).append(file)
 
@@ -147,7 +147,8 @@ def save_checkpoint(
     with needing_room(folder, what=f"the checkpoint of step {state.step}"), _removed_on_failure(temporary):
         temporary.mkdir()
         state_file = temporary / "state.json"
-        state_file.write_text(_with_digest({**asdict(state), "files": write(temporary)}))
+        fields = {**asdict(state), "files": write(temporary)}
+        state_file.write_text(json.dumps({**fields, "digest": _text_digest(fields)}, indent=1))
         _fsync(state_file)
         _fsync(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -254,11 +255,6 @@ def restore_random_state(state: str) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
 
 
-def _files_of(folder: Path, kind: str) -> list[Path]:
-    """Return the files of one kind in the order of the ranks that wrote them."""
-    return [folder / f"{kind}.safetensors", *sorted(folder.glob(f"{kind}-*.safetensors"))]
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
@@ -267,13 +263,8 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def _with_digest(fields: dict[str, Any]) -> str:
-    """Return JSON with a digest of itself."""
-    return json.dumps({**fields, "digest": _text_digest(fields)}, indent=1)
-
-
 def _without_digest(text: str) -> dict[str, Any]:
-    """Invert `_with_digest`. Raises ValueError."""
+    """Return what state.json holds, its digest checked. Raises ValueError."""
     fields = json.loads(text)
     if not isinstance(fields, dict) or fields.pop("digest", None) != _text_digest(fields):
         raise ValueError("state.json does not have the digest that it names")

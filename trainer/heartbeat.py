@@ -47,7 +47,7 @@ class TrainerHeartbeat:
             self._client,
             run.keys,
             process_name("trainer"),
-            stats=lambda: self._all_facts(up_s=time.monotonic() - began),
+            stats=lambda: self._all_stats(up_s=time.monotonic() - began),
             before=self._look_at_the_trainers_client,
             after=self._report_stall,
             on_error=self._report_unreachable,
@@ -101,7 +101,7 @@ class TrainerHeartbeat:
     def close(self) -> None:
         self._thread.close()
 
-    def _all_facts(self, *, up_s: float) -> dict[str, Any]:
+    def _all_stats(self, *, up_s: float) -> dict[str, Any]:
         own = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm, "up_s": round(up_s, 1)}
         return own | self._stats
 

@@ -106,13 +106,14 @@ def policy_loss(
         weight = importance_weight(config, log_weight=_log_ratio(prox, rollout), loss_mask=mask)
 
     # The normaliser is the whole step's, so that micro-batches and ranks add up to one loss.
-    normaliser = _batch_normaliser(config, mask) if num_tokens is None else num_tokens
-    policy_term = _aggregate(config, weight * token_loss, mask=mask, normaliser=normaliser)
+    if num_tokens is None:
+        num_tokens = mask.sum() if config.aggregation == "token_mean" else mask.any(-1).sum()
+    policy_term = _aggregate(config, weight * token_loss, mask=mask, normaliser=num_tokens)
     kl_term = torch.zeros_like(policy_term)
     if config.kl_beta > 0 and ref_logprobs is not None:
         ref = _keep(ref_logprobs, mask).detach()
         token_kl = reference_kl(logprobs, ref_logprobs=ref, estimator=config.kl_estimator)
-        kl_term = _aggregate(config, token_kl, mask=mask, normaliser=normaliser)
+        kl_term = _aggregate(config, token_kl, mask=mask, normaliser=num_tokens)
 
     metrics = {"loss/policy": policy_term.detach(), "loss/kl": kl_term.detach()}
     token_metrics = {name: values.detach() for name, values in token_metrics.items()}
@@ -262,11 +263,6 @@ def _aggregate(config: LossConfig, values: Tensor, *, mask: Tensor, normaliser: 
     else:
         total = values.sum() / (config.horizon or 1)
     return total / torch.as_tensor(normaliser, device=values.device).clamp(min=1)
-
-
-def _batch_normaliser(config: LossConfig, mask: Tensor) -> Tensor:
-    """Count the step's normaliser where this batch is the whole step."""
-    return mask.sum() if config.aggregation == "token_mean" else mask.any(-1).sum()
 
 
 def _token_metrics(token_metrics: dict[str, Tensor], *, log_mismatch: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -53,9 +53,10 @@ def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dic
             "command": "sluice train" + (f" --ranks {ranks}" if ranks > 1 else ""),
         }
     )
+    files = list(Path(config.model.path).glob("*.safetensors"))  # none for a hub id
     return {
         "model": config.model.path,
-        "weights_mib": _weights_mib(config),
+        "weights_mib": round(sum(file.stat().st_size for file in files) / 2**20, 1) if files else None,
         "roles": [role for role in roles if role["max"]],
         "processes": {end: sum(role[end] for role in roles) for end in ("min", "max")},
         "groups_per_step": config.groups_per_step,
@@ -79,12 +80,6 @@ def _worker(config: Config, queue: str, min_workers: int, max_workers: int) -> d
         "gpus": [each for each in gpus if each],
         "command": f"celery -A sluice worker -Q {queue}",
     }
-
-
-def _weights_mib(config: Config) -> float | None:
-    """Return the MiB of a local model's safetensors files; None for a hub id."""
-    files = list(Path(config.model.path).glob("*.safetensors"))
-    return round(sum(file.stat().st_size for file in files) / 2**20, 1) if files else None
 
 
 def _notes(config: Config, roles: list[dict[str, Any]]) -> list[str]:

@@ -157,14 +157,14 @@ def _drive(
             RunRecord(client, run.keys).set_dashboard("")
     if was_interrupted:
         RunRecord(client, run.keys).set_status("stopped")
-    summary = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
-    progress.say(summary.text)
+    holds, text = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
+    progress.say(text)
     if RunRecord(client, run.keys).status == "drained":
         progress.say(f"drained; resume with: sluice run {config_path} --resume {run.name}")
     if was_interrupted:
         progress.say(f"stopped; resume with: sluice run {config_path} --resume {run.name}")
         return 130
-    return 0 if summary.holds else 1
+    return 0 if holds else 1
 
 
 def _dashboard(run: Run) -> tuple[list[Role], str | None]:

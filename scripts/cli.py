@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> Any:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        click.echo(f"error: Redis went away: {error}", err=True)
+        click.echo(f"error: Redis became unavailable: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

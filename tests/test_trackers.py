@@ -48,7 +48,7 @@ TRAINER = """
 import json, os, sys, time
 from pathlib import Path
 from sluice.common.config.operations import MetricsConfig
-from sluice.trainer.trackers import Sinks, TrackedRun
+from sluice.trainer.trackers import TrackedRun, Trackers
 
 folder, tracker, resumed, told, steps, end = sys.argv[1:]
 config = MetricsConfig.model_validate({tracker: True, "project": "demo"})
@@ -56,12 +56,12 @@ run = TrackedRun(
     name="r", run_id="0123456789abcdef", project="demo", folder=Path(folder), config={"trainer": {"learning_rate": 0.5}},
     resumed_step=int(resumed), told_step=int(told),
 )
-sinks = Sinks(config, run)
+trackers = Trackers(config, run)
 for step in json.loads(steps):
-    sinks.log(step, {"reward/mean": step / 10, "loss/kl": float("nan"), "eval/x/pass@1": 1.0})
+    trackers.log(step, {"reward/mean": step / 10, "loss/kl": float("nan"), "eval/x/pass@1": 1.0})
 print("logged", flush=True)
 if end == "close":
-    sinks.close()
+    trackers.close()
     import psutil
     print([child.name() for child in psutil.Process().children(recursive=True)])
 else:

@@ -12,7 +12,7 @@ their plans as pickles.)
 
 Written into a temporary folder, fsynced, renamed; the `latest` file is moved last (`best`: trainer/best.py). A damaged
 checkpoint is one that has no state.json under its final name, or whose files do not have the digests that state.json names;
-the one before it is used then.
+then the previous one is used.
 """
 
 from __future__ import annotations

@@ -66,7 +66,27 @@ class Publisher:
         """Begin to publish a version; return when the previous one is published and this one is in the lineage."""
         self.wait()
         self.store.announce(version, step=step, parent=parent)
-        self._running = self._thread.submit(self._publish, version, tensors, step, parent, canary, evaluate)
+        lora = self._run.config.trainer.lora
+
+        # Bytes first, the pointer last: the store moves it when the version can be read completely.
+        def write() -> None:
+            manifest = self.store.publish(
+                version,
+                tensors,
+                step=step,
+                parent=parent,
+                incarnation=self._incarnation,
+                canary=canary,
+                adapter_scale=lora.scale if lora and version > 0 else None,
+            )
+            self.digest = manifest.digest
+            full_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            self._payload = {
+                "policy/payload_bytes": float(manifest.payload_bytes),
+                "policy/payload_share": manifest.payload_bytes / full_bytes,
+            }
+
+        self._running = self._thread.submit(self._publish, version, write, evaluate)
 
     def wait(self) -> None:
         """Wait until the running publication is complete. Raises what it raised."""
@@ -90,36 +110,8 @@ class Publisher:
     def close(self) -> None:
         self._thread.shutdown(wait=True)
 
-    def _publish(
-        self,
-        version: int,
-        tensors: dict[str, Tensor],
-        step: int,
-        parent: int,
-        canary: list[CanarySequence],
-        evaluate: tuple[EvalDataset, ...],
-    ) -> None:
+    def _publish(self, version: int, write: Callable[[], None], evaluate: tuple[EvalDataset, ...]) -> None:
         started = time.monotonic()
-        lora = self._run.config.trainer.lora
-
-        # Bytes first, the pointer last: the store moves it when the version can be read completely.
-        def write() -> None:
-            manifest = self.store.publish(
-                version,
-                tensors,
-                step=step,
-                parent=parent,
-                incarnation=self._incarnation,
-                canary=canary,
-                adapter_scale=lora.scale if lora and version > 0 else None,
-            )
-            self.digest = manifest.digest
-            full_bytes = sum(tensor.nbytes for tensor in tensors.values())
-            self._payload = {
-                "policy/payload_bytes": float(manifest.payload_bytes),
-                "policy/payload_share": manifest.payload_bytes / full_bytes,
-            }
-
         self._retry_while_disk_full(write)
         self.published = version
 

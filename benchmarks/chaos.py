@@ -191,7 +191,7 @@ def judge(run: Path, kills: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=13.0, help="how long the killing goes on")
+    parser.add_argument("--minutes", type=float, default=13.0, help="how long processes are killed")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--every", type=float, default=1.2, help="mean seconds between two signals")
     parser.add_argument("--steps", type=int, default=700, help="optimizer steps of the run")

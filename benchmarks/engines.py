@@ -78,7 +78,7 @@ def measure(engine_name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(engine: Engine, *, num_groups: int, new_tokens: int, seed: int) -> float:
-    """Tokens per wall second of so many groups submitted at once."""
+    """Return tokens per wall second of this many groups submitted at once."""
     rng = np.random.default_rng(seed)
     sampling = {"n": GROUP_SIZE, "max_tokens": new_tokens, "min_tokens": new_tokens}
     requests = [
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=list(SHAPES), default="1M")
     parser.add_argument("--groups", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--kv-cache-mib", type=int, help="none = what the engine takes by itself")
+    parser.add_argument("--kv-cache-mib", type=int, help="none = the engine's own choice")
     parser.add_argument("--repeats", type=int, default=3)
     quick = {"size": "0.1M", "groups": 2, "new_tokens": 16, "repeats": 1, "kv_cache_mib": 128}
     arguments = parse(parser, argv, quick=quick)

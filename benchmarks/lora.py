@@ -5,7 +5,7 @@
 * merge: the weights of Qwen3-0.6B's shapes in bfloat16 and an adapter of rank 16 for all linear layers: bytes of both, CPU
   seconds of one thread for `merge_adapter` (best of `--repeats`), beside a copy of all weights;
 * rounding: a random Qwen3 of 10 M parameters whose weights are bfloat16 numbers is trained on random batches with an adapter
-  of rank 16 and alpha 32; after so many optimizer steps its merged weights, rounded, score the canary (in float32, so that
+  of rank 16 and alpha 32; after that many optimizer steps its merged weights, rounded, score the canary (in float32, so that
   nothing but the weights is rounded): the share of the adapter's effect that is left, its standard error, and the mean
   distance from the trainer's logprobs in nats.
 

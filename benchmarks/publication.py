@@ -60,7 +60,7 @@ wall_s = partial(fastest, repeats=1, clock=time.monotonic)
 
 
 def train(size: str, *, lr: float, num_steps: int) -> tuple[Weights, Weights]:
-    """bf16 weights before and after the last of `num_steps` steps; in pieces, because AdamW sees every element by itself."""
+    """bf16 weights before and after the last of `num_steps` steps; in pieces, because AdamW treats every element separately."""
     generator = torch.Generator().manual_seed(0)
     pool = torch.empty(64 * PIECE).normal_(generator=generator)  # gradients: pieces of it from random places
     before, after = {}, {}

@@ -217,7 +217,7 @@ def measure_seed(seed: int, arguments: argparse.Namespace, *, scratch: Path) -> 
 
 
 def measure_large(arguments: argparse.Namespace, *, scratch: Path) -> dict[str, Any]:
-    """Shares at 30 M parameters: random weights, few steps, nothing is learnt."""
+    """Shares at 30 M parameters: random weights, few steps, no learning."""
     settings, model_folder = tiny_settings(arguments.folder), scratch / "large-model"
     tokenizer = AutoTokenizer.from_pretrained(settings["model.path"])
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of every run")
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--large-steps", type=int, default=6, help="of the run of 30 M parameters; 0: none")
-    parser.add_argument("--trl-steps", type=int, default=60, help="at most so many for the peer")
+    parser.add_argument("--trl-steps", type=int, default=60, help="bound for the peer")
     parser.add_argument("--trl-threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--threshold", type=float, default=0.95, help="greedy held-out accuracy that ends the race")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter that can import trl")

@@ -8,7 +8,7 @@ sequences, in float32 with one thread on a CPU, in bfloat16 autocast on a GPU. O
 process, so that other load on the machine moves them all; on a GPU they run one after another, in wall seconds. The first
 gradient norms of all sides must agree: they do the same work.
 
-* `equal`: sequences of one length, so that nobody has a pad. `bare` is forward, cross-entropy at the completion tokens weighted
+* `equal`: sequences of one length, so that none has a pad. `bare` is forward, cross-entropy at the completion tokens weighted
   by advantage, backward, clip, AdamW, and no metrics; `sluice` is `train_on`, all that the loop does with a batch of groups.
 * `ragged`: log-normal completion lengths (sigma 0.8, median a fifth of the bound). `sluice` packs, `sluice_padded` does not;
   `trl` pads as it does, to the longest of the step, in micro-batches that hold as many tokens, pads counted, as ours.

@@ -9,28 +9,23 @@ import click
 import redis
 
 from sluice.common.errors import SluiceError
-from sluice.scripts.commands.create import create
+from sluice.scripts.commands.control import drain, pause, resume, set_
 from sluice.scripts.commands.dashboard import dashboard
 from sluice.scripts.commands.dead import dead
 from sluice.scripts.commands.doctor import doctor
-from sluice.scripts.commands.drain import drain
 from sluice.scripts.commands.evaluate import evaluate
 from sluice.scripts.commands.export import export
 from sluice.scripts.commands.ledger import ledger
 from sluice.scripts.commands.metrics import metrics
-from sluice.scripts.commands.pause import pause
 from sluice.scripts.commands.plan import plan
 from sluice.scripts.commands.replay import replay
-from sluice.scripts.commands.resume import resume
-from sluice.scripts.commands.run import run
+from sluice.scripts.commands.role import train, worker
+from sluice.scripts.commands.run import create, run
 from sluice.scripts.commands.runs import runs
 from sluice.scripts.commands.samples import samples
-from sluice.scripts.commands.set import set_
 from sluice.scripts.commands.sft import sft
 from sluice.scripts.commands.status import status
 from sluice.scripts.commands.trace import trace
-from sluice.scripts.commands.train import train
-from sluice.scripts.commands.worker import worker
 
 SECTIONS = {
     "Run": (run, sft, create, worker, train, plan, doctor),
@@ -73,7 +68,7 @@ def main(argv: list[str] | None = None) -> Any:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        click.echo(f"error: Redis went away: {error}", err=True)
+        click.echo(f"error: Redis became unavailable: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,14 +9,17 @@ RunName = click.argument("name", required=False, metavar="[RUN]")
 Json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 Overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 ConfigFile = click.argument("config", type=click.Path())
+Resume = click.option(
+    "--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Resume a run; default: the newest of this config."
+)
 
 
 def example(*lines: str) -> str:
-    """The end of a command's help."""
+    """Make the end of a command's help."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def console() -> Console:
-    """As wide as the terminal; elsewhere wide enough that no column is cut."""
+    """Make a console as wide as the terminal; elsewhere wide enough that no column is cut."""
     console = Console()
     return console if console.is_terminal else Console(width=160)

@@ -1,12 +1,12 @@
-"""The quickstart's task and its imperfect model, made from nothing: two-digit sums, and a pupil who forgets to carry.
+"""The quickstart's task and its imperfect model, made from nothing: two-digit sums, and noisy demonstrations.
 
     FOLDER/model/          HF format: Qwen3 architecture, tokenizer with a chat template, generation_config.json
     FOLDER/train.jsonl     {"prompt": "What is 47+38?", "target": "85"}: 90 % of the operand pairs, shuffled
     FOLDER/heldout.jsonl   the other 10 %, chosen by a hash of the pair: never in a demonstration, never in training
     FOLDER/recipe.json     what made this folder; the same recipe is never made twice
 
-The demonstrations are those of a *forgetful pupil*: he works column by column, but forgets each carry with probability
-0.65. The model so learns every skill, and one bad habit for RL to undo. Everything is written into a folder beside
+The demonstrations work column by column, but each carry is omitted with probability 0.65. So the model learns every skill,
+and one error for RL to undo. Everything is written into a folder beside
 FOLDER, which is renamed last: FOLDER is complete or absent.
 
     python -m sluice.scripts.prepare_tiny runs/tiny [--seed 0]
@@ -37,7 +37,7 @@ WARMUP_STEPS = 700
 WARMUP_BATCH = 24
 LEARNING_RATE = 3e-3
 FORGETS_CARRY = 0.65
-HELD_OUT = 10  # one operand pair in so many
+HELD_OUT = 10  # one operand pair of this many
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MARKUP = ("<think>", "</think>", "<answer>", "</answer>")  # ordinary tokens: they survive `skip_special_tokens`
@@ -88,7 +88,7 @@ def _write(folder: Path, *, seed: int, warmup_steps: int) -> None:
 
 
 def operand_pairs() -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, held-out pairs) of two-digit operands; a pair's side depends on nothing but the pair."""
+    """Return (training pairs, held-out pairs) of two-digit operands; the split depends on the pair alone."""
     train: list[Pair] = []
     heldout: list[Pair] = []
     for a in range(10, 100):
@@ -99,12 +99,12 @@ def operand_pairs() -> tuple[list[Pair], list[Pair]]:
 
 
 def question(a: int, b: int) -> str:
-    """The prompt of a pair."""
+    """Return the prompt of a pair."""
     return f"What is {a}+{b}?"
 
 
 def demonstration(a: int, b: int, *, rng: random.Random, forgets_carry: float = FORGETS_CARRY) -> str:
-    """What the pupil writes: units, tens, answer. Either carry, into the tens or the hundreds, may be forgotten."""
+    """Write a noisy demonstration: units, tens, answer. Either carry, into the tens or the hundreds, may be omitted."""
     units = a % 10 + b % 10
     carry = int(units >= 10 and rng.random() >= forgets_carry)
     tens = a // 10 + b // 10 + carry
@@ -114,7 +114,7 @@ def demonstration(a: int, b: int, *, rng: random.Random, forgets_carry: float = 
 
 
 def build_tokenizer(pairs: list[Pair], *, rng: random.Random) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on the task's own text, every digit a token of its own."""
+    """Train a byte-level BPE on the task's own text, every digit a token of its own."""
     bpe = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -135,7 +135,7 @@ def build_tokenizer(pairs: list[Pair], *, rng: random.Random) -> PreTrainedToken
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """The architecture with fresh weights."""
+    """Make the architecture with fresh weights."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -158,7 +158,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def demonstrations(pairs: list[Pair], *, rng: random.Random, count: int) -> list[dict[str, str]]:
-    """Rows of random training pairs, as `sluice sft` reads them."""
+    """Make rows of random training pairs, as `sluice sft` reads them."""
     rows = []
     for _ in range(count):
         a, b = rng.choice(pairs)
@@ -167,7 +167,7 @@ def demonstrations(pairs: list[Pair], *, rng: random.Random, count: int) -> list
 
 
 def _warm_up(folder: Path, rows: list[dict[str, str]], *, num_steps: int, seed: int) -> None:
-    """Supervised training of folder/model in place; what is learnt is the pupil's distribution, habits included."""
+    """Train folder/model in place, supervised: it learns the distribution of the demonstrations, errors included."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".warm-up-") as made:
         data, run = Path(made) / "demonstrations.jsonl", Path(made) / "run"
         _write_rows(data, rows)
@@ -210,7 +210,7 @@ def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Make the quickstart's task and its imperfect model.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)

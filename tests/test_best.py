@@ -89,7 +89,7 @@ def trained(client: redis.Redis, run: Run) -> Trained:
 def test_a_checkpoint_waits_for_its_result_and_the_best_one_stays(trained: Trained) -> None:
     for step in (1, 2, 3):
         trained.step(step)
-    assert trained.steps() == [1, 2, 3], "nobody knows yet which of them is the best"
+    assert trained.steps() == [1, 2, 3], "it is not known yet which of them is the best"
     assert trained.best() is None
     trained.answer(2, num_correct=3)
     trained.settle()
@@ -132,7 +132,7 @@ def test_a_result_that_comes_in_while_no_trainer_lives_counts_after_the_resume(t
     trained.answer(1, num_correct=2)
     trained.answer(3, num_correct=4)
     resumed = Trained(trained.client, trained.run)
-    resumed.publish(4, step=2, parent=2)  # goes on from step 2
+    resumed.publish(4, step=2, parent=2)  # continues from step 2
     resumed.step(3, version=5, parent=4)
     assert resumed.best() == (1, 0.5), "what version 3 reached is in no checkpoint"
     resumed.answer(5, num_correct=3)

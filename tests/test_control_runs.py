@@ -62,7 +62,7 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
         started += [stack.enter_context(trainer(tmp_path, env))]
         wait_for(lambda: last_step(folder) >= 2, timeout=120, what="the first steps")
         done = sluice("pause", cwd=tmp_path, **env, SLUICE_WHO="alice@laptop")
-        assert (done.returncode, done.stdout) == (0, "roles paused; `sluice resume` goes on\n")
+        assert (done.returncode, done.stdout) == (0, "roles paused; `sluice resume` continues it\n")
         at_pause = int(client.hget(keys.policy, "step"))
         wait_for(is_at_rest, timeout=30, what="what is in flight to be finished")
         step = wait_for(
@@ -97,7 +97,7 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
         after = counters_of(env)
         assert (after.admitted, after.dropped, after.dead) == (before.admitted, {}, {})
         assert last_step(folder) == step
-        assert sluice("resume", cwd=tmp_path, **env).stdout == "roles goes on\n"
+        assert sluice("resume", cwd=tmp_path, **env).stdout == "roles continues\n"
         wait_for(lambda: last_step(folder) >= step + 3, timeout=60, what="steps after the resumption")
     assert counters_of(env).holds
     control_state = [line for line in metrics_lines(folder) if "control" in line]
@@ -162,7 +162,7 @@ def test_a_drained_run_ends_in_good_order_and_is_gone_on_with(tmp_path: Path) ->
         assert sluice("drain", cwd=tmp_path).returncode == 0
         assert process.wait(240) == 0, (tmp_path / "output.log").read_text()
     output = (tmp_path / "output.log").read_text()
-    assert f"drained; go on with: sluice run {config} --resume {folder.name}" in output
+    assert f"drained; resume with: sluice run {config} --resume {folder.name}" in output
     summary = json.loads((folder / "summary.json").read_text())
     step, ledger = summary["steps"], summary["ledger"]
     assert ledger["holds"]

@@ -1,4 +1,4 @@
-"""A full disk pauses training and says so; nothing that was there before is harmed, and with room again it goes on."""
+"""A full disk pauses training and says so; existing files are unharmed, and with room again it continues."""
 
 from __future__ import annotations
 

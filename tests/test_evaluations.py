@@ -169,7 +169,7 @@ def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> No
         "sampled_pass@1": (2 / 4 + 1 / 4 + 0) / 3,
         "pass@2": ((1 - 1 / 6) + (1 - 3 / 6) + 0) / 3,  # C(2,2)/C(4,2), C(3,2)/C(4,2)
         "pass@4": 2 / 3,
-        "maj@4": (1 + 0.5 + 0) / 3,  # two to one, one to one, nobody voted
+        "maj@4": (1 + 0.5 + 0) / 3,  # two to one, one to one, no votes
         "mean_length": (3 + 8 + 4) / 3,
         "clipped_ratio": 1 / 3,
         "num_prompts": 3,
@@ -298,5 +298,7 @@ def test_scores_follow_from_the_samples(settings, scores):
 
 def test_a_set_judged_by_a_reward_that_the_run_has_not_is_refused_before_it_starts():
     judged = {"dataset": {"path": "x"}, "function": "ThinkingReward"}
-    with pytest.raises(ConfigError, match=r"function = 'ThinkingReward' is no reward function.*use one of MathReward"):
+    with pytest.raises(
+        ConfigError, match=r"function = 'ThinkingReward' is not a reward function.*use one of MathReward"
+    ):
         preflight(make_config(evaluation={"datasets": [judged]}))

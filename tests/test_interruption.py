@@ -75,7 +75,7 @@ def test_killed_workers_and_a_killed_redis_are_started_again_and_nothing_is_lost
         assert process.wait(240) == 0
     run = only_run(tmp_path)
     said = (tmp_path / "output.log").read_text()
-    assert "the embedded Redis ended by itself (exit code -9): starting it again" in said
+    assert "the embedded Redis ended unexpectedly (exit code -9): starting it again" in said
     summary = json.loads((run / "summary.json").read_text())
     assert summary["restarts"] == {"reward-0": 1, "rollout-0": 1}
     assert summary["steps"] == steps

@@ -62,7 +62,7 @@ def build(architecture: str = "qwen3") -> Any:
 
 
 def new_policy(model: Any = None, *, seed: int = 0, **trainer: Any) -> TrainedPolicy:
-    """A policy with an adapter upon the same base every time; `seed`: of the adapter."""
+    """A policy with an adapter on the same base every time; `seed`: of the adapter."""
     model = model or build()
     torch.manual_seed(seed)
     settings = {"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 1e-2, "warmup_steps": 0, **trainer}
@@ -101,7 +101,7 @@ def test_a_worked_merge_leaves_other_weights_the_very_tensors_of_the_base() -> N
 def test_a_merge_into_bfloat16_rounds_once() -> None:
     base = {"m.weight": torch.tensor([[1.0]], dtype=torch.bfloat16)}
     adapter = {
-        "base_model.model.m.lora_A.weight": torch.tensor([[0.003], [0.002]]),  # each by itself is rounded away
+        "base_model.model.m.lora_A.weight": torch.tensor([[0.003], [0.002]]),  # each alone is rounded away
         "base_model.model.m.lora_B.weight": torch.tensor([[1.0, 1.0]]),
     }
     merged = merge_adapter(base, adapter, scale=1.0)["m.weight"]
@@ -230,11 +230,11 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path: Path) -> 
     policy = new_policy()
     with pytest.raises(ConfigError, match=r"holds a LoRA adapter, but trainer\.lora is none"):
         check_base(policy.base_digest, "")
-    with pytest.raises(ConfigError, match=r"holds whole weights, but trainer\.lora is set"):
+    with pytest.raises(ConfigError, match=r"holds full weights, but trainer\.lora is set"):
         check_base("", policy.base_digest)
     changed = build()
     next(changed.parameters()).data[0, 0] += 1
-    with pytest.raises(ConfigError, match=r"upon other weights than those of model\.path"):
+    with pytest.raises(ConfigError, match=r"on other weights than those of model\.path"):
         check_base(policy.base_digest, new_policy(changed).base_digest)
     with pytest.raises(ConfigError, match=r"of another trainer\.lora \(alpha / rank\)"):
         check_base(policy.base_digest, new_policy(lora={"rank": 4, "alpha": 9.0}).base_digest)
@@ -265,7 +265,7 @@ def test_a_recorded_stream_is_replayed_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """Of a run that has trained an adapter upon a copy of the tiny model."""
+    """The folder of a run that has trained an adapter on a copy of the tiny model."""
     folder = tmp_path / "run"
     shutil.copytree(tiny_folder(3) / "model", tmp_path / "model")
     config = make_config(model={"path": str(tmp_path / "model")}, trainer={"lora": {"rank": 4, "alpha": 8.0}})
@@ -290,9 +290,9 @@ def test_an_export_is_merged_and_the_adapter_alone_loads_in_peft(run_folder: Pat
     assert export_checkpoint(run_folder, tmp_path / "adapter", adapter=True) == 3
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert (tmp_path / "merged" / "tokenizer.json").is_file() and not list((tmp_path / "merged").glob("*adapter*"))
-    upon = peft.PeftModel.from_pretrained(load_pretrained(str(tmp_path / "model")), str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits(merged), logits(upon), rtol=0, atol=1e-5)
-    assert_equal(named_weights(merged), named_weights(upon.merge_and_unload()), atol=1e-6)
+    on_base = peft.PeftModel.from_pretrained(load_pretrained(str(tmp_path / "model")), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(merged), logits(on_base), rtol=0, atol=1e-5)
+    assert_equal(named_weights(merged), named_weights(on_base.merge_and_unload()), atol=1e-6)
     assert (logits(merged) - logits(load_pretrained(str(tmp_path / "model")))).abs().max() > 0.1
 
 

@@ -171,7 +171,7 @@ def test_two_ranks_make_the_steps_of_one(
 
 
 def test_a_users_loss_is_that_of_every_rank(two_ranks: Ranks, model_folder: Path, tmp_path: Path) -> None:
-    """Also where it replaces another while the run goes on."""
+    """Also where it replaces another during the run."""
     (tmp_path / "mine.py").write_text(
         "def f(config, tokens):\n    return -tokens.advantages * tokens.log_ratio.sinh()\n"
     )
@@ -186,7 +186,7 @@ def test_a_users_loss_is_that_of_every_rank(two_ranks: Ranks, model_folder: Path
 
 
 def test_a_publication_is_the_same_from_shards(two_ranks: Ranks, model_folder: Path) -> None:
-    """With an adapter: the weights that it is upon."""
+    """With an adapter: its base weights."""
     for settings, full in (({}, False), ({"lora": {"rank": 2}}, True)):
         config = config_of(model_folder, parallel="fsdp", **settings)
         alone, together = (opened(config, ranks).snapshot(torch.bfloat16, full=full) for ranks in (None, two_ranks))
@@ -210,7 +210,7 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
 def test_a_checkpoint_is_read_by_any_number_of_ranks(
     two_ranks: Ranks, model_folder: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """From two to one, goes on there, and back to two: nothing is changed on the way."""
+    """From two to one, training there, and back to two: nothing is changed on the way."""
     config = config_of(model_folder, parallel="fsdp", **settings)
     together = opened(config, two_ranks)
     steps(together, config, first=1, last=2)

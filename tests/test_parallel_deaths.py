@@ -1,4 +1,4 @@
-"""Ranks of the trainer die, or are told to stop: all of them end, with the cause in the log, and the run goes on."""
+"""Ranks of the trainer die, or are told to stop: all of them end, with the cause in the log, and the run continues."""
 
 from __future__ import annotations
 

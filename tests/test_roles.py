@@ -1,4 +1,4 @@
-"""Each role by itself, as on many machines: plain Celery commands in another folder, workers that come, go and die."""
+"""Each role alone, as on many machines: plain Celery commands in another folder, workers that start, end and die."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path,
             timeout=60,
             what="a second rollout worker to share the load",
         )
-        first.kill()  # SIGKILL: its groups are taken over when their leases end
+        first.kill()  # SIGKILL: its groups are reassigned when their leases end
         at_kill = len(metrics_of(folder))
         wait_for(
             lambda: len(metrics_of(folder)) >= at_kill + 2,

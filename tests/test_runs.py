@@ -23,8 +23,7 @@ from sluice.common.operations import control
 from sluice.common.operations.storage import run_keys
 from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.common.serialization import encode
-from sluice.scripts.commands.archive import archive_run, delete_run
-from sluice.scripts.commands.runs import read_runs
+from sluice.scripts.commands.runs import archive_run, delete_run, read_runs
 from sluice.scripts.launcher.redis_server import start_server
 
 
@@ -41,7 +40,7 @@ def names(client: redis.Redis) -> Iterator[list[str]]:
 
 
 def make_run(client: redis.Redis, name: str, url: str, tmp_path: Path) -> Run:
-    """A run with a group in every kind of place, metrics, a sample, an order, a message on a queue and published policies."""
+    """A run with a group in every state, metrics, a sample, a control command, a message on a queue and published policies."""
     config = make_config(policy_store={"path": str(tmp_path / "policies")}, output_dir=str(tmp_path / "runs"))
     folder = tmp_path / "runs" / name
     folder.mkdir(parents=True)
@@ -75,7 +74,7 @@ def test_one_run_is_deleted_and_its_neighbours_stay_byte_for_byte(
     assert any(b":mq:" in key for key in contents(client, target))
     env = {"SLUICE_REDIS_URL": redis_url}
     asked = sluice("runs", "delete", target, cwd=tmp_path, **env)
-    assert asked.returncode == 1, "nobody said yes"
+    assert asked.returncode == 1, "without a yes nothing is deleted"
     assert contents(client, target)
     done = sluice("runs", "delete", target, "--yes", cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
@@ -185,7 +184,7 @@ def test_an_archive_holds_what_the_run_has_told(
     assert json.loads(texts["samples.jsonl"])["group"] == "t0"
     assert json.loads(texts["controls.jsonl"])["who"] == "alice"
     assert "policy" in texts["events.jsonl"]
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists: give another file"):
         archive_run(client, run, file)
 
 

@@ -1,4 +1,4 @@
-"""Supervised training: the loss is transformers' own, what is learnt is what RL will sample, and a run resumes bit for bit."""
+"""Supervised training: the loss is transformers' own, it trains on what RL will sample, and a run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     stopped_at = int(lines_of(run)[-1]["step"])
-    assert f"stopped after step {stopped_at}; go on with: sluice sft job.yaml --resume sft-job-1" in said
+    assert f"stopped after step {stopped_at}; resume with: sluice sft job.yaml --resume sft-job-1" in said
     assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
     monkeypatch.chdir(tmp_path)
@@ -323,12 +323,12 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
         ({"prompt": "a", "completion": " "}, {}, "row 0: the completion is empty"),
         ({"prompt": "a", "completion": 3}, {}, "column 'completion' holds int; a completion is text"),
         ({"prompt": "a", "answer": "b"}, {"completion_column": "anwser"}, "columns prompt, answer; did you mean 'answer'"),
-        ({"prompt": "a", "completion": "b"}, {"completion_column": None}, "is no conversation of two turns"),
+        ({"prompt": "a", "completion": "b"}, {"completion_column": None}, "is not a conversation of two turns"),
         ({"prompt": CONVERSATIONS[0]["turns"][:1] * 2}, {"completion_column": None}, "the last turn is not the assistant's"),
         (
             {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": ["f"]}]},
             {"completion_column": None},
-            "tool_calls of the last turn: only its content is learnt",
+            "tool_calls of the last turn: only its content is trained on",
         ),
     ],
 )  # fmt: skip

@@ -100,7 +100,7 @@ def test_watch_goes_on_over_an_outage_of_redis_and_ends_with_the_run(tmp_path: P
     wait_for(lambda: sees("no trainer is running"), timeout=30, what="the screen")
     own_redis.process.kill()
     own_redis.process.wait()
-    wait_for(lambda: sees("Redis cannot be reached; all of this is"), timeout=30, what="the word that it is old")
+    wait_for(lambda: sees("Redis cannot be reached; all of this is"), timeout=30, what="the message that it is old")
     own_redis.restart()
     RunRecord(client, keys).set_status("finished")
     assert process.wait(30) == 0

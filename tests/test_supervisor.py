@@ -108,8 +108,8 @@ def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> No
             child.start_at = 0.0  # its pauses are not what is tested
         return bool(said)
 
-    wait_for(is_given_up, timeout=20, what="the word")
-    assert said == [f"dashboard died 5 times and is given up (its log: {tmp_path / 'logs' / 'dashboard.log'})"]
+    wait_for(is_given_up, timeout=20, what="the message")
+    assert said == [f"dashboard died 5 times and is not started again (its log: {tmp_path / 'logs' / 'dashboard.log'})"]
     assert supervisor._children == [trainer]
     assert trainer.process is not None and trainer.process.poll() is None
     supervisor.stop()
@@ -164,7 +164,9 @@ def test_a_role_that_dies_while_redis_is_away_is_started_when_it_is_back(
         away_since = time.monotonic()
         output = tmp_path / "output.log"
         wait_for(
-            lambda: "every role waits for it" in output.read_text(), timeout=20, what="the word that Redis is away"
+            lambda: "every role waits for it" in output.read_text(),
+            timeout=20,
+            what="the message that Redis is unreachable",
         )
         wait_for(lambda: time.monotonic() - away_since > 3, timeout=20, what="two restarts' worth of time")
         assert serving(process.pid, "rollout") == []

@@ -48,7 +48,7 @@ TRAINER = """
 import json, os, sys, time
 from pathlib import Path
 from sluice.common.config.operations import MetricsConfig
-from sluice.trainer.trackers import Trackers, TrackedRun
+from sluice.trainer.trackers import TrackedRun, Trackers
 
 folder, tracker, resumed, told, steps, end = sys.argv[1:]
 config = MetricsConfig.model_validate({tracker: True, "project": "demo"})
@@ -127,7 +127,7 @@ def tracked(folder: Path, **changed: Any) -> TrackedRun:
 
 
 class Fake:
-    """A tracker that fails from its `fails_from`-th step on, and stands still in the step `stuck_in`."""
+    """A tracker that fails from its `fails_from`-th step on, and hangs in the step `stuck_in`."""
 
     def __init__(self, *, fails_from: int = 10**9, stuck_in: int = 0) -> None:
         self.seen: list[tuple[int, Mapping[str, float]]] = []
@@ -296,7 +296,7 @@ def test_a_tracker_that_stands_still_costs_no_time(
     sink = TrackerQueue(name="fake", open=lambda run: fake, run=tracked(tmp_path))
     for step in range(1, trackers.LINES_HELD + 12):
         sink.log(step, {"reward/mean": 0.5})
-    assert not fake.free.is_set() and len(fake.seen) == 0, "it still stands in the first line"
+    assert not fake.free.is_set() and len(fake.seen) == 0, "it still hangs in the first line"
     assert sink.dropped in (10, 11)  # the thread may have taken the first line already
     sink.close()
     assert len(fake.seen) == 0, "nor did the end wait for it"

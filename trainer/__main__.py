@@ -1,7 +1,7 @@
 """`python -m sluice.trainer`: the trainer daemon of the run that SLUICE_RUN names.
 
-SIGTERM and Ctrl-C finish the step, write a checkpoint and exit 0; a second signal exits at once. Started again, it goes on
-from the newest checkpoint by itself.
+SIGTERM and Ctrl-C finish the step, write a checkpoint and exit 0; a second signal exits at once. A restarted trainer resumes
+from the newest checkpoint.
 
 `sluice train --ranks N`: the same over N ranks of one machine, of which only rank 0 reads Redis;
 `torchrun ... -m sluice.trainer`: of several machines.
@@ -21,11 +21,11 @@ from sluice.common.parent import die_with
 from sluice.common.run import RunRecord, open_run
 
 STOP_WITHOUT_REDIS_S = 30.0
-"""Told to stop, the trainer waits so long at most for a Redis that is away; then it ends without a checkpoint of its step."""
+"""How long a trainer that was told to stop waits for an unavailable Redis; then it ends without a checkpoint of its step."""
 
 
 def main() -> int:
-    """Exit code 0: finished, drained or stopped in order; 2: the input is wrong; 3: diverged; anything else: start it again."""
+    """Return 0: finished, drained or stopped gracefully; 2: bad input; 3: diverged; anything else: to be started again."""
     rank, is_alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
     who = "" if is_alone else f" rank {rank}"
     line = f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"

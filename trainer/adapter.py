@@ -1,4 +1,4 @@
-"""A LoRA adapter upon a frozen model: made by peft, trained, published and checkpointed instead of the model.
+"""A LoRA adapter on a frozen model: made by peft, trained, published and checkpointed instead of the model.
 
 peft replaces the targeted linear layers inside the model, which otherwise stays what it is: only lora_A and lora_B have
 gradients, and B = 0 at first, so that the model computes what it did before. `common/models/lora.py` has formula and names.
@@ -28,7 +28,7 @@ class Adapter:
     """The adapter of one model, which it changes in place."""
 
     def __init__(self, model: Any, config: LoraConfig) -> None:
-        """Raises ConfigError when peft is not installed, and for target modules that the model does not have."""
+        """Insert the adapter. Raises ConfigError where peft is not installed, or the model lacks a target module."""
         try:
             import peft
             import torch.distributed.tensor  # peft asks for its DTensor, which common/models/compiler.py leaves out
@@ -58,7 +58,7 @@ class Adapter:
                 )
 
     def weights(self) -> dict[str, Tensor]:
-        """The adapter's own parameters, by the names of peft's files."""
+        """Return the adapter's own parameters, by the names of peft's files."""
         return {
             PREFIX + name.replace(f".{_NAME}.", "."): parameter
             for name, parameter in self._model.named_parameters()
@@ -66,7 +66,7 @@ class Adapter:
         }
 
     def base_weights(self) -> dict[str, Tensor]:
-        """The frozen weights, by the names that they have in a model without an adapter."""
+        """Return the frozen weights, by the names that they have in a model without an adapter."""
         return {
             name.replace(".base_layer.", "."): weight
             for name, weight in named_weights(self._model).items()
@@ -83,45 +83,45 @@ class Adapter:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `weights`. Raises ConfigError for the adapter of another config."""
+        """Invert `weights`. Raises ConfigError for the adapter of another config."""
         self.check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         for name, weight in self.weights().items():
             weight.copy_(tensors[name])
 
     def disabled(self) -> AbstractContextManager[Any]:
-        """While inside, the model is its base."""
+        """Return a context in which the model is its base."""
         return self._peft.disable_adapter()
 
     def save(self, target: Path, *, revision: str | None = None) -> None:
-        """A folder that `PeftModel.from_pretrained` loads upon the base, whose revision (of a hub id) it names."""
+        """Write a folder that `PeftModel.from_pretrained` loads on the base, whose revision (of a hub id) it names."""
         self._peft.peft_config[_NAME].revision = revision
         self._peft.save_pretrained(str(target), save_embedding_layers=False)
 
 
 def base_digest(model: torch.nn.Module, config: LoraConfig) -> str:
-    """Of what an adapter's tensors do not say themselves: the weights that they are upon, and their scale."""
+    """Return the digest of what an adapter's tensors do not say themselves: the weights of the base, and their scale."""
     return policy_digest({"weights": weights_digest(named_weights(model)), "scale": repr(config.scale)})
 
 
 def check_base(found: str, expected: str) -> None:
-    """Refuse a checkpoint of another kind of training, or upon other weights: its `base_digest` and the one at hand.
+    """Refuse a checkpoint of another kind of training, or on other weights: its `base_digest` and the one at hand.
 
-    Both are empty where whole weights are trained. Raises ConfigError.
+    Both are empty where full weights are trained. Raises ConfigError.
     """
     if found == expected:
         return
     if not expected:
         raise ConfigError("the checkpoint holds a LoRA adapter, but trainer.lora is none: use the config of its run")
     if not found:
-        raise ConfigError("the checkpoint holds whole weights, but trainer.lora is set: use the config of its run")
+        raise ConfigError("the checkpoint holds full weights, but trainer.lora is set: use the config of its run")
     raise ConfigError(
-        "the checkpoint holds a LoRA adapter upon other weights than those of model.path (was that folder changed?), or of "
+        "the checkpoint holds a LoRA adapter on other weights than those of model.path (was that folder changed?), or of "
         "another trainer.lora (alpha / rank): put back what it was trained with"
     )
 
 
 def _check_targets(model: Any, targets: str | tuple[str, ...]) -> None:
-    """Every name must be the end of some module's, and none may be the output head, whose logits are computed apart."""
+    """Check that every name is the end of a module's, and none is the output head, whose logits are computed separately."""
     if isinstance(targets, str):
         return
     names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -2,7 +2,7 @@
 
 A group is identified by its id and arrives as its own tensor: no slicing by position, so a group that lost a sample is
 normalised alone. A reward of nan is unscorable: it is left out of baseline and scale and its advantage is 0. A group
-without a preference (fewer than two scorable samples, or all equal) gives exact zeros.
+without reward variance (fewer than two scorable samples, or all equal) gives exact zeros.
 
 Legend: G = completions of one group. Formulas and sources: docs/algorithms.md.
 """
@@ -24,7 +24,7 @@ _BATCH_METHODS = ("batch", "reinforce_pp")
 
 
 def compute_advantages(rewards: Tensor, *, method: str = "group") -> Tensor:
-    """Advantages [G] of one group from its rewards [G]; r below are the scorable rewards, n their number.
+    """Return the advantages [G] of one group from its rewards [G]; r below are the scorable rewards, n their number.
 
         group         A_i = (r_i - mean(r)) / (std(r) + 1e-4), std with ddof=1     GRPO, arXiv:2402.03300
         none          A_i = r_i - mean(r)                                          Dr. GRPO, arXiv:2503.20783
@@ -49,7 +49,7 @@ def compute_advantages(rewards: Tensor, *, method: str = "group") -> Tensor:
 
 
 def batch_advantages(groups: list[Tensor], *, method: str) -> list[Tensor]:
-    """Advantages of every group of an optimizer step, in order; this is what the trainer calls for each method.
+    """Return the advantages of every group of an optimizer step, in order; the trainer calls this for each method.
 
     Per group as in `compute_advantages`, then, over the scorable samples of all groups (pass those of every rank):
 
@@ -79,7 +79,7 @@ def batch_advantages(groups: list[Tensor], *, method: str) -> list[Tensor]:
 
 
 def _group_scale(scored: Tensor, *, method: str) -> Tensor:
-    """What the centred rewards of one group are divided by; scored [n], n >= 2."""
+    """Return what the centred rewards of one group are divided by; scored [n], n >= 2."""
     if method == "group":
         return scored.std() + EPS
     if method == "rloo":

@@ -3,7 +3,7 @@
     <run folder>/audit/step-00000040.zst      zstd(wire format of a StepRecord)
 
 Written into a temporary file and renamed; a step that is trained again after a roll-back replaces its
-record, so the records are those of the branch that the weights come from. A record is no part of the accounting: a full
+record, so the records are those of the branch that the weights come from. The ledger does not depend on records: a full
 disk costs records, never the run.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,12 @@ class Audit:
                 temporary.unlink()
 
     def forget_after(self, step: int) -> None:
-        """The run goes on from this step: records of an abandoned branch go."""
+        """Remove the records after this step, from which the run resumes: they belong to an abandoned branch."""
         for later in [s for s in recorded_steps(self._folder) if s > step]:
             _path(self._folder, later).unlink(missing_ok=True)
 
     def keep_only_replayable(self, checkpoints: list[int]) -> None:
-        """With `sample`, a record goes with the checkpoint that it is replayed from."""
+        """Remove, with `sample`, the records whose checkpoint is gone."""
         if self._kept == "sample":
             for step in recorded_steps(self._folder):
                 if step - 1 not in (0, *checkpoints):
@@ -82,12 +82,12 @@ def audit_folder(run_folder: Path) -> Path:
 
 
 def recorded_steps(folder: Path) -> list[int]:
-    """Steps that have a record, ascending."""
+    """Return the steps that have a record, ascending."""
     return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.zst"))
 
 
 def read_record(folder: Path, step: int) -> StepRecord:
-    """Raises ConfigError when there is no such record, or it is damaged."""
+    """Read the record of a step. Raises ConfigError when it is missing or damaged."""
     path = _path(folder, step)
     try:
         return _from_wire(decode(zstandard.ZstdDecompressor().decompress(path.read_bytes())))
@@ -105,13 +105,8 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _to_wire(record: StepRecord) -> dict[str, Any]:
-    return {
-        "step": record.step,
-        "parent_digest": record.parent_digest,
-        "groups": [group.to_wire() for group in record.groups],
-        "metrics": record.metrics,
-        "settings": record.settings,
-    }
+    wire = {f.name: getattr(record, f.name) for f in fields(record)}
+    return wire | {"groups": [group.to_wire() for group in record.groups]}
 
 
 def _from_wire(wire: dict[str, Any]) -> StepRecord:

@@ -3,12 +3,11 @@
     <run folder>/checkpoints/best
         {"step": 50, "version": 53, "evaluated_version": 53, "metric": "heldout/pass@1", "value": 0.99}
 
-Evaluations finish later than their step, perhaps in another life of the trainer. So nothing is remembered: whenever it
-matters, all is worked out afresh from the checkpoints on disk, the results in Redis and the file itself (which stands in for
-results that Redis has lost). An evaluation speaks for a checkpoint when it is of the checkpoint's version, or of one that
-was published bit for bit the same at the same step (what a resumed trainer does); what an abandoned branch reached is
-no checkpoint's. Of several such evaluations the first counts, of equal values the earliest step. The untrained model
-does not compete: it has no checkpoint.
+Evaluations finish later than their step, perhaps under a restarted trainer. So nothing is remembered: the best is computed
+again each time from the checkpoints on disk, the results in Redis and the file itself (which replaces results that Redis has
+lost). An evaluation counts for a checkpoint when it is of the checkpoint's version, or of one that was published bit for bit
+the same at the same step (what a resumed trainer does); one of an abandoned branch counts for none. Of several such
+evaluations the first counts, of equal values the earliest step. The untrained model does not compete: it has no checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ log = logging.getLogger("sluice.checkpoint")
 
 
 def best_step(folder: Path) -> int:
-    """Step of the best checkpoint. Raises ConfigError when none is known."""
+    """Return the step of the best checkpoint. Raises ConfigError when none is known."""
     best = read_best(folder)
     if best is None:
         raise ConfigError(
@@ -54,7 +53,7 @@ def update_best(folder: Path, client: redis.Redis, run: Run) -> frozenset[int]:
     name, _, score = metric.rpartition("/")
     (dataset,) = (d for d in run.config.evaluation.datasets if d.name == name)
     saved, before = saved_versions(folder), read_best(folder)
-    unfinished = set(evaluation.pending(client, run.keys))  # read before the results: who ends in between is awaited
+    unfinished = set(evaluation.pending(client, run.keys))  # read before the results: what ends in between is awaited
     candidates: list[Best] = []
     awaited = set()
     for step, versions in _published_as(client, run.keys, saved).items():
@@ -77,14 +76,14 @@ def update_best(folder: Path, client: redis.Redis, run: Run) -> frozenset[int]:
 
 
 def settle_best(folder: Path, client: redis.Redis, run: Run) -> None:
-    """After results came in: `best` moves, and checkpoints that were waited for and lost go. Raises DiskFull."""
+    """Update `best` after results came in, and remove checkpoints that waited for a result and lost. Raises DiskFull."""
     if run.config.checkpoint.keep_best is not None:
         protected = update_best(folder, client, run)
         remove_old_checkpoints(folder, keep=run.config.checkpoint.keep, protected=protected)
 
 
 def _published_as(client: redis.Redis, keys: Keys, saved: dict[int, int]) -> dict[int, list[int]]:
-    """Step -> versions that were published with the weights of its checkpoint, its own included, ascending."""
+    """Return step -> versions that were published with the weights of its checkpoint, its own included, ascending."""
     lineage = read_lineage(client, keys)
     policies: dict[tuple[int, str], list[int]] = {}
     for version in sorted(lineage):

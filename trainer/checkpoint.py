@@ -1,4 +1,4 @@
-"""Durable state of the trainer: everything that a fresh process needs to go on as if nothing had happened.
+"""Durable state of the trainer: everything that a new process needs to continue as if nothing had happened.
 
     <run folder>/checkpoints/step-00000040/
         model.safetensors       float32 master weights; with trainer.lora the adapter's, as peft names them
@@ -6,13 +6,13 @@
         state.json              step, version, cursor, random state, groups trained since the checkpoint before, digests
         model-00001.safetensors, optimizer-00001.safetensors, ...      of ranks 1, ...: see below
 
-Where weights are sharded over ranks, each rank writes its rows of every tensor; a tensor's rows lie in the order of the
-ranks. So any number of ranks reads what any other number wrote, each only the rows that it needs. (torch's distributed
-checkpoints do the same, but exchange their plans as pickles.)
+Where weights are sharded over ranks, each rank writes its rows of every tensor, in the order of the ranks. So any number of ranks
+reads what any other number wrote, each only the rows that it needs. (torch's distributed checkpoints do the same, but exchange
+their plans as pickles.)
 
 Written into a temporary folder, fsynced, renamed; the `latest` file is moved last (`best`: trainer/best.py). A damaged
 checkpoint is one that has no state.json under its final name, or whose files do not have the digests that state.json names;
-the one before it is used then.
+then the previous one is used.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ log = logging.getLogger("sluice.checkpoint")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerState:
-    """The small part of a checkpoint."""
+    """What a checkpoint holds besides tensors."""
 
     step: int
     "batches trained on"
     version: int
     "policy version of these weights"
     cursor: int
-    "dataset cursor when it was written: where to go on if Redis has lost everything"
+    "dataset cursor when it was written: where to resume if Redis has lost everything"
     random_state: str
     "hex of torch's CPU generator"
     trained_groups: list[str] = field(default_factory=list)
     "groups trained since the checkpoint before"
     recent_groups: list[str] = field(default_factory=list)
-    "groups trained not long before that as well: those that a restarted Redis may have forgotten about"
+    "groups trained shortly before that: those that a restarted Redis may have lost"
     wall_s: float = 0.0
     "seconds of training so far, all incarnations"
     base_digest: str = ""
-    "of the weights that the adapter in this checkpoint is upon, and its scale; empty = these are all weights"
+    "of the adapter's base weights and its scale; empty = full weights"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +80,10 @@ class SavedTensors:
     """The tensors of one kind in a checkpoint, over all its files."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self._files = [safe_open(path, "pt") for path in _files_of(folder, kind)]
-        self._holders: dict[str, list[Any]] = {}
-        for file in self._files:
-            for name in file.keys():  # noqa: SIM118  it is no mapping
+        paths = [folder / f"{kind}.safetensors", *sorted(folder.glob(f"{kind}-*.safetensors"))]
+        self._holders: dict[str, list[Any]] = {}  # in the order of the ranks that wrote the files
+        for file in (safe_open(path, "pt") for path in paths):
+            for name in file.keys():  # noqa: SIM118  it is not a mapping
                 self._holders.setdefault(name, []).append(file)
 
     @property
@@ -99,7 +99,7 @@ class SavedTensors:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start to stop of the whole tensor, read from the files that hold them."""
+        """Read rows start to stop of the full tensor from the files that hold them."""
         parts, begins = [], 0
         for file in self._holders[name]:
             part = file.get_slice(name)
@@ -114,7 +114,7 @@ class SavedTensors:
 
 
 def write_tensors(folder: Path, kind: str, tensors: dict[str, Tensor], *, rank: int) -> dict[str, str]:
-    """Write one rank's part durably, if it has one; the file's digest by its name. Raises DiskFull."""
+    """Write one rank's tensors durably, if it has any; return the file's digest by its name. Raises DiskFull."""
     if not tensors and rank > 0:
         return {}
     path = folder / (f"{kind}-{rank:05d}.safetensors" if rank else f"{kind}.safetensors")
@@ -136,8 +136,8 @@ def save_checkpoint(
     """Write a checkpoint durably; it exists for readers only when complete. Older ones beyond `keep` are removed, but for
     those of `protected` steps.
 
-    write: puts the tensors into a folder, durably, and gives the digests of its files by name (`TrainedPolicy.save`).
-    Raises DiskFull; nothing of it is left then, and the one before is as it was.
+    write: writes the tensors into a folder, durably, and returns the digests of its files by name (`TrainedPolicy.save`).
+    Raises DiskFull; the folder is then removed, and the previous checkpoint is unchanged.
     """
     final = folder / f"step-{state.step:08d}"
     for leftover in folder.glob(".tmp-*"):  # of a trainer that was killed while it wrote
@@ -147,7 +147,8 @@ def save_checkpoint(
     with needing_room(folder, what=f"the checkpoint of step {state.step}"), _removed_on_failure(temporary):
         temporary.mkdir()
         state_file = temporary / "state.json"
-        state_file.write_text(_with_digest({**asdict(state), "files": write(temporary)}))
+        fields = {**asdict(state), "files": write(temporary)}
+        state_file.write_text(json.dumps({**fields, "digest": _text_digest(fields)}, indent=1))
         _fsync(state_file)
         _fsync(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -162,14 +163,14 @@ def save_checkpoint(
 
 
 def remove_old_checkpoints(folder: Path, *, keep: int, protected: Collection[int] = ()) -> None:
-    """All but the newest `keep`, and those of `protected` steps."""
+    """Remove all but the newest `keep` and those of `protected` steps."""
     for old in _complete(folder)[:-keep]:
         if _step_of(old) not in protected:
             shutil.rmtree(old)
 
 
 def saved_versions(folder: Path) -> dict[int, int]:
-    """Step -> policy version, of the checkpoints whose state is readable."""
+    """Return step -> policy version, of the checkpoints whose state is readable."""
     found = {}
     for path in _complete(folder):
         with suppress(OSError, ValueError, KeyError):
@@ -188,7 +189,7 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that loads; torn ones are skipped with a warning."""
+    """Return the newest checkpoint that loads; skip damaged ones with a warning."""
     for path in reversed(_complete(folder)):
         try:
             return read_checkpoint(path)
@@ -202,7 +203,7 @@ _DAMAGE = (OSError, ValueError, TypeError, safetensors.SafetensorError)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """One checkpoint. Raises OSError, ValueError, TypeError or SafetensorError when it is damaged."""
+    """Read one checkpoint. Raises OSError, ValueError, TypeError or SafetensorError when it is damaged."""
     fields = _without_digest((path / "state.json").read_text())
     for name, digest in fields.pop("files").items():
         if _digest(path / name) != digest:
@@ -211,7 +212,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_at(folder: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of a step, or the newest. Raises ConfigError when there is none."""
+    """Return the checkpoint of a step, or the newest. Raises ConfigError when there is none."""
     found = newest_checkpoint(folder) if step is None else None
     path = folder / f"step-{step or 0:08d}"
     if step is not None and (path / "state.json").is_file():
@@ -226,7 +227,7 @@ def checkpoint_at(folder: Path, step: int | None) -> Checkpoint:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps that have a complete checkpoint, ascending."""
+    """Return the steps that have a complete checkpoint, ascending."""
     return [_step_of(path) for path in _complete(folder)]
 
 
@@ -240,7 +241,7 @@ class Restorable(Protocol):
 
 
 def go_on_from(found: Checkpoint, policy: Restorable) -> None:
-    """Weights, optimizer and random state as they were. Raises ConfigError, DigestMismatch: it is of another policy."""
+    """Restore weights, optimizer and random state. Raises ConfigError, DigestMismatch: it is of another policy."""
     check_base(found.state.base_digest, policy.base_digest)
     policy.restore(found.path)
     restore_random_state(found.state.random_state)
@@ -254,11 +255,6 @@ def restore_random_state(state: str) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
 
 
-def _files_of(folder: Path, kind: str) -> list[Path]:
-    """In the order of the ranks that wrote them."""
-    return [folder / f"{kind}.safetensors", *sorted(folder.glob(f"{kind}-*.safetensors"))]
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
@@ -267,13 +263,8 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def _with_digest(fields: dict[str, Any]) -> str:
-    """JSON with a digest of itself."""
-    return json.dumps({**fields, "digest": _text_digest(fields)}, indent=1)
-
-
 def _without_digest(text: str) -> dict[str, Any]:
-    """The inverse of `_sealed`. Raises ValueError."""
+    """Return what state.json holds, its digest checked. Raises ValueError."""
     fields = json.loads(text)
     if not isinstance(fields, dict) or fields.pop("digest", None) != _text_digest(fields):
         raise ValueError("state.json does not have the digest that it names")
@@ -285,7 +276,7 @@ def _text_digest(fields: dict[str, Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    """xxh3-128, read in pieces."""
+    """Return the xxh3-128 of a file, read in pieces."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):

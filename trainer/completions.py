@@ -2,8 +2,8 @@
 
     <run folder>/completions/step-000012.parquet      one row per completion
 
-Written into a temporary file and renamed, before the step can be in a checkpoint; steps that a resumed trainer will train
-again are removed first. So each trained completion is in the files once per step that trained on it, also after a kill. A
+Written into a temporary file and renamed, before the step can be in a checkpoint; a resumed trainer first removes the steps
+that it will train again. So each trained completion is in the files once per step that trained on it, also after a kill. A
 full disk costs files, never the run. The machine's own crash may cost the last files: they are not fsynced.
 """
 
@@ -43,7 +43,7 @@ class CompletionsTable:
         self._folder = run_folder / "completions"
 
     def write(self, step: int, groups: list[Group], advantages: list[list[float]]) -> None:
-        """The completions of one step."""
+        """Write the completions of one step."""
         import pyarrow
         from pyarrow import parquet
 
@@ -62,7 +62,7 @@ class CompletionsTable:
                 temporary.unlink()
 
     def forget_after(self, step: int) -> None:
-        """The run goes on from this step: files of steps to be trained again go."""
+        """Remove the files after this step, from which the run resumes."""
         for path in self._folder.glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink(missing_ok=True)

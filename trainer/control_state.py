@@ -1,6 +1,6 @@
-"""What operators have ordered, as the trainer goes by it: read before each batch, and while it waits for one.
+"""The control state as the trainer reads it: before each batch, and while it waits for one.
 
-Each order that is new becomes a line of metrics.jsonl, once, also over restarts of the trainer.
+Each new entry of the change log becomes a line of metrics.jsonl, once, also over restarts of the trainer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -19,58 +20,50 @@ from sluice.trainer.step_metrics import append_line
 log = logging.getLogger("sluice.trainer")
 
 HELD_POLL_S = 0.5
-"""While the run is paused, how often the trainer looks whether it still is."""
+"""How often a paused trainer checks whether it still is."""
 
 
 class ControlReader:
-    """The orders in force, and the config that follows from them."""
+    """The control state in force, and the config that follows from it."""
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client, self._run = client, run
         self._path = Path(run.folder) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._told = _last_logged(self._path)
+        self._last_entry = _last_logged(self._path)
         self.control_state = ControlState()
         self.config = run.config
         self._changed: set[str] = set()
 
     def metrics(self) -> dict[str, float]:
-        """`setting/<key>`: the numbers in force of keys that were changed, so that every tracker shows when they were."""
+        """Return `setting/<key>`: the current values of changed keys, so that every tracker shows when they changed."""
         values = {key: at(self.config, key) for key in sorted(self._changed)}
         return {f"setting/{key}": float(value) for key, value in values.items() if value is not None}
 
     def read(self) -> None:
-        """Look again: `control_state` and `config` are those in force now."""
-        before, self.control_state = (
-            self.control_state,
-            read_control_state(self._client, self._run.keys, after=self._told),
-        )
+        """Refresh `control_state` and `config`."""
+        before = self.control_state
+        self.control_state = read_control_state(self._client, self._run.keys, after=self._last_entry)
         if self.control_state.settings != before.settings:
             self.config = with_settings(self._run.config, self.control_state.settings)
             self._changed |= self.control_state.settings.keys()
         if self.control_state.paused and not before.paused:
             log.warning("%s", describe_paused(self.control_state.paused))
         for entry, fields in self.control_state.change_log:
-            line = {
-                "step": int(fields["step"]),
-                "time": float(fields["at"]),
-                "control": fields["key"],
-                "who": fields["who"],
-            }
-            append_line(
-                self._path, line | {name: json.loads(fields[name]) for name in ("old", "new")} | {"entry": entry}
-            )
+            line: dict[str, Any] = {"step": int(fields["step"]), "time": float(fields["at"])}
+            line |= {"control": fields["key"], "who": fields["who"], "entry": entry}
+            append_line(self._path, line | {name: json.loads(fields[name]) for name in ("old", "new")})
             log.info("%s: %s from %s to %s", fields["who"], fields["key"], fields["old"], fields["new"])
-            self._told = entry
+            self._last_entry = entry
 
 
 def _last_logged(path: Path) -> str:
-    """Entry id of the newest order that is in the file."""
-    told = "-"
+    """Return the entry id of the newest change that is in the file."""
+    entry = "-"
     if path.exists():
         with path.open("rb") as file:
             for line in file:
                 if b'"control": ' in line:
                     with suppress(ValueError, KeyError):  # a torn line
-                        told = str(json.loads(line)["entry"])
-    return told
+                        entry = str(json.loads(line)["entry"])
+    return entry

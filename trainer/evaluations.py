@@ -1,7 +1,7 @@
 """Evaluations as the trainer sees them: which versions are evaluated, and what came of it.
 
-A version is evaluated before training, after it, and every `evaluation.every_steps`. Results come whenever they are there,
-perhaps in another life of the trainer: what no trainer has reported yet is in Redis.
+A version is evaluated before training, after it, and every `evaluation.every_steps`. Results come at any time, perhaps
+under a restarted trainer: what no trainer has reported yet is in Redis.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger("sluice.trainer")
 
 
 class Evaluations:
-    """Those of one run that this trainer waits for."""
+    """The evaluations of one run that this trainer waits for."""
 
     def __init__(
         self,
@@ -32,29 +32,29 @@ class Evaluations:
         *,
         retry_while_disk_full: Callable[[Callable[[], None]], None],
     ) -> None:
-        """`retry_while_disk_full` runs what writes to a disk, again and again while that is full."""
+        """`retry_while_disk_full` repeats a write while the disk is full."""
         self._client, self._run, self._orders = client, run, control_state
         self._retry_while_disk_full = retry_while_disk_full
         self.unreported = evaluation.unreported(client, run)
-        "(set, version) of each that is not finished, or not reported: those of earlier processes too"
+        "(set, version) of each that is not finished, or not reported; earlier processes' included"
 
     def is_due(self, step: int) -> bool:
-        """Whether the policy of this step is evaluated."""
+        """Return whether the policy of this step is evaluated."""
         every = self._orders.config.evaluation.every_steps
         return step in (0, self._orders.config.trainer.num_steps) or (every > 0 and step % every == 0)
 
     def needs_checkpoint(self, step: int) -> bool:
-        """Whether the policy of this step may turn out to be the best, which is kept as a checkpoint."""
+        """Return whether the policy of this step may turn out to be the best, which is kept as a checkpoint."""
         return self._run.config.checkpoint.keep_best is not None and self.is_due(step)
 
     def begin(self, step: int, version: int) -> tuple[EvalDataset, ...]:
-        """The sets that this version, about to be published, is evaluated on; their results are awaited from now on."""
+        """Return the sets that this version, about to be published, is evaluated on; await their results from now on."""
         datasets = self._run.config.evaluation.datasets if self.is_due(step) else ()
         self.unreported |= {(dataset.name, version) for dataset in datasets}
         return datasets
 
     def metrics(self) -> dict[str, float]:
-        """Of those finished since the last call, the oldest of each set: one line of metrics holds one version."""
+        """Return those finished since the last call, the oldest of each set: one line of metrics holds one version."""
         metrics: dict[str, float] = {}
         sets = {dataset.name: dataset for dataset in self._run.config.evaluation.datasets}
         for name, version in sorted(self.unreported):
@@ -72,6 +72,6 @@ class Evaluations:
         return metrics
 
     def settle_best(self) -> None:
-        """Let the best checkpoint be named by all results that are there. Raises DiskFull when told to stop meanwhile."""
+        """Update the best checkpoint from all results so far. Raises DiskFull when told to stop meanwhile."""
         checkpoints = Path(self._run.folder) / "checkpoints"
         self._retry_while_disk_full(lambda: settle_best(checkpoints, self._client, self._run))

@@ -1,7 +1,7 @@
 """Examples of supervised training: dataset rows as the token ids of a prompt and of the completion to learn.
 
-They are made of what RL will meet: the prompt's tokens are those of `common.data.prompt_reader`, the completion's are its text as
-it stands, whatever the chat template would make of it, and the token that ends a turn.
+They match what RL will meet: the prompt's tokens are those of `common.data.prompt_reader`; the completion's are those of its raw
+text, without the chat template, and the token that ends a turn.
 
 Legend: P = prompt tokens, T = completion tokens.
 """
@@ -67,7 +67,7 @@ class ExampleSource(PromptReader):
         self._max_tokens = max_tokens
 
     def example_at(self, cursor: int) -> Example | None:
-        """The example that the cursor names, none where it is over `max_tokens`. Raises ConfigError, naming row and column."""
+        """Return the example at a cursor, none where it is over `max_tokens`. Raises ConfigError, naming row and column."""
         row, where = self.row_at(cursor)
         prompt = self.cell(row, "prompt_column", where)
         if self._config.completion_column is None:
@@ -93,7 +93,7 @@ class ExampleSource(PromptReader):
         return example if example.num_tokens <= self._max_tokens else None
 
     def example_or_none(self, cursor: int) -> Example | None:
-        """As `example_at`, none also for a row that is wrong in itself; the log then says what is."""
+        """Do as `example_at`, but return none for a malformed row too; the log then says what is wrong."""
         try:
             return self.example_at(cursor)
         except ConfigError as error:
@@ -101,7 +101,7 @@ class ExampleSource(PromptReader):
             return None
 
     def count(self) -> int:
-        """Examples of one pass over a table; the log names no row, since each will be met again."""
+        """Count the examples of one pass over a table; the log names no row, since each will be met again."""
         assert self.num_rows is not None, "a stream has no end"
         found = 0
         for cursor in range(self.num_rows):
@@ -110,28 +110,28 @@ class ExampleSource(PromptReader):
         return found
 
     def _split(self, messages: Any, where: str) -> tuple[list[Any], str]:
-        """A conversation as what is given and what is learnt."""
+        """Split a conversation into prompt messages and completion text."""
         if not isinstance(messages, list) or len(messages) < 2:
             raise ConfigError(
-                f"{self._source}, {where}: column {self._config.prompt_column!r} is no conversation of two turns or more, "
-                f"as completion_column: null wants it; name the column of the completion in {self._section}.completion_column"
+                f"{self._source}, {where}: column {self._config.prompt_column!r} is not a conversation of two turns or more, "
+                f"as completion_column: null needs it; name the column of the completion in {self._section}.completion_column"
             )
         return messages[:-1], self._content(messages[-1], where)
 
     def _content(self, message: Any, where: str) -> str:
-        """The text of an assistant's turn."""
+        """Return the text of an assistant's turn."""
         if not isinstance(message, dict) or message.get("role") != "assistant":
             raise ConfigError(f"{self._source}, {where}: the last turn is not the assistant's; remove what follows it")
         idle = sorted(name for name, value in message.items() if value and name not in ("role", "content"))
         if idle:
             raise ConfigError(
-                f"{self._source}, {where}: {', '.join(idle)} of the last turn: only its content is learnt"
+                f"{self._source}, {where}: {', '.join(idle)} of the last turn: only its content is trained on"
             )
         return message.get("content") or ""
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, *, eos_token_ids: Sequence[int], chat_template: bool) -> int:
-    """The token after a completion: of those that end one, that which the chat template writes; else the tokenizer's own."""
+    """Return the token after a completion: the end token that the chat template writes; else the tokenizer's own."""
     if chat_template and tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "completion"}]
         tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("completion")[2]
@@ -142,7 +142,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, *, eos_token_ids: Sequence[i
 
 
 def micro_batches_of(examples: Sequence[Example], *, max_tokens: int, packed: bool = False) -> list[MicroBatch]:
-    """Each example once, as a group of one completion; max_tokens and packed as in `build_micro_batches`."""
+    """Build micro-batches of the examples, each a group of one completion; max_tokens and packed as in `build_micro_batches`."""
     groups = [_group_of(example) for example in examples]
     return build_micro_batches(groups, [torch.ones(1) for _ in groups], max_tokens=max_tokens, packed=packed)
 

@@ -19,7 +19,7 @@ from sluice.trainer.checkpoint import checkpoint_at
 def export_checkpoint(
     run_folder: Path, target: Path, *, step: int | None = None, dtype: str = "float32", adapter: bool = False
 ) -> int:
-    """Write weights, config, generation config and tokenizer of a checkpoint; returns its step. Raises ConfigError, DiskFull.
+    """Write weights, config, generation config and tokenizer of a checkpoint; return its step. Raises ConfigError, DiskFull.
 
     adapter: of a run with trainer.lora write the adapter alone, for `PeftModel.from_pretrained`, not the merged weights.
     """
@@ -29,10 +29,10 @@ def export_checkpoint(
     if adapter and lora is None:
         raise ConfigError(f"{run_folder} was not trained with trainer.lora: it has no adapter; leave --adapter out")
     model = load_pretrained(path, revision=revision)
-    upon = Adapter(model, lora) if lora is not None and adapter else None
-    if upon is not None:
-        check_base(found.state.base_digest, upon.base_digest)
-        upon.load(found.weights)
+    own_adapter = Adapter(model, lora) if lora is not None and adapter else None
+    if own_adapter is not None:
+        check_base(found.state.base_digest, own_adapter.base_digest)
+        own_adapter.load(found.weights)
     else:
         check_base(found.state.base_digest, base_digest(model, lora) if lora else "")
         base = named_weights(model)
@@ -40,8 +40,8 @@ def export_checkpoint(
     model.to(getattr(torch, dtype))
     target.mkdir(parents=True, exist_ok=True)
     with needing_room(target, what="the model"):
-        if upon is not None:
-            upon.save(target, revision=revision)
+        if own_adapter is not None:
+            own_adapter.save(target, revision=revision)
             return found.state.step
         model.save_pretrained(target)
         for name, content in read_assets(path, revision=revision).tokenizer_files.items():

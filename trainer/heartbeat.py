@@ -1,6 +1,6 @@
-"""The trainer's heartbeat, and its word when it does not move: what it waits for, in the log, the metrics and its heartbeat.
+"""The trainer's heartbeat, and its report of a stall: what it waits for, in the log, the metrics and the heartbeat.
 
-It speaks from the heartbeat's thread, also while the trainer itself waits: for a batch, for a publication, for room on a
+Reports come from the heartbeat thread, also while the trainer itself waits: for a batch, for a publication, for room on a
 disk, or for Redis.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import redis
 
 from sluice.common.connections.client import outage
+from sluice.common.errors import DiskFull
 from sluice.common.monitoring.diagnosis import Cause, diagnose
 from sluice.common.monitoring.heartbeats import HeartbeatThread, connect_quickly
 from sluice.common.monitoring.metric_stream import write_metrics
@@ -22,20 +23,22 @@ from sluice.common.run import Run, process_name
 log = logging.getLogger("sluice.trainer")
 
 STREAMED_EVERY_S = 60.0
-"""How often a stall that lasts is an entry of the metrics stream, besides its beginning: readers look at the newest few."""
+"""How often a lasting stall is an entry of the metrics stream, besides its beginning: readers look at the newest few."""
+DISK_RETRY_S = 3.0
+"""While a disk is full, how often the trainer tries again."""
 
 
 class TrainerHeartbeat:
-    """Beats until closed; reports a stall every `trainer.stall_report_s`."""
+    """Sends heartbeats until closed; reports a stall every `trainer.stall_report_s`."""
 
     def __init__(self, trainer: redis.Redis, run: Run, *, report: Callable[[int, Cause, float], None]) -> None:
-        """trainer: the client over which the trainer itself works. report: where a stall is recorded besides the log, with the
-        step before it and its seconds."""
+        """Start the thread. trainer: the client that the trainer itself uses. report: records a stall besides the log, with
+        the step before it and its seconds."""
         self._trainer, self._run, self._report_to = trainer, run, report
         self._stats: dict[str, Any] = {"step": 0, "version": 0}
         self.alarm = ""
         self._since: dict[str, float] = {}
-        "when each began that keeps the trainer from moving: `outage` of its client, `alarm`, `batch`; and `unreachable` for us"
+        "start of each wait: `outage` of the trainer's client, `alarm`, `batch`; and `unreachable` for our own client"
         self._reported_at = 0.0
         self._streamed = "", 0.0
         self._client = connect_quickly()
@@ -44,7 +47,7 @@ class TrainerHeartbeat:
             self._client,
             run.keys,
             process_name("trainer"),
-            stats=lambda: self._all_facts(up_s=time.monotonic() - began),
+            stats=lambda: self._all_stats(up_s=time.monotonic() - began),
             before=self._look_at_the_trainers_client,
             after=self._report_stall,
             on_error=self._report_unreachable,
@@ -52,19 +55,19 @@ class TrainerHeartbeat:
         self._thread.start()
 
     def tell(self, **stats: Any) -> None:
-        """What the next heartbeats say of the trainer besides."""
+        """Add stats to the next heartbeats."""
         self._stats = self._stats | stats
 
     def waits(self) -> None:
-        """The trainer has nothing to do from now on."""
+        """Note that the trainer waits for a batch from now on."""
         self._since["batch"] = time.monotonic()
 
     def moves(self) -> None:
-        """The trainer has something to do."""
+        """Note that the trainer has a batch."""
         self._since.pop("batch", None)
 
     def raise_alarm(self, text: str) -> None:
-        """What keeps this process from its work, for everybody to read."""
+        """Show in the heartbeat what keeps this process from its work."""
         if not self.alarm:
             log.error("%s", text)
         self._since.setdefault("alarm", time.monotonic())
@@ -75,21 +78,35 @@ class TrainerHeartbeat:
             log.info("over after %.0f s: %s", time.monotonic() - since, self.alarm)
         self.alarm = ""
 
+    def retry_while_disk_full(self, is_stopping: Callable[[], bool], write: Callable[[], None]) -> None:
+        """Write a file, with an alarm while there is no room. Raises DiskFull when told to stop meanwhile."""
+        while True:
+            try:
+                write()
+            except DiskFull as error:
+                self.raise_alarm(f"training pauses: {error}")
+                if is_stopping():
+                    raise
+                time.sleep(DISK_RETRY_S)
+            else:
+                self.clear_alarm()
+                return
+
     @property
     def waiting_s(self) -> float:
-        """Seconds since the trainer could last do something."""
+        """Seconds that the trainer has been waiting."""
         since = next((at for reason in ("outage", "alarm", "batch") if (at := self._since.get(reason))), None)
         return 0.0 if since is None else time.monotonic() - since
 
     def close(self) -> None:
         self._thread.close()
 
-    def _all_facts(self, *, up_s: float) -> dict[str, Any]:
+    def _all_stats(self, *, up_s: float) -> dict[str, Any]:
         own = {"role": "trainer", "waiting_s": round(self.waiting_s, 1), "alarm": self.alarm, "up_s": round(up_s, 1)}
         return own | self._stats
 
     def _look_at_the_trainers_client(self) -> None:
-        """A call of the trainer that waits for Redis is a stall as well, wherever in the step it is."""
+        """Count a call of the trainer that waits for Redis as a stall too, wherever in the step it is."""
         if outage(self._trainer) is None:
             self._since.pop("outage", None)
         else:

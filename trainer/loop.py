@@ -1,12 +1,12 @@
-"""The training loop: one step per batch of whole groups, one policy version per step.
+"""The training loop: one step per batch of complete groups, one policy version per step.
 
     sample -> advantages -> micro-batches -> loss -> clip -> step -> publish (overlapped) -> metrics
            -> every few steps: checkpoint, then acknowledge
 
-What it waits for: a whole batch young enough to train on (woken by the script that files the last group; the cause is
-logged while it waits), the publication before the one it starts, room on a disk (`disk_retry.py`), and an operator who has
-paused the run. What ends it: the last step, SIGTERM (finish the step, checkpoint, exit 0), a drain (whole batches of what is
-in flight, checkpoint, exit 0), or an error (the supervisor starts it again, and `recovery.py` says how it continues).
+What it waits for: a full batch young enough to train on (woken by the script that stores the last group; the cause is
+logged while it waits), the previous publication, room on a disk (`heartbeat.py`), and an operator who has paused the run.
+What ends it: the last step, SIGTERM (finish the step, checkpoint, exit 0), a drain (full batches of what is in flight,
+checkpoint, exit 0), or an error (the supervisor restarts it, and `recovery.py` says how it continues).
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from sluice.common.run import Run, RunRecord
 from sluice.common.types import Group
 from sluice.trainer.audit import StepRecord
 from sluice.trainer.control_state import HELD_POLL_S, ControlReader
-from sluice.trainer.disk_retry import retry_while_disk_full
 from sluice.trainer.distributed.parallel import open_policy
 from sluice.trainer.distributed.ranks import Ranks
 from sluice.trainer.evaluations import Evaluations
@@ -61,7 +60,7 @@ class Trainer:
         self.reporter, self.samples = Reporter(client, run), Samples(client, run)
         self.heartbeat = TrainerHeartbeat(client, run, report=self.reporter.report_stall)
         incarnation = RunRecord(client, run.keys).begin_incarnation()
-        retry = partial(retry_while_disk_full, self.heartbeat, lambda: self.stopping)
+        retry = partial(self.heartbeat.retry_while_disk_full, lambda: self.stopping)
         self.buffer = ReplayBuffer(
             Ledger(client, run.keys, self.config),
             groups_per_step=self.config.groups_per_step,
@@ -79,13 +78,13 @@ class Trainer:
 
     @property
     def config(self) -> Config:
-        """With the settings in force at the last look."""
+        """The config with the settings in force at the last `read`."""
         return self.control_state.config
 
     def train(self, ranks: Ranks) -> None:
-        """From wherever the run is to its last step, or to SIGTERM, or to the end of a drain.
+        """Train from the present step to the last one, to SIGTERM, or to the end of a drain.
 
-        ranks: those that train together, of which this process is the first.
+        ranks: those that train together; this process is rank 0.
         """
         self._begin(ranks)
         flow = FlowMeter(self.client, self.run)
@@ -122,7 +121,7 @@ class Trainer:
         self.policy.close()
 
     def _begin(self, ranks: Ranks) -> None:
-        """The policy is that of the newest checkpoint, or the base model's, and published."""
+        """Load and publish the policy of the newest checkpoint, or the base model's."""
         device = device_name(self.config.trainer.device)
         self.heartbeat.tell(idle_fraction=1.0, device=f"{ranks.size} x {device}" if ranks.size > 1 else device)
         end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
@@ -134,7 +133,7 @@ class Trainer:
         self.publisher.wait()
 
     def _train_on(self, groups: list[Group]) -> dict[str, float]:
-        """One optimizer step and the publication of its policy."""
+        """Make one optimizer step and publish its policy."""
         metrics = batch_metrics(groups, self.recovery.policy_ages(groups))
         metrics["staleness/token_mean"] = token_age(self.client, self.run.keys, groups, current=self.position.version)
         step_metrics, advantages = train_on(self.policy, groups, self.config, step=self.position.step + 1)
@@ -154,7 +153,7 @@ class Trainer:
         return metrics
 
     def _next_batch(self) -> tuple[list[Group], int] | None:
-        """The groups of the next step, in the order of their cursors, and how many are ready besides.
+        """Return the groups of the next step, in the order of their cursors, and how many more are ready.
 
         None when told to stop while waiting, or drained.
         """
@@ -187,28 +186,28 @@ class Trainer:
         return None
 
     def _nothing_is_left(self, available: int) -> bool:
-        """Whether no whole batch can come any more: what is not trained is ready, and fewer groups than a batch."""
+        """Return whether no full batch can come any more: all untrained groups are ready, and fewer than a batch."""
         return available == self.buffer.num_untrained() < self.config.groups_per_step
 
     def _publish(self, *, parent: int, groups: Sequence[Group] = ()) -> str:
-        """Begin to publish the present weights under the next version; returns the digest of the version before it.
+        """Begin to publish the present weights under the next version; return the digest of the previous version.
 
-        groups: those trained last, of which the canary is made.
+        groups: those trained last, from which the canary is made.
         """
         self.position.version += 1
         self.heartbeat.tell(step=self.position.step, version=self.position.version)
 
-        # The publication before this one is out before the snapshot is taken: there are two copies at most, this one and its
-        # base, and a version is never announced whose parent does not exist.
+        # The previous publication is complete before the snapshot is taken: at most two copies exist, this one and its base,
+        # and a version is never announced whose parent does not exist.
         self.publisher.wait()
         digest_before = self.publisher.digest
         weights = self.policy.snapshot(getattr(torch, self.config.rollout.dtype), full=self.position.version == 0)
 
-        # Training is deterministic: a step that is made again after a crash may come out bit for bit as it was, and what was
-        # sampled from it then is no older for it.
+        # Training is deterministic: a step repeated after a crash may come out bit for bit the same, and what was sampled from
+        # it then is no older.
         parent = self.recovery.matching_abandoned_version(weights, otherwise=parent)
 
-        # Snapshot and canary are of the same weights, so both are taken before the next step moves them.
+        # Snapshot and canary are of the same weights, so both come before the next step changes them.
         canary = self.policy.score(choose_sequences(groups) or random_sequences(self.policy.vocab_size))
         evaluate = self.evaluations.begin(self.position.step, self.position.version)
         self.publisher.publish(
@@ -217,7 +216,7 @@ class Trainer:
         return digest_before
 
     def _finish(self) -> None:
-        """The last step is saved, its groups are freed, and its evaluation is awaited."""
+        """Save the last step, free its groups, and wait for its evaluation."""
         if self.position.step != self.position.saved_step:  # written twice, it would forget which groups it covers
             self.recovery.save(self.policy)
         deadline = time.monotonic() + EVALUATION_WAIT_S
@@ -228,16 +227,16 @@ class Trainer:
         if self.evaluations.unreported and not self.stopping:
             late = sorted(self.evaluations.unreported)
             log.error("evaluations %s did not finish within %.0f s", late, EVALUATION_WAIT_S)
-        self.evaluations.settle_best()  # results that came in while no trainer lived
+        self.evaluations.settle_best()  # results that came in while no trainer ran
         log.info("%s at step %d", self.outcome, self.position.step)
 
     @property
     def outcome(self) -> str:
-        """Status of a run whose trainer has ended in good order."""
+        """Status of a run whose trainer has ended gracefully."""
         return "stopped" if self.stopping else "drained" if self.is_drained else "finished"
 
     def close(self) -> None:
-        """In order: publisher, sinks, heartbeat."""
+        """Close publisher, heartbeat and trackers, in this order."""
         self.publisher.close()
         self.heartbeat.close()
         self.reporter.close()

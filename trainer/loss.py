@@ -2,8 +2,8 @@
 
     loss = aggregate(w * L + kl_beta * KL)          L per-token policy loss, w importance weight (`decoupled` only)
 
-Invariants: a step's loss is the sum of its micro-batches' losses (pass `num_tokens`); what stands at masked positions,
-nan and inf included, reaches neither loss nor gradient; finite inputs at loss tokens give finite results.
+Invariants: a step's loss is the sum of its micro-batches' losses (pass `num_tokens`); values at masked positions,
+nan and inf included, reach neither loss nor gradient; finite inputs at loss tokens give finite results.
 
 Legend: B = sequences, T = completion tokens (right-padded). lp = policy_logprobs, old = the ratio's denominator,
 rho = exp(lp - old), A = advantage, m = loss_mask. Every log-ratio is clamped to +-20. Formulas and sources, and the
@@ -43,7 +43,7 @@ class LossInputs:
 
 
 TokenLoss = Tensor | tuple[Tensor, dict[str, Tensor]]
-"""Loss [B, T], and by the name of a metric values [B, T], of which the metric is the mean over the loss tokens."""
+"""Loss [B, T], and by metric name values [B, T]; the metric is their mean over the loss tokens."""
 LossFunction = Callable[[LossConfig, LossInputs], TokenLoss]
 """The formula of one loss: one of `_LOSSES`, or a user's function that `trainer.loss.loss` names."""
 
@@ -59,7 +59,7 @@ def policy_loss(
     prox_logprobs: Tensor | None = None,
     num_tokens: int | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss (scalar, differentiable in policy_logprobs alone) and its detached metrics for one micro-batch.
+    """Return the loss (scalar, differentiable in policy_logprobs alone) and its detached metrics for one micro-batch.
 
     policy_logprobs, rollout_logprobs, ref_logprobs, prox_logprobs: [B, T], nats; advantages: [B]; loss_mask: [B, T].
     prox_logprobs is read in `decoupled` only; none = the policy as it is now, which is exact for one optimizer step per
@@ -80,14 +80,14 @@ def policy_loss(
     """
     if config.kl_beta > 0 and ref_logprobs is None:
         raise ValueError(f"kl_beta = {config.kl_beta} needs ref_logprobs: send the groups to the reference role")
-    # What stands at masked positions becomes 0 by selection, before any arithmetic: nan * 0 would be nan. All but the
+    # Values at masked positions become 0 by selection, before any arithmetic: nan * 0 would be nan. All but the
     # policy's own logprobs are constants.
     mask = loss_mask.bool()
     logprobs, rollout = _keep(policy_logprobs, mask), _keep(rollout_logprobs, mask).detach()
     prox = (logprobs if prox_logprobs is None else _keep(prox_logprobs, mask)).detach()
 
     # The ratio's denominator: the sampler (`bypass`), or the policy before the batch's first optimizer step (`decoupled`),
-    # whose distance from the sampler is then the importance weight's alone. Never both: that would correct twice.
+    # whose distance from the sampler is then left to the importance weight. Never both: that would correct twice.
     old = rollout if config.off_policy == "bypass" else prox
     tokens = LossInputs(
         logprobs=logprobs,
@@ -106,13 +106,14 @@ def policy_loss(
         weight = importance_weight(config, log_weight=_log_ratio(prox, rollout), loss_mask=mask)
 
     # The normaliser is the whole step's, so that micro-batches and ranks add up to one loss.
-    normaliser = _batch_normaliser(config, mask) if num_tokens is None else num_tokens
-    policy_term = _aggregate(config, weight * token_loss, mask=mask, normaliser=normaliser)
+    if num_tokens is None:
+        num_tokens = mask.sum() if config.aggregation == "token_mean" else mask.any(-1).sum()
+    policy_term = _aggregate(config, weight * token_loss, mask=mask, normaliser=num_tokens)
     kl_term = torch.zeros_like(policy_term)
     if config.kl_beta > 0 and ref_logprobs is not None:
         ref = _keep(ref_logprobs, mask).detach()
         token_kl = reference_kl(logprobs, ref_logprobs=ref, estimator=config.kl_estimator)
-        kl_term = _aggregate(config, token_kl, mask=mask, normaliser=normaliser)
+        kl_term = _aggregate(config, token_kl, mask=mask, normaliser=num_tokens)
 
     metrics = {"loss/policy": policy_term.detach(), "loss/kl": kl_term.detach()}
     token_metrics = {name: values.detach() for name, values in token_metrics.items()}
@@ -122,7 +123,7 @@ def policy_loss(
 
 
 def reference_kl(logprobs: Tensor, *, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) [B, T]: with x = ref - lp,
+    """Estimate KL(policy || reference) per token, [B, T]: with x = ref - lp,
 
         k1  -x        k2  x^2 / 2        k3  exp(x) - x - 1
 
@@ -135,7 +136,7 @@ def reference_kl(logprobs: Tensor, *, ref_logprobs: Tensor, estimator: str) -> T
 
 
 def importance_weight(config: LossConfig, *, log_weight: Tensor, loss_mask: Tensor) -> Tensor:
-    """Weight [B, T] of each token from log_weight = log(pi_prox / pi_behav) [B, T], itself 0 at masked positions.
+    """Return the weight [B, T] of each token from log_weight = log(pi_prox / pi_behav) [B, T], itself 0 at masked positions.
 
     `importance_sampling` names a level and an operation. Level: `token`, the token's own ratio; `sequence`, the product of its
     sequence's ratios; `geometric`, their geometric mean. Operation: `truncate`, min(w, importance_max); `mask`, 0 outside
@@ -156,7 +157,7 @@ def importance_weight(config: LossConfig, *, log_weight: Tensor, loss_mask: Tens
 
 
 def combine_metrics(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Metrics of a step from those of its micro-batches (and ranks). Associative; one part is returned as it is.
+    """Combine the metrics of micro-batches (and ranks) into those of the step. Associative; one part is returned unchanged.
 
     `loss/policy`, `loss/kl` and `loss/num_tokens` add up; `off_policy/ratio_max` and `off_policy/sequence_log_ratio_max`
     are maxima; `off_policy/ess` is mean(w)^2 / mean(w^2) of the combined means; all else is a mean per loss token,
@@ -249,13 +250,13 @@ _LOSSES: dict[str, LossFunction] = {
 
 @functools.cache
 def _loss_function(name: str) -> LossFunction:
-    """The formula that `trainer.loss.loss` names. Raises ConfigError where it is a path that leads to none."""
+    """Return the formula that `trainer.loss.loss` names. Raises ConfigError where it is a path without a function."""
     found: LossFunction = _LOSSES.get(name) or find_function(name, where="trainer.loss.loss")
     return found
 
 
 def _aggregate(config: LossConfig, values: Tensor, *, mask: Tensor, normaliser: int | Tensor) -> Tensor:
-    """[B, T] -> scalar; `policy_loss` says how."""
+    """Reduce [B, T] to a scalar; `policy_loss` says how."""
     values = _keep(values, mask)
     if config.aggregation == "sequence_mean":
         total = _sequence_mean(values, mask=mask).sum()
@@ -264,13 +265,8 @@ def _aggregate(config: LossConfig, values: Tensor, *, mask: Tensor, normaliser: 
     return total / torch.as_tensor(normaliser, device=values.device).clamp(min=1)
 
 
-def _batch_normaliser(config: LossConfig, mask: Tensor) -> Tensor:
-    """The step's normaliser where this batch is the whole step."""
-    return mask.sum() if config.aggregation == "token_mean" else mask.any(-1).sum()
-
-
 def _token_metrics(token_metrics: dict[str, Tensor], *, log_mismatch: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Means per loss token of what the loss tells, and of the mismatch w = exp(lp - rollout), trainer against sampler."""
+    """Average, over loss tokens, the loss's own metrics and the mismatch w = exp(lp - rollout), trainer against sampler."""
     ratio = log_mismatch.exp()
     per_token = token_metrics | {
         "off_policy/ratio_mean": ratio,
@@ -291,7 +287,7 @@ def _token_metrics(token_metrics: dict[str, Tensor], *, log_mismatch: Tensor, ma
 
 
 def _ess(mean: Tensor, square_mean: Tensor) -> Tensor:
-    """Effective sample size as a share, (sum w)^2 / (n sum w^2) = mean(w)^2 / mean(w^2); 0 of nothing."""
+    """Return the effective sample size as a share, (sum w)^2 / (n sum w^2) = mean(w)^2 / mean(w^2); 0 of nothing."""
     return torch.where(square_mean > 0, mean.square() / square_mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
 
 
@@ -300,10 +296,10 @@ def _log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _keep(values: Tensor, mask: Tensor) -> Tensor:
-    """Values where the mask holds, 0 elsewhere: by selection, since nan * 0 is nan."""
+    """Return values where the mask holds, 0 elsewhere: by selection, since nan * 0 is nan."""
     return torch.where(mask, values, 0.0)
 
 
 def _sequence_mean(values: Tensor, *, mask: Tensor) -> Tensor:
-    """Mean over each sequence's loss tokens, [B, T] -> [B, 1]; values are 0 where masked."""
+    """Average over each sequence's loss tokens, [B, T] -> [B, 1]; values are 0 where masked."""
     return values.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)

@@ -45,7 +45,7 @@ class MicroBatch:
     loss_mask: Tensor
     "bool [B, T]"
     sampling: SamplingParams | None = None
-    "what all its rows were sampled with; none = what the run was created with"
+    "sampling parameters of all its rows; none = those that the run was created with"
 
     @property
     def num_tokens(self) -> int:
@@ -59,12 +59,12 @@ class MicroBatch:
 
     @property
     def loss_inputs(self) -> dict[str, Tensor | None]:
-        """What an objective reads of it, by the names of its arguments."""
+        """The arguments of an objective that come from it, by name."""
         names = ("rollout_logprobs", "advantages", "loss_mask", "ref_logprobs")
         return {name: getattr(self, name) for name in names}
 
     def to_wire(self) -> dict[str, Any]:
-        """For another rank; token ids and lengths fit 32 bits."""
+        """Encode for another rank; token ids and lengths fit 32 bits."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         wire = {
             name: (value.int() if value.dtype == torch.long else value).numpy()
@@ -75,7 +75,7 @@ class MicroBatch:
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> MicroBatch:
-        """The inverse of `to_wire`."""
+        """Invert `to_wire`."""
         sampling, arrays = wire["sampling"], {name: value for name, value in wire.items() if name != "sampling"}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         tensors |= {name: tensor.long() for name, tensor in tensors.items() if tensor.dtype == torch.int32}
@@ -83,7 +83,7 @@ class MicroBatch:
         return cls(**fields_of, sampling=sampling and SamplingParams.from_wire(sampling))
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same on another device."""
+        """Copy to another device."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         moved: dict[str, Any] = {name: value.to(device) for name, value in values if isinstance(value, Tensor)}
         return replace(self, **moved)
@@ -110,10 +110,10 @@ def build_micro_batches(
     packed: bool = False,
     mask_truncated: bool = False,
 ) -> list[MicroBatch]:
-    """Every episode of the groups once, in as few micro-batches as hold max_tokens each; a longer sequence goes alone.
-    Rows of one micro-batch were sampled with the same parameters: a run may change them while it goes on.
+    """Build as few micro-batches as hold max_tokens each, with every episode of the groups once; a longer sequence goes alone.
+    Rows of one micro-batch were sampled with the same parameters, which may change during a run.
 
-    packed: whether the model runs without pads, which then count nothing; otherwise B * S counts. advantages: per group [G],
+    packed: whether the model runs without pads, which then do not count; otherwise B * S counts. advantages: per group [G],
     in the order of its episodes. `sluice.trainer.reward_shaping.loss_tokens` says which tokens are in the loss.
     """
     rows = [
@@ -137,30 +137,30 @@ def build_micro_batches(
 
 
 def padding_share(micro_batches: Iterable[MicroBatch], *, packed: bool) -> float:
-    """Share of the tokens that run through the model without being any, in [0, 1); 0 where it is packed."""
+    """Return the share of pads among the tokens that run through the model, in [0, 1); 0 where it is packed."""
     counts = [(batch.num_tokens, batch.num_padded_tokens) for batch in micro_batches]
     return 0.0 if packed else 1.0 - sum(real for real, _ in counts) / sum(padded for _, padded in counts)
 
 
 def step_normaliser(micro_batches: Iterable[MicroBatch], *, aggregation: str) -> int:
-    """`num_tokens` of `policy_loss` for a step of these micro-batches; over ranks the counts add up."""
+    """Count `num_tokens` of `policy_loss` for a step of these micro-batches; over ranks the counts add up."""
     return num_loss_tokens(micro_batches) if aggregation == "token_mean" else num_sequences(micro_batches)
 
 
 def num_loss_tokens(micro_batches: Iterable[MicroBatch]) -> int:
-    """Tokens in the loss, before any off-policy masking."""
+    """Count tokens in the loss, before any off-policy masking."""
     return sum(int(batch.loss_mask.sum()) for batch in micro_batches)
 
 
 def num_sequences(micro_batches: Iterable[MicroBatch]) -> int:
-    """Sequences with at least one token in the loss, before any off-policy masking."""
+    """Count sequences with at least one token in the loss, before any off-policy masking."""
     return sum(int(batch.loss_mask.any(-1).sum()) for batch in micro_batches)
 
 
 def find_logprobs(
     scored: Iterable[tuple[MicroBatch, Tensor]], sequences: Sequences
 ) -> list[NDArray[np.float32] | None]:
-    """The row [T] of each sequence among micro-batches with their logprobs [B, T]; None for one that is in none of them."""
+    """Return the row [T] of each sequence from micro-batches with their logprobs [B, T]; None for one that is in none."""
     found: list[NDArray[np.float32] | None] = [None] * len(sequences)
     for batch, logprobs in scored:
         for i, (prompt_ids, token_ids) in enumerate(sequences):

@@ -28,7 +28,7 @@ prox_logprobs [B, T] or none, num_tokens: the step's normaliser) -> (loss, metri
 
 
 def objective_of(config: TrainerConfig) -> Objective:
-    """What a run minimises. Raises ConfigError where a user's function cannot be loaded."""
+    """Return what a run minimises. Raises ConfigError where a user's function cannot be loaded."""
     if config.objective is None:
         return partial(policy_loss, config.loss)
     return partial(_call, find_function(config.objective, where="trainer.objective"), config)
@@ -52,7 +52,7 @@ def check_functions(config: TrainerConfig) -> None:
 
 @contextmanager
 def _explained(key: str, path: str) -> Iterator[None]:
-    """What a user's function raises, as a ConfigError that names the key and the function."""
+    """Re-raise what a user's function raises as a ConfigError that names the key and the function."""
     try:
         yield
     except ConfigError:
@@ -65,7 +65,7 @@ def _explained(key: str, path: str) -> Iterator[None]:
 
 
 def _call(function: Objective, config: TrainerConfig, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """A user's objective with the metrics that every step has, where it gives none of its own."""
+    """Call a user's objective; add the metrics that every step has, where it returns none of its own."""
     loss, metrics = function(config.loss, **inputs)
     num_tokens = inputs["loss_mask"].sum().to(loss.dtype)
     known = {"loss/policy": loss.detach(), "loss/kl": torch.zeros_like(loss).detach(), "loss/num_tokens": num_tokens}

@@ -1,9 +1,9 @@
-"""Publication beside training: a snapshot is taken in line, written, announced and followed up in a thread.
+"""Publication beside training: the snapshot is taken in the trainer's thread, all else happens in another.
 
     trainer thread:    snapshot --> announce in the lineage --> next step ...
     publisher thread:  encode --> write --> move the pointer --> evaluations --> message dataset.fill
 
-One publication at a time: a new one waits for the one before it, and raises what went wrong there.
+One publication at a time: a new one waits for the previous one, and raises its error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Publisher:
         incarnation: int,
         retry_while_disk_full: Callable[[Callable[[], None]], None],
     ) -> None:
-        """`retry_while_disk_full` runs what writes to a disk, again and again while that is full."""
+        """`retry_while_disk_full` repeats a write while the disk is full."""
         self.store = store
         self._retry_while_disk_full = retry_while_disk_full
         self._app = app
@@ -63,46 +63,12 @@ class Publisher:
         canary: list[CanarySequence],
         evaluate: tuple[EvalDataset, ...] = (),
     ) -> None:
-        """Begin to publish a version; returns when the one before it is out and this one is in the lineage."""
+        """Begin to publish a version; return when the previous one is published and this one is in the lineage."""
         self.wait()
         self.store.announce(version, step=step, parent=parent)
-        self._running = self._thread.submit(self._publish, version, tensors, step, parent, canary, evaluate)
-
-    def wait(self) -> None:
-        """Until the running publication is out. Raises what it raised."""
-        if self._running is not None:
-            self._running.result()
-            self._running = None
-
-    def announce_again(self) -> None:
-        """Redis came back with an older state: what this process has announced is entered once more."""
-        self.store.announce_again(incarnation=self._incarnation)
-
-    def republish_full(self) -> None:
-        """Write the newest version whole where a reader could not verify its delta, and asked."""
-        if (self._running is None or self._running.done()) and self.store.is_full_requested():
-            self._retry_while_disk_full(self.store.republish_full)
-
-    def metrics(self) -> dict[str, float]:
-        """Of the newest publication: seconds, and what a reader downloads who has the version before, in bytes and of all."""
-        return {"time/publish": self.last_publish_s, **self._payload}
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True)
-
-    def _publish(
-        self,
-        version: int,
-        tensors: dict[str, Tensor],
-        step: int,
-        parent: int,
-        canary: list[CanarySequence],
-        evaluate: tuple[EvalDataset, ...],
-    ) -> None:
-        started = time.monotonic()
         lora = self._run.config.trainer.lora
 
-        # Bytes first, the pointer last: the store moves it when all that the version consists of can be read.
+        # Bytes first, the pointer last: the store moves it when the version can be read completely.
         def write() -> None:
             manifest = self.store.publish(
                 version,
@@ -114,17 +80,43 @@ class Publisher:
                 adapter_scale=lora.scale if lora and version > 0 else None,
             )
             self.digest = manifest.digest
-            whole_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            full_bytes = sum(tensor.nbytes for tensor in tensors.values())
             self._payload = {
                 "policy/payload_bytes": float(manifest.payload_bytes),
-                "policy/payload_share": manifest.payload_bytes / whole_bytes,
+                "policy/payload_share": manifest.payload_bytes / full_bytes,
             }
 
+        self._running = self._thread.submit(self._publish, version, write, evaluate)
+
+    def wait(self) -> None:
+        """Wait until the running publication is complete. Raises what it raised."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+
+    def announce_again(self) -> None:
+        """Enter what this process has announced once more: Redis came back with an older state."""
+        self.store.announce_again(incarnation=self._incarnation)
+
+    def republish_full(self) -> None:
+        """Write the newest version in full where a reader could not verify its delta and asked for it."""
+        if (self._running is None or self._running.done()) and self.store.is_full_requested():
+            self._retry_while_disk_full(self.store.republish_full)
+
+    def metrics(self) -> dict[str, float]:
+        """Return seconds of the newest publication, and what a reader with the previous version downloads: bytes, and share."""
+        return {"time/publish": self.last_publish_s, **self._payload}
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def _publish(self, version: int, write: Callable[[], None], evaluate: tuple[EvalDataset, ...]) -> None:
+        started = time.monotonic()
         self._retry_while_disk_full(write)
         self.published = version
 
-        # Evaluations are asked for once their version can be fetched; it then stays until they are finished. The dataset role
-        # may admit again: the credits of the groups that this version was made of are free.
+        # Evaluations are requested once their version can be fetched; it is kept until they are finished. The dataset role may
+        # admit again: the credits of the groups that this version was trained on are free.
         for dataset in evaluate:
             evaluation.request(self._client, self._run.keys, dataset, version=version)
         send(self._app, "dataset.fill", "dataset")

@@ -1,11 +1,11 @@
-"""What outlives a crash of the trainer, or of Redis: checkpoints, and the names of the groups that were trained.
+"""What survives a crash of the trainer, or of Redis: checkpoints, and the names of the groups that were trained.
 
     the trainer died       newest checkpoint --> groups trained after it are sampled again, from manifests in Redis
                            --> published under a new version whose parent is the checkpoint's
-    Redis came back older  groups trained of late are settled by name --> published under a new version
+    Redis came back older  groups trained recently are settled by name --> published under a new version
 
-A batch is freed only after a durable checkpoint names its step. A version that comes out bit for bit as one of the abandoned
-branch is entered as its child, at a distance of no step: the groups that one made are as young as they were.
+A batch is freed only after a durable checkpoint names its step. A version that is bit for bit one of the abandoned branch
+is entered as its child, at a distance of no step: the groups sampled from that one do not age.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from sluice.trainer.publish import Publisher
 log = logging.getLogger("sluice.trainer")
 
 RECENT_GROUPS_S = 120.0
-"""How long a trained group is remembered by name: well over the seconds that a restarted Redis may have lost."""
+"""How long a trained group is remembered by name: well over what a restarted Redis may have lost."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,7 +62,7 @@ class Position:
 
 
 class Recovery:
-    """Checkpoints of one run, and the ways back from them."""
+    """Checkpoints of one run, and how to resume from them."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Recovery:
         publisher: Publisher,
         retry_while_disk_full: Callable[[Callable[[], None]], None],
     ) -> None:
-        """`retry_while_disk_full` runs what writes to a disk, again and again while that is full."""
+        """`retry_while_disk_full` repeats a write while the disk is full."""
         self._client, self._run, self._position = client, run, position
         self._buffer, self._publisher = buffer, publisher
         self._retry_while_disk_full = retry_while_disk_full
@@ -85,7 +85,7 @@ class Recovery:
         self._abandoned: dict[int, dict[str, int]] = {}
 
     def record(self, record: StepRecord) -> None:
-        """A step was trained: its groups are remembered by name, and kept for `sluice replay` where that is asked for."""
+        """Remember the groups of a trained step by name, and keep them for `sluice replay` as `audit` says."""
         self._record_recent([group.group_id for group in record.groups])
         self._audit.record(record, saved_step=self._position.saved_step)
 
@@ -121,9 +121,9 @@ class Recovery:
         self._buffer.acknowledge(position.step, trained=trained)
 
     def resume(self, policy: ParallelPolicy, *, last_reported: int) -> int:
-        """Take up the newest checkpoint, or begin with the base model. Returns the parent of the version to publish next.
+        """Resume from the newest checkpoint, or begin with the base model. Returns the parent of the version to publish next.
 
-        last_reported: newest version that an earlier process has reported; Redis may have forgotten it.
+        last_reported: newest version that an earlier process has reported; Redis may have lost it.
         """
         position = self._position
         newest = self._publisher.store.latest_version()
@@ -136,7 +136,7 @@ class Recovery:
             position.version = newest  # -1 on a fresh run: the base model becomes version 0, and 0 has no parent
             parent = min(newest, 0)
         else:
-            # What the checkpoint names is settled before what came after it is given up: no group is counted twice.
+            # What the checkpoint names is settled before what came after it is dropped: no group is counted twice.
             go_on_from(found, policy)
             position.step = position.saved_step = found.state.step
             position.wall_s = found.state.wall_s
@@ -155,7 +155,7 @@ class Recovery:
         return parent
 
     def restore_redis_state(self, policy: ParallelPolicy, lost: StateLost) -> None:
-        """Redis came back with an older state: tell it what was trained. The policy is to be published again after it.
+        """Settle what was trained after Redis came back with an older state. The caller then publishes the policy again.
 
         Raises ConfigError where Redis has lost the run.
         """
@@ -174,7 +174,7 @@ class Recovery:
             self._buffer.acknowledge(self._position.step, trained=self._recent_groups)
 
     def policy_ages(self, groups: Sequence[Group]) -> list[int]:
-        """Ages of the policies that sampled these groups, in optimizer steps."""
+        """Return the ages of the policies that sampled these groups, in optimizer steps."""
         versions = [group.policy_version for group in groups]
         try:
             return policy_ages(self._client, self._run.keys, versions, current=self._position.version)
@@ -184,7 +184,7 @@ class Recovery:
             return policy_ages(self._client, self._run.keys, versions, current=self._position.version)
 
     def matching_abandoned_version(self, weights: dict[str, Tensor], *, otherwise: int) -> int:
-        """The version of the abandoned branch at this step that is bit for bit the same policy, if there is one."""
+        """Return the version of the abandoned branch at this step that is bit for bit the same policy, else `otherwise`."""
         versions = self._abandoned.get(self._position.step)
         if not versions:
             return otherwise

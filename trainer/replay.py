@@ -1,10 +1,10 @@
 """Recorded steps computed again from a run folder alone: no Redis, no workers, one process.
 
-    base model or checkpoint --> step by step over the records --> losses and weights beside what was recorded
+    base model or checkpoint --> step by step over the records --> losses and weights next to the recorded ones
 
 A record holds the groups in order, so the same program on the same kind of machine repeats every sum of floats: on a CPU,
-with as many threads, the weights come out bit for bit. Of a run with several ranks, or on another device, the loss agrees
-to rounding.
+with as many threads, the weights are the same bit for bit. For a run with several ranks, or on another device, the loss
+agrees to rounding.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class ReplayedStep:
 
 
 def replay(run_folder: Path, *, step: int | None = None) -> Iterator[ReplayedStep]:
-    """That step, from the nearest checkpoint under it (steps between are computed again and given too). Without one, the
-    whole stream from the base model where every step is recorded, else each recorded step that has its checkpoint.
+    """Replay a step from the nearest checkpoint before it (steps between are replayed and yielded too); without a step, all
+    from the base model where every step is recorded, else each recorded step that has its checkpoint.
 
     Raises ConfigError when a record that is needed is missing.
     """
@@ -68,7 +68,7 @@ def replay(run_folder: Path, *, step: int | None = None) -> Iterator[ReplayedSte
 
 
 def _stretches(records: Path, checkpoints: Path, step: int | None) -> list[tuple[int, int]]:
-    """(step of the checkpoint to begin with, or 0 for the base model; last step), ascending."""
+    """Return (step of the checkpoint to begin with, or 0 for the base model; last step) pairs, ascending."""
     recorded, saved = recorded_steps(records), [0, *checkpoint_steps(checkpoints)]
     known = ", ".join(map(str, recorded)) or "none"
     if step is None:

@@ -19,7 +19,7 @@ from sluice.common.types import Episode, Group
 
 
 def loss_tokens(episode: Episode, *, mask_truncated: bool) -> NDArray[np.bool_]:
-    """Which tokens of a completion are in the loss, bool [T].
+    """Return which tokens of a completion are in the loss, bool [T].
 
     None where the episode has no reward or, with mask_truncated, ran into the bound on its length (TRL's
     mask_truncated_completions). Otherwise all but those of `tool_spans`, which the policy did not choose.
@@ -34,7 +34,7 @@ def loss_tokens(episode: Episode, *, mask_truncated: bool) -> NDArray[np.bool_]:
 
 
 def overlong_penalty(num_tokens: int, *, max_res_tokens: int, buffer_tokens: int, penalty: float = 1.0) -> float:
-    """What a completion's length costs, from 0 to penalty: `penalty * clip((T - (L - buffer)) / buffer, 0, 1)`.
+    """Return what a completion's length costs, in [0, penalty]: `penalty * clip((T - (L - buffer)) / buffer, 0, 1)`.
 
     T = num_tokens, L = max_res_tokens. DAPO, arXiv:2503.14476, equation 13 with the sign turned and its 1 a parameter.
     Example: 90 tokens, L = 100, buffer = 20 -> 0.5.
@@ -44,13 +44,13 @@ def overlong_penalty(num_tokens: int, *, max_res_tokens: int, buffer_tokens: int
 
 
 def rewards_of(group: Group, config: Config) -> Tensor:
-    """What advantages are computed from: rewards less overlong penalties, float32 [G]; nan = unscorable."""
+    """Return what advantages are computed from: rewards less overlong penalties, float32 [G]; nan = unscorable."""
     rewards = [math.nan if episode.reward is None else episode.reward for episode in group.episodes]
     return torch.tensor(rewards) - torch.tensor(_penalties(group.episodes, config))
 
 
 def mask_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
-    """How much of a batch is left out of the loss, and the mean penalty where one is configured."""
+    """Return how much of a batch is left out of the loss, and the mean penalty where one is configured."""
     episodes = [episode for group in groups for episode in group.episodes]
     masks = [loss_tokens(episode, mask_truncated=config.trainer.mask_truncated) for episode in episodes]
     tool_tokens = sum(count for episode in episodes for _, count in episode.completion.tool_spans)

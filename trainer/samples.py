@@ -23,18 +23,18 @@ from sluice.trainer.micro_batches import Sequences
 
 SAMPLES_PER_STEP = 2
 _WORK = [f"{fact}:{stage.name}" for stage in STAGES for fact in ("w", "n", "s")]
-"""Who did each part, its claims, and how often it was sent again."""
+"""The worker of each stage, its claims, and how often it was sent again."""
 
 
 class Samples:
-    """What is kept of the groups of one run."""
+    """The samples of one run."""
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client, self._run = client, run
         self._completions = CompletionsTable(Path(run.folder)) if run.config.metrics.completions else None
 
     def forget_after(self, step: int) -> None:
-        """The run goes on from this step: completions of steps that will be trained again go."""
+        """Remove the completions after this step, from which the run resumes."""
         if self._completions is not None:
             self._completions.forget_after(step)
 
@@ -45,7 +45,7 @@ class Samples:
         advantages: list[list[float]],
         logprobs_of: Callable[[Sequences], Sequence[NDArray[np.float32] | None]],
     ) -> None:
-        """All completions of the step as a table where asked for, and of its first groups everything.
+        """Write all completions of the step as a table where configured, and everything of its first groups.
 
         logprobs_of: the trainer's, before the step, of the completions that are kept.
         """

@@ -43,9 +43,9 @@ class Scorer(torch.nn.Module):
         for_loss: bool = True,
         sampling: SamplingParams | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logprobs [B, T] and, for a loss, entropy [B, T]; otherwise at temperature 1 of the whole softmax, and no entropy.
+        """Return logprobs [B, T] and, for a loss, entropy [B, T]; otherwise those of the full softmax at temperature 1.
 
-        sampling: what these rows were sampled with; none = what the run was created with.
+        sampling: parameters of these rows; none = those that the run was created with.
         """
         sampled_with: dict[str, Any] = self._sampled_with
         if sampling is not None:

@@ -5,8 +5,8 @@
 
 Model, packing, optimizer and checkpoints are those of RL; prompt tokens are not in the loss.
 
-Which examples a step sees is a function of the config and the step: cursors in order, those skipped left out. So a run
-that was ended and resumed goes on bit for bit.
+Which examples a step sees is a function of the config and the step: cursors in order, without those skipped. So a resumed
+run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from sluice.trainer.trained_policy import TrainedPolicy
 log = logging.getLogger("sluice.sft")
 
 MAX_SKIPPED_ROWS = 10_000
-"""So many rows of a stream without one that can be trained on, and it is given up; of a table, all its rows."""
+"""Rows of a stream without a trainable one after which training fails; of a table, all its rows."""
 
 
 def completion_nll(
     *, policy_logprobs: Tensor, loss_mask: Tensor, num_tokens: int, **_: object
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """loss = -sum of the completion tokens' logprobs / completion tokens of the step: an `Objective`."""
+    """Compute -sum of the completion tokens' logprobs / completion tokens of the step: an `Objective`."""
     nll = -torch.where(loss_mask, policy_logprobs, 0.0).sum()
     own_tokens = loss_mask.sum().to(nll.dtype)
     return nll / num_tokens, {"loss": nll.detach() / own_tokens.clamp(min=1), "loss/num_tokens": own_tokens}
 
 
 class SftTrainer:
-    """One supervised training in one folder; a folder with checkpoints is gone on with."""
+    """One supervised training in one folder; it resumes from the folder's newest checkpoint."""
 
     def __init__(self, config: SftConfig, folder: Path) -> None:
-        """Reads model, data and the newest checkpoint. Raises ConfigError for whatever is wrong with them."""
+        """Read model, data and the newest checkpoint. Raises ConfigError where one of them is invalid."""
         assets = read_assets(config.model.path, revision=config.model.revision)
         self._tokenizer, self._eos_token_ids = assets.tokenizer(), assets.eos_token_ids
         self.folder = folder
         self._source = self._open(config, config.dataset, section="dataset")
         self._source.example_at(0)
         self.config = config if config.num_epochs is None else config.for_examples(self._num_examples(config))
-        "as given, with the epochs turned into steps"
+        "with epochs converted to steps"
         self._held_out = self._read_held_out()
         torch.manual_seed(config.seed)
         self.policy = TrainedPolicy(
@@ -74,7 +74,7 @@ class SftTrainer:
         (folder / "config.yaml").write_text(self.config.to_yaml())
 
     def train(self, on_step: Callable[[dict[str, float]], None], *, stop: Callable[[], bool] = lambda: False) -> bool:
-        """To the last step, or until told to stop between two of them; whether it is the last. Both leave a checkpoint.
+        """Train to the last step, or until told to stop; return whether it is the last. Both leave a checkpoint.
 
         on_step: called with the metrics of each step, and before the first with those of the held-out set.
         """
@@ -122,7 +122,7 @@ class SftTrainer:
 
     @property
     def num_skipped(self) -> int:
-        """Rows passed over so far: too long, or wrong in themselves."""
+        """Rows skipped so far: too long, or malformed."""
         return self._cursor - self.step * self.config.batch_size
 
     def _next_examples(self) -> list[Example]:
@@ -140,7 +140,7 @@ class SftTrainer:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean NLL of the held-out completion tokens, in nats."""
+        """Return the mean NLL of the held-out completion tokens, in nats."""
         sequences = [(example.prompt_ids, example.token_ids) for example in self._held_out]
         model, config = self.policy.model.eval(), self.config.trainer
         with autocast(self.policy.device, config.autocast):
@@ -171,7 +171,7 @@ class SftTrainer:
         return examples
 
     def _num_examples(self, config: SftConfig) -> int:
-        """Of one epoch."""
+        """Count the examples of one epoch."""
         if self._source.num_rows is None:
             raise ConfigError(
                 "num_epochs counts passes over a table, and dataset.streaming is on: set trainer.num_steps"
@@ -219,7 +219,7 @@ class SftTrainer:
         log.info("resumed at step %d from %s", self.step, found.path)
 
     def _export(self) -> None:
-        """`<folder>/model`, whole or not at all; one that is there already stays until the new one is whole."""
+        """Write `<folder>/model` completely or not at all; an existing one stays until the new one is complete."""
         target, draft, old = self.folder / "model", self.folder / ".model", self.folder / ".old-model"
         del self.policy  # the checkpoint has it all, and one model in memory is enough
         if old.exists() and not target.exists():  # killed between the two renames
@@ -240,5 +240,5 @@ class SftTrainer:
 def _nothing_fits(config: SftConfig, dataset: ExamplesConfig, section: str) -> str:
     return (
         f"{section}.path = {dataset.path!r}: no row can be trained on; all are longer than trainer.seq_len = "
-        f"{config.trainer.seq_len} tokens, or wrong in themselves"
+        f"{config.trainer.seq_len} tokens, or malformed"
     )

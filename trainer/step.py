@@ -1,4 +1,4 @@
-"""One step of training as a function of groups and config alone: the loop calls it, and `sluice replay` calls it again."""
+"""One step of training as a function of groups and config alone: called by the loop and by `sluice replay`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sluice.trainer.reward_shaping import mask_metrics, rewards_of
 def train_on(
     policy: ParallelPolicy, groups: list[Group], config: Config, *, step: int
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """Advantages and the optimizer step; the step's metrics, and the advantages [G] of each group.
+    """Compute advantages, make the optimizer step; return its metrics and the advantages [G] of each group.
 
     `step` counts from 1. The order of the groups is part of the input: sums of floats depend on it in the last bits.
     """

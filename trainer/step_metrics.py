@@ -43,7 +43,7 @@ _REPORTED = re.compile(rb'\{"step": (\d+), "version": (\d+)')
 
 
 class Reporter:
-    """Writes one line per step to every sink. Trackers begin with `begin`."""
+    """Writes one line per step to every sink; trackers start in `begin`."""
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client = client
@@ -57,7 +57,7 @@ class Reporter:
         self._trackers: Trackers | None = None
 
     def begin(self, step: int, config: Config) -> None:
-        """The run goes on from this step, under this config."""
+        """Start the trackers: the run continues from this step, under this config."""
         created_at = RunRecord(self._client, self._run.keys).created_at
         tracked = TrackedRun(
             name=self._run.name,
@@ -71,7 +71,7 @@ class Reporter:
         self._trackers = Trackers(config.metrics, tracked)
 
     def report(self, step: int, version: int, metrics: dict[str, float]) -> None:
-        """One trainer step. Evaluations whose results are in it are marked last: killed before, the next trainer tells them."""
+        """Report one step. Evaluations in it are marked last: after a kill before that, the next trainer reports them."""
         metrics = metrics | (self._trackers.metrics() if self._trackers else {})
         line = {"step": step, "version": version, "time": time.time(), **metrics}
         write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
@@ -83,11 +83,9 @@ class Reporter:
                 mark_reported(self._client, self._run.keys, dataset=dataset.name, version=int(evaluated))
 
     def report_stall(self, step: int, cause: Cause, waited_s: float) -> None:
-        """A line of metrics.jsonl while the trainer does not move: for how long, and why. Needs no Redis."""
-        append_line(
-            self._path,
-            {"step": step, "time": time.time(), "stall": cause.kind, "cause": cause.text, "waited_s": waited_s},
-        )
+        """Append a stall to metrics.jsonl: for how long, and why. Needs no Redis."""
+        stall = {"stall": cause.kind, "cause": cause.text, "waited_s": waited_s}
+        append_line(self._path, {"step": step, "time": time.time(), **stall})
 
     def close(self) -> None:
         if self._trackers is not None:
@@ -95,12 +93,10 @@ class Reporter:
 
 
 def log_step(step: int, config: Config, metrics: Mapping[str, float]) -> None:
-    """One line for the log; an error where a sampler scores the canary otherwise than the trainer."""
-    shown = [
-        metrics[name] for name in ("reward/mean", "loss/policy", "grad_norm", "staleness/mean", "time/wait_for_batch")
-    ]
+    """Log one line; log an error where a sampler scores the canary otherwise than the trainer."""
+    names = ("reward/mean", "loss/policy", "grad_norm", "staleness/mean", "time/wait_for_batch")
     line = "step %d/%d reward %.3f loss %.4f grad_norm %.2f age %.2f waited %.2f s"
-    log.info(line, step, config.trainer.num_steps, *shown)
+    log.info(line, step, config.trainer.num_steps, *(metrics[name] for name in names))
     bound = mismatch_bound(config.rollout.dtype, config.trainer.autocast)
     if (difference := metrics.get("off_policy/canary_abs_diff", 0.0)) > bound:
         log.error(
@@ -110,7 +106,7 @@ def log_step(step: int, config: Config, metrics: Mapping[str, float]) -> None:
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """One line of JSON, whole or not at all: a full disk costs lines of this file, never the run."""
+    """Append one line of JSON, completely or not at all: a full disk costs lines of this file, never the run."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a") as file:
@@ -122,7 +118,7 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def _last_logged(path: Path) -> tuple[int, int]:
-    """Highest step and newest version of all steps that were reported, or (-1, -1)."""
+    """Return the highest step and newest version of all reported steps, or (-1, -1)."""
     step = version = -1
     if path.exists():
         with path.open("rb") as file:
@@ -132,7 +128,7 @@ def _last_logged(path: Path) -> tuple[int, int]:
 
 
 def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
-    """Rewards, lengths and ages of one batch."""
+    """Return rewards, lengths and ages of one batch."""
     episodes = [episode for group in groups for episode in group.episodes]
     rewards = [e.reward for e in episodes if e.reward is not None]
     lengths = [len(e.completion.token_ids) for e in episodes]
@@ -146,7 +142,7 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
         "completions/clipped_ratio": fmean(e.completion.finish_reason == "length" for e in episodes),
         "staleness/mean": fmean(ages),
         "staleness/max": max(ages),
-        "staleness/in_queue": fmean(_seconds_in_queue(group) for group in groups),
+        "staleness/in_queue": fmean(g.timestamps.get("leased", 0.0) - g.timestamps.get("ready", 0.0) for g in groups),
         "num_episodes": len(episodes),
         "num_tokens": sum(lengths),
     }
@@ -159,7 +155,7 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
 
 
 def token_age(client: redis.Redis, keys: Keys, groups: list[Group], *, current: int) -> float:
-    """Mean over tokens of the age of the policy that produced each; nan where Redis has forgotten one of their versions."""
+    """Return the mean policy age over tokens; nan where Redis has lost one of their versions."""
     tokens: Counter[int] = Counter()
     for group in groups:
         for episode in group.episodes:
@@ -172,20 +168,15 @@ def token_age(client: redis.Redis, keys: Keys, groups: list[Group], *, current: 
     return sum(age * count for age, count in zip(ages, tokens.values(), strict=True)) / max(1, tokens.total())
 
 
-def _seconds_in_queue(group: Group) -> float:
-    """From ready to taken."""
-    return group.timestamps.get("leased", 0.0) - group.timestamps.get("ready", 0.0)
-
-
 class FlowMeter:
-    """What happens around the trainer: queues, buffer, ledger, how busy the workers are, and what they have generated."""
+    """Metrics of what happens around the trainer: queues, buffer, ledger, how busy workers are, and what they generate."""
 
     def __init__(self, client: redis.Redis, run: Run) -> None:
         self._client, self._run = client, run
         self._generated_tokens = read_usage(client, run.keys).generated_tokens
 
     def metrics(self, *, step_s: float) -> dict[str, float]:
-        """Now; what was generated, over the step_s seconds since the last call."""
+        """Return the metrics now; generated tokens over the step_s seconds since the last call."""
         usage = read_usage(self._client, self._run.keys)
         before, self._generated_tokens = self._generated_tokens, usage.generated_tokens
         counters = read_counters(self._client, self._run.keys)
@@ -221,7 +212,7 @@ class FlowMeter:
 
 
 def _worker_metrics(heartbeats: Collection[Mapping[str, Any]]) -> dict[str, float]:
-    """Of what workers say of themselves."""
+    """Return metrics of what workers report in their heartbeats."""
     metrics: dict[str, float] = {}
     shares: dict[str, list[float]] = defaultdict(list)
     for stats in heartbeats:

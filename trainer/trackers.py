@@ -2,8 +2,8 @@
 
     Trainer -> Sink.log (never waits) -> bounded queue -> the sink's own thread -> the library
 
-A tracker never stops or slows the run: whatever its library raises, and every line that finds the queue full, costs lines
-of this tracker, said once and counted. It is opened on its thread too, and every wait at the end is bounded.
+A tracker never stops or slows the run: an error of its library or a full queue costs lines of this tracker, logged once and
+counted. It is opened on its thread too, and every wait at the end is bounded.
 
 A run is one run of its tracker, over all its trainers. Steps that are trained again after a crash are not sent again to
 W&B and Trackio, which cannot take back what they hold; TensorBoard drops them at its next start (purge_step), and shows the
@@ -31,18 +31,18 @@ from sluice.common.errors import ConfigError
 log = logging.getLogger("sluice.trainer")
 
 LINES_HELD = 1000
-"""Steps that a tracker may be behind; what comes then is dropped."""
+"""Steps that a tracker may be behind; further ones are dropped."""
 OPEN_S = 30
-"""W&B's server may take so long to answer at the start; then the run is recorded offline."""
+"""How long W&B's server may take to answer at the start; then the run is recorded offline."""
 FINISH_S = 15
-"""At the end W&B uploads for so long at most; the rest stays in the run folder, for `wandb sync`."""
+"""How long W&B may upload at the end; the rest stays in the run folder, for `wandb sync`."""
 CLOSE_S = 20.0
-"""At the end a tracker is waited for so long at most, and as long for room in its queue."""
+"""How long the trainer waits for a tracker at the end, and for room in its queue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:
-    """What a tracker is told when it is opened."""
+    """What a tracker is opened with."""
 
     name: str
     run_id: str
@@ -52,7 +52,7 @@ class TrackedRun:
     config: Mapping[str, Any]
     "the one in force"
     resumed_step: int = 0
-    "the trainer goes on from it"
+    "the trainer resumes from it"
     told_step: int = -1
     "the highest that earlier trainers have reported"
 
@@ -92,7 +92,7 @@ class WandB:
         if self._wandb.setup().settings.mode == "online":
             try:
                 self._run = self._wandb.init(**options, resume="allow")
-            except Exception as error:  # whatever the network does to it; offline nothing is lost
+            except Exception as error:  # any network error; offline nothing is lost
                 log.warning("W&B: %s; recorded offline: `wandb sync` uploads it from %s/wandb", error, run.folder)
                 self._wandb.teardown()  # it would refuse to open the same run a second time
                 self._run = self._wandb.init(**options, mode="offline")
@@ -154,7 +154,7 @@ class TrackerQueue:
     open: Callable[[TrackedRun], Tracker]
     run: TrackedRun
     dropped: int = 0
-    "steps that did not get there"
+    "steps that were not sent"
     _lines: queue.Queue[tuple[int, dict[str, float]] | None] = field(default_factory=lambda: queue.Queue(LINES_HELD))
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _has_said: bool = False
@@ -171,7 +171,7 @@ class TrackerQueue:
             self._lose(f"it is {LINES_HELD} steps behind")
 
     def close(self) -> None:
-        """What is queued is sent first; in CLOSE_S, or it stays undone."""
+        """Send what is queued and close, within CLOSE_S; what is left then stays unsent."""
         with suppress(queue.Full):
             self._lines.put(None, timeout=CLOSE_S)
         self._thread.join(CLOSE_S)
@@ -211,7 +211,7 @@ class TrackerQueue:
             if self._has_said:
                 return
             self._has_said = True
-        log.error("%s fails: %s. The run goes on without it (said once; metric trackers/dropped)", self.name, why)
+        log.error("%s fails: %s. The run continues without it (logged once; metric trackers/dropped)", self.name, why)
 
 
 class Trackers:
@@ -226,7 +226,7 @@ class Trackers:
             sink.log(step, finite)
 
     def metrics(self) -> dict[str, float]:
-        """Nothing while every tracker keeps up."""
+        """Return `trackers/dropped`; nothing while every tracker keeps up."""
         dropped = sum(sink.dropped for sink in self._queues)
         return {"trackers/dropped": float(dropped)} if dropped else {}
 
@@ -240,19 +240,19 @@ def chosen(config: MetricsConfig) -> list[str]:
 
 
 def tracked_id(name: str, created_at: str) -> str:
-    """The tracker's id of a run: the same after every restart, another for a later run of the same name."""
+    """Return the tracker's id of a run: the same after every restart, another for a later run of the same name."""
     return hashlib.sha256(f"{name} {created_at}".encode()).hexdigest()[:16]
 
 
 def check_packages(config: MetricsConfig) -> None:
-    """Raises ConfigError where the package of a tracker is missing."""
+    """Check that the package of every tracker is installed. Raises ConfigError."""
     for name in chosen(config):
         if find_spec(name) is None:
             raise ConfigError(f"metrics.{name}=true needs the extra: pip install 'sluice-rl[{name}]'")
 
 
 def check_trackers(config: MetricsConfig) -> None:
-    """Before anything starts: packages, and whether W&B's server takes our key (10 s at most). Raises ConfigError."""
+    """Check, before anything starts, packages, and that W&B's server accepts our key (at most 10 s). Raises ConfigError."""
     check_packages(config)
     if not config.wandb:
         return

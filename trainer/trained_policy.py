@@ -1,8 +1,8 @@
 """The model being trained: float32 master weights, AdamW, schedule, and the optimizer steps over one batch.
 
-What is minimised is an `Objective`: that of the run's config (`objective_of`), or that of `sluice.trainer.sft`.
+It minimises an `Objective`: that of the run's config (`objective_of`), or that of `sluice.trainer.sft`.
 
-Over several ranks every one of them holds a `TrainedPolicy` and makes the same calls at the same time (`trainer.parallel`);
+Each of several ranks holds a `TrainedPolicy` and makes the same calls at the same time (`trainer.distributed.parallel`);
 gradients and metrics are those of all ranks' micro-batches together.
 
 Legend: B = sequences, T = completion tokens.
@@ -51,14 +51,14 @@ from sluice.trainer.scorer import Scorer, autocast
 log = logging.getLogger("sluice.trainer")
 
 MAX_SKIPPED = 10
-"""Optimizer steps in a row that may be left out because their gradient is not finite."""
+"""Optimizer steps in a row that are skipped for a non-finite gradient before training has diverged."""
 
 
 class TrainedPolicy:
-    """Model, optimizer and schedule, moved on by `optimize`.
+    """Model, optimizer and schedule, advanced by `optimize`.
 
-    temperature, truncation: what the completions are sampled with, where a micro-batch does not say it itself; the trainer's
-    logprobs are those of that distribution. end_token_ids: what ends a completion.
+    temperature, truncation: of the sampling distribution, where a micro-batch does not name it; the trainer's logprobs are those
+    of that distribution. end_token_ids: what ends a completion.
     ranks: those that train it together, of which this process is one; by default the only one.
     """
 
@@ -113,7 +113,7 @@ class TrainedPolicy:
     def of_run(
         cls, model: Any, config: Config, *, end_token_ids: Sequence[int] = (), ranks: Ranks | None = None
     ) -> TrainedPolicy:
-        """The policy of a run. end_token_ids: what ends a completion; sampling.min_tokens is reproduced with them."""
+        """Make the policy of a run. end_token_ids: what ends a completion; sampling.min_tokens is reproduced with them."""
         return cls(
             model,
             config.trainer,
@@ -125,11 +125,11 @@ class TrainedPolicy:
         )
 
     def configure(self, config: TrainerConfig) -> None:
-        """From the next `optimize` on: learning rate, schedule, clipping and policy loss of this config, a run's."""
+        """Use this config's learning rate, schedule, clipping and policy loss from the next `optimize` on; for runs."""
         self.config, self._objective = config, objective_of(config)
 
     def optimize(self, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float]:
-        """`num_iterations` optimizer steps on one batch (`step` counts batches from 1); the metrics of the last of them.
+        """Make `num_iterations` optimizer steps on one batch (`step` counts batches from 1); return the metrics of the last.
 
         micro_batches: this rank's, as many as on every other. Gradients do not depend on the split into micro-batches and
         ranks. From the second iteration on, `decoupled` losses take the logprobs of the first as those of the proximal policy.
@@ -163,7 +163,7 @@ class TrainedPolicy:
                 self._first_pass = [(batch, found) for batch, (found, _) in zip(micro_batches, scored, strict=True)]
                 prox = [found for found, _ in scored] if self.config.num_iterations > 1 else prox
 
-            # The norm is that of all ranks, so all of them step, or all leave the step out.
+            # The norm is that of all ranks, so either all step or all skip.
             began = time.monotonic()
             grad_norm = self._clipped()
             if math.isfinite(grad_norm):
@@ -183,14 +183,14 @@ class TrainedPolicy:
         }
 
     def _clipped(self) -> float:
-        """Scale the gradients to at most max_grad_norm; their norm before, over all ranks."""
+        """Scale the gradients to at most max_grad_norm; return their norm before, over all ranks."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         return float(gathered(norm, norm.dtype))
 
     def _skip(self, step: int) -> None:
-        """A gradient that is not finite moves nothing: one now and then is a bad batch, many in a row are no training."""
+        """Skip a non-finite gradient: an occasional one is a bad batch, many in a row mean that training has diverged."""
         self._num_skipped += 1
-        log.error("step %d: the gradient is not finite; this optimizer step is left out", step)
+        log.error("step %d: the gradient is not finite; this optimizer step is skipped", step)
         if self._num_skipped == MAX_SKIPPED:
             raise Diverged(
                 f"step {step}: the gradients of {MAX_SKIPPED} optimizer steps in a row were not finite; the weights are those "
@@ -198,7 +198,7 @@ class TrainedPolicy:
             )
 
     def _combined(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-        """The step's metrics, over all ranks."""
+        """Combine the step's metrics over all ranks."""
         own = {name: float(value) for name, value in combine_metrics(parts).items()}
         if self._ranks.size == 1:
             return own
@@ -206,14 +206,14 @@ class TrainedPolicy:
         return {name: float(value) for name, value in combine_metrics(every).items()}
 
     def _padding_share(self, batches: list[MicroBatch]) -> float:
-        """That of all ranks."""
+        """Return the padding share over all ranks."""
         own = [padding_share(batches, packed=self.is_packed), sum(batch.num_padded_tokens for batch in batches)]
         every = self._ranks.gather(own)
         return float(sum(share * tokens for share, tokens in every) / sum(tokens for _, tokens in every))
 
     @property
     def base_digest(self) -> str:
-        """Of the weights that the adapter is upon, and its scale; empty where all weights are trained."""
+        """Digest of the adapter's base weights and its scale; empty where full weights are trained."""
         return self.adapter.base_digest if self.adapter else ""
 
     @property
@@ -221,15 +221,15 @@ class TrainedPolicy:
         return int(self.model.config.get_text_config().vocab_size)
 
     def logprobs_of(self, sequences: Sequences) -> list[NDArray[np.float32] | None]:
-        """Float32 [T] each, as the last `optimize` found them before its first step; None for what was not in it."""
+        """Return float32 [T] each, as the last `optimize` found them before its first step; None for what was not in it."""
         every = self._ranks.gather(find_logprobs(self._first_pass, sequences))
         return [next((row for row in found if row is not None), None) for found in zip(*every, strict=True)]
 
     @torch.no_grad()
     def score(self, sequences: Sequences) -> list[CanarySequence]:
-        """The canary of the present weights, from (prompt_ids, token_ids): logprobs at temperature 1.
+        """Make the canary of the present weights from (prompt_ids, token_ids): logprobs at temperature 1.
 
-        With an adapter also those of its base, so that a sampler that serves the base can be told.
+        With an adapter also those of its base, so that a sampler that serves the base is recognised.
         """
         padded = pad_sequences([prompt for prompt, _ in sequences], [tokens for _, tokens in sequences])
         tensors = [tensor.to(self.device) for tensor in padded]
@@ -253,10 +253,10 @@ class TrainedPolicy:
 
     @torch.no_grad()
     def snapshot(self, dtype: torch.dtype, *, full: bool = False) -> dict[str, Tensor]:
-        """A copy of the weights on the CPU of rank 0, in the sampling precision; training may go on while it travels.
+        """Copy the weights to the CPU of rank 0, in the sampling precision; training may continue while the copy travels.
 
-        Where an adapter is trained, its tensors in float32; with `full` the weights that it is upon. Sharded weights are
-        gathered one by one. On the other ranks it is empty.
+        Where an adapter is trained, its tensors in float32; with `full` its base weights. Sharded weights are gathered one by
+        one. Empty on the other ranks.
         """
         weights = self._trained_weights()
         if self.adapter is not None:
@@ -295,7 +295,7 @@ class TrainedPolicy:
 
     @torch.no_grad()
     def restore(self, folder: Path) -> None:
-        """The inverse of `save`, on any number of ranks: each reads its rows.
+        """Invert `save`, on any number of ranks: each reads its rows.
 
         Raises DigestMismatch for another model's, ConfigError for the adapter of another config.
         """
@@ -324,7 +324,7 @@ class TrainedPolicy:
             self.optimizer.state[parameter][key] = state
 
     def _trained_weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, and a version consists of: all weights, or those of the adapter."""
+        """Return what checkpoints and versions hold: all weights, or those of the adapter."""
         return named_weights(self.model) if self.adapter is None else self.adapter.weights()
 
     def _fill(self, tensor: Tensor, saved: SavedTensors, name: str) -> None:
@@ -334,7 +334,7 @@ class TrainedPolicy:
         own.copy_(saved.full(name) if start is None else saved.rows(name, start, start + own.shape[0]))
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        """AdamW's state as flat tensors, `<parameter>/<exp_avg|exp_avg_sq|step>`: no pickle needed to keep it."""
+        """Return AdamW's state as flat tensors, `<parameter>/<exp_avg|exp_avg_sq|step>`: no pickle needed to keep it."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return {
             f"{names[id(parameter)]}/{key}": value
@@ -344,7 +344,7 @@ class TrainedPolicy:
 
 
 def _without_dropout(model: Any) -> Any:
-    """The trainer must compute the distribution that was sampled from, and a step must not depend on its split."""
+    """Disable dropout: logprobs are those of the sampled distribution, and a step does not depend on its split."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -362,13 +362,13 @@ def _packs(model: Any, *, compute: str) -> bool:
 
 
 def _on_cpu(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy. Into memory from numpy, which asks for huge pages: training waits a third of the time."""
+    """Copy contiguously, into memory from numpy, which asks for huge pages: training waits a third of the time."""
     memory = torch.from_numpy(np.empty(tuple(weight.shape), dtype=f"i{dtype.itemsize}"))
     return memory.view(dtype).copy_(weight)
 
 
 def schedule_factor(config: TrainerConfig, step: int) -> float:
-    """Share of the peak learning rate at a step counted from 1: linear warm-up, then the schedule."""
+    """Return the share of the peak learning rate at a step counted from 1: linear warm-up, then the schedule."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
@@ -378,7 +378,7 @@ def schedule_factor(config: TrainerConfig, step: int) -> float:
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> Iterable[dict[str, Any]]:
-    """Matrices decay; norms and biases do not. What is frozen is left out."""
+    """Split the trained parameters: matrices decay, norms and biases do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},

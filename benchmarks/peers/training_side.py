@@ -118,7 +118,7 @@ def bare_side(model: Any, batches: dict[str, list[Sequence]], *, device: str) ->
 
 
 class SluiceSide:
-    """`trainer.step.train_on`, the whole of what the loop does with a batch: advantages, micro-batches, loss, step, metrics."""
+    """`trainer.step.train_on`, all that the loop does with a batch: advantages, micro-batches, loss, step, metrics."""
 
     def __init__(
         self, model: Any, batches: dict[str, list[Sequence]], *, device: str, packing: str, budget: int

@@ -27,7 +27,7 @@ def main() -> None:
     import torch
     import vllm
 
-    results, sys.stdout = sys.stdout, sys.stderr  # what vLLM prints is no result
+    results, sys.stdout = sys.stdout, sys.stderr  # what vLLM prints is not a result
     print(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__}), file=results, flush=True)
     engines: dict[int, Any] = {}
     for line in sys.stdin:

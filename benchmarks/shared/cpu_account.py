@@ -111,7 +111,7 @@ class Watcher:
         return ("other", False) if parent == "supervisor" else (parent, True)
 
     def _ask_redis(self) -> dict[str, tuple[int, float]]:
-        """Learn which process has which role; calls and seconds of each Redis command, none while the server is away."""
+        """Learn which process has which role; calls and seconds of each Redis command, none while the server is unavailable."""
         try:
             if self._client is None:
                 address = self._run / "redis" / "url"

@@ -1,4 +1,4 @@
-"""A rollout worker in a network namespace of its own, so that its network can be cut while the rest of the machine goes on.
+"""A rollout worker in a network namespace of its own, so that its network can be cut while the rest of the machine continues.
 
     worker --- veth pair --- relay on this machine's end --- Redis on 127.0.0.1
 

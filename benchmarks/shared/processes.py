@@ -1,4 +1,4 @@
-"""Processes that a benchmark starts: a peer that answers line by line, and a whole `sluice run` of the quickstart."""
+"""Processes that a benchmark starts: a peer that answers line by line, and a complete `sluice run` of the quickstart."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def read_steps(run: Path) -> list[dict[str, float]]:
 
 
 def roles_by_pid(client: redis.Redis, run: str) -> dict[int, str]:
-    """Return the role of each process that the run knows: by its heartbeat, and the server by itself. Raises RedisError."""
+    """Return the role of each process that the run knows: by its heartbeat, and the server's own. Raises RedisError."""
     names = read_heartbeats(client, Keys(run))
     found = {int(name.rpartition(":")[2]): name.partition("@")[0] for name in names}
     return {**found, int(client.info("server")["process_id"]): "redis"}

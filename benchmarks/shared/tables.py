@@ -1,6 +1,6 @@
 """Reports as Markdown tables, and the page that shows the recorded ones (docs/benchmarks.md).
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; NAME is that of the report in benchmarks/results. Nothing
+A table is between `<!-- begin NAME -->` and `<!-- end NAME -->`; NAME is that of the report in benchmarks/results. Nothing
 there is written by hand. Cells are templates of `str.format` over what a benchmark found.
 """
 

@@ -18,7 +18,7 @@ from benchmarks.shared.models import SHAPES
 ADAMW: dict[str, Any] = {"lr": 1e-6, "betas": (0.9, 0.95), "eps": 1e-8}
 WEIGHT_DECAY, MAX_GRAD_NORM, GROUP_SIZE = 0.1, 1.0, 4
 PASSES = 2
-"""A step's tokens are trained in so many micro-batches."""
+"""Micro-batches that a step's tokens are trained in."""
 SIGMA, MEDIAN_SHARE = 0.8, 0.2
 """Of the ragged batch's completion lengths, a log-normal: standard deviation of ln T, and median over the bound."""
 

@@ -1,1 +1,1 @@
-"""The commands of `sluice`, one file each."""
+"""The commands of `sluice`, a file per subject."""

@@ -17,7 +17,7 @@ from sluice.scripts.options import example
 @click.option("--port", default=8265, show_default=True, help="Port; 0 = any free one.")
 @click.option("--token-file", type=click.Path(dir_okay=False, path_type=Path), help="Else SLUICE_DASHBOARD_TOKEN.")
 def dashboard(names: tuple[str, ...], host: str, port: int, token_file: Path | None) -> None:
-    """A web page over Redis, live and read-only: curves, queues, workers, the ledger, samples. Default: every run."""
+    """Serve a live, read-only web page over Redis: curves, queues, workers, ledger, samples. Default: every run."""
     from sluice.dashboard.auth import check_token, free_port, page_url
     from sluice.dashboard.web import serve
     from sluice.scripts.launcher.existing_run import opened_run

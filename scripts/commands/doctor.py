@@ -1,4 +1,4 @@
-"""`sluice doctor`: what is here, and what stands in the way."""
+"""`sluice doctor`: what this machine has, and what prevents a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Finding:
 @click.command(epilog=example("sluice doctor config/quickstart.yaml"))
 @click.argument("config", required=False, type=click.Path())
 def doctor(config: str | None) -> None:
-    """Check this machine, Redis and (if given) a config; says what to do about each finding. Exit code 1 on a problem."""
+    """Check this machine, Redis and (if given) a config; say what to do about each finding. Exit code 1 on a problem."""
     findings = examine(config)
     for finding in findings:
         click.echo(f"{finding.level:8} {finding.text}")
@@ -52,25 +52,18 @@ def _machine() -> list[Finding]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     findings = [
         Finding("ok", f"{os.cpu_count()} CPU cores, {memory:.1f} GiB memory free, torch {torch.__version__}"),
-        Finding("ok", "GPUs: " + ", ".join(devices))
-        if devices
-        else Finding("note", "no CUDA device: everything runs on the CPU"),
+        Finding("ok" if devices else "note", f"GPUs: {', '.join(devices) or 'none: everything runs on the CPU'}"),
         Finding("ok", "vLLM is installed")
         if find_spec("vllm")
         else Finding("note", "vLLM is not installed: rollout.engine=torch is available"),
     ]
     free = shutil.disk_usage(".").free / 2**30
-    findings.append(
-        Finding(
-            "ok" if free > 5 else "problem",
-            f"{free:.1f} GiB free on this disk (checkpoints, logs, Redis' append-only file)",
-        )
-    )
-    return findings
+    on_disk = f"{free:.1f} GiB free on this disk (checkpoints, logs, Redis' append-only file)"
+    return [*findings, Finding("ok" if free > 5 else "problem", on_disk)]
 
 
 def examine_redis() -> list[Finding]:
-    """The Redis of SLUICE_REDIS_URL: is it there, and may it lose what a run keeps in it."""
+    """Check that the Redis of SLUICE_REDIS_URL answers, and cannot lose what a run keeps in it."""
     url = secret("SLUICE_REDIS_URL")
     try:
         if not url:
@@ -82,13 +75,11 @@ def examine_redis() -> list[Finding]:
     findings = [Finding("ok", f"Redis {info['redis_version']} at {without_password(url)}")]
     if sentinel.is_sentinel(url):
         host, port = sentinel.parse(url).master_address()
-        findings.append(
-            Finding("ok", f"Sentinel names {host}:{port} as the master, {info['connected_slaves']} replicas")
-        )
+        replicas = f"{info['connected_slaves']} replicas"
+        findings.append(Finding("ok", f"Sentinel names {host}:{port} as the master, {replicas}"))
     if secret(RUN_KEY) is None:
-        findings.append(
-            Finding("note", f"{RUN_KEY} is not set: only `sluice run` signs policies then (docs/security.md)")
-        )
+        unsigned = f"{RUN_KEY} is not set: only `sluice run` signs policies then (docs/security.md)"
+        findings.append(Finding("note", unsigned))
     if warning := persistence_warning(client):
         findings.append(Finding("warning", warning))
     if info.get("maxmemory"):

@@ -1,11 +1,10 @@
-"""`sluice eval`: ask for an evaluation of the newest policy and wait for it; `--list`: what all evaluations found."""
+"""`sluice eval`: request an evaluation of the newest policy and wait for it; `--list`: the results of all evaluations."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from typing import Any
 
 import click
 import redis
@@ -19,6 +18,7 @@ from sluice.common.pipeline import stages_for
 from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run
 from sluice.dashboard.evaluations import describe, list_evaluations
+from sluice.scripts.launcher.existing_run import opened_run
 from sluice.scripts.options import Json, RunName, example
 
 
@@ -29,21 +29,17 @@ from sluice.scripts.options import Json, RunName, example
 @Json
 def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool) -> None:
     """Evaluate the newest policy of a running run on its held-out sets, beside training."""
-    from sluice.scripts.launcher.existing_run import opened_run
-
     with opened_run(name) as (client, opened, url):
-        if not only_list:
-            results = evaluate_latest(client, opened, url=url, timeout_s=timeout_s)
-        else:
-            results = list_evaluations(client, opened)
+        version = None if only_list else _evaluate_newest(client, opened, url=url, timeout_s=timeout_s)
+        results = [e for e in list_evaluations(client, opened) if version in (None, e["version"])]
     if as_json:
         click.echo(json.dumps({"evaluations": results}))
     for result in () if as_json else results:
         click.echo(describe(result))
 
 
-def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float) -> list[dict[str, Any]]:
-    """Results on every configured set. Raises ConfigError, and SluiceError when it does not finish in time."""
+def _evaluate_newest(client: redis.Redis, run: Run, *, url: str, timeout_s: float) -> int:
+    """Evaluate the newest version on every configured set; return it. Raises ConfigError, and SluiceError on a time-out."""
     if not run.config.evaluation.datasets:
         raise ConfigError(f"run {run.name} has no evaluation.datasets in its config")
     heartbeats = read_heartbeats(client, run.keys).values()
@@ -67,4 +63,4 @@ def evaluate_latest(client: redis.Redis, run: Run, *, url: str, timeout_s: float
                     f"the evaluation did not finish within {timeout_s:.0f} s: {explain_stall(client, run)}"
                 )
             time.sleep(0.2)
-    return [entry for entry in list_evaluations(client, run) if entry["version"] == version]
+    return version

@@ -14,11 +14,11 @@ from sluice.scripts.options import example
 @click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--step", type=int, help="Checkpoint to export; default: the newest.")
-@click.option("--best", is_flag=True, help="The checkpoint that did best by checkpoint.keep_best.")
+@click.option("--best", is_flag=True, help="The checkpoint that is best by checkpoint.keep_best.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--adapter", is_flag=True, help="Of a run with trainer.lora: the adapter alone, as a folder of peft.")
+@click.option("--adapter", is_flag=True, help="Of a run with trainer.lora: the adapter alone, as a peft folder.")
 def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: str, adapter: bool) -> None:
-    """A checkpoint as a Hugging Face model folder that `transformers` loads; a LoRA adapter is merged into it."""
+    """Write a checkpoint as a Hugging Face model folder that `transformers` loads; a LoRA adapter is merged into it."""
     from sluice.trainer.best import best_step
     from sluice.trainer.export import export_checkpoint
 

@@ -8,6 +8,8 @@ import sys
 import click
 
 from sluice.common.ledger.ledger import read_counters
+from sluice.dashboard.terminal import ledger_text
+from sluice.scripts.launcher.existing_run import opened_run
 from sluice.scripts.options import Json, RunName, example
 
 
@@ -15,10 +17,7 @@ from sluice.scripts.options import Json, RunName, example
 @RunName
 @Json
 def ledger(name: str | None, as_json: bool) -> None:
-    """The accounting identity: admitted = trained + dropped + dead + in flight. Exit code 1 when it does not hold."""
-    from sluice.dashboard.terminal import ledger_text
-    from sluice.scripts.launcher.existing_run import opened_run
-
+    """Check the accounting identity: admitted = trained + dropped + dead + in_flight. Exit code 1 when it does not hold."""
     with opened_run(name) as (client, opened, _):
         all_counters = [read_counters(client, opened.keys, "train"), read_counters(client, opened.keys, "eval")]
     holds = all(counters.holds for counters in all_counters)
@@ -28,8 +27,7 @@ def ledger(name: str | None, as_json: bool) -> None:
     else:
         for counters in all_counters:
             click.echo(f"{counters.kind:5}  {ledger_text(counters)}")
-            click.echo(
-                f"       retried {counters.retried}, sent again {counters.resent}, late results refused {counters.refused}"
-                + (f", reconciled {counters.reconciled}" if counters.reconciled else "")
-            )
+            reconciled = f", reconciled {counters.reconciled}" if counters.reconciled else ""
+            refused = f"late results refused {counters.refused}{reconciled}"
+            click.echo(f"       retried {counters.retried}, sent again {counters.resent}, {refused}")
     sys.exit(0 if holds else 1)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import click
 import redis
 
 from sluice.common.errors import ConfigError
+from sluice.common.run import Run, list_runs, open_run
+from sluice.scripts.launcher.existing_run import opened_run
 from sluice.scripts.options import RunName, example
-
-if TYPE_CHECKING:
-    from sluice.common.run import Run
 
 
 @click.command(epilog=example("sluice metrics --all --listen 127.0.0.1:9464"))
@@ -20,11 +18,10 @@ if TYPE_CHECKING:
 @click.option("--all", "all_runs", is_flag=True, help="Every run of this Redis.")
 @click.option("--listen", metavar="HOST:PORT", help="Serve /metrics there until Ctrl-C, instead of printing it once.")
 def metrics(name: str | None, all_runs: bool, listen: str | None) -> None:
-    """Queues, ledger, workers, ages and alarms in Prometheus' text format."""
+    """Print or serve queues, ledger, workers, ages and alarms in Prometheus' text format."""
     from prometheus_client import generate_latest, start_http_server
 
     from sluice.dashboard.prometheus import registry
-    from sluice.scripts.launcher.existing_run import opened_run
 
     if name and all_runs:
         raise ConfigError(f"{name} and --all: name one run or ask for all")
@@ -46,11 +43,9 @@ def metrics(name: str | None, all_runs: bool, listen: str | None) -> None:
 
 
 def _runs(client: redis.Redis) -> list[Run]:
-    from sluice.common.run import list_runs, open_run
-
     opened = []
     for name in list_runs(client):
-        with suppress(ConfigError):  # deleted meanwhile
+        with suppress(ConfigError):  # deleted in the meantime
             opened.append(open_run(client, name))
     return opened
 

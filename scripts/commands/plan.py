@@ -1,7 +1,7 @@
-"""`sluice plan`: what a config would start here, and what to type where on several machines. Starts and stores nothing.
+"""`sluice plan`: what a config would start here, and the commands for several machines. Starts and stores nothing.
 
 Counts, commands and GPUs are those that `sluice run` would use (scripts/launcher/roles.py), refusals included. Datasets,
-tokenizer and rewards are not looked at: `sluice doctor CONFIG` does that.
+tokenizer and rewards are not checked: `sluice doctor CONFIG` does that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sluice.trainer.trackers import check_trackers
 @Overrides
 @Json
 def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """What `sluice run` would start on this machine, and the commands for several. Starts nothing."""
+    """Show what `sluice run` would start on this machine, and the commands for several. Starts nothing."""
     found = make_plan(load_config(config, list(overrides)), config, overrides)
     if as_json:
         click.echo(json.dumps(found))
@@ -37,7 +37,7 @@ def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Everything that is shown; plain data. Raises ConfigError where this machine's GPUs do not suffice."""
+    """Return what is shown, as plain data. Raises ConfigError where this machine's GPUs do not suffice."""
     check_gpus(config)
     check_trackers(config.metrics)
     roles = [_worker(config, queue, *bounds) for queue, bounds in worker_bounds(config).items()]
@@ -53,9 +53,10 @@ def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dic
             "command": "sluice train" + (f" --ranks {ranks}" if ranks > 1 else ""),
         }
     )
+    files = list(Path(config.model.path).glob("*.safetensors"))  # none for a hub id
     return {
         "model": config.model.path,
-        "weights_mib": _weights_mib(config),
+        "weights_mib": round(sum(file.stat().st_size for file in files) / 2**20, 1) if files else None,
         "roles": [role for role in roles if role["max"]],
         "processes": {end: sum(role[end] for role in roles) for end in ("min", "max")},
         "groups_per_step": config.groups_per_step,
@@ -81,14 +82,8 @@ def _worker(config: Config, queue: str, min_workers: int, max_workers: int) -> d
     }
 
 
-def _weights_mib(config: Config) -> float | None:
-    """MiB of the safetensors files of a local model; None where they would have to be looked up."""
-    files = list(Path(config.model.path).glob("*.safetensors"))
-    return round(sum(file.stat().st_size for file in files) / 2**20, 1) if files else None
-
-
 def _notes(config: Config, roles: list[dict[str, Any]]) -> list[str]:
-    """What somebody who reads the plan would want to know before they pay for it."""
+    """Return warnings about waste and missing settings."""
     notes = [
         f"{role['max']} {role['role']} workers for at most {config.max_in_flight} groups in flight: the others idle; raise "
         "replay_buffer.batch_size or max_policy_age, or lower the number"
@@ -104,7 +99,7 @@ def _notes(config: Config, roles: list[dict[str, Any]]) -> list[str]:
 
 
 def _machines(path: str, overrides: tuple[str, ...], roles: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """What to type where, in this order."""
+    """Return the commands to type, in order, and where."""
     create = shlex.join(["sluice", "create", path, *overrides, "--name", "NAME"])
     steps = [
         {"where": "on every machine", "command": "export SLUICE_REDIS_URL=redis://HOST:6379/0 SLUICE_RUN=NAME"},
@@ -114,8 +109,7 @@ def _machines(path: str, overrides: tuple[str, ...], roles: list[dict[str, Any]]
         needs_gpu = role["role"] != "trainer" and stage_on(role["role"]).needs_device
         alone = " each with its own CUDA_VISIBLE_DEVICES" if needs_gpu and role["max"] > 1 else ""
         count = "once" if role["max"] == role["min"] == 1 or role["role"] == "trainer" else f"{_count(role)} times"
-        count += f", on any machine{alone}"
-        steps.append({"where": count, "command": role["command"]})
+        steps.append({"where": f"{count}, on any machine{alone}", "command": role["command"]})
     return steps
 
 
@@ -124,7 +118,7 @@ def _count(role: dict[str, Any]) -> str:
 
 
 def render_plan(found: dict[str, Any]) -> None:
-    """For people."""
+    """Print the plan for people."""
     console = Console(soft_wrap=True, highlight=False)
     weights = "" if found["weights_mib"] is None else f", {found['weights_mib']:,} MiB of weights"
     console.print(f"model {found['model']}{weights}", markup=False)

@@ -1,4 +1,4 @@
-"""`sluice replay`: recorded steps beside the same steps computed again."""
+"""`sluice replay`: recorded steps next to the same steps computed again."""
 
 from __future__ import annotations
 
@@ -19,16 +19,11 @@ if TYPE_CHECKING:
 @click.command(epilog=example("sluice replay runs/gsm8k --step 100"))
 @click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
-    "--step", type=int, help="Only this step, from the nearest checkpoint under it; default: all that can be."
+    "--step", type=int, help="Only this step, from the nearest checkpoint before it; default: all that can be."
 )
 @Json
 def replay(run_folder: Path, step: int | None, as_json: bool) -> None:
     """Compute recorded steps again from the groups that `audit` kept. Exit code 1 when a loss differs by over 1e-6."""
-    sys.exit(0 if print_replay(run_folder, step=step, as_json=as_json) else 1)
-
-
-def print_replay(run_folder: Path, *, step: int | None, as_json: bool) -> bool:
-    """Prints as it goes; whether every loss is the recorded one."""
     from sluice.trainer.replay import replay as replay_steps  # torch loads here
 
     steps = []
@@ -41,8 +36,9 @@ def print_replay(run_folder: Path, *, step: int | None, as_json: bool) -> bool:
         click.echo(json.dumps({"steps": [asdict(replayed) for replayed in steps], "agrees": agrees}))
     else:
         same = sum(replayed.began_with_same_weights for replayed in steps)
-        click.echo(f"{len(steps)} steps, {same} began with the recorded weights bit for bit; losses {_verdict(agrees)}")
-    return agrees
+        verdict = "agree to 1e-6" if agrees else "DIFFER"
+        click.echo(f"{len(steps)} steps, {same} began with the recorded weights bit for bit; losses {verdict}")
+    sys.exit(0 if agrees else 1)
 
 
 def _line(replayed: ReplayedStep) -> str:
@@ -53,7 +49,3 @@ def _line(replayed: ReplayedStep) -> str:
         f"  began with {'the same' if replayed.began_with_same_weights else 'OTHER'} weights"
         f"  {weights[replayed.ended_with_same_weights]}".rstrip()
     )
-
-
-def _verdict(agrees: bool) -> str:
-    return "agree to 1e-6" if agrees else "DIFFER"

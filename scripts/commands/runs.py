@@ -1,24 +1,47 @@
-"""`sluice runs`: the runs of one Redis (else the run folders here), listed, compared, archived, deleted."""
+"""`sluice runs`: the runs of one Redis (else the run folders here), listed, compared, archived, deleted.
+
+An archive is a tar of JSON: `run.json` (record, settings, ledger, evaluations), `config.yaml` as the run was created, and one
+JSONL file per stream. Weights are not in it: they are in the run folder's checkpoints. A deletion touches no other run's keys,
+and also removes the run's published policies on this machine; common/operations/storage.py has its order.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Iterator
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import redis
+from rich.table import Table
 
+from sluice.common.config import Config
+from sluice.common.config.file import parse_config, read_run_config
+from sluice.common.connections.client import connect
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
-from sluice.common.operations.storage import memory_of_runs
-from sluice.common.run import RunRecord, list_runs
-from sluice.scripts.options import Json, example
+from sluice.common.ledger.ledger import read_counters
+from sluice.common.monitoring.diagnosis import broker_client
+from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
+from sluice.common.monitoring.metric_stream import ArchivedStream, last_metrics, read_archive
+from sluice.common.operations.control import effective, read_control_state
+from sluice.common.operations.storage import begin_removal, end_removal, has_keys, memory_of_runs, remove_keys
+from sluice.common.policies.lineage import read_pointer
+from sluice.common.run import Run, RunRecord, list_runs
+from sluice.common.serialization import decode
+from sluice.dashboard.dead_letters import read_dead_letters
+from sluice.dashboard.evaluations import list_evaluations
+from sluice.scripts.launcher.existing_run import opened_run
+from sluice.scripts.launcher.redis_server import running_url
+from sluice.scripts.launcher.run_folder import existing_folder
+from sluice.scripts.options import Json, console, example
 
 _SHOWN = (
     "step",
@@ -37,7 +60,7 @@ _SHOWN = (
 @Json
 @click.pass_context
 def runs(context: click.Context, as_json: bool) -> None:
-    """Runs on the Redis of SLUICE_REDIS_URL, else the run folders here; without a subcommand they are listed."""
+    """List, compare, archive or delete the runs on the Redis of SLUICE_REDIS_URL, else the run folders here."""
     if context.invoked_subcommand is None:
         _list(as_json)
 
@@ -45,7 +68,7 @@ def runs(context: click.Context, as_json: bool) -> None:
 @runs.command("list", epilog=example("sluice runs list --json"))
 @Json
 def list_(as_json: bool) -> None:
-    """Name, status, step, reward, live processes, memory held, creation; oldest first."""
+    """List name, status, step, reward, live processes, memory held and creation; oldest first."""
     _list(as_json)
 
 
@@ -53,12 +76,7 @@ def list_(as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="RUN RUN...")
 @Json
 def compare(names: tuple[str, ...], as_json: bool) -> None:
-    """Where their configs differ, their last metrics and their last evaluations, side by side."""
-    from sluice.common.monitoring.metric_stream import last_metrics
-    from sluice.common.operations.control import effective
-    from sluice.dashboard.evaluations import list_evaluations
-    from sluice.scripts.launcher.existing_run import opened_run
-
+    """Show where configs differ, the last metrics and the last evaluations, side by side."""
     columns: dict[str, dict[str, Any]] = {}
     for name in names:
         with opened_run(name) as (client, opened, _):
@@ -74,10 +92,7 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
     differing = [key for key in keys if len({repr(column["config"].get(key)) for column in columns.values()}) > 1]
     if as_json:
         configs = {key: {name: column["config"].get(key) for name, column in columns.items()} for key in differing}
-        rest = {
-            part: {name: _finite(column[part]) for name, column in columns.items()}
-            for part in ("metrics", "evaluations")
-        }
+        rest = {key: {name: _finite(c[key]) for name, c in columns.items()} for key in ("metrics", "evaluations")}
         click.echo(json.dumps({"runs": list(names), "config": configs, **rest}))
         return
     _print_columns(columns, differing)
@@ -87,10 +102,7 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
 @click.argument("name", metavar="RUN")
 @click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
 def archive(name: str, file: Path | None) -> None:
-    """Metrics, samples, evaluations, ledger, events and orders of a run as a tar of JSON; default FILE: RUN.tar."""
-    from sluice.scripts.commands.archive import archive_run
-    from sluice.scripts.launcher.existing_run import opened_run
-
+    """Write metrics, samples, evaluations, ledger, events and change log of a run as a tar of JSON; default: RUN.tar."""
     with opened_run(name) as (client, opened, _):
         names = archive_run(client, opened, file := file or Path(f"{name}.tar"))
     click.echo(f"{name} is in {file}: {', '.join(names)}")
@@ -103,9 +115,6 @@ def archive(name: str, file: Path | None) -> None:
 @click.option("--with-folder", is_flag=True, help="Also the run folder: checkpoints, logs, metrics.jsonl.")
 def delete(name: str, yes: bool, force: bool, with_folder: bool) -> None:
     """Remove a run from Redis: its keys and queues, and its published policies on this machine. No other run's."""
-    from sluice.common.connections.client import connect
-    from sluice.scripts.commands.archive import delete_run
-
     if not yes:
         what = "its keys in Redis and its run folder with all checkpoints" if with_folder else "its keys in Redis"
         click.confirm(f"Delete run {name}: {what}?", abort=True)
@@ -118,12 +127,7 @@ def delete(name: str, yes: bool, force: bool, with_folder: bool) -> None:
 
 
 def _delete_folder(name: str, *, with_folder: bool) -> None:
-    """A run with a Redis of its own: that Redis' data, and its published policies."""
-    from sluice.common.config.file import read_run_config
-    from sluice.scripts.commands.archive import checked_folder, remove_policies
-    from sluice.scripts.launcher.redis_server import running_url
-    from sluice.scripts.launcher.run_folder import existing_folder
-
+    """Delete a run with a Redis of its own: that Redis' data, and its published policies."""
     folder = existing_folder(Keys(name).run)
     if running_url(folder / "redis"):
         raise ConfigError(f"run {name} is alive: its Redis answers; end it with Ctrl-C or `sluice drain {name}` first")
@@ -132,8 +136,6 @@ def _delete_folder(name: str, *, with_folder: bool) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from sluice.common.connections.client import connect
-
     on_redis = secret("SLUICE_REDIS_URL") is not None
     found = read_runs(connect()) if on_redis else list(_folders())
     if as_json:
@@ -146,10 +148,7 @@ def _list(as_json: bool) -> None:
 
 
 def read_runs(client: redis.Redis) -> list[dict[str, Any]]:
-    """One dictionary per run, oldest first; also of keys whose run has no entry (a creation or a deletion was cut off)."""
-    from sluice.common.monitoring.metric_stream import last_metrics
-    from sluice.scripts.commands.archive import live_processes
-
+    """Return one dictionary per run, oldest first; also of keys whose run has no entry (an interrupted creation or deletion)."""
     created, memory = list_runs(client), memory_of_runs(client)
     found = []
     for name in sorted({*created, *memory}, key=lambda name: (created.get(name, math.inf), name)):
@@ -170,10 +169,7 @@ def read_runs(client: redis.Redis) -> list[dict[str, Any]]:
 
 
 def _folders() -> Iterator[dict[str, Any]]:
-    """Runs with a Redis of their own, from what lies in their folders."""
-    from sluice.common.connections.client import connect
-    from sluice.scripts.launcher.redis_server import running_url
-
+    """Return the runs with a Redis of their own, from their folders."""
     for config in sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime):
         folder = config.parent
         if url := running_url(folder / "redis"):
@@ -182,12 +178,12 @@ def _folders() -> Iterator[dict[str, Any]]:
             client.close()
             continue
         summary = folder / "summary.json"
-        told = json.loads(summary.read_text()) if summary.is_file() else {}
+        ended = json.loads(summary.read_text()) if summary.is_file() else {}
         yield {
             "run": folder.name,
             "status": "ended",
-            "step": told.get("steps", 0),
-            "reward": told.get("reward_last"),
+            "step": ended.get("steps", 0),
+            "reward": ended.get("reward_last"),
             "live": 0,
             "memory_bytes": 0,
             "created_at": config.stat().st_mtime,
@@ -196,22 +192,16 @@ def _folders() -> Iterator[dict[str, Any]]:
 
 def _line(run: dict[str, Any]) -> str:
     reward = "" if run["reward"] is None else f"  reward {run['reward']:.3f}"
-    created = (
-        "" if run["created_at"] is None else f"  created {datetime.fromtimestamp(run['created_at']):%Y-%m-%d %H:%M:%S}"
-    )
-    return (
-        f"{run['run']}  {run['status']}  step {run['step']}{reward}  {run['live']} processes  "
-        f"{run['memory_bytes'] / 2**20:.1f} MiB{created}"
-    )
+    at = run["created_at"]
+    created = "" if at is None else f"  created {datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}"
+    held = f"{run['live']} processes  {run['memory_bytes'] / 2**20:.1f} MiB"
+    return f"{run['run']}  {run['status']}  step {run['step']}{reward}  {held}{created}"
 
 
 def _print_columns(columns: dict[str, dict[str, Any]], differing: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if Console().is_terminal else 160)
+    terminal = console()
     scores = dict.fromkeys(key for column in columns.values() for key in column["evaluations"])
-    for title, part, rows in (
+    for title, key, rows in (
         ("config, where it differs", "config", differing),
         ("last metrics", "metrics", _SHOWN),
         ("last evaluations", "evaluations", scores),
@@ -221,8 +211,8 @@ def _print_columns(columns: dict[str, dict[str, Any]], differing: list[str]) -> 
         for name in columns:
             table.add_column(name, overflow="fold")
         for row in rows:
-            table.add_row(row, *(_cell(column[part].get(row)) for column in columns.values()))
-        console.print(table)
+            table.add_row(row, *(_cell(column[key].get(row)) for column in columns.values()))
+        terminal.print(table)
 
 
 def _cell(value: Any) -> str:
@@ -230,13 +220,118 @@ def _cell(value: Any) -> str:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop what JSON does not have: nan and the infinities."""
     return {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf; a list is one value."""
+    """Yield dotted key and value of every leaf; a list is one value."""
     for name, value in data.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def archive_run(client: redis.Redis, run: Run, file: Path) -> list[str]:
+    """Write the archive, completely or not at all; return the names in it. Raises ConfigError where the file exists."""
+    if file.exists():
+        raise ConfigError(f"{file} exists: give another file")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".archive-") as temporary:
+        folder = Path(temporary) / run.name
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(_record(client, run), indent=2, default=_plain) + "\n")
+        (folder / "config.yaml").write_text(run.config.to_yaml())
+        for name in get_args(ArchivedStream):
+            _write_lines(folder / f"{name}.jsonl", _entries(client, run.keys, name))
+        _write_lines(folder / "dead.jsonl", read_dead_letters(client, run.keys))
+        unfinished = Path(temporary) / "archive.tar"
+        with tarfile.open(unfinished, "w") as tar:
+            tar.add(folder, arcname=run.name)
+        names = sorted(path.name for path in folder.iterdir())
+        unfinished.rename(file)
+    return names
+
+
+def _record(client: redis.Redis, run: Run) -> dict[str, Any]:
+    record = RunRecord(client, run.keys)
+    control_state = read_control_state(client, run.keys)
+    return {
+        "run": run.name,
+        "status": record.status or "?",
+        "created_at": float(record.created_at or 0),
+        "folder": run.folder,
+        "settings": {key: json.loads(value) for key, value in control_state.settings.items()},
+        "paused": control_state.paused,
+        "draining": control_state.draining,
+        "policy": read_pointer(client, run.keys),
+        "ledger": {kind: read_counters(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
+        "evaluations": list_evaluations(client, run),
+    }
+
+
+def _entries(client: redis.Redis, keys: Keys, stream: ArchivedStream) -> Iterator[dict[str, Any]]:
+    """Yield every entry of a stream as plain data."""
+    for entry, fields in read_archive(client, keys, stream):
+        if stream == "samples":
+            yield decode(fields[b"sample"])
+        else:
+            texts = {name.decode(): value.decode() for name, value in fields.items()}
+            is_metrics = stream == "metrics"
+            yield _finite({k: float(v) for k, v in texts.items()}) if is_metrics else {"entry": entry, **texts}
+
+
+def _write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w") as file:
+        file.writelines(json.dumps(entry, default=_plain) + "\n" for entry in entries)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def live_processes(client: redis.Redis, keys: Keys) -> list[str]:
+    """Return the names of the run's processes that send heartbeats."""
+    return [name for name, stats in read_heartbeats(client, keys).items() if not is_silent(stats)]
+
+
+def delete_run(client: redis.Redis, name: str, *, force: bool = False, with_folder: bool = False) -> int:
+    """Remove all keys of a run, and its published policies here; return the number of keys. Raises ConfigError.
+
+    force: also while its processes live, which then write some keys again. with_folder: the run folder too.
+    """
+    keys = Keys(name)
+    record = RunRecord(client, keys)
+    config, folder = record.config, record.folder
+    if name not in (known := list_runs(client)) and not has_keys(client, keys):
+        raise ConfigError(f"there is no run {name!r} on this Redis (runs: {', '.join(known) or 'none'})")
+    if (live := live_processes(client, keys)) and not force:
+        raise ConfigError(f"run {name} is alive ({', '.join(live)}): stop its processes first, or give --force")
+    doomed = checked_folder(Path(folder), name) if with_folder and folder else None
+    begin_removal(client, keys)
+    removed = remove_keys(client, keys)
+    if (broker := broker_client(client)) is not client:
+        removed += remove_keys(broker, keys)
+    if config:
+        remove_policies(parse_config(config, source=f"stored config of run {name}"), name)
+    if doomed is not None:
+        shutil.rmtree(doomed)
+    return removed + end_removal(client, keys)
+
+
+def checked_folder(folder: Path, name: str) -> Path:
+    """Return a run folder that may be removed. Raises ConfigError for any other."""
+    if folder.name != name or not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"{folder} is not the run folder of {name} on this machine: remove it by hand; nothing was done"
+        )
+    return folder
+
+
+def remove_policies(config: Config, name: str) -> None:
+    """Remove the published policies of a run from a folder of this machine."""
+    from sluice.common.policies.transports import store_folder
+
+    if config.policy_store.transport == "directory":
+        shutil.rmtree(store_folder(config.policy_store, name), ignore_errors=True)

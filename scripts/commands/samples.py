@@ -6,6 +6,8 @@ import json
 
 import click
 
+from sluice.dashboard.samples import read_samples, render_sample
+from sluice.scripts.launcher.existing_run import opened_run
 from sluice.scripts.options import Json, RunName, console, example
 
 
@@ -15,10 +17,7 @@ from sluice.scripts.options import Json, RunName, console, example
 @click.option("--step", type=int, help="Only groups of this trainer step.")
 @Json
 def samples(name: str | None, count: int, step: int | None, as_json: bool) -> None:
-    """Prompts and completions that were trained on, with rewards and advantages."""
-    from sluice.dashboard.samples import read_samples, render_sample
-    from sluice.scripts.launcher.existing_run import opened_run
-
+    """Show prompts and completions that were trained on, with rewards and advantages."""
     with opened_run(name) as (client, opened, _):
         found = read_samples(client, opened.keys, count=count, step=step)
     if as_json:

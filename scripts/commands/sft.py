@@ -1,75 +1,62 @@
-"""`sluice sft`: supervised training in this process, with live progress; what it leaves is the model to begin a run with."""
+"""`sluice sft`: supervised training in this process, with live progress; it writes the model to begin a run with."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from sluice.common.config.file import load_as
 from sluice.common.config.sft import SftConfig
 from sluice.common.errors import ConfigError
-from sluice.scripts.launcher.progress import LINE_EVERY_S, make_bar
+from sluice.scripts.launcher.progress import Display
 from sluice.scripts.launcher.run_folder import default_name
 from sluice.scripts.launcher.signals import interrupted_by_signals
-from sluice.scripts.options import ConfigFile, Overrides, example
+from sluice.scripts.options import ConfigFile, Overrides, Resume, example
 
 
 @click.command(epilog=example("sluice sft config/sft_gsm8k.yaml trainer.num_steps=100"))
 @ConfigFile
 @Overrides
 @click.option("--name", help="Name of the run's folder; default: the config's name and the time.")
-@click.option(
-    "--resume",
-    is_flag=False,
-    flag_value="",
-    metavar="[RUN]",
-    help="Go on with a run's folder; default: the newest of this config.",
-)
+@Resume
 def sft(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
-    """Supervised training on prompts and completions, in this process, without Redis: a model to begin a run with."""
-    run_sft(config, list(overrides), name=name, resume=resume)
-
-
-def run_sft(config_path: str, overrides: list[str], *, name: str | None, resume: str | None) -> None:
-    """To the last step, or to Ctrl-C or SIGTERM: both leave a checkpoint. Raises ConfigError."""
+    """Train supervised on prompts and completions, in this process, without Redis: a model to begin a run with."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("sluice sft trains in one process: start it without torchrun")
-    config, folder = _new(config_path, overrides, name) if resume is None else _old(config_path, overrides, resume)
+    made = _new(config, list(overrides), name) if resume is None else _old(config, list(overrides), resume)
+    sft_config, folder = made
     with interrupted_by_signals() as interrupted:
         from transformers.utils import logging as transformers_logging
 
         from sluice.trainer.sft import SftTrainer  # torch loads here, after the config was checked
 
         transformers_logging.disable_progress_bar()
-        trainer = SftTrainer(config, folder)
+        trainer = SftTrainer(sft_config, folder)
         with _Shown(total=trainer.config.trainer.num_steps, done=trainer.step) as shown:
             shown.say(f"supervised training in {folder}" + (f", from step {trainer.step} on" if trainer.step else ""))
             is_finished = trainer.train(shown.step, stop=interrupted)
     if is_finished:
         shown.say(f"{shown.summary()}\n  model      {folder / 'model'}   (sluice run CONFIG model.path=...)")
     else:
-        shown.say(f"stopped after step {trainer.step}; go on with: sluice sft {config_path} --resume {folder.name}")
+        shown.say(f"stopped after step {trainer.step}; resume with: sluice sft {config} --resume {folder.name}")
 
 
 def _new(config_path: str, overrides: list[str], name: str | None) -> tuple[SftConfig, Path]:
     config = with_absolute_paths(load_as(SftConfig, config_path, overrides))
-    folder = Path(config.output_dir) / (
-        name or f"sft-{default_name(config_path)}"
-    )  # no run takes it for one of its own
+    name = name or f"sft-{default_name(config_path)}"  # never the name of a run
+    folder = Path(config.output_dir) / name
     if folder.exists():
-        raise ConfigError(f"{folder} exists: choose another --name, or go on with it by --resume {folder.name}")
+        raise ConfigError(f"{folder} exists: choose another --name, or resume it with --resume {folder.name}")
     return config, folder
 
 
 def _old(config_path: str, overrides: list[str], resume: str) -> tuple[SftConfig, Path]:
-    """The config is the one that stands in the run's folder; of the file, only where run folders are."""
+    """Read the config in the run's folder; the config file only says where run folders are."""
     if overrides or "=" in resume:
-        raise ConfigError("--resume goes on with the config in the run's folder: give no key=value with it")
+        raise ConfigError("--resume uses the config in the run's folder: give no key=value with it")
     base = Path(load_as(SftConfig, config_path).output_dir).resolve()
     pattern = resume or f"sft-{Path(config_path).stem}-*"
     files = sorted(base.glob(f"{pattern}/config.yaml"), key=lambda p: p.stat().st_mtime)
@@ -79,7 +66,7 @@ def _old(config_path: str, overrides: list[str], resume: str) -> tuple[SftConfig
 
 
 def with_absolute_paths(config: SftConfig) -> SftConfig:
-    """Local paths made absolute, so that the run can be gone on with from any folder; hub ids stay as they are."""
+    """Make local paths absolute, so that the run can be resumed from any folder; hub ids stay as they are."""
     data = config.model_dump(exclude_unset=True)
     sections = [data["model"], data["dataset"], *([data["held_out"]["dataset"]] if config.held_out else [])]
     for section in sections:
@@ -89,56 +76,34 @@ def with_absolute_paths(config: SftConfig) -> SftConfig:
     return SftConfig.model_validate(data)
 
 
-class _Shown:
-    """Progress on standard error: a bar in a terminal, one line every few seconds elsewhere."""
+class _Shown(Display):
+    """Progress of supervised training, and its summary."""
 
     def __init__(self, *, total: int, done: int) -> None:
-        self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
-        self._bar = make_bar(self._console) if self._console.is_terminal else None
-        self._total, self._first = total, done
-        self._step = done
-        self._task = self._bar.add_task("starting", total=total, completed=done) if self._bar else None
-        self._started_at, self._line_at = time.monotonic(), 0.0
+        super().__init__(total=total, done=done)
+        self._total, self._step = total, done
         self._losses: list[float] = []
         self._held_out: list[float] = []
 
-    def __enter__(self) -> _Shown:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
-
     def step(self, metrics: dict[str, float]) -> None:
-        """The metrics of one step, or of the held-out set before the first."""
-        step, now = int(metrics["step"]), time.monotonic()
+        """Show the metrics of one step, or of the held-out set before the first."""
+        step = int(metrics["step"])
         if "held_out/loss" in metrics:
             self._held_out.append(metrics["held_out/loss"])
             self.say(f"held-out loss {self._held_out[-1]:.4f} (step {step})")
         if "loss" not in metrics:
-            self._started_at = now
+            self.begin(step)
             return
         self._step = step
         self._losses.append(metrics["loss"])
         text = f"loss {metrics['loss']:.4f}  {metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s"
         if metrics["num_skipped"]:
             text += f"  skipped {metrics['num_skipped']:.0f}"
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif now - self._line_at >= LINE_EVERY_S or step == self._total:
-            self._line_at = now
-            eta = (self._total - step) * (now - self._started_at) / (step - self._first)
-            self.say(f"step {step}/{self._total}  {text}  eta {eta:.0f} s")
+        self.show(step, self._total, text)
 
     def summary(self) -> str:
-        lines = [
-            f"{self._step} steps, the last {len(self._losses)} of them in {time.monotonic() - self._started_at:.1f} s"
-        ]
+        seconds = time.monotonic() - self._started_at
+        lines = [f"{self._step} steps, the last {len(self._losses)} of them in {seconds:.1f} s"]
         if self._losses:
             lines.append(f"  loss       {self._losses[0]:.4f} -> {self._losses[-1]:.4f}")
         if len(self._held_out) > 1:

@@ -8,8 +8,12 @@ from typing import Any
 
 import click
 import redis
+from rich.live import Live
 
 from sluice.common.run import Run
+from sluice.dashboard.run_state import collect_status
+from sluice.dashboard.terminal import render
+from sluice.scripts.launcher.existing_run import opened_run
 from sluice.scripts.options import Json, RunName, console, example
 
 REFRESH_S = 1.0
@@ -21,11 +25,7 @@ HAS_ENDED = ("finished", "drained", "stopped", "failed")
 @click.option("--watch", is_flag=True, help="Refresh every second until the run has ended, or Ctrl-C.")
 @Json
 def status(name: str | None, watch: bool, as_json: bool) -> None:
-    """Where the run is: step, reward, queues, processes, and what it waits for."""
-    from sluice.dashboard.run_state import collect_status
-    from sluice.dashboard.terminal import render
-    from sluice.scripts.launcher.existing_run import opened_run
-
+    """Show where the run is: step, reward, queues, processes, and what it waits for."""
     if watch and as_json:
         raise click.UsageError("--watch draws a screen, --json prints one object: give one of them")
     with opened_run(name) as (client, opened, _):
@@ -40,12 +40,7 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
 
 
 def _watch(client: redis.Redis, run: Run) -> None:
-    """A screen that follows the run. While Redis is away it keeps what it showed last, and says so."""
-    from rich.live import Live
-
-    from sluice.dashboard.run_state import collect_status
-    from sluice.dashboard.terminal import render
-
+    """Follow the run on a screen. While Redis is unavailable it keeps the last snapshot, and says so."""
     snapshot: dict[str, Any] = collect_status(client, run)
     read_at = time.monotonic()
     terminal = console()

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from sluice.dashboard.trace import read_trace, render_trace
+from sluice.scripts.launcher.existing_run import opened_run
 from sluice.scripts.options import Json, RunName, console, example
 
 
@@ -14,10 +16,7 @@ from sluice.scripts.options import Json, RunName, console, example
 @RunName
 @Json
 def trace(group: str, name: str | None, as_json: bool) -> None:
-    """One group's whole life: its stages with times, who held each part, attempts."""
-    from sluice.dashboard.trace import read_trace, render_trace
-    from sluice.scripts.launcher.existing_run import opened_run
-
+    """Show the life of one group: its stages with times, workers and attempts."""
     with opened_run(name) as (client, opened, _):
         found = read_trace(client, opened.keys, group)
     if as_json:

@@ -1,4 +1,4 @@
-"""Opening an existing run for a command that reads it or gives it orders."""
+"""Opening an existing run for a command that reads or controls it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from sluice.scripts.launcher.redis_server import reading_server
 from sluice.scripts.launcher.run_folder import existing_folder
 
 READER_WAIT_S = 5.0
-"""How long a command that only reads waits for a Redis that goes away while it reads."""
+"""How long a command that only reads waits for a Redis that becomes unavailable meanwhile."""
 
 
 @contextmanager
 def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
-    """An existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
+    """Open an existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
     if url := secret("SLUICE_REDIS_URL"):
         client = connect(url)
         give_up_after(client, READER_WAIT_S)
-        yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client)), url
+        runs = list_runs(client)
+        if not (name := name or os.environ.get("SLUICE_RUN") or max(runs, key=lambda each: runs[each], default=None)):
+            raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
+        yield client, open_run(client, name), url
         return
     folder = existing_folder(name or os.environ.get("SLUICE_RUN"))
     with reading_server(folder / "redis") as url:
@@ -33,10 +36,3 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
         give_up_after(client, READER_WAIT_S)
         yield client, open_run(client, folder.name), url
         client.close()
-
-
-def _newest_name(client: redis.Redis) -> str:
-    runs = list_runs(client)
-    if not runs:
-        raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
-    return max(runs, key=lambda name: runs[name])

@@ -1,4 +1,4 @@
-"""A process that has imported what a role with a model needs, and forks such roles: a start in milliseconds.
+"""A process that has imported what a role with a model needs, and forks such roles: they start in milliseconds.
 
     ForkServer, in the supervisor           main(), in the server
     start(argv, ...)  -- Command -->        fork --> the role, a child of the server
@@ -6,14 +6,14 @@
     process.poll()    -- pid -->            waitpid: only when it is asked, so until then the pid is the role's
                       <-- exit code --
 
-One request and one reply at a time, JSON lines over a pair of sockets that only the two of them hold. The server has one thread
-and never touches CUDA. `sluice run` imports everything itself and forks the server before it does anything else: what it looks at
-itself (model, data, rewards) needs most of the same imports.
+One request and one reply at a time, JSON lines over a socket pair that only these two hold. The server has one thread
+and never touches CUDA. `sluice run` imports everything itself and forks the server before it does anything else: its own checks
+(model, data, rewards) need most of the same imports.
 
-The server dies with the supervisor, its roles die with it (signals of the kernel). The supervisor starts another one, a process
-of its own, when it needs one: roles of the former then ended by SIGKILL.
+The server dies with the supervisor, and its roles die with it (signals of the kernel). The supervisor starts another server, a
+new process, when it needs one: roles of the former have then ended by SIGKILL.
 
-Roles that must not load torch (reward, dashboard) are not started from here, nor is anything where there is no such signal.
+Roles that must not load torch (reward, dashboard) are not started from here, nor any role where the kernel has no such signal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from sluice.scripts.launcher.forked import Command, ForkedProcess, fork, imports_without_threads, set_title, wait_for
@@ -50,17 +49,17 @@ PRELOADED = (
     "celery.worker.autoscale",
 )
 REPLY_S = 600.0
-"""Bound of one reply. The first one waits for the imports, from a cold disk."""
+"""Bound on one reply. The first one waits for the imports, from a cold disk."""
 _ROOM = "." * 1000
 """Where the titles of roles are written (`set_title`)."""
 
 
 class ForkServer:
-    """The supervisor's side; a server is running, or starting, from the first moment on."""
+    """The supervisor's side; a server is always running or starting."""
 
     def __init__(self, *, is_fork: bool = False) -> None:
         """`is_fork`: the first server is a fork of this process, which imports everything now, as it will need most of it. Only
-        while this process has one thread, no connection and no user's code."""
+        while this process has one thread, no connection and no user code."""
         self._is_fork = is_fork
         self._lock = threading.Lock()
         self._generation = 0
@@ -69,14 +68,12 @@ class ForkServer:
     def __enter__(self) -> ForkServer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
     def pid(self) -> int:
-        """Of the server."""
+        """PID of the server."""
         return self._server.pid
 
     def start(self, argv: list[str], *, log: Path, env: Mapping[str, str]) -> ForkedProcess:
@@ -87,7 +84,7 @@ class ForkServer:
 
     def fork(self, command: Command) -> ForkedProcess:
         """Start a child of the server."""
-        for _ in range(2):  # a server that was killed is found out by asking it
+        for _ in range(2):  # only a request shows that a server was killed
             with self._lock:
                 reply = self._ask(asdict(command))
                 if isinstance(reply, int):
@@ -97,7 +94,7 @@ class ForkServer:
         raise RuntimeError(f"no fork server starts here: {reply}")
 
     def _exit_code(self, pid: int, generation: int) -> int | None:
-        """Of a role that this generation of the server started; None while it runs."""
+        """Return the exit code of a role that this generation of the server started; None while it runs."""
         with self._lock:
             if generation == self._generation:
                 reply = self._ask(pid)
@@ -108,7 +105,7 @@ class ForkServer:
         return -signal.SIGKILL  # it ended with its server
 
     def close(self) -> None:
-        """End the server, and with it what it started."""
+        """End the server, and with it the roles that it started."""
         with self._lock:
             self._end()
 
@@ -136,7 +133,7 @@ class ForkServer:
         self._connection.close()
 
     def _ask(self, request: Any) -> Any:
-        """The server's reply; a text about what went wrong where there is none."""
+        """Return the server's reply; an error text where there is none."""
         try:
             self._connection.sendall(json.dumps(request).encode() + b"\n")
             line = self._replies.readline()
@@ -146,7 +143,7 @@ class ForkServer:
 
 
 def main() -> None:
-    """Import, then answer requests until the supervisor is gone."""
+    """Import, then answer requests until the supervisor has ended."""
     set_title([sys.executable, "-m", __name__])
     with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as requests:
         _import()

@@ -1,11 +1,11 @@
-"""A child that is a fork of this process and runs a Python command line: it has everything imported that this process has.
+"""A child that is a fork of this process and runs a Python command line: it has everything that this process imported.
 
     fork(Command(argv=[python, "-m", "sluice.trainer"], ...)) --> the child, as a ForkedProcess; in the child it never returns
 
-To be called while this process has one thread and has not touched CUDA. The child is what `spawn` would have made of the same
+Call it while this process has one thread and has not touched CUDA. The child is what `spawn` would have made of the same
 command line: a process group of its own, the death signal, its output in the log, its own environment and working directory,
 the command line that `ps` shows, and no random numbers in common with its siblings. What is read once, when Python or torch
-starts (PYTHONPATH, PYTHONWARNINGS, OPENBLAS_NUM_THREADS, ...), is this process' own.
+starts (PYTHONPATH, PYTHONWARNINGS, OPENBLAS_NUM_THREADS, ...), comes from this process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DEFAULTS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 @contextmanager
 def imports_without_threads() -> Iterator[None]:
-    """For imports of a process that will fork: libraries that start a thread when they are imported do not."""
+    """Keep libraries from starting threads at import, for a process that will fork."""
     before = dict(os.environ)
     os.environ.update({**_DEFAULTS, **before, **_WITHOUT_THREADS})
     try:
@@ -56,7 +56,7 @@ class Command:
     argv: list[str]
     "`python [-P] -m MODULE ...`, `python -c PROGRAM ...` or `python FILE ...`"
     env: dict[str, str]
-    "the whole of its environment"
+    "its full environment"
     cwd: str = "."
     stdout: str | None = None
     "file that its output is appended to; none = where ours goes"
@@ -74,13 +74,13 @@ class ForkedProcess:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Exit code, negative for a signal; None while it runs."""
+        """Return the exit code, negative for a signal; None while it runs."""
         if self.returncode is None:
             self.returncode = self._exit_code()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Raises TimeoutExpired."""
+        """Return the exit code. Raises TimeoutExpired."""
         deadline, pause_s = time.monotonic() + (timeout or 0.0), 0.001
         while (code := self.poll()) is None:
             if timeout is not None and time.monotonic() > deadline:
@@ -90,7 +90,7 @@ class ForkedProcess:
         return code
 
     def send_signal(self, number: int) -> None:
-        """Nothing, where it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -103,12 +103,12 @@ class ForkedProcess:
 
 
 def fork(command: Command, *, close: int | None = None) -> ForkedProcess:
-    """Start the child. `close` is a file descriptor that it must not have."""
+    """Start the child. `close` is a file descriptor that it must not keep."""
     parent = os.getpid()
     pid = os.fork()
     if not pid:
         _be_the_child(command, parent, close)
-    with suppress(OSError):  # the child does it as well: whoever comes first
+    with suppress(OSError):  # the child does it as well; either may be first
         os.setpgid(pid, pid)
     return ForkedProcess(pid, partial(wait_for, pid))
 
@@ -126,7 +126,7 @@ def _be_the_child(command: Command, parent: int, close: int | None) -> NoReturn:
 
 
 def wait_for(pid: int) -> int | None:
-    """Reap a child: its exit code, negative for a signal; None while it runs."""
+    """Reap a child; return its exit code, negative for a signal; None while it runs."""
     found, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if found else None
 
@@ -149,17 +149,16 @@ def _become(command: Command) -> None:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     set_title(command.title or command.argv)
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed()  # Python's own generator is seeded again by itself; torch's is seeded by whoever draws
+        numpy.random.seed()  # Python reseeds its own generator; torch's is seeded by the code that draws
     threads = command.env.get("OMP_NUM_THREADS", "")
     if "torch" in sys.modules and threads.isdigit():
         sys.modules["torch"].set_num_threads(int(threads))
 
 
 def _run(argv: list[str]) -> int:
-    """Run the command line as Python would; returns the exit code."""
-    words = (
-        argv[2:] if argv[1] == "-P" else argv[1:]
-    )  # neither the current folder nor that of a program is on the path here
+    """Run the command line as Python would; return the exit code."""
+    # neither the current folder nor that of a program is on the path here
+    words = argv[2:] if argv[1] == "-P" else argv[1:]
     try:
         if words[0] == "-m":
             sys.argv = ["-m", *words[2:]]
@@ -195,7 +194,7 @@ def _exit_with(code: int) -> NoReturn:
 
 
 def set_title(words: list[str]) -> None:
-    """Put a command line where `ps` reads it: over this process' own, cut where there is no more room (Linux only)."""
+    """Write a command line where `ps` reads it, over this process' own, cut to its length (Linux only)."""
     if sys.platform != "linux":
         return
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

@@ -60,13 +60,13 @@ def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
 
 
 def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, resume: str | None) -> int:
-    """`sluice run`. Returns the exit code."""
+    """Do what `sluice run` does; return the exit code."""
     from sluice.workers.engine import check_engine
 
     config = with_absolute_paths(load_config(config_path, overrides))
     if resume is not None:
         if overrides or "=" in resume:
-            raise ConfigError("--resume goes on with the config that is stored with the run: give no key=value with it")
+            raise ConfigError("--resume uses the config that is stored with the run: give no key=value with it")
         name = resume or newest_run(config, prefix=Path(config_path).stem)
     # roles are forked where the kernel ends them with their parent
     with ForkServer(is_fork=threading.active_count() == 1) if sys.platform == "linux" else nullcontext() as fork_server:
@@ -81,10 +81,12 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         if resume is not None and not folder.is_dir():
             raise ConfigError(f"--resume {name}: there is no run folder {folder}")
         with interrupted_by_signals() as interrupted, _redis_for(folder) as (url, server):
-            client = connect(
-                url, retry=Retry(ExponentialBackoff(), 1)
-            )  # the supervisor must not wait while Redis is away
-            run = _opened(client, name) if assets is None else _created(client, name, config, assets, folder)
+            client = connect(url, retry=Retry(ExponentialBackoff(), 1))  # the supervisor must not wait for Redis
+            if assets is None:
+                run = open_run(client, name)
+                cancel_drain(client, run, who=default_who())
+            else:
+                run = _created(client, name, config, assets, folder)
             code = _drive(client, run, url, server, interrupted, config_path, fork_server)
             is_finished = code == 0 and RunRecord(client, run.keys).status == "finished"
             if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
@@ -92,13 +94,6 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
 
                 shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
             return code
-
-
-def _opened(client: redis.Redis, name: str) -> Run:
-    """A run that is gone on with."""
-    run = open_run(client, name)
-    cancel_drain(client, run, who=default_who())
-    return run
 
 
 def _created(client: redis.Redis, name: str, config: Config, assets: dict[str, object], folder: Path) -> Run:
@@ -162,18 +157,18 @@ def _drive(
             RunRecord(client, run.keys).set_dashboard("")
     if was_interrupted:
         RunRecord(client, run.keys).set_status("stopped")
-    summary = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
-    progress.say(summary.text)
+    holds, text = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
+    progress.say(text)
     if RunRecord(client, run.keys).status == "drained":
-        progress.say(f"drained; go on with: sluice run {config_path} --resume {run.name}")
+        progress.say(f"drained; resume with: sluice run {config_path} --resume {run.name}")
     if was_interrupted:
-        progress.say(f"stopped; go on with: sluice run {config_path} --resume {run.name}")
+        progress.say(f"stopped; resume with: sluice run {config_path} --resume {run.name}")
         return 130
-    return 0 if summary.holds else 1
+    return 0 if holds else 1
 
 
 def _dashboard(run: Run) -> tuple[list[Role], str | None]:
-    """The web page's role and its address; on a free port if the configured one is taken."""
+    """Return the web page's role and its address; on a free port if the configured one is in use."""
     if not run.config.dashboard.enabled:
         return [], None
     try:
@@ -192,16 +187,18 @@ def _trainer_is_alive(client: redis.Redis, run: Run) -> bool:
 
 
 def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None, progress: Progress) -> bool:
-    """One look at everything; False when the trainer has finished. Redis may be away for a while: the roles wait for it."""
+    """Check everything once; False when the trainer has finished. While Redis is unavailable the roles wait for it."""
     if server and server.process.poll() is not None:
-        progress.say(f"the embedded Redis ended by itself (exit code {server.process.returncode}): starting it again")
+        progress.say(
+            f"the embedded Redis ended unexpectedly (exit code {server.process.returncode}): starting it again"
+        )
         server.restart()
     try:
-        goes_on = supervisor.poll()
-        if goes_on:
+        is_running = supervisor.poll()
+        if is_running:
             scaler.update()
         progress.update()
-        return goes_on
+        return is_running
     except (redis.ConnectionError, redis.TimeoutError) as error:
         progress.say_throttled(f"Redis is unreachable, every role waits for it: {error}")
         return True
@@ -209,7 +206,7 @@ def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None
 
 @contextmanager
 def _redis_for(folder: Path) -> Iterator[tuple[str, EmbeddedServer | None]]:
-    """URL of the server of SLUICE_REDIS_URL, or of an embedded one that ends with the run."""
+    """Return the URL of the server of SLUICE_REDIS_URL, or of an embedded one that ends with the run."""
     if url := secret("SLUICE_REDIS_URL"):
         yield url, None
         return

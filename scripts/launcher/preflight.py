@@ -7,7 +7,7 @@ from sluice.common.errors import ConfigError
 
 
 def preflight(config: Config) -> dict[str, object]:
-    """Check everything that a run will need; returns the model's assets. Raises ConfigError."""
+    """Check everything that a run will need; return the model's assets. Raises ConfigError."""
     from sluice.common.models.assets import read_assets
     from sluice.workers.prompt_source import PromptSource
     from sluice.workers.rewards.loading import load_reward_functions
@@ -16,7 +16,7 @@ def preflight(config: Config) -> dict[str, object]:
     for judged in config.evaluation.datasets:
         if judged.function not in (None, *rewards):
             raise ConfigError(
-                f"evaluation.datasets[{judged.name}].function = {judged.function!r} is no reward function of this run: use "
+                f"evaluation.datasets[{judged.name}].function = {judged.function!r} is not a reward function of this run: use "
                 f"one of {', '.join(rewards)}"
             )
     if config.trainer.has_user_functions:

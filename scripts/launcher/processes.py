@@ -1,8 +1,8 @@
 """Child processes that never outlive their parent, whatever ends it.
 
 Each child leads a process group of its own (so Ctrl-C in the terminal reaches only the supervisor, which ends its
-children in order) and asks the kernel for a signal when its parent dies, also by SIGKILL. That signal is SIGKILL for a
-role: whatever it was doing is in Redis or in a checkpoint, and a Redis that dies with it must not be waited for.
+children in order) and asks the kernel for a signal when its parent dies, also by SIGKILL. For a role that signal is
+SIGKILL: its work is in Redis or in a checkpoint, and it must not wait for a Redis that dies with it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class Process(Protocol):
     pid: int
 
     def poll(self) -> int | None:
-        """Exit code, negative for a signal; None while it runs."""
+        """Return the exit code, negative for a signal; None while it runs."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Exit code. Raises TimeoutExpired."""
+        """Return the exit code. Raises TimeoutExpired."""
 
     def send_signal(self, number: int, /) -> None:
-        """Nothing, where it has ended."""
+        """Send a signal, unless the process has ended."""
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
 
 
 def spawn(
@@ -61,6 +61,6 @@ def spawn(
 
 
 def signal_group(process: Process, number: int) -> None:
-    """To the child and everything it started."""
+    """Send a signal to the child and everything it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)

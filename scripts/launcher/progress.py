@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from types import TracebackType
+from collections.abc import Callable
+from typing import Self
 
 import redis
 from rich.console import Console
@@ -24,55 +25,66 @@ READ_EVERY_S = 0.5
 STALLED_AFTER_S = 10.0
 
 
-def make_bar(console: Console) -> Bar:
-    """Steps done, a bar, the task's description, and the time that remains."""
-    return Bar(
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(20),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+class Display:
+    """Progress on standard error: a bar in a terminal, one line every few seconds elsewhere."""
 
-
-class Progress:
-    """Reads the run's metrics stream and says how it goes."""
-
-    def __init__(self, client: redis.Redis, run: Run) -> None:
-        self._client = client
-        self._run = run
+    def __init__(self, *, total: int, done: int = 0) -> None:
         self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
         self._bar: Bar | None = None
-        self._last_entry = last_entry(client, run.keys)  # of a resumed run, only what is new
-        self._read_at = self._line_at = self._reported_at = self._said_at = 0.0
-        self._moved_at = self._started_at = time.monotonic()
-        self._first_step: int | None = None
-
-    def __enter__(self) -> Progress:
         if self._console.is_terminal:
-            self._bar = make_bar(self._console)
-            self._task = self._bar.add_task("starting", total=self._run.config.trainer.num_steps)
+            columns = MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"), TimeRemainingColumn()
+            self._bar = Bar(TextColumn("step"), *columns, console=self._console)
+            self._task = self._bar.add_task("starting", total=total, completed=done)
+        self._line_at = 0.0
+        self.begin(done)
+
+    def __enter__(self) -> Self:
+        if self._bar:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
+
+    def begin(self, step: int) -> None:
+        """Measure the rate of steps from this one and this moment on."""
+        self._first_step, self._started_at = step, time.monotonic()
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
 
+    def show(self, step: int, total: int, text: str, *, more: Callable[[], str] = str) -> None:
+        """Show a step; `more` is asked only for a line that is printed."""
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, completed=step, total=total, description=text)
+        elif now - self._line_at >= LINE_EVERY_S or step == total:
+            self._line_at = now
+            rate = (step - self._first_step) / max(now - self._started_at, 1e-9)
+            eta = f"{(total - step) / rate:.0f} s" if rate > 0 else "?"
+            self.say(f"step {step}/{total}  {text}{more()}  eta {eta}")
+
+
+class Progress(Display):
+    """Reads the run's metrics stream and shows progress."""
+
+    def __init__(self, client: redis.Redis, run: Run) -> None:
+        super().__init__(total=run.config.trainer.num_steps)
+        self._client, self._run = client, run
+        self._last_entry = last_entry(client, run.keys)  # of a resumed run, only what is new
+        self._read_at = self._reported_at = self._said_at = 0.0
+        self._moved_at = time.monotonic()
+        self._has_begun = False
+
     def say_throttled(self, text: str) -> None:
-        """As `say`, at most every LINE_EVERY_S: for what may be true many times a second."""
+        """Print as `say`, at most every LINE_EVERY_S: for what may be true many times a second."""
         if time.monotonic() - self._said_at >= LINE_EVERY_S:
             self._said_at = time.monotonic()
             self.say(text)
 
     def update(self) -> None:
-        """Call it often; it reads and prints as seldom as is useful."""
+        """Read and print, at most every READ_EVERY_S; to be called often."""
         now = time.monotonic()
         if now - self._read_at < READ_EVERY_S:
             return
@@ -84,38 +96,34 @@ class Progress:
         steps = [metrics for _, metrics in entries if "reward/mean" in metrics]
         if steps:
             self._moved_at = now
-            self._show(steps[-1], now)
+            self._show(steps[-1])
         elif now - max(self._moved_at, self._reported_at) > STALLED_AFTER_S:
             self._reported_at = now
             self.say(f"{self._waiting(now)}: {explain_stall(self._client, self._run)}")
 
     def _waiting(self, now: float) -> str:
         waited = f"{now - self._moved_at:.0f} s"
-        return f"no step for {waited}" if self._first_step is not None else f"starting, {waited} so far"
+        return f"no step for {waited}" if self._has_begun else f"starting, {waited} so far"
 
     def _say_evaluation(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             if name.startswith("eval/") and "@" in name.rpartition("/")[2] and not name.endswith("_stderr"):
                 version = metrics[name.rpartition("/")[0] + "/version"]
                 error = metrics.get(f"{name}_stderr", math.nan)
-                self.say(
-                    f"{name} = {value:.3f}{'' if math.isnan(error) else f' ± {error:.3f}'} (policy version {version:.0f})"
-                )
+                spread = "" if math.isnan(error) else f" ± {error:.3f}"
+                self.say(f"{name} = {value:.3f}{spread} (policy version {version:.0f})")
 
-    def _show(self, metrics: dict[str, float], now: float) -> None:
+    def _show(self, metrics: dict[str, float]) -> None:
         step, total = int(metrics["step"]), effective(self._client, self._run).trainer.num_steps
-        if self._first_step is None:
-            self._first_step, self._started_at = step, now
+        if not self._has_begun:
+            self._has_begun = True
+            self.begin(step)
         text = (
             f"reward {metrics['reward/mean']:.3f}  age {metrics['staleness/mean']:.1f}  "
-            f"{metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s  in flight {metrics['admission/credits']:.0f}"
+            f"{metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s  credits {metrics['admission/credits']:.0f}"
         )
-        if self._bar:
-            self._bar.update(self._task, completed=step, total=total, description=text)
-        elif now - self._line_at >= LINE_EVERY_S or step == total:
-            self._line_at = now
-            rate = (step - self._first_step) / max(now - self._started_at, 1e-9)
-            eta = f"{(total - step) / rate:.0f} s" if rate > 0 else "?"
-            depths = queue_depths(self._client, self._run, QUEUES)
-            queued = " ".join(f"{queue}={depth}" for queue, depth in depths.items() if depth) or "none"
-            self.say(f"step {step}/{total}  {text}  queued {queued}  eta {eta}")
+        self.show(step, total, text, more=self._queued)
+
+    def _queued(self) -> str:
+        depths = queue_depths(self._client, self._run, QUEUES)
+        return "  queued " + (" ".join(f"{queue}={depth}" for queue, depth in depths.items() if depth) or "none")

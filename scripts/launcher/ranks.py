@@ -3,7 +3,7 @@
 The ranks find each other through a file in a folder that only this user can open, and talk over the loopback device. torchrun
 is for several machines: its rendezvous listens on every address and unpickles what it is sent.
 
-    SIGTERM --> rank 0, which finishes its step with the others and tells them to end (`trainer.parallel`)
+    SIGTERM --> rank 0, which finishes its step with the others and tells them to end (`trainer.distributed.parallel`)
     the first rank that fails --> SIGTERM to the others, SIGKILL to what is left after GRACE_S
     this process dies --> the kernel kills the ranks
 """
@@ -24,12 +24,12 @@ from sluice.scripts.launcher.processes import Process
 from sluice.scripts.launcher.roles import PYTHON
 
 GRACE_S = 5.0
-"""A rank that waits needs a moment to see that rank 0 is gone; one that computes fails at its next exchange."""
+"""A waiting rank needs a moment to see that rank 0 has ended; a computing one fails at its next exchange."""
 POLL_S = 0.1
 
 
 def run(num_ranks: int) -> int:
-    """Exit code 0: all ranks ended in good order; else that of the first to fail, 1 where it was killed."""
+    """Return 0 where all ranks ended gracefully; else the exit code of the first to fail, 1 where it was killed."""
     with imports_without_threads():
         import sluice.trainer.loop  # noqa: F401  # once, for all ranks
 
@@ -49,7 +49,7 @@ def run(num_ranks: int) -> int:
 
 
 def _start(rank: int, num_ranks: int, *, store: str) -> Process:
-    """A rank in a process group of its own: Ctrl-C in a terminal comes through `forward`, once.
+    """Start a rank in a process group of its own: Ctrl-C in a terminal reaches it through `forward`, once.
 
     It is forked from this process, where the kernel ends it together with us.
     """

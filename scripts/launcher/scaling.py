@@ -1,6 +1,6 @@
 """`sluice run` follows hash `autoscale`: it starts and drains its workers, and says so.
 
-The hash holds what the whole run should have; workers that somebody started by hand, here or elsewhere, come on top of
+The hash holds what the run as a whole should have; workers started by hand, here or elsewhere, are additional to
 `sluice run`'s own, whose number stays within replicas.<queue>. Without the hash (no dataset worker yet) nothing changes.
 """
 
@@ -31,7 +31,7 @@ class Scaler:
         self._read_at = 0.0
 
     def update(self) -> None:
-        """Call it often; it reads as seldom as is useful. Raises Redis' ConnectionError, having changed nothing."""
+        """Read and scale, at most every READ_EVERY_S. Raises Redis' ConnectionError, having changed nothing."""
         if not self._queues or time.monotonic() - self._read_at < READ_EVERY_S:
             return
         self._read_at = time.monotonic()
@@ -48,7 +48,7 @@ class Scaler:
             return
         self._supervisor.scale(queue, desired)
         after = self._supervisor.num_workers(queue)
-        if after == before:  # every number is taken by workers that drain
+        if after == before:  # draining workers hold every number
             return
         self._say(f"{queue} workers {before} -> {after}: {reason}")
         change = {"queue": queue, "from": before, "to": after, "reason": reason}

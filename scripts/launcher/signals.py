@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag, for commands that end in good order."""
+"""Ctrl-C and SIGTERM as a flag, for commands that end gracefully."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag; a second one interrupts whatever runs."""
+    """Set a flag on Ctrl-C and SIGTERM; a second one interrupts."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,16 +16,8 @@ from sluice.dashboard.evaluations import describe, list_evaluations
 from sluice.dashboard.terminal import ledger_text, sparkline
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
-    """What was written, and the text for people."""
-
-    holds: bool
-    text: str
-
-
-def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dict[str, int]) -> Summary:
-    """Write summary.json and reward.png into the run folder."""
+def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dict[str, int]) -> tuple[bool, str]:
+    """Write summary.json and reward.png into the run folder; return whether the ledger holds, and the text for people."""
     steps = [metrics for _, metrics in read_metrics(client, run.keys) if "reward/mean" in metrics]
     latest = {int(metrics["step"]): metrics for metrics in steps}  # a step trained again after a crash counts once
     rewards = [latest[step]["reward/mean"] for step in sorted(latest)]
@@ -57,11 +48,11 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if rewards:
         _draw(folder / "reward.png", sorted(latest), rewards, evals, title=run.name)
-    return Summary(holds=counters.holds, text=_text(summary, rewards, counters, folder))
+    return counters.holds, _text(summary, rewards, counters, folder)
 
 
 def _age_histogram(steps: list[dict[str, float]]) -> dict[str, int]:
-    """Policy age in optimizer steps -> groups trained at that age."""
+    """Return policy age in optimizer steps -> groups trained at that age."""
     histogram: dict[int, int] = {}
     for metrics in steps:
         for name, count in metrics.items():
@@ -72,7 +63,7 @@ def _age_histogram(steps: list[dict[str, float]]) -> dict[str, int]:
 
 
 def _training_wall_s(run: Run) -> float:
-    """Of a resumed run: the seconds of all its incarnations that its last checkpoint counts."""
+    """Return the seconds of all incarnations of a resumed run, from its last checkpoint."""
     states = sorted((Path(run.folder) / "checkpoints").glob("step-*/state.json"))
     return float(json.loads(states[-1].read_text())["wall_s"]) if states else 0.0
 
@@ -80,8 +71,7 @@ def _training_wall_s(run: Run) -> float:
 def _text(summary: dict[str, Any], rewards: list[float], counters: Counters, folder: Path) -> str:
     seconds = max(summary["wall_s"], 1e-9)
     lines = [f"{summary['run']}: {summary['steps']} steps in {seconds:.1f} s"]
-    for entry in summary["evaluations"]:
-        lines.append("  " + describe(entry))
+    lines += ["  " + describe(entry) for entry in summary["evaluations"]]
     if None not in (summary["eval_before"], summary["eval_after"]):
         lines.append(f"  held-out greedy accuracy  {summary['eval_before']:.3f} -> {summary['eval_after']:.3f}")
     if rewards:

@@ -1,20 +1,20 @@
-"""`sluice run`'s process tree: starts every role, starts a dead one again, ends all of them in order.
+"""`sluice run`'s process tree: starts every role, restarts a dead one, ends all of them in order.
 
     redis (embedded, if no URL is given) --> workers, one process per replica --> trainer
     a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
-    while Redis is away nothing is started, and who died of that dies once
-    one that the run can do without (the dashboard) is given up instead, with a word about it
-    exit 0 is no crash (somebody sent SIGTERM): the role is started again at once; of the trainer at its last step, or of a
-    drain, it ends the run in good order; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
+    while Redis is unavailable nothing is started, so a role that died of that dies once
+    one that the run can do without (the dashboard) is not restarted then, and the user is told
+    exit 0 is not a crash (another process sent SIGTERM): the role is started again at once; of the trainer at its last step, or
+    of a drain, it ends the run gracefully; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
     ends it always
-    scale() starts workers of a queue or drains them: SIGUSR2, after autoscale.drain_s SIGTERM, STOP_S later SIGKILL. What a
-    drained worker ends with is neither a crash nor a restart
-    Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed, but for a trainer that
-    beats: it may be writing a checkpoint, and has TRAINER_STOP_S
+    scale() starts workers of a queue or drains them: SIGUSR2, after autoscale.drain_s SIGTERM, STOP_S later SIGKILL. The exit
+    of a drained worker is neither a crash nor a restart
+    Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed, except a trainer that
+    sends heartbeats: it may be writing a checkpoint, and has TRAINER_STOP_S
 
-Roles with a model are forked from a process that has imported torch (`fork_server`); when that one is killed, so are they, and
-they are started again as after any other death. Children ask the kernel to be told when their parent dies, so even SIGKILL of the
-supervisor leaves nothing behind.
+Roles with a model are forked from a process that has imported torch (`fork_server`); when it is killed, so are they, and they are
+started again as after any other death. The kernel signals children when their parent dies, so even SIGKILL of the supervisor
+leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -45,10 +45,8 @@ STOP_S = 7.0
 TRAINER_STOP_S = 120.0
 MAX_CRASHES = 5
 CRASH_WINDOW_S = 60.0
-
-
 POLL_S = 0.2
-"""How often a trainer that ends is looked at."""
+"""How often a trainer that ends is polled."""
 
 
 class RunFailed(Exception):
@@ -69,7 +67,7 @@ class Child:
     start_at: float = 0.0
     num_restarts: int = 0
     is_needed: bool = True
-    "false = the run goes on without it"
+    "false = the run continues without it"
     queue: str = ""
     "of a worker"
     replica: int = 0
@@ -97,10 +95,10 @@ class Supervisor:
         key_file: Path | None = None,
         fork_server: ForkServer | None = None,
     ) -> None:
-        """`status` reads the run's; while Redis is away it raises its ConnectionError, and so does `poll` then.
+        """`status` reads the run's; while Redis is unavailable it raises ConnectionError, and so does `poll` then.
 
-        `trainer_is_alive`: whether a heartbeat of the trainer came in the last seconds; false while Redis is away.
-        `extra`: roles that the run can do without; `say` tells when one is given up. `key_file`: the run's key, where the
+        `trainer_is_alive`: whether the trainer sent a heartbeat in the last seconds; false while Redis is unavailable.
+        `extra`: roles that the run can do without; `say` reports when one is abandoned. `key_file`: the run's key, where the
         environment has none (common/policies/signing.py). `fork_server` starts the roles that may be forked; without it they are
         processes like the others.
         """
@@ -147,7 +145,7 @@ class Supervisor:
             code = child.process.poll() if child.process else None
             if code is None and child.process:
                 continue
-            # while Redis is away no death is judged, and nothing is started that could not work
+            # while Redis is unavailable no exit is judged, and nothing is started that could not work
             status = self._status()
             if child is self._trainer and code == 0 and status in ("finished", "drained"):
                 return False
@@ -161,9 +159,7 @@ class Supervisor:
     def _after_exit(self, child: Child, code: int) -> None:
         child.process = None
         is_first = child.num_restarts == 0 and not child.was_added
-        if (
-            code == 2 and is_first and child.is_needed
-        ):  # a later one may have been refused for what is going on around it
+        if code == 2 and is_first and child.is_needed:  # a later one may have been refused for a passing reason
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
         if code == Diverged.EXIT_CODE and child is self._trainer:
             raise RunFailed(f"training has diverged:\n{_tail(child.log)}")
@@ -174,7 +170,9 @@ class Supervisor:
         if len(child.crashes) >= MAX_CRASHES:
             if not child.is_needed:
                 self._children.remove(child)
-                self._say(f"{child.name} died {len(child.crashes)} times and is given up (its log: {child.log})")
+                self._say(
+                    f"{child.name} died {len(child.crashes)} times and is not started again (its log: {child.log})"
+                )
                 return
             raise RunFailed(
                 f"{child.name} died {len(child.crashes)} times within {CRASH_WINDOW_S:.0f} s (last exit code {code}); "
@@ -183,17 +181,16 @@ class Supervisor:
         child.start_at = now + 0.5 * 2 ** (len(child.crashes) - 1)
 
     def num_workers(self, queue: str) -> int:
-        """Workers of a queue, those included that are loading or about to be started again; without those that drain."""
+        """Count the workers of a queue, including those loading or about to be restarted, without those that drain."""
         return sum(child.queue == queue and child.drained_at is None for child in self._children)
 
     def scale(self, queue: str, number: int) -> None:
         """Start workers of a queue or begin to drain some, the newest first, so that `number` stay.
 
-        A worker that drains keeps its number, and so its GPUs, until it has gone: fewer may be started than are wanted.
+        A draining worker keeps its number, and so its GPUs, until it has ended: fewer may start than requested.
         """
-        active = sorted(
-            (c for c in self._children if c.queue == queue and c.drained_at is None), key=lambda c: c.replica
-        )
+        active = [child for child in self._children if child.queue == queue and child.drained_at is None]
+        active.sort(key=lambda child: child.replica)
         for child in active[number:]:
             child.drained_at = time.monotonic()
             if child.process and child.process.poll() is None:
@@ -207,7 +204,7 @@ class Supervisor:
             self._children.append(child)
 
     def _poll_draining(self) -> None:
-        """Let go of workers that have finished; hurry those that take too long."""
+        """Forget drained workers that have ended; send SIGTERM, then SIGKILL, to those that take too long."""
         for child in [child for child in self._children if child.drained_at is not None]:
             process, limit_s = child.process, self._config.autoscale.drain_s
             if process is None or process.poll() is not None:
@@ -225,9 +222,9 @@ class Supervisor:
                 process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
-        """SIGTERM to all, SIGKILL to what is left after STOP_S; to a trainer that beats after TRAINER_STOP_S. Idempotent.
+        """Send SIGTERM to all, SIGKILL after STOP_S; to a trainer with heartbeats after TRAINER_STOP_S. Idempotent.
 
-        Interrupted itself (a second Ctrl-C) it kills at once.
+        A second Ctrl-C kills at once.
         """
         alive = [child.process for child in self._children if child.process and child.process.poll() is None]
         for process in alive:
@@ -247,7 +244,7 @@ class Supervisor:
 
     @property
     def restarts(self) -> dict[str, int]:
-        """Roles that had to be started again."""
+        """Number of restarts by role, where any."""
         counts = dict(self._restarts)
         for child in self._children:
             counts[child.name] = counts.get(child.name, 0) + child.num_restarts
@@ -255,7 +252,7 @@ class Supervisor:
 
 
 def _kill(processes: Iterable[Process | None]) -> None:
-    """Each with its group: a worker that had to be killed leaves its prefork children."""
+    """Kill each with its group: a killed worker leaves its prefork children."""
     for process in processes:
         if process:
             signal_group(process, signal.SIGKILL)

@@ -7,9 +7,9 @@
       (waits for a batch, publishes, ...)                   waits, for hours if need be
     policy.close()            -- close -->                  exit 0
 
-A call is the name of a method in `REPLICATED` and its arguments. Only rank 0 knows Redis, and it alone makes micro-batches, as
-many for each rank. A rank that fails ends by itself, the process that started it then ends all of them, and they are started
-again (`sluice run` does); the trainer continues from its newest checkpoint, on as many ranks as there are then.
+A call is the name of a method in `REPLICATED` and its arguments. Only rank 0 knows Redis, and it alone makes micro-batches, the
+same number for each rank. When a rank fails, the process that started the ranks ends all of them, and they are started again
+(by `sluice run`); the trainer resumes from its newest checkpoint, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from sluice.trainer.trained_policy import TrainedPolicy
 log = logging.getLogger("sluice.trainer")
 
 REPLICATED = ("optimize", "configure", "logprobs_of", "score", "snapshot", "save", "restore")
-"""Methods of TrainedPolicy that rank 0 has every rank call at the same time, in the same order."""
+"""Methods of TrainedPolicy that all ranks call at the same time, in the same order."""
 Shard = tuple[list[Group], list[Tensor]]
 """What a rank trains on: groups with its episodes only, and their advantages, [G] per group."""
 
@@ -65,7 +65,7 @@ class ParallelPolicy:
     def optimize(
         self, groups: list[Group], advantages: list[Tensor], *, step: int, max_tokens: int, mask_truncated: bool = False
     ) -> dict[str, float]:
-        """TrainedPolicy's, each rank on the micro-batches of its share (`shard_by_tokens`); metrics are those of all.
+        """Optimize, each rank on the micro-batches of its shard (`shard_by_tokens`); return the metrics of all.
 
         advantages: [G] per group. max_tokens, mask_truncated: as in `build_micro_batches`.
         """
@@ -80,7 +80,7 @@ class ParallelPolicy:
             return self._policy.optimize(own, step=step)
 
     def configure(self, config: TrainerConfig) -> None:
-        """TrainedPolicy's. No call is made where nothing changes."""
+        """Configure all ranks, if anything changes."""
         if config != self._policy.config:  # the config of SFT never comes here
             self._replicate("configure", config)
 
@@ -100,25 +100,25 @@ class ParallelPolicy:
         self._replicate("restore", folder)
 
     def close(self) -> None:
-        """The last call: the other ranks end."""
+        """End the other ranks: the last call."""
         with self._told("close", [[]] * (self._ranks.size - 1), {}):
             self._ranks.leave()
 
     def _replicate(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """The same call on every rank; this rank's result."""
+        """Make the same call on every rank; return this rank's result."""
         with self._told(name, [list(arguments)] * (self._ranks.size - 1), options):
             return getattr(self._policy, name)(*arguments, **options)
 
     @contextmanager
     def _told(self, name: str, arguments: list[list[Any]], options: dict[str, Any]) -> Iterator[None]:
-        """The other ranks begin the call, each with its own arguments, while this one makes it inside."""
+        """Have the other ranks begin the call, each with its own arguments, while this one makes it inside."""
         with _explained(name, self._ranks):
             self._ranks.send_calls([_call(name, own, options) for own in arguments])
             yield
 
 
 def open_policy(config: Config, *, end_token_ids: Sequence[int], ranks: Ranks | None = None) -> ParallelPolicy:
-    """The policy of a run with the weights of model.path, on all ranks; for rank 0. Raises ConfigError."""
+    """Open the policy of a run with the weights of model.path, on all ranks; for rank 0. Raises ConfigError."""
     ranks = ranks or Ranks()
     ranks.send_calls([_call("open", [config, list(end_token_ids)], {})] * (ranks.size - 1))
     with _explained("open", ranks):
@@ -126,9 +126,9 @@ def open_policy(config: Config, *, end_token_ids: Sequence[int], ranks: Ranks | 
 
 
 def run_follower(ranks: Ranks) -> int:
-    """A rank other than 0, from its start to its exit code.
+    """Run a rank other than 0; return its exit code.
 
-    SIGTERM and Ctrl-C are rank 0's to answer, which then finishes its step with this one; but without a rank 0 they end it.
+    Rank 0 answers SIGTERM and Ctrl-C and finishes its step with this one; without a rank 0 they end this one.
     """
     signals: list[int] = []
 
@@ -171,7 +171,7 @@ def _build(config: Config, end_token_ids: Sequence[int], ranks: Ranks) -> Traine
 
 @contextmanager
 def _explained(call: str, ranks: Ranks) -> Iterator[None]:
-    """What goes wrong between ranks surfaces as an error of some connection: says which rank and call, and how to read it."""
+    """Log rank and call of an error: one between ranks surfaces as the error of some connection."""
     try:
         yield
     except RuntimeError:
@@ -185,10 +185,10 @@ def _explained(call: str, ranks: Ranks) -> Iterator[None]:
 
 
 def shard_by_tokens(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> list[Shard]:
-    """Every episode to one rank, so that their real tokens are balanced: the longest first, each to whom has least so far.
+    """Assign every episode to one rank, real tokens balanced: the longest first, each to the rank with the fewest so far.
 
-    advantages: per group [G]. A rank for which there is none gets the shortest one without its reward, which leaves it out of
-    the loss. The same input gives the same shares.
+    advantages: per group [G]. A rank without an episode gets the shortest one without its reward, which leaves it out of the
+    loss. Deterministic.
     """
     if num_ranks == 1:
         return [(groups, advantages)]
@@ -217,14 +217,14 @@ def shard_by_tokens(groups: list[Group], advantages: list[Tensor], *, num_ranks:
 
 
 def pad_micro_batches(batches: list[MicroBatch], *, count: int) -> list[MicroBatch]:
-    """`count` passes, as many as the other ranks make: those that lack are the smallest one without a loss token."""
+    """Pad to `count` passes, as many as the other ranks make, with copies of the smallest one without a loss token."""
     smallest = min(batches, key=lambda batch: batch.num_tokens)
     idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
     return [*batches, *[idle] * (count - len(batches))]
 
 
 def _call(name: str, arguments: list[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The message of a call; options are plain data."""
+    """Make the message of a call; options are plain data."""
     return {"call": name, "arguments": _to_wire(arguments), "options": options}
 
 
@@ -235,7 +235,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "dtype": lambda name: getattr(torch, name),
     "path": Path,
 }
-"""What an argument that is no plain data travels as."""
+"""Decoders of arguments that are not plain data."""
 
 
 def _to_wire(value: Any) -> Any:

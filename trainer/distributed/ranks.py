@@ -1,12 +1,12 @@
-"""The processes that train one policy together (ranks): who this one is, and what they tell each other.
+"""The processes that train one policy together (ranks): which one this is, and what they exchange.
 
     rank 0                                  rank 1 ... N-1
-    send_calls(bodies) -- key in store -->  next_call(): looks for its key, for hours if need be, and says so
+    send_calls(bodies) -- key in store -->  next_call(): polls for its key, for hours if need be, and logs that
                         -- bytes (gloo) -->  its body
     gather(value)       <-- all ranks -->    gather(value)
 
-Everything is msgpack (`sluice.common.serialization`), no pickle. Between two calls nobody waits inside a collective, so the bound
-`COLLECTIVE_TIMEOUT_S` holds for the work of one call alone.
+Everything is msgpack (`sluice.common.serialization`), no pickle. Between two calls no rank waits inside a collective, so
+`COLLECTIVE_TIMEOUT_S` bounds the work of one call alone.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from sluice.common.serialization import decode, encode
 log = logging.getLogger("sluice.trainer")
 
 COLLECTIVE_TIMEOUT_S = 600.0
-"""A rank that is so much later than the others at any point of a call is given up, and all ranks end."""
+"""How much later than the others a rank may be at any point of a call; then all ranks end."""
 POLL_S = 0.05
-"""At most so late does a rank notice a call."""
+"""How late a rank may notice a call."""
 REPORTED_EVERY_S = 60.0
 """How often a rank that waits for rank 0 says so."""
 
@@ -47,7 +47,7 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """The ranks that the environment names (RANK, WORLD_SIZE, ...); without it, the only one.
+        """Join the ranks that the environment names (RANK, WORLD_SIZE, ...); without it, be the only one.
 
         They meet in the file SLUICE_RANKS_STORE (`launcher.ranks`), else as torchrun says (MASTER_ADDR, MASTER_PORT).
         """
@@ -69,7 +69,7 @@ class Ranks:
         return cls(rank=rank, size=size, local_rank=local_rank, store=dist.PrefixStore("sluice", store))
 
     def device(self, wanted: str) -> torch.device:
-        """What `trainer.device` means for this rank: of several, each has its own GPU. Raises ConfigError."""
+        """Resolve `trainer.device` for this rank: each of several has its own GPU. Raises ConfigError."""
         device = resolve_device(wanted)
         if self.size == 1 or device.type != "cuda":
             return device
@@ -83,7 +83,7 @@ class Ranks:
         return torch.device("cuda", self.local_rank)
 
     def gather(self, value: Any) -> list[Any]:
-        """The small value of every rank, in their order, on every rank."""
+        """Return the small value of every rank, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         body = _bytes_of(encode(value))
@@ -96,7 +96,7 @@ class Ranks:
         return [decode(body[: int(size)].numpy().tobytes()) for body, size in zip(bodies, sizes, strict=True)]
 
     def send_calls(self, bodies: list[dict[str, Any]]) -> None:
-        """Rank 0: a call, one body for each other rank."""
+        """Send a call from rank 0, one body for each other rank."""
         if self._store is None:
             return
         self._num_calls += 1
@@ -107,7 +107,7 @@ class Ranks:
             dist.send(message, dst=rank)
 
     def next_call(self, *, given_up: Callable[[], bool]) -> dict[str, Any] | None:
-        """Another rank: wait for its body of the next call of rank 0. None = `given_up` was true before there was one."""
+        """Wait, on another rank, for its body of rank 0's next call. None = `given_up` returned true first."""
         assert self._store is not None
         self._num_calls += 1
         key, delay_s, since = f"call/{self._num_calls}/{self.rank}", 0.001, time.monotonic()
@@ -127,13 +127,13 @@ class Ranks:
         return body
 
     def rank_0_is_gone(self) -> bool:
-        """Whether rank 0 was on this machine and no longer lives; on another one, who started it ends it all."""
+        """Return whether rank 0 ran on this machine and has ended; on another one, its starter ends all ranks."""
         assert self._store is not None
         host, pid = self._store.get("rank0").decode().split()
         return host == socket.gethostname() and not psutil.pid_exists(int(pid))
 
     def leave(self) -> None:
-        """After the last call, all together: the store goes with the first machine that ends."""
+        """Leave together after the last call: the store ends with the first machine that does."""
         if self.size > 1:
             self.gather(None)
             dist.destroy_process_group()

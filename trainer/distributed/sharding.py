@@ -1,11 +1,11 @@
-"""One policy over several ranks: what wraps it, and which part of a tensor a rank holds.
+"""One policy over several ranks: what wraps it, and which rows of a tensor a rank holds.
 
     ddp     every rank holds all weights; gradients are added up once per optimizer step
-    fsdp    every rank holds its rows of every weight (FSDP2); a layer is whole only while it computes, and gradients are
+    fsdp    every rank holds its rows of every weight (FSDP2); a layer is complete only while it computes, and gradients are
             added up at every micro-batch, so that no rank ever holds all of them
 
 Gradients are sums over ranks, not means: each micro-batch's loss is already divided by the step's normaliser.
-A sharded tensor lies in equal pieces along its first axis, rank after rank, the last ones shorter (torch.chunk).
+A sharded tensor is split into equal pieces along its first axis, in rank order, the last ones shorter (torch.chunk).
 
 One rank must not load torch's distributed packages, which take seconds: they are imported where there are several, and a
 sharded tensor or module is known by its methods.
@@ -24,17 +24,17 @@ from sluice.trainer.distributed.ranks import Ranks
 
 
 def is_sharded(ranks: Ranks, *, parallel: str, device: torch.device) -> bool:
-    """Whether a rank holds only its rows. parallel: `ddp`, `fsdp`, or `auto`: fsdp on GPUs, ddp on CPUs."""
+    """Return whether a rank holds only its rows. parallel: `ddp`, `fsdp`, or `auto`: fsdp on GPUs, ddp on CPUs."""
     return ranks.size > 1 and (parallel == "fsdp" or (parallel == "auto" and device.type != "cpu"))
 
 
 def distributed(
     module: nn.Module, ranks: Ranks, *, parallel: str, device: torch.device, compute: torch.dtype
 ) -> nn.Module:
-    """The module to run forward with gradients; `module` itself for a single rank and, sharded in place, for fsdp.
+    """Return the module to run forward with gradients; `module` itself for a single rank and, sharded in place, for fsdp.
 
-    parallel: as in `is_sharded`. compute: the precision in which fsdp gathers the
-    layers' weights; gradients are reduced in float32. Weights must be equal on all ranks before (ddp copies rank 0's).
+    parallel: as in `is_sharded`. compute: the precision in which fsdp gathers the layers' weights; gradients are reduced in
+    float32. Weights must be equal on all ranks before (ddp copies rank 0's).
     Raises ConfigError where no layers are found to shard.
     """
     if ranks.size == 1:
@@ -63,29 +63,29 @@ def distributed(
 
 
 def without_reduction(module: Any) -> AbstractContextManager[Any]:
-    """For all but the last micro-batch of a step: ddp keeps gradients local; fsdp would have to keep them whole."""
+    """Keep gradients local, for all but the last micro-batch of a step: with ddp only; fsdp would have to keep them all."""
     return module.no_sync() if hasattr(module, "no_sync") else nullcontext()
 
 
 def release(module: Any) -> None:
-    """After a forward pass without a backward one: fsdp's root module lets go of the weights that it gathered."""
+    """Free the weights that fsdp's root module gathered in a forward pass without a backward one."""
     if hasattr(module, "reshard"):
         module.reshard()
 
 
 def gathered(tensor: Any, dtype: torch.dtype) -> Tensor:
-    """All of a tensor in a dtype. Of a sharded one every rank must ask; it travels in that dtype."""
+    """Return a full tensor in a dtype. For a sharded one every rank must call it; it travels in that dtype."""
     tensor = tensor.detach().to(dtype)
     return tensor.full_tensor() if _is_distributed(tensor) else tensor
 
 
 def _is_distributed(tensor: Any) -> bool:
-    """Whether it is a DTensor."""
+    """Return whether it is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def own_part(tensor: Any, ranks: Ranks) -> Tensor | None:
-    """What this rank keeps of a tensor in a checkpoint: its rows, or all where it is not sharded (rank 0); none = nothing."""
+    """Return what this rank writes of a tensor into a checkpoint: its rows, or all where it is not sharded (rank 0)."""
     if _is_distributed(tensor):
         local = tensor.to_local().detach()
         return local if local.shape[0] else None
@@ -93,7 +93,7 @@ def own_part(tensor: Any, ranks: Ranks) -> Tensor | None:
 
 
 def own_rows(tensor: Any, ranks: Ranks) -> tuple[Tensor, int | None]:
-    """This rank's memory of a tensor, and the row of the whole at which it begins; none = it is the whole."""
+    """Return this rank's memory of a tensor, and its first row in the full tensor; none = it is the full tensor."""
     if not _is_distributed(tensor):
         return tensor.detach(), None
     local = tensor.to_local().detach()
@@ -104,7 +104,7 @@ def own_rows(tensor: Any, ranks: Ranks) -> tuple[Tensor, int | None]:
 
 
 def _layers(module: nn.Module) -> nn.ModuleList:
-    """The decoder's layers: the first list of modules on the way down, which experts and the like only stand inside of."""
+    """Return the decoder's layers: the outermost list of modules (experts and the like are inside of it)."""
     for part in module.modules():
         if isinstance(part, nn.ModuleList) and len(part):
             return part
@@ -112,7 +112,7 @@ def _layers(module: nn.Module) -> nn.ModuleList:
 
 
 def _add_up(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """As ddp's own reduction, without the division by the number of ranks."""
+    """Reduce as ddp does, without the division by the number of ranks."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])

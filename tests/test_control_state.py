@@ -55,11 +55,11 @@ def test_what_holds_is_read_again_each_time(client: redis.Redis, run: Run) -> No
     control.drain(client, run, who="a")
     reader.read()
     assert reader.config.replay_buffer.max_policy_age == 4
-    assert reader.control_state.draining is not None
+    assert reader.state.draining is not None
     assert reader.metrics() == {"setting/replay_buffer.max_policy_age": 4.0}
     control.change(client, run, ["max_policy_age=1"], who="a")
     control.resume(client, run, who="a")
     reader.read()
     assert reader.config == run.config
     assert reader.metrics() == {"setting/replay_buffer.max_policy_age": 1.0}, "a curve goes back with its setting"
-    assert reader.control_state.draining is None
+    assert reader.state.draining is None

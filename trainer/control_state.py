@@ -31,7 +31,7 @@ class ControlReader:
         self._path = Path(run.folder) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._last_entry = _last_logged(self._path)
-        self.control_state = ControlState()
+        self.state = ControlState()
         self.config = run.config
         self._changed: set[str] = set()
 
@@ -41,15 +41,15 @@ class ControlReader:
         return {f"setting/{key}": float(value) for key, value in values.items() if value is not None}
 
     def read(self) -> None:
-        """Refresh `control_state` and `config`."""
-        before = self.control_state
-        self.control_state = read_control_state(self._client, self._run.keys, after=self._last_entry)
-        if self.control_state.settings != before.settings:
-            self.config = with_settings(self._run.config, self.control_state.settings)
-            self._changed |= self.control_state.settings.keys()
-        if self.control_state.paused and not before.paused:
-            log.warning("%s", describe_paused(self.control_state.paused))
-        for entry, fields in self.control_state.change_log:
+        """Refresh `state` and `config`."""
+        before = self.state
+        self.state = read_control_state(self._client, self._run.keys, after=self._last_entry)
+        if self.state.settings != before.settings:
+            self.config = with_settings(self._run.config, self.state.settings)
+            self._changed |= self.state.settings.keys()
+        if self.state.paused and not before.paused:
+            log.warning("%s", describe_paused(self.state.paused))
+        for entry, fields in self.state.change_log:
             line: dict[str, Any] = {"step": int(fields["step"]), "time": float(fields["at"])}
             line |= {"control": fields["key"], "who": fields["who"], "entry": entry}
             append_line(self._path, line | {name: json.loads(fields[name]) for name in ("old", "new")})

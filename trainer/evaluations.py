@@ -33,15 +33,15 @@ class Evaluations:
         retry_while_disk_full: Callable[[Callable[[], None]], None],
     ) -> None:
         """`retry_while_disk_full` repeats a write while the disk is full."""
-        self._client, self._run, self._orders = client, run, control_state
+        self._client, self._run, self._control_state = client, run, control_state
         self._retry_while_disk_full = retry_while_disk_full
         self.unreported = evaluation.unreported(client, run)
         "(set, version) of each that is not finished, or not reported; earlier processes' included"
 
     def is_due(self, step: int) -> bool:
         """Return whether the policy of this step is evaluated."""
-        every = self._orders.config.evaluation.every_steps
-        return step in (0, self._orders.config.trainer.num_steps) or (every > 0 and step % every == 0)
+        every = self._control_state.config.evaluation.every_steps
+        return step in (0, self._control_state.config.trainer.num_steps) or (every > 0 and step % every == 0)
 
     def needs_checkpoint(self, step: int) -> bool:
         """Return whether the policy of this step may turn out to be the best, which is kept as a checkpoint."""

@@ -146,7 +146,7 @@ class Trainer:
             parent_digest=parent_digest,
             groups=groups,
             metrics=step_metrics,
-            settings=self.control_state.control_state.settings,
+            settings=self.control_state.state.settings,
         )
         self.recovery.record(record)
         self.samples.keep(self.position.step, groups, [a.tolist() for a in advantages], self.policy.logprobs_of)
@@ -160,7 +160,7 @@ class Trainer:
         self.heartbeat.waits()
         while not self.stopping:
             self.publisher.republish_full()
-            if self.control_state.control_state.paused:
+            if self.control_state.state.paused:
                 time.sleep(HELD_POLL_S)
                 self.control_state.read()
                 continue
@@ -178,7 +178,7 @@ class Trainer:
                 self.heartbeat.moves()
                 in_order = sorted(sample.groups, key=lambda group: int(group.group_id[1:]))
                 return in_order, sample.available - len(in_order)
-            if self.control_state.control_state.draining and self._nothing_is_left(sample.available):
+            if self.control_state.state.draining and self._nothing_is_left(sample.available):
                 self.is_drained = True
                 return None
             self.buffer.wait(1.0)

@@ -16,7 +16,7 @@ import redis
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.metric_stream import read_metrics, read_samples
 from sluice.common.operations.autoscale import Scale, read_scales
-from sluice.common.operations.control import read_trail
+from sluice.common.operations.control import read_change_log
 from sluice.common.run import Run, list_runs, open_run
 from sluice.dashboard.run_state import collect_status
 
@@ -74,7 +74,7 @@ class Reader:
             status=collect_status(self.client, self.run),
             steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
             evaluations=list(self._evaluations),
-            control_state=read_trail(self.client, self.run.keys, count=20),
+            control_state=read_change_log(self.client, self.run.keys, count=20),
             scaling=read_scales(self.client, self.run.keys),
         )
 

@@ -1,7 +1,7 @@
 """The run record: what a role needs besides Redis' address and the run's name.
 
 `create_run` stores the resolved config and the model's assets under the run's prefix; `open_run` reads them. A run
-name is taken once.
+name is used once.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class RunRecord:
         return json.loads(paused) if paused else None, json.loads(draining) if draining else None
 
     def create(self, config: str, assets: bytes, folder: str) -> bool:
-        """Write the record. Returns False, and writes nothing, where the name is taken."""
+        """Write the record. Returns False, and writes nothing, where the name is in use."""
         if not self._client.hsetnx(self._key, "created_at", time.time()):
             return False
         record = {"config": config, "assets": assets, "folder": folder, "status": "created"}

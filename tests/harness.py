@@ -188,7 +188,7 @@ def counters_of(env: dict[str, str]) -> Counters:
 
 
 def assert_trained_once(run_folder: Path, steps: int, *, groups_per_step: int = 8) -> None:
-    """From the checkpoints of the surviving lineage (all kept): every step has its whole batch, no group is in two."""
+    """Check the checkpoints of the surviving lineage (all kept): every step has its full batch, no group is in two."""
     latest = {int(metrics["step"]): metrics for metrics in metrics_of(run_folder)}
     assert sorted(latest) == list(range(1, steps + 1))
     states = [json.loads(path.read_text()) for path in (run_folder / "checkpoints").glob("step-*/state.json")]
@@ -252,7 +252,7 @@ def metrics_of(run_folder: Path) -> list[dict[str, float]]:
 
 
 def metrics_lines(run_folder: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl that are whole: the last one may be half written."""
+    """Return all complete lines of metrics.jsonl: the last one may be half written."""
     path = run_folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

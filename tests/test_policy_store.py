@@ -226,7 +226,7 @@ def test_a_replaced_trainer_is_refused_and_damages_nothing(client, keys, store):
     client.hset(keys.run_record, "incarnation", 2)
     publish(store, 1, incarnation=2)
     for version in (1, 2):
-        with pytest.raises(PolicyError, match="a newer trainer process has taken this run over; this one must stop"):
+        with pytest.raises(PolicyError, match="a newer trainer process owns this run; this one must stop"):
             publish(store, version, value=66, incarnation=1)
     assert store.latest_version() == 1
     assert_identical(store.fetch(1)[1], weights(1))
@@ -244,7 +244,7 @@ def test_a_trainer_replaced_while_it_writes_does_not_move_the_pointer(client, ke
 
     with monkeypatch.context() as patch:
         patch.setattr(Scripts, "__call__", overtaken)
-        with pytest.raises(PolicyError, match="a newer trainer process has taken this run over"):
+        with pytest.raises(PolicyError, match="a newer trainer process owns this run"):
             publish(store, 1)
     assert store.latest_version() == 0
 

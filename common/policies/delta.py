@@ -45,9 +45,9 @@ Words = NDArray[Any]
 def encode(
     tensors: Mapping[str, torch.Tensor], *, base: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, str], dict[str, torch.Tensor] | None]:
-    """Return digests of all tensors, and patches (uint8 [bytes]) of those that differ from `base`; None where full weights are better.
+    """Return digests of all tensors, and patches (uint8 [bytes]) of those that differ from `base`.
 
-    All tensors are on the CPU.
+    Patches are None where full weights are better. All tensors are on the CPU.
     """
     if not _is_alike(tensors, base) or _sampled_share(tensors, base) > MAX_CHANGED:
         return {name: tensor_digest(tensor) for name, tensor in tensors.items()}, None

@@ -1,4 +1,4 @@
-"""Digests of weights: xxh3-128 of a tensor's dtype, shape and bytes; sha256 over those of a whole policy."""
+"""Digests of weights: xxh3-128 of a tensor's dtype, shape and bytes; sha256 over those of a policy."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class ManifestChain:
             found.append(version)
 
     def path(self, target: Manifest, *, start: Manifest | None) -> list[Manifest]:
-        """Return the manifests from `start` (none = the nearest full version) to `target`, both included. Raises PolicyNotFound."""
+        """Return the manifests from `start` (none = nearest full version) to `target`, both included. Raises PolicyNotFound."""
         path = [target]
         while path[-1].num_bytes == 0 if start is None else path[-1].version > start.version:
             if path[-1].base < 0:

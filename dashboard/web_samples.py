@@ -121,8 +121,9 @@ def _completion(c: dict[str, Any], *, shade: str, tokenizer: Tokenizer | None, v
         f'<div class="stats"><span>reward <b>{reward}</b></span>{by_function}<span>advantage {c["advantage"]:+.3f}</span>'
         f"<span>{c['tokens']} tokens</span><span>{escape(c['finish_reason'])}</span></div>"
     )
-    is_plain = shade == "none" or tokenizer is None or "token_ids" not in c
-    text = escape(c["text"]) if is_plain else _tokens(c, shade, tokenizer, versions)
+    text = escape(c["text"])
+    if shade != "none" and tokenizer is not None and "token_ids" in c:
+        text = _tokens(c, shade, tokenizer, versions)
     return f'<div class="completion">{stats}<div class="tokens">{text}</div></div>'
 
 

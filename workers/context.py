@@ -26,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ HUNG_EXIT_CODE = 75
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """The result of a stage."""
+    """The result of a stage: arguments of Ledger.store."""
 
     payload: bytes
     version: int | None = None
@@ -160,22 +160,13 @@ class Context:
                 if self.ledger.fail(claim, reason=_reason(error), detail=detail):
                     send_stage(self.app, group_id, stage)
                 return
-            following = self._store(claim, result)  # may wait for Redis; the lease is renewed meanwhile
+            # may wait for Redis; the lease is renewed meanwhile
+            following = self.ledger.store(group_id, stage, **asdict(result))
         for name in following or ():
             send_stage(self.app, group_id, name)
         if result.is_zero_variance and following is not None:
             send(self.app, "dataset.fill", "dataset")  # its credit is free: admit another prompt
         self.num_done += 1
-
-    def _store(self, claim: Claim, result: Result) -> list[str] | None:
-        return self.ledger.store(
-            claim.group_id,
-            claim.stage,
-            result.payload,
-            version=result.version,
-            num_tokens=result.num_tokens,
-            is_zero_variance=result.is_zero_variance,
-        )
 
     @contextmanager
     def _working_on(self, claim: Claim) -> Iterator[None]:
@@ -200,12 +191,10 @@ class Context:
     def _keep_leases(self) -> None:
         self._end_if_hung()
         left_s = self.run.config.lease.running_s - self.progress_age_s()
-        if left_s > 0:
-            self._renew(left_s)
-
-    def _renew(self, lease_s: float) -> None:
+        if left_s <= 0:
+            return
         claims = list(self._claims.values())
-        lost = set(self.urgent.renew(claims, lease_s=lease_s))
+        lost = set(self.urgent.renew(claims, lease_s=left_s))
         for claim in claims:
             # a stage whose result was stored meanwhile has no lease any more either
             if f"{claim.group_id}|{claim.stage}" in lost and claim.holder in self._claims:

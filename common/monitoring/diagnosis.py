@@ -42,31 +42,13 @@ from sluice.common.run import Run, RunRecord
 from sluice.common.serialization import decode
 
 STALL_KINDS = (
-    "paused",
-    "no_trainer",
-    "silent_trainer",
-    "redis_unreachable",
-    "redis_full",
-    "no_workers",
-    "silent_worker",
-    "alarm",
-    "not_picked_up",
-    "admission",
-    "stale_drops",
-    "zero_variance",
-    "queue_backed_up",
-    "working",
-)
+    "paused", "no_trainer", "silent_trainer", "redis_unreachable", "redis_full", "no_workers", "silent_worker", "alarm",
+    "not_picked_up", "admission", "stale_drops", "zero_variance", "queue_backed_up", "working",
+)  # fmt: skip
 ALARM_KINDS = (
-    "silent_worker",
-    "alarm",
-    "not_picked_up",
-    "digest_mismatch",
-    "sampler_mismatch",
-    "redis_full",
-    "rejected_messages",
+    "silent_worker", "alarm", "not_picked_up", "digest_mismatch", "sampler_mismatch", "redis_full", "rejected_messages",
     "redis_unreachable",
-)
+)  # fmt: skip
 STALLED_AFTER_S = 5.0
 """A trainer that has waited for this long is stalled."""
 _NEARLY_FULL = 0.9
@@ -115,7 +97,7 @@ def alarms(client: redis.Redis, run: Run) -> list[Cause]:
     """Return what is wrong, whether or not training stalls."""
     try:
         heartbeats = read_heartbeats(client, run.keys)
-        found = [*_silent(heartbeats), *_reported(heartbeats), *_not_picked_up(client, run, heartbeats)]
+        found = _silent(heartbeats) + _reported(heartbeats) + _not_picked_up(client, run, heartbeats)
         found += _other_digests(client, run, heartbeats) + _mismatched(run, heartbeats)
         found += _memory(client, over=_NEARLY_FULL)
         if rejected := broker_client(client).llen(run.keys.rejected):
@@ -137,17 +119,10 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
     queues = read_queues(client, run, needed)
     serving = {stats["role"] for stats in heartbeats.values()}
     on_path = {name: stats for name, stats in heartbeats.items() if stats["role"] in (*needed, "trainer")}
-    causes = [
-        *_memory(client, over=_FULL),
-        *(
-            Cause("no_workers", f"0 workers on `{queue}`, {_waiting(queues[queue])}")
-            for queue in needed
-            if queue not in serving
-        ),
-        *_silent(on_path),
-        *_reported(on_path),
-        *_not_picked_up(client, run, heartbeats),
-    ]
+    idle = [queue for queue in needed if queue not in serving]
+    causes = _memory(client, over=_FULL)
+    causes += [Cause("no_workers", f"0 workers on `{queue}`, {_waiting(queues[queue])}") for queue in idle]
+    causes += _silent(on_path) + _reported(on_path) + _not_picked_up(client, run, heartbeats)
     return causes[0] if causes else _from_flow(client, run, heartbeats, queues)
 
 

@@ -27,23 +27,15 @@ log = logging.getLogger("sluice.heartbeat")
 HEARTBEAT_S = 1.0
 HEARTBEAT_TTL_S = 15
 _NUMBERS = (
-    "idle_fraction",
-    "up_s",
-    "waiting_s",
-    "done",
-    "running",
-    "version",
-    "tokens_per_s",
-    "mismatch",
-    "cache_mismatch",
-)
+    "idle_fraction", "up_s", "waiting_s", "done", "running", "version", "tokens_per_s", "mismatch", "cache_mismatch",
+)  # fmt: skip
 SILENT_AFTER_S = 4.0
 """Three heartbeats missed: dead, stopped or cut off."""
 
 
-def connect_quickly() -> redis.Redis:
+def connect_quickly(url: str | None = None) -> redis.Redis:
     """Return a connection that fails within seconds, for heartbeats and event loops, which must not hang in a command."""
-    return connect(retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
+    return connect(url, retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
 
 
 class HeartbeatThread:

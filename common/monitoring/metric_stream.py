@@ -23,12 +23,9 @@ def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float],
     Scripts(client, keys)("write_record", "XADD", keys.metrics, "MAXLEN", "~", max_length, "*", *fields)
 
 
-def read_metrics(
-    client: redis.Redis, keys: Keys, *, after: str = "-", count: int | None = None
-) -> list[tuple[str, dict[str, float]]]:
+def read_metrics(client: redis.Redis, keys: Keys, *, after: str = "-") -> list[tuple[str, dict[str, float]]]:
     """Return (entry id, metrics) of the steps after an entry id, oldest first."""
-    start = after if after == "-" else f"({after}"
-    entries = client.xrange(keys.metrics, min=start, max="+", count=count)
+    entries = client.xrange(keys.metrics, min=after if after == "-" else f"({after}")
     return [(entry.decode(), _floats(fields)) for entry, fields in entries]
 
 

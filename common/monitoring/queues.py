@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from sluice.common.connections.client import connect
+from sluice.common.monitoring.heartbeats import connect_quickly
 from sluice.common.run import Run
 from sluice.common.serialization import decode_json
 
@@ -34,9 +32,7 @@ def broker_client(client: redis.Redis) -> redis.Redis:
     return _connect_once(url) if url else client
 
 
-@cache
-def _connect_once(url: str) -> redis.Redis:
-    return connect(url, retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
+_connect_once = cache(connect_quickly)
 
 
 def read_queues(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[str, Queue]:

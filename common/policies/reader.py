@@ -32,7 +32,7 @@ from sluice.common.policies.digest import policy_digest
 from sluice.common.policies.manifest import Manifest, ManifestChain, Policy
 from sluice.common.policies.retention import Retention
 from sluice.common.policies.signing import Signer
-from sluice.common.policies.transports import open_transport
+from sluice.common.policies.transports import Loaded, open_transport
 
 log = logging.getLogger("sluice.policy_store")
 
@@ -54,11 +54,6 @@ class PolicyReader:
         "the version that the next one may be a delta on"
         self.last_fetch_s = 0.0
         self.last_fetch_bytes = 0
-
-    def latest(self) -> Manifest | None:
-        """Return the manifest that the pointer names; none before the first publication."""
-        version = self._client.hget(self._keys.policy, "version")
-        return None if version is None else self.manifest(int(version))
 
     def latest_version(self) -> int:
         """Return the version that the pointer names; -1 before the first publication."""
@@ -91,9 +86,7 @@ class PolicyReader:
         self.last_fetch_s, self.last_fetch_bytes = time.monotonic() - began, num_bytes
         return manifest, tensors
 
-    def _load_somehow(
-        self, target: Manifest, *, held: Policy | None, renew: Callable[[], None]
-    ) -> tuple[dict[str, torch.Tensor], int]:
+    def _load_somehow(self, target: Manifest, *, held: Policy | None, renew: Callable[[], None]) -> Loaded:
         """Load by the deltas since the held version; failing that, from full weights."""
         if held is not None and target.base >= 0:
             try:
@@ -102,9 +95,7 @@ class PolicyReader:
                 log.warning("no chain from version %d, reading full weights: %s", held.manifest.version, error)
         return self._load(target, held=None, renew=renew)
 
-    def _load(
-        self, target: Manifest, *, held: Policy | None, renew: Callable[[], None]
-    ) -> tuple[dict[str, torch.Tensor], int]:
+    def _load(self, target: Manifest, *, held: Policy | None, renew: Callable[[], None]) -> Loaded:
         """Return verified tensors, and the number of bytes read."""
         # Read what the version consists of: full weights, unless a version is held, and the patches of every version since.
         first, *deltas = self._chain.path(target, start=held.manifest if held else None)

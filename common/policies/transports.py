@@ -31,6 +31,8 @@ from sluice.common.keys import Keys
 CHUNK_BYTES = 2 * 1024 * 1024
 
 Kind = Literal["weights", "delta"]
+Loaded = tuple[dict[str, torch.Tensor], int]
+"""Tensors, and the number of bytes read."""
 
 
 class Transport(Protocol):
@@ -39,9 +41,7 @@ class Transport(Protocol):
     def write(self, version: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "weights") -> int:
         """Store tensors of a version, replacing leftovers of a crash. Returns bytes. Raises DiskFull."""
 
-    def read(
-        self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]
-    ) -> tuple[dict[str, torch.Tensor], int]:
+    def read(self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]) -> Loaded:
         """Return unverified tensors, and the bytes read; call `renew` between pieces. Raises PolicyNotFound, DigestMismatch."""
 
     def delete(self, version: int) -> None:
@@ -72,9 +72,7 @@ class DirectoryTransport:
         temporary.rename(path)
         return path.stat().st_size
 
-    def read(
-        self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]
-    ) -> tuple[dict[str, torch.Tensor], int]:
+    def read(self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]) -> Loaded:
         path = self._path(version, kind)
         try:
             # mapped; a file that is deleted or replaced meanwhile stays readable
@@ -117,9 +115,7 @@ class RedisTransport:
             self._client.set(self._keys.tensors(kind, version, i), data[start : start + CHUNK_BYTES])
         return len(data)
 
-    def read(
-        self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]
-    ) -> tuple[dict[str, torch.Tensor], int]:
+    def read(self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]) -> Loaded:
         size = self._client.get(self._keys.tensors(kind, version))
         if size is None:
             raise PolicyNotFound(f"policy version {version} is not in Redis: it was removed, or never written")

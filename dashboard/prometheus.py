@@ -92,57 +92,37 @@ class _Snapshots:
             yield self._gauge(short, text, partial(_of_last_step, name=name))
 
     def _run(self) -> Iterator[Metric]:
-        yield self._gauge(
-            "run_status",
-            "1 for what the run is.",
-            lambda r: [({"status": status}, float(r["status"] == status)) for status in STATUSES],
-            "status",
-        )
+        for name, text, key, label, values in (
+            ("run_status", "1 for the status of the run.", "status", "status", STATUSES),
+            (
+                "stalled",
+                "1 for the first cause that explains why the trainer waits.",
+                "stall_kind",
+                "kind",
+                STALL_KINDS,
+            ),
+            ("alarm", "Number of alarms of this kind.", "alarm_kinds", "kind", ALARM_KINDS),
+        ):
+            yield self._gauge(name, text, partial(_by_value, key=key, label=label, values=values), label)
         yield self._gauge("step", "Optimizer steps done.", lambda r: [({}, r["step"])])
         yield self._gauge("num_steps", "Optimizer steps of the whole run.", lambda r: [({}, r["num_steps"])])
         yield self._gauge("last_step_age_seconds", "Since the last step.", lambda r: [({}, r["age_of_last_step_s"])])
         yield self._gauge("policy_version", "Newest published version.", lambda r: [({}, r["policy"]["version"])])
-        yield self._gauge(
-            "policy_published_timestamp_seconds",
-            "When it was published, in seconds since the epoch.",
-            lambda r: [({}, r["policy"]["published_at"])],
-        )
-        yield self._gauge(
-            "stalled",
-            "1 where the trainer waits for a batch, by the first cause that explains it.",
-            lambda r: [({"kind": kind}, float(r["stall_kind"] == kind)) for kind in STALL_KINDS],
-            "kind",
-        )
-        yield self._gauge(
-            "alarm",
-            "How many alarms of this kind there are.",
-            lambda r: [({"kind": kind}, float(r["alarm_kinds"].count(kind))) for kind in ALARM_KINDS],
-            "kind",
-        )
+        name, text = "policy_published_timestamp_seconds", "When it was published, in seconds since the epoch."
+        yield self._gauge(name, text, lambda r: [({}, r["policy"]["published_at"])])
 
     def _ledger(self) -> Iterator[Metric]:
         for outcome in ("admitted", "trained", "scored", "retried", "resent", "refused", "reconciled"):
-            yield self._counter(
-                f"groups_{outcome}",
-                f"Groups, as the ledger counts them: {outcome}.",
-                partial(_counters, outcome=outcome),
-            )
+            text = f"Groups, as the ledger counts them: {outcome}."
+            yield self._counter(f"groups_{outcome}", text, partial(_counters, outcome=outcome))
         for outcome in ("dropped", "dead"):
-            yield self._counter(
-                f"groups_{outcome}",
-                f"Groups that were {outcome}, by reason.",
-                partial(_by_reason, outcome=outcome),
-                "reason",
-            )
-        yield self._gauge(
-            "groups_in_flight", "Groups admitted and not settled.", lambda r: _counters(r, "in_flight"), "set"
-        )
-        yield self._gauge(
-            "ledger_holds",
-            "1 while admitted = trained + scored + dropped + dead + in flight.",
-            lambda r: _counters(r, "holds"),
-            "set",
-        )
+            text = f"Groups that were {outcome}, by reason."
+            yield self._counter(f"groups_{outcome}", text, partial(_by_reason, outcome=outcome), "reason")
+        for outcome, name, text in (
+            ("in_flight", "groups_in_flight", "Groups admitted and not settled."),
+            ("holds", "ledger_holds", "1 while admitted = trained + scored + dropped + dead + in flight."),
+        ):
+            yield self._gauge(name, text, partial(_counters, outcome=outcome), "set")
 
     def _queues(self) -> Iterator[Metric]:
         for key, name, text in (
@@ -179,6 +159,11 @@ class _Snapshots:
 
 def _of_last_step(snapshot: dict[str, Any], name: str) -> list[tuple[dict[str, str], float | None]]:
     return [({}, snapshot["metrics"].get(name))]
+
+
+def _by_value(snapshot: dict[str, Any], key: str, label: str, values: tuple[str, ...]) -> list[Labelled]:
+    found = snapshot[key] if isinstance(snapshot[key], list) else [snapshot[key]]
+    return [({label: value}, float(found.count(value))) for value in values]
 
 
 def _by_queue(snapshot: dict[str, Any], key: str) -> list[Labelled]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
+from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -39,7 +40,7 @@ def sparkline(values: list[float], *, width: int = 40) -> str:
     """Return values as a row of bars, averaged down to `width`."""
     values = [v for v in values if math.isfinite(v)]
     size = max(1, math.ceil(len(values) / width))
-    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    means = [fmean(values[i : i + size]) for i in range(0, len(values), size)]
     low, high = min(means, default=0.0), max(means, default=0.0)
     return "".join(_BARS[round((v - low) / ((high - low) or 1.0) * (len(_BARS) - 1))] for v in means)
 

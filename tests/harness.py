@@ -180,7 +180,7 @@ def workers(folder: Path, env: dict[str, str], *queues: str) -> Iterator[list[Pr
 
 
 def counters_of(env: dict[str, str]) -> Counters:
-    """The training account of a run."""
+    """Return the training counters of a run."""
     client = connect(env["SLUICE_REDIS_URL"])
     counters = read_counters(client, open_run(client, env["SLUICE_RUN"]).keys)
     client.close()
@@ -227,7 +227,7 @@ def alive(processes: list[psutil.Process]) -> list[str]:
 
 
 BUSY = 3
-"""So many times as long may all take that is waited for: other tests and other jobs run beside this one."""
+"""Factor on every timeout: other tests and other jobs run beside this one."""
 
 
 def wait_for(condition: Callable[[], Any], *, timeout: float, what: str) -> Any:

@@ -159,18 +159,9 @@ class DatasetRole:
         return encode(task.to_wire())
 
     def _sampling(self, group_id: str, *, n: int) -> SamplingParams:
-        s = self._config.sampling
-        return SamplingParams(
-            n=n,
-            max_tokens=s.max_res_tokens,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            min_p=s.min_p,
-            min_tokens=s.min_tokens,
-            stop=s.stop,
-            seed=xxhash.xxh3_64_intdigest(f"{self._config.seed}:{group_id}".encode()) >> 1,
-        )
+        s, seed = self._config.sampling, xxhash.xxh3_64_intdigest(f"{self._config.seed}:{group_id}".encode()) >> 1
+        drawn = s.model_dump(include={"temperature", "top_p", "top_k", "min_p", "min_tokens", "stop"})
+        return SamplingParams(n=n, max_tokens=s.max_res_tokens, seed=seed, **drawn)
 
     def evaluate(self) -> None:
         """Admit every requested evaluation that is not admitted yet."""

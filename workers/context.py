@@ -121,33 +121,25 @@ class Context:
         lease_s: float | None = None,
     ) -> None:
         """Run one stage of one group, beside others unless this is its last attempt."""
-        do = partial(self._run_stage, group_id, stage, work, fields=fields, lease_s=lease_s)
+        claim = partial(self.ledger.claim, group_id, stage, fields=fields, lease_s=lease_s)
         with self._lock.shared() as acquired:
             is_last = self._is_last_attempt(group_id, stage)
             if acquired and not is_last:
-                do()
+                self._work_on(claim(), work)
         if is_last:
             with self._lock.exclusive() as acquired:
                 if acquired:
-                    do()
+                    self._work_on(claim(), work)
 
     def _is_last_attempt(self, group_id: str, stage: str) -> bool:
         """Check before the claim: a claim that waits would spend the attempt if its process were killed."""
         return self.ledger.attempts(group_id, stage) + 1 >= self.run.config.lease.max_attempts > 1
 
-    def _run_stage(
-        self,
-        group_id: str,
-        stage: str,
-        work: Callable[[Claim], Result],
-        *,
-        fields: tuple[str, ...],
-        lease_s: float | None,
-    ) -> None:
-        claim = self.ledger.claim(group_id, stage, fields=fields, lease_s=lease_s)
+    def _work_on(self, claim: Claim | None, work: Callable[[Claim], Result]) -> None:
         if claim is None:
             return
-        with self._working_on(claim):
+        group_id, stage = claim.group_id, claim.stage
+        with self._renewing(claim):
             try:
                 result = work(claim)
             except EngineClosed:
@@ -169,7 +161,7 @@ class Context:
         self.num_done += 1
 
     @contextmanager
-    def _working_on(self, claim: Claim) -> Iterator[None]:
+    def _renewing(self, claim: Claim) -> Iterator[None]:
         self._claims[claim.holder] = claim
         try:
             yield

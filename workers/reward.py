@@ -28,7 +28,7 @@ from sluice.common.pipeline import stage_on
 from sluice.common.serialization import decode, encode
 from sluice.common.types import has_reward_variance
 from sluice.workers.context import Context, Result
-from sluice.workers.rewards.answers import evaluation_facts
+from sluice.workers.rewards.answers import evaluation_fields
 from sluice.workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
 
 log = logging.getLogger("sluice.reward")
@@ -172,7 +172,7 @@ class RewardRole:
         if evaluation := claim.fields["eval"]:
             name = evaluation.decode().partition(".")[2]
             (dataset,) = (d for d in self.context.run.config.evaluation.datasets if d.name == name)
-            payload |= evaluation_facts(completions, answer=dataset.answer)
+            payload |= evaluation_fields(completions, answer=dataset.answer)
         is_filtered = self.context.run.config.trainer.filter_zero_variance and not evaluation
         return Result(payload=encode(payload), is_zero_variance=is_filtered and not has_reward_variance(scores.reward))
 

@@ -55,11 +55,11 @@ class Keys:
 
     @property
     def celery_prefix(self) -> str:
-        """Of everything that Celery keeps."""
+        """Prefix of everything that Celery keeps."""
         return self.queue("")
 
     def tensors(self, kind: str, version: object, *chunk: int) -> str:
-        """Size of a version's `weights` or `delta`, or one chunk of them; with "" for the version, the prefix of all."""
+        """Return the key of the size of a version's `weights` or `delta`, or of one chunk; for version "", the prefix of all."""
         return ":".join([self.root + kind, str(version), *map(str, chunk)])
 
     run_record = _Name("run")

@@ -1,9 +1,9 @@
-"""A user's code by name: from a dotted path or a file to the function or class that it names.
+"""A user's code by name: resolve a dotted path or a file to the function or class that it names.
 
     pkg.module.attribute    pkg.module:attribute    path/to/file.py:attribute
 
 Dotted paths are found like any import, and last of all in the folder of the run's config (`code_folder`) and in the working
-directory, which stand at the end of `sys.path`: a file there shadows nothing that is installed. Nothing here imports torch.
+directory, which are at the end of `sys.path`: a file there shadows nothing that is installed. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sluice.common.errors import ConfigError
 
 
 def is_function_path(name: str) -> bool:
-    """Whether a name is a path to a user's code, and not one of the names that are built in."""
+    """Return whether a name is a path to a user's code, and not a built-in name."""
     return "." in name or ":" in name
 
 
@@ -34,14 +34,14 @@ def add_code_folder(folder: str | None) -> None:
 
 
 def absolute_function_path(path: str, *, folder: Path) -> str:
-    """A path that holds wherever it is read: files, relative to `folder` or to the working directory, become absolute."""
+    """Make a path independent of where it is read: files, relative to `folder` or to the working directory, become absolute."""
     file, colon, attribute = path.rpartition(":")
     found = next((base / file for base in (folder, Path()) if colon and (base / file).is_file()), None)
     return f"{found.resolve()}:{attribute}" if found else path
 
 
 def find_function(path: str, *, where: str) -> Any:
-    """What a path names. Raises ConfigError, which begins with `where`: not found, not importable, not callable."""
+    """Return what a path names. Raises ConfigError, which begins with `where`: not found, not importable, not callable."""
     where = f"{where}: {path!r}"
     source, colon, attribute = path.rpartition(":" if ":" in path else ".")
     if not source or not attribute:
@@ -54,7 +54,7 @@ def find_function(path: str, *, where: str) -> Any:
         raise
     except Exception as error:  # user code runs on import
         raise ConfigError(
-            f"{where}: importing {source} failed with {type(error).__name__}: {error}; it must be installed, or lie in "
+            f"{where}: importing {source} failed with {type(error).__name__}: {error}; it must be installed, or be in "
             f"the folder of the config or in {Path.cwd()}, where this process runs"
         ) from error
     try:
@@ -70,12 +70,12 @@ def find_function(path: str, *, where: str) -> Any:
 
 def _import(name: str) -> ModuleType:
     if name not in sys.modules:
-        importlib.invalidate_caches()  # a file that is younger than the last look into its folder
+        importlib.invalidate_caches()  # for a file created since its folder was last read
     return importlib.import_module(name)
 
 
 def _import_file(source: str, where: str) -> ModuleType:
-    """The module of a file, loaded once per process."""
+    """Return the module of a file, loaded once per process."""
     file = Path(source).expanduser().resolve()
     if not file.is_file():
         raise ConfigError(

@@ -1,13 +1,13 @@
-"""The stages of a group: the one table that everything else reads.
+"""The stages of a group: the table that everything else reads.
 
     task --> rollout --> reward ----+--> ready for training, or scored (groups of evaluations)
                     +--> reference -+
 
-A stage of a group is pending from the moment at which all that it waits for is stored. A worker on its queue claims it and
-stores its result, under the name of the stage, in the hash of the group (common/ledger). Queues, and the roles that serve
-them, follow from the stages. A name may carry an index (`episode.3`): several stages of one kind.
+A stage of a group is pending as soon as all that it waits for is stored. A worker on its queue claims it and stores its
+result, under the name of the stage, in the hash of the group (common/ledger). Queues, and the roles that serve them, follow
+from the stages. A name may carry an index (`episode.3`): several stages of one kind.
 
-A new stage takes an entry here, a module of `sluice.workers` that does it, a number of workers in `ReplicasConfig`, and,
+A new stage takes an entry here, a module of `sluice.workers` that runs it, a number of workers in `ReplicasConfig`, and,
 where its result reaches the trainer, a field in `Group.from_results` (docs/extending.md).
 """
 
@@ -35,7 +35,7 @@ class Stage:
     module: str
     "of sluice.workers: its `prepare` registers the Celery task"
     labels: tuple[str, str]
-    "what a trace says when it has begun, and when its result is stored"
+    "in a trace: when it has begun, and when its result is stored"
     eval_queue: str = ""
     "where groups of evaluations have workers of their own"
     waits_for: tuple[str, ...] = ()
@@ -47,22 +47,22 @@ class Stage:
     pool: Literal["threads", "prefork"] = "threads"
     "of its workers; only prefork has Celery's time limits"
     section: str = ""
-    "of the config, whose `concurrency` says how many groups one worker takes at a time; empty = one"
+    "of the config, whose `concurrency` is how many groups one worker works on at a time; empty = one"
     needs_device: bool = False
     "a GPU, where there is one"
     needs_weights: bool = False
     "it loads published policies, so it has the key that signs them"
 
     def is_needed(self, config: Config, kind: Kind = "train") -> bool:
-        """Whether groups of this kind go through it."""
+        """Return whether groups of this kind go through it."""
         return self.is_evaluated if kind == "eval" else not self.needed_with or bool(_at(config, self.needed_with))
 
     def concurrency(self, config: Config) -> int:
-        """Groups that one worker takes at a time."""
+        """Return how many groups one worker works on at a time."""
         return int(_at(config, f"{self.section}.concurrency")) if self.section else 1
 
     def queue_for(self, kind: Kind) -> str:
-        """The queue on which a group of this kind waits for it."""
+        """Return the queue on which a group of this kind waits for it."""
         return self.eval_queue if kind == "eval" and self.eval_queue else self.queue
 
 
@@ -111,7 +111,7 @@ STAGES = (
     ),
 )
 FIRST = STAGES[0]
-"""What admission hands out."""
+"""The stage that admission claims."""
 EVALUATED = "reward"
 """The stage whose result an evaluation keeps."""
 QUEUES = tuple(dict.fromkeys([*(s.queue for s in STAGES), *(s.eval_queue for s in STAGES if s.eval_queue)]))
@@ -120,28 +120,28 @@ ROLES = (*QUEUES, "trainer")
 
 
 def stage_of(name: str) -> Stage:
-    """The stage of a name, with or without an index. Raises KeyError."""
+    """Return the stage of a name, with or without an index. Raises KeyError."""
     return {stage.name: stage for stage in STAGES}[name.partition(".")[0]]
 
 
 def stage_on(queue: str) -> Stage:
-    """The stage that workers on a queue do; of queues that are served together (`rollout,eval`) it is one. Raises KeyError."""
+    """Return the stage that workers on a queue run, the same for queues served together (`rollout,eval`). Raises KeyError."""
     by_queue = {name: stage for stage in STAGES for name in (stage.queue, stage.eval_queue)}
     return by_queue[queue.partition(",")[0]]
 
 
 def kind_of(group_id: str) -> Kind:
-    """Training groups are named t<cursor>, groups of evaluations e<...>."""
+    """Return the kind of a group: training groups are named t<cursor>, groups of evaluations e<...>."""
     return "eval" if group_id.startswith("e") else "train"
 
 
 def stages_for(config: Config, kind: Kind = "train") -> tuple[Stage, ...]:
-    """What a group of this kind goes through."""
+    """Return the stages that a group of this kind goes through."""
     return tuple(stage for stage in STAGES if stage.is_needed(config, kind))
 
 
 def plan_for(config: Config, kind: Kind) -> str:
-    """The same with what each waits for, as the scripts of the ledger read it: `task< rollout<task reward<rollout`."""
+    """Return these stages with what each waits for, as the ledger's scripts read it: `task< rollout<task reward<rollout`."""
     return " ".join(f"{stage.name}<{','.join(stage.waits_for)}" for stage in stages_for(config, kind))
 
 

@@ -1,7 +1,7 @@
 """The run record: what a role needs besides Redis' address and the run's name.
 
 `create_run` stores the resolved config and the model's assets under the run's prefix; `open_run` reads them. A run
-name is taken once.
+name is used once.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class RunRecord:
 
     @property
     def incarnation(self) -> int:
-        """How many trainer processes the run has had: a newer one has taken it over."""
+        """Number of trainer processes that the run has had; the newest one owns it."""
         return int(self._text("incarnation") or 0)
 
     def begin_incarnation(self) -> int:
-        """The number of a trainer process that takes the run over now."""
+        """Return the incarnation of a trainer process that owns the run from now on."""
         return int(self._client.hincrby(self._key, "incarnation", 1))
 
     def restore_incarnation(self, incarnation: int) -> None:
-        """In a Redis that has forgotten it."""
+        """Set the incarnation in a Redis that has lost it."""
         if self.incarnation < incarnation:
             self._client.hset(self._key, "incarnation", incarnation)
 
@@ -89,12 +89,12 @@ class RunRecord:
             self._client.hdel(self._key, "dashboard")
 
     def held(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Whether an operator holds the run or lets it end: (paused, draining), each {who, at: seconds since the epoch}."""
+        """Return (paused, draining), each {who, at: seconds since the epoch} of the operator who ordered it, or None."""
         paused, draining = self._client.hmget(self._key, ["paused", "draining"])
         return json.loads(paused) if paused else None, json.loads(draining) if draining else None
 
     def create(self, config: str, assets: bytes, folder: str) -> bool:
-        """False where the name is taken: nothing is written then."""
+        """Write the record. Returns False, and writes nothing, where the name is in use."""
         if not self._client.hsetnx(self._key, "created_at", time.time()):
             return False
         record = {"config": config, "assets": assets, "folder": folder, "status": "created"}
@@ -110,7 +110,7 @@ class RunRecord:
 
 
 def list_runs(client: redis.Redis) -> dict[str, float]:
-    """Every run of this Redis -> seconds of its creation, by name."""
+    """Return every run of this Redis -> seconds of its creation, by name."""
     return {name.decode(): float(created) for name, created in sorted(client.hgetall(RUNS).items())}
 
 
@@ -155,5 +155,5 @@ def open_run(client: redis.Redis, name: str) -> Run:
 
 
 def process_name(role: str) -> str:
-    """Name of this process in heartbeats and claims."""
+    """Return the name of this process in heartbeats and claims."""
     return f"{role}@{socket.gethostname()}:{os.getpid()}"

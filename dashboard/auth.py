@@ -1,8 +1,8 @@
-"""Who may look: an ASGI door before every page, asset and websocket of the dashboard.
+"""Access control: an ASGI middleware before every page, asset and websocket of the dashboard.
 
-On loopback without a token it lets in who names it by a loopback name: a page of another site that resolves its own name to
-127.0.0.1 (DNS rebinding) does not. With a token, every request shows it: `Authorization: Bearer`, or the cookie that
-`?token=` sets once.
+On loopback without a token it accepts requests whose Host is a loopback name: those of a page of another site that resolves its
+own name to 127.0.0.1 (DNS rebinding) are not. With a token, every request must carry it: `Authorization: Bearer`, or the cookie
+that `?token=` sets once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ App = Callable[[Scope, Callable[[], Awaitable[Any]], Send], Awaitable[None]]
 
 
 def check_token(host: str, token: str | None) -> None:
-    """Refuse an open door to others. Raises ConfigError."""
+    """Refuse a short token, and a public address without one. Raises ConfigError."""
     if token is not None and len(token) < MIN_TOKEN:
         raise ConfigError(f"the dashboard's token has {len(token)} characters: use {MIN_TOKEN} or more")
     if host not in _LOOPBACK and token is None:
@@ -38,7 +38,7 @@ def check_token(host: str, token: str | None) -> None:
 
 
 def free_port(host: str, port: int) -> int:
-    """The port, or any free one for 0. Raises ConfigError when it is taken."""
+    """Return the port, or any free one for 0. Raises ConfigError when it is in use."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -49,7 +49,7 @@ def free_port(host: str, port: int) -> int:
 
 
 def page_url(host: str, port: int) -> str:
-    """Where a browser finds the dashboard."""
+    """Return the address of the dashboard."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 

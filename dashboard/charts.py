@@ -14,7 +14,7 @@ Points = list[tuple[float, float]]
 
 
 def chart(title: str, *, unit: str = "", stacked: bool = False) -> dict[str, Any]:
-    """An empty chart over trainer steps."""
+    """Return an empty chart over trainer steps."""
     return {
         "color": COLOURS,
         "animation": False,
@@ -55,7 +55,7 @@ def chart(title: str, *, unit: str = "", stacked: bool = False) -> dict[str, Any
 
 
 def line(name: str, points: Points, *, dashed: bool = False, dots: bool = False) -> dict[str, Any]:
-    """A curve of (step, value)."""
+    """Return a curve of (step, value)."""
     return {
         "type": "line",
         "name": name,
@@ -67,18 +67,18 @@ def line(name: str, points: Points, *, dashed: bool = False, dots: bool = False)
 
 
 def area(name: str, points: Points) -> dict[str, Any]:
-    """A layer of a stack."""
+    """Return a layer of a stack."""
     return line(name, points) | {"stack": "all", "areaStyle": {"opacity": 0.55}, "lineStyle": {"width": 0.5}}
 
 
 def curve(steps: Iterable[dict[str, float]], metric: str, *, otherwise: float | None = None) -> Points:
-    """(step, value) where the metric is finite; `otherwise` where a step has none."""
+    """Return (step, value) where the metric is finite; `otherwise` where a step has none."""
     found = ((step["step"], step.get(metric, otherwise)) for step in steps)
     return [(at, value) for at, value in found if value is not None and math.isfinite(value)]
 
 
 def thinned(points: Points) -> list[list[float]]:
-    """At most MAX_POINTS, each the mean of its neighbours; values to five digits."""
+    """Return at most MAX_POINTS, each the mean of its neighbours; values to five digits."""
     size = max(1, math.ceil(len(points) / MAX_POINTS))
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
     return [[chunk[-1][0], float(f"{sum(v for _, v in chunk) / len(chunk):.5g}")] for chunk in chunks]

@@ -1,4 +1,4 @@
-"""Dead-lettered groups for people to read: what they were, who held them last, and why they were given up."""
+"""Dead-lettered groups for display: their content, their last holder, and the reason."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_dead, read_fields
 from sluice.common.serialization import decode
 
-_FIELDS = ("dead_reason", "dead_worker", "dead_detail", "stage", "task", "rollout")
+_FIELDS = ("dead_reason", "dead_worker", "dead_detail", "task", "rollout")
 
 
 def read_dead_letters(client: redis.Redis, keys: Keys, *, group: str | None = None) -> list[dict[str, Any]]:
-    """Dead letters, newest first; of one group where that is named. Raises ConfigError when it is not dead."""
+    """Return dead letters, newest first; only that of `group` where given. Raises ConfigError when it is not dead."""
     names = read_dead(client, keys)
     if group is not None and group not in names:
         raise ConfigError(f"group {group} is not a dead letter of this run: `sluice dead` lists them")
@@ -28,7 +28,7 @@ def read_dead_letters(client: redis.Redis, keys: Keys, *, group: str | None = No
 
 
 def _letter(name: str, died_at: float, row: list[bytes | None]) -> dict[str, Any]:
-    reason, worker, detail, _, task, rollout = row
+    reason, worker, detail, task, rollout = row
     prompt, target = _read(task, "prompt"), _read(task, "target")
     completions = _read(rollout, "completions") or []
     return {
@@ -44,7 +44,7 @@ def _letter(name: str, died_at: float, row: list[bytes | None]) -> dict[str, Any
 
 
 def _read(payload: bytes | None, name: str) -> Any:
-    """One field of a part; none of what cannot be decoded, which may be what the group died of."""
+    """Return one field of a result; None if it cannot be decoded, which may be why the group was dead-lettered."""
     try:
         return decode(payload)[name] if payload else None
     except (SerializationError, LookupError, TypeError):
@@ -52,15 +52,14 @@ def _read(payload: bytes | None, name: str) -> Any:
 
 
 def render_dead(letters: list[dict[str, Any]]) -> RenderableType:
-    """One line per dead letter; the whole letter when there is one."""
+    """Render one line per dead letter, and the details if there is only one."""
     table = Table()
     for name in ("group", "reason", "worker", "prompt", "detail"):
         table.add_column(name, overflow="fold")
     for letter in letters:
         first_line = (letter["detail"].splitlines() or [""])[0]
-        table.add_row(
-            letter["group"], letter["reason"], letter["worker"], Text(str(letter["prompt"])), Text(first_line)
-        )
+        prompt = Text(str(letter["prompt"]))
+        table.add_row(letter["group"], letter["reason"], letter["worker"], prompt, Text(first_line))
     if len(letters) != 1:
         return table
     return Group(table, Text(letters[0]["detail"]), *(Text(f"- {text}") for text in letters[0]["completions"]))

@@ -12,7 +12,7 @@ from sluice.common.run import Run
 
 
 def list_evaluations(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
-    """All finished evaluations (`evaluation.read_all`), by set and version; `best` is true on that of the best checkpoint."""
+    """Return all finished evaluations (`evaluation.read_all`), by set and version; `best` is true for the best checkpoint's."""
     best = evaluation.read_best(Path(run.folder) / "checkpoints")
     marked = best and (best.metric.rpartition("/")[0], best.evaluated_version)
     entries = evaluation.read_all(client, run)
@@ -20,7 +20,7 @@ def list_evaluations(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
 
 
 def describe(entry: dict[str, Any]) -> str:
-    """An entry of `list_evaluations` as one line: every score with its standard error, length and share of those cut off."""
+    """Describe an entry of `list_evaluations` in one line: every score with its standard error, length and clipped share."""
     words = [f"eval {entry['dataset']} at step {entry['step']}:"]
     for name, value in entry.items():
         if value is None or name.endswith("_stderr") or "@" not in name:

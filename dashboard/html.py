@@ -7,7 +7,7 @@ from typing import Any
 
 
 def tiles_html(name: str, status: dict[str, Any], tiles: list[tuple[str, str]]) -> str:
-    """A run's name, what it is, its numbers, and what is wrong with it."""
+    """Return a run's name, status, numbers and alarms."""
     head = f'<h2>{escape(name)} <span class="status {escape(status["status"])}">{escape(status["status"])}</span></h2>'
     numbers = "".join(
         f'<div class="tile"><div class="name">{escape(label)}</div>'
@@ -19,12 +19,12 @@ def tiles_html(name: str, status: dict[str, Any], tiles: list[tuple[str, str]]) 
 
 
 def alarms_html(texts: list[str]) -> str:
-    """What is wrong, one line each."""
+    """Return one line per alarm."""
     return "".join(f'<div class="alarm">{escape(text)}</div>' for text in texts)
 
 
 def table_html(rows: list[dict[str, Any]]) -> str:
-    """Rows with the same keys; columns that are empty in all of them are left out."""
+    """Return a table of rows with the same keys, without columns that are empty in all rows."""
     names = [name for name in (rows[0] if rows else {}) if any(row[name] not in ("", None) for row in rows)]
     if not names:
         return "none"

@@ -1,4 +1,4 @@
-"""The page of one run, or of several side by side: what each reading puts on it."""
+"""The page of one run, or of several side by side: what each snapshot shows on it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_AGES = 8
 
 
 def _metric(*metrics: str, **names: str) -> Series:
-    """Curves of metrics, for each run."""
+    """Return curves of metrics, for each run."""
     shown = {metric: names.get(metric.rpartition("/")[2], metric.rpartition("/")[2]) for metric in metrics}
 
     def series(snapshots: Snapshots) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def _reward(snapshots: Snapshots) -> list[dict[str, Any]]:
 
 
 def _accuracy(snapshots: Snapshots) -> list[dict[str, Any]]:
-    """Scores of evaluations, at the step that made the version which was judged."""
+    """Return scores of evaluations, at the step that made the evaluated version."""
     found = []
     for run, snapshot in snapshots.items():
         made_by = {step["version"]: step["step"] for step in snapshot.steps if "version" in step}
@@ -72,7 +72,7 @@ def _accuracy(snapshots: Snapshots) -> list[dict[str, Any]]:
 
 
 def _ages(snapshots: Snapshots) -> list[dict[str, Any]]:
-    """Groups trained at each age, of one run."""
+    """Return groups trained at each age, of one run."""
     steps = next(iter(snapshots.values())).steps
     ages = sorted({int(name.split("/")[1]) for step in steps for name in step if name.startswith("policy_age/")})
     layers = [area(f"age {age}", curve(steps, f"policy_age/{age}", otherwise=0.0)) for age in ages[:MAX_AGES]]
@@ -83,11 +83,11 @@ def _ages(snapshots: Snapshots) -> list[dict[str, Any]]:
 
 
 def _times(snapshots: Snapshots) -> list[dict[str, Any]]:
-    """Of one run; `other` is what no part accounts for."""
+    """Return the times of one run's steps; `other` is the rest of the step."""
     steps = next(iter(snapshots.values())).steps
-    parts = [area(name, curve(steps, metric, otherwise=0.0)) for metric, name in TIMES.items()]
+    layers = [area(name, curve(steps, metric, otherwise=0.0)) for metric, name in TIMES.items()]
     rest = [(s["step"], max(0.0, s["time/step"] - sum(s.get(m, 0.0) for m in TIMES))) for s in steps]
-    return [*parts, area("other", rest)]
+    return [*layers, area("other", rest)]
 
 
 def _by_queue(key: str) -> Series:
@@ -107,7 +107,7 @@ PER_RUN: list[tuple[dict[str, Any], Series]] = [
     (chart("Policy age of trained groups", stacked=True), _ages),
     (chart("Step time", unit=" s", stacked=True), _times),
 ]
-"""Stacks, which cannot be laid over one another."""
+"""Stacks, which cannot be overlaid."""
 CHARTS: list[tuple[dict[str, Any], Series]] = [
     (chart("Reward"), _reward),
     (chart("Held-out accuracy"), _accuracy),
@@ -130,7 +130,7 @@ CHARTS: list[tuple[dict[str, Any], Series]] = [
 
 
 def tiles(snapshot: Snapshot) -> list[tuple[str, str]]:
-    """The numbers on top: (name, value)."""
+    """Return the numbers on top: (name, value)."""
     status, train = snapshot.status, snapshot.status["ledger"]["train"]
     return [
         ("step", f"{status['step']:,} / {status['num_steps']:,}"),
@@ -145,7 +145,7 @@ def tiles(snapshot: Snapshot) -> list[tuple[str, str]]:
 
 
 def ledger_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """One row for each account."""
+    """Return one row of counters per kind."""
     rows = []
     for kind, counters in snapshot.status["ledger"].items():
         settled = "scored" if kind == "eval" else "trained"
@@ -167,7 +167,7 @@ def ledger_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def worker_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """One row for each process that beats, and one for each queue that nobody serves."""
+    """Return one row for each process that sends heartbeats."""
     rows = []
     status = snapshot.status
     for role in ROLES:
@@ -186,7 +186,7 @@ def worker_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
                     "running": stats.get("running", ""),
                     "done": stats.get("done", ""),
                     "up": _seconds(stats.get("up_s")),
-                    "last beat": _ago(stats["silent_s"]),
+                    "heartbeat": _ago(stats["silent_s"]),
                     "note": stats.get("alarm") or "",
                 }
             )
@@ -194,7 +194,7 @@ def worker_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def queue_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """Queues with what autoscaling says of them."""
+    """Return one row per queue, with the result of autoscaling."""
     status = snapshot.status
     live = [stats["role"] for stats in status["processes"].values()]
     return [
@@ -212,15 +212,15 @@ def queue_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def change_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """What operators have changed."""
+    """Return one row per change in the change log."""
     return [
         {
-            "at": f"{datetime.fromtimestamp(float(order['at'])):%m-%d %H:%M:%S}",
-            "step": order["step"],
-            "who": order["who"],
-            "change": f"{order['key']}: {order['old']} → {order['new']}",
+            "at": f"{datetime.fromtimestamp(float(change['at'])):%m-%d %H:%M:%S}",
+            "step": change["step"],
+            "who": change["who"],
+            "change": f"{change['key']}: {change['old']} → {change['new']}",
         }
-        for order in snapshot.control_state
+        for change in snapshot.change_log
     ]
 
 

@@ -1,7 +1,7 @@
 """The state of runs in Prometheus' text format: what `sluice status` reads, as numbers.
 
 Every sample has the label `run`. Labels take values from small fixed sets (queue, role, reason, kind) or from the live
-processes. Each kind of stall and alarm has a series that is 0 while it is not so, so that a rule can be written on it.
+processes. Each kind of stall and alarm has a series that is 0 while it does not apply, so that rules can refer to it.
 """
 
 from __future__ import annotations
@@ -51,38 +51,34 @@ Labelled = tuple[dict[str, str], float]
 
 
 def exposition(client: redis.Redis, runs: Iterable[Run]) -> bytes:
-    """Runs in the text format 0.0.4."""
+    """Return runs in the text format 0.0.4."""
     return generate_latest(registry(client, lambda: runs))
 
 
 def registry(client: redis.Redis, runs: Callable[[], Iterable[Run]]) -> CollectorRegistry:
-    """A registry that reads the runs anew for each scrape, for prometheus_client's own server."""
+    """Return a registry that reads the runs anew for each scrape, for prometheus_client's own server."""
     made = CollectorRegistry(auto_describe=False)
     made.register(_Scrape(client, runs))
     return made
 
 
 class _Scrape(Collector):
-    """One reading per scrape. A run that is deleted meanwhile is left out."""
+    """One snapshot per scrape. A run that is deleted meanwhile is left out."""
 
     def __init__(self, client: redis.Redis, runs: Callable[[], Iterable[Run]]) -> None:
         self._client, self._runs = client, runs
 
     def describe(self) -> list[Metric]:
-        """Nothing is read when it is registered."""
+        """Return nothing, so that registration reads no run."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        snapshots = []
-        for run in self._runs():
-            snapshot = collect_status(self._client, run)
-            if snapshot["status"] != "?":
-                snapshots.append(snapshot)
-        yield from _Snapshots(snapshots).collect()
+        snapshots = [collect_status(self._client, run) for run in self._runs()]
+        yield from _Snapshots([snapshot for snapshot in snapshots if snapshot["status"] != "?"]).collect()
 
 
 class _Snapshots:
-    """Plain readings as metric families."""
+    """Snapshots of runs as metric families."""
 
     def __init__(self, snapshots: list[dict[str, Any]]) -> None:
         self._snapshots = snapshots
@@ -96,57 +92,37 @@ class _Snapshots:
             yield self._gauge(short, text, partial(_of_last_step, name=name))
 
     def _run(self) -> Iterator[Metric]:
-        yield self._gauge(
-            "run_status",
-            "1 for what the run is.",
-            lambda r: [({"status": status}, float(r["status"] == status)) for status in STATUSES],
-            "status",
-        )
+        for name, text, key, label, values in (
+            ("run_status", "1 for the status of the run.", "status", "status", STATUSES),
+            (
+                "stalled",
+                "1 for the first cause that explains why the trainer waits.",
+                "stall_kind",
+                "kind",
+                STALL_KINDS,
+            ),
+            ("alarm", "Number of alarms of this kind.", "alarm_kinds", "kind", ALARM_KINDS),
+        ):
+            yield self._gauge(name, text, partial(_by_value, key=key, label=label, values=values), label)
         yield self._gauge("step", "Optimizer steps done.", lambda r: [({}, r["step"])])
         yield self._gauge("num_steps", "Optimizer steps of the whole run.", lambda r: [({}, r["num_steps"])])
         yield self._gauge("last_step_age_seconds", "Since the last step.", lambda r: [({}, r["age_of_last_step_s"])])
         yield self._gauge("policy_version", "Newest published version.", lambda r: [({}, r["policy"]["version"])])
-        yield self._gauge(
-            "policy_published_timestamp_seconds",
-            "When it was published, in seconds since the epoch.",
-            lambda r: [({}, r["policy"]["published_at"])],
-        )
-        yield self._gauge(
-            "stalled",
-            "1 where the trainer waits for a batch, by the first cause that explains it.",
-            lambda r: [({"kind": kind}, float(r["stall_kind"] == kind)) for kind in STALL_KINDS],
-            "kind",
-        )
-        yield self._gauge(
-            "alarm",
-            "How many alarms of this kind there are.",
-            lambda r: [({"kind": kind}, float(r["alarm_kinds"].count(kind))) for kind in ALARM_KINDS],
-            "kind",
-        )
+        name, text = "policy_published_timestamp_seconds", "When it was published, in seconds since the epoch."
+        yield self._gauge(name, text, lambda r: [({}, r["policy"]["published_at"])])
 
     def _ledger(self) -> Iterator[Metric]:
         for outcome in ("admitted", "trained", "scored", "retried", "resent", "refused", "reconciled"):
-            yield self._counter(
-                f"groups_{outcome}",
-                f"Groups, as the ledger counts them: {outcome}.",
-                partial(_accounts, outcome=outcome),
-            )
+            text = f"Groups, as the ledger counts them: {outcome}."
+            yield self._counter(f"groups_{outcome}", text, partial(_counters, outcome=outcome))
         for outcome in ("dropped", "dead"):
-            yield self._counter(
-                f"groups_{outcome}",
-                f"Groups that were {outcome}, by reason.",
-                partial(_by_reason, outcome=outcome),
-                "reason",
-            )
-        yield self._gauge(
-            "groups_in_flight", "Groups admitted and not settled.", lambda r: _accounts(r, "in_flight"), "set"
-        )
-        yield self._gauge(
-            "ledger_holds",
-            "1 while admitted = trained + scored + dropped + dead + in flight.",
-            lambda r: _accounts(r, "holds"),
-            "set",
-        )
+            text = f"Groups that were {outcome}, by reason."
+            yield self._counter(f"groups_{outcome}", text, partial(_by_reason, outcome=outcome), "reason")
+        for outcome, name, text in (
+            ("in_flight", "groups_in_flight", "Groups admitted and not settled."),
+            ("holds", "ledger_holds", "1 while admitted = trained + scored + dropped + dead + in flight."),
+        ):
+            yield self._gauge(name, text, partial(_counters, outcome=outcome), "set")
 
     def _queues(self) -> Iterator[Metric]:
         for key, name, text in (
@@ -157,14 +133,14 @@ class _Snapshots:
             yield self._gauge(name, text, partial(_by_queue, key=key), "queue")
 
     def _processes(self) -> Iterator[Metric]:
-        yield self._gauge("processes", "Processes that beat, by role.", _num_processes, "role", "state")
-        for fact, name, text in (
+        yield self._gauge("processes", "Processes that send heartbeats, by role.", _num_processes, "role", "state")
+        for stat, name, text in (
             ("version", "served_version", "Policy version that a worker serves, or the trainer has published."),
             ("idle_fraction", "idle_share", "Share of the last second that it was idle."),
             ("tokens_per_s", "worker_tokens_per_second", "Tokens that it generates per second."),
             ("running", "worker_running_groups", "Groups that it works on."),
         ):
-            yield self._gauge(name, text, partial(_by_process, fact=fact), "process", "role")
+            yield self._gauge(name, text, partial(_by_process, stat=stat), "process", "role")
 
     def _gauge(self, name: str, text: str, read: Callable[[dict[str, Any]], Iterable[Any]], *labels: str) -> Metric:
         return self._fill(GaugeMetricFamily(PREFIX + name, text, labels=("run", *labels)), read, labels)
@@ -185,6 +161,11 @@ def _of_last_step(snapshot: dict[str, Any], name: str) -> list[tuple[dict[str, s
     return [({}, snapshot["metrics"].get(name))]
 
 
+def _by_value(snapshot: dict[str, Any], key: str, label: str, values: tuple[str, ...]) -> list[Labelled]:
+    found = snapshot[key] if isinstance(snapshot[key], list) else [snapshot[key]]
+    return [({label: value}, float(found.count(value))) for value in values]
+
+
 def _by_queue(snapshot: dict[str, Any], key: str) -> list[Labelled]:
     return [({"queue": queue}, value) for queue, value in snapshot[key].items()]
 
@@ -197,7 +178,7 @@ def _by_reason(snapshot: dict[str, Any], outcome: str) -> list[Labelled]:
     ]
 
 
-def _accounts(snapshot: dict[str, Any], outcome: str) -> list[Labelled]:
+def _counters(snapshot: dict[str, Any], outcome: str) -> list[Labelled]:
     return [({"set": kind}, counters[outcome]) for kind, counters in snapshot["ledger"].items() if outcome in counters]
 
 
@@ -209,9 +190,9 @@ def _num_processes(snapshot: dict[str, Any]) -> Iterator[Labelled]:
         yield {"role": role, "state": "silent"}, float(num_silent)
 
 
-def _by_process(snapshot: dict[str, Any], fact: str) -> list[Labelled]:
+def _by_process(snapshot: dict[str, Any], stat: str) -> list[Labelled]:
     return [
-        ({"process": name, "role": stats["role"]}, stats[fact])
+        ({"process": name, "role": stats["role"]}, stats[stat])
         for name, stats in snapshot["processes"].items()
-        if isinstance(stats.get(fact), int | float)
+        if isinstance(stats.get(stat), int | float)
     ]

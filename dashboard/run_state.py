@@ -20,18 +20,18 @@ from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run, RunRecord
 
 CURVE_STEPS = 200
-"Newest steps that the terminal's curve and the time that remains are made of."
+"Newest steps from which the terminal's curve and the remaining time are computed."
 
 
 def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
-    """Everything `sluice status` shows; plain data."""
+    """Return everything that `sluice status` shows, as plain data."""
     record, policy = RunRecord(client, run.keys), read_pointer(client, run.keys)
     metrics = last_metrics(client, run.keys)
     settings = {key: json.loads(value) for key, value in read_settings(client, run.keys).items()}
     num_steps = settings.get("trainer.num_steps", run.config.trainer.num_steps)
     steps = [s for s in newest_metrics(client, run.keys, count=CURVE_STEPS) if "reward/mean" in s]
     heartbeats = read_heartbeats(client, run.keys)
-    status, (paused_by, draining) = record.status or "?", record.held()
+    status, (paused, draining) = record.status or "?", record.held()
     queues = read_queues(client, run, QUEUES)
     cause = stall_cause(client, run, heartbeats) if status == "running" else None
     alarmed = alarms(client, run) if status == "running" else []
@@ -43,7 +43,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "eta_s": _eta_s(steps, num_steps) if status == "running" else None,
         "dashboard": record.dashboard or None,
         "settings": settings,
-        "paused": paused_by,
+        "paused": paused,
         "draining": draining,
         "policy": {name: policy.get(name) for name in ("version", "step", "digest", "published_at")},
         "reward": metrics.get("reward/mean"),
@@ -66,7 +66,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
 
 
 def _eta_s(steps: list[dict[str, float]], num_steps: int) -> float | None:
-    """Seconds to the last step at the pace of the newest ones; none before there is a pace."""
+    """Return the seconds to the last step at the rate of the newest ones; none before there is a rate."""
     done = steps[-1]["step"] - steps[0]["step"] if steps else 0
     passed = steps[-1]["time"] - steps[0]["time"] if steps else 0.0
     return round(passed / done * (num_steps - steps[-1]["step"]), 1) if done > 0 and passed > 0 else None

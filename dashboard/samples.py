@@ -1,4 +1,4 @@
-"""Trained groups for people to read."""
+"""Trained groups for display."""
 
 from __future__ import annotations
 
@@ -14,23 +14,20 @@ from sluice.common.monitoring.metric_stream import newest_samples
 
 
 def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | None = None) -> list[dict[str, Any]]:
-    """The newest kept groups, newest first, as plain data without tokens; of one trainer step where that is given."""
-    found: list[dict[str, Any]] = []
-    for sample in newest_samples(client, keys, count=count if step is None else None):
-        if step is None or sample["step"] == step:
-            found.append(without_tokens(sample))
-    return found[:count]
+    """Return the newest kept groups, newest first, as plain data without tokens; of one trainer step where that is given."""
+    newest = newest_samples(client, keys, count=count if step is None else None)
+    return [without_tokens(sample) for sample in newest if step is None or sample["step"] == step][:count]
 
 
 def without_tokens(sample: dict[str, Any]) -> dict[str, Any]:
-    """Only what JSON can say."""
+    """Return a sample without what JSON cannot express."""
     hidden = {"token_ids", "rollout_logprobs", "policy_logprobs"}
     shown = [{name: c[name] for name in c if name not in hidden} for c in sample["completions"]]
     return {**sample, "completions": shown}
 
 
 def render_sample(sample: dict[str, Any]) -> RenderableType:
-    """One group as a table."""
+    """Render one group as a table."""
     head = Text(
         f"step {sample['step']}  group {sample['group']}  policy version {sample['version']}  target {sample['target']}",
         style="bold",

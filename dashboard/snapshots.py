@@ -1,7 +1,7 @@
-"""What the web pages show, read from Redis once a second for all browsers together, and only while one looks.
+"""What the web pages show, read from Redis once a second for all browsers together, and only while a page is open.
 
-Nothing here writes. A page asks a `Reader` for the run it shows; the reader keeps what it has read of streams and asks for
-what is new.
+Nothing here writes. A page asks the `Reader` of its run; the reader keeps what it has read of streams and reads only what is
+new.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import redis
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.metric_stream import read_metrics, read_samples
 from sluice.common.operations.autoscale import Scale, read_scales
-from sluice.common.operations.control import read_trail
+from sluice.common.operations.control import read_change_log
 from sluice.common.run import Run, list_runs, open_run
 from sluice.dashboard.run_state import collect_status
 
@@ -31,13 +31,13 @@ class Snapshot:
 
     status: dict[str, Any]
     steps: list[dict[str, float]] = field(default_factory=list)
-    "trainer steps, oldest first; one that was trained again after a crash stands once"
+    "trainer steps, oldest first; one that was trained again after a crash appears once"
     evaluations: list[dict[str, float]] = field(default_factory=list)
     "entries that hold results of evaluations"
-    control_state: list[dict[str, str]] = field(default_factory=list)
-    "what operators have changed, newest first: at, who, step, key, old, new"
+    change_log: list[dict[str, str]] = field(default_factory=list)
+    "newest first: at, who, step, key, old, new"
     scaling: dict[str, Scale] = field(default_factory=dict)
-    "queue -> what autoscaling wants and why"
+    "queue -> the result of autoscaling and its reason"
 
 
 class Reader:
@@ -56,7 +56,7 @@ class Reader:
         self._newest_sample = "-"
 
     def read(self) -> Snapshot:
-        """At most FRESH_S old. Raises redis' errors."""
+        """Return a snapshot at most FRESH_S old. Raises redis' errors."""
         with self._lock:
             if self._snapshot is None or time.monotonic() - self._read_at > FRESH_S:
                 self._snapshot = self._fresh()
@@ -74,12 +74,12 @@ class Reader:
             status=collect_status(self.client, self.run),
             steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
             evaluations=list(self._evaluations),
-            control_state=read_trail(self.client, self.run.keys, count=20),
+            change_log=read_change_log(self.client, self.run.keys, count=20),
             scaling=read_scales(self.client, self.run.keys),
         )
 
     def samples(self) -> list[dict[str, Any]]:
-        """Kept groups, newest first."""
+        """Return kept groups, newest first."""
         with self._lock:
             for entry, sample in read_samples(self.client, self.run.keys, after=self._newest_sample):
                 self._newest_sample = entry
@@ -97,12 +97,12 @@ class Readers:
         self._readers: dict[str, Reader] = {}
 
     def names(self) -> list[str]:
-        """Newest first."""
+        """Return the names, newest first."""
         created = list_runs(self.client)
         return sorted((n for n in created if not self._names or n in self._names), key=lambda n: -created[n])
 
     def of(self, name: str) -> Reader:
-        """Raises ConfigError when there is none of that name."""
+        """Return the reader of a run. Raises ConfigError when there is none of that name."""
         if self._names and name not in self._names:
             raise ConfigError(f"this dashboard does not show run {name!r}")
         if name not in self._readers:

@@ -1,9 +1,10 @@
-"""The screen of `sluice status`: what the web page says, in a terminal."""
+"""The screen of `sluice status`: what the web page shows, in a terminal."""
 
 from __future__ import annotations
 
 import math
 from datetime import timedelta
+from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,15 +20,15 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def render(status: dict[str, Any], *, trouble: str = "") -> RenderableType:
-    """A reading of `collect_status`. trouble: why it is not the newest."""
+    """Render a snapshot of `collect_status`. trouble: why it is not the newest."""
     title = Text(f"{status['run']}: {status['status']}, step {status['step']}/{status['num_steps']}", style="bold")
     if status["eta_s"] is not None:
         title.append(f", {timedelta(seconds=round(status['eta_s']))} to go", style="default")
     title.append(f", policy version {status['policy']['version'] or '-'}", style="default")
     if status["dashboard"]:
         title.append(f"\n{status['dashboard']}", style="cyan")
-    for told in _orders(status):
-        title.append(f"\n{told}", style="yellow")
+    for line in _control_state(status):
+        title.append(f"\n{line}", style="yellow")
     if status["stalled_by"]:
         title.append(f"\nstalled: {status['stalled_by']}", style="bold red")
     for alarm in [*status["alarms"], *([trouble] if trouble else [])]:
@@ -36,22 +37,22 @@ def render(status: dict[str, Any], *, trouble: str = "") -> RenderableType:
 
 
 def sparkline(values: list[float], *, width: int = 40) -> str:
-    """Values as a row of bars, averaged down to `width`."""
+    """Return values as a row of bars, averaged down to `width`."""
     values = [v for v in values if math.isfinite(v)]
     size = max(1, math.ceil(len(values) / width))
-    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    means = [fmean(values[i : i + size]) for i in range(0, len(values), size)]
     low, high = min(means, default=0.0), max(means, default=0.0)
     return "".join(_BARS[round((v - low) / ((high - low) or 1.0) * (len(_BARS) - 1))] for v in means)
 
 
-def _orders(status: dict[str, Any]) -> list[str]:
-    """What operators have told the run, where that still holds."""
-    told = [describe_paused(status["paused"])] if status["paused"] else []
+def _control_state(status: dict[str, Any]) -> list[str]:
+    """Describe the control state that operators have set."""
+    lines = [describe_paused(status["paused"])] if status["paused"] else []
     if status["draining"]:
-        told.append(f"draining, ordered by {status['draining']['who']}: it ends when what is in flight is trained")
+        lines.append(f"draining, ordered by {status['draining']['who']}: it ends when what is in flight is trained")
     if status["settings"]:
-        told.append("set since: " + " ".join(f"{key}={value}" for key, value in status["settings"].items()))
-    return told
+        lines.append("set since: " + " ".join(f"{key}={value}" for key, value in status["settings"].items()))
+    return lines
 
 
 def _numbers(status: dict[str, Any]) -> Text:
@@ -71,10 +72,8 @@ def _numbers(status: dict[str, Any]) -> Text:
     for name, value in metrics.items():
         if name.startswith("eval/") and "@" in name.rpartition("/")[2] and not name.endswith("_stderr"):
             shown.append((name.removeprefix("eval/"), value, "{:.3f}"))
-    known = [
-        f"{name} {form.format(value)}" for name, value, form in shown if value is not None and math.isfinite(value)
-    ]
-    return Text("   ".join(known))
+    known = ((name, value, form) for name, value, form in shown if value is not None and math.isfinite(value))
+    return Text("   ".join(f"{name} {form.format(value)}" for name, value, form in known))
 
 
 def _table(title: str) -> Table:
@@ -95,7 +94,7 @@ def _ledger(status: dict[str, Any]) -> Table:
 
 
 def _count(value: int | dict[str, int]) -> str:
-    """A number, or one for each reason."""
+    """Format a number, or one for each reason."""
     if isinstance(value, int):
         return f"{value:,}"
     return " ".join(f"{reason} {number:,}" for reason, number in value.items()) or "0"
@@ -116,21 +115,8 @@ def _queues(status: dict[str, Any]) -> Table:
 
 def _processes(status: dict[str, Any]) -> Table:
     table = _table("processes")
-    columns = (
-        "role",
-        "process",
-        "device",
-        "version",
-        "digest",
-        "tokens/s",
-        "busy",
-        "running",
-        "done",
-        "up",
-        "send_heartbeat",
-        "note",
-    )
-    for name in columns:
+    columns = "role process device version digest tokens/s busy running done up heartbeat note"
+    for name in columns.split():
         table.add_column(name)
     for role in ROLES:
         mine = [(name, stats) for name, stats in status["processes"].items() if stats["role"] == role]
@@ -140,15 +126,15 @@ def _processes(status: dict[str, Any]) -> Table:
             busy = f"{1 - stats['idle_fraction']:.0%}" if stats.get("idle_fraction") is not None else ""
             work = [str(stats.get(key, "")) for key in ("running", "done")]
             up = str(timedelta(seconds=round(stats["up_s"]))) if "up_s" in stats else ""
-            send_heartbeat = f"{stats['silent_s']:.0f} s ago"
-            table.add_row(role, name, *cells, speed, busy, *work, up, send_heartbeat, str(stats.get("alarm") or ""))
+            heartbeat = f"{stats['silent_s']:.0f} s ago"
+            table.add_row(role, name, *cells, speed, busy, *work, up, heartbeat, str(stats.get("alarm") or ""))
         if not mine:
             table.add_row(role, "-")
     return table
 
 
 def ledger_text(counters: Counters) -> str:
-    """The identity, spelled out."""
+    """Write out the identity."""
     dropped = "".join(f" + dropped({reason}) {count}" for reason, count in counters.dropped.items())
     dead = "".join(f" + dead({reason}) {count}" for reason, count in counters.dead.items())
     settled = "scored" if counters.kind == "eval" else "trained"

@@ -1,4 +1,4 @@
-"""One group's whole life: when it reached each stage, who worked on it, how often it was tried."""
+"""The history of one group: when it reached each stage, who worked on it, how often it was tried."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LABELS = {
     **{f"{stage.name}_started": stage.labels[0] for stage in STAGES},
     **{stage.name: stage.labels[1] for stage in STAGES},
     "ready": "complete, in the buffer",
-    "leased": "taken for a batch",
+    "leased": "sampled for a batch",
 }
 """Field `t:<stamp>` of a group -> what happened."""
 
 
 def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
-    """Of a group in flight, dead-lettered, or trained and kept as a sample. Raises ConfigError for another."""
+    """Return the trace of a group in flight, dead-lettered, or trained and kept as a sample. Raises ConfigError for another."""
     if stats := read_group(client, keys, group):
         times = {name[2:]: float(value) for name, value in stats.items() if name.startswith("t:")}
         work = {name: stats[name].decode() for name in stats if name.partition(":")[0] in ("by", "w", "n", "s")}
@@ -43,7 +43,7 @@ def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
             trace = _trace(group, "trained", sample.get("timestamps", {}), sample.get("work", {}))
             return trace | {"stage": "trained", "version": sample["version"], "step": sample["step"]}
     raise ConfigError(
-        f"group {group!r} is not in flight, no dead letter, and not among the trained groups that are kept (the first of each "
+        f"group {group!r} is not in flight, not a dead letter, and not among the trained groups that are kept (the first of each "
         "step): `sluice samples` and `sluice dead` list those"
     )
 
@@ -76,7 +76,7 @@ def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]
 
 
 def render_trace(trace: dict[str, Any]) -> RenderableType:
-    """For a terminal."""
+    """Render a trace for a terminal."""
     head = f"group {trace['group']}: {trace['where']}"
     head += f", step {trace['step']}" if "step" in trace else f", stage {trace['stage']}"
     head += f", policy version {trace['version']}" if trace["version"] is not None else ""

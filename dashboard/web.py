@@ -3,13 +3,14 @@
     /                 one run, or several side by side: ?run=a&run=b
     /samples?run=a    groups that were trained on, with their completions
     /trace?run=a&group=t7
-    /metrics          the same reading for Prometheus
+    /metrics          the same snapshot for Prometheus
 
-A page draws itself once and then updates what has changed, once a second. All assets come from the installed package.
+A page is drawn once; then it updates what has changed, once a second. All assets come from the installed package.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -43,10 +44,21 @@ TOGGLE = """
 def serve(
     client: redis.Redis, names: tuple[str, ...], *, host: str, port: int, token: str | None, started: Callable[[], None]
 ) -> None:
-    """Until Ctrl-C or SIGTERM. `started` is called when pages can be asked for."""
+    """Serve until Ctrl-C or SIGTERM. `started` is called when pages can be requested."""
+
+    async def call_when_listening() -> None:
+        while True:  # startup handlers run before the server listens
+            try:
+                _, writer = await asyncio.open_connection(host, port)
+            except OSError:
+                await asyncio.sleep(0.02)
+                continue
+            writer.close()
+            return started()
+
     readers = Readers(client, names)
     app.add_middleware(AuthMiddleware, token=token)
-    app.on_startup(started)
+    app.on_startup(call_when_listening)
     _pages(readers)
     ui.run(
         host=host,
@@ -87,7 +99,7 @@ def _pages(readers: Readers) -> None:
 
 
 def _frame(readers: Readers, asked: list[str], *, page: str) -> list[str]:
-    """The bar on top; the runs that the page is about, none where there is no such run."""
+    """Draw the bar on top. Returns the runs that the page shows, none where there is no such run."""
     ui.add_css(STYLE)
     ui.run_javascript(DARK)
     try:
@@ -142,7 +154,7 @@ async def _overview(readers: Readers, asked: list[str]) -> None:
 
 
 class _Overview:
-    """Elements of the page, and what they showed last."""
+    """The elements of the page, and what they showed last."""
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
@@ -177,7 +189,7 @@ class _Overview:
             self._charts.append((ui.echart(own), series, names))
 
     def show(self, snapshots: dict[str, Snapshot]) -> None:
-        """Bring every element to these readings; what is the same is not sent."""
+        """Update every element to these snapshots; unchanged content is not sent."""
         self.trouble("")
         for name, snapshot in snapshots.items():
             head = tiles_html(name, snapshot.status, overview.tiles(snapshot))

@@ -1,4 +1,4 @@
-"""The sample browser, and the page of one group's life."""
+"""The sample browser, and the page of one group's history."""
 
 from __future__ import annotations
 
@@ -32,16 +32,11 @@ _HUES = (210, 30, 150, 280, 60, 330, 190, 100)
 
 
 async def samples_page(reader: Reader) -> None:
-    """Groups that were trained on, newest first, with what a reader wants to know of each completion."""
+    """Draw trained groups, newest first, with the numbers of each completion."""
     browser = _Browser(reader)
     with ui.element("div").classes("page"):
         with ui.element("div").classes("card filters"):
-            for name, label in (
-                ("step", "step"),
-                ("version", "version"),
-                ("low", "reward from"),
-                ("high", "to"),
-            ):
+            for name, label in (("step", "step"), ("version", "version"), ("low", "reward from"), ("high", "to")):
                 ui.number(label, on_change=lambda e, name=name: browser.choose(name, e.value)).props(
                     f'dense outlined clearable aria-label="{label}"'
                 )
@@ -56,7 +51,7 @@ async def samples_page(reader: Reader) -> None:
 
 
 class _Browser:
-    """What is chosen, and the groups that fit."""
+    """The chosen filters, and the groups that match."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -97,7 +92,7 @@ class _Browser:
 
 
 def fits(sample: dict[str, Any], chosen: dict[str, Any]) -> bool:
-    """Whether step, version, and the mean reward of a group are those that were asked for."""
+    """Return whether step, version, and the mean reward of a group match the filters."""
     if any(chosen.get(name) is not None and sample[name] != chosen[name] for name in ("step", "version")):
         return False
     rewards = [c["reward"] for c in sample["completions"] if c["reward"] is not None]
@@ -107,7 +102,7 @@ def fits(sample: dict[str, Any], chosen: dict[str, Any]) -> bool:
 
 
 def sample_html(sample: dict[str, Any], *, run: str, shade: str, tokenizer: Tokenizer | None) -> str:
-    """One group."""
+    """Return one group."""
     trace = f"/trace?run={quote(run)}&group={quote(sample['group'])}"
     prompt = sample["prompt"] if isinstance(sample["prompt"], str) else json.dumps(sample["prompt"], ensure_ascii=False)
     head = (
@@ -123,14 +118,12 @@ def _completion(c: dict[str, Any], *, shade: str, tokenizer: Tokenizer | None, v
     reward = "unscored" if c["reward"] is None else f"{c['reward']:.3f}"
     by_function = "".join(f"<span>{escape(name)} {score}</span>" for name, score in c["rewards"].items())
     stats = (
-        f'<div class="facts"><span>reward <b>{reward}</b></span>{by_function}<span>advantage {c["advantage"]:+.3f}</span>'
+        f'<div class="stats"><span>reward <b>{reward}</b></span>{by_function}<span>advantage {c["advantage"]:+.3f}</span>'
         f"<span>{c['tokens']} tokens</span><span>{escape(c['finish_reason'])}</span></div>"
     )
-    text = (
-        escape(c["text"])
-        if shade == "none" or tokenizer is None or "token_ids" not in c
-        else _tokens(c, shade, tokenizer, versions)
-    )
+    text = escape(c["text"])
+    if shade != "none" and tokenizer is not None and "token_ids" in c:
+        text = _tokens(c, shade, tokenizer, versions)
     return f'<div class="completion">{stats}<div class="tokens">{text}</div></div>'
 
 
@@ -140,21 +133,21 @@ def _tokens(c: dict[str, Any], shade: str, tokenizer: Tokenizer, versions: list[
     out = []
     for i, piece in enumerate(pieces(tokenizer, c["token_ids"].tolist())):
         if shade == "version":
-            colour, told = f"hsl({_HUES[versions.index(spans[i]) % len(_HUES)]} 70% 50% / .28)", f"version {spans[i]}"
+            colour, title = f"hsl({_HUES[versions.index(spans[i]) % len(_HUES)]} 70% 50% / .28)", f"version {spans[i]}"
         elif shade == "sampler":
-            colour, told = _red(-float(sampled[i]) / 3), f"{sampled[i]:.3f} nats"
+            colour, title = _red(-float(sampled[i]) / 3), f"{sampled[i]:.3f} nats"
         elif trained is None:
-            colour, told = "transparent", "not kept by this trainer"
+            colour, title = "transparent", "not kept by this trainer"
         else:
             difference = float(trained[i]) - float(sampled[i])
             colour = _red(-difference / FULL_AT) if difference < 0 else _blue(difference / FULL_AT)
-            told = f"{difference:+.4f} nats (trainer {trained[i]:.3f}, sampler {sampled[i]:.3f})"
-        out.append(f'<span style="background:{colour}" title="{told}">{escape(piece)}</span>')
+            title = f"{difference:+.4f} nats (trainer {trained[i]:.3f}, sampler {sampled[i]:.3f})"
+        out.append(f'<span style="background:{colour}" title="{title}">{escape(piece)}</span>')
     return "".join(out)
 
 
 def pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
-    """The text that each token adds; the last of several that make one character adds it."""
+    """Return the text that each token adds; the last of several that make one character adds it."""
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer, token) or "" for token in token_ids]
 
@@ -176,19 +169,16 @@ def _legend(shade: str, versions: list[int]) -> str:
         marks = [(_red(1), "the sampler found it unlikely: -3 nats"), (_red(0.33), "-1")]
     else:
         return ""
-    return (
-        '<div class="legend">' + "".join(f'<span><i style="background:{c}"></i>{t}</span>' for c, t in marks) + "</div>"
-    )
+    body = "".join(f'<span><i style="background:{colour}"></i>{text}</span>' for colour, text in marks)
+    return f'<div class="legend">{body}</div>'
 
 
 async def trace_page(reader: Reader, group: str) -> None:
-    """One group's life."""
+    """Draw one group's history."""
     with ui.element("div").classes("page"):
         field = ui.input("group", value=group).props("dense outlined").style("max-width: 260px")
-        field.on(
-            "keydown.enter",
-            lambda: ui.navigate.to(f"/trace?run={quote(reader.run.name)}&group={quote(field.value)}"),
-        )
+        address = f"/trace?run={quote(reader.run.name)}&group="
+        field.on("keydown.enter", lambda: ui.navigate.to(address + quote(field.value)))
         if group:
             content = await run.io_bound(_trace_html, reader, group) or ""
             ui.html(content, sanitize=False).style("display: contents")
@@ -215,5 +205,5 @@ def _trace_html(reader: Reader, group: str) -> str:
     return (
         f'<div class="card"><h2>group {escape(group)} · {escape(trace["where"])} · {escape(where)}{version}</h2>'
         f'<div class="scroll">{table_html(stages)}</div>{alarms_html(reasons)}</div>'
-        f'<div class="card"><h2>parts</h2><div class="scroll">{table_html(assignments)}</div></div>'
+        f'<div class="card"><h2>stages</h2><div class="scroll">{table_html(assignments)}</div></div>'
     )

@@ -145,7 +145,7 @@ def reward_payload(*, rewards: tuple[float | None, ...] = (1.0, 0.0), name: str 
 
 
 def evaluated_payload(*, rewards: tuple[float | None, ...], name: str = "MathReward", answer: str = "2") -> bytes:
-    """The reward part of an evaluation's group: every completion gives the same answer, in 3 tokens."""
+    """Return the reward of an evaluation's group: every completion gives the same answer, in 3 tokens."""
     scores = Scores(reward=list(rewards), by_function={name: list(rewards)}).to_wire()
     count = len(rewards)
     return encode({**scores, "answers": [answer] * count, "lengths": [3] * count, "clipped": [False] * count})
@@ -156,7 +156,7 @@ def reference_payload(*, group_size: int = 2, length: int = 3) -> bytes:
 
 
 def part_payload(group_id: str, stage: str, *, version: int = 0) -> bytes:
-    """What a worker would hand in for one part."""
+    """Return what a worker would store for one stage."""
     match stage:
         case "task":
             return task_payload(group_id)
@@ -176,7 +176,7 @@ def admit_one(ledger: Ledger) -> str:
 
 
 def push_group(ledger: Ledger, *, version: int = 0, until: str = "ready", group_id: str | None = None) -> str:
-    """Admit a group (unless one is given) and store its parts up to and including stage `until`: task, rollout or ready."""
+    """Admit a group (unless one is given) and store its results up to and including stage `until`: task, rollout or ready."""
     group_id = group_id or admit_one(ledger)
     assert ledger.store(group_id, "task", task_payload(group_id)) == ["rollout"]
     if until == "task":

@@ -51,9 +51,7 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     assert set(leased) <= set(entries)
     assert sorted((v, e) for v, e, _ in leased) == sorted(pending), "pending entries are those that a manifest names"
     assert set(in_stream) <= members["train"]
-    assert live == pending_groups | set(in_stream), (
-        "a group that nobody owes us anything for, and that is not in the buffer"
-    )
+    assert live == pending_groups | set(in_stream), "a group without a pending stage that is not in the buffer"
     assert not pending_groups & set(in_stream)
 
     groups = {name[2:] for name in names if name.startswith("g:")}

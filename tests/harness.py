@@ -180,7 +180,7 @@ def workers(folder: Path, env: dict[str, str], *queues: str) -> Iterator[list[Pr
 
 
 def counters_of(env: dict[str, str]) -> Counters:
-    """The training account of a run."""
+    """Return the training counters of a run."""
     client = connect(env["SLUICE_REDIS_URL"])
     counters = read_counters(client, open_run(client, env["SLUICE_RUN"]).keys)
     client.close()
@@ -188,7 +188,7 @@ def counters_of(env: dict[str, str]) -> Counters:
 
 
 def assert_trained_once(run_folder: Path, steps: int, *, groups_per_step: int = 8) -> None:
-    """From the checkpoints of the surviving lineage (all kept): every step has its whole batch, no group is in two."""
+    """Check the checkpoints of the surviving lineage (all kept): every step has its full batch, no group is in two."""
     latest = {int(metrics["step"]): metrics for metrics in metrics_of(run_folder)}
     assert sorted(latest) == list(range(1, steps + 1))
     states = [json.loads(path.read_text()) for path in (run_folder / "checkpoints").glob("step-*/state.json")]
@@ -227,7 +227,7 @@ def alive(processes: list[psutil.Process]) -> list[str]:
 
 
 BUSY = 3
-"""So many times as long may all take that is waited for: other tests and other jobs run beside this one."""
+"""Factor on every timeout: other tests and other jobs run beside this one."""
 
 
 def wait_for(condition: Callable[[], Any], *, timeout: float, what: str) -> Any:
@@ -252,7 +252,7 @@ def metrics_of(run_folder: Path) -> list[dict[str, float]]:
 
 
 def metrics_lines(run_folder: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl that are whole: the last one may be half written."""
+    """Return all complete lines of metrics.jsonl: the last one may be half written."""
     path = run_folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

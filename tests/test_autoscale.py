@@ -32,7 +32,7 @@ class Queue:
         self.changes: list[tuple[float, int, int]] = []
 
     def look(self, pending: int, *, done: int = 0) -> int:
-        """One second with so many parts owed, in which `done` were finished; the workers wanted."""
+        """Step one second with this many stages pending, in which `done` were finished. Returns the desired workers."""
         self.done += done
         before = self.state
         load = Load(pending=pending, waiting=pending, done={"w": self.done}, busy=self.busy, is_held=self.is_held)
@@ -87,7 +87,7 @@ def test_never_more_workers_than_groups_may_be_in_flight() -> None:
 
 
 def test_parts_that_pass_quickly_call_for_nobody() -> None:
-    """40 a second with 8 owed: a part is through in 0.2 s (Little), and another worker would gain nothing."""
+    """40 a second with 8 pending: a stage is finished in 0.2 s (Little), and another worker would gain nothing."""
     assert set(Queue().hold(8, seconds=120, done=40)[20:]) == {1}
     assert Queue().hold(8, seconds=120, done=2)[-1] == 4
 
@@ -97,7 +97,7 @@ def test_idle_workers_call_for_nobody() -> None:
     queue = Queue()
     queue.busy = 0.3
     assert queue.hold(16, seconds=90)[-1] == 1
-    assert queue.state and queue.state.reason == "16.0 parts owed, but its workers are busy for 30% of their time"
+    assert queue.state and queue.state.reason == "16.0 stages pending, but its workers are busy for 30% of their time"
     queue.busy = 0.9
     assert queue.hold(16, seconds=20)[-1] == 4
 

@@ -76,7 +76,7 @@ def test_the_same_order_twice_is_one_change_and_the_stored_value_is_no_override(
         ("sampling.temperature=0", "nothing would be learned"),
         (
             "sampling.group_size=4",
-            "sampling.group_size cannot be changed while a run goes on; these can: replay_buffer.max",
+            "sampling.group_size cannot be changed during a run; these can: replay_buffer.max",
         ),
         ("trainer.lerning_rate=1", "cannot be changed"),
         ("trainer.loss.kl_beta=0.1", "whether references are computed"),

@@ -43,7 +43,7 @@ def needs_browser(test: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def during_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """A short run of the real command, to its end: its folder, where it said its dashboard is, and what that showed meanwhile."""
+    """Run the real command to its end: its folder, the address of its dashboard, and what that showed meanwhile."""
     folder = tmp_path_factory.mktemp("dashboard")
     steps = {"trainer__num_steps": 6, "sampling__group_size": 4, "checkpoint__every_steps": 3}
     config = quickstart_config(folder, tiny=tiny_folder(), evaluation__datasets=[], dashboard={"port": 0}, **steps)
@@ -57,7 +57,7 @@ def during_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str
 
 
 def _metrics(page: str) -> str:
-    """Nothing where nobody answers."""
+    """Return nothing where no server answers."""
     try:
         with urllib.request.urlopen(page.partition("?")[0] + "metrics", timeout=20) as answer:
             return str(answer.read().decode())
@@ -253,7 +253,7 @@ def test_samples_are_filtered_shaded_and_lead_to_their_trace(
     assert page.locator(".tokens").first.locator("span").count() == first["tokens"]
     keep(page, "samples-shaded")
     page.get_by_role("link", name=f"group {of_step[0]['group']}").click()
-    page.locator("td", has_text="taken for a batch").wait_for(timeout=20_000)
+    page.locator("td", has_text="sampled for a batch").wait_for(timeout=20_000)
     assert page.locator("td", has_text=of_step[0]["work"]["w:rollout"].rpartition("/")[0]).count() == 1
     keep(page, "trace")
 
@@ -385,4 +385,4 @@ def test_the_trace_of_a_group_is_printed(ended_run: tuple[Path, EmbeddedServer],
     assert "generated" in sluice("trace", kept, cwd=tmp_path, **env).stdout
     missing = sluice("trace", "t99999", cwd=tmp_path, **env)
     assert missing.returncode == 2
-    assert "is not in flight, no dead letter" in missing.stderr
+    assert "is not in flight, not a dead letter" in missing.stderr

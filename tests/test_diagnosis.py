@@ -38,7 +38,7 @@ def new_run(client: redis.Redis, keys: Keys, folder: Path) -> Run:
 
 
 def staff(client: redis.Redis, keys: Keys, *, without: str = "", **stats: Any) -> None:
-    """One live worker on every queue; `rollout={...}` adds to the facts of that role."""
+    """One live worker on every queue; `rollout={...}` adds to the stats of that role."""
     defaults: dict[str, dict[str, Any]] = {
         "dataset": {"stopped_by": "no_credit"},
         "rollout": {"version": 0, "digest": ""},
@@ -107,7 +107,7 @@ def test_a_policy_that_nobody_picks_up_is_named_after_its_bound(client: redis.Re
     staff(client, keys, rollout={"version": 1})
     assert alarms(client, run) == []
     silence_for(client, keys, "rollout@host:1", seconds=6.0)
-    assert "not_picked_up" in {alarm.kind for alarm in alarms(client, run)}, "a silent worker serves nobody"
+    assert "not_picked_up" in {alarm.kind for alarm in alarms(client, run)}, "a silent worker serves no request"
 
 
 def test_a_worker_that_serves_other_weights_than_the_published_raises_an_alarm(
@@ -236,7 +236,7 @@ def test_a_full_redis_is_named_and_heartbeats_go_on(own_server: tuple[redis.Redi
         return [alarm.text.startswith("Redis is nearly full") for alarm in alarms(client, run)] == [True]
 
     wait_for(is_nearly_full, timeout=10, what="a warning")
-    staff(client, run.keys)  # again: on a busy machine the first beats are over by now
+    staff(client, run.keys)  # again: on a busy machine the first heartbeats have expired by now
     assert diagnose(client, run).kind == "admission"
     client.config_set("maxmemory", int(int(client.info("memory")["used_memory"]) * 0.8))
     with pytest.raises(redis.OutOfMemoryError):

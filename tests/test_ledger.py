@@ -46,12 +46,12 @@ def until(condition, *, timeout_s=5.0):
 
 
 def reap_until(ledger, expected):
-    """Reap until a part is overdue."""
+    """Reap until a stage is overdue."""
     return until(lambda: [(g, p) for g, p, _ in ledger.reap() if (g, p) == expected])
 
 
 def deadline_in(ledger, group_id, stage):
-    """Milliseconds until a part is overdue."""
+    """Return the milliseconds until a stage is overdue."""
     seconds, micros = ledger.client.time()
     return ledger.client.zscore(ledger.keys.deadlines, f"{group_id}|{stage}") - (seconds * 1000 + micros // 1000)
 
@@ -193,7 +193,7 @@ def test_an_expired_lease_can_be_claimed_by_another_worker(client, keys):
     first = a.claim(group_id, "rollout", fields=(), lease_s=0.02)
     second = until(lambda: b.claim(group_id, "rollout", fields=()))
     assert (first.attempt, second.attempt) == (1, 2)
-    assert a.renew([first]) == [f"{group_id}|rollout"], "the first worker is told that it lost the part"
+    assert a.renew([first]) == [f"{group_id}|rollout"], "the first worker is told that it lost the stage"
     assert a.fail(first, reason="x", detail="") is False and a.release(first) is False
     assert b.renew([second]) == []
 
@@ -287,7 +287,7 @@ def test_a_failing_part_is_retried_then_dead_with_reason_and_payload(client, key
 
 
 def kill_group(ledger, group_id, stage):
-    """Fail a part until the group is dead."""
+    """Fail a stage until the group is dead."""
     while ledger.fail(ledger.claim(group_id, stage, fields=()), reason="RewardError", detail="boom"):
         pass
 
@@ -374,7 +374,7 @@ def test_an_unclaimed_part_is_sent_again_with_doubling_intervals(client, keys):
         assert deadline_in(ledger, group_id, "rollout") == pytest.approx(20_000 * times, abs=1500)
     counters = ledger.counters()
     assert (counters.resent, counters.retried) == (7, 0)
-    assert ledger.claim(group_id, "rollout", fields=()).attempt == 1, "nobody held it: no attempt is spent"
+    assert ledger.claim(group_id, "rollout", fields=()).attempt == 1, "no worker held it: no attempt is spent"
 
 
 def test_an_abandoned_claim_is_retried_then_dead(client, keys):
@@ -543,7 +543,7 @@ def test_an_evaluation_is_scored_and_never_enters_the_buffer(client, keys):
         assert evaluation.result(client, keys, HELDOUT, version=0) is None
         claim = ledger.claim(group_id, "rollout", fields=("pinned", "min_version", "task"))
         assert claim.fields == {"pinned": b"0", "min_version": b"0", "task": tasks[group_id]}
-        assert ledger.store(group_id, "rollout", rollout_payload(), version=0) == ["reward"], "no reference part"
+        assert ledger.store(group_id, "rollout", rollout_payload(), version=0) == ["reward"], "no reference stage"
         assert ledger.store(group_id, "reward", evaluated_payload(rewards=scores, name="M")) == []
     result = evaluation.result(client, keys, HELDOUT, version=0)
     assert (result.num_prompts, result.num_dead) == (2, 0)

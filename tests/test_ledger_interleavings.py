@@ -198,7 +198,7 @@ class Actors:
             self.acknowledged = step
 
     def roll_back(self):
-        """The trainer dies and goes on from its checkpoint: what it took since then is taken again, or dissolved."""
+        """The trainer dies and resumes from its checkpoint: what it sampled since then is sampled again, or dissolved."""
         self.step = self.published = self.acknowledged
         self.taken.clear()
         self.publish_next(parent=self.version_at[self.published])
@@ -209,7 +209,7 @@ class Actors:
         return name
 
     def drain(self):
-        """No new groups: everything that is owed is done or dies, every whole batch is trained."""
+        """No new groups: every pending stage is done or its group dies, every full batch is trained."""
         self.claims.clear()
         deadline = time.monotonic() + 20
         while self.client.zcard(self.keys.deadlines):
@@ -288,7 +288,7 @@ def test_the_identity_holds_at_every_reading_while_threads_race(client, keys, se
     publish_policy(client, keys, 0)
     errors: list[BaseException] = []
     stop = threading.Event()
-    shared: list[tuple[str, str]] = []  # one message queue for all threads: the same part reaches several workers
+    shared: list[tuple[str, str]] = []  # one message queue for all threads: the same stage reaches several workers
 
     def run(number, actions, times):
         connection = connect(server_flavours)

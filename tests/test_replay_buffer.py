@@ -288,7 +288,7 @@ def rollout_with(**changed: Any) -> bytes:
 @pytest.mark.parametrize(
     ("stage", "damage", "detail"),
     [
-        ("rollout", None, "without all of its parts: was its key deleted by hand?"),
+        ("rollout", None, "without all of its results: was its key deleted by hand?"),
         ("rollout", b"SL\x01\xc1", "damaged message of 4 bytes"),
         ("rollout", b"\x80\x04.", "not a Sluice message"),
         ("rollout", encode({"completions": [{"text": "no tokens"}]}), "token_ids"),

@@ -47,8 +47,8 @@ EXPECTED = {
     "sleeps": ("RewardError", "SoftTimeLimitExceeded"),
     "sleeps on": ("TimeLimitExceeded", "gave no answer within its time limit and was killed"),
     "raises": ("RewardError", "the grader is broken"),
-    "leaves": ("WorkerLostError", "the scoring process ended by itself"),
-    "exits": ("WorkerLostError", "the scoring process ended by itself"),
+    "leaves": ("WorkerLostError", "the scoring process exited"),
+    "exits": ("WorkerLostError", "the scoring process exited"),
     "killed": ("WorkerLostError", "the scoring process was killed by signal 9"),
     "allocates": ("RewardError", "MemoryError"),
 }

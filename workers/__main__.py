@@ -1,7 +1,7 @@
 """`python -P -m sluice.workers -Q QUEUE`: what `celery -A sluice worker -Q QUEUE` starts, without the current folder's modules.
 
-Celery's own command line puts the current folder before everything else while it imports. There a `redis.py` of a user would be
-taken for the library.
+Celery's own command line puts the current folder first on the path while it imports: a user's `redis.py` there would shadow the
+library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from celery.utils import imports
 
 from sluice.workers.app import app
 
-imports.cwd_in_path = nullcontext  # what Celery imports by name later on comes from the path as it is
+imports.cwd_in_path = nullcontext  # Celery's later imports by name use the path as it is
 
 celery.params[0].default = app  # instead of -A
 sys.exit(celery(["worker", *sys.argv[1:]], prog_name="sluice", auto_envvar_prefix="CELERY"))

@@ -3,14 +3,14 @@
 One queue per worker process (or `-Q rollout,eval`: one engine for both). It decides pool and concurrency, so the plain
 command is right:
 
-    dataset    a tick thread admits groups and sends overdue parts again
+    dataset    a tick thread admits groups and sends overdue stages again
     rollout    task threads feed one engine
     eval       the same engine, pinned to the version under evaluation
     reward     processes run user code, with time limits; they never import torch
     reference  task threads feed one batched model
 
-common/pipeline.py says which pool, and how many at a time. Only SLUICE_REDIS_URL and SLUICE_RUN are needed; config, model
-config, tokenizer and weights come from the run.
+common/pipeline.py defines pool and concurrency. Only SLUICE_REDIS_URL and SLUICE_RUN are needed; config, model config,
+tokenizer and weights come from the run.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class QueueWorker(Worker):
 
 
 def _served_queues(queues: Any) -> list[str]:
-    """One queue, or the two of one stage together (rollout and eval)."""
+    """Return the one queue, or the two of one stage together (rollout and eval)."""
     names = queues.split(",") if isinstance(queues, str) else list(queues or ())
     if both := [[s.queue, s.eval_queue] for s in STAGES if sorted(names) == sorted([s.queue, s.eval_queue])]:
         return both[0]

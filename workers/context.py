@@ -1,20 +1,20 @@
-"""What the tasks of one worker process share, and the one way they do a part: claim, work, store, send on.
+"""What the tasks of one worker process share, and the one way they run a stage: claim, work, store, send the next.
 
-    message --> claim --refused--> nothing (done, or somebody else has it)
+    message --> claim --refused--> nothing (done, or another worker holds it)
                   |
-                 work --EngineClosed--> released: handed back, no attempt spent
+                 work --EngineClosed--> released: sent again, no attempt spent
                   |   --other error---> failed: sent again, or dead-lettered with the traceback
                  store --refused-----> nothing (another attempt was faster)
                   |
-                 messages for the parts that follow
+                 messages for the next stages
 
-Before each heartbeat the leases of running parts are renewed, up to one lease after the last progress; a process that makes
-none for two leases (an endless loop in a kernel, a hung device) is ended, so that it does not go on pulling groups.
+Before each heartbeat the leases of running stages are renewed, up to one lease after the last progress; a process without
+progress for two leases (an endless loop in a kernel, a hung device) ends itself, so that it stops claiming groups.
 
-SIGUSR2 = SIGTERM with more time: no new messages, and running parts may finish for autoscale.drain_s. A later SIGTERM ends that.
+SIGUSR2 = SIGTERM with more time: no new messages, and running stages may finish for autoscale.drain_s. A later SIGTERM ends that.
 
-A part on its last attempt is worked on alone in its process. If it kills the process (a poison prompt) it takes nobody
-with it, and one that was only beside a poison prompt gets an attempt that nobody else can spoil.
+A stage on its last attempt runs exclusively in its process: a poison prompt that kills the process then takes no other stage
+with it, and a stage that only ran beside a poison prompt gets an attempt that no other stage can spoil.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ HUNG_EXIT_CODE = 75
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """A finished part."""
+    """The result of a stage: arguments of Ledger.store."""
 
     payload: bytes
     version: int | None = None
@@ -58,12 +58,12 @@ class Result:
     num_tokens: int = 0
     "rollout only"
     is_zero_variance: bool = False
-    "reward only: the group teaches nothing, and is dropped unless the trainer would starve"
+    "reward only: the rewards are equal, and the group is dropped unless the trainer would starve"
 
 
 @dataclass(kw_only=True)
 class Context:
-    """One worker process: its run, its connections and the parts it is working on."""
+    """One worker process: its run, its connections and its running stages."""
 
     role: str
     app: Celery
@@ -71,14 +71,14 @@ class Context:
     run: Run
     ledger: Ledger
     urgent: Ledger
-    "over a connection that gives up within seconds: for the heart, and for event loops, which must not hang in a command"
+    "over a connection that fails within seconds: for the heartbeat thread and event loops, which must not hang in a command"
     process: str
     progress_age_s: Callable[[], float] = lambda: 0.0
     "seconds since the engine last made progress: leases end one lease after it, the process after two"
     stats: Callable[[], dict[str, Any]] = dict
     "what this process adds to its heartbeat"
     busy_s: Callable[[], float] = lambda: 0.0
-    "seconds of work so far, of whatever the process has one of: an engine, a model, a reader"
+    "seconds of work so far, of the engine, model or reader of the process"
     started_at: float = field(default_factory=time.time)
     num_done: int = 0
     _heartbeat: HeartbeatThread | None = None
@@ -91,12 +91,12 @@ class Context:
 
     @classmethod
     def drain(cls, *_: object) -> None:
-        """Handler of SIGUSR2."""
+        """Handle SIGUSR2."""
         cls._is_draining = True
         os.kill(os.getpid(), signal.SIGTERM)
 
     def consume_grace_period_s(self) -> float:
-        """Seconds that running parts have when the process is told to end: autoscale.drain_s once after SIGUSR2."""
+        """Return the seconds that running stages have when the process is told to end: autoscale.drain_s once after SIGUSR2."""
         was_draining, Context._is_draining = Context._is_draining, False
         config = self.run.config
         return config.autoscale.drain_s if was_draining else config.lease.shutdown_grace_s
@@ -120,66 +120,48 @@ class Context:
         fields: tuple[str, ...],
         lease_s: float | None = None,
     ) -> None:
-        """Do one part of one group, beside others unless this is its last attempt."""
-        do = partial(self._run_stage, group_id, stage, work, fields=fields, lease_s=lease_s)
+        """Run one stage of one group, beside others unless this is its last attempt."""
+        claim = partial(self.ledger.claim, group_id, stage, fields=fields, lease_s=lease_s)
         with self._lock.shared() as acquired:
             is_last = self._is_last_attempt(group_id, stage)
             if acquired and not is_last:
-                do()
+                self._work_on(claim(), work)
         if is_last:
             with self._lock.exclusive() as acquired:
                 if acquired:
-                    do()
+                    self._work_on(claim(), work)
 
     def _is_last_attempt(self, group_id: str, stage: str) -> bool:
-        """Asked before the claim: a claim that waits would spend the attempt if its process were killed."""
-        most = self.run.config.lease.max_attempts
-        return self.ledger.attempts(group_id, stage) + 1 >= most > 1
+        """Check before the claim: a claim that waits would spend the attempt if its process were killed."""
+        return self.ledger.attempts(group_id, stage) + 1 >= self.run.config.lease.max_attempts > 1
 
-    def _run_stage(
-        self,
-        group_id: str,
-        stage: str,
-        work: Callable[[Claim], Result],
-        *,
-        fields: tuple[str, ...],
-        lease_s: float | None,
-    ) -> None:
-        claim = self.ledger.claim(group_id, stage, fields=fields, lease_s=lease_s)
+    def _work_on(self, claim: Claim | None, work: Callable[[Claim], Result]) -> None:
         if claim is None:
             return
-        with self._working_on(claim):
+        group_id, stage = claim.group_id, claim.stage
+        with self._renewing(claim):
             try:
                 result = work(claim)
             except EngineClosed:
                 if self.ledger.release(claim):
                     send_stage(self.app, group_id, stage)
                 return
-            except Exception as error:  # the task boundary: whatever a part raises is accounted for, never lost
+            except Exception as error:  # the task boundary: every error of a stage is counted, never lost
                 log.warning("%s of group %s failed on attempt %d: %r", stage, group_id, claim.attempt, error)
                 detail = f"{error!r}\n{traceback.format_exc(limit=-8)}"
                 if self.ledger.fail(claim, reason=_reason(error), detail=detail):
                     send_stage(self.app, group_id, stage)
                 return
-            following = self._store(claim, result)  # may wait for Redis; the lease is kept meanwhile
+            # may wait for Redis; the lease is renewed meanwhile
+            following = self.ledger.store(group_id, stage, **asdict(result))
         for name in following or ():
             send_stage(self.app, group_id, name)
         if result.is_zero_variance and following is not None:
-            send(self.app, "dataset.fill", "dataset")  # its credit is free: another prompt takes its place
+            send(self.app, "dataset.fill", "dataset")  # its credit is free: admit another prompt
         self.num_done += 1
 
-    def _store(self, claim: Claim, result: Result) -> list[str] | None:
-        return self.ledger.store(
-            claim.group_id,
-            claim.stage,
-            result.payload,
-            version=result.version,
-            num_tokens=result.num_tokens,
-            is_zero_variance=result.is_zero_variance,
-        )
-
     @contextmanager
-    def _working_on(self, claim: Claim) -> Iterator[None]:
+    def _renewing(self, claim: Claim) -> Iterator[None]:
         self._claims[claim.holder] = claim
         try:
             yield
@@ -187,7 +169,7 @@ class Context:
             del self._claims[claim.holder]
 
     def start_heartbeat(self) -> None:
-        """Begin to renew leases and to beat."""
+        """Begin to renew leases and to send heartbeats."""
         self._heartbeat = HeartbeatThread(
             self.urgent.client,
             self.run.keys,
@@ -201,30 +183,25 @@ class Context:
     def _keep_leases(self) -> None:
         self._end_if_hung()
         left_s = self.run.config.lease.running_s - self.progress_age_s()
-        if left_s > 0:
-            self._renew(left_s)
-
-    def _renew(self, lease_s: float) -> None:
+        if left_s <= 0:
+            return
         claims = list(self._claims.values())
-        lost = set(self.urgent.renew(claims, lease_s=lease_s))
+        lost = set(self.urgent.renew(claims, lease_s=left_s))
         for claim in claims:
-            # one that was handed in meanwhile has no lease any more either
+            # a stage whose result was stored meanwhile has no lease any more either
             if f"{claim.group_id}|{claim.stage}" in lost and claim.holder in self._claims:
-                log.warning(
-                    "lost the lease of %s of group %s: it was taken over, or its group is settled; a late result will be refused",
-                    claim.stage,
-                    claim.group_id,
-                )
+                text = "lost the lease of %s of group %s (reassigned, or the group is settled): a late result will be refused"
+                log.warning(text, claim.stage, claim.group_id)
 
     def _end_if_hung(self) -> None:
-        """A hung engine cannot be stopped from inside; the process can, and a supervisor starts it again.
+        """End a process whose engine hangs, which cannot be stopped from inside; a supervisor starts it again.
 
-        Seen at two beats in a row: after a pause of the whole process (SIGSTOP) the engine gets one beat to move again.
+        Seen at two heartbeats in a row: after a pause of the process (SIGSTOP) the engine gets one period to make progress.
         """
         age_s = self.progress_age_s()
         is_hung = age_s > 2 * self.run.config.lease.running_s
         if is_hung and self._was_hung:
-            log.critical("no progress for %.0f s: ending this process, its groups are taken over", age_s)
+            log.critical("no progress for %.0f s: ending this process, its groups are reassigned", age_s)
             logging.shutdown()
             os._exit(HUNG_EXIT_CODE)
         self._was_hung = is_hung
@@ -245,7 +222,7 @@ class Context:
         }
 
     def close(self) -> None:
-        """Leave in good order."""
+        """Stop the heartbeat thread and the connection gracefully."""
         give_up_after(self.client, 2.0)
         if self._heartbeat is not None:
             self._heartbeat.close()

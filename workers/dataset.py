@@ -1,12 +1,11 @@
-"""The `dataset` queue: admits groups while there is credit, prepares their prompts, sends overdue parts again.
+"""The `dataset` queue: admits groups while there is credit, prepares their prompts, sends overdue stages again.
 
     dataset.fill             admit as many groups as there is credit for (sent by the trainer after each publication)
-    dataset.prepare(group)   the task part of one admitted group, when its first owner died
-    dataset.evaluate         admit the groups of evaluations that were asked for
+    dataset.prepare(group)   the task stage of an admitted group whose first holder died
+    dataset.evaluate         admit the groups of requested evaluations
 
-A tick thread does all of this once a second as well, so that a lost message costs a second, never a group, and says how many
-workers each queue should have. Any number of dataset workers may run: every step is one atomic script,
-and a lock lets one of them tick at a time.
+A tick thread does the same once a second, so that a lost message costs a second, never a group, and autoscales. Any number of
+dataset workers may run: every transition is one atomic script, and one of them at a time ticks.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Any
 
 import redis
 import xxhash
@@ -32,16 +30,16 @@ from sluice.common.pipeline import FIRST, stage_on
 from sluice.common.serialization import encode
 from sluice.common.types import SamplingParams, Task
 from sluice.workers.context import Context
-from sluice.workers.prompt_source import PromptSource, TooLong
+from sluice.workers.prompt_source import Prompt, PromptSource, TooLong
 
 log = logging.getLogger("sluice.dataset")
 
 ADMIT_BATCH = 64
 TICK_S = 1.0
 AWAY_S = 4.0
-"""A gap between two ticks that is no load any more."""
+"""A gap between two ticks that load does not explain."""
 RENEWAL_S = 3.0
-"""Over a heartbeat and a reconnection: an outage must not cost every running part an attempt."""
+"""More than a heartbeat and a reconnection: an outage must not cost every running stage an attempt."""
 ADMIT_BELOW = 0.85
 """Share of Redis' maxmemory over which no group is admitted."""
 
@@ -87,7 +85,7 @@ class DatasetRole:
         self.context.close()
 
     def fill(self) -> None:
-        """Admit until there is no credit left, by the settings in force."""
+        """Admit until no credit is left, by the settings in force."""
         with self._lock:
             self._refresh()
             while not self._stop.is_set():
@@ -104,15 +102,15 @@ class DatasetRole:
         self._config = self.context.ledger.config = effective(self.context.client, self.context.run)
 
     def _full_memory(self) -> str:
-        """Why nothing is admitted while Redis is nearly full: what is in flight needs the rest to finish."""
+        """Return why nothing is admitted while Redis is nearly full: groups in flight need the rest to finish."""
         memory = self.context.client.info("memory")
-        used, most = int(memory["used_memory"]), int(memory.get("maxmemory", 0))
-        if not most or used <= ADMIT_BELOW * most:
+        used, maxmemory = int(memory["used_memory"]), int(memory.get("maxmemory", 0))
+        if not maxmemory or used <= ADMIT_BELOW * maxmemory:
             return ""
-        return f"redis_memory: {used >> 20} MiB of maxmemory {most >> 20} MiB used"
+        return f"redis_memory: {used >> 20} MiB of maxmemory {maxmemory >> 20} MiB used"
 
     def prepare_one(self, group_id: str) -> None:
-        """The task part of a group whose admitting worker died."""
+        """Prepare the task of a group whose admitting worker died."""
         claim = self.context.ledger.claim(group_id, FIRST.name, fields=("cursor",))
         cursor = claim and claim.fields["cursor"]
         if cursor:
@@ -135,9 +133,8 @@ class DatasetRole:
             if isinstance(prompt, TooLong):
                 too_long.append(group_id)
                 continue
-            tasks[group_id] = encode(
-                self._task(group_id, prompt, self._sampling(group_id, n=self._config.sampling.group_size)).to_wire()
-            )
+            sampling = self._sampling(group_id, n=self._config.sampling.group_size)
+            tasks[group_id] = self._task(group_id, prompt, sampling)
         self.context.ledger.drop(too_long, reason="prompt_too_long")
         self.context.ledger.drop(unreadable, reason="bad_row")
         with self.context.client.pipeline(transaction=False) as pipe:
@@ -150,8 +147,8 @@ class DatasetRole:
         self.context.num_done += len(tasks)
         self._busy_s += time.monotonic() - started
 
-    def _task(self, group_id: str, prompt: Any, sampling: SamplingParams) -> Task:
-        return Task(
+    def _task(self, group_id: str, prompt: Prompt, sampling: SamplingParams) -> bytes:
+        task = Task(
             group_id=group_id,
             prompt_ids=prompt.prompt_ids,
             prompt=prompt.prompt,
@@ -159,26 +156,15 @@ class DatasetRole:
             columns=prompt.columns,
             sampling=sampling,
         )
+        return encode(task.to_wire())
 
     def _sampling(self, group_id: str, *, n: int) -> SamplingParams:
-        s = self._config.sampling
-        return SamplingParams(
-            n=n,
-            max_tokens=s.max_res_tokens,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            min_p=s.min_p,
-            min_tokens=s.min_tokens,
-            stop=s.stop,
-            seed=self._seed_of(group_id),
-        )
-
-    def _seed_of(self, group_id: str) -> int:
-        return xxhash.xxh3_64_intdigest(f"{self._config.seed}:{group_id}".encode()) >> 1
+        s, seed = self._config.sampling, xxhash.xxh3_64_intdigest(f"{self._config.seed}:{group_id}".encode()) >> 1
+        drawn = s.model_dump(include={"temperature", "top_p", "top_k", "min_p", "min_tokens", "stop"})
+        return SamplingParams(n=n, max_tokens=s.max_res_tokens, seed=seed, **drawn)
 
     def evaluate(self) -> None:
-        """Admit every evaluation that was asked for and is not admitted yet."""
+        """Admit every requested evaluation that is not admitted yet."""
         with self._lock:
             for name, version in evaluations.waiting(self.context.client, self.context.run.keys).items():
                 self._admit_evaluation(name, version)
@@ -219,7 +205,7 @@ class DatasetRole:
                 modes["s"] = self._sampling(f"{evaluation}.{i}", n=dataset.num_samples)
             for mode, sampling in modes.items():
                 group_id = f"e{evaluation}.{i}{mode}"
-                tasks[group_id] = encode(self._task(group_id, prompt, sampling).to_wire())
+                tasks[group_id] = self._task(group_id, prompt, sampling)
         source.close()
         return tasks
 
@@ -237,7 +223,7 @@ class DatasetRole:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if now - self._ticked_at > AWAY_S:  # Redis, or this process, was away: who lives gets time to renew its leases
+        if now - self._ticked_at > AWAY_S:  # Redis or this process was unavailable: let live workers renew first
             self._reap_from = now + RENEWAL_S
         if now >= self._reap_from:
             for group_id, stage, _ in self.context.ledger.reap():

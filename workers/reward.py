@@ -1,7 +1,7 @@
 """The `reward` queue: user code, in prefork children with a time limit. Never imports torch.
 
-A reward that raises, sleeps for ever, allocates without end or kills its process is an infrastructure failure: the group
-is scored again, then dead-lettered. It is never turned into a reward of 0. A child that died cannot say so: its parent does.
+A reward that raises, never returns, allocates without bound or kills its process is an infrastructure failure: the group is
+scored again, then dead-lettered. It never becomes a reward of 0. The parent reports a child that died.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sluice.common.pipeline import stage_on
 from sluice.common.serialization import decode, encode
 from sluice.common.types import has_reward_variance
 from sluice.workers.context import Context, Result
-from sluice.workers.rewards.answers import evaluation_facts
+from sluice.workers.rewards.answers import evaluation_fields
 from sluice.workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
 
 log = logging.getLogger("sluice.reward")
@@ -36,7 +36,7 @@ log = logging.getLogger("sluice.reward")
 _KILL_AFTER_S = 2.0
 """A child that ignores its soft time limit is killed this much later."""
 _MAX_CHILDREN = 1024
-"""Of a reward worker; more than that share places in the tally."""
+"""Of a reward worker; more than that share slots of SharedWorkerStats."""
 _IDLE = -1.0
 
 
@@ -60,33 +60,33 @@ def prepare(app: Celery, role: str) -> Context:
 
 
 class SharedWorkerStats:
-    """What the children do, in memory that they share with the parent, which tells of it.
+    """Stats of the children, in memory that they share with the parent, which sends the heartbeat.
 
-    A child writes its own place only: there is no lock that one could take with it when it is killed.
+    A child writes its own slot only: there is no lock that it could hold when it is killed.
     """
 
     def __init__(self) -> None:
         self._num_done = multiprocessing.RawArray("d", _MAX_CHILDREN)
         self._worked_s = multiprocessing.RawArray("d", _MAX_CHILDREN)
-        self._since = multiprocessing.RawArray("d", _MAX_CHILDREN)  # 0: no child, _IDLE, or when its part began
+        self._since = multiprocessing.RawArray("d", _MAX_CHILDREN)  # 0: no child, _IDLE, or when its stage began
 
     def join(self) -> None:
-        """In a fresh child; the one before it in this place may have died at work."""
-        self._since[self._place] = _IDLE
+        """Reset the slot in a new child; the previous child in it may have died at work."""
+        self._since[self._slot] = _IDLE
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[None]:
-        place, began = self._place, time.monotonic()  # one clock for all processes of a machine
-        self._since[place] = began
+        slot, began = self._slot, time.monotonic()  # one clock for all processes of a machine
+        self._since[slot] = began
         try:
             yield
         finally:
-            self._since[place] = _IDLE
-            self._worked_s[place] += time.monotonic() - began
-            self._num_done[place] += 1
+            self._since[slot] = _IDLE
+            self._worked_s[slot] += time.monotonic() - began
+            self._num_done[slot] += 1
 
     @property
-    def _place(self) -> int:
+    def _slot(self) -> int:
         return (current_process_index(0) or 0) % _MAX_CHILDREN
 
     @property
@@ -99,13 +99,13 @@ class SharedWorkerStats:
 
     @property
     def busy_s(self) -> float:
-        """Seconds of work, in the mean of the children; a part that is not done counts up to now."""
+        """Seconds of work, mean over the children; a running stage counts up to now."""
         now, children = time.monotonic(), [since for since in self._since if since]
         return (sum(self._worked_s) + sum(now - since for since in children if since > 0)) / max(1, len(children))
 
 
 class RewardRole:
-    """The reward functions, loaded once, and the context of whichever process this is."""
+    """The reward functions, loaded once, and the context of this process, parent or child."""
 
     def __init__(self, context: Context, functions: list[LoadedReward]) -> None:
         self.context = context
@@ -116,30 +116,30 @@ class RewardRole:
         context.busy_s = lambda: self._shared_stats.busy_s
 
     def reopen(self, app: Celery, role: str) -> None:
-        """In a fresh child: connections of its own, its own name in claims, and less memory than the machine has."""
+        """Set up a new child: its own connections, its own name in claims, and its memory limit."""
         self.context = Context.open(app, role)
         self._shared_stats.join()
         limit_mib = self.context.run.config.reward.memory_limit_mib
         if limit_mib is not None:
-            _, most = resource.getrlimit(resource.RLIMIT_DATA)
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             limit = limit_mib << 20
-            if most == resource.RLIM_INFINITY or limit < most:  # else the machine's own bound is the tighter one
+            if hard == resource.RLIM_INFINITY or limit < hard:  # else the machine's own limit is tighter
                 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        with contextlib.suppress(OSError):  # where the kernel has it: it kills this child before anything else
+        with contextlib.suppress(OSError):  # where supported, the kernel kills this child before any other process
             Path("/proc/self/oom_score_adj").write_text("1000")
 
     def report_lost_child(self, *, exception: BaseException, task_id: str, args: Any, **_: Any) -> None:
-        """In the parent, when a child was killed or killed itself: what it held has failed, now and not a lease later."""
+        """Fail the stage of a child that was killed or killed itself, from the parent, now and not a lease later."""
         if not isinstance(exception, (WorkerLostError, TimeLimitExceeded)) or task_id in self._reported:
             return
-        self._reported.append(task_id)  # Celery tells of a hard time limit twice, and of the child's death besides
+        self._reported.append(task_id)  # Celery reports a hard time limit twice, and the child's death besides
         (group_id,), ledger, context = args, self.context.urgent, self.context
         what = _how_it_ended(exception)
         log.warning("group %s: %s", group_id, what)
         try:
             holder = ledger.holder(group_id, "reward")
             if not holder.startswith(context.process.rpartition(":")[0] + ":"):
-                return  # it died before it claimed the part, or the part was taken over
+                return  # it died before it claimed the stage, or the stage was reassigned
             claim = Claim(group_id=group_id, stage="reward", holder=holder, attempt=0, fields={})
             if ledger.fail(claim, reason=type(exception).__name__, detail=what):
                 send_stage(context.app, group_id, "reward")
@@ -147,7 +147,7 @@ class RewardRole:
             log.warning("group %s is scored again when its lease ends: %s", group_id, error)
 
     def score(self, group_id: str) -> None:
-        """Task: the reward part of a group."""
+        """Score a group (Celery task)."""
         config = self.context.run.config
         lease_s = max(config.lease.running_s, config.reward.time_limit_s + 2 * _KILL_AFTER_S)
         with self._shared_stats.stage():
@@ -172,7 +172,7 @@ class RewardRole:
         if evaluation := claim.fields["eval"]:
             name = evaluation.decode().partition(".")[2]
             (dataset,) = (d for d in self.context.run.config.evaluation.datasets if d.name == name)
-            payload |= evaluation_facts(completions, answer=dataset.answer)
+            payload |= evaluation_fields(completions, answer=dataset.answer)
         is_filtered = self.context.run.config.trainer.filter_zero_variance and not evaluation
         return Result(payload=encode(payload), is_zero_variance=is_filtered and not has_reward_variance(scores.reward))
 
@@ -181,5 +181,5 @@ def _how_it_ended(exception: BaseException) -> str:
     if isinstance(exception, TimeLimitExceeded):
         return "the scoring process gave no answer within its time limit and was killed"
     signal = re.search(r"signal (\d+)", str(exception))
-    how = f"was killed by signal {signal[1]}" if signal else "ended by itself"
+    how = f"was killed by signal {signal[1]}" if signal else "exited"
     return f"the scoring process {how}: {exception}"

@@ -1,9 +1,9 @@
-"""Held-out evaluations: asked for by writing a line into Redis, answered by the same queues that serve training.
+"""Held-out evaluations: requested by a field in Redis, and run by the same queues that serve training.
 
 `request` pins the policy version (the store keeps it) and names the set; the dataset role admits its groups, pinned to
-that version and filed under kind `eval`, so that they never enter the buffer; the scores collect in `eval:<id>`. The
-first who reads a complete result folds what was kept of each group into a summary of a few kB, from which it is read
-from then on; a dead-lettered group that is sent again after that is folded in when it is scored.
+that version and of kind `eval`, so that they never enter the buffer; the scores collect in `eval:<id>`. The first read of
+a complete result folds what each group left into a summary of a few kB, from which it is read afterwards; a dead-lettered
+group that is requeued after that is folded in when it is scored.
 
 Over the prompts of a set, from n samples of which c are correct:
 
@@ -59,7 +59,7 @@ class EvalResult:
     "share of the greedy completions that max_res_tokens cut off"
 
     def metrics(self) -> dict[str, float]:
-        """Everything but the names and counts, as it is called in metrics behind eval/<dataset>/."""
+        """Return everything but the names and counts, under its metric names without eval/<dataset>/."""
         found: dict[str, float] = {}
         for name, value in self.scores.items():
             found |= {name: value, f"{name}_stderr": self.stderr[name]}
@@ -81,7 +81,7 @@ class Best:
 
 
 def read_best(checkpoints: Path) -> Best | None:
-    """The best checkpoint; None where none is known."""
+    """Return the best checkpoint; None where none is known."""
     with suppress(FileNotFoundError):
         return Best(**json.loads((checkpoints / "best").read_text()))
     return None
@@ -92,36 +92,36 @@ def evaluation_id(version: int, dataset: str) -> str:
 
 
 def request(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> None:
-    """Ask for an evaluation of a published version; asking twice asks once."""
+    """Request an evaluation of a published version; idempotent."""
     evaluation = evaluation_id(version, dataset.name)
     if not client.hexists(keys.evaluation(evaluation), "total"):
         Scripts(client, keys)("write_record", "HSET", keys.evaluations, evaluation, version)
 
 
 def pending(client: redis.Redis, keys: Keys) -> list[str]:
-    """Evaluations that are not finished."""
+    """Return the ids of unfinished evaluations."""
     return [name.decode() for name in client.hkeys(keys.evaluations)]
 
 
 def waiting(client: redis.Redis, keys: Keys) -> dict[str, int]:
-    """Evaluations that were asked for and have no groups yet -> version."""
+    """Return requested evaluations without groups -> version."""
     asked = {name.decode(): int(version) for name, version in client.hgetall(keys.evaluations).items()}
     return {name: version for name, version in asked.items() if not client.hexists(keys.evaluation(name), "total")}
 
 
 def discard(client: redis.Redis, keys: Keys, evaluation: str) -> None:
-    """Forget that an evaluation was asked for."""
+    """Remove the request for an evaluation."""
     client.hdel(keys.evaluations, evaluation)
 
 
 def named(evaluation: str) -> tuple[str, int]:
-    """Set and version of an evaluation id."""
+    """Return set and version of an evaluation id."""
     version, _, name = evaluation.partition(".")
     return name, int(version)
 
 
 def unreported(client: redis.Redis, run: Run) -> set[tuple[str, int]]:
-    """(set, version) of every evaluation whose result no trainer has reported, finished or not."""
+    """Return (set, version) of every evaluation whose result no trainer has reported, finished or not."""
     sets = {dataset.name for dataset in run.config.evaluation.datasets}
     known = {named(name) for name in (*pending(client, run.keys), *_admitted(client, run.keys))}
     return {
@@ -136,13 +136,13 @@ def mark_reported(client: redis.Redis, keys: Keys, *, dataset: str, version: int
 
 
 def _admitted(client: redis.Redis, keys: Keys) -> list[str]:
-    """Ids of the evaluations that have groups."""
+    """Return the ids of the evaluations that have groups."""
     pattern = keys.evaluation("*").replace("{", "[{]").replace("}", "[}]")
     return [key.decode().rpartition(":eval:")[2] for key in client.scan_iter(match=pattern, count=1000)]
 
 
 class _ScoreSums:
-    """What is known of the groups that were scored: how often each value of a score came up, and the greedy lengths."""
+    """Sums over the scored groups: how often each value of a score occurred, and the greedy lengths."""
 
     def __init__(self, summary: bytes | None) -> None:
         known: dict[str, Any] = decode(summary) if summary else {"scores": {}, "num_tokens": 0, "num_clipped": 0}
@@ -154,7 +154,7 @@ class _ScoreSums:
         self.num_clipped: int = known["num_clipped"]
 
     def add(self, dataset: EvalDataset, group: dict[str, Any], *, is_greedy: bool) -> None:
-        """What the reward role stored of one group."""
+        """Add what the reward role stored for one group."""
         rewards = group["by_function"]
         values = rewards[dataset.function or next(iter(rewards))]
         correct = [value is not None and value >= dataset.correct_if for value in values]
@@ -169,17 +169,16 @@ class _ScoreSums:
             self.scores[dataset.vote][majority_vote(group["answers"], correct)] += 1
 
     def summary(self) -> bytes:
-        """For the constructor; its size does not depend on the number of prompts."""
+        """Serialize for the constructor; the size does not depend on the number of prompts."""
         scores = {name: [list(pair) for pair in counts.items()] for name, counts in self.scores.items()}
         return encode({"scores": scores, "num_tokens": self.num_tokens, "num_clipped": self.num_clipped})
 
 
 def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> EvalResult | None:
-    """The result, or None while it is not finished."""
+    """Return the result, or None while it is not finished."""
     name = evaluation_id(version, dataset.name)
-    total, done = client.hmget(
-        keys.evaluation(name), ["total", "done"]
-    )  # the trainer asks at every step, mostly in vain
+    # the trainer asks at every step, mostly in vain: two fields first
+    total, done = client.hmget(keys.evaluation(name), ["total", "done"])
     if total is None or int(done or 0) < int(total):
         return None
     before: bytes | None = None
@@ -195,12 +194,12 @@ def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: in
             folded.append(field)
             if kind == "result":
                 results.append((group, value))
-    tally = _ScoreSums(before)
+    sums = _ScoreSums(before)
     for group, value in results:
-        tally.add(dataset, decode(value), is_greedy=group.endswith("g"))
+        sums.add(dataset, decode(value), is_greedy=group.endswith("g"))
     if folded:
-        Scripts(client, keys)("fold_eval", name, before or b"", tally.summary(), *folded)
-    scored = {score: sorted(tally.scores[score].elements()) for score in dataset.scores}
+        Scripts(client, keys)("fold_eval", name, before or b"", sums.summary(), *folded)
+    scored = {score: sorted(sums.scores[score].elements()) for score in dataset.scores}
     num_greedy = len(scored["pass@1"])
     return EvalResult(
         dataset=dataset.name,
@@ -210,23 +209,23 @@ def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: in
         num_asked=int(total) // (2 if dataset.num_samples else 1),
         scores={name: _mean(values) for name, values in scored.items()},
         stderr={name: _standard_error(values) for name, values in scored.items()},
-        mean_length=tally.num_tokens / num_greedy if num_greedy else math.nan,
-        clipped_ratio=tally.num_clipped / num_greedy if num_greedy else math.nan,
+        mean_length=sums.num_tokens / num_greedy if num_greedy else math.nan,
+        clipped_ratio=sums.num_clipped / num_greedy if num_greedy else math.nan,
     )
 
 
 def pass_at_k(correct: list[bool], *, k: int) -> float:
-    """Unbiased estimate that at least one of k samples is correct, from n >= k samples of one prompt."""
+    """Estimate without bias whether at least one of k samples is correct, from n >= k samples of one prompt."""
     n, c = len(correct), sum(correct)
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majority_vote(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
-    """Probability in [0, 1] that the most frequent answer of one prompt's samples is correct; None does not vote.
+    """Return the probability in [0, 1] that the most frequent answer of one prompt's samples is correct; None does not vote.
 
     Among equally frequent answers one is drawn, and of samples with that answer one is judged (a reward may look at more
-    than the answer): the value is the expectation over both draws, so it needs no luck. It is the share of correct ones
-    among the samples that gave a winning answer; 0 where no sample gave any.
+    than the answer): the value is the expectation over both draws, which is the share of correct ones among the samples that
+    gave a winning answer; 0 where no sample gave any.
     """
     votes: Counter[str | None] = Counter(answer for answer in answers if answer is not None)
     max_votes = max(votes.values(), default=0)
@@ -235,7 +234,7 @@ def majority_vote(answers: Sequence[str | None], correct: Sequence[bool]) -> flo
 
 
 def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
-    """All finished evaluations of a run's sets, by set and version: dataset, version, step, metrics (None for nan), counts."""
+    """Return finished evaluations of a run's sets, by set and version: dataset, version, step, metrics (None for nan), counts."""
     found = []
     for name, version in map(named, _admitted(client, run.keys)):
         dataset = next((d for d in run.config.evaluation.datasets if d.name == name), None)

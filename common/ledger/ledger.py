@@ -2,22 +2,22 @@
 
      admitted --task--> rollout --> reward, reference --> ready --> leased --> trained
         |                                                  |
-        |  any part: lease expired or failed -> sent again; after max_attempts -> dead(reason)
+        |  any stage: lease expired or failed -> resent; after max_attempts -> dead(reason)
         +--> dropped(prompt_too_long, bad_row)             +--> dropped(stale)
    reward: equal rewards, where trainer.filter_zero_variance is on --> dropped(zero_variance)
 
-A trained group of which no readable checkpoint is left counts as dropped(rolled_back).
+A group trained after the newest readable checkpoint counts as dropped(rolled_back).
 
 Invariant, at every instant and for both kinds of group (train, eval):
 
     admitted = trained + scored + sum(dropped) + sum(dead) + in_flight
 
-`in_flight` is not a counter: it is the size of the set of groups that are not settled. A part (a stage of
-common/pipeline.py) is owed from the moment that all it waits for is stored; a worker claims it, renews the lease while it
-makes progress, and stores its result, which is accepted once whichever attempt it came from. Celery messages are hints:
-losing or repeating one changes nothing but time.
+`in_flight` is not a counter: it is the size of the set of groups that are not settled. A stage (common/pipeline.py) is
+pending as soon as all that it waits for is stored; a worker claims it, renews the lease while it makes progress, and stores
+its result, which is accepted once whichever attempt it came from. Celery messages are hints: losing or repeating one costs
+only time.
 
-    >>> claim = ledger.claim("t7", "rollout", fields=("task",))     # None: somebody else has it, or it is done
+    >>> claim = ledger.claim("t7", "rollout", fields=("task",))     # None: another worker holds it, or it is done
     >>> ledger.store("t7", "rollout", payload, version=3)           # ["reward"]: the stages to send next
 """
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import redis
@@ -38,7 +38,7 @@ from sluice.common.pipeline import EVALUATED, FIRST, Kind, kind_of, plan_for
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """The right to work on one part of one group, until the lease ends."""
+    """The right to work on one stage of one group, until the lease ends."""
 
     group_id: str
     stage: str
@@ -50,10 +50,10 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """Groups handed out by `admit`; the caller holds the claim on their first stage."""
+    """Groups admitted by `admit`; the caller holds the claim on their first stage."""
 
     stopped_by: str
-    "most | no_credit | run_complete | max_bytes | no_policy | paused | draining"
+    "max_count | no_credit | run_complete | max_bytes | no_policy | paused | draining"
     policy_version: int
     cursors: list[int]
     holder: str
@@ -61,7 +61,7 @@ class Admission:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counters:
-    """One consistent reading of a kind's counters."""
+    """A consistent snapshot of a kind's counters."""
 
     kind: str
     admitted: int
@@ -74,7 +74,7 @@ class Counters:
     resent: int = 0
     refused: int = 0
     reconciled: int = 0
-    "groups that Redis had forgotten it dealt out for training, settled by the checkpoint that names them"
+    "groups whose sampling Redis had lost, settled by the checkpoint that names them"
     kept_for_bound: int = 0
     "groups of equal rewards that were not dropped, so that the trainer does not starve"
 
@@ -88,21 +88,7 @@ class Counters:
         return self.admitted == self.settled + self.in_flight
 
     def to_dict(self) -> dict[str, Any]:
-        names = (
-            "admitted",
-            "trained",
-            "scored",
-            "dropped",
-            "dead",
-            "in_flight",
-            "retried",
-            "resent",
-            "refused",
-            "reconciled",
-            "kept_for_bound",
-            "holds",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in asdict(self).items() if name != "kind"} | {"holds": self.holds}
 
 
 class Ledger:
@@ -118,7 +104,7 @@ class Ledger:
         self.scripts = Scripts(client, keys)
 
     def admit(self, max_count: int) -> Admission:
-        """Up to `max_count` new groups, as far as credit, memory and the run's length allow."""
+        """Admit up to `max_count` groups, as far as credit, memory and the run's length allow."""
         holder = self._new_holder()
         config = self.config
         reply = self.scripts(
@@ -138,7 +124,7 @@ class Ledger:
     def admit_eval(
         self, evaluation: str, *, dataset: str, version: int, tasks: dict[str, bytes]
     ) -> list[tuple[str, str]]:
-        """Groups of an evaluation, pinned to a version, their first stage done. Returns (group, stage) to send."""
+        """Admit groups of an evaluation, pinned to a version, their first stage done. Returns (group, stage) to send."""
         flat = itertools.chain.from_iterable(tasks.items())
         plan = plan_for(self.config, "eval")
         reply = self.scripts("admit_eval", evaluation, dataset, version, self._queued_ms, plan, FIRST.name, *flat)
@@ -148,7 +134,7 @@ class Ledger:
     def claim(
         self, group_id: str, stage: str, *, fields: tuple[str, ...], lease_s: float | None = None
     ) -> Claim | None:
-        """Take on a part, reading `fields` of the group in the same round trip. None: not owed, or held by another."""
+        """Claim a stage, reading `fields` of the group in the same round trip. None: not pending, or held by another."""
         holder = self._new_holder()
         lease_s = lease_s or self.config.lease.running_s
         reply = self.scripts("claim", group_id, stage, holder, _ms(lease_s), *fields)
@@ -158,7 +144,7 @@ class Ledger:
         return Claim(group_id=group_id, stage=stage, holder=holder, attempt=int(reply[1]), fields=values)
 
     def renew(self, claims: list[Claim], *, lease_s: float | None = None) -> list[str]:
-        """Let leases end so long from now. Returns the "group|part" that were taken over in the meantime."""
+        """Let leases end `lease_s` from now. Returns the "group|stage" that were reassigned in the meantime."""
         if not claims:
             return []
         lease_s = lease_s or self.config.lease.running_s
@@ -176,12 +162,12 @@ class Ledger:
         is_zero_variance: bool = False,
         client: Any = None,
     ) -> list[str] | None:
-        """Hand in a finished part; a rollout names its oldest version and its tokens.
+        """Store a result; a rollout names its oldest version and its tokens.
 
-        A reward part with `is_zero_variance` drops its group instead, and its credit returns, unless so many were dropped
-        for the next batch that the trainer would starve (`Config.max_filtered`). Groups of evaluations are never dropped.
+        A reward with `is_zero_variance` drops its group instead, and its credit returns, unless `Config.max_filtered` were
+        dropped for the next batch, or the trainer would starve. Groups of evaluations are never dropped.
 
-        Returns the parts to send next, or None when the result was refused (too late).
+        Returns the stages to send next, or None when the result was refused (too late).
 
         With a pipeline as `client` the reply comes from its `execute`; read it with `stored_stages`.
         """
@@ -202,11 +188,11 @@ class Ledger:
         return None if client is not None else stored_stages(reply)
 
     def fail(self, claim: Claim, *, reason: str, detail: str) -> bool:
-        """The part could not be done: spend an attempt. True: send it again; False: it is dead or was taken over."""
+        """Spend an attempt of a stage that failed. True: send it again; False: it is dead-lettered or was reassigned."""
         return self._fail_or_release("failed", claim, reason, detail)
 
     def release(self, claim: Claim) -> bool:
-        """Hand the part back unharmed (shutdown). True: send it again."""
+        """Release a stage without spending an attempt (shutdown). True: send it again."""
         return self._fail_or_release("released", claim, "released", "")
 
     def _fail_or_release(self, mode: str, claim: Claim, reason: str, detail: str) -> bool:
@@ -224,19 +210,19 @@ class Ledger:
         return reply == b"again"
 
     def attempts(self, group_id: str, stage: str) -> int:
-        """Claims that a part has spent."""
+        """Return the attempts that a stage has spent."""
         return int(self.client.hget(self.keys.group(group_id), f"n:{stage}") or 0)
 
     def holder(self, group_id: str, stage: str) -> str:
-        """Who has claimed a part and not handed it in; "" = nobody."""
+        """Return the holder of a running stage; "" = none."""
         return (self.client.hget(self.keys.group(group_id), f"by:{stage}") or b"").decode()
 
     def begin_tick(self, *, lasts_s: float) -> bool:
-        """Whether this process is the one that looks after the run for so long."""
+        """Return whether this process is the one that ticks for the next `lasts_s`."""
         return bool(self.client.set(self.keys.tick, self._worker, nx=True, px=round(lasts_s * 1000)))
 
     def reap(self, max_count: int = 200) -> list[tuple[str, str, Kind]]:
-        """Overdue parts to send again: (group, part, kind)."""
+        """Spend attempts of expired leases. Returns overdue stages to send again: (group, stage, kind)."""
         reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, max_count)
         flat = [item.decode() for item in reply]
         return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
@@ -246,12 +232,12 @@ class Ledger:
         return int(self.scripts("drop", reason, *group_ids)) if group_ids else 0
 
     def requeue(self, group_id: str) -> list[str]:
-        """Give a dead-lettered group fresh attempts. Returns the parts to send; none when it is not dead."""
+        """Give a dead-lettered group fresh attempts. Returns the stages to send; none when it is not dead."""
         plan = plan_for(self.config, kind_of(group_id))
         return [stage.decode() for stage in self.scripts("requeue", group_id, self._queued_ms, plan)]
 
     def counters(self, kind: Kind = "train") -> Counters:
-        """One atomic reading of the counters and the in-flight set."""
+        """Return an atomic snapshot of the counters and the in-flight set."""
         return read_counters(self.client, self.keys, kind)
 
     @property
@@ -263,24 +249,21 @@ class Ledger:
 
 
 def read_counters(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Counters:
-    """As Ledger.account, for readers that have no config."""
+    """Return what Ledger.counters does, without a config."""
     flat, in_flight = Scripts(client, keys)("counters", kind)
-    counts = zip(flat[0::2], flat[1::2], strict=True)
-    plain: dict[str, int] = {}
-    reasons: dict[str, dict[str, int]] = {"dropped": {}, "dead": {}}
-    for name, value in sorted((key.decode(), int(value)) for key, value in counts):
+    known: dict[str, Any] = {"admitted": 0, "dropped": {}, "dead": {}}
+    for name, value in sorted((key.decode(), int(value)) for key, value in zip(flat[0::2], flat[1::2], strict=True)):
         outcome, colon, reason = name.partition(":")
         if colon:
-            reasons[outcome][reason] = value
+            known[outcome][reason] = value
         else:
-            plain[name] = value
-    known: dict[str, Any] = {**plain, **reasons}
-    return Counters(kind=kind, in_flight=in_flight, **{"admitted": 0, **known})
+            known[name] = value
+    return Counters(kind=kind, in_flight=in_flight, **known)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """What the groups of a run hold, and have brought."""
+    """What the groups of a run hold and have generated."""
 
     payload_bytes: int
     credits: int
@@ -288,7 +271,7 @@ class Usage:
 
 
 def read_usage(client: redis.Redis, keys: Keys) -> Usage:
-    """In one round trip."""
+    """Read the usage of a run in one round trip."""
     with client.pipeline(transaction=False) as pipe:
         pipe.get(keys.payload_bytes)
         pipe.scard(keys.credit)
@@ -298,35 +281,35 @@ def read_usage(client: redis.Redis, keys: Keys) -> Usage:
 
 
 def read_cursor(client: redis.Redis, keys: Keys) -> int:
-    """The next dataset cursor."""
+    """Return the next dataset cursor."""
     return int(client.get(keys.cursor) or 0)
 
 
 def restore_cursor(client: redis.Redis, keys: Keys, cursor: int) -> None:
-    """In a Redis that has none: nothing has been admitted in it."""
+    """Set the cursor in a Redis that has none: nothing has been admitted in it."""
     client.set(keys.cursor, cursor, nx=True)
 
 
 def read_pending(client: redis.Redis, keys: Keys) -> list[tuple[str, str]]:
-    """(group, stage) of all that is pending."""
+    """Return (group, stage) of every pending stage."""
     lines = (line.decode().rpartition("|") for line in client.zrange(keys.deadlines, 0, -1))
     return [(group, stage) for group, _, stage in lines]
 
 
 def read_dead(client: redis.Redis, keys: Keys) -> dict[str, float]:
-    """Dead-lettered groups -> seconds of their death, newest first."""
+    """Return dead-lettered groups -> seconds when that happened, newest first."""
     return {name.decode(): at_ms / 1000 for name, at_ms in client.zrevrange(keys.dead, 0, -1, withscores=True)}
 
 
 def read_group(client: redis.Redis, keys: Keys, group_id: str) -> dict[str, bytes]:
-    """All that is kept of a group; empty for one that is settled."""
+    """Return all fields of a group; empty for one that is settled."""
     return {name.decode(): value for name, value in client.hgetall(keys.group(group_id)).items()}
 
 
 def read_fields(
     client: redis.Redis, keys: Keys, group_ids: Sequence[str], fields: Sequence[str]
 ) -> list[list[bytes | None]]:
-    """These fields of several groups, in one round trip."""
+    """Return these fields of several groups, in one round trip."""
     with client.pipeline(transaction=False) as pipe:
         for group_id in group_ids:
             pipe.hmget(keys.group(group_id), fields)
@@ -334,7 +317,7 @@ def read_fields(
 
 
 def stored_stages(reply: list[bytes]) -> list[str] | None:
-    """What a `store` script answered: parts to send next, or None when the result was refused."""
+    """Decode the reply of a `store` script: stages to send next, or None when the result was refused."""
     state, *following = (item.decode() for item in reply)
     return None if state == "refused" else following
 

@@ -3,14 +3,14 @@
 Rules (torchforge's, made durable; see docs/algorithms.md for the age through a fork):
 
     keep a group iff  age(group) <= max_policy_age  and  sample_count < max_resample_count + 1
-    sample = evict first, then `groups_per_step` whole groups, oldest version first, or none at all
+    sample = evict first, then `groups_per_step` complete groups, oldest version first, or none at all
 
 What `sample` returns for a trainer step is recorded in a manifest, so that asking again for the same step, after a crash
 or a lost reply, returns the same groups. They are freed by `acknowledge`, once a durable checkpoint names the step.
 
-The bound is a guarantee, also for a batch that was dealt out before a roll-back: one that holds a group too old for the
-branch that the trainer is on now is dissolved (the stale are dropped, the others may be taken again), and so are those after it.
-A batch with a group that cannot be decoded is dissolved too: that one is a dead letter, and never stops the trainer.
+The bound is a guarantee, also for a batch that was sampled before a roll-back: one that holds a group too old for the
+trainer's current branch is dissolved (stale groups are dropped, the others may be sampled again), and so are those after it.
+A batch with a group that cannot be decoded is dissolved too: that group is dead-lettered, and never stops the trainer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Sample:
     """The answer to one `sample`."""
 
     groups: list[Group] | None
-    "None: fewer than a whole batch is ready; nothing was consumed"
+    "None: fewer than a full batch is ready; nothing was consumed"
     evicted: int
     "groups dropped as stale on the way"
     available: int
@@ -58,14 +58,14 @@ class ReplayBuffer:
         self.max_policy_age = max_policy_age
         "may be changed between two samples"
         self.vocab_size = 1 << 31
-        "of the model that is trained: a group with other token ids is a dead letter"
+        "of the model that is trained: a group with other token ids is dead-lettered"
         self._max_resample_count = -1 if max_resample_count is None else max_resample_count
 
     def sample(self, curr_policy_version: int, *, step: int, published: int = -1) -> Sample:
-        """The batch of a trainer step: evict, then k whole groups or none. Does not wait.
+        """Sample the batch of a trainer step: evict, then k complete groups or none. Does not wait.
 
-        `published` is the newest version that the trainer has seen published. Raises StateLost when Redis does not know of
-        it, of the current version, or of the batch that this buffer was given last.
+        `published` is the newest version that the trainer has seen published. Raises StateLost when Redis does not know it,
+        the current version, or the last batch of this buffer.
         """
         mark = token_hex(8)
         reply = self._ledger.scripts(
@@ -83,23 +83,23 @@ class ReplayBuffer:
         return Sample(groups=None if damaged else groups or None, evicted=evicted, available=available)
 
     def wait(self, timeout_s: float) -> bool:
-        """Block until a whole batch may be ready, at most `timeout_s`. `sample` decides whether it is."""
+        """Block until a full batch may be ready, at most `timeout_s`. `sample` decides whether it is."""
         block = max(0.01, min(timeout_s, BLOCK_S))
         return self._ledger.client.blpop([self._ledger.keys.wake], timeout=block) is not None
 
     def acknowledge(self, step: int, *, trained: Sequence[str] = ()) -> int:
         """Free the groups of every step up to this one. Call it only when a durable checkpoint holds that step.
 
-        `trained` are the groups that the checkpoint names: one that Redis has forgotten it dealt out is settled too.
+        `trained` are the groups that the checkpoint names: one whose sampling Redis has lost is settled too.
         """
         return int(self._ledger.scripts("acknowledge", step, self._max_resample_count, *trained))
 
     def roll_back(self, step: int) -> int:
-        """The newest checkpoint that can be read is of this step: what was acknowledged after it counts as dropped."""
+        """Count what was acknowledged after this step as dropped: no later checkpoint can be read."""
         return int(self._ledger.scripts("roll_back", step))
 
     def num_untrained(self) -> int:
-        """Groups in flight, wherever they are, that no trained and not yet acknowledged batch holds."""
+        """Return the number of groups in flight that no trained and not yet acknowledged batch holds."""
         client, keys = self._ledger.client, self._ledger.keys
         steps = client.zrange(keys.batches, 0, -1)
         with client.pipeline(transaction=False) as pipe:
@@ -110,7 +110,7 @@ class ReplayBuffer:
         return int(live) - sum(held)
 
     def sizes(self) -> dict[int, int]:
-        """Policy version -> groups in its stream, leased ones included."""
+        """Return policy version -> groups in its stream, leased ones included."""
         client, keys = self._ledger.client, self._ledger.keys
         versions = [int(v) for v in client.zrange(keys.versions, 0, -1)]
         with client.pipeline(transaction=False) as pipe:
@@ -120,12 +120,12 @@ class ReplayBuffer:
 
     def _dead_letter(self, step: int, damaged: dict[str, str]) -> None:
         for group_id, detail in damaged.items():
-            log.error("group %s is a dead letter (undecodable): %s", group_id, detail)
+            log.error("group %s is dead-lettered (undecodable): %s", group_id, detail)
         pairs = [item for group_id, detail in damaged.items() for item in (group_id, detail[:4000])]
         self._ledger.scripts("dead_letter", step, process_name("trainer"), *pairs)
 
     def _read(self, group_ids: list[str]) -> tuple[list[Group], dict[str, str]]:
-        """Groups, and of those that cannot be decoded why."""
+        """Return the groups, and the error of each that cannot be decoded."""
         names = ["version", *_RESULTS, *(f"t:{stamp}" for stamp in _STAMPS)]
         needed = {stage.name for stage in stages_for(self._ledger.config)}
         rows = read_fields(self._ledger.client, self._ledger.keys, group_ids, names)
@@ -142,7 +142,7 @@ def _decode_group(row: list[bytes | None], needed: set[str], vocab_size: int) ->
     version, *values = row
     results = {name: value for name, value in zip(_RESULTS, values, strict=False) if value is not None}
     if version is None or not needed <= results.keys():
-        raise SluiceError("it is in the buffer without all of its parts: was its key deleted by hand?")
+        raise SluiceError("it is in the buffer without all of its results: was its key deleted by hand?")
     stamps = zip(_STAMPS, values[len(_RESULTS) :], strict=True)
     return Group.from_results(
         {name: decode(value) for name, value in results.items()},

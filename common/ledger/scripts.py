@@ -16,18 +16,17 @@ from redis.commands.core import Script
 from sluice.common.keys import Keys
 
 _WAITS_WHEN_FULL = frozenset(["admit", "admit_eval", "claim", "reap", "requeue", "store"])
-"""Refused as a whole while Redis is at maxmemory: what brings payloads in, and what begins work or judges its deadlines.
-Every other script works then too, or nothing would be freed again."""
+"""Refused entirely while Redis is at maxmemory: what stores payloads, and what begins work or judges its deadlines.
+Every other script works then too, or memory would never be freed."""
 
 _READS = frozenset(["counters"])
-"""Write nothing, not even to open the way: users who may only look call them."""
+"""Write nothing, not even the first empty write: users with read access only call them."""
 
 
 @cache
 def _source(name: str) -> str:
     folder = files("sluice.common.ledger") / "lua"
-    guard = "refuse_when_full()" if name in _WAITS_WHEN_FULL else "write_when_full()"
-    guard = "" if name in _READS else guard
+    guard = "refuse_when_full()" if name in _WAITS_WHEN_FULL else "" if name in _READS else "write_when_full()"
     return f"{(folder / 'prelude.lua').read_text()}\n{guard}\n{(folder / f'{name}.lua').read_text()}"
 
 

@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, heartbeats, queues, and why it does not move."""
+"""What a run reports: metrics, heartbeats, queues, and the cause of a stall."""

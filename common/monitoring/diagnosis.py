@@ -1,25 +1,25 @@
-"""Why nothing moves: the first cause that explains why the trainer has no batch; and what is wrong anyhow.
+"""The first cause that explains why the trainer has no batch, and what is wrong without a stall.
 
-Read from heartbeats, queues, the ledger and the server's own word, so that `sluice status`, the trainer's log and the
-dashboard say the same. Kinds of cause, in the order in which they are looked for:
+Read from heartbeats, queues, the ledger and Redis' INFO, so that `sluice status`, the trainer's log and the dashboard agree.
+Kinds of cause, in the order in which they are looked for:
 
-    paused              an operator holds the run
-    no_trainer          no trainer is there (asked by those who are none: `stall_cause`)
-    silent_trainer      it has stopped beating
+    paused              an operator has paused the run
+    no_trainer          no trainer is running (for callers that are not the trainer: `stall_cause`)
+    silent_trainer      it sends no heartbeats
     redis_unreachable   the data server, or the broker, does not answer
     redis_full          at maxmemory, or its append-only file cannot be written
-    no_workers          nobody serves a queue that the run needs
-    silent_worker       a process on such a queue has stopped beating
-    alarm               what a process says of itself: disk full, policy not verified
+    no_workers          no worker serves a queue that the run needs
+    silent_worker       a process on such a queue sends no heartbeats
+    alarm               an alarm in a heartbeat: disk full, policy not verified
     not_picked_up       no rollout worker serves the published policy
     admission           no group is in flight
     stale_drops         groups were dropped as too old since the last step
-    zero_variance       a batch's worth of groups was dropped for equal rewards since the last step
-    queue_backed_up     half of what is in flight waits in one queue
+    zero_variance       a batch's worth of groups was dropped for zero reward variance since the last step
+    queue_backed_up     half of the groups in flight wait in one queue
     working             none of these: groups are being worked on
 
-What is wrong without a stall, besides: digest_mismatch (a worker serves other bytes than the manifest names),
-sampler_mismatch (it computes other logprobs with them than the trainer), rejected_messages.
+Alarms without a stall, besides: digest_mismatch (a worker serves other bytes than the manifest names), sampler_mismatch (its
+logprobs differ from the trainer's), rejected_messages.
 """
 
 from __future__ import annotations
@@ -42,56 +42,38 @@ from sluice.common.run import Run, RunRecord
 from sluice.common.serialization import decode
 
 STALL_KINDS = (
-    "paused",
-    "no_trainer",
-    "silent_trainer",
-    "redis_unreachable",
-    "redis_full",
-    "no_workers",
-    "silent_worker",
-    "alarm",
-    "not_picked_up",
-    "admission",
-    "stale_drops",
-    "zero_variance",
-    "queue_backed_up",
-    "working",
-)
+    "paused", "no_trainer", "silent_trainer", "redis_unreachable", "redis_full", "no_workers", "silent_worker", "alarm",
+    "not_picked_up", "admission", "stale_drops", "zero_variance", "queue_backed_up", "working",
+)  # fmt: skip
 ALARM_KINDS = (
-    "silent_worker",
-    "alarm",
-    "not_picked_up",
-    "digest_mismatch",
-    "sampler_mismatch",
-    "redis_full",
-    "rejected_messages",
+    "silent_worker", "alarm", "not_picked_up", "digest_mismatch", "sampler_mismatch", "redis_full", "rejected_messages",
     "redis_unreachable",
-)
+)  # fmt: skip
 STALLED_AFTER_S = 5.0
-"""A trainer that has waited for so long is stalled."""
+"""A trainer that has waited for this long is stalled."""
 _NEARLY_FULL = 0.9
 _FULL = 0.99
-"""At the limit the server hovers around it: what is refused leaves its buffers free again."""
+"""At the limit memory fluctuates just below it: a refused command frees its buffers again."""
 _COMPARED = {"mismatch": "the trainer's on the canary", "cache_mismatch": "its own fresh forward pass"}
-"""Fact of a heartbeat -> what it compares with."""
+"""Key of a heartbeat's stats -> what it is compared with."""
 Heartbeats = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why a run does not move, or what is wrong with it."""
+    """Why a run is stalled, or what is wrong with it."""
 
     kind: str
     text: str
 
 
 def explain_stall(client: redis.Redis, run: Run) -> str:
-    """One sentence: what the run is waiting for."""
+    """Say in one sentence what the run is waiting for."""
     return diagnose(client, run).text
 
 
 def diagnose(client: redis.Redis, run: Run) -> Cause:
-    """The first cause that explains a stall. `client` should give up quickly: what it raises is a cause too."""
+    """Return the first cause that explains a stall. `client` should fail quickly: what it raises is a cause too."""
     try:
         return _first_cause(client, run)
     except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
@@ -99,7 +81,7 @@ def diagnose(client: redis.Redis, run: Run) -> Cause:
 
 
 def stall_cause(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> Cause | None:
-    """Why no step is made, for a process that is not the trainer itself; None where one is being made."""
+    """Return why no step is made, for a process that is not the trainer; None where one is being made."""
     if held := _paused(client, run):
         return held
     trainer = next((stats for stats in heartbeats.values() if stats["role"] == "trainer"), None)
@@ -112,15 +94,12 @@ def stall_cause(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> Cause 
 
 
 def alarms(client: redis.Redis, run: Run) -> list[Cause]:
-    """What is wrong, whether or not training stalls."""
+    """Return what is wrong, whether or not training stalls."""
     try:
         heartbeats = read_heartbeats(client, run.keys)
-        found = [*_silent(heartbeats), *_reported(heartbeats), *_not_picked_up(client, run, heartbeats)]
-        found += [
-            *_other_digests(client, run, heartbeats),
-            *_mismatched(run, heartbeats),
-            *_memory(client, over=_NEARLY_FULL),
-        ]
+        found = _silent(heartbeats) + _reported(heartbeats) + _not_picked_up(client, run, heartbeats)
+        found += _other_digests(client, run, heartbeats) + _mismatched(run, heartbeats)
+        found += _memory(client, over=_NEARLY_FULL)
         if rejected := broker_client(client).llen(run.keys.rejected):
             found.append(Cause("rejected_messages", f"{rejected} broker messages could not be read and were set aside"))
     except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
@@ -140,24 +119,16 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
     queues = read_queues(client, run, needed)
     serving = {stats["role"] for stats in heartbeats.values()}
     on_path = {name: stats for name, stats in heartbeats.items() if stats["role"] in (*needed, "trainer")}
-    causes = [
-        *_memory(client, over=_FULL),
-        *(
-            Cause("no_workers", f"0 workers on `{queue}`, {_waiting(queues[queue])}")
-            for queue in needed
-            if queue not in serving
-        ),
-        *_silent(on_path),
-        *_reported(on_path),
-        *_not_picked_up(client, run, heartbeats),
-    ]
+    idle = [queue for queue in needed if queue not in serving]
+    causes = _memory(client, over=_FULL)
+    causes += [Cause("no_workers", f"0 workers on `{queue}`, {_waiting(queues[queue])}") for queue in idle]
+    causes += _silent(on_path) + _reported(on_path) + _not_picked_up(client, run, heartbeats)
     return causes[0] if causes else _from_flow(client, run, heartbeats, queues)
 
 
 def _paused(client: redis.Redis, run: Run) -> Cause | None:
-    """Whether an operator holds the run."""
-    order, _ = RunRecord(client, run.keys).held()
-    return Cause("paused", describe_paused(order)) if order else None
+    paused, _ = RunRecord(client, run.keys).held()
+    return Cause("paused", describe_paused(paused)) if paused else None
 
 
 def _memory(client: redis.Redis, *, over: float) -> list[Cause]:
@@ -186,15 +157,14 @@ def _reported(heartbeats: Heartbeats) -> list[Cause]:
 
 
 def _not_picked_up(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> list[Cause]:
-    """Whether the newest policy has been out for too long without a live rollout worker that serves it."""
+    """Check that a live rollout worker serves the newest policy, or that it was published recently."""
     version, published_at = client.hmget(run.keys.policy, ["version", "published_at"])
     if version is None or published_at is None:
         return []
     seconds, microseconds = client.time()
     out_s = seconds + microseconds / 1e6 - float(published_at)
-    served = [
-        f["version"] for f in heartbeats.values() if f["role"] == "rollout" and "version" in f and not is_silent(f)
-    ]
+    live = [s for s in heartbeats.values() if s["role"] == "rollout" and not is_silent(s)]
+    served = [stats["version"] for stats in live if "version" in stats]
     if out_s <= run.config.policy_store.pickup_alarm_s or max(served, default=-1) >= int(version):
         return []
     serving = f"the newest that one serves is {max(served)}" if served else "none is there"
@@ -203,7 +173,7 @@ def _not_picked_up(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> lis
 
 
 def _other_digests(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> list[Cause]:
-    """Workers that serve other weights than the manifest of their version names."""
+    """Check that workers serve the weights that the manifest of their version names."""
     found = []
     for name, stats in heartbeats.items():
         if not stats.get("digest"):
@@ -218,7 +188,7 @@ def _other_digests(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> lis
 
 
 def _mismatched(run: Run, heartbeats: Heartbeats) -> list[Cause]:
-    """Workers whose engine scores otherwise than the trainer does, or than it has sampled."""
+    """Check that the logprobs of each engine agree with the trainer's and with those it sampled."""
     bound = mismatch_bound(run.config.rollout.dtype, run.config.trainer.autocast)
     found = [
         Cause(
@@ -242,35 +212,35 @@ def _mismatched(run: Run, heartbeats: Heartbeats) -> list[Cause]:
 
 
 def _waiting(queue: Queue) -> str:
-    """What waits, and since when if that is long."""
+    """Return how many messages wait, and for how long if over a second."""
     text = f"{queue.depth} messages queued"
     return f"{text}, the oldest for {queue.oldest_age_s:.0f} s" if queue.oldest_age_s >= 1 else text
 
 
 def _from_flow(client: redis.Redis, run: Run, heartbeats: Heartbeats, queues: dict[str, Queue]) -> Cause:
-    """Everybody is there: where the groups are."""
-    account = read_counters(client, run.keys)
-    if account.in_flight == 0:
+    """Find the cause in where the groups are: every process is running."""
+    counters = read_counters(client, run.keys)
+    if counters.in_flight == 0:
         stopped = {stats.get("stopped_by", "?") for stats in heartbeats.values() if stats["role"] == "dataset"}
         return Cause("admission", f"no group is in flight; admission stopped by {', '.join(sorted(stopped))}")
     last = last_metrics(client, run.keys)
-    stale = account.dropped.get("stale", 0) - int(last.get("staleness/dropped", 0))
+    stale = counters.dropped.get("stale", 0) - int(last.get("staleness/dropped", 0))
     if stale > 0:
         text = f"{stale} groups were dropped as stale since step {int(last.get('step', 0))}; "
-        return Cause("stale_drops", text + f"{account.in_flight} in flight")
-    filtered = account.dropped.get("zero_variance", 0) - int(last.get("filter/dropped", 0))
+        return Cause("stale_drops", text + f"{counters.in_flight} in flight")
+    filtered = counters.dropped.get("zero_variance", 0) - int(last.get("filter/dropped", 0))
     if filtered >= run.config.groups_per_step:
         left = max(0, run.config.max_filtered - int(client.get(run.keys.filtered) or 0))
         text = f"{filtered} groups were dropped for equal rewards since step {int(last.get('step', 0))}; "
-        return Cause("zero_variance", text + f"{left} more may be, then they are kept; {account.in_flight} in flight")
+        return Cause("zero_variance", text + f"{left} more may be, then they are kept; {counters.in_flight} in flight")
     running = {queue: sum(f.get("running", 0) for f in heartbeats.values() if f["role"] == queue) for queue in queues}
     busy = ", ".join(f"{count} on {queue}" for queue, count in running.items() if count) or "none"
     deepest = max(queues, key=lambda queue: queues[queue].depth)
-    if 2 * queues[deepest].depth >= account.in_flight:
+    if 2 * queues[deepest].depth >= counters.in_flight:
         workers = sum(stats["role"] == deepest for stats in heartbeats.values())
         text = f"queue `{deepest}` is backed up: {_waiting(queues[deepest])} for {workers} workers"
-        return Cause("queue_backed_up", f"{text}; {account.in_flight} groups in flight, being worked on: {busy}")
+        return Cause("queue_backed_up", f"{text}; {counters.in_flight} groups in flight, being worked on: {busy}")
     queued = f"; longest queue: {queues[deepest].depth} on `{deepest}`" if queues[deepest].depth else ""
     if "redis_memory" in (held := " ".join(str(f.get("stopped_by", "")) for f in heartbeats.values())):
         queued += f"; admission stopped by {held.strip()}"
-    return Cause("working", f"{account.in_flight} groups in flight, being worked on: {busy}{queued}")
+    return Cause("working", f"{counters.in_flight} groups in flight, being worked on: {busy}{queued}")

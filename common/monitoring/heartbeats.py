@@ -1,7 +1,7 @@
-"""Heartbeats of every process: what it says of itself once a second, from a thread of its own.
+"""Heartbeats: the stats of every process once a second, from a thread of its own.
 
-A heartbeat is a record with a time to live, stamped with Redis' clock: a process that stops beating is called silent after
-SILENT_AFTER_S, and disappears from `sluice status` by itself.
+A heartbeat is a record with a time to live, stamped with Redis' clock: a process that sends none counts as silent after
+SILENT_AFTER_S, and disappears from `sluice status` when the record expires.
 """
 
 from __future__ import annotations
@@ -27,27 +27,19 @@ log = logging.getLogger("sluice.heartbeat")
 HEARTBEAT_S = 1.0
 HEARTBEAT_TTL_S = 15
 _NUMBERS = (
-    "idle_fraction",
-    "up_s",
-    "waiting_s",
-    "done",
-    "running",
-    "version",
-    "tokens_per_s",
-    "mismatch",
-    "cache_mismatch",
-)
+    "idle_fraction", "up_s", "waiting_s", "done", "running", "version", "tokens_per_s", "mismatch", "cache_mismatch",
+)  # fmt: skip
 SILENT_AFTER_S = 4.0
-"""Three beats missed: dead, stopped or cut off."""
+"""Three heartbeats missed: dead, stopped or cut off."""
 
 
-def connect_quickly() -> redis.Redis:
-    """A connection that gives up within seconds, for heartbeats and event loops, which must not hang in a command."""
-    return connect(retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
+def connect_quickly(url: str | None = None) -> redis.Redis:
+    """Return a connection that fails within seconds, for heartbeats and event loops, which must not hang in a command."""
+    return connect(url, retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
 
 
 class HeartbeatThread:
-    """Beats until closed, whatever the process itself waits for."""
+    """Sends heartbeats until closed, whatever the process itself waits for."""
 
     def __init__(
         self,
@@ -61,10 +53,10 @@ class HeartbeatThread:
         on_error: Callable[[redis.RedisError], None] = lambda error: log.warning("no heartbeat: %s", error),
         period_s: float = HEARTBEAT_S,
     ) -> None:
-        """client: a connection of the thread's own that gives up quickly (`connect_quickly`).
+        """Prepare the thread; `start` starts it.
 
-        facts: what the process says of itself. before, after: called beside each beat. on_error: told of what any of these
-        raises of Redis; the next beat follows all the same.
+        client: a connection of its own that fails quickly (`connect_quickly`). stats: of the process. before, after: called
+        around each heartbeat. on_error: called with a Redis error of any of these; the next heartbeat follows regardless.
         """
         self._client, self._keys, self._process = client, keys, process
         self._stats, self._before, self._after, self._on_error = stats, before, after, on_error
@@ -76,14 +68,14 @@ class HeartbeatThread:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, and leave the list of processes."""
+        """Stop, and remove the process from the list."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         try:
             remove_heartbeat(self._client, self._keys, self._process)
         except redis.RedisError as error:
-            log.warning("could not sign off: %s", error)
+            log.warning("could not remove the heartbeat: %s", error)
 
     def _run(self) -> None:
         while not self._closed.is_set():
@@ -97,33 +89,33 @@ class HeartbeatThread:
 
 
 def send_heartbeat(client: redis.Redis, keys: Keys, process: str, stats: Mapping[str, Any]) -> None:
-    """Say that a process is alive, and what it is doing. Works while Redis is full, too."""
+    """Record that a process is alive, and its stats. Works while Redis is full, too."""
     Scripts(client, keys)("send_heartbeat", process, json.dumps(stats), HEARTBEAT_TTL_S)
 
 
 def remove_heartbeat(client: redis.Redis, keys: Keys, process: str) -> None:
-    """A process leaves in good order."""
+    """Remove a process that ends gracefully."""
     client.delete(keys.process(process))
     client.zrem(keys.processes, process)
 
 
 def read_heartbeats(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:
-    """Process -> facts, for those that beat within the time to live; `silent_s` is the age of the last beat."""
+    """Return process -> stats of the heartbeats that have not expired; `silent_s` is the age of the last one."""
     with client.pipeline(transaction=False) as pipe:
         pipe.time()
         pipe.zrange(keys.processes, 0, -1, withscores=True)
-        (seconds, microseconds), beaten = pipe.execute()
-    values = client.mget([keys.process(name.decode()) for name, _ in beaten]) if beaten else []
+        (seconds, microseconds), stamped = pipe.execute()
+    values = client.mget([keys.process(name.decode()) for name, _ in stamped]) if stamped else []
     now = seconds + microseconds / 1e6
     return {
         name.decode(): {**_stats(name.decode(), value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
-        for (name, at_ms), value in zip(beaten, values, strict=True)
+        for (name, at_ms), value in zip(stamped, values, strict=True)
         if value is not None
     }
 
 
 def _stats(process: str, value: bytes) -> dict[str, Any]:
-    """What a process says of itself; where that is no sound record, only that it is none: it must not harm who reads it."""
+    """Decode the stats of a process; of an invalid record return only an alarm, so that it does not harm its readers."""
     try:
         stats = decode_json(value)
         wrong = [key for key in _NUMBERS if not isinstance(stats.get(key), int | float | None)]
@@ -135,5 +127,5 @@ def _stats(process: str, value: bytes) -> dict[str, Any]:
 
 
 def is_silent(stats: Mapping[str, Any]) -> bool:
-    """Whether a process of `read_heartbeats` has missed several beats."""
+    """Return whether a process of `read_heartbeats` has missed several heartbeats."""
     return bool(stats["silent_s"] > SILENT_AFTER_S)

@@ -1,6 +1,6 @@
 """Capped Redis streams of a run: metrics, one entry per trainer step; samples; events.
 
-Metric names are those that users of TRL, verl and torchforge already read (docs/algorithms.md lists them with formulas).
+Metric names are those of TRL, verl and torchforge (docs/algorithms.md lists them with formulas).
 """
 
 from __future__ import annotations
@@ -23,33 +23,30 @@ def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float],
     Scripts(client, keys)("write_record", "XADD", keys.metrics, "MAXLEN", "~", max_length, "*", *fields)
 
 
-def read_metrics(
-    client: redis.Redis, keys: Keys, *, after: str = "-", count: int | None = None
-) -> list[tuple[str, dict[str, float]]]:
-    """(entry id, metrics) of the steps after an entry id, oldest first."""
-    start = after if after == "-" else f"({after}"
-    entries = client.xrange(keys.metrics, min=start, max="+", count=count)
+def read_metrics(client: redis.Redis, keys: Keys, *, after: str = "-") -> list[tuple[str, dict[str, float]]]:
+    """Return (entry id, metrics) of the steps after an entry id, oldest first."""
+    entries = client.xrange(keys.metrics, min=after if after == "-" else f"({after}")
     return [(entry.decode(), _floats(fields)) for entry, fields in entries]
 
 
 def last_metrics(client: redis.Redis, keys: Keys) -> dict[str, float]:
-    """The newest value of every metric of the last entries; empty before the first."""
+    """Return the newest value of every metric of the last entries; empty before the first."""
     return {name: value for line in newest_metrics(client, keys, count=20) for name, value in line.items()}
 
 
 def newest_metrics(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[str, float]]:
-    """The last entries, oldest first."""
+    """Return the last entries, oldest first."""
     return [_floats(fields) for _, fields in reversed(client.xrevrange(keys.metrics, count=count))]
 
 
 def last_entry(client: redis.Redis, keys: Keys) -> str:
-    """Id of the newest entry, for `after` of read_metrics."""
+    """Return the id of the newest entry, for `after` of read_metrics."""
     entries = client.xrevrange(keys.metrics, count=1)
     return entries[0][0].decode() if entries else "-"
 
 
 def write_samples(client: redis.Redis, keys: Keys, samples: Sequence[Mapping[str, Any]], *, kept: int) -> None:
-    """Trained groups for people to read, of which the newest `kept` stay. Works while Redis is full, too."""
+    """Append trained groups for display and keep the newest `kept`. Works while Redis is full, too."""
     script = Scripts(client, keys)
     with client.pipeline(transaction=False) as pipe:
         for sample in samples:
@@ -58,36 +55,36 @@ def write_samples(client: redis.Redis, keys: Keys, samples: Sequence[Mapping[str
 
 
 def read_samples(client: redis.Redis, keys: Keys, *, after: str = "-") -> list[tuple[str, dict[str, Any]]]:
-    """(entry id, sample) of the kept groups after an entry id, oldest first."""
+    """Return (entry id, sample) of the kept groups after an entry id, oldest first."""
     entries = client.xrange(keys.samples, min=after if after == "-" else f"({after}")
     return [(entry.decode(), decode(fields[b"sample"])) for entry, fields in entries]
 
 
 def newest_samples(client: redis.Redis, keys: Keys, *, count: int | None = None) -> Iterator[dict[str, Any]]:
-    """Newest first, decoded one by one."""
+    """Return the kept groups, newest first, decoded one by one."""
     return (decode(fields[b"sample"]) for _, fields in client.xrevrange(keys.samples, count=count))
 
 
 def write_event(client: redis.Redis, keys: Keys, event: str, **fields: Any) -> None:
-    """For whoever waits for one. Works while Redis is full, too."""
+    """Append an event for processes that wait for one. Works while Redis is full, too."""
     items = [item for pair in {"event": event, **fields}.items() for item in pair]
     Scripts(client, keys)("write_record", "XADD", keys.events, "MAXLEN", "~", 1000, "*", *items)
 
 
 def last_event(client: redis.Redis, keys: Keys) -> bytes:
-    """Id of the newest event, for `wait_for_event`."""
+    """Return the id of the newest event, for `wait_for_event`."""
     newest = client.xrevrange(keys.events, count=1)
     return newest[0][0] if newest else b"0"
 
 
 def wait_for_event(client: redis.Redis, keys: Keys, *, after: bytes, timeout_s: float) -> bytes:
-    """Block until there are newer events, or the time is over; id of the newest of them, or `after`."""
+    """Block until there are newer events, at most `timeout_s`. Returns the id of the newest, or `after`."""
     reply = client.xread({keys.events: after}, block=int(timeout_s * 1000), count=100)
     return reply[0][1][-1][0] if reply else after
 
 
 def read_archive(client: redis.Redis, keys: Keys, stream: ArchivedStream) -> Iterator[tuple[str, dict[bytes, bytes]]]:
-    """Every entry of a stream, oldest first, a page per round trip."""
+    """Yield every entry of a stream, oldest first, a page per round trip."""
     start = "-"
     while page := client.xrange(getattr(keys, stream), min=start, count=1000):
         yield from ((entry.decode(), fields) for entry, fields in page)

@@ -1,7 +1,7 @@
-"""Celery's queues, read without taking from them: how many messages wait, and for how long the oldest has.
+"""Celery's queues, read without consuming: how many messages wait, and how long the oldest has waited.
 
-A queue is a Redis list: messages are pushed at its head and taken from its tail, so the oldest is the last element. When it was
-sent stands in its header `sent_at` (`broker.send`), in seconds of the sender's clock.
+A queue is a Redis list: messages are pushed at its head and popped from its tail, so the oldest is the last element. Its header
+`sent_at` (`broker.send`) says when it was sent, in seconds of the sender's clock.
 """
 
 from __future__ import annotations
@@ -11,36 +11,32 @@ from dataclasses import dataclass
 from functools import cache
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from sluice.common.connections.client import connect
+from sluice.common.monitoring.heartbeats import connect_quickly
 from sluice.common.run import Run
 from sluice.common.serialization import decode_json
 
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """What waits in one queue."""
+    """The messages that wait in one queue."""
 
     depth: int
     oldest_age_s: float
-    "0 when it is empty, or its oldest element is no message of ours"
+    "0 when it is empty, or its oldest element is not a message of ours"
 
 
 def broker_client(client: redis.Redis) -> redis.Redis:
-    """The server that holds Celery's queues: SLUICE_BROKER_URL's, else the data server that `client` speaks to."""
+    """Return a client of the server that holds Celery's queues: SLUICE_BROKER_URL's, else `client`, the data server's."""
     url = os.environ.get("SLUICE_BROKER_URL")
     return _connect_once(url) if url else client
 
 
-@cache
-def _connect_once(url: str) -> redis.Redis:
-    return connect(url, retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
+_connect_once = cache(connect_quickly)
 
 
 def read_queues(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[str, Queue]:
-    """Depth and oldest age of each, in one round trip to the broker."""
+    """Read depth and oldest age of each, in one round trip to the broker."""
     with broker_client(client).pipeline(transaction=False) as pipe:
         pipe.time()
         for queue in queues:
@@ -53,7 +49,7 @@ def read_queues(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[
 
 
 def queue_depths(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[str, int]:
-    """Messages waiting per queue."""
+    """Return the number of waiting messages per queue."""
     return {name: queue.depth for name, queue in read_queues(client, run, queues).items()}
 
 
@@ -62,10 +58,5 @@ def _age_s(message: bytes | None, *, now: float) -> float:
         return 0.0
     try:
         return round(max(0.0, now - float(decode_json(message)["headers"]["sent_at"])), 3)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-    ):  # a foreign element: the transport sets it aside when it gets there
+    except (ValueError, LookupError, TypeError):  # a foreign element: the transport sets it aside when it gets there
         return 0.0

@@ -1,1 +1,1 @@
-"""How a run is operated while it goes on: orders, settings, the number of workers."""
+"""Operation of a running run: control state, settings, autoscaling, storage."""

@@ -1,4 +1,4 @@
-"""How many workers each queue should have: a pure function of load and time, and the hash `autoscale` that holds its result.
+"""Autoscaling: how many workers each queue should have, a pure function of load and time; hash `autoscale` holds the result.
 
     dataset worker's tick --read_loads--> step(state, load, now) --write--> hash `autoscale`: queue -> JSON
                                                                               |
@@ -6,23 +6,21 @@
 
 The formula is that of the Kubernetes HPA for an AverageValue metric (kubernetes.io/docs/tasks/run-application/
 horizontal-pod-autoscale): desired = ceil(sum of the metric / target per replica), with its tolerance of 10% and its
-stabilisation windows. The metric is the parts that a queue owes, waiting and in work, averaged over `up_after_s`;
+stabilisation windows. The metric is the stages pending in a queue, waiting and running, averaged over `up_after_s`;
 
-    share   = parts that one worker should have at a time: its concurrency, or less where all workers together could not
-              get so many: min(concurrency, ceil(groups that may be in flight / max))
-    desired = ceil(owed / share), in [min, max], and at most one worker per group that may be in flight
+    share   = stages that one worker should have at a time: min(concurrency, ceil(groups that may be in flight / max))
+    desired = ceil(pending / share), in [min, max], and at most one worker per group that may be in flight
 
 Where we differ from the HPA:
-* The total is divided, never a ratio multiplied with what runs now: workers that are still loading are not asked for twice.
-* Up: over the tolerance for up_after_s without a break, up_after_s after the last change at the earliest, and only if a
-  part spends over wait_s here (Little's law: owed / parts finished per second) while the workers are busy for
-  busy_share of their time or more; from 0 workers at once. Then to the need of that moment. Not while the run is paused
-  or draining, but for a first worker.
-* Down: under it for cooldown_s without a break, cooldown_s after the last change at the earliest; to the highest need of
-  that time.
+* The total is divided, never a ratio multiplied by the running workers: workers that are still loading are not requested twice.
+* Up: over the tolerance for up_after_s without a break, at least up_after_s after the last change, and only if a stage
+  spends over wait_s here (Little's law: pending / stages finished per second) while the workers are busy for at least
+  busy_share of their time; from 0 workers at once. Then to the need of that moment. Not while the run is paused or
+  draining, except for a first worker.
+* Down: under it for cooldown_s without a break, at least cooldown_s after the last change; to the highest need of that time.
 
-So changes are at least up_after_s apart, a change down is cooldown_s away from the one before, and load that comes and
-goes within cooldown_s changes nothing. The whole state is in the hash: another dataset worker goes on where one died.
+So changes are at least up_after_s apart, a change down is at least cooldown_s after the previous one, and load that comes
+and goes within cooldown_s changes nothing. All state is in the hash: another dataset worker continues it.
 """
 
 from __future__ import annotations
@@ -47,47 +45,47 @@ from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
 from sluice.common.run import Run, RunRecord
 
 TOLERANCE = 0.1
-"""Of the HPA: a load that is at most so far from what the present number of workers is for changes nothing."""
+"""Of the HPA: a load within this share of what the present number of workers is for changes nothing."""
 GAP_S = 10.0
-"""After a longer pause between two steps (no dataset worker, no Redis) nothing is known of the time between."""
+"""After a longer gap between two steps (no dataset worker, no Redis) the means start anew."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bounds:
-    """What a config says of one queue."""
+    """The limits of one queue, from the config."""
 
     min: int
     max: int
     concurrency: int
-    "parts that one worker takes at a time"
+    "stages that one worker runs at a time"
     in_flight: int
     "groups that admission lets into the run; for `eval`, whose groups need no credit, as many as can be used"
 
     @property
     def share(self) -> int:
-        """Parts that one worker should have at a time, at least 1."""
+        """Stages that one worker should have at a time, at least 1."""
         return max(1, min(self.concurrency, math.ceil(self.in_flight / max(1, self.max))))
 
     @property
     def max_useful(self) -> int:
-        """Workers that can be of use."""
+        """Highest useful number of workers."""
         return max(self.min, min(self.max, self.in_flight))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What one queue has to do at one moment."""
+    """The load of one queue at one moment."""
 
     pending: int
-    "parts waiting or in work, by the ledger"
+    "stages waiting or running, by the ledger"
     waiting: int
-    "messages that no worker has taken"
+    "messages that no worker has received"
     done: Mapping[str, int]
-    "live worker -> parts that it has finished since it started"
+    "live worker -> stages that it has finished since it started"
     busy: float = 1.0
-    "mean share of the last second or so that its live workers were busy for; 1 where none says"
+    "mean busy share of its live workers since their last heartbeat; 1 where none reports it"
     is_held: bool = False
-    "the run is paused or draining: nothing is admitted, so what is owed only gets less"
+    "the run is paused or draining: nothing is admitted, so what is pending only gets less"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +94,7 @@ class Scale:
 
     desired: int
     have: int
-    "workers that beat"
+    "workers that send heartbeats"
     min: int
     max: int
     reason: str
@@ -109,16 +107,16 @@ class Scale:
     waiting: int = 0
     "messages, now"
     done_per_s: float = 0.0
-    "parts finished a second, mean over the longer of up_after_s and 10 s"
+    "stages finished per second, mean over the longer of up_after_s and 10 s"
     busy: float = 1.0
-    "share of their time that its workers are busy for, mean over up_after_s"
+    "busy share of its workers, mean over up_after_s"
     done: dict[str, int] = field(default_factory=dict)
     over_since: float | None = None
     "since when more workers are needed without a break"
     under_since: float | None = None
     "since when fewer are"
     under_max: int = 0
-    "the most that were needed since then"
+    "the highest need since then"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -129,7 +127,7 @@ class Scale:
 
 
 def bounds_of(config: Config) -> dict[str, Bounds]:
-    """Every queue's; one that a run on this config has no worker for has max 0."""
+    """Return the bounds of every queue; max is 0 for one that a run on this config has no worker for."""
     in_flight, evaluations = config.max_in_flight, config.evaluation
     found = {}
     for queue in QUEUES:
@@ -143,22 +141,12 @@ def bounds_of(config: Config) -> dict[str, Bounds]:
 
 
 def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: AutoscaleConfig, now: float) -> Scale:
-    """The next state of one queue, a second or so after `state`; `now` in Unix seconds, of Redis' clock."""
+    """Return the next state of one queue, about a second after `state`; `now` in Unix seconds, of Redis' clock."""
     if state is None or not 0 <= now - state.at <= GAP_S:
-        min_workers = bounds.min if state is None else min(max(state.desired, bounds.min), bounds.max_useful)
+        desired = bounds.min if state is None else min(max(state.desired, bounds.min), bounds.max_useful)
         since = now if state is None else min(state.since, now)
-        state = Scale(
-            desired=min_workers,
-            have=0,
-            min=0,
-            max=0,
-            reason="",
-            at=now,
-            since=since,
-            pending=load.pending,
-            busy=load.busy,
-            done=dict(load.done),
-        )
+        means = {"pending": float(load.pending), "busy": load.busy, "done": dict(load.done)}
+        state = Scale(desired=desired, have=0, min=0, max=0, reason="", at=now, since=since, **means)  # type: ignore[arg-type]
     passed = now - state.at
     pending = _mean(state.pending, load.pending, passed, settings.up_after_s)
     finished = sum(max(0, count - state.done.get(name, count)) for name, count in load.done.items())
@@ -181,18 +169,18 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
     elif over_since is not None:
         is_due = min(now - over_since, now - state.since) >= settings.up_after_s or have == 0
         desired = over if is_due else have
-        reason = f"{pending:.1f} parts owed, {bounds.share} per worker: {over} needed"
+        reason = f"{pending:.1f} stages pending, {bounds.share} per worker: {over} needed"
     elif under_since is not None:
         is_due = min(now - under_since, now - state.since) >= settings.cooldown_s
         desired = under_max if is_due else have
-        reason = f"{pending:.1f} parts owed, {bounds.share} per worker: {under} suffice"
+        reason = f"{pending:.1f} stages pending, {bounds.share} per worker: {under} suffice"
         reason += "" if is_due else f"; fewer after {settings.cooldown_s:g} s of that"
     elif over > have and stays_s < settings.wait_s:
-        desired, reason = have, f"{pending:.1f} parts owed, but a part is through in {stays_s:.2f} s"
+        desired, reason = have, f"{pending:.1f} stages pending, but a stage is finished in {stays_s:.2f} s"
     elif over > have:
-        desired, reason = have, f"{pending:.1f} parts owed, but its workers are busy for {busy:.0%} of their time"
+        desired, reason = have, f"{pending:.1f} stages pending, but its workers are busy for {busy:.0%} of their time"
     else:
-        desired, reason = have, f"{pending:.1f} parts owed, {bounds.share} per worker: as needed"
+        desired, reason = have, f"{pending:.1f} stages pending, {bounds.share} per worker: as needed"
     has_changed = desired != state.desired
     return Scale(
         desired=desired,
@@ -218,16 +206,16 @@ def _need(pending: float, bounds: Bounds) -> int:
 
 
 def _mean(before: float, value: float, passed_s: float, over_s: float) -> float:
-    """Exponential mean: what lies `over_s` back weighs 1/e."""
+    """Return the exponential mean: a value `over_s` old weighs 1/e."""
     return value + (before - value) * math.exp(-passed_s / over_s)
 
 
 def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
-    """Every queue's load now. A silent worker is no live one."""
+    """Read every queue's load. Silent workers do not count as live."""
     has_eval = bounds_of(run.config)["eval"].max > 0
     pending: Counter[str] = Counter()
     for group, stage in read_pending(client, run.keys):
-        kind = kind_of(group) if has_eval else "train"  # else the workers of training groups evaluate
+        kind = kind_of(group) if has_eval else "train"  # else the rollout workers evaluate
         pending[stage_of(stage).queue_for(kind)] += 1
     depths = queue_depths(client, run, QUEUES)
     is_held = any(RunRecord(client, run.keys).held())
@@ -238,32 +226,23 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
             done[stats["role"]][name] = int(stats.get("done", 0))
             busy[stats["role"]].append(1.0 - stats.get("idle_fraction", 0.0))
     return {
-        queue: Load(
-            pending=pending[queue],
-            waiting=depths[queue],
-            done=done[queue],
-            busy=fmean(busy[queue] or [1.0]),
-            is_held=is_held,
-        )
-        for queue in QUEUES
+        q: Load(pending=pending[q], waiting=depths[q], done=done[q], busy=fmean(busy[q] or [1.0]), is_held=is_held)
+        for q in QUEUES
     }
 
 
 def read_scales(client: redis.Redis, keys: Keys) -> dict[str, Scale]:
-    """Queue -> what hash `autoscale` says; empty before the first tick of a dataset worker."""
-    held = client.hgetall(keys.autoscale)
-    return {queue.decode(): Scale.from_json(text) for queue, text in held.items()}
+    """Return queue -> its state in hash `autoscale`; empty before the first tick of a dataset worker."""
+    return {queue.decode(): Scale.from_json(text) for queue, text in client.hgetall(keys.autoscale).items()}
 
 
 def update(client: redis.Redis, run: Run) -> None:
-    """One step for every queue. One process at a time; works while Redis is full, too."""
+    """Step every queue. One process at a time; works while Redis is full, too."""
     seconds, microseconds = client.time()
     now = seconds + microseconds / 1e6
     states, loads = read_scales(client, run.keys), read_loads(client, run)
-    found = {
-        queue: step(states.get(queue), loads[queue], bounds=bounds, settings=run.config.autoscale, now=now).to_json()
-        for queue, bounds in bounds_of(run.config).items()
-    }
-    Scripts(client, run.keys)(
-        "write_record", "HSET", run.keys.autoscale, *(text for pair in found.items() for text in pair)
-    )
+    fields = []
+    for queue, bounds in bounds_of(run.config).items():
+        scale = step(states.get(queue), loads[queue], bounds=bounds, settings=run.config.autoscale, now=now)
+        fields += [queue, scale.to_json()]
+    Scripts(client, run.keys)("write_record", "HSET", run.keys.autoscale, *fields)

@@ -2,11 +2,11 @@
 
     trainer:  optimizer step --> score a few sequences of its batch --> publish them in the manifest
     worker:   swap --> engine.score(the same sequences) --> mean |difference| --> heartbeat
-              and once per version a completion of its own, as sampled and as scored afresh: the cache held what it should
-    anybody:  over the bound of the precisions involved: alarm `sampler_mismatch`
+              and once per version a completion of its own, as sampled and as scored without the cache, to check the cache
+    readers:  over the bound of the precisions involved: alarm `sampler_mismatch`
 
-A digest proves which bytes arrived; the canary, that the engine computes with them: an engine that goes on with an old
-output head, or scales its logits, has the right digest and samples from another policy. Both sides score at temperature 1.
+A digest proves which bytes arrived; the canary proves that the engine computes with them: an engine that keeps an old output
+head, or scales its logits, has the right digest and samples from another policy. Both sides score at temperature 1.
 """
 
 from __future__ import annotations
@@ -42,40 +42,39 @@ class CanarySequence:
     logprobs: NDArray[np.float32]
     "[T], at temperature 1"
     base_logprobs: NDArray[np.float32] | None = None
-    "[T], of the weights that a LoRA adapter is upon; none = the version is no adapter"
+    "[T], of the base weights of a LoRA adapter; none = the version is not an adapter"
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def choose_sequences(groups: Sequence[Group]) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """The shortest sequences of a batch, one per group: (prompt_ids, token_ids), the completion cut to MAX_TOKENS."""
+    """Return the shortest sequences of a batch, one per group: (prompt_ids, token_ids), the completion cut to MAX_TOKENS."""
     pairs = [(group.prompt_ids, group.episodes[0].completion.token_ids[:MAX_TOKENS]) for group in groups]
-    return sorted((pair for pair in pairs if len(pair[1])), key=lambda pair: len(pair[0]) + len(pair[1]))[
-        :NUM_SEQUENCES
-    ]
+    pairs = sorted((pair for pair in pairs if len(pair[1])), key=lambda pair: len(pair[0]) + len(pair[1]))
+    return pairs[:NUM_SEQUENCES]
 
 
 def random_sequences(vocab_size: int) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """The same ones every time, for a trainer that has seen no batch yet."""
+    """Return fixed random sequences, for a trainer that has seen no batch yet."""
     ids = np.random.default_rng(0).integers(0, vocab_size, (NUM_SEQUENCES, 16), dtype=np.int32)
     return [(row[:8], row[8:]) for row in ids]
 
 
 def mean_difference(expected: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]]) -> float:
-    """Mean over all tokens of |difference of logprobs|, in nats; at most WORST, also where one is not finite."""
+    """Return the mean over all tokens of |difference of logprobs|, in nats; at most WORST, also where one is not finite."""
     difference = float(np.abs(np.concatenate(list(found)) - np.concatenate(list(expected))).mean())
     return min(difference, WORST) if math.isfinite(difference) else WORST
 
 
 def adapter_share(canary: Sequence[CanarySequence], found: Sequence[NDArray[np.float32]]) -> tuple[float, float] | None:
-    """How much of a LoRA adapter's effect a sampler shows (1 = all of it, 0 = it samples from the base), and the standard
-    error of that; none where the version is no adapter, or one without any effect.
+    """Return the share of a LoRA adapter's effect that a sampler shows (1 = all, 0 = it samples from the base), and its
+    standard error; none where the version is not an adapter, or has no effect.
 
         d = adapted - base, e = found - base: share = <e, d> / <d, d>        the slope of e on d, over all tokens
 
-    The plain difference must exceed what the sampler's precision costs before it tells anything. The slope is measured
-    against the sampler's own scatter, and so knows a missing adapter while that still is a tenth of the bound.
+    The plain difference detects only what exceeds the bound of the sampler's precision. The slope is measured against the
+    sampler's own scatter, and detects a missing adapter whose effect is a tenth of the bound.
     """
     if not canary or any(sequence.base_logprobs is None for sequence in canary):
         return None
@@ -91,10 +90,10 @@ def adapter_share(canary: Sequence[CanarySequence], found: Sequence[NDArray[np.f
 
 
 def is_adapter_missing(share: float, error: float) -> bool:
-    """Whether, beyond doubt, not even half of the adapter's effect is there."""
+    """Return whether less than half of the adapter's effect is there, by four standard errors."""
     return share + 4 * error < 0.5
 
 
 def mismatch_bound(*dtypes: str) -> float:
-    """What the least precise of the sampler's and the trainer's precisions may cost."""
+    """Return the bound of the least precise of the sampler's and the trainer's precisions, in nats."""
     return max(BOUNDS[dtype] for dtype in dtypes)

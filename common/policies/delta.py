@@ -1,16 +1,16 @@
 """Lossless differences between two versions of the same weights: which elements changed, and by how much.
 
 At the learning rates of RL a step moves an fp32 master weight by less than half a unit in the last place of its bf16
-copy: 1 to 3 % of the elements change, most of them to a neighbouring number. A patch says so for one tensor:
+copy: 1 to 3 % of the elements change, most of them to a neighbouring number. A patch of one tensor holds:
 
     gaps   uint32 [C]   distance of every changed element from the one before it, the first one's from 0
     steps  uint   [C]   new bit pattern minus old one, modulo 2^bits, zigzag (0, -1, 1, -2, ... as 0, 1, 2, 3, ...)
 
-both by byte planes (all lowest bytes, then all second ones, ...), so that zstd's Huffman stage finds one distribution at a
-time. Bit patterns are compared and patched, so NaNs and -0.0 come through; an unchanged tensor has no patch.
+both by byte planes (all lowest bytes, then all second ones, ...), so that zstd's Huffman stage sees one distribution at a
+time. Bit patterns are compared and patched, so NaNs and -0.0 are preserved; an unchanged tensor has no patch.
 
-Encoding and applying are one pass over the weights in blocks that stay in the cache, the digest of the new tensor
-included. C = number of changed elements.
+Encoding and applying are one pass over the weights in blocks that fit the cache, including the digest of the new tensor.
+C = number of changed elements.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from sluice.common.policies.digest import tensor_bytes, tensor_digest, tensor_ha
 MAX_CHANGED = 0.25
 """With a larger share of changed elements (fp32 weights: nearly all) the delta costs more time than it saves."""
 BLOCK_BYTES = 2**19
-"""Compared, hashed and patched at a time: what the second cache level holds."""
+"""Compared, hashed and patched at a time: fits the second cache level."""
 SAMPLE = 4096
 """Elements compared per tensor before anything is encoded."""
 _ALIGNMENT = 64
 MAX_ELEMENTS = 2**31
-"""A policy with a larger tensor travels whole: positions have 32 bits."""
+"""A policy with a larger tensor is stored in full: positions have 32 bits."""
 LEVEL = 1
 """Of zstd: within 0.1 % of full size of level 6, at six times its speed."""
 
@@ -45,9 +45,9 @@ Words = NDArray[Any]
 def encode(
     tensors: Mapping[str, torch.Tensor], *, base: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, str], dict[str, torch.Tensor] | None]:
-    """Digests of all tensors, and patches (uint8 [bytes]) of those that differ from `base`; None where whole weights are better.
+    """Return digests of all tensors, and patches (uint8 [bytes]) of those that differ from `base`.
 
-    All tensors are on the CPU.
+    Patches are None where full weights are better. All tensors are on the CPU.
     """
     if not _is_alike(tensors, base) or _sampled_share(tensors, base) > MAX_CHANGED:
         return {name: tensor_digest(tensor) for name, tensor in tensors.items()}, None
@@ -61,9 +61,9 @@ def encode(
 
 
 def apply(base: torch.Tensor, patches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, str]:
-    """A new tensor: `base` and on it the patches of one version after the other; and its digest, for the caller to check.
+    """Return a new tensor, `base` with the patches applied in order, and its digest, for the caller to check.
 
-    Raises DigestMismatch for bytes that are no patch of such a tensor.
+    Raises DigestMismatch for bytes that are not a patch of such a tensor.
     """
     words = _words(base)
     size = BLOCK_BYTES // words.itemsize
@@ -88,7 +88,7 @@ def apply(base: torch.Tensor, patches: Sequence[torch.Tensor]) -> tuple[torch.Te
 
 
 def _compare(tensor: torch.Tensor, base: torch.Tensor) -> tuple[str, torch.Tensor | None]:
-    """Digest of `tensor`, and its patch upon `base`, if they differ."""
+    """Return the digest of `tensor`, and its patch on `base` if they differ."""
     new, old, hasher = _words(tensor), _words(base), tensor_hasher(tensor)
     size = BLOCK_BYTES // new.itemsize
     mask = np.empty(size, dtype=bool)
@@ -98,16 +98,18 @@ def _compare(tensor: torch.Tensor, base: torch.Tensor) -> tuple[str, torch.Tenso
         where = _differing(x, y, mask)
         hasher.update(y.data)
         if len(where):
-            steps.append(y.take(where, mode="clip") - x.take(where, mode="clip"))  # clip: all are inside, do not ask
+            steps.append(
+                y.take(where, mode="clip") - x.take(where, mode="clip")
+            )  # clip: all are inside, skip the check
             places.append((where + start).astype(np.uint32))
     return hasher.hexdigest(), _pack(np.concatenate(places), np.concatenate(steps)) if places else None
 
 
 def _differing(x: Words, y: Words, mask: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Where two blocks differ; `mask` is room for as many truth values, a multiple of 8.
+    """Return where two blocks differ; `mask` is a buffer of at least their length, a multiple of 8.
 
-    Eights first, then within those that differ: where one of a hundred elements differs, `nonzero` takes a mispredicted
-    branch each; where one of eight does, it works without branches, and on few of them.
+    Groups of eight first, then within those that differ: where one of a hundred elements differs, `nonzero` mispredicts a
+    branch for each; where one of eight does, it works without branches, and only on the groups found.
     """
     np.not_equal(x, y, out=mask[: len(x)])
     mask[len(x) :] = False
@@ -132,12 +134,12 @@ def _pack(places: NDArray[np.uint32], steps: Words) -> torch.Tensor:
 
 
 def _unpack(patch: torch.Tensor, words: Words) -> tuple[NDArray[np.uint32], Words]:
-    """Places and steps. Raises DigestMismatch for bytes that `_pack` did not make of such words."""
+    """Return places and steps. Raises DigestMismatch for bytes that `_pack` did not make of such words."""
     try:
         data = patch.numpy().data
         num_bytes = zstandard.get_frame_parameters(data).content_size
         count, rest = divmod(num_bytes, 4 + words.itemsize)
-        if rest or count > len(words):  # asked before it is unpacked: damage must not allocate without bound
+        if rest or count > len(words):  # checked before unpacking: damage must not allocate without bound
             raise DigestMismatch(f"a delta unpacks to {num_bytes} bytes, for {len(words)} elements")
         raw = np.frombuffer(zstandard.ZstdDecompressor().decompress(data), dtype=np.uint8)
     except (zstandard.ZstdError, TypeError) as error:
@@ -148,19 +150,19 @@ def _unpack(patch: torch.Tensor, words: Words) -> tuple[NDArray[np.uint32], Word
 
 
 def _empty_like(words: Words) -> Words:
-    """From numpy, which asks for huge pages (torch's own memory takes three times as long to fill), aligned as torch does."""
+    """Allocate by numpy, which requests huge pages (torch's memory takes three times as long to fill), aligned as torch does."""
     memory = np.empty(words.nbytes + _ALIGNMENT, dtype=np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + words.nbytes].view(words.dtype)
 
 
 def _words(tensor: torch.Tensor) -> Words:
-    """The bit patterns of a tensor's elements, flat."""
+    """Return the bit patterns of a tensor's elements, flat."""
     return tensor_bytes(tensor).view(f"u{min(tensor.element_size(), 8)}")
 
 
 def _split(words: Words, planes: NDArray[np.uint8]) -> None:
-    """Into one row per byte, the lowest first."""
+    """Split words into one row per byte, the lowest first."""
     for i, plane in enumerate(planes):
         np.right_shift(words, 8 * i, out=plane, casting="unsafe")
 
@@ -175,7 +177,7 @@ def _from_planes(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> Words:
 
 
 def _is_alike(tensors: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> bool:
-    """Whether both have the same names, types and shapes."""
+    """Return whether both have the same names, types and shapes, and 32-bit positions suffice."""
     return tensors.keys() == base.keys() and all(
         (tensor.dtype, tensor.shape) == (base[name].dtype, base[name].shape) and tensor.numel() < MAX_ELEMENTS
         for name, tensor in tensors.items()
@@ -183,7 +185,7 @@ def _is_alike(tensors: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tens
 
 
 def _sampled_share(tensors: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> float:
-    """Share of elements that changed, judged by a piece out of the middle of every tensor."""
+    """Estimate the share of changed elements from the middle SAMPLE elements of every tensor."""
     changed = total = 0.0
     for name, tensor in tensors.items():
         new, old = _words(tensor), _words(base[name])

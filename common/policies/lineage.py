@@ -3,8 +3,8 @@
     v5 (step 5) --- v6 --- v7            the trainer died here and resumed from its checkpoint at step 5
          \\--- v8 (step 5) --- v9         as v8: the age of v7 seen from v9 is 2 (7 to 5) + 1 (5 to 6) = 3
 
-Versions only grow, so a parent is always smaller than its child; the same rule stands in lua/prelude.lua for eviction.
-Should v9 come out bit for bit as v6 (training is deterministic, and the batch was the same), its parent is v6 at no distance.
+Versions only grow, so a parent is always smaller than its child; lua/prelude.lua has the same rule for eviction. If v9 equals
+v6 bit for bit (training is deterministic, and the batch was the same), its parent is v6 at distance 0.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class Version(NamedTuple):
 
 
 def read_lineage(client: redis.Redis, keys: Keys) -> dict[int, Version]:
-    """Every version that was announced or published."""
+    """Return every version that was announced or published."""
     return {int(version): Version.from_wire(value) for version, value in client.hgetall(keys.lineage).items()}
 
 
 def read_pointer(client: redis.Redis, keys: Keys) -> dict[str, str]:
-    """What is served: version, digest, step, incarnation, bytes, published_at; empty before the first publication."""
+    """Return the served version, digest, step, incarnation, bytes, published_at; empty before the first publication."""
     return {name.decode(): value.decode() for name, value in client.hgetall(keys.policy).items()}
 
 
 def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current: int) -> list[int]:
-    """Ages of versions seen from the current one. Raises PolicyNotFound for a version outside the lineage."""
+    """Return ages of versions seen from the current one. Raises PolicyNotFound for a version outside the lineage."""
     known: dict[int, Version] = {}
 
     def node(version: int) -> Version:
@@ -66,7 +66,7 @@ def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current
 
 
 def abandoned_versions(client: redis.Redis, keys: Keys, *, after_step: int) -> dict[int, dict[str, int]]:
-    """What a trainer that went back to `after_step` leaves behind: trainer step -> digest -> published version."""
+    """Return what a trainer that resumes at `after_step` abandons: trainer step -> digest -> published version."""
     found: dict[int, dict[str, int]] = {}
     for version, (_, step, digest) in read_lineage(client, keys).items():
         if digest and step > after_step:

@@ -1,8 +1,8 @@
-"""What is known of policy versions: their manifests, as Redis holds them, and the chain that they form.
+"""Manifests of policy versions in Redis, and the chain that they form.
 
-    v0 whole <- v1 <- v2 ... <- v15 <- v16 delta and whole <- v17 ...        policy_store.full_every = 16
+    v0 full <- v1 <- v2 ... <- v15 <- v16 delta and full <- v17 ...        policy_store.full_every = 16
 
-A version is stored whole, as a delta (`common/policies/delta.py`) on the version published before it, its *base*, or as both.
+A version is stored in full, as a delta (`common/policies/delta.py`) on the version published before it, its *base*, or both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sluice.common.serialization import decode, encode
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What one policy version is."""
+    """The description of one policy version."""
 
     version: int
     step: int
@@ -33,7 +33,7 @@ class Manifest:
     parent: int
     "version it was trained from; -1 for the base model"
     num_bytes: int
-    "of the whole weights as stored; 0 = there is a delta only"
+    "of the full weights as stored; 0 = there is a delta only"
     digest: str
     "sha256 over names and digests of all tensors"
     tensors: dict[str, str]
@@ -41,15 +41,15 @@ class Manifest:
     canary: list[dict[str, Any]] = field(default_factory=list)
     "CanarySequence each: what a sampler that serves this version must reproduce"
     base: int = -1
-    "version that the delta applies to; -1 = there are whole weights only"
+    "version that the delta applies to; -1 = there are full weights only"
     delta_bytes: int = 0
     "of the delta as stored"
     adapter_scale: float | None = None
-    "of a LoRA adapter upon version 0, which the tensors then are (`common/models/lora.py`)"
+    "of a LoRA adapter on version 0, which the tensors then are (`common/models/lora.py`)"
 
     @classmethod
     def from_signed_bytes(cls, signed: bytes, signer: Signer, *, version: int) -> Manifest:
-        """The manifest of a version from what Redis holds under its number. Raises SignatureRefused, DigestMismatch."""
+        """Decode the manifest that Redis holds under a version. Raises SignatureRefused, DigestMismatch."""
         try:
             manifest = cls(**decode(signer.verify(signed, version=version)))
         except (SerializationError, TypeError) as error:
@@ -59,17 +59,17 @@ class Manifest:
         return manifest
 
     def to_signed_bytes(self, signer: Signer) -> bytes:
-        """For Redis."""
+        """Encode and sign for Redis."""
         return signer.sign(encode(asdict(self)))
 
     @property
     def base_version(self) -> int:
-        """The version without which this one cannot be read; -1 = it is stored whole."""
+        """The version without which this one cannot be read; -1 = it is stored in full."""
         return -1 if self.num_bytes else self.base
 
     @property
     def payload_bytes(self) -> int:
-        """What a reader downloads who has the version before."""
+        """Bytes that a reader downloads that holds the previous version."""
         return self.num_bytes if self.base < 0 else self.delta_bytes
 
 
@@ -90,7 +90,7 @@ class ManifestChain:
         self._known_bases: dict[int, int] = {}
 
     def read(self, version: int) -> Manifest:
-        """Raises PolicyNotFound, SignatureRefused, DigestMismatch."""
+        """Read a manifest. Raises PolicyNotFound, SignatureRefused, DigestMismatch."""
         signed = self._client.hget(self._keys.manifests, str(version))
         if signed is None:
             raise PolicyNotFound(f"policy version {version} was never published in this run, or was removed")
@@ -108,11 +108,11 @@ class ManifestChain:
         self._known_bases.pop(version, None)
 
     def versions(self) -> list[int]:
-        """Those that have a manifest, ascending."""
+        """Return the versions that have a manifest, ascending."""
         return sorted(int(version) for version in self._client.hkeys(self._keys.manifests))
 
     def base_chain(self, version: int) -> list[int]:
-        """The versions that this one rests on, down to a whole one."""
+        """Return the versions that this one depends on, down to a full one."""
         found: list[int] = []
         while True:
             if version not in self._known_bases:
@@ -126,11 +126,11 @@ class ManifestChain:
             found.append(version)
 
     def path(self, target: Manifest, *, start: Manifest | None) -> list[Manifest]:
-        """From `start` (none = the nearest whole version) to `target`, both included. Raises PolicyNotFound."""
+        """Return the manifests from `start` (none = nearest full version) to `target`, both included. Raises PolicyNotFound."""
         path = [target]
         while path[-1].num_bytes == 0 if start is None else path[-1].version > start.version:
             if path[-1].base < 0:
-                raise PolicyNotFound(f"policy version {path[-1].version} is stored whole, not as a delta")
+                raise PolicyNotFound(f"policy version {path[-1].version} is stored in full, not as a delta")
             path.append(self.read(path[-1].base))
         if start is not None and path[-1].digest != start.digest:
             raise PolicyNotFound(

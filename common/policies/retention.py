@@ -1,7 +1,7 @@
-"""Which versions stay: the newest, the base model, what an evaluation or a reader needs, and what all of these rest on.
+"""Which versions are kept: the newest, the base model, what an evaluation or a reader needs, and the bases of all of these.
 
-A process that fetches a version is entered in `readers` meanwhile, and versions with readers are not collected. What a
-trainer left that was killed before its manifest was written goes at the first publication of the next one.
+A process that fetches a version is listed in `readers` meanwhile, and versions with readers are not collected. Tensors of a
+trainer that was killed before it wrote their manifest are freed at the first publication of the next one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sluice.common.policies.transports import Transport
 from sluice.common.run import process_name
 
 READER_S = 120.0
-"""A reader that says nothing for so long is taken for dead."""
+"""A reader that does not renew its entry for this long counts as dead."""
 
 
 class Retention:
@@ -30,7 +30,7 @@ class Retention:
     def __init__(
         self, client: redis.Redis, keys: Keys, *, chain: ManifestChain, transport: Transport, keep: int
     ) -> None:
-        """keep: how many of the newest versions stay."""
+        """Prepare. keep: how many of the newest versions are kept."""
         self._client, self._keys, self._keep = client, keys, keep
         self._chain, self._transport = chain, transport
         self._scripts = Scripts(client, keys)
@@ -38,33 +38,33 @@ class Retention:
 
     @contextmanager
     def reading(self, version: int) -> Iterator[Callable[[], None]]:
-        """Be a reader of a version; calling what this yields keeps it so."""
+        """List this process as a reader of a version; calling what this yields renews the entry."""
         entry = f"{version}|{process_name('reader')}/{token_hex(3)}"
-        said_at = -math.inf
+        renewed_at = -math.inf
 
-        def say() -> None:
-            nonlocal said_at
-            if time.monotonic() - said_at > READER_S / 4:
+        def renew() -> None:
+            nonlocal renewed_at
+            if time.monotonic() - renewed_at > READER_S / 4:
                 self._scripts("reader", entry, round(READER_S * 1000))
-                said_at = time.monotonic()
+                renewed_at = time.monotonic()
 
-        say()
+        renew()
         try:
-            yield say
+            yield renew
         finally:
             self._scripts("reader", entry, 0)
 
     def _read_versions(self) -> set[int]:
-        """Versions that a process is fetching."""
+        """Return the versions that a process is fetching."""
         seconds, microseconds = self._client.time()
         now_ms = seconds * 1000 + microseconds // 1000
         self._client.zremrangebyscore(self._keys.readers, "-inf", now_ms)
         return {int(entry.partition(b"|")[0]) for entry in self._client.zrange(self._keys.readers, 0, -1)}
 
     def sweep(self, *, before: int) -> None:
-        """Once per process, before its first bytes: free what no manifest names.
+        """Free what no manifest names, once per process, before its first write.
 
-        A version that is not older than `before` may be being written by a trainer that has replaced this one.
+        Not from `before` on: a trainer that has replaced this one may be writing those versions.
         """
         if not self._has_swept:
             needed = {*self._chain.versions(), *self._read_versions()}
@@ -72,7 +72,7 @@ class Retention:
             self._has_swept = True
 
     def collect_garbage(self) -> None:
-        """Free the tensors, then the manifest, of every version that need not stay."""
+        """Free the tensors, then the manifest, of every version that is not needed."""
         stored = self._chain.versions()
         needed = {0, *(int(v) for v in self._client.hvals(self._keys.evaluations)), *self._read_versions()}
         needed |= {*stored[-self._keep :]}

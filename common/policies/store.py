@@ -6,11 +6,11 @@ Versions only grow. The manifest names (version, trainer step, incarnation, pare
 roles agree on it whichever transport carries the bytes (`transports.py`). Readers: `reader.py`; the chain of deltas:
 `manifest.py`; which versions stay: `retention.py`.
 
-Whole is the first version that a trainer process publishes, every `policy_store.full_every`th, and each one that differs
-too much from the version before.
+Stored in full are the first version that a trainer process publishes, every `policy_store.full_every`th, and each one that
+differs too much from the version before.
 
-Memory: the newest version is held, and while the next one is made, that too: two copies of the model in the published
-precision. Nothing may be written to tensors that were published.
+Memory: the newest version is held, and the next one while it is made: two copies of the model in the published precision.
+Published tensors may not be written to.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class PolicyStore(PolicyReader):
     def __init__(
         self, client: redis.Redis, keys: Keys, config: PolicyStoreConfig, *, signer: Signer | None = None
     ) -> None:
-        """signer: by default with the key of the environment, if there is one."""
         super().__init__(client, keys, config, signer=signer)
         self._announced: dict[int, str] = {}
         self._republished = -1
@@ -55,18 +54,18 @@ class PolicyStore(PolicyReader):
         canary: Sequence[CanarySequence] = (),
         adapter_scale: float | None = None,
     ) -> Manifest:
-        """Make a version the one to serve. `tensors` are on the CPU and never change from now on: they are held as a base.
+        """Publish a version. `tensors` are on the CPU and must not change afterwards: they are held as a base.
 
-        Raises PolicyError when a version as new is already served: versions only grow.
+        Raises PolicyError when this or a newer version is already served: versions only grow.
         """
-        # A delta needs a base that every reader can come to: the version published before, while its manifest still names it.
+        # A delta needs a base that every reader can reach: the version published before, while its manifest still names it.
         base, num_links = self._base_for(version) if adapter_scale is None else (None, 0)
         if base is None:
             digests, patches = {name: tensor_digest(tensor) for name, tensor in tensors.items()}, None
         else:
             digests, patches = delta.encode(tensors, base=base.tensors)
 
-        # Asked before anything is written, so that a trainer that was replaced cannot damage a version that is served.
+        # Checked before anything is written, so that a trainer that was replaced cannot damage a version that is served.
         self._refuse_outdated(version, policy_digest(digests), incarnation=incarnation)
         self._retention.sweep(before=version)
 
@@ -96,25 +95,25 @@ class PolicyStore(PolicyReader):
         return manifest
 
     def _base_for(self, version: int) -> tuple[Policy | None, int]:
-        """What this version can be a delta upon, and the versions that one consists of; (None, 0) = nothing."""
+        """Return the base for a delta of this version, and the length of its chain; (None, 0) = there is none."""
         held = self._held
         if held is None or held.manifest.version >= version:
             return None, 0
         try:
             if self.manifest(held.manifest.version).digest != held.manifest.digest:
                 return None, 0
-        except PolicyError:  # a Redis that lost it has lost all that would have been built on it; or it was replaced
+        except PolicyError:  # Redis has lost it, or this trainer was replaced: readers cannot reach it
             return None, 0
         return held, 1 + len(self._chain.base_chain(held.manifest.version))
 
     def is_full_requested(self) -> bool:
-        """Whether a reader could not verify the version that this process published last; each version is mended once."""
+        """Return whether a reader could not verify the last version of this process; each is republished once."""
         if self._held is None or self._held.manifest.version == self._republished:
             return False
         return self._client.get(self._keys.full_requested) == b"%d" % self._held.manifest.version
 
     def republish_full(self) -> None:
-        """Write the version that this process published last whole, beside any delta of it. Raises DiskFull."""
+        """Write the last version of this process in full, beside any delta of it. Raises DiskFull."""
         assert self._held is not None
         manifest, tensors = self._held.manifest, self._held.tensors
         manifest = replace(manifest, num_bytes=self._transport.write(manifest.version, tensors))
@@ -123,32 +122,32 @@ class PolicyStore(PolicyReader):
         self._republished = manifest.version
 
     def _refuse_outdated(self, version: int, digest: str, *, incarnation: int) -> None:
-        """Raise PolicyError where a newer trainer has taken over, or a version as new is served."""
+        """Raise PolicyError where a newer trainer owns the run, or this or a newer version is served."""
         if incarnation < RunRecord(self._client, self._keys).incarnation:
-            raise PolicyError("a newer trainer process has taken this run over; this one must stop")
+            raise PolicyError("a newer trainer process owns this run; this one must stop")
         served = self.latest_version()
         is_same = served == version and self._client.hget(self._keys.policy, "digest") == digest.encode()
         if served >= version and not is_same:
             raise PolicyError(f"policy version {version} was not published: version {served} is served already")
 
     def announce(self, version: int, *, step: int, parent: int) -> None:
-        """Enter a version into the lineage before its bytes are written, so that ages can be told while they travel."""
+        """Add a version to the lineage before its bytes are written, so that ages are known meanwhile."""
         self._announced[version] = f"{parent}:{step}"
         self._scripts("write_record", "HSET", self._keys.lineage, version, self._announced[version])
 
     def announce_again(self, *, incarnation: int) -> None:
-        """Restore what this process announced, and its incarnation, in a Redis that has forgotten some of it."""
+        """Restore what this process announced, and its incarnation, in a Redis that has lost some of it."""
         for version, entry in self._announced.items():
             self._client.hsetnx(self._keys.lineage, str(version), entry)
         RunRecord(self._client, self._keys).restore_incarnation(incarnation)
 
     def restore(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the bytes of a version published whole again where they were lost. Raises DigestMismatch for other bytes."""
+        """Write the bytes of a version stored in full again if they were lost. Raises DigestMismatch for other bytes."""
         manifest = self.manifest(version)
         assert manifest.num_bytes, f"policy version {version} is a delta"
         try:
-            with self._retention.reading(version) as go_on:
-                self._load(manifest, held=None, go_on=go_on)
+            with self._retention.reading(version) as renew:
+                self._load(manifest, held=None, renew=renew)
         except PolicyError:
             if weights_digest(tensors) != manifest.digest:
                 text = f"policy version {version} is lost, and these weights are not it: was model.path changed?"

@@ -1,6 +1,6 @@
-"""Where the bytes of a policy version lie: a shared directory, or Redis.
+"""Where the bytes of a policy version are stored: a shared directory, or Redis.
 
-A version has `weights` (all tensors), a `delta` (patches upon an earlier version, `common/policies/delta.py`), or both; each is
+A version has `weights` (all tensors), a `delta` (patches on an earlier version, `common/policies/delta.py`), or both; each is
 one set of tensors in safetensors format:
 
 * DirectoryTransport: one file, written under a temporary name and renamed.
@@ -31,6 +31,8 @@ from sluice.common.keys import Keys
 CHUNK_BYTES = 2 * 1024 * 1024
 
 Kind = Literal["weights", "delta"]
+Loaded = tuple[dict[str, torch.Tensor], int]
+"""Tensors, and the number of bytes read."""
 
 
 class Transport(Protocol):
@@ -39,16 +41,14 @@ class Transport(Protocol):
     def write(self, version: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "weights") -> int:
         """Store tensors of a version, replacing leftovers of a crash. Returns bytes. Raises DiskFull."""
 
-    def read(
-        self, version: int, kind: Kind = "weights", *, go_on: Callable[[], None]
-    ) -> tuple[dict[str, torch.Tensor], int]:
-        """The tensors, unverified, and the bytes read; calls `go_on` between pieces. Raises PolicyNotFound, DigestMismatch."""
+    def read(self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]) -> Loaded:
+        """Return unverified tensors, and the bytes read; call `renew` between pieces. Raises PolicyNotFound, DigestMismatch."""
 
     def delete(self, version: int) -> None:
-        """Free a version, complete or not; nothing happens if there is none."""
+        """Free a version, complete or not; do nothing if there is none."""
 
     def sweep(self, is_garbage: Callable[[int], bool]) -> None:
-        """Free every version of which this is true; those are found by their bytes."""
+        """Free every version of which this is true; versions are found by their bytes."""
 
 
 class DirectoryTransport:
@@ -72,9 +72,7 @@ class DirectoryTransport:
         temporary.rename(path)
         return path.stat().st_size
 
-    def read(
-        self, version: int, kind: Kind = "weights", *, go_on: Callable[[], None]
-    ) -> tuple[dict[str, torch.Tensor], int]:
+    def read(self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]) -> Loaded:
         path = self._path(version, kind)
         try:
             # mapped; a file that is deleted or replaced meanwhile stays readable
@@ -103,7 +101,7 @@ class DirectoryTransport:
 class RedisTransport:
     """The safetensors bytes in chunks under `<kind>:<version>:<i>`; how many bytes under `<kind>:<version>`.
 
-    The number is written first: the chunks that a killed trainer has written can be told from it.
+    The number is written first, so that the chunks of a killed trainer can be deleted.
     """
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
@@ -117,9 +115,7 @@ class RedisTransport:
             self._client.set(self._keys.tensors(kind, version, i), data[start : start + CHUNK_BYTES])
         return len(data)
 
-    def read(
-        self, version: int, kind: Kind = "weights", *, go_on: Callable[[], None]
-    ) -> tuple[dict[str, torch.Tensor], int]:
+    def read(self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]) -> Loaded:
         size = self._client.get(self._keys.tensors(kind, version))
         if size is None:
             raise PolicyNotFound(f"policy version {version} is not in Redis: it was removed, or never written")
@@ -131,7 +127,7 @@ class RedisTransport:
             if len(chunk) != min(CHUNK_BYTES, len(data) - start):
                 raise DigestMismatch(f"policy version {version}: chunk {i} in Redis has {len(chunk)} bytes")
             data[start : start + len(chunk)] = chunk
-            go_on()
+            renew()
         try:
             return safetensors.torch.load(bytes(data)), len(data)
         except safetensors.SafetensorError as error:
@@ -145,7 +141,7 @@ class RedisTransport:
                 self._client.unlink(self._keys.tensors(kind, version), *chunks)
 
     def sweep(self, is_garbage: Callable[[int], bool]) -> None:
-        """Looks at every key of the server once."""
+        """Free versions by one scan over all keys of the server."""
         for kind in get_args(Kind):
             root = self._keys.tensors(kind, "")
             for key in self._client.scan_iter(match=root + "*", count=10_000):
@@ -154,14 +150,14 @@ class RedisTransport:
 
 
 def open_transport(client: redis.Redis, keys: Keys, config: PolicyStoreConfig) -> Transport:
-    """What carries the policies of a run."""
+    """Return the transport of a run's policies."""
     if config.transport == "redis":
         return RedisTransport(client, keys)
     return DirectoryTransport(store_folder(config, keys.run))
 
 
 def store_folder(config: PolicyStoreConfig, run: str) -> Path:
-    """Where the directory transport of a run keeps its files."""
+    """Return the folder of a run's directory transport."""
     if config.path:
         return Path(config.path) / run
     base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())

@@ -13,7 +13,7 @@ LONGEST_ANSWER = 200
 """Characters; of a longer answer a digest is kept: answers are only compared."""
 
 
-def evaluation_facts(completions: list[dict[str, Any]], *, answer: str) -> dict[str, Any]:
+def evaluation_fields(completions: list[dict[str, Any]], *, answer: str) -> dict[str, Any]:
     """Return lists with one entry per completion (wire form): `answers` (text or None), `lengths` in tokens, `clipped`.
 
     answer: regular expression with a group, `answer` of the evaluation set.

@@ -1,4 +1,4 @@
-"""Reward functions by name (`common/loading.py`), as something that can be called.
+"""Reward functions by name (`common/loading.py`), as callables.
 
 Two kinds of callables, told apart by the names of their parameters:
 

@@ -1,11 +1,10 @@
--- A durable checkpoint names every step up to this one: their groups are trained, once and for all.
--- ARGV: step, max_resample_count (-1 = no limit), group, ... (those that the trainer has trained since its last checkpoints)
--- A named group that no manifest holds is one whose taking Redis has lost (a restart lost the last writes): it is settled
--- wherever it stands now, also before the cursor reaches it again, so that it is never trained a second time.
--- Returns how many groups left the ledger.
-local upto, limit, settled, known = tonumber(ARGV[1]), tonumber(ARGV[2]), 0, {}
+-- A durable checkpoint names every step up to this one: settle their groups as trained.
+-- ARGV: step, max_resample_count (-1 = no limit), group, ... (those that the checkpoints since the last call have trained)
+-- Returns the number of groups settled.
+local last_step, limit, settled, known = tonumber(ARGV[1]), tonumber(ARGV[2]), 0, {}
 
-for _, step in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), '-inf', upto)) do
+-- A group is settled when no resample is left to it, else it is unread again; either way no manifest names it afterwards.
+for _, step in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), '-inf', last_step)) do
   local again, touched, count = {}, {}, 0
   for _, line in ipairs(batch_lines(step)) do
     redis.call('XACK', key('stream:' .. line.version), 'trainer', line.entry)
@@ -33,12 +32,14 @@ local function remove_from_buffer(group)
   discard_if_empty(version)
 end
 
+-- A named group without a manifest is one whose sampling Redis lost (a restart lost the last writes). It is settled at whatever
+-- stage it is now, and before the cursor if Redis lost its admission too (`ahead`), so that it is never trained a second time.
 local reconciled, cursor = 0, tonumber(redis.call('GET', key('cursor')) or '0')
 for i = 3, #ARGV do
   local group = ARGV[i]
   local number = tonumber(string.sub(group, 2))
   if not known[group] and redis.call('SISMEMBER', key('live:train'), group) == 1 then
-    -- one that was sampled before is in the buffer by right
+    -- a group that was sampled before is in the buffer legitimately, for resampling
     if not redis.call('HGET', key('g:' .. group), 'samples') then
       if redis.call('HGET', key('g:' .. group), 'stage') == 'ready' then remove_from_buffer(group) end
       reconciled = reconciled + settle(group, 'train', 'trained')
@@ -51,6 +52,6 @@ for i = 3, #ARGV do
 end
 if reconciled > 0 then
   redis.call('HINCRBY', key('counts:train'), 'reconciled', reconciled)
-  redis.call('HINCRBY', key('settled'), upto, reconciled)
+  redis.call('HINCRBY', key('settled'), last_step, reconciled)
 end
 return settled + reconciled

@@ -1,7 +1,7 @@
--- An evaluation of one version on one dataset: its groups enter the ledger under kind `eval`, never the buffer.
+-- Admit the groups of an evaluation of one version on one dataset, under kind `eval`: they never enter the buffer.
 -- ARGV: evaluation id, dataset, version, queued_ms, plan (begin_stages), first stage, then group, its result, ...
--- Returns {group, stage, group, stage, ...} to send; a second call (the message was delivered twice) admits only what is missing: nothing, once
--- all results are in and folded (fold_eval.lua).
+-- Returns {group, stage, group, stage, ...} to send. A second call (the message was delivered twice) admits only what is
+-- missing: nothing once all results are folded (fold_eval.lua).
 local id, dataset, version, queued_ms, plan, stage = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local evaluation = key('eval:' .. id)
 if redis.call('HEXISTS', evaluation, 'summary') == 1 then return {} end

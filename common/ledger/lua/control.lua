@@ -1,8 +1,8 @@
--- An order to a run from outside: what it holds at, and settings other than those it was created with. All or nothing.
--- ARGV: who, number of settings that the caller has judged by (-1 = any will do), these as key, value, ...; then per change:
---       order | setting, field, value ('' = remove), and for the trail: key, old, new
--- Returns {'done', changes made} (what holds already is no change) | {'moved'} (settings are others now: judge again)
---       | {'refused', status} (the run has ended for good, or is gone)
+-- Change the control state of a run (paused, draining) and its settings. All or nothing.
+-- ARGV: who, number of settings that the caller has read (-1 = not relevant), these as key, value, ...; then per change:
+--       state | setting, field, value ('' = remove), and for the change log: key, old, new
+-- Returns {'done', changes made} (not counting what is so already) | {'moved'} (the settings differ from those read: retry)
+--       | {'refused', status} (the run has finished or was deleted)
 local who, num_seen = ARGV[1], tonumber(ARGV[2])
 local status = redis.call('HGET', key('run'), 'status') or ''
 if status == '' or status == 'finished' or status == 'deleting' then return { 'refused', status } end
@@ -15,11 +15,11 @@ end
 
 local step, changed = redis.call('HGET', key('policy'), 'step') or '0', 0
 for i = first, #ARGV, 6 do
-  local is_order, field, value = ARGV[i] == 'order', ARGV[i + 1], ARGV[i + 2]
-  local place = key(is_order and 'run' or 'settings')
+  local is_state, field, value = ARGV[i] == 'state', ARGV[i + 1], ARGV[i + 2]
+  local place = key(is_state and 'run' or 'settings')
   local held = redis.call('HGET', place, field) or ''
-  -- whoever paused a run first is who it was paused by
-  local is_same = held == value or (is_order and held ~= '' and value ~= '')
+  -- a run that is paused already keeps who paused it first
+  local is_same = held == value or (is_state and held ~= '' and value ~= '')
   if not is_same then
     if value == '' then redis.call('HDEL', place, field) else redis.call('HSET', place, field, value) end
     redis.call('XADD', key('controls'), 'MAXLEN', '~', '1000', '*', 'at', now_s(), 'who', who, 'step', step,

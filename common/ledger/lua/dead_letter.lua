@@ -1,5 +1,5 @@
--- Groups of a batch that was dealt out cannot be read: they are dead letters, and the others of it may be taken again. So
--- are those of batches after it. ARGV: step, process, then group, detail of each.   Returns how many died.
+-- Dead-letter the groups of a sampled batch that cannot be decoded, and make all others of it and of later batches unread again.
+-- ARGV: step, process, then group, detail of each.   Returns the number of dead-lettered groups.
 local details, versions, dead_lettered = {}, {}, 0
 for i = 3, #ARGV, 2 do details[ARGV[i]] = ARGV[i + 1] end
 for _, sampled in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), ARGV[1], '+inf')) do

@@ -1,5 +1,5 @@
--- Training groups that will never be trained, with the reason. ARGV: reason, group, ...   Returns how many were dropped.
--- A group in the buffer is left alone: its stream entry or manifest names it, and the trainer would find it hollow.
+-- Drop training groups that will never be trained. ARGV: reason, group, ...   Returns the number of dropped groups.
+-- A group in the buffer is skipped: its stream entry or manifest names it, and the trainer would find it empty.
 local dropped = 0
 for i = 2, #ARGV do
   local stage = redis.call('HGET', key('g:' .. ARGV[i]), 'stage')

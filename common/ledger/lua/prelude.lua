@@ -1,12 +1,12 @@
--- Put in front of every script: the keys, and the few operations that all transitions share.
+-- Prepended to every script: the keys, and the operations that all transitions share.
 -- KEYS[1] is the run's root, `sluice:{run}:`; the braces keep all keys of a run in one cluster slot.
 --
---   run                hash     config, assets, status, created_at, incarnation; mark of the batch dealt out last;
+--   run                hash     config, assets, status, created_at, incarnation; mark of the last sampled batch;
 --                               paused, draining: JSON {who, at} while an operator holds or ends the run
---   settings           hash     key of the config -> JSON, where an operator has set another value than the stored one
---   controls           stream   capped; what operators did: at, who, step, key, old, new
+--   settings           hash     key of the config -> JSON, where an operator has changed the stored value
+--   controls           stream   capped; the change log of operators: at, who, step, key, old, new
 --   cursor             string   next dataset cursor
---   ahead              set      groups beyond the cursor that are settled already (Redis lost their admission, see acknowledge)
+--   ahead              set      settled groups beyond the cursor (Redis lost their admission, see acknowledge)
 --   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent, reconciled,
 --                               kept_for_bound; kind = train | eval
 --   settled            hash     trainer step -> groups that its acknowledgement settled as trained
@@ -14,45 +14,45 @@
 --   live:<kind>        set      groups admitted and not yet settled: the ledger's in_flight
 --   credit             set      training groups that hold an admission credit
 --   g:<group>          hash     kind, stage, cursor, min_version, pinned, version, samples, bytes, eval,
---                               <stage>: its result, and per stage of common/pipeline.py n:<stage> claims, by:<stage> worker,
---                               w:<stage> who did it, s:<stage> times sent again, t:<stage> and t:<stage>_started seconds
---   pending:<group>    set      stages of a group that are pending; they are made and removed together with their deadlines
---   deadlines          zset     "<group>|<stage>" -> ms: every pending stage
---   stream:<version>   stream   groups ready for training, filed under their oldest version; consumer group `trainer`
+--                               <stage>: its result, and per stage of common/pipeline.py n:<stage> attempts, by:<stage> holder,
+--                               w:<stage> who finished it, s:<stage> times resent, t:<stage> and t:<stage>_started seconds
+--   pending:<group>    set      pending stages of a group; added and removed together with their deadlines
+--   deadlines          zset     "<group>|<stage>" -> ms: lease or resend deadline of every pending stage
+--   stream:<version>   stream   groups ready for training, by the oldest version of their tokens; consumer group `trainer`
 --   versions           zset     versions that have a stream
 --   batch:<step>       list     manifest of a trainer step: "<version>|<entry>|<group>"
 --   batches            zset     steps that have a manifest
 --   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
---   filtered           string   groups dropped for equal rewards since the last batch was taken
---   readers            zset     "<version>|<reader>" -> ms until which a process that fetches a version keeps it
+--   filtered           string   groups dropped for zero reward variance since the last batch was sampled
+--   readers            zset     "<version>|<reader>" -> ms until which a version is kept for a process that fetches it
 --   processes          zset     process -> ms of its last heartbeat
---   process:<process>  string   its facts, with a time to live
---   tick               string   the dataset worker that looks after the run, for a second
+--   process:<process>  string   its stats, with a time to live
+--   tick               string   the dataset worker that ticks, for a second
 --   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at
 --   manifests          hash     version -> its manifest, signed where the run has a key
---   weights:<version>  string   bytes of a version that travels through Redis; in chunks, weights:<version>:<i>
---   delta:<version>    string   the same of what changed since the version before
---   full_requested       string   the version that a reader last failed to verify
+--   weights:<version>  string   size of a version's weights on the Redis transport; chunks at weights:<version>:<i>
+--   delta:<version>    string   the same for its delta on an earlier version
+--   full_requested     string   the version that a reader last failed to verify
 --   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
 --   events             stream   capped; policy published, dead letters, scaled (queue, from, to, reason), ...
 --   metrics            stream   capped; one entry per trainer step: metric -> number
---   samples            stream   capped; sample: a trained group for people to read
+--   samples            stream   capped; sample: a trained group, for display
 --   autoscale          hash     queue -> JSON {desired, have, min, max, reason, at, since, ...} (common/operations/autoscale.py)
 --   bytes              string   payload bytes held by groups
 --   dead               zset     dead-lettered groups -> ms; their hash is kept
---   evaluations        hash     id -> version: evaluations asked for and not finished; their versions are kept
+--   evaluations        hash     id -> version: evaluations requested and not finished; their versions are kept
 --   eval:<id>          hash     one evaluation: dataset, version, total, done; admitted:<group>, and result:<group> or
---                               dead:<group>; when all are in, summary instead of admitted: and result: (fold_eval.lua);
+--                               dead:<group>; once finished, summary instead of admitted: and result: (fold_eval.lua);
 --                               reported: its result is in the metrics
 --   mq:<queue>         list     Celery's messages; other keys under mq: are Celery's own
---   mq:rejected        list     elements that were no messages, the newest ones (common/connections/transport.py)
+--   mq:rejected        list     the newest elements that were not messages (common/connections/transport.py)
 --
 -- Every script is atomic and idempotent: a second call with the same arguments changes nothing. A failed script is not
 -- rolled back, so scripts check first and write after.
 --
--- At `maxmemory` Redis refuses a write that may need memory if it is the first one of a script, and none after it. What
--- brings payloads in, and what begins work, asks first and is refused as a whole; everything else must go on, or nothing
--- would ever be freed (common/ledger/scripts.py says which is which).
+-- At `maxmemory` Redis refuses a write that may need memory if it is the first one of a script, and none after it. Scripts
+-- that store payloads or begin work check first and are refused entirely; all others must work, or memory would never be freed
+-- (common/ledger/scripts.py lists them).
 
 local root = KEYS[1]
 
@@ -94,7 +94,7 @@ local function policy_age(v, cur)
   return (from.step - a.step) + (to.step - a.step)
 end
 
--- One group of an evaluation is settled; the last one releases the evaluation's policy version.
+-- Record a settled group of an evaluation; the last one releases the evaluation's policy version.
 local function record_evaluated(id, field, value)
   local evaluation = key('eval:' .. id)
   redis.call('HSET', evaluation, field, value)
@@ -103,7 +103,7 @@ local function record_evaluated(id, field, value)
   end
 end
 
--- A stage of a group is pending from now on. Returns whether it was not before; then `deadline` (ms) is left as it is.
+-- Make a stage of a group pending, due at `deadline` (ms). Returns false, and leaves the deadline, if it was pending before.
 local function make_pending(group, stage, deadline)
   if redis.call('SADD', key('pending:' .. group), stage) == 0 then return false end
   redis.call('ZADD', key('deadlines'), deadline, member(group, stage))
@@ -115,7 +115,7 @@ local function remove_pending(group, stage)
   redis.call('ZREM', key('deadlines'), member(group, stage))
 end
 
--- Remove every trace of work still pending for a group, whatever stages it has.
+-- Remove all pending work of a group.
 local function forget_work(group)
   for _, stage in ipairs(redis.call('SMEMBERS', key('pending:' .. group))) do
     redis.call('ZREM', key('deadlines'), member(group, stage))
@@ -124,8 +124,8 @@ local function forget_work(group)
   redis.call('SREM', key('credit'), group)
 end
 
--- Make pending what can begin: stages that are not stored, while all that they wait for is. Returns those that were not
--- pending before. plan: every stage of the group with what it waits for, "task< rollout<task judge<rollout,reward".
+-- Make every stage pending that is not stored while all that it waits for is. Returns those that were not pending before.
+-- plan: every stage of the group with what it waits for, "task< rollout<task judge<rollout,reward".
 local function begin_stages(group, plan, deadline)
   local g, begun = key('g:' .. group), {}
   for stage, needs in string.gmatch(plan, '([^ <]+)<([^ ]*)') do
@@ -136,7 +136,7 @@ local function begin_stages(group, plan, deadline)
   return begun
 end
 
--- A group leaves the ledger's in_flight under `outcome`, once, and its payload is freed.
+-- Settle a group in flight under `outcome`, once, and free its payload. Returns the number of groups settled.
 local function settle(group, kind, outcome)
   if redis.call('SREM', key('live:' .. kind), group) == 0 then return 0 end
   redis.call('HINCRBY', key('counts:' .. kind), outcome, 1)
@@ -147,7 +147,7 @@ local function settle(group, kind, outcome)
   return 1
 end
 
--- As settle, but the payload stays for `sluice dead`.
+-- As settle, but the payload is kept for `sluice dead`.
 local function dead_letter(group, kind, reason, detail, worker)
   if redis.call('SREM', key('live:' .. kind), group) == 0 then return 0 end
   redis.call('HINCRBY', key('counts:' .. kind), 'dead:' .. reason, 1)
@@ -160,7 +160,7 @@ local function dead_letter(group, kind, reason, detail, worker)
   return 1
 end
 
--- Groups in the buffer that no batch holds.
+-- Number of groups in a version's stream that no batch holds.
 local function unread(version)
   local stream = key('stream:' .. version)
   if redis.call('EXISTS', stream) == 0 then return 0 end
@@ -191,7 +191,7 @@ local function discard_if_empty(version)
   end
 end
 
--- An entry of the buffer that a batch holds goes back to the unread ones: it was not trained after all.
+-- Make an entry that a batch holds unread again: it was not trained.
 local function give_back(group, version, entry)
   redis.call('XACK', key('stream:' .. version), 'trainer', entry)
   redis.call('XDEL', key('stream:' .. version), entry)
@@ -214,13 +214,10 @@ local function forget_batch(step)
   redis.call('ZREM', key('batches'), step)
 end
 
--- Take up to `count` unread entries of a version's stream: list of {entry id, group}.
+-- Read up to `count` unread entries of a version's stream, which a batch holds from now on: list of {entry id, group}.
 local function read_entries(version, count)
   local reply = redis.call('XREADGROUP', 'GROUP', 'trainer', 'trainer', 'COUNT', count, 'STREAMS', key('stream:' .. version), '>')
   local out = {}
-  if not reply then return out end
-  local streams = reply[1]
-  if not streams then return out end
-  for _, entry in ipairs(streams[2]) do out[#out + 1] = { entry[1], entry[2][2] } end
+  for _, entry in ipairs(reply and reply[1] and reply[1][2] or {}) do out[#out + 1] = { entry[1], entry[2][2] } end
   return out
 end

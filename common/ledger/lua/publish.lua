@@ -1,8 +1,8 @@
--- Move the policy pointer, last of all. Credits of the groups that made this version return here; those of batches beyond
--- its step are held again (the trainer went back to a checkpoint and will train them once more).
+-- Move the policy pointer: the last write of a publication. Credits of the groups that made this version return here; those of
+-- batches beyond its step are held again (the trainer resumed from a checkpoint and trains them once more).
 -- ARGV: version, parent (-1 = none), trainer step, incarnation, digest, bytes
 -- Returns 1; 0 when the served version is already this or a newer one (versions only grow); -1 when a newer incarnation
--- of the trainer has taken the run over.
+-- of the trainer has started.
 local version, parent, step = tonumber(ARGV[1]), ARGV[2], ARGV[3]
 if tonumber(ARGV[4]) < tonumber(redis.call('HGET', key('run'), 'incarnation') or '0') then return -1 end
 local served = tonumber(redis.call('HGET', key('policy'), 'version') or '-1')

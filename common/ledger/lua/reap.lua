@@ -1,5 +1,5 @@
--- Overdue stages. One that a worker held (it died, hung or lost its network) spends an attempt; one that nobody claimed
--- (its message was lost, or the queue is long) is only sent again, each time after twice as long.
+-- Send overdue stages again. One that a worker held (it died, hung or lost its network) spends an attempt; one that no worker
+-- claimed (its message was lost, or the queue is long) does not, and waits twice as long each time.
 -- ARGV: max_attempts, queued_ms, max_count stages
 -- Returns {group, stage, kind, group, stage, kind, ...} to send
 local max_attempts, queued_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -10,7 +10,7 @@ for _, pending in ipairs(redis.call('ZRANGEBYSCORE', key('deadlines'), '-inf', n
   local g = key('g:' .. group)
   local kind, holder = redis.call('HGET', g, 'kind'), redis.call('HGET', g, 'by:' .. stage)
   if not redis.call('ZSCORE', key('deadlines'), pending) then
-    -- nothing: its group has just died of another stage
+    -- its group has just been dead-lettered for another stage
   elseif not kind then
     remove_pending(group, stage)
   elseif holder and tonumber(redis.call('HGET', g, 'n:' .. stage)) >= max_attempts then

@@ -1,4 +1,4 @@
--- A dead-lettered group gets another life: fresh attempts for the stages it still lacks.
+-- Requeue a dead-lettered group: fresh attempts for the stages whose results it lacks.
 -- ARGV: group, queued_ms, plan (begin_stages)
 -- Returns the stages to send; none when the group is not dead.
 local group, queued_ms, plan = ARGV[1], tonumber(ARGV[2]), ARGV[3]

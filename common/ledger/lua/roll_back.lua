@@ -1,6 +1,6 @@
--- The trainer went back to a checkpoint older than one that was acknowledged (the newer one is damaged). What was settled
--- as trained after it is not in any surviving policy: it is counted as dropped.
--- ARGV: step   Returns how many groups that are.
+-- The trainer resumed from a checkpoint older than one that was acknowledged (the newer one is damaged). Groups settled as
+-- trained after it are in no surviving policy: count them as dropped.
+-- ARGV: step   Returns the number of these groups.
 local lost = 0
 for _, step in ipairs(redis.call('HKEYS', key('settled'))) do
   if tonumber(step) > tonumber(ARGV[1]) then

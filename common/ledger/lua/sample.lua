@@ -1,13 +1,13 @@
--- Evict what is too old, then take k whole groups for a trainer step, oldest version first, or none.
--- The manifest makes a repeated take of the same step return the same groups, as long as they are young enough: after a
--- roll-back they may be seen from another branch. Then they are dropped or given back, and so are the batches after them.
+-- Evict stale groups, then sample k complete groups for a trainer step, oldest version first, or none.
 -- ARGV: step, k, current policy version, max_policy_age, newest version that this trainer has seen published,
 --       mark of its last batch ('' = none yet), mark of this one
--- Returns {evicted, available, group, group, ...}; fewer than k available -> no groups, and the trainer is woken at k;
--- {-1, 0} when Redis has lost writes of this trainer (it was restarted, or another server took over)
+-- Returns {evicted, available, group, group, ...}; with fewer than k available no groups, and the trainer is woken at k;
+-- {-1, 0} when Redis has lost writes of this trainer (it was restarted, or a replica was promoted)
 local step, k, current, max_age = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
 local published, last_mark, new_mark = tonumber(ARGV[5]), ARGV[6], ARGV[7]
 
+-- Redis must know the last batch, the current version and the newest publication of this trainer; a reply that was lost leaves
+-- the new mark instead of the last one.
 local function is_behind()
   local mark = redis.call('HGET', key('run'), 'mark')
   if last_mark ~= '' and mark ~= last_mark and mark ~= new_mark then return true end
@@ -19,6 +19,7 @@ local function is_stale(version) return policy_age(version, current) > max_age e
 
 if is_behind() then return { -1, 0 } end
 
+-- The same step returns the same groups as long as its manifest exists and none of them is stale.
 local evicted, available, fresh = 0, 0, {}
 local held, is_too_old = batch_lines(step), false
 for _, line in ipairs(held) do is_too_old = is_too_old or is_stale(line.version) end
@@ -28,6 +29,7 @@ if #held > 0 and not is_too_old then
   redis.call('HSET', key('run'), 'mark', new_mark)
   return out
 end
+-- Seen from another branch, after a roll-back, a manifest may hold a stale group: it and all later ones are dissolved.
 if is_too_old then
   for _, sampled in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), step, '+inf')) do
     for _, line in ipairs(batch_lines(sampled)) do
@@ -37,6 +39,7 @@ if is_too_old then
   end
 end
 
+-- Only unread entries are read, so no group of an earlier batch is evicted: it stays with its manifest.
 for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do
   if is_stale(version) then
     local entries = read_entries(version, 1000)
@@ -44,7 +47,7 @@ for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do
       for _, entry in ipairs(entries) do
         redis.call('XACK', key('stream:' .. version), 'trainer', entry[1])
         redis.call('XDEL', key('stream:' .. version), entry[1])
-        -- trained before and kept for resampling: it was not wasted
+        -- a group trained before and kept for resampling counts as trained
         if redis.call('HGET', key('g:' .. entry[2]), 'samples') then
           settle(entry[2], 'train', 'trained')
         else
@@ -59,12 +62,14 @@ for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do
     available = available + unread(version)
   end
 end
+-- All or nothing: below k no entry is read, and the store that makes the k-th group ready pushes `wake`.
 local out = { evicted, available }
 if available < k then
   redis.call('SET', key('want'), k)
   return out
 end
 
+-- Every entry read is in the manifest, with its sample counted, before the reply is sent.
 local seconds, missing = now_s(), k
 for _, version in ipairs(fresh) do
   if missing == 0 then break end

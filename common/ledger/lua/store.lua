@@ -1,7 +1,7 @@
--- A finished stage arrives. The first result of a stage wins, whichever attempt it came from; a later one is refused.
+-- Store the result of a stage. The first result wins, whichever attempt it came from; a later one is refused.
 -- ARGV: group, stage, payload, policy version ('' unless tokens were generated), queued_ms, plan (begin_stages),
 --       stage whose result an evaluation keeps, generated tokens,
---       groups per step, and '' or, where the rewards say that the group teaches nothing, how many such may be dropped per batch
+--       groups per step, and '' or, for a group of zero reward variance, how many such may be dropped per batch
 -- Returns {'refused'} | {'stored', stage to send, ...} | {'waiting'} | {'ready'} | {'scored'} | {'dropped'}
 local group, stage, payload, version = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local queued_ms, plan, evaluated = tonumber(ARGV[5]), ARGV[6], ARGV[7]
@@ -13,7 +13,7 @@ if not redis.call('ZSCORE', key('deadlines'), pending) then
   return { 'refused' }
 end
 
--- Counted until the next batch is taken, and bounded for it and each whole batch that is ready: no waste without an end.
+-- Counted until the next batch is sampled, and bounded for it and for each full batch that is ready, so that the waste ends.
 if ARGV[10] ~= '' and redis.call('HGET', g, 'kind') == 'train' then
   local bound = tonumber(ARGV[10]) * (1 + math.floor(num_unread() / tonumber(ARGV[9])))
   if tonumber(redis.call('GET', key('filtered')) or '0') < bound then

@@ -9,11 +9,11 @@ from typing import Any
 import redis
 
 from sluice.common.ledger.ledger import read_counters
+from sluice.common.monitoring.autoscale import read_scales
 from sluice.common.monitoring.diagnosis import alarms, stall_cause
 from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.monitoring.metric_stream import last_metrics, newest_metrics
 from sluice.common.monitoring.queues import read_queues
-from sluice.common.operations.autoscale import read_scales
 from sluice.common.operations.control import read_settings
 from sluice.common.pipeline import QUEUES
 from sluice.common.policies.lineage import read_pointer

@@ -14,8 +14,8 @@ from typing import Any
 import redis
 
 from sluice.common.errors import ConfigError
+from sluice.common.monitoring.autoscale import Scale, read_scales
 from sluice.common.monitoring.metric_stream import read_metrics, read_samples
-from sluice.common.operations.autoscale import Scale, read_scales
 from sluice.common.operations.control import read_change_log
 from sluice.common.run import Run, list_runs, open_run
 from sluice.dashboard.run_state import collect_status

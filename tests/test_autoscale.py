@@ -13,8 +13,8 @@ from builders import for_each, make_config, make_ledger, publish_policy
 
 from sluice.common.config.operations import AutoscaleConfig
 from sluice.common.keys import Keys
+from sluice.common.monitoring.autoscale import Bounds, Load, Scale, bounds_of, read_loads, read_scales, step, update
 from sluice.common.monitoring.heartbeats import send_heartbeat
-from sluice.common.operations.autoscale import Bounds, Load, Scale, bounds_of, read_loads, read_scales, step, update
 from sluice.common.run import Run
 
 SETTINGS = AutoscaleConfig(up_after_s=5.0, cooldown_s=60.0, wait_s=1.0)

@@ -15,7 +15,7 @@ from builders import for_each
 from sluice.common.config import Config
 from sluice.common.config.file import load_config
 from sluice.common.keys import Keys
-from sluice.common.operations.autoscale import bounds_of
+from sluice.common.monitoring.autoscale import bounds_of
 from sluice.common.pipeline import QUEUES, stage_on
 
 ROOT = Path(__file__).parent.parent

@@ -181,6 +181,18 @@ def test_no_module_of_scripts_imports_itself_through_others():
     assert not circles(graph)
 
 
+def test_no_room_of_common_imports_itself_through_others():
+    def room(name):
+        first, _, rest = name.partition(".")
+        return first if not rest or (ROOT / "common" / first).is_dir() else name
+
+    graph = {}
+    for name, imported in import_graph(ROOT / "common", above="sluice.common.", in_functions=False).items():
+        graph.setdefault(room(name), set()).update({room(other) for other in imported} - {room(name)})
+    assert len(graph) < 20
+    assert not circles(graph)
+
+
 def test_no_benchmark_imports_itself_through_others():
     assert not circles(import_graph(ROOT / "benchmarks", above="benchmarks.", in_functions=False))
 

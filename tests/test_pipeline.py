@@ -128,7 +128,7 @@ from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_group
 from sluice.common.ledger.replay_buffer import ReplayBuffer
-from sluice.common.operations.autoscale import bounds_of, read_loads
+from sluice.common.monitoring.autoscale import bounds_of, read_loads
 from sluice.common.run import create_run
 from sluice.common.serialization import decode
 from sluice.dashboard.run_state import collect_status

@@ -19,10 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sluice.common.keys import RUNS, Keys
 from sluice.common.monitoring import diagnosis
+from sluice.common.monitoring.autoscale import Scale
 from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
 from sluice.common.monitoring.heartbeats import send_heartbeat
 from sluice.common.monitoring.metric_stream import write_metrics
-from sluice.common.operations.autoscale import Scale
 from sluice.common.run import Run, RunRecord, create_run
 from sluice.dashboard.prometheus import PREFIX, exposition
 

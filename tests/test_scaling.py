@@ -32,7 +32,7 @@ from harness import (
 
 from sluice.common.connections.client import connect
 from sluice.common.ledger.ledger import Counters, read_counters
-from sluice.common.operations.autoscale import read_scales
+from sluice.common.monitoring.autoscale import read_scales
 from sluice.common.run import Run, open_run
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 from sluice.scripts.launcher.roles import Role

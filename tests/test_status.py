@@ -19,9 +19,9 @@ from rich.console import Console
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
+from sluice.common.monitoring.autoscale import Scale
 from sluice.common.monitoring.heartbeats import send_heartbeat
 from sluice.common.monitoring.metric_stream import write_metrics
-from sluice.common.operations.autoscale import Scale
 from sluice.common.operations.control import change, pause
 from sluice.common.run import RunRecord, create_run
 from sluice.dashboard.run_state import collect_status

@@ -24,7 +24,7 @@ from sluice.common.errors import ConfigError
 from sluice.common.ledger import evaluations
 from sluice.common.ledger.ledger import stored_stages
 from sluice.common.models.assets import ModelAssets
-from sluice.common.operations import autoscale
+from sluice.common.monitoring import autoscale
 from sluice.common.operations.control import effective
 from sluice.common.pipeline import FIRST, stage_on
 from sluice.common.serialization import encode

@@ -1,1 +1,1 @@
-"""What a run reports: metrics, heartbeats, queues, and the cause of a stall."""
+"""What a run reports: metrics, heartbeats, queues, the load per queue, and the cause of a stall."""

@@ -1,1 +1,1 @@
-"""Operation of a running run: control state, settings, autoscaling, storage."""
+"""Operation of a running run: control state, settings, storage."""

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import redis
 
 from sluice.common.config.operations import ReplicaRange
+from sluice.common.monitoring.autoscale import read_scales
 from sluice.common.monitoring.metric_stream import write_event
-from sluice.common.operations.autoscale import read_scales
 from sluice.common.run import Run
 from sluice.scripts.launcher.roles import worker_bounds
 from sluice.scripts.launcher.supervisor import Supervisor

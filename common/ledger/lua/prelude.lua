@@ -37,7 +37,7 @@
 --   events             stream   capped; policy published, dead letters, scaled (queue, from, to, reason), ...
 --   metrics            stream   capped; one entry per trainer step: metric -> number
 --   samples            stream   capped; sample: a trained group, for display
---   autoscale          hash     queue -> JSON {desired, have, min, max, reason, at, since, ...} (common/operations/autoscale.py)
+--   autoscale          hash     queue -> JSON {desired, have, min, max, reason, at, since, ...} (common/monitoring/autoscale.py)
 --   bytes              string   payload bytes held by groups
 --   dead               zset     dead-lettered groups -> ms; their hash is kept
 --   evaluations        hash     id -> version: evaluations requested and not finished; their versions are kept

@@ -53,10 +53,15 @@ def find_function(path: str, *, where: str) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # user code runs on import
-        raise ConfigError(
-            f"{where}: importing {source} failed with {type(error).__name__}: {error}; it must be installed, or be in "
-            f"the folder of the config or in {Path.cwd()}, where this process runs"
-        ) from error
+        ours = f"sluice.{path}" if isinstance(error, ModuleNotFoundError) and _is_ours(source) else None
+        hint = (
+            f"did you mean {ours!r}?"
+            if ours
+            else (
+                f"it must be installed, or be in the folder of the config or in {Path.cwd()}, where this process runs"
+            )
+        )
+        raise ConfigError(f"{where}: importing {source} failed with {type(error).__name__}: {error}; {hint}") from error
     try:
         found = operator.attrgetter(attribute)(module)
     except AttributeError:
@@ -66,6 +71,14 @@ def find_function(path: str, *, where: str) -> Any:
     if not callable(found):
         raise ConfigError(f"{where} is of type {type(found).__name__}, not callable: name a function or a class")
     return found
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether a module that was not found is one of Sluice's, named without `sluice.`."""
+    try:
+        return importlib.util.find_spec(f"sluice.{name}") is not None
+    except ModuleNotFoundError:  # nor is the package around it
+        return False
 
 
 def _import(name: str) -> ModuleType:

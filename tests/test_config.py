@@ -118,6 +118,8 @@ def test_malformed_overrides_are_refused(override, message):
         ("sampling.grup_size=5", "unknown key 'sampling.grup_size'; did you mean 'group_size'?"),
         ("trainer.loss.kl_betta=5", "unknown key 'trainer.loss.kl_betta'; did you mean 'kl_beta'?"),
         ("replay_buffer.max_age=5", "did you mean 'max_policy_age'?"),
+        ("policy_store.anchor_every=5", "did you mean 'full_every'?"),
+        ("trainer.loss.is_weight=token_mask", "did you mean 'importance_sampling'?"),
         ("checkpoint.zzz=1", "unknown key 'checkpoint.zzz'; known keys: every_steps, keep"),
         ("reward.functions=[{function: f, wieght: 2}]", "did you mean 'weight'?"),
         (

@@ -278,7 +278,7 @@ def test_two_runs_stand_side_by_side(open_page: Callable[..., Any], shown: tuple
     client, keys = shown
     other = Keys("other")
     for name, value in client.hgetall(keys.run_record).items():
-        client.hset(other("run"), name, value)
+        client.hset(other.run_record, name, value)
     write_metrics(client, other, {**last_metrics(client, keys), "reward/mean": 0.5}, max_length=10)
     client.hset("sluice:runs", "other", time.time())
     page = open_page(f"/?run={RUN}&run=other")

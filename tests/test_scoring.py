@@ -286,6 +286,7 @@ def test_a_column_that_the_function_needs_and_lacks_is_named(rewards_py: str) ->
     ("function", "message"),
     [
         ("no_such_package.rewards.f", "importing no_such_package.rewards failed with ModuleNotFoundError"),
+        ("workers.rewards.MathReward", "did you mean 'sluice.workers.rewards.MathReward'"),
         ("sluice.workers.rewards.MathRewards", "has no 'MathRewards'; did you mean 'MathReward'"),
         ("elsewhere.py:f", "there is no file .*elsewhere.py: relative paths start where the process runs"),
         ("broken.py:f", "importing broken.py failed with SyntaxError"),

@@ -107,13 +107,18 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {error}") from None
 
 
+_RENAMED = {"is_weight": "importance_sampling", "is_low": "importance_min", "is_high": "importance_max"}
+"""Former names that do not resemble the present ones: errors about them name the present one."""
+
+
 def _explain(error: Any, kind: type[BaseModel]) -> str:
     """Turn one pydantic error into a sentence a user can act on."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1], kind)
         known += ["preset"] if kind is Config and error["loc"][:-1] == ("trainer",) else []
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        key = str(error["loc"][-1])
+        near = difflib.get_close_matches(_RENAMED.get(key, key), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {where!r}; {hint}"
     if error["type"] == "missing":

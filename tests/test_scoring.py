@@ -286,7 +286,6 @@ def test_a_column_that_the_function_needs_and_lacks_is_named(rewards_py: str) ->
     ("function", "message"),
     [
         ("no_such_package.rewards.f", "importing no_such_package.rewards failed with ModuleNotFoundError"),
-        ("workers.rewards.MathReward", "did you mean 'sluice.workers.rewards.MathReward'"),
         ("sluice.workers.rewards.MathRewards", "has no 'MathRewards'; did you mean 'MathReward'"),
         ("elsewhere.py:f", "there is no file .*elsewhere.py: relative paths start where the process runs"),
         ("broken.py:f", "importing broken.py failed with SyntaxError"),
@@ -323,3 +322,13 @@ def test_scoring_starts_without_torch_and_transformers() -> None:
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_former_path_of_ours_is_answered_with_the_present_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != root])  # as when installed
+    with pytest.raises(ConfigError, match=r"did you mean 'sluice\.workers\.rewards\.MathReward'"):
+        load_reward_functions([RewardFunction(function="workers.rewards.MathReward")])

@@ -68,7 +68,7 @@ def _table(fields: dict[str, FieldInfo], prefix: str) -> str:
         key = prefix + name
         meaning = _sentence(field.description)
         if key in CHANGEABLE:
-            meaning += " *Changeable while the run goes on.*"
+            meaning += " *Changeable while the run continues.*"
         rows.append(f"| `{key}` | {type_of(field)} | {_default(field)} | {_cell(meaning)} |")
     return "\n".join(rows)
 

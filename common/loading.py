@@ -27,10 +27,13 @@ def is_function_path(name: str) -> bool:
 
 
 def add_code_folder(folder: str | None) -> None:
-    """Let dotted paths be found in a folder and in the working directory as well, after everything that is installed."""
-    for path in (str(Path(each).resolve()) for each in (folder, ".") if each):
-        if path not in sys.path:
-            sys.path.append(path)
+    """Let dotted paths be found in a folder and in the working directory as well, after everything that is installed.
+
+    `python -m` and Celery's command put the working directory first; from here on it is last, so that a user's modules are
+    not taken from a checkout of Sluice that a role happens to be started in.
+    """
+    code = [str(Path(each).resolve()) for each in (folder, ".") if each]
+    sys.path[:] = [path for path in sys.path if str(Path(path).resolve()) not in code] + list(dict.fromkeys(code))
 
 
 def absolute_function_path(path: str, *, folder: Path) -> str:

@@ -224,3 +224,11 @@ def test_the_transport_of_the_page_carries_policies(
     trainer._transport.write(2, weights)  # what a killed trainer left
     successor.publish(6, weights, step=6, parent=5)
     assert 2 not in {int(path.name.split("-")[1]) for path in (tmp_path / "store").iterdir()}
+
+
+def test_a_users_module_is_not_taken_from_a_checkout_that_the_role_was_started_in(tmp_path: Path) -> None:
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("MINE = True\n")
+    program = "import sys; from sluice.common.loading import add_code_folder; add_code_folder(sys.argv[1]); from common import MINE"
+    root = Path(__file__).parent.parent  # `python -c`, as `python -m`, puts it first
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=root, check=True)

@@ -26,9 +26,17 @@ from harness import (
     wait_for,
 )
 
+from sluice.scripts.launcher import fork_server
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.processes import Process
 from sluice.scripts.launcher.roles import dashboard_role, trainer_role, worker_role
+
+
+class Interrupting:
+    """Replies that a second Ctrl-C interrupts."""
+
+    def readline(self) -> bytes:
+        raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +132,38 @@ def test_roles_end_with_their_server_and_the_next_one_starts_from_another(tmp_pa
         assert printed(server, "print('again')", tmp_path / "next") == "again\n"
 
 
+def test_a_server_that_hangs_is_ended_and_holds_up_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "REPLY_S", 1.0)
+    with ForkServer() as server:
+        role = started(server, "import time; time.sleep(600)", tmp_path / "log")
+        before = server.pid
+        os.kill(before, signal.SIGSTOP)
+        role.send_signal(signal.SIGTERM)
+        wait_for(
+            lambda: not alive([psutil.Process(role.pid)]), timeout=5, what="a role whose server hangs to get its signal"
+        )
+        assert role.wait(30) == -signal.SIGKILL and server.pid != before
+        assert printed(server, "print(1)", tmp_path / "next") == "1\n"
+
+
+def test_an_interrupted_request_costs_the_server_and_no_reply_is_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ForkServer() as server:
+        role = started(server, "import time; time.sleep(600)", tmp_path / "log")
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "_replies", Interrupting())
+            with pytest.raises(KeyboardInterrupt):
+                role.poll()
+        assert role.wait(30) == -signal.SIGKILL, "its server has ended"
+        assert printed(server, "print(1)", tmp_path / "next") == "1\n"
+
+
 def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     program = f"""
 import sys, time
 from pathlib import Path
+from sluice.scripts.launcher import fork_server
 from sluice.scripts.launcher.fork_server import ForkServer
 server = ForkServer()
 role = server.start([sys.executable, "-c", "import time; time.sleep(60)"], log=Path({str(tmp_path / "log")!r}), env={{}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import redis
 
@@ -21,7 +22,11 @@ READER_WAIT_S = 5.0
 
 @contextmanager
 def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
-    """Open an existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis."""
+    """Open an existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis.
+
+    A run may be named by its folder, as `export` and `replay` do.
+    """
+    name = name and Path(name).name
     if url := secret("SLUICE_REDIS_URL"):
         client = connect(url)
         give_up_after(client, READER_WAIT_S)

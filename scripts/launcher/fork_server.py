@@ -48,8 +48,10 @@ PRELOADED = (
     "celery.worker.consumer",
     "celery.worker.autoscale",
 )
-REPLY_S = 600.0
-"""Bound on one reply. The first one waits for the imports, from a cold disk."""
+IMPORTS_S = 600.0
+"""Bound of the first reply, which waits for the imports, from a cold disk."""
+REPLY_S = 20.0
+"""Bound of every other one: a server that hangs or is stopped is ended, with its roles, and another one starts them again."""
 _ROOM = "." * 1000
 """Where the titles of roles are written (`set_title`)."""
 
@@ -112,7 +114,7 @@ class ForkServer:
     def _launch(self) -> None:
         self._generation += 1
         self._connection, theirs = socket.socketpair()
-        self._connection.settimeout(REPLY_S)
+        self._connection.settimeout(IMPORTS_S)
         self._replies = self._connection.makefile("rb")
         program = "from sluice.scripts.launcher.fork_server import main; main()"
         argv = [sys.executable, "-P", "-c", program, str(theirs.fileno()), _ROOM]
@@ -137,8 +139,12 @@ class ForkServer:
         try:
             self._connection.sendall(json.dumps(request).encode() + b"\n")
             line = self._replies.readline()
+            self._connection.settimeout(REPLY_S)
         except OSError as error:
             return f"the fork server does not answer: {error}"
+        except BaseException:  # a second Ctrl-C: the reply that is still to come must not be taken for the next one
+            self._connection.shutdown(socket.SHUT_RDWR)
+            raise
         return json.loads(line) if line else f"the fork server has ended (exit code {self._server.poll()})"
 
 

@@ -91,7 +91,7 @@ class ForkedProcess:
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
-        if self.poll() is None:
+        if self.returncode is None:  # not reaped, so the pid is its own; its parent, which may hang, is not asked
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
@@ -127,7 +127,10 @@ def _be_the_child(command: Command, parent: int, close: int | None) -> NoReturn:
 
 def wait_for(pid: int) -> int | None:
     """Reap a child; return its exit code, negative for a signal; None while it runs."""
-    found, status = os.waitpid(pid, os.WNOHANG)
+    try:
+        found, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:  # reaped before, and the reply was lost
+        return -signal.SIGKILL
     return os.waitstatus_to_exitcode(status) if found else None
 
 

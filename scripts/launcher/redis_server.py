@@ -30,14 +30,19 @@ _CONFIG = """\
 bind 127.0.0.1
 port {port}
 requirepass {password}
-dir {folder}
+dir "{folder}"
 save ""
 appendonly yes
 appendfsync everysec
 maxmemory 0
 daemonize no
-logfile {folder}/redis.log
+logfile "{folder}/redis.log"
 """
+
+
+def _escaped(folder: Path) -> str:
+    """Return a path as redis.conf has it between double quotes."""
+    return str(folder).replace("\\", "\\\\").replace('"', '\\"')
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,7 +75,7 @@ def start_server(folder: Path) -> EmbeddedServer:
     port, password = free_port(), secrets.token_urlsafe(24)
     config = folder / "redis.conf"
     config.touch(mode=0o600)
-    config.write_text(_CONFIG.format(port=port, password=password, folder=folder))
+    config.write_text(_CONFIG.format(port=port, password=password, folder=_escaped(folder)))
     process = _spawn(folder)
     url = f"redis://:{password}@127.0.0.1:{port}/0"
     address = folder / "url"

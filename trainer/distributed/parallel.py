@@ -38,6 +38,7 @@ from sluice.common.policies.canary import CanarySequence
 from sluice.common.types import Group
 from sluice.trainer.distributed.ranks import COLLECTIVE_TIMEOUT_S, Ranks
 from sluice.trainer.micro_batches import MicroBatch, Sequences, build_micro_batches
+from sluice.trainer.objective import check_functions
 from sluice.trainer.trained_policy import TrainedPolicy
 
 log = logging.getLogger("sluice.trainer")
@@ -161,6 +162,8 @@ def run_follower(ranks: Ranks) -> int:
 
 def _build(config: Config, end_token_ids: Sequence[int], ranks: Ranks) -> TrainedPolicy:
     add_code_folder(config.code_folder)
+    if config.trainer.has_user_functions:
+        check_functions(config.trainer)  # here and now: another machine may lack what the run was created with
     torch.manual_seed(config.seed)  # the same on all ranks: what an adapter begins with
     model = load_pretrained(config.model.path, revision=config.model.revision)
     policy = TrainedPolicy.of_run(model, config, end_token_ids=end_token_ids, ranks=ranks)

@@ -229,6 +229,6 @@ def test_the_transport_of_the_page_carries_policies(
 def test_a_users_module_is_not_taken_from_a_checkout_that_the_role_was_started_in(tmp_path: Path) -> None:
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "__init__.py").write_text("MINE = True\n")
-    program = "import sys; from sluice.common.loading import add_code_folder; add_code_folder(sys.argv[1]); from common import MINE"
+    program = "import sys; from sluice.common.loading import add_code_folder as add; add(sys.argv[1]); from common import MINE"
     root = Path(__file__).parent.parent  # `python -c`, as `python -m`, puts it first
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=root, check=True)

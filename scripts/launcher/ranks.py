@@ -62,8 +62,17 @@ def _start(rank: int, num_ranks: int, *, store: str) -> Process:
 
 
 def _wait(ranks: list[Process]) -> int:
+    ended_at: float | None = None
     while True:
         codes = [process.poll() for process in ranks]
+        # Rank 0 ends last of all that matters: its checkpoint is written, and every rank has said goodbye. One whose
+        # libraries hang at the exit of the process has nothing left to do.
+        if codes[0] == 0 and ended_at is None:
+            ended_at = time.monotonic()
+        if ended_at is not None and time.monotonic() - ended_at > GRACE_S:
+            for process in ranks[1:]:
+                process.kill()
+            return 0
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
             rank, code = min(failed, key=lambda found: found[1] > 0)  # others may have failed because one was killed

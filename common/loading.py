@@ -56,14 +56,9 @@ def find_function(path: str, *, where: str) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # user code runs on import
-        ours = f"sluice.{path}" if isinstance(error, ModuleNotFoundError) and _is_ours(source) else None
-        hint = (
-            f"did you mean {ours!r}?"
-            if ours
-            else (
-                f"it must be installed, or be in the folder of the config or in {Path.cwd()}, where this process runs"
-            )
-        )
+        hint = f"it must be installed, or be in the folder of the config or in {Path.cwd()}, where this process runs"
+        if isinstance(error, ModuleNotFoundError) and _is_ours(source):
+            hint = f"did you mean 'sluice.{path}'?"
         raise ConfigError(f"{where}: importing {source} failed with {type(error).__name__}: {error}; {hint}") from error
     try:
         found = operator.attrgetter(attribute)(module)

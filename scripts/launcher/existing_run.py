@@ -30,10 +30,7 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
     if url := secret("SLUICE_REDIS_URL"):
         client = connect(url)
         give_up_after(client, READER_WAIT_S)
-        runs = list_runs(client)
-        if not (name := name or os.environ.get("SLUICE_RUN") or max(runs, key=lambda each: runs[each], default=None)):
-            raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
-        yield client, open_run(client, name), url
+        yield client, open_run(client, name or os.environ.get("SLUICE_RUN") or _newest_name(client)), url
         return
     folder = existing_folder(name or os.environ.get("SLUICE_RUN"))
     with reading_server(folder / "redis") as url:
@@ -41,3 +38,10 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
         give_up_after(client, READER_WAIT_S)
         yield client, open_run(client, folder.name), url
         client.close()
+
+
+def _newest_name(client: redis.Redis) -> str:
+    runs = list_runs(client)
+    if not runs:
+        raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
+    return max(runs, key=lambda name: runs[name])

@@ -10,22 +10,17 @@ import redis
 
 from sluice.common.errors import SluiceError
 from sluice.scripts.commands.control import drain, pause, resume, set_
+from sluice.scripts.commands.convert import export, replay
 from sluice.scripts.commands.dashboard import dashboard
 from sluice.scripts.commands.dead import dead
 from sluice.scripts.commands.doctor import doctor
 from sluice.scripts.commands.evaluate import evaluate
-from sluice.scripts.commands.export import export
-from sluice.scripts.commands.ledger import ledger
+from sluice.scripts.commands.look import ledger, samples, status, trace
 from sluice.scripts.commands.metrics import metrics
 from sluice.scripts.commands.plan import plan
-from sluice.scripts.commands.replay import replay
-from sluice.scripts.commands.role import train, worker
-from sluice.scripts.commands.run import create, run
+from sluice.scripts.commands.run import create, run, train, worker
 from sluice.scripts.commands.runs import runs
-from sluice.scripts.commands.samples import samples
 from sluice.scripts.commands.sft import sft
-from sluice.scripts.commands.status import status
-from sluice.scripts.commands.trace import trace
 
 SECTIONS = {
     "Run": (run, sft, create, worker, train, plan, doctor),

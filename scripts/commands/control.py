@@ -11,7 +11,7 @@ import click
 
 from sluice.common.errors import ConfigError
 from sluice.common.operations import control
-from sluice.scripts.launcher.existing_run import opened_run
+from sluice.scripts.launcher.run_folder import opened_run
 from sluice.scripts.options import Json, RunName, example
 
 Who = click.option("--who", envvar="SLUICE_WHO", help="Who gives the command, for the change log; default: user@host.")

@@ -20,20 +20,14 @@ def dashboard(names: tuple[str, ...], host: str, port: int, token_file: Path | N
     """Serve a live, read-only web page over Redis: curves, queues, workers, ledger, samples. Default: every run."""
     from sluice.dashboard.auth import check_token, free_port, page_url
     from sluice.dashboard.web import serve
-    from sluice.scripts.launcher.existing_run import opened_run
+    from sluice.scripts.launcher.run_folder import opened_run
 
     token = _token(token_file)
     check_token(host, token)
     with opened_run(names[0] if names else None) as (client, _, _):
         port = free_port(host, port)
-        serve(
-            client,
-            names,
-            host=host,
-            port=port,
-            token=token,
-            started=lambda: click.echo(f"dashboard at {page_url(host, port)}", err=True),
-        )
+        greeting = f"dashboard at {page_url(host, port)}"
+        serve(client, names, host=host, port=port, token=token, started=lambda: click.echo(greeting, err=True))
 
 
 def _token(file: Path | None) -> str | None:

@@ -13,7 +13,7 @@ from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.run import Run
 from sluice.dashboard.dead_letters import read_dead_letters, render_dead
-from sluice.scripts.launcher.existing_run import opened_run
+from sluice.scripts.launcher.run_folder import opened_run
 from sluice.scripts.options import Json, RunName, console, example
 
 

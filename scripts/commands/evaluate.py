@@ -18,7 +18,7 @@ from sluice.common.pipeline import stages_for
 from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run
 from sluice.dashboard.evaluations import describe, list_evaluations
-from sluice.scripts.launcher.existing_run import opened_run
+from sluice.scripts.launcher.run_folder import opened_run
 from sluice.scripts.options import Json, RunName, example
 
 

@@ -9,7 +9,7 @@ import redis
 
 from sluice.common.errors import ConfigError
 from sluice.common.run import Run, list_runs, open_run
-from sluice.scripts.launcher.existing_run import opened_run
+from sluice.scripts.launcher.run_folder import opened_run
 from sluice.scripts.options import RunName, example
 
 

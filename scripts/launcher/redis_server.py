@@ -15,9 +15,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import redis
 
@@ -40,23 +41,23 @@ logfile "{folder}/redis.log"
 """
 
 
-def _escaped(folder: Path) -> str:
-    """Return a path as redis.conf has it between double quotes."""
-    return str(folder).replace("\\", "\\\\").replace('"', '\\"')
-
-
 @dataclass(kw_only=True, slots=True)
 class EmbeddedServer:
-    """A server that this process started."""
+    """A server that this process started; as a context, it is stopped at its end."""
 
     url: str
     folder: Path
     process: subprocess.Popen[bytes]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
     def restart(self) -> None:
         """Start it again on the same port and data, after it died. Raises ConnectionFailed."""
-        self.process = _spawn(self.folder)
-        _await_ready(self.url, self.process, log=self.folder / "redis.log")
+        self.process = _start(self.folder, self.url)
 
     def stop(self) -> None:
         """Stop it: SIGTERM makes it flush its append-only file and exit."""
@@ -75,19 +76,31 @@ def start_server(folder: Path) -> EmbeddedServer:
     port, password = free_port(), secrets.token_urlsafe(24)
     config = folder / "redis.conf"
     config.touch(mode=0o600)
-    config.write_text(_CONFIG.format(port=port, password=password, folder=_escaped(folder)))
-    process = _spawn(folder)
+    escaped = str(folder).replace("\\", "\\\\").replace('"', '\\"')
+    config.write_text(_CONFIG.format(port=port, password=password, folder=escaped))
     url = f"redis://:{password}@127.0.0.1:{port}/0"
     address = folder / "url"
     address.touch(mode=0o600)
     address.write_text(url)
-    _await_ready(url, process, log=folder / "redis.log")
-    return EmbeddedServer(url=url, folder=folder, process=process)
+    return EmbeddedServer(url=url, folder=folder, process=_start(folder, url))
 
 
-def _spawn(folder: Path) -> subprocess.Popen[bytes]:
+def _start(folder: Path, url: str) -> subprocess.Popen[bytes]:
+    """Start a server on what is in its folder, and wait until it has loaded its data."""
     argv = [find_server(), str(folder / "redis.conf")]
-    return spawn(argv, log=folder / "redis.out", env={}, at_parents_death=signal.SIGTERM)
+    process = spawn(argv, log=folder / "redis.out", env={}, at_parents_death=signal.SIGTERM)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with closing(redis.Redis.from_url(url, socket_timeout=1.0, retry=None)) as probe:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                probe.ping()
+                return process
+            except (redis.ConnectionError, redis.TimeoutError):  # not listening yet, or loading its data
+                time.sleep(0.02)
+    process.kill()
+    log = folder / "redis.log"
+    tail = log.read_text().splitlines()[-5:] if log.exists() else []
+    raise ConnectionFailed("the embedded Redis did not start:\n" + "\n".join(tail))
 
 
 def find_server() -> str:
@@ -119,13 +132,11 @@ def running_url(folder: Path) -> str | None:
     if not address.is_file():
         return None
     url = address.read_text()
-    probe = redis.Redis.from_url(url, socket_timeout=1.0, socket_connect_timeout=1.0)
-    try:
-        return url if probe.ping() else None
-    except redis.RedisError:
-        return None
-    finally:
-        probe.close()
+    with closing(redis.Redis.from_url(url, socket_timeout=1.0, socket_connect_timeout=1.0)) as probe:
+        try:
+            return url if probe.ping() else None
+        except redis.RedisError:
+            return None
 
 
 @contextmanager
@@ -134,11 +145,8 @@ def reading_server(folder: Path) -> Iterator[str]:
     if url := running_url(folder):
         yield url
         return
-    server = start_server(folder)
-    try:
+    with start_server(folder) as server:
         yield server.url
-    finally:
-        server.stop()
 
 
 def free_port() -> int:
@@ -146,18 +154,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _await_ready(url: str, process: subprocess.Popen[bytes], *, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    probe = redis.Redis.from_url(url, socket_timeout=1.0, retry=None)
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            probe.ping()
-            probe.close()
-            return
-        except (redis.ConnectionError, redis.TimeoutError):  # not listening yet, or loading its data
-            time.sleep(0.02)
-    process.kill()
-    tail = log.read_text().splitlines()[-5:] if log.exists() else []
-    raise ConnectionFailed("the embedded Redis did not start:\n" + "\n".join(tail))

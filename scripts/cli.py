@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from typing import Any
 
 import click
@@ -11,15 +12,13 @@ import redis
 from sluice.common.errors import SluiceError
 from sluice.scripts.commands.control import drain, pause, resume, set_
 from sluice.scripts.commands.convert import export, replay
-from sluice.scripts.commands.dashboard import dashboard
-from sluice.scripts.commands.dead import dead
 from sluice.scripts.commands.doctor import doctor
 from sluice.scripts.commands.evaluate import evaluate
-from sluice.scripts.commands.look import ledger, samples, status, trace
-from sluice.scripts.commands.metrics import metrics
+from sluice.scripts.commands.look import dead, ledger, samples, status, trace
 from sluice.scripts.commands.plan import plan
 from sluice.scripts.commands.run import create, run, train, worker
 from sluice.scripts.commands.runs import runs
+from sluice.scripts.commands.serve import dashboard, metrics
 from sluice.scripts.commands.sft import sft
 
 SECTIONS = {
@@ -50,9 +49,8 @@ def cli() -> None:
     """
 
 
-for _commands in SECTIONS.values():
-    for _command in _commands:
-        cli.add_command(_command)
+for _command in chain.from_iterable(SECTIONS.values()):
+    cli.add_command(_command)
 
 
 def main(argv: list[str] | None = None) -> Any:

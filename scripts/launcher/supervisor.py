@@ -177,15 +177,18 @@ class Supervisor:
 
     def num_workers(self, queue: str) -> int:
         """Count the workers of a queue, including those loading or about to be restarted, without those that drain."""
-        return sum(child.queue == queue and child.drained_at is None for child in self._children)
+        return len(self._active(queue))
+
+    def _active(self, queue: str) -> list[Child]:
+        found = [child for child in self._children if child.queue == queue and child.drained_at is None]
+        return sorted(found, key=lambda child: child.replica)
 
     def scale(self, queue: str, number: int) -> None:
         """Start workers of a queue or begin to drain some, the newest first, so that `number` stay.
 
         A draining worker keeps its number, and so its GPUs, until it has ended: fewer may start than requested.
         """
-        active = [child for child in self._children if child.queue == queue and child.drained_at is None]
-        active.sort(key=lambda child: child.replica)
+        active = self._active(queue)
         for child in active[number:]:
             child.drained_at = time.monotonic()
             if child.process and child.process.poll() is None:

@@ -97,40 +97,35 @@ def test_a_role_shows_its_command_line_and_leads_its_group(server: ForkServer, t
     assert process.wait(10) == -signal.SIGKILL
 
 
-def test_roles_end_with_their_server_and_the_next_one_starts_from_another(tmp_path: Path) -> None:
-    with ForkServer() as server:
-        role = started(server, "import time; time.sleep(60)", tmp_path / "log")
-        assert role.poll() is None
-        os.kill(server.pid, signal.SIGKILL)
-        assert role.wait(20) == -signal.SIGKILL
-        wait_for(lambda: not psutil.pid_exists(role.pid), timeout=10, what="the role to be gone")
-        assert printed(server, "print('again')", tmp_path / "next") == "again\n"
-
-
-def test_a_server_that_hangs_is_ended_and_holds_up_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fork_server, "REPLY_S", 1.0)
-    with ForkServer() as server:
-        role = started(server, "import time; time.sleep(600)", tmp_path / "log")
-        before = server.pid
-        os.kill(before, signal.SIGSTOP)
-        role.send_signal(signal.SIGTERM)
-        family = [psutil.Process(role.pid)]
-        wait_for(lambda: not alive(family), timeout=5, what="a role whose server hangs to get its signal")
-        assert role.wait(30) == -signal.SIGKILL and server.pid != before
-        assert printed(server, "print(1)", tmp_path / "next") == "1\n"
-
-
-def test_an_interrupted_request_costs_the_server_and_no_reply_is_taken_for_another(
+def test_a_server_that_is_killed_hangs_or_is_interrupted_ends_with_its_roles_and_the_next_one_starts_from_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fork_server, "REPLY_S", 1.0)
     with ForkServer() as server:
-        role = started(server, "import time; time.sleep(600)", tmp_path / "log")
-        with monkeypatch.context() as patch:
-            patch.setattr(server, "_replies", Mock(**{"readline.side_effect": KeyboardInterrupt}))
-            with pytest.raises(KeyboardInterrupt):
+
+        def kill(role: Process) -> None:
+            os.kill(server.pid, signal.SIGKILL)
+
+        def hang(role: Process) -> None:
+            os.kill(server.pid, signal.SIGSTOP)
+            role.send_signal(signal.SIGTERM)
+            family = [psutil.Process(role.pid)]
+            wait_for(lambda: not alive(family), timeout=5, what="a role whose server hangs to get its signal")
+
+        def interrupt(role: Process) -> None:
+            """Its reply, which is still to come, is not taken for another."""
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(server, "_replies", Mock(**{"readline.side_effect": KeyboardInterrupt}))
                 role.poll()
-        assert role.wait(30) == -signal.SIGKILL, "its server has ended"
-        assert printed(server, "print(1)", tmp_path / "next") == "1\n"
+
+        for disturb in (kill, hang, interrupt):
+            role = started(server, "import time; time.sleep(600)", tmp_path / "log")
+            assert role.poll() is None
+            before = server.pid
+            disturb(role)
+            assert role.wait(30) == -signal.SIGKILL and server.pid != before
+            wait_for(lambda pid=role.pid: not psutil.pid_exists(pid), timeout=10, what="the role to be gone")
+            assert printed(server, "print('again')", tmp_path / disturb.__name__) == "again\n"
 
 
 def test_roles_that_must_not_load_torch_are_not_forked() -> None:

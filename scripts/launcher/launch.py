@@ -200,11 +200,10 @@ def _dashboard(run: Run) -> tuple[list[Role], str | None]:
 
 
 def _trainer_is_alive(client: redis.Redis, run: Run) -> bool:
-    try:
+    with suppress(redis.ConnectionError, redis.TimeoutError):
         heartbeats = read_heartbeats(client, run.keys)
-    except (redis.ConnectionError, redis.TimeoutError):
-        return False
-    return any(name.startswith("trainer@") and not is_silent(stats) for name, stats in heartbeats.items())
+        return any(name.startswith("trainer@") and not is_silent(stats) for name, stats in heartbeats.items())
+    return False
 
 
 def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None, progress: Progress) -> bool:

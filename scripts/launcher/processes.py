@@ -14,27 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 from sluice.common.parent import die_with
+from sluice.scripts.launcher.forked import ForkedProcess
 
-
-class Process(Protocol):
-    """What a supervisor knows of a child: a `Popen`, or a `ForkedProcess`."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """Return the exit code, negative for a signal; None while it runs."""
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Return the exit code. Raises TimeoutExpired."""
-
-    def send_signal(self, number: int, /) -> None:
-        """Send a signal, unless the process has ended."""
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
+Process = subprocess.Popen[bytes] | ForkedProcess
+"""What a supervisor knows of a child."""
 
 
 def spawn(

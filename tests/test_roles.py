@@ -27,8 +27,12 @@ from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.run import open_run
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 
-NO_KL = {"trainer__loss": {"kl_beta": 0.0}}
-"""No reference worker is needed."""
+BROKEN_FOR_SOME = """
+def grade(prompts, completions, target, **kwargs):
+    if target[0].endswith("1"):
+        raise RuntimeError("the grader is broken")
+    return [float(f"<answer>{t}</answer>" in c) for c, t in zip(completions, target)]
+"""
 
 
 @pytest.fixture
@@ -45,7 +49,10 @@ def groups_done(url: str) -> list[int]:
 
 def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path, redis_url: str) -> None:
     steps, folder = 30, tmp_path / "runs" / "roles"
-    env = create_run(tmp_path, redis_url, trainer__num_steps=steps, checkpoint__every_steps=5, checkpoint__keep=100)
+    (tmp_path / "broken.py").write_text(BROKEN_FOR_SOME)
+    settings = {"trainer__num_steps": steps, "checkpoint__every_steps": 5, "checkpoint__keep": 100}
+    grader = [{"function": f"{tmp_path / 'broken.py'}:grade"}]
+    env = create_run(tmp_path, redis_url, reward__functions=grader, **settings)
     with contextlib.ExitStack() as stack:
         *_, first = stack.enter_context(workers(tmp_path, env, "dataset", "reward", "reference", "rollout"))
         daemon = stack.enter_context(trainer(tmp_path, env))
@@ -66,12 +73,18 @@ def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path,
         third = stack.enter_context(worker("rollout", cwd=tmp_path, **env))
         wait_for(lambda: len(groups_done(redis_url)) >= 2, timeout=60, what="a third rollout worker")
         assert terminate(second, timeout=15) == 0  # hands back what it cannot finish
-        assert again.wait(240) == 0
+        wait_for_steps(tmp_path, len(metrics_of(folder)) + 1)
+        assert terminate(again) == 0  # finishes its step, and writes a checkpoint of it
+        latest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
+        assert json.loads((latest / "state.json").read_text())["step"] == metrics_of(folder)[-1]["step"]
+        last = stack.enter_context(trainer(tmp_path, env))
+        assert last.wait(240) == 0
         assert third.poll() is None
 
     counters = counters_of(env)
     assert counters.holds, counters
-    assert (counters.in_flight, counters.dead, counters.trained) == (0, {}, steps * 8)
+    assert (counters.in_flight, counters.trained) == (0, steps * 8)
+    assert {*counters.dead} == {"RewardError"}, "of 240 and more sums some end in 1; no death of a worker costs a group"
     assert_trained_once(folder, steps)
 
 
@@ -90,52 +103,3 @@ def test_a_worker_with_wrong_options_says_what_to_pass(tmp_path: Path, redis_url
         assert expected in text
         assert "Traceback" not in text
         (tmp_path / "wrong.log").unlink()
-
-
-FLAKY_REWARD = """
-import time
-
-def flaky(prompts, completions, target, **kwargs):
-    digit = int(target[0][-1])
-    if digit == 0:
-        time.sleep(1000)
-    if digit == 1:
-        raise RuntimeError("the grader is broken")
-    return [float(f"<answer>{t}</answer>" in c) for c, t in zip(completions, target)]
-"""
-
-
-def test_a_reward_that_hangs_or_raises_is_dead_lettered_and_never_a_score(tmp_path: Path, redis_url: str) -> None:
-    (tmp_path / "flaky.py").write_text(FLAKY_REWARD)
-    flaky = [{"function": str(tmp_path / "flaky.py") + ":flaky"}]
-    limits = {"reward__time_limit_s": 0.3, "reward__concurrency": 2}
-    env = create_run(tmp_path, redis_url, **NO_KL, trainer__num_steps=4, reward__functions=flaky, **limits)
-    with workers(tmp_path, env), trainer(tmp_path, env) as daemon:
-        assert daemon.wait(240) == 0
-    counters = counters_of(env)
-    with contextlib.closing(connect(redis_url)) as client:
-        keys = open_run(client, "roles").keys
-        dead = [client.hgetall(keys.group(group.decode())) for group in client.zrange(keys.dead, 0, -1)]
-    assert counters.holds
-    assert (counters.trained, counters.dead) == (4 * 8, {"RewardError": len(dead)})
-    assert dead, "of 32 and more sums some end in 0 or 1"
-    assert counters.retried >= 2 * len(dead)  # three attempts each
-    details = b" ".join(group[b"dead_detail"] for group in dead)
-    assert b"the grader is broken" in details or b"SoftTimeLimitExceeded" in details
-    # the payload is kept, no score was made up
-    assert all(b"rollout" in group and b"reward" not in group for group in dead)
-
-
-def test_sigterm_makes_the_trainer_checkpoint_and_exit_0(tmp_path: Path, redis_url: str) -> None:
-    env = create_run(tmp_path, redis_url, **NO_KL, trainer__num_steps=1000, checkpoint__every_steps=1000)
-    folder = tmp_path / "runs" / "roles"
-    with workers(tmp_path, env), trainer(tmp_path, env) as daemon:
-        wait_for_steps(tmp_path, 2)
-        assert terminate(daemon) == 0
-        done = len(metrics_of(folder))
-        latest = (folder / "checkpoints" / "latest").read_text()
-        assert latest == f"step-{done:08d}"
-        assert json.loads((folder / "checkpoints" / latest / "state.json").read_text())["step"] == done
-        counters = counters_of(env)
-        assert counters.holds
-        assert counters.trained == done * 8

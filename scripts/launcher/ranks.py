@@ -65,8 +65,7 @@ def _wait(ranks: list[Process]) -> int:
     ended_at: float | None = None
     while True:
         codes = [process.poll() for process in ranks]
-        # Rank 0 ends last of all that matters: its checkpoint is written, and every rank has said goodbye. One whose
-        # libraries hang at the exit of the process has nothing left to do.
+        # Rank 0 ends last of all that matters: its checkpoint is written, and every rank has said goodbye.
         if codes[0] == 0 and ended_at is None:
             ended_at = time.monotonic()
         if ended_at is not None and time.monotonic() - ended_at > GRACE_S:

@@ -10,10 +10,9 @@ import click
 import redis
 
 from sluice.common.errors import SluiceError
-from sluice.scripts.commands.control import drain, pause, resume, set_
+from sluice.scripts.commands.control import drain, evaluate, pause, resume, set_
 from sluice.scripts.commands.convert import export, replay
 from sluice.scripts.commands.doctor import doctor
-from sluice.scripts.commands.evaluate import evaluate
 from sluice.scripts.commands.look import dead, ledger, samples, status, trace
 from sluice.scripts.commands.plan import plan
 from sluice.scripts.commands.run import create, run, train, worker

@@ -61,18 +61,23 @@ for _commands in SECTIONS.values():
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Entry point: Sluice's own errors become one paragraph and exit code 2."""
+    """Entry point. What is wrong outside of Sluice is one paragraph and exit code 2; Ctrl-C ends with 130."""
     try:
-        return cli.main(args=argv, prog_name="sluice")
-    except SluiceError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except (redis.ConnectionError, redis.TimeoutError) as error:
-        click.echo(f"error: Redis became unavailable: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        return cli.main(args=argv, prog_name="sluice", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except SluiceError as error:
+        text = str(error)
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        text = f"Redis became unavailable: {error}"
+    except OSError as error:  # a full disk, a folder without the right to write, no more processes or open files
+        text = f"{error.filename}: {error.strerror}" if error.filename else f"the system refused: {error}"
+    click.echo(f"error: {text}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -43,6 +43,7 @@ def spawn(
     env: Mapping[str, str],
     at_parents_death: int = signal.SIGKILL,
     pass_fds: Sequence[int] = (),
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a child whose output is appended to `log`; `env` is added to ours. Call it from the main thread."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def spawn(
     with log.open("ab") as output:
         return subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **env},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 import redis
@@ -26,6 +26,7 @@ from sluice.scripts.commands.samples import samples
 from sluice.scripts.commands.sft import sft
 from sluice.scripts.commands.status import status
 from sluice.scripts.commands.trace import trace
+from sluice.scripts.options import Unread
 
 SECTIONS = {
     "Run": (run, sft, create, worker, train, plan, doctor),
@@ -62,13 +63,14 @@ for _commands in SECTIONS.values():
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point. What is wrong outside of Sluice is one paragraph and exit code 2; Ctrl-C ends with 130."""
+    sys.stderr = cast(TextIO, Unread(sys.stderr))
     try:
         return cli.main(args=argv, prog_name="sluice", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
+    except click.Abort as abort:  # Ctrl-C, or a question that was answered with no
+        sys.exit(130 if isinstance(abort.__cause__, KeyboardInterrupt) else 1)
     except SluiceError as error:
         text = str(error)
     except (redis.ConnectionError, redis.TimeoutError) as error:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sluice.common.parent import stop_signals
+
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
-    """Set a flag on Ctrl-C and SIGTERM; a second one interrupts."""
+    """Set a flag on Ctrl-C, SIGTERM and a closed terminal; a second one interrupts."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -18,7 +20,7 @@ def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         seen.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in stop_signals()}
     try:
         yield lambda: bool(seen)
     finally:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -26,7 +26,7 @@ from sluice.common.config import Config
 from sluice.common.config.file import parse_config, read_run_config
 from sluice.common.connections.client import connect
 from sluice.common.connections.secrets import secret
-from sluice.common.errors import ConfigError
+from sluice.common.errors import ConfigError, ConnectionFailed
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.diagnosis import broker_client
@@ -39,7 +39,7 @@ from sluice.common.run import Run, RunRecord, list_runs
 from sluice.common.serialization import decode
 from sluice.dashboard.dead_letters import read_dead_letters
 from sluice.dashboard.evaluations import list_evaluations
-from sluice.scripts.launcher.redis_server import running_url
+from sluice.scripts.launcher.redis_server import DataInUse, running_url, take_lock
 from sluice.scripts.launcher.run_folder import existing_folder, opened_run
 from sluice.scripts.options import Json, console, example
 
@@ -123,10 +123,15 @@ def delete(name: str, yes: bool, force: bool, with_folder: bool) -> None:
         click.echo(f"{name} is deleted: {removed} keys")
         return
     folder = existing_folder(Keys(name).run)  # its Redis' data are all that there is of it
-    if running_url(folder / "redis"):
-        raise ConfigError(f"run {name} is alive: its Redis answers; end it with Ctrl-C or `sluice drain {name}` first")
+    try:
+        lock = take_lock(folder / "redis")
+    except DataInUse:
+        raise ConfigError(
+            f"run {name} is alive: it has a Redis; end it with Ctrl-C or `sluice drain {name}` first"
+        ) from None
     remove_policies(read_run_config(folder), name)
     shutil.rmtree(checked_folder(folder, name) if with_folder else folder / "redis")
+    os.close(lock)
     click.echo(f"{name} is deleted")
 
 
@@ -163,9 +168,12 @@ def _folders() -> Iterator[dict[str, Any]]:
     """Return the runs with a Redis of their own, from their folders."""
     for config in sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime):
         folder = config.parent
-        if url := running_url(folder / "redis"):
-            with closing(connect(url)) as client:
-                yield from ({**run, "status": "running"} for run in read_runs(client) if run["run"] == folder.name)
+        if (folder / "redis").is_dir() and running_url(folder / "redis") is not None:
+            try:
+                with opened_run(folder.name) as (client, _, _):
+                    yield from ({**run, "status": "running"} for run in read_runs(client) if run["run"] == folder.name)
+            except ConnectionFailed as error:
+                click.echo(f"{folder.name}: {error}", err=True)
             continue
         summary = folder / "summary.json"
         ended = json.loads(summary.read_text()) if summary.is_file() else {}

@@ -35,7 +35,7 @@ from sluice.dashboard.auth import LOOPBACK, free_port, page_url
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.processes import interrupted_by_signals
 from sluice.scripts.launcher.progress import Progress
-from sluice.scripts.launcher.redis_server import EmbeddedServer, running_url, start_server
+from sluice.scripts.launcher.redis_server import DataInUse, EmbeddedServer, start_server
 from sluice.scripts.launcher.roles import Role, check_gpus, dashboard_role
 from sluice.scripts.launcher.run_folder import default_name, newest_run, run_folder, with_absolute_paths, write_config
 from sluice.scripts.launcher.scaling import Scaler
@@ -230,7 +230,11 @@ def _redis_for(folder: Path) -> Iterator[tuple[str, EmbeddedServer | None]]:
     if url := secret("SLUICE_REDIS_URL"):
         yield url, None
         return
-    if running_url(folder / "redis"):
-        raise ConfigError(f"run {folder.name} is in progress: its Redis is alive (sluice status {folder.name})")
-    with start_server(folder / "redis") as server:
+    try:
+        server = start_server(folder / "redis")
+    except DataInUse:
+        raise ConfigError(
+            f"run {folder.name} is in progress: its Redis is alive (sluice status {folder.name})"
+        ) from None
+    with server:
         yield server.url, server

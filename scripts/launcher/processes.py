@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from sluice.common.parent import die_with
+from sluice.common.parent import die_with, stop_signals
 from sluice.scripts.launcher.forked import ForkedProcess
 
 Process = subprocess.Popen[bytes] | ForkedProcess
@@ -29,6 +29,7 @@ def spawn(
     env: Mapping[str, str],
     at_parents_death: int = signal.SIGKILL,
     pass_fds: Sequence[int] = (),
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a child whose output is appended to `log`; `env` is added to ours. Call it from the main thread."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ def spawn(
     with log.open("ab") as output:
         return subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **env},
@@ -54,7 +55,7 @@ def signal_group(process: Process, number: int) -> None:
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
-    """Set a flag on Ctrl-C and SIGTERM; a second one interrupts."""
+    """Set a flag on Ctrl-C, SIGTERM and a closed terminal; a second one interrupts."""
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -62,7 +63,7 @@ def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         seen.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in stop_signals()}
     try:
         yield lambda: bool(seen)
     finally:

@@ -9,8 +9,6 @@ from sluice.common.types import Completion, Episode, Group
 from sluice.trainer.micro_batches import (
     build_micro_batches,
     find_logprobs,
-    num_loss_tokens,
-    num_sequences,
     padding_share,
     step_normaliser,
 )
@@ -80,7 +78,9 @@ def test_every_episode_is_trained_once_within_the_budget(seed, packed):
     assert all((b.num_tokens if packed else b.num_padded_tokens) <= 40 for b in batches)
     for batch in batches:  # no column is pad in every row
         assert batch.input_ids.shape[1] == int((batch.prompt_lengths + batch.completion_lengths).max())
-    assert num_loss_tokens(batches) == sum(len(e.completion.token_ids) for g in groups for e in g.episodes)
+    assert step_normaliser(batches, aggregation="token_mean") == sum(
+        len(e.completion.token_ids) for g in groups for e in g.episodes
+    )
 
 
 def test_micro_batches_are_few_equally_full_and_longest_first():
@@ -119,7 +119,7 @@ def test_unscorable_episodes_are_out_of_the_loss():
     )
     (batch,) = build(group)
     assert batch.loss_mask.any(-1).tolist() == [True, False, True]
-    assert (num_loss_tokens([batch]), num_sequences([batch])) == (4, 2)
+    assert [step_normaliser([batch], aggregation=name) for name in ("token_mean", "sequence_mean")] == [4, 2]
 
 
 def test_a_token_equal_to_the_pad_stays_in_the_loss():

@@ -14,7 +14,7 @@ from sluice.common.config.trainer import LossConfig
 from sluice.common.types import Episode, Group
 from sluice.trainer.distributed.parallel import ParallelPolicy
 from sluice.trainer.loss import policy_loss
-from sluice.trainer.micro_batches import build_micro_batches, num_loss_tokens, num_sequences
+from sluice.trainer.micro_batches import build_micro_batches, step_normaliser
 from sluice.trainer.reward_shaping import loss_tokens, mask_metrics, overlong_penalty, rewards_of
 from sluice.trainer.step import train_on
 from sluice.trainer.trained_policy import TrainedPolicy
@@ -54,7 +54,8 @@ def test_truncated_completions_leave_the_loss_only_where_asked():
     for mask_truncated, rows in ((False, [True, True]), (True, [True, False])):
         batch = batch_of(*episodes, mask_truncated=mask_truncated)
         assert batch.loss_mask.any(-1).tolist() == rows
-        assert (num_loss_tokens([batch]), num_sequences([batch])) == (3 * sum(rows), sum(rows))
+        assert step_normaliser([batch], aggregation="token_mean") == 3 * sum(rows)
+        assert step_normaliser([batch], aggregation="sequence_mean") == sum(rows)
 
 
 def test_a_truncated_completion_still_counts_for_the_baseline():
@@ -66,7 +67,7 @@ def test_tool_tokens_are_context_and_not_in_the_loss():
     batch = batch_of(episode_of(6, (1, 2), (5, 1)), episode_of(2))
     assert batch.loss_mask.tolist() == [[True, False, False, True, True, False], [True, True] + [False] * 4]
     assert batch.input_ids[0].tolist() == [50, 50, 50, 0, 1, 2, 3, 4, 5]
-    assert num_loss_tokens([batch]) == 5
+    assert step_normaliser([batch], aggregation="token_mean") == 5
 
 
 def test_tool_tokens_have_no_gradient_whatever_their_logprobs():

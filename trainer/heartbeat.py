@@ -22,6 +22,8 @@ from sluice.common.run import Run, process_name
 
 log = logging.getLogger("sluice.trainer")
 
+DiskRetry = Callable[[Callable[[], None]], None]
+"""Makes a write, again and again while the disk is full: a trainer's `retry_while_disk_full`."""
 STREAMED_EVERY_S = 60.0
 """How often a lasting stall is an entry of the metrics stream, besides its beginning: readers look at the newest few."""
 DISK_RETRY_S = 3.0

@@ -88,7 +88,14 @@ class WandB:
     def __init__(self, run: TrackedRun) -> None:
         self._wandb = _wandb()
         options: dict[str, Any] = {"project": run.project, "name": run.name, "id": run.run_id, "dir": str(run.folder)}
-        options |= {"config": dict(run.config), "settings": self._settings()}
+        settings = self._wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=OPEN_S,
+            finish_timeout=FINISH_S,
+            x_transaction_log_flush_interval=1.0,  # by default a kill would lose the last 15 seconds
+        )
+        options |= {"config": dict(run.config), "settings": settings}
         if self._wandb.setup().settings.mode == "online":
             try:
                 self._run = self._wandb.init(**options, resume="allow")
@@ -100,15 +107,6 @@ class WandB:
             self._run = self._wandb.init(**options)
         log.info("W&B: %s", f"offline, in {run.folder}/wandb" if self._run.offline else self._run.url)
         self._run.define_metric("*", step_metric="step")  # its own steps cannot be written to twice
-
-    def _settings(self) -> Any:
-        return self._wandb.Settings(
-            console="off",
-            silent=True,
-            init_timeout=OPEN_S,
-            finish_timeout=FINISH_S,
-            x_transaction_log_flush_interval=1.0,  # by default a kill would lose the last 15 seconds
-        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import letter_tokenizer, make_config
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from builders import make_config, save_tiny_qwen
 
 from sluice.common.config import Config
 from sluice.common.errors import ConfigError
@@ -48,19 +47,10 @@ def make_group(seed: int) -> Group:
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path / "model"
-    shape = Qwen3Config(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, eos_token_id=1,
-    )  # fmt: skip
-    Qwen3ForCausalLM(shape).save_pretrained(folder)
-    for name, content in letter_tokenizer(50).items():
-        (folder / name).write_bytes(content)
-    return folder
+    return save_tiny_qwen(tmp_path / "model")
 
 
-def run_of(folder: Path, model: Path, *, audit: str, every_steps: int = 2, keep: int = 2) -> Config:
+def run_of(folder: Path, model: Path, *, audit: str = "all", every_steps: int = 2, keep: int = 2) -> Config:
     """A run folder as the trainer leaves it, of STEPS steps on made-up groups."""
     config = make_config(
         model={"path": str(model)},
@@ -102,21 +92,18 @@ def test_a_record_reads_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_whole_stream_gives_the_same_bits(tmp_path: Path, model_folder: Path) -> None:
-    run_of(tmp_path / "run", model_folder, audit="all")
+    """And one step of it, from the nearest checkpoint."""
+    run_of(tmp_path / "run", model_folder)
     steps = list(replay(tmp_path / "run"))
     assert [step.step for step in steps] == [1, 2, 3, 4, 5]
     assert all(step.recorded_loss == step.replayed_loss and step.began_with_same_weights for step in steps)
     assert [step.ended_with_same_weights for step in steps] == [None, True, None, True, None]
-
-
-def test_one_step_begins_at_the_nearest_checkpoint(tmp_path: Path, model_folder: Path) -> None:
-    run_of(tmp_path / "run", model_folder, audit="all")
     assert [step.step for step in replay(tmp_path / "run", step=4)] == [3, 4]
     assert all(step.agrees and step.began_with_same_weights for step in replay(tmp_path / "run", step=5))
 
 
 def test_a_step_trained_on_something_else_does_not_agree(tmp_path: Path, model_folder: Path) -> None:
-    config = run_of(tmp_path / "run", model_folder, audit="all")
+    config = run_of(tmp_path / "run", model_folder)
     record = read_record(audit_folder(tmp_path / "run"), 2)
     Audit(tmp_path / "run", config).record(
         StepRecord(step=2, parent_digest=record.parent_digest, groups=[make_group(77)], metrics=record.metrics),
@@ -125,6 +112,8 @@ def test_a_step_trained_on_something_else_does_not_agree(tmp_path: Path, model_f
     first, second, third = list(replay(tmp_path / "run"))[:3]
     assert first.agrees and not second.agrees and not second.ended_with_same_weights
     assert not third.began_with_same_weights
+    Audit(tmp_path / "run", config).forget_after(3)  # the others are of an abandoned branch
+    assert recorded_steps(audit_folder(tmp_path / "run")) == [1, 2, 3]
 
 
 def test_a_sample_is_what_kept_checkpoints_can_replay(tmp_path: Path, model_folder: Path) -> None:
@@ -138,19 +127,21 @@ def test_a_sample_is_what_kept_checkpoints_can_replay(tmp_path: Path, model_fold
 
 
 def test_a_step_whose_checkpoint_is_gone_says_what_is_missing(tmp_path: Path, model_folder: Path) -> None:
-    run_of(tmp_path / "run", model_folder, audit="all", every_steps=5)
+    run_of(tmp_path / "run", model_folder, every_steps=5)
     (audit_folder(tmp_path / "run") / "step-00000002.zst").unlink()
     with pytest.raises(ConfigError, match=r"step 4 is replayed from the base model, but step 2 is not recorded"):
         list(replay(tmp_path / "run", step=4))
     assert [step.step for step in replay(tmp_path / "run")] == [1], "of the rest none has its checkpoint"
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, model_folder: Path) -> None:
-    run_of(tmp_path / "run", model_folder, audit="all")
+def test_a_damaged_checkpoint_or_record_is_named(tmp_path: Path, model_folder: Path) -> None:
+    run_of(tmp_path / "run", model_folder)
     weights = tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-30])
-    with pytest.raises(ConfigError, match=r"step-00000004 is damaged"):
-        list(replay(tmp_path / "run", step=5))
+    record = audit_folder(tmp_path / "run") / "step-00000002.zst"
+    for path, step, message in ((weights, 5, "step-00000004 is damaged"), (record, None, "2.zst is damaged")):
+        path.write_bytes(path.read_bytes()[:-30])
+        with pytest.raises(ConfigError, match=message):
+            list(replay(tmp_path / "run", step=step))
 
 
 def test_none_keeps_nothing_and_a_full_disk_costs_no_run(
@@ -162,17 +153,3 @@ def test_none_keeps_nothing_and_a_full_disk_costs_no_run(
     record = StepRecord(step=1, parent_digest="", groups=[], metrics={})
     Audit(tmp_path / "blocked", make_config(audit="all")).record(record, saved_step=0)
     assert "step 1 is not in the audit" in caplog.text
-
-
-def test_records_of_an_abandoned_branch_go(tmp_path: Path, model_folder: Path) -> None:
-    config = run_of(tmp_path / "run", model_folder, audit="all")
-    Audit(tmp_path / "run", config).forget_after(3)
-    assert recorded_steps(audit_folder(tmp_path / "run")) == [1, 2, 3]
-
-
-def test_a_damaged_record_is_named(tmp_path: Path, model_folder: Path) -> None:
-    run_of(tmp_path / "run", model_folder, audit="all")
-    path = audit_folder(tmp_path / "run") / "step-00000002.zst"
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ConfigError, match=r"step-00000002\.zst is damaged"):
-        list(replay(tmp_path / "run"))

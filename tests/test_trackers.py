@@ -24,7 +24,7 @@ import datasets
 import psutil
 import pytest
 import redis
-from builders import make_config
+from builders import for_each, make_run
 from click.testing import CliRunner
 from harness import ROOT, environment, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,9 +34,8 @@ from sluice.common.config.operations import MetricsConfig
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.monitoring.metric_stream import last_metrics
-from sluice.common.run import Run
 from sluice.scripts.cli import cli
-from sluice.trainer import trackers as trackers
+from sluice.trainer import trackers
 from sluice.trainer.completions import CompletionsTable
 from sluice.trainer.samples import Samples
 from sluice.trainer.step_metrics import Reporter
@@ -112,6 +111,14 @@ def wandb_rows(folder: Path) -> list[dict[str, float]]:
     return [{(item.key or item.nested_key[0]): json.loads(item.value_json) for item in row.item} for row in rows]
 
 
+def restarted(folder: Path, tracker: str) -> None:
+    """Three steps; the last one again after a restart, and a fourth. No process outlives its trainer."""
+    for resumed, told, steps in [(0, -1, [1, 2, 3]), (2, 3, [3, 4])]:
+        with trainer_process(folder, tracker, steps=steps, resumed=resumed, told=told) as process:
+            output, _ = process.communicate(timeout=60)
+            assert output.splitlines()[-1] == "[]"
+
+
 def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, float]]]:
     """(run, step, metrics) in the order they came."""
     (path,) = (folder / "trackio").glob("*.db")
@@ -121,9 +128,15 @@ def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, float]]]:
     return [(run, step, json.loads(metrics)) for run, step, metrics in rows]
 
 
-def tracked(folder: Path, **changed: Any) -> TrackedRun:
+def queue_of(folder: Path, name: str, open: Callable[[TrackedRun], Any]) -> TrackerQueue:
+    """The queue of a tracker; it opens it on its own thread."""
     run = TrackedRun(name="r", run_id="0123456789abcdef", project="demo", folder=folder, config={})
-    return replace(run, **changed)
+    return TrackerQueue(name=name, open=open, run=run)
+
+
+def log_steps(sink: TrackerQueue, *, last: int) -> None:
+    for step in range(1, last + 1):
+        sink.log(step, {"reward/mean": 0.5})
 
 
 class Fake:
@@ -145,10 +158,7 @@ class Fake:
 
 
 def test_a_wandb_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path: Path) -> None:
-    for resumed, told, steps in [(0, -1, [1, 2, 3]), (2, 3, [3, 4])]:
-        with trainer_process(tmp_path, "wandb", steps=steps, resumed=resumed, told=told) as process:
-            output, _ = process.communicate(timeout=60)
-            assert output.splitlines()[-1] == "[]", "W&B's service process outlives the sink"
+    restarted(tmp_path, "wandb")
     records = wandb_records(tmp_path)
     runs = [record.run for _, record in records if record.WhichOneof("record_type") == "run"]
     assert {(run.run_id, run.project, run.display_name) for run in runs} == {("0123456789abcdef", "demo", "r")}
@@ -176,10 +186,7 @@ def test_a_killed_trainer_leaves_no_process_of_wandb_and_keeps_what_was_told(tmp
 
 
 def test_a_trackio_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path: Path) -> None:
-    for resumed, told, steps in [(0, -1, [1, 2, 3]), (2, 3, [3, 4])]:
-        with trainer_process(tmp_path, "trackio", steps=steps, resumed=resumed, told=told) as process:
-            output, _ = process.communicate(timeout=60)
-            assert output.splitlines()[-1] == "[]"
+    restarted(tmp_path, "trackio")
     rows = [(run, step) for run, step, metrics in trackio_rows(tmp_path) if metrics.get("reward/mean") == step / 10]
     assert rows == [("r-0123", step) for step in (1, 2, 3, 4)]
 
@@ -218,9 +225,8 @@ def test_wandb_without_a_network_records_offline_and_nothing_waits(
     ended = threading.Event()
     with online(monkeypatch, lambda body: (500, {"quiet": ended.wait(20)})):
         began = time.monotonic()
-        sink = TrackerQueue(name="wandb", open=trackers.WandB, run=tracked(tmp_path))
-        for step in (1, 2, 3):
-            sink.log(step, {"reward/mean": 0.5})
+        sink = queue_of(tmp_path, "wandb", trackers.WandB)
+        log_steps(sink, last=3)
         assert time.monotonic() - began < 2.5
         sink.close()
         assert time.monotonic() - began < 18, "the server answers after 20 s"
@@ -248,11 +254,10 @@ def test_a_network_that_goes_away_meanwhile_holds_the_end_up_for_a_bounded_time(
 
     monkeypatch.setattr(trackers, "FINISH_S", 1)
     with online(monkeypatch, answer):
-        sink = TrackerQueue(name="wandb", open=trackers.WandB, run=tracked(tmp_path))
+        sink = queue_of(tmp_path, "wandb", trackers.WandB)
         assert opened.wait(20)
         began = time.monotonic()
-        for step in (1, 2, 3):
-            sink.log(step, {"reward/mean": 0.5})
+        log_steps(sink, last=3)
         assert time.monotonic() - began < 10, "the server answers after 20 s"
         sink.close()
         assert time.monotonic() - began < 18
@@ -265,9 +270,8 @@ def test_a_tracker_that_fails_loses_its_own_lines_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake = Fake(fails_from=3)
-    sink = TrackerQueue(name="fake", open=lambda run: fake, run=tracked(tmp_path))
-    for step in range(1, 8):
-        sink.log(step, {"reward/mean": 0.5})
+    sink = queue_of(tmp_path, "fake", lambda run: fake)
+    log_steps(sink, last=7)
     sink.close()
     assert [step for step, _ in fake.seen] == [1, 2]
     assert sink.dropped == 5
@@ -280,7 +284,7 @@ def test_a_tracker_that_does_not_open_is_no_reason_to_stop(tmp_path: Path, caplo
     def opens(run: TrackedRun) -> Fake:
         raise PermissionError("not you")
 
-    sink = TrackerQueue(name="fake", open=opens, run=tracked(tmp_path))
+    sink = queue_of(tmp_path, "fake", opens)
     sink.log(1, {"reward/mean": 0.5})
     sink.close()
     assert sink.dropped == 1
@@ -293,9 +297,8 @@ def test_a_tracker_that_stands_still_costs_no_time(
 ) -> None:
     monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
     fake = Fake(stuck_in=1)
-    sink = TrackerQueue(name="fake", open=lambda run: fake, run=tracked(tmp_path))
-    for step in range(1, trackers.LINES_HELD + 12):
-        sink.log(step, {"reward/mean": 0.5})
+    sink = queue_of(tmp_path, "fake", lambda run: fake)
+    log_steps(sink, last=trackers.LINES_HELD + 11)
     assert not fake.free.is_set() and len(fake.seen) == 0, "it still hangs in the first line"
     assert sink.dropped in (10, 11)  # the thread may have taken the first line already
     sink.close()
@@ -304,58 +307,51 @@ def test_a_tracker_that_stands_still_costs_no_time(
     fake.free.set()
 
 
+@contextmanager
+def reporting(
+    client: redis.Redis, keys: Keys, folder: Path, *, resumed: int = 0, **metrics: bool
+) -> Iterator[Reporter]:
+    """The reporter of a trainer that resumes from a step, with these sinks."""
+    run = make_run(keys, folder, metrics=metrics)
+    reporter = Reporter(client, run)
+    reporter.begin(resumed, run.config)
+    yield reporter
+    reporter.close()
+
+
 def test_a_step_is_sent_once_however_often_the_trainer_dies(
     client: redis.Redis, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(metrics={"trackio": True})
-    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
     fake = Fake()
     monkeypatch.setitem(trackers.TRACKERS, "trackio", lambda run: fake)
     version = itertools.count()
     for resumed, steps in [(0, [1, 2, 3, 4]), (1, [2]), (1, [2, 3, 4, 5, 6]), (6, [6])]:
-        reporter = Reporter(client, run)
-        reporter.begin(resumed, config)
-        for step in steps:
-            reporter.report(step, next(version), {"reward/mean": 0.5})
-        reporter.close()
+        with reporting(client, keys, tmp_path, resumed=resumed, trackio=True) as reporter:
+            for step in steps:
+                reporter.report(step, next(version), {"reward/mean": 0.5})
         with (tmp_path / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 90')  # torn by a kill
-            file.write("\n")
-    assert [step for step, _ in fake.seen] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        6,
-    ]  # an evaluation after the last step is one more line
-    assert Reporter(client, run).last_version == next(version) - 1
+            file.write('{"step": 90\n')  # torn by a kill
+    # an evaluation after the last step is one more line
+    assert [step for step, _ in fake.seen] == [*range(1, 7), 6]
+    assert Reporter(client, make_run(keys, tmp_path)).last_version == next(version) - 1
 
 
 def test_what_a_tracker_lost_is_in_the_metrics(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    config = make_config(metrics={"tensorboard": True})
     (tmp_path / "tensorboard").write_text("in the way")
-    reporter = Reporter(client, Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path)))
-    reporter.begin(0, config)
-    for step in itertools.count(1):
-        reporter.report(step, step, {"reward/mean": 0.5})
-        if last_metrics(client, keys).get("trackers/dropped"):
-            break
-        assert step < 500
-        time.sleep(0.02)
-    reporter.close()
+    with reporting(client, keys, tmp_path, tensorboard=True) as reporter:
+        for step in itertools.count(1):
+            reporter.report(step, step, {"reward/mean": 0.5})
+            if last_metrics(client, keys).get("trackers/dropped"):
+                break
+            assert step < 500
+            time.sleep(0.02)
 
 
 def test_tensorboard_shows_the_second_training_of_a_step(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    config = make_config(metrics={"tensorboard": True})
-    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
     for resumed, values in [(0, {1: 0.1, 2: 0.2, 3: 0.3}), (1, {2: 0.7})]:
-        reporter = Reporter(client, run)
-        reporter.begin(resumed, config)
-        for step, value in values.items():
-            reporter.report(step, step, {"reward/mean": value})
-        reporter.close()
+        with reporting(client, keys, tmp_path, resumed=resumed, tensorboard=True) as reporter:
+            for step, value in values.items():
+                reporter.report(step, step, {"reward/mean": value})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(scalar.step, scalar.value) for scalar in events.Scalars("reward/mean")] == [
@@ -368,7 +364,7 @@ def test_a_tracked_id_is_that_of_one_run() -> None:
     assert len({tracked_id("r", "1.5"), tracked_id("r", "2.5"), tracked_id("s", "1.5")}) == 3
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+@for_each("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_package_is_named_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -395,21 +391,21 @@ def test_a_login_that_fails_is_said_before_anything_starts(tmp_path: Path, monke
 
 
 def test_trained_completions_are_a_table_that_datasets_reads(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    config = make_config(metrics={"completions": True})
-    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
     scored, chat = group([1.0, None]), group([None, None], tokens=8)  # the first file has scores, the second has none
     chat = replace(chat, group_id="t1", prompt=[{"role": "user", "content": "ja?"}], timestamps={"rollout": 12.5})
     written = CompletionsTable(tmp_path)
     written.write(1, [scored], [[0.7, 0.0]])
     written.write(2, [chat], [[0.0, 0.0]])
     written.write(3, [scored], [[0.1, 0.0]])
-    Samples(client, run).forget_after(2)  # killed in step 3 or after it, before a checkpoint
+    Samples(client, make_run(keys, tmp_path, metrics={"completions": True})).forget_after(
+        2
+    )  # killed in step 3 or after it, before a checkpoint
     table = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "completions" / "*.parquet"), split="train", cache_dir=str(tmp_path / "hf")
     )
     assert table[0] == {
         "step": 1, "group_id": "t0", "sample": 0, "version_min": 3, "version_max": 3, "prompt": "p", "target": "1",
-        "completion": "x", "reward": 1.0, "advantage": 0.7, "finish_reason": "stop", "num_tokens": 4, "generated_at": None,
+        "completion": "2", "reward": 1.0, "advantage": 0.7, "finish_reason": "stop", "num_tokens": 4, "generated_at": None,
         "reward/Math": 1.0,
     }  # fmt: skip
     assert [(row["step"], row["sample"], row["reward/Math"]) for row in table] == [
@@ -431,9 +427,6 @@ def test_completions_that_cannot_be_written_do_not_stop_the_run(
 
 
 def test_nothing_is_written_unless_asked_for(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    config = make_config()
-    reporter = Reporter(client, Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path)))
-    reporter.begin(0, config)
-    reporter.report(1, 1, {"reward/mean": 0.5})
-    reporter.close()
+    with reporting(client, keys, tmp_path) as reporter:
+        reporter.report(1, 1, {"reward/mean": 0.5})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -15,7 +15,6 @@ import pytest
 import torch
 from builders import for_each, make_config, micro_batch
 from harness import quickstart_config, tiny_folder
-from test_replay import make_group
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -33,14 +32,9 @@ from sluice.common.errors import ConfigError, DigestMismatch
 from sluice.common.models.causal_lm import load_pretrained, load_weights, named_weights
 from sluice.common.models.lora import merge_adapter
 from sluice.common.policies.canary import CanarySequence, adapter_share, is_adapter_missing, random_sequences
-from sluice.common.policies.digest import weights_digest
 from sluice.trainer.adapter import Adapter, check_base
-from sluice.trainer.audit import Audit, StepRecord
 from sluice.trainer.checkpoint import TrainerState, newest_checkpoint, random_state, save_checkpoint
-from sluice.trainer.distributed.parallel import ParallelPolicy
 from sluice.trainer.export import export_checkpoint
-from sluice.trainer.replay import replay
-from sluice.trainer.step import train_on
 from sluice.trainer.trained_policy import TrainedPolicy
 
 VOCAB = 48
@@ -234,25 +228,6 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path: Path) -> 
     for other in ({"rank": 2}, {"rank": 4, "target_modules": ["q_proj"]}):
         with pytest.raises(ConfigError, match=r"another trainer\.lora \(rank or target_modules\)"):
             new_policy(lora=other).restore(path)
-
-
-def test_a_recorded_stream_is_replayed_bit_for_bit(tmp_path: Path) -> None:
-    config = make_config(
-        model={"path": str(tiny_folder(3) / "model")}, audit="all", trainer={"lora": {"rank": 4}, "learning_rate": 1e-2}
-    )
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    torch.manual_seed(config.seed)
-    policy = TrainedPolicy.of_run(load_pretrained(config.model.path), config, end_token_ids=[1])
-    for step in (1, 2, 3):
-        before = weights_digest(policy.snapshot(torch.float32, full=step == 1))  # step 1 begins with version 0
-        groups = [make_group(step), make_group(step + 100)]
-        metrics, _ = train_on(ParallelPolicy(policy), groups, config, step=step)
-        record = StepRecord(step=step, parent_digest=before, groups=groups, metrics=metrics)
-        Audit(tmp_path, config).record(record, saved_step=step - 1)
-        save(tmp_path / "checkpoints", policy, step=step)
-    for steps in (list(replay(tmp_path)), list(replay(tmp_path, step=3))):
-        assert all(step.recorded_loss == step.replayed_loss and step.began_with_same_weights for step in steps)
-        assert steps[-1].step == 3 and steps[-1].ended_with_same_weights
 
 
 @pytest.fixture

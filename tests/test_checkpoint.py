@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,6 @@ from sluice.trainer.checkpoint import (
     save_checkpoint,
 )
 from sluice.trainer.loss import policy_loss
-from sluice.trainer.micro_batches import MicroBatch
 from sluice.trainer.trained_policy import MAX_SKIPPED, TrainedPolicy, schedule_factor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,21 +98,6 @@ def test_a_missing_step_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no checkpoint of step 9.*steps there: 4"):
         checkpoint_at(tmp_path, 9)
     assert checkpoint_at(tmp_path, None).state.step == 4
-
-
-def test_the_split_into_micro_batches_changes_no_weight() -> None:
-    full, halves = new_policy(), new_policy()
-    batch = micro_batch(1)
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "ref_logprobs"}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    parts = [
-        MicroBatch(ref_logprobs=None, **{name: tensor[rows] for name, tensor in tensors.items()})
-        for rows in (slice(0, 2), slice(2, 4))
-    ]
-    a = full.optimize([batch], step=1)
-    b = halves.optimize(parts, step=1)
-    assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-6)
-    assert_same_weights(halves, full.snapshot(torch.float32), atol=1e-6)
 
 
 def test_a_step_reports_loss_entropy_and_every_off_policy_metric() -> None:

@@ -317,23 +317,3 @@ def test_metrics_compare_trainer_and_sampler():
 def test_kl_without_reference_logprobs_is_refused():
     with pytest.raises(ValueError, match="needs ref_logprobs"):
         run(config_of(kl_beta=0.1), batch_of(2) | {"ref_logprobs": None})
-
-
-@for_each(
-    ("changes", "message"),
-    [
-        ({"importance_sampling": "token_truncate", "off_policy": "bypass"}, "double correction"),
-        ({"importance_sampling": "token_mask"}, "importance_sampling=token_mask needs importance_min"),
-        ({"importance_sampling": "sequence_mask"}, "importance_sampling=sequence_mask needs importance_min"),
-        ({"importance_sampling": "geometric_mask", "importance_min": 0.99}, "needs importance_min and importance_max"),
-        ({"importance_sampling": "token_mask", "importance_min": 2.5}, "must be under importance_max"),
-        ({"importance_sampling": "sequence_truncate", "importance_min": 0.5}, "importance_min is the lower bound"),
-        ({"loss": "dppo"}, "loss=dppo bounds the distance to the sampler"),
-        ({"loss": "cispo", "dual_clip": 3.0}, "dual_clip belongs to"),
-        ({"dual_clip": 1.1}, "must be over 1 \\+ clip_high"),
-        ({"aggregation": "fixed_horizon", "horizon": None}, "belong together"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        config_of(**{"off_policy": "decoupled", **changes})

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import redis
 from builders import make_completion, make_episode, make_group, make_run
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
@@ -19,8 +18,6 @@ from sluice.common.types import Group
 from sluice.dashboard.samples import read_samples
 from sluice.trainer.samples import Samples
 from sluice.trainer.step_metrics import Reporter, batch_metrics, token_age
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
 
 
 def group(rewards: list[float | None], *, tokens: int = 4, version: int = 3, waited_s: float = 0.5) -> Group:
@@ -59,12 +56,9 @@ def test_the_age_of_tokens_is_weighed_by_their_number(client: redis.Redis, keys:
     assert math.isnan(token_age(client, keys, [group([1.0], version=1)], current=5)), "Redis has forgotten that version"
 
 
-def test_a_step_is_in_redis_jsonl_and_tensorboard(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    run = make_run(keys, tmp_path, metrics={"tensorboard": True})
-    reporter = Reporter(client, run)
-    reporter.begin(0, run.config)
+def test_a_step_is_in_redis_and_jsonl(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    reporter = Reporter(client, make_run(keys, tmp_path))
     reporter.report(7, 9, {"reward/mean": 0.25, "learning_rate": 3e-9, "eval/x/pass@1": float("nan")})
-    reporter.close()
     ((_, metrics),) = read_metrics(client, keys)
     assert (metrics["step"], metrics["version"], metrics["reward/mean"]) == (7, 9, 0.25)
     assert metrics["learning_rate"] == pytest.approx(3e-9)
@@ -72,10 +66,6 @@ def test_a_step_is_in_redis_jsonl_and_tensorboard(client: redis.Redis, keys: Key
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["reward/mean"] == 0.25
     assert "eval/x/pass@1" not in line  # JSON has no nan
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    (scalar,) = events.Scalars("reward/mean")
-    assert (scalar.step, scalar.value) == (7, 0.25)
 
 
 def test_an_evaluation_is_marked_as_reported_after_its_line_was_written(

@@ -25,13 +25,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import sluice.scripts.launcher.launch
 from sluice.common.config import Config
 from sluice.common.config.trainer import LoraConfig
 from sluice.common.errors import ConfigError, DigestMismatch
 from sluice.common.models.causal_lm import load_pretrained, load_weights, named_weights
 from sluice.common.models.lora import merge_adapter
 from sluice.common.policies.canary import CanarySequence, adapter_share, is_adapter_missing, random_sequences
+from sluice.scripts.launcher import launch
 from sluice.trainer.adapter import Adapter, check_base
 from sluice.trainer.checkpoint import TrainerState, newest_checkpoint, random_state, save_checkpoint
 from sluice.trainer.export import export_checkpoint
@@ -177,13 +177,11 @@ def test_a_missing_peft_is_named_with_what_to_install(monkeypatch: pytest.Monkey
 def test_a_run_is_refused_before_anything_starts_where_peft_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sluice.scripts.launcher.launch, "find_spec", lambda name: None if name == "peft" else find_spec(name)
-    )
+    monkeypatch.setattr(launch, "find_spec", lambda name: None if name == "peft" else find_spec(name))
     settings = {"trainer__lora": {"rank": 2}, "output_dir": str(tmp_path / "runs")}
     config = quickstart_config(tmp_path, tiny=tiny_folder(3), **settings)
     with pytest.raises(ConfigError, match=r"pip install 'sluice-rl\[lora\]'"):
-        sluice.scripts.launcher.launch.run_to_the_end(str(config), [], name=None, resume=None)
+        launch.run_to_the_end(str(config), [], name=None, resume=None)
     assert not (tmp_path / "runs").exists()
 
 

@@ -77,7 +77,11 @@ class SftTrainer:
             objective=completion_nll,
         )
         self.step, self._cursor, self._saved_step, self._wall_s = 0, 0, 0, 0.0
-        self._resume()
+        if found := newest_checkpoint(folder / "checkpoints"):
+            go_on_from(found, self.policy)
+            self.step = self._saved_step = found.state.step
+            self._cursor, self._wall_s = found.state.cursor, found.state.wall_s
+            log.info("resumed at step %d from %s", self.step, found.path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(self.config.to_yaml())
 
@@ -206,15 +210,6 @@ class SftTrainer:
         )
         save_checkpoint(self.folder / "checkpoints", state, write=self.policy.save, keep=self.config.checkpoint.keep)
         self._saved_step = self.step
-
-    def _resume(self) -> None:
-        found = newest_checkpoint(self.folder / "checkpoints")
-        if found is None:
-            return
-        go_on_from(found, self.policy)
-        self.step = self._saved_step = found.state.step
-        self._cursor, self._wall_s = found.state.cursor, found.state.wall_s
-        log.info("resumed at step %d from %s", self.step, found.path)
 
     def _export(self) -> None:
         """Write `<folder>/model` completely or not at all; an existing one stays until the new one is complete."""

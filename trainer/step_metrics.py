@@ -180,8 +180,10 @@ class FlowMeter:
         usage = read_usage(self._client, self._run.keys)
         before, self._generated_tokens = self._generated_tokens, usage.generated_tokens
         counters = read_counters(self._client, self._run.keys)
+        queues = read_queues(self._client, self._run, QUEUES)
         return {
-            **self._queue_metrics(),
+            **{f"queue/{name}/depth": float(queue.depth) for name, queue in queues.items()},
+            **{f"queue/{name}/oldest_age_s": queue.oldest_age_s for name, queue in queues.items()},
             **_worker_metrics(read_heartbeats(self._client, self._run.keys).values()),
             **self._filter_metrics(counters),
             "buffer/bytes": float(usage.payload_bytes),
@@ -193,12 +195,6 @@ class FlowMeter:
             "ledger/retried": float(counters.retried),
             "ledger/dead": float(sum(counters.dead.values())),
         }
-
-    def _queue_metrics(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for name, queue in read_queues(self._client, self._run, QUEUES).items():
-            metrics |= {f"queue/{name}/depth": float(queue.depth), f"queue/{name}/oldest_age_s": queue.oldest_age_s}
-        return metrics
 
     def _filter_metrics(self, counters: Counters) -> dict[str, float]:
         if not self._run.config.trainer.filter_zero_variance:

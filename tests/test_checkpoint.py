@@ -33,23 +33,22 @@ def config(**trainer: object) -> Config:
     return load_config(ROOT / "config/quickstart.yaml", [f"trainer.{key}={value}" for key, value in trainer.items()])
 
 
-def new_policy(seed: int = 0, **trainer: object) -> TrainedPolicy:
-    return TrainedPolicy.of_run(tiny_qwen(seed=seed), config(**{"loss": "{kl_beta: 0.0}", **trainer}))
-
-
-def trained(policy: TrainedPolicy, *steps: int) -> TrainedPolicy:
-    for step in steps:
-        policy.optimize([micro_batch(step)], step=step)
-    return policy
+def new_policy(**trainer: object) -> TrainedPolicy:
+    return TrainedPolicy.of_run(tiny_qwen(), config(**{"loss": "{kl_beta: 0.0}", **trainer}))
 
 
 def assert_same_weights(policy: TrainedPolicy, expected: dict[str, torch.Tensor], *, atol: float = 0.0) -> None:
     torch.testing.assert_close(policy.snapshot(torch.float32), expected, rtol=0, atol=atol)
 
 
-def save(folder: Path, policy: TrainedPolicy, step: int, *, keep: int = 2) -> Path:
-    state = TrainerState(step=step, version=step + 3, cursor=17, random_state=random_state(), trained_groups=["t1"])
-    return save_checkpoint(folder, state, write=policy.save, keep=keep)
+def save(folder: Path, *steps: int) -> Path:
+    """Write a checkpoint of each step; the last one's folder."""
+    policy = new_policy()
+    policy.optimize([micro_batch(0)], step=1)
+    for step in steps:
+        state = TrainerState(step=step, version=step + 3, cursor=17, random_state=random_state())
+        path = save_checkpoint(folder, state, write=policy.save, keep=2)
+    return path
 
 
 def test_random_state_comes_back() -> None:
@@ -61,9 +60,7 @@ def test_random_state_comes_back() -> None:
 
 
 def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path) -> None:
-    policy = trained(new_policy(), 1)
-    for step in (1, 2, 3):
-        save(tmp_path, policy, step, keep=2)
+    save(tmp_path, 1, 2, 3)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
     assert (tmp_path / "latest").read_text() == "step-00000003"
     assert not list(tmp_path.glob(".tmp-*"))
@@ -73,9 +70,7 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path) -> N
 def test_a_torn_checkpoint_is_skipped_with_a_warning(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy = trained(new_policy(), 1)
-    save(tmp_path, policy, 1)
-    torn = save(tmp_path, policy, 2) / name
+    torn = save(tmp_path, 1, 2) / name
     torn.write_bytes(torn.read_bytes()[:-20])
     with caplog.at_level(logging.WARNING, logger="sluice.checkpoint"):
         found = newest_checkpoint(tmp_path)
@@ -84,7 +79,7 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning(
 
 
 def test_a_missing_step_names_those_there_are(tmp_path: Path) -> None:
-    save(tmp_path, new_policy(), 4)
+    save(tmp_path, 4)
     with pytest.raises(ConfigError, match=r"no checkpoint of step 9.*steps there: 4"):
         checkpoint_at(tmp_path, 9)
     assert checkpoint_at(tmp_path, None).state.step == 4

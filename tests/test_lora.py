@@ -33,7 +33,7 @@ from sluice.common.models.lora import merge_adapter
 from sluice.common.policies.canary import CanarySequence, adapter_share, is_adapter_missing, random_sequences
 from sluice.scripts.launcher import launch
 from sluice.trainer.adapter import Adapter, check_base
-from sluice.trainer.checkpoint import TrainerState, newest_checkpoint, random_state, save_checkpoint
+from sluice.trainer.checkpoint import TrainerState, random_state, save_checkpoint
 from sluice.trainer.export import export_checkpoint
 from sluice.trainer.trained_policy import TrainedPolicy
 
@@ -55,16 +55,16 @@ def build(architecture: str = "qwen3") -> Any:
     return MODELS[architecture]()
 
 
-def new_policy(model: Any = None, *, seed: int = 0, **trainer: Any) -> TrainedPolicy:
-    """A policy with an adapter on the same base every time; `seed`: of the adapter."""
+def new_policy(model: Any = None, **trainer: Any) -> TrainedPolicy:
+    """The same adapter on the same base every time."""
     model = model or build()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     settings = {"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 1e-2, "warmup_steps": 0, **trainer}
     return TrainedPolicy.of_run(model, make_config(trainer=settings))
 
 
-def trained(policy: TrainedPolicy, *, first: int = 1, last: int = 3) -> TrainedPolicy:
-    for step in range(first, last + 1):
+def trained(policy: TrainedPolicy) -> TrainedPolicy:
+    for step in (1, 2, 3):
         policy.optimize([micro_batch(step, vocab_size=VOCAB)], step=step)
     return policy
 
@@ -196,18 +196,11 @@ def save(folder: Path, policy: TrainedPolicy, *, step: int = 3) -> Path:
     return save_checkpoint(folder, state, write=policy.save, keep=2)
 
 
-def test_training_goes_on_bit_for_bit_from_a_checkpoint_without_the_base(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_adapter_alone(tmp_path: Path) -> None:
     path = save(tmp_path, trained(new_policy()))
     base_bytes = sum(weight.nbytes for weight in named_weights(build()).values())
     adapter_bytes = sum(tensor.nbytes for tensor in new_policy().snapshot(torch.float32).values())
     assert adapter_bytes < (path / "model.safetensors").stat().st_size < adapter_bytes + 8192 < base_bytes
-    found = newest_checkpoint(tmp_path)
-    assert found is not None
-    resumed = new_policy(seed=99)  # another adapter, replaced
-    check_base(found.state.base_digest, resumed.base_digest)
-    resumed.restore(found.path)
-    straight = trained(new_policy(), last=6)
-    assert_equal(trained(resumed, first=4, last=6).snapshot(torch.float32), straight.snapshot(torch.float32))
 
 
 def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path: Path) -> None:

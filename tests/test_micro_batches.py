@@ -98,14 +98,11 @@ def test_the_order_is_a_function_of_the_groups():
     assert equal[0].advantages.tolist() == [0.0, 1.0, 2.0]
 
 
-def test_unscorable_episodes_are_out_of_the_loss():
-    (batch,) = build(make_group(episode_of(2), episode_of(2, reward=None), episode_of(2, finish_reason="length")))
-    assert batch.loss_mask.any(-1).tolist() == [True, False, True]
-    assert [step_normaliser([batch], aggregation=name) for name in ("token_mean", "sequence_mean")] == [4, 2]
-
-
 def test_the_normaliser_counts_what_the_aggregation_divides_by():
-    batches = build(make_group(episode_of(5), episode_of(2), episode_of(0)), max_tokens=8)
+    unscored = episode_of(2, reward=None)
+    batches = build(
+        make_group(episode_of(5), episode_of(2, finish_reason="length"), episode_of(0), unscored), max_tokens=8
+    )
     assert step_normaliser(batches, aggregation="token_mean") == 7
     assert step_normaliser(batches, aggregation="sequence_mean") == 2
     assert step_normaliser(batches, aggregation="fixed_horizon") == 2

@@ -4,12 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 from builders import for_each, make_completion, make_config, make_episode, make_group, tiny_qwen
 from pydantic import ValidationError
 
 from sluice.trainer.distributed.parallel import ParallelPolicy
-from sluice.trainer.micro_batches import build_micro_batches, step_normaliser
 from sluice.trainer.reward_shaping import loss_tokens, mask_metrics, overlong_penalty, rewards_of
 from sluice.trainer.step import train_on
 from sluice.trainer.trained_policy import TrainedPolicy
@@ -20,31 +18,9 @@ def episode_of(length, *tool_spans, reward=1.0, finish_reason="stop"):
     return make_episode(completion, reward=reward)
 
 
-def batch_of(*episodes, mask_truncated=False):
-    advantages = [torch.ones(len(episodes))]
-    (batch,) = build_micro_batches([make_group(*episodes)], advantages, max_tokens=1000, mask_truncated=mask_truncated)
-    return batch
-
-
 def masking(**trainer):
     """A config of at most 100 tokens per completion."""
     return make_config(sampling={"max_res_tokens": 100}, trainer={"seq_len": 200, **trainer})
-
-
-def test_truncated_completions_leave_the_loss_only_where_asked():
-    episodes = episode_of(3), episode_of(3, finish_reason="length")
-    for mask_truncated, rows in ((False, [True, True]), (True, [True, False])):
-        batch = batch_of(*episodes, mask_truncated=mask_truncated)
-        assert batch.loss_mask.any(-1).tolist() == rows
-        assert step_normaliser([batch], aggregation="token_mean") == 3 * sum(rows)
-        assert step_normaliser([batch], aggregation="sequence_mean") == sum(rows)
-
-
-def test_tool_tokens_are_context_and_not_in_the_loss():
-    batch = batch_of(episode_of(6, (1, 2), (5, 1)), episode_of(2))
-    assert batch.loss_mask.tolist() == [[True, False, False, True, True, False], [True, True] + [False] * 4]
-    assert batch.input_ids[0].tolist() == [50, 50, 50, 0, 1, 2, 3, 4, 5]
-    assert step_normaliser([batch], aggregation="token_mean") == 5
 
 
 @for_each("span", [(-1, 2), (3, 2), (0, 5)])

@@ -133,6 +133,14 @@ def test_loss_and_gradient_are_those_of_transformers(model: str, assets: ModelAs
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
+def test_masked_tokens_carry_no_gradient() -> None:
+    logprobs, mask = torch.tensor([[-2.0, -2.0, -9.0]], requires_grad=True), torch.tensor([[True, True, False]])
+    loss, metrics = completion_nll(policy_logprobs=logprobs, loss_mask=mask, num_tokens=4)
+    loss.backward()
+    assert (loss.item(), metrics["loss"].item()) == (1.0, 2.0)  # 2 nats a token, half of the step's tokens
+    assert logprobs.grad is not None and logprobs.grad.tolist() == [[-0.25, -0.25, 0.0]]
+
+
 def test_held_out_loss_is_that_of_transformers_and_computed_once(
     model: str, assets: ModelAssets, tmp_path: Path
 ) -> None:

@@ -111,14 +111,6 @@ def wandb_rows(folder: Path) -> list[dict[str, float]]:
     return [{(item.key or item.nested_key[0]): json.loads(item.value_json) for item in row.item} for row in rows]
 
 
-def restarted(folder: Path, tracker: str) -> None:
-    """Three steps; the last one again after a restart, and a fourth. No process outlives its trainer."""
-    for resumed, told, steps in [(0, -1, [1, 2, 3]), (2, 3, [3, 4])]:
-        with trainer_process(folder, tracker, steps=steps, resumed=resumed, told=told) as process:
-            output, _ = process.communicate(timeout=60)
-            assert output.splitlines()[-1] == "[]"
-
-
 def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, float]]]:
     """(run, step, metrics) in the order they came."""
     (path,) = (folder / "trackio").glob("*.db")
@@ -157,8 +149,19 @@ class Fake:
         self.is_closed = True
 
 
-def test_a_wandb_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path: Path) -> None:
-    restarted(tmp_path, "wandb")
+def test_a_wandb_run_goes_on_after_a_kill_and_shows_each_step_once(tmp_path: Path) -> None:
+    """What was told is kept, and no process of W&B outlives its trainer."""
+    with trainer_process(tmp_path, "wandb", steps=[1, 2, 3], end="kill") as process:
+        wait_for(lambda: len(wandb_rows(tmp_path)) == 3, timeout=40, what="three steps on disk")
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any(child.name() == "wandb-core" for child in family)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+    with trainer_process(tmp_path, "wandb", steps=[3, 4], resumed=2, told=3) as process:
+        output, _ = process.communicate(timeout=60)
+    assert output.splitlines()[-1] == "[]"
     records = wandb_records(tmp_path)
     runs = [record.run for _, record in records if record.WhichOneof("record_type") == "run"]
     assert {(run.run_id, run.project, run.display_name) for run in runs} == {("0123456789abcdef", "demo", "r")}
@@ -174,19 +177,11 @@ def test_a_wandb_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path: 
     assert {axis.step_metric for axis in axes if axis.glob_name == "*"} == {"step"}
 
 
-def test_a_killed_trainer_leaves_no_process_of_wandb_and_keeps_what_was_told(tmp_path: Path) -> None:
-    with trainer_process(tmp_path, "wandb", steps=[1, 2], end="kill") as process:
-        wait_for(lambda: [row["step"] for row in wandb_rows(tmp_path)] == [1, 2], timeout=40, what="two steps on disk")
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert any(child.name() == "wandb-core" for child in family)
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
-
-
 def test_a_trackio_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path: Path) -> None:
-    restarted(tmp_path, "trackio")
+    for resumed, told, steps in [(0, -1, [1, 2, 3]), (2, 3, [3, 4])]:
+        with trainer_process(tmp_path, "trackio", steps=steps, resumed=resumed, told=told) as process:
+            output, _ = process.communicate(timeout=60)
+        assert output.splitlines()[-1] == "[]"
     rows = [(run, step) for run, step, metrics in trackio_rows(tmp_path) if metrics.get("reward/mean") == step / 10]
     assert rows == [("r-0123", step) for step in (1, 2, 3, 4)]
 

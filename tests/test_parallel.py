@@ -100,14 +100,14 @@ def make_groups(seed: int, *, num_groups: int = 3, group_size: int = 3) -> list[
     ]
 
 
-def steps(policy: ParallelPolicy, config: Config, *, first: int, last: int) -> list[dict[str, float]]:
+def steps(policy: ParallelPolicy, *, first: int, last: int) -> list[dict[str, float]]:
     """Optimizer steps on batches that are a function of the step alone; their metrics."""
     found = []
     for step in range(first, last + 1):
         groups = make_groups(step)
         generator = torch.Generator().manual_seed(step)
         advantages = [torch.randn(len(group.episodes), generator=generator) for group in groups]
-        metrics = policy.optimize(groups, advantages, step=step, max_tokens=config.trainer.microbatch_tokens)
+        metrics = policy.optimize(groups, advantages, step=step)
         found.append({name: value for name, value in metrics.items() if not name.startswith("time/")})
     return found
 
@@ -141,7 +141,7 @@ def test_two_ranks_make_the_steps_of_one(
     config = config_of(model_folder, parallel=parallel, **settings)
     alone, together = opened(config), opened(config, two_ranks)
     before = alone.snapshot(torch.float32)
-    expected, found = (steps(policy, config, first=1, last=2) for policy in (alone, together))
+    expected, found = (steps(policy, first=1, last=2) for policy in (alone, together))
     assert expected == [pytest.approx(metrics, rel=1e-5, abs=1e-6) for metrics in found]
     assert_same_weights(together, alone)
     moved = [float((weight - before[name]).abs().max()) for name, weight in alone.snapshot(torch.float32).items()]
@@ -163,7 +163,7 @@ def test_a_users_loss_is_that_of_every_rank(two_ranks: Ranks, model_folder: Path
     config = config_of(model_folder, parallel="ddp", loss={"loss": f"{tmp_path / 'mine.py'}:f"})
     alone, together = opened(config), opened(config_of(model_folder, parallel="ddp"), two_ranks)
     together.configure(config.trainer)
-    expected, found = (steps(policy, config, first=1, last=2) for policy in (alone, together))
+    expected, found = (steps(policy, first=1, last=2) for policy in (alone, together))
     assert expected == [pytest.approx(metrics, rel=1e-5, abs=1e-6) for metrics in found]
     assert_same_weights(together, alone)
 
@@ -185,7 +185,7 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(
     """From two to one, training there, and back to two: nothing is changed on the way, nor what is published."""
     config = config_of(model_folder, parallel="fsdp", **settings)
     together = opened(config, two_ranks)
-    steps(together, config, first=1, last=2)
+    steps(together, first=1, last=2)
     digests = save(together, tmp_path / "two")
     assert sorted(digests) == sorted(path.name for path in (tmp_path / "two").iterdir())
     assert len(digests) == 4, "each rank writes what it holds"
@@ -198,8 +198,8 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(
     for full in (False, True):  # with an adapter: its base weights
         published = (policy.snapshot(torch.bfloat16, full=full) for policy in (together, alone))
         torch.testing.assert_close(*published, rtol=0, atol=0)
-    expected = steps(together, config, first=3, last=3)
-    assert steps(alone, config, first=3, last=3)[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+    expected = steps(together, first=3, last=3)
+    assert steps(alone, first=3, last=3)[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
     save(alone, tmp_path / "one-later")
     again = opened(config, two_ranks)
     again.restore(tmp_path / "one-later")
@@ -210,7 +210,7 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(
 def test_three_ranks_go_on_from_two(two_ranks: Ranks, model_folder: Path, tmp_path: Path) -> None:
     config = config_of(model_folder, parallel="fsdp")
     together = opened(config, two_ranks)
-    steps(together, config, first=1, last=1)
+    steps(together, first=1, last=1)
     save(together, tmp_path / "two")
     program = f"""
 import sys; sys.path[:0] = {sys.path!r}
@@ -221,13 +221,13 @@ with joined(3, Path({str(tmp_path)!r})) as ranks:
     policy = opened(config, ranks)
     policy.restore(Path({str(tmp_path / "two")!r}))
     save(policy, Path({str(tmp_path / "three")!r}))
-    steps(policy, config, first=2, last=2)
+    steps(policy, first=2, last=2)
     save(policy, Path({str(tmp_path / "three-later")!r}))
 """
     with running([sys.executable, "-c", program], cwd=tmp_path, log=tmp_path / "three.log") as process:
         assert process.wait(240) == 0, (tmp_path / "three.log").read_text()
     assert_same_checkpoint(tmp_path / "two", tmp_path / "three")
-    steps(together, config, first=2, last=2)
+    steps(together, first=2, last=2)
     save(together, tmp_path / "two-later")
     later = (SavedTensors(tmp_path / name, "model").all() for name in ("two-later", "three-later"))
     torch.testing.assert_close(*later, rtol=0, atol=1e-6)
@@ -239,7 +239,7 @@ def test_shards_are_gathered_in_the_computing_precision_and_added_up_in_float32(
     """bfloat16 over two ranks is as far from float32 as bfloat16 on one, and the master weights are float32."""
     halves = config_of(model_folder, parallel="fsdp", autocast="bfloat16")
     exact, alone, together = opened(config_of(model_folder)), opened(halves), opened(halves, two_ranks)
-    (expected,), (near,), (found,) = (steps(policy, halves, first=1, last=1) for policy in (exact, alone, together))
+    (expected,), (near,), (found,) = (steps(policy, first=1, last=1) for policy in (exact, alone, together))
     assert found["loss/policy"] == pytest.approx(expected["loss/policy"], rel=0.02)
     assert found["grad_norm"] == pytest.approx(near["grad_norm"], rel=0.02)
     assert_same_weights(together, exact, atol=5e-3)
@@ -285,7 +285,7 @@ def test_a_step_of_fewer_sequences_than_ranks_is_that_of_one(two_ranks: Ranks, m
     assert shards[1][0][0].episodes[0].reward is None
     alone, together = opened(config), opened(config, two_ranks)
     for policy in (alone, together):
-        policy.optimize(group, advantages, step=1, max_tokens=60)
+        policy.optimize(group, advantages, step=1)
     assert_same_weights(together, alone)
 
 
@@ -293,5 +293,5 @@ def test_ranks_of_a_run_that_diverged_still_hear_rank_0(two_ranks: Ranks, model_
     policy = opened(config_of(model_folder, parallel="ddp"), two_ranks)
     with pytest.raises(Diverged, match="10 optimizer steps in a row"):
         for step in range(1, 11):
-            policy.optimize(make_groups(1), [torch.full([3], torch.nan)] * 3, step=step, max_tokens=60)
+            policy.optimize(make_groups(1), [torch.full([3], torch.nan)] * 3, step=step)
     assert policy.snapshot(torch.float32)

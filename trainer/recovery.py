@@ -104,16 +104,11 @@ class Recovery:
             base_digest=policy.base_digest,
         )
 
-        def save() -> None:
-            save_checkpoint(
-                self._checkpoints,
-                state,
-                write=policy.save,
-                keep=self._run.config.checkpoint.keep,
-                protected=update_best(self._checkpoints, self._client, self._run),
-            )
-
-        self._retry_while_disk_full(save)
+        keep = self._run.config.checkpoint.keep
+        protected = lambda: update_best(self._checkpoints, self._client, self._run)  # noqa: E731
+        self._retry_while_disk_full(
+            lambda: save_checkpoint(self._checkpoints, state, write=policy.save, keep=keep, protected=protected())
+        )
         position.saved_step = position.step
         self._audit.keep_only_replayable(checkpoint_steps(self._checkpoints))
         self._trained_groups = []

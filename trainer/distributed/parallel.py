@@ -63,19 +63,15 @@ class ParallelPolicy:
     def base_digest(self) -> str:
         return self._policy.base_digest
 
-    def optimize(
-        self, groups: list[Group], advantages: list[Tensor], *, step: int, max_tokens: int, mask_truncated: bool = False
-    ) -> dict[str, float]:
+    def optimize(self, groups: list[Group], advantages: list[Tensor], *, step: int) -> dict[str, float]:
         """Optimize, each rank on the micro-batches of its shard (`shard_by_tokens`); return the metrics of all.
 
-        advantages: [G] per group. max_tokens, mask_truncated: as in `build_micro_batches`.
+        advantages: [G] per group.
         """
+        config, packed = self._policy.config, self._policy.is_packed
+        how: dict[str, Any] = {"max_tokens": config.microbatch_tokens, "mask_truncated": config.mask_truncated}
         shards = shard_by_tokens(groups, advantages, num_ranks=self._ranks.size)
-        packed = self._policy.is_packed
-        batches = [
-            build_micro_batches(*shard, max_tokens=max_tokens, packed=packed, mask_truncated=mask_truncated)
-            for shard in shards
-        ]
+        batches = [build_micro_batches(*shard, packed=packed, **how) for shard in shards]
         own, *others = (pad_micro_batches(each, count=max(map(len, batches))) for each in batches)
         with _told(self._ranks, "optimize", [[batches] for batches in others], step=step):
             return self._policy.optimize(own, step=step)

@@ -20,7 +20,7 @@ from sluice.trainer.samples import Samples
 from sluice.trainer.step_metrics import Reporter, batch_metrics, token_age
 
 
-def group(rewards: list[float | None], *, tokens: int = 4, version: int = 3, waited_s: float = 0.5) -> Group:
+def group(rewards: list[float | None], *, tokens: int = 4, version: int = 3) -> Group:
     completion = make_completion(version=version, length=tokens)
     episodes = [
         make_episode(
@@ -28,7 +28,7 @@ def group(rewards: list[float | None], *, tokens: int = 4, version: int = 3, wai
         )
         for reward in rewards
     ]
-    timestamps = {"ready": 10.0, "leased": 10.0 + waited_s}
+    timestamps = {"ready": 10.0, "leased": 10.5}
     return make_group(*episodes, policy_version=version, prompt="p", target="1", timestamps=timestamps)
 
 

@@ -71,11 +71,11 @@ else:
 
 @contextmanager
 def trainer_process(
-    folder: Path, tracker: str, *, steps: list[int], resumed: int = 0, told: int = -1, end: str = "close", **env: str
+    folder: Path, tracker: str, *, steps: list[int], resumed: int = 0, told: int = -1, end: str = "close"
 ) -> Iterator[subprocess.Popen[str]]:
     """A process that reports like a trainer; killed when the block ends."""
     argv = [sys.executable, "-c", TRAINER, str(folder), tracker, str(resumed), str(told), json.dumps(steps), end]
-    where = environment(PYTHONPATH=str(ROOT), WANDB_MODE="offline", **env)
+    where = environment(PYTHONPATH=str(ROOT), WANDB_MODE="offline")
     where = {name: value for name, value in where.items() if not name.startswith("TRACKIO_")}
     process = subprocess.Popen(argv, env=where, stdout=subprocess.PIPE, text=True)
     try:
@@ -85,8 +85,8 @@ def trainer_process(
         process.communicate()
 
 
-def wandb_records(folder: Path) -> list[tuple[Path, Any]]:
-    """(file, record) of every W&B run in a run folder. The format is that of LevelDB's logs, around protocol buffers."""
+def wandb_records(folder: Path) -> list[Any]:
+    """The records of every W&B run in a run folder. The format is that of LevelDB's logs, around protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = []
@@ -102,13 +102,13 @@ def wandb_records(folder: Path) -> list[tuple[Path, Any]]:
             if kind in (1, 4):  # whole, or its last piece
                 record = Record()
                 record.ParseFromString(part)
-                found.append((path, record))
+                found.append(record)
                 part = b""
     return found
 
 
 def wandb_rows(folder: Path) -> list[dict[str, float]]:
-    rows = [record.history for _, record in wandb_records(folder) if record.WhichOneof("record_type") == "history"]
+    rows = [record.history for record in wandb_records(folder) if record.WhichOneof("record_type") == "history"]
     return [{(item.key or item.nested_key[0]): json.loads(item.value_json) for item in row.item} for row in rows]
 
 
@@ -164,16 +164,15 @@ def test_a_wandb_run_goes_on_after_a_kill_and_shows_each_step_once(tmp_path: Pat
         output, _ = process.communicate(timeout=60)
     assert output.splitlines()[-1] == "[]"
     records = wandb_records(tmp_path)
-    runs = [record.run for _, record in records if record.WhichOneof("record_type") == "run"]
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {(run.run_id, run.project, run.display_name) for run in runs} == {("0123456789abcdef", "demo", "r")}
     config = {update.key: json.loads(update.value_json) for update in runs[0].config.update}
     assert config["trainer"] == {"learning_rate": 0.5}
     rows = wandb_rows(tmp_path)
-    assert [(row["step"], row["reward/mean"]) for row in rows if "reward/mean" in row] == [
-        (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4),
-    ]  # fmt: skip
+    means = [(row["step"], row["reward/mean"]) for row in rows if "reward/mean" in row]
+    assert means == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
     assert [row["step"] for row in rows if "eval/x/pass@1" in row] == [1, 2, 3, 3, 4]  # results are told once only
-    axes = [record.metric for _, record in records if record.WhichOneof("record_type") == "metric"]
+    axes = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
     assert {axis.step_metric for axis in axes if axis.glob_name == "*"} == {"step"}
 
 
@@ -350,9 +349,8 @@ def test_tensorboard_shows_the_second_training_of_a_step(client: redis.Redis, ke
                 reporter.report(step, step, {"reward/mean": value})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(scalar.step, scalar.value) for scalar in events.Scalars("reward/mean")] == [
-        (1, pytest.approx(0.1)), (2, pytest.approx(0.7)),
-    ]  # fmt: skip
+    scalars = [(scalar.step, scalar.value) for scalar in events.Scalars("reward/mean")]
+    assert scalars == [(1, pytest.approx(0.1)), (2, pytest.approx(0.7))]
 
 
 def test_a_tracked_id_is_that_of_one_run() -> None:
@@ -404,14 +402,12 @@ def test_trained_completions_are_a_table_that_datasets_reads(client: redis.Redis
         "completion": "2", "reward": 1.0, "advantage": 0.7, "finish_reason": "stop", "num_tokens": 4, "generated_at": None,
         "reward/Math": 1.0,
     }  # fmt: skip
-    assert [(row["step"], row["sample"], row["reward/Math"]) for row in table] == [
-        (1, 0, 1.0), (1, 1, None), (2, 0, None), (2, 1, None),
-    ]  # fmt: skip
+    rows = [(row["step"], row["sample"], row["reward/Math"]) for row in table]
+    assert rows == [(1, 0, 1.0), (1, 1, None), (2, 0, None), (2, 1, None)]
     assert json.loads(table[2]["prompt"]) == chat.prompt
     assert table[2]["generated_at"] == 12.5
-    assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == [
-        "step-000001.parquet", "step-000002.parquet",
-    ]  # fmt: skip
+    files = sorted(path.name for path in (tmp_path / "completions").iterdir())
+    assert files == ["step-000001.parquet", "step-000002.parquet"]
 
 
 def test_completions_that_cannot_be_written_do_not_stop_the_run(

@@ -80,10 +80,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def test_a_worked_merge_leaves_other_weights_the_very_tensors_of_the_base() -> None:
     base = {"m.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "norm.weight": torch.ones(2)}
-    adapter = {
-        A: torch.tensor([[1.0, 1.0]]),
-        B: torch.tensor([[1.0], [2.0]]),
-    }
+    adapter = {A: torch.tensor([[1.0, 1.0]]), B: torch.tensor([[1.0], [2.0]])}
     merged = merge_adapter(base, adapter, scale=2.0)
     assert merged["m.weight"].tolist() == [[3.0, 4.0], [7.0, 8.0]]  # W0 + 2 [[1, 1], [2, 2]]
     assert merged["norm.weight"] is base["norm.weight"]

@@ -7,12 +7,7 @@ import pytest
 import torch
 from builders import for_each, make_completion, make_episode, make_group
 
-from sluice.trainer.micro_batches import (
-    build_micro_batches,
-    find_logprobs,
-    padding_share,
-    step_normaliser,
-)
+from sluice.trainer.micro_batches import build_micro_batches, find_logprobs, padding_share, step_normaliser
 
 
 def episode_of(length, *, first_token=1, reward=1.0, finish_reason="stop", with_reference=False):

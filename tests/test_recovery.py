@@ -73,7 +73,12 @@ def assert_trained(client: redis.Redis, run: Run, steps: list[int]) -> None:
 def before_sampling(trainer: Trainer, do: Callable[[int], object]) -> None:
     """Have something happen before every batch; it is told the trainer's version."""
     sample = trainer.buffer.sample
-    trainer.buffer.sample = lambda version, **options: (do(version), sample(version, **options))[1]  # type: ignore[method-assign]
+
+    def sample_after(version: int, **options: Any) -> Any:
+        do(version)
+        return sample(version, **options)
+
+    trainer.buffer.sample = sample_after  # type: ignore[method-assign]
 
 
 def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, run: Run, redis_url: str) -> None:
@@ -82,13 +87,13 @@ def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, r
 
     with groups_arriving(run, redis_url):
         first = Trainer(client, run)
-        sample, given = first.buffer.sample, []
+        sample = first.buffer.sample
 
         def dies(*args: Any, **options: Any) -> Any:
-            given.append(sample(*args, **options))
-            if options["step"] == 4 and given[-1].groups:
+            given = sample(*args, **options)
+            if options["step"] == 4 and given.groups:
                 raise Died
-            return given[-1]
+            return given
 
         first.buffer.sample = dies  # type: ignore[method-assign]
         with pytest.raises(Died):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sluice.common.errors import did_you_mean
 from sluice.common.loading import is_function_path
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -27,8 +27,7 @@ AdvantageName = Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl
 
 def _known_or_path(name: object, known: tuple[str, ...]) -> object:
     if isinstance(name, str) and name not in known and not is_function_path(name):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = f"{near} " if (near := did_you_mean(name, known)) else ""
         raise ValueError(f"{name!r} is not known; {hint}Use one of {', '.join(known)}, or a path (file.py:function)")
     return name
 

@@ -50,8 +50,7 @@ def apply_preset(data: dict[str, Any]) -> None:
     What is not a mapping where one should be is left as it is, for validation to refuse.
     """
     trainer = data.get("trainer")
-    name = trainer.pop("preset", None) if isinstance(trainer, dict) else None
-    if name is None:
+    if not isinstance(trainer, dict) or (name := trainer.pop("preset", None)) is None:
         return
     if name not in PRESETS:
         hint = f"{near} " if (near := did_you_mean(name, PRESETS)) else ""

@@ -5,7 +5,7 @@ Images, audio, video and binary columns are left out; dates and decimals become 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sluice.common.config import PromptConfig
 from sluice.common.data.rows import open_rows, short_reason
@@ -14,12 +14,14 @@ from sluice.common.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AnyPromptConfig = TypeVar("AnyPromptConfig", bound=PromptConfig)
 
-class PromptReader:
+
+class PromptReader(Generic[AnyPromptConfig]):
     """Rows by cursor, and their cells. Not thread-safe."""
 
     def __init__(
-        self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
+        self, config: AnyPromptConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
     ) -> None:
         """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty."""
         self._config = config

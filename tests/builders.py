@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import redis
+import yaml
 
 from sluice.common.config import Config
+from sluice.common.config.file import parse_config
+from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.scripts import Scripts
@@ -57,12 +61,24 @@ def for_each(
     return decorate
 
 
-def make_config(**sections: Any) -> Config:
-    """A small valid config; a keyword replaces keys of one section: make_config(replay_buffer={"batch_size": 4})."""
+def minimal(**sections: Any) -> dict[str, Any]:
+    """Data of a small valid config; a keyword replaces keys of one section: minimal(replay_buffer={"batch_size": 4})."""
     data = {name: dict(value) for name, value in _MINIMAL.items()}
     for name, value in sections.items():
         data[name] = {**data.get(name, {}), **value} if isinstance(value, dict) else value
-    return Config.model_validate(data)
+    return data
+
+
+def make_config(**sections: Any) -> Config:
+    """That config."""
+    return Config.model_validate(minimal(**sections))
+
+
+def refusal(*overrides: str, text: str | None = None) -> str:
+    """The message with which overrides of that config, or of a text, are refused."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(yaml.safe_dump(_MINIMAL) if text is None else text, overrides=overrides, source="x.yaml")
+    return str(caught.value)
 
 
 def make_ledger(client: redis.Redis, keys: Keys, *, worker: str = "w", **sections: Any) -> Ledger:

@@ -86,6 +86,13 @@ def make_ledger(client: redis.Redis, keys: Keys, *, worker: str = "w", **section
     return Ledger(client, keys, make_config(**sections), worker=worker)
 
 
+def started_ledger(client: redis.Redis, keys: Keys, *, version: int = 0, worker: str = "w", **sections: Any) -> Ledger:
+    """The same in a run that has published the versions 0 to `version`."""
+    for published in range(version + 1):
+        publish_policy(client, keys, published)
+    return make_ledger(client, keys, worker=worker, **sections)
+
+
 def letter_tokenizer(vocab_size: int) -> dict[str, bytes]:
     """Files of a tokenizer with one letter per token: id 0 is U+4E00."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

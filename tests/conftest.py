@@ -117,9 +117,10 @@ def _start(flavour: str, folder: Path) -> EmbeddedServer:
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    """A connection. A module that overrides this with `server_flavours` runs its tests on every flavour."""
-    connection = connect(redis_url)
+def client(request: pytest.FixtureRequest) -> Iterator[redis.Redis]:
+    """A connection, on every flavour in a test or module of `server_flavours` (`usefixtures`)."""
+    url = "server_flavours" if "server_flavours" in request.fixturenames else "redis_url"
+    connection = connect(request.getfixturevalue(url))
     yield connection
     connection.close()
 

@@ -24,7 +24,6 @@ from harness import create_run as start_run
 
 from sluice.common.config import Config
 from sluice.common.connections.broker import make_app, send_stage
-from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
@@ -37,11 +36,7 @@ K = 2
 EQUAL = reward_payload(rewards=(1.0, 1.0))
 
 
-@pytest.fixture
-def client(server_flavours):
-    connection = connect(server_flavours)
-    yield connection
-    connection.close()
+pytestmark = pytest.mark.usefixtures("server_flavours")
 
 
 def filtering(client, keys, *, max_refill=10, max_policy_age=1, **trainer):

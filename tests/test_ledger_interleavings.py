@@ -17,12 +17,7 @@ from sluice.common.ledger import evaluations as evaluation
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 
-
-@pytest.fixture
-def client(server_flavours):
-    connection = connect(server_flavours)
-    yield connection
-    connection.close()
+pytestmark = pytest.mark.usefixtures("server_flavours")
 
 
 LEASES = {"running_s": 0.01, "queued_s": 0.02, "max_attempts": 2}

@@ -15,7 +15,7 @@ import pytest
 
 from sluice.common.keys import Keys
 
-ROOT = Path(__file__).parent.parent
+ROOT = REAL = Path(__file__).parent.parent
 LAYERS = ("common", "workers", "trainer", "dashboard", "scripts")
 MAY_IMPORT = {
     "common": {"common"},
@@ -25,10 +25,7 @@ MAY_IMPORT = {
     "scripts": set(LAYERS),
 }
 TORCH = {"torch", "transformers", "safetensors"}
-TORCH_IN_COMMON = {
-    "torch": {"models", "policies"},
-    "transformers": {"models", "data"},
-}
+TORCH_IN_COMMON = {"torch": {"models", "policies"}, "transformers": {"models", "data"}}
 """Rooms of `common`. `assets` reads tokenizers, for which transformers needs no torch; `data` names their type."""
 MODULES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 PYTHON = [
@@ -56,17 +53,13 @@ def imports_of(path, *, in_functions=True):
     return found
 
 
-def test_the_walk_finds_every_layer():
-    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == set(LAYERS)
-    assert len(MODULES) > 40
-
-
-def test_the_walk_sees_imports_in_functions_and_relative_ones(tmp_path, monkeypatch):
+def test_the_walk_finds_every_layer_and_sees_imports_in_functions_and_relative_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / "workers" / "engine" / "x.py"
     path.parent.mkdir(parents=True)
     path.write_text("from ..rows import a\ndef f():\n    import sluice.trainer.loop\n    from . import b\n")
     assert imports_of(path) == {"sluice.workers.rows.a", "sluice.trainer.loop", "sluice.workers.engine.b"}
+    assert len(MODULES) > 40 and {path.relative_to(REAL).parts[0] for path in MODULES} == set(LAYERS)
 
 
 def test_the_package_links_to_every_layer_and_to_nothing_else():
@@ -86,35 +79,24 @@ def test_imports_point_down_the_layers_only():
         assert not {name.split(".")[0] for name in imports_of(path)} & {"tests", "benchmarks"}, path
 
 
-def test_common_touches_torch_in_few_rooms_only():
-    for library, rooms in TORCH_IN_COMMON.items():
-        for path in (ROOT / "common").rglob("*.py"):
+def test_common_touches_torch_in_few_rooms_only_and_the_dashboard_never():
+    allowed = [(ROOT / "common", library, rooms) for library, rooms in TORCH_IN_COMMON.items()]
+    for folder, library, rooms in [*allowed, *((ROOT / "dashboard", library, ()) for library in TORCH)]:
+        for path in folder.rglob("*.py"):
             if library in {name.split(".")[0] for name in imports_of(path)}:
                 assert path.parent.name in rooms, (path, library)
 
 
-def test_the_dashboard_never_names_torch():
-    for path in (ROOT / "dashboard").rglob("*.py"):
-        assert not {n.split(".")[0] for n in imports_of(path)} & TORCH, path
+def modules_of(folder):
+    return [f"sluice.{folder.replace('/', '.')}.{path.stem}" for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 @pytest.mark.parametrize(
     "modules",
     [
         ["sluice.workers.reward", "sluice.workers.rewards.scoring"],
-        [
-            f"sluice.dashboard.{path.stem}"
-            for path in sorted((ROOT / "dashboard").glob("*.py"))
-            if path.stem != "__init__"
-        ],
-        [
-            "sluice",
-            *(f"sluice.common.ledger.{path.stem}" for path in sorted((ROOT / "common" / "ledger").glob("*.py"))),
-            *(
-                f"sluice.common.monitoring.{path.stem}"
-                for path in sorted((ROOT / "common" / "monitoring").glob("*.py"))
-            ),
-        ],
+        modules_of("dashboard"),
+        ["sluice", *modules_of("common/ledger"), *modules_of("common/monitoring")],
     ],
     ids=["reward worker", "dashboard", "ledger"],
 )
@@ -193,23 +175,14 @@ def test_no_room_of_common_imports_itself_through_others():
     assert not circles(graph)
 
 
-def test_no_benchmark_imports_itself_through_others():
+def test_no_benchmark_imports_itself_through_others_and_a_circle_is_found():
     assert not circles(import_graph(ROOT / "benchmarks", above="benchmarks.", in_functions=False))
-
-
-def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}).keys() == {"a", "b", "c", "d"}
 
 
-def test_files_are_short_enough_to_read_at_a_sitting():
+def test_files_are_short_enough_to_read_at_a_sitting_and_say_what_they_hold():
     assert not [name_of(path) for path in MODULES if len(path.read_text().splitlines()) > 400]
-
-
-def test_every_module_says_what_it_holds():
     assert not [name_of(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))]
-
-
-def test_every_lua_script_says_what_it_does():
     assert not [path for path in (ROOT / "common").rglob("*.lua") if not path.read_text().startswith("-- ")]
 
 

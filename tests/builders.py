@@ -107,19 +107,10 @@ def letter_tokenizer(vocab_size: int) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def publish_policy(
-    client: redis.Redis,
-    keys: Keys,
-    version: int,
-    *,
-    parent: int | None = None,
-    step: int | None = None,
-    incarnation: int = 1,
-) -> int:
-    """Move the policy pointer without weights; by default version n was trained in step n from version n - 1."""
-    parent = version - 1 if parent is None else parent
-    step = version if step is None else step
-    return int(Scripts(client, keys)("publish", version, parent, step, incarnation, f"digest-{version}", 0))
+def publish_policy(client: redis.Redis, keys: Keys, version: int, **made: int) -> int:
+    """Move the policy pointer without weights; version n was trained in step n from version n - 1, or as `made` says."""
+    made = {"parent": version - 1, "step": version, "incarnation": 1, **made}
+    return int(Scripts(client, keys)("publish", version, *made.values(), f"digest-{version}", 0))
 
 
 def task_payload(group_id: str, *, group_size: int = 2, target: str = "2") -> bytes:
@@ -178,17 +169,10 @@ def reference_payload(*, group_size: int = 2, length: int = 3) -> bytes:
     return encode([np.full(length, -0.25, np.float32)] * group_size)
 
 
-def part_payload(group_id: str, stage: str, *, version: int = 0) -> bytes:
+def part_payload(group_id: str, stage: str) -> bytes:
     """Return what a worker would store for one stage."""
-    match stage:
-        case "task":
-            return task_payload(group_id)
-        case "rollout":
-            return rollout_payload(version=version)
-        case "reward":
-            return reward_payload()
-        case _:
-            return reference_payload()
+    others = {"rollout": rollout_payload, "reward": reward_payload, "reference": reference_payload}
+    return task_payload(group_id) if stage == "task" else others[stage]()
 
 
 def admit_one(ledger: Ledger) -> str:
@@ -218,9 +202,8 @@ _cursors = itertools.count()
 
 def file_groups(ledger: Ledger, versions: list[int]) -> list[str]:
     """Ready groups of the given versions, however many: admission without a bound, and few round trips."""
-    reply = ledger.scripts(
-        "admit", len(versions), 10**9, 10**12, 10**6, 10**6, 60_000, f"files/{next(_cursors)}", "task"
-    )
+    unbounded, holder = (10**9, 10**12, 10**6, 10**6), f"files/{next(_cursors)}"
+    reply = ledger.scripts("admit", len(versions), *unbounded, 60_000, holder, "task")
     group_ids = [f"t{int(cursor)}" for cursor in reply[2:]]
     with ledger.client.pipeline(transaction=False) as pipe:
         for group_id, version in zip(group_ids, versions, strict=True):

@@ -43,11 +43,6 @@ def until(condition, *, timeout_s=5.0):
     return value
 
 
-def reap_until(ledger, expected):
-    """Reap until a stage is overdue."""
-    return until(lambda: [(g, p) for g, p, _ in ledger.reap() if (g, p) == expected])
-
-
 def deadline_in(ledger, group_id, stage):
     """Return the milliseconds until a stage is overdue."""
     seconds, micros = ledger.client.time()
@@ -310,7 +305,7 @@ def test_an_abandoned_claim_is_retried_then_dead(client, keys):
     ledger = started_ledger(client, keys, worker="rollout@host:7", lease={"running_s": 0.01, "max_attempts": 2})
     group_id = push_group(ledger, until="task")
     ledger.claim(group_id, "rollout", fields=())
-    assert reap_until(ledger, (group_id, "rollout"))
+    assert until(ledger.reap) == [(group_id, "rollout", "train")]
     assert ledger.claim(group_id, "rollout", fields=()).attempt == 2
     until(lambda: ledger.reap() == [] and ledger.counters().in_flight == 0)
     counters = ledger.counters()
@@ -334,7 +329,7 @@ def test_a_group_that_dies_of_one_overdue_part_is_not_owed_another_that_is_overd
 def test_the_task_of_a_dataset_worker_that_died_is_prepared_by_another(client, keys):
     ledger = started_ledger(client, keys, lease={"running_s": 0.01})
     group_id = admit_one(ledger)
-    assert reap_until(ledger, (group_id, "task"))
+    assert until(ledger.reap) == [(group_id, "task", "train")]
     other = make_ledger(client, keys, worker="other")
     claim = other.claim(group_id, "task", fields=("cursor",))
     assert claim.fields == {"cursor": b"0"} and claim.attempt == 2
@@ -438,7 +433,11 @@ def eval_tasks(version, prompts, *, modes="gs"):
 
 
 def test_an_evaluation_is_scored_and_never_enters_the_buffer(client, keys):
-    ledger = started_ledger(client, keys, trainer=KL)
+    ledger = started_ledger(client, keys, version=1, trainer=KL)
+    evaluation.request(client, keys, HELDOUT, version=1)
+    assert ledger.admit_eval("1.heldout", dataset="heldout", version=1, tasks={}) == []
+    assert evaluation.pending(client, keys) == [], "without a usable prompt it is finished at once"
+    assert evaluation.result(client, keys, HELDOUT, version=1).num_prompts == 0
     evaluation.request(client, keys, HELDOUT, version=0)
     evaluation.request(client, keys, HELDOUT, version=0)
     assert evaluation.pending(client, keys) == ["0.heldout"]
@@ -488,11 +487,3 @@ def test_an_evaluation_ends_although_one_of_its_groups_died_and_waits_for_a_requ
     score("e0.heldout.0g")
     assert (ledger.counters("eval").scored, evaluation.pending(client, keys)) == (2, [])
     assert evaluation.result(client, keys, HELDOUT, version=0).num_prompts == 2
-
-
-def test_an_evaluation_without_a_usable_prompt_is_finished_at_once(client, keys):
-    ledger = started_ledger(client, keys)
-    evaluation.request(client, keys, HELDOUT, version=0)
-    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks={}) == []
-    assert evaluation.pending(client, keys) == []
-    assert evaluation.result(client, keys, HELDOUT, version=0).num_prompts == 0

@@ -107,10 +107,11 @@ def letter_tokenizer(vocab_size: int) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def publish_policy(client: redis.Redis, keys: Keys, version: int, **made: int) -> int:
+def publish_policy(client: redis.Redis, keys: Keys, version: int, **made: int | None) -> int:
     """Move the policy pointer without weights; version n was trained in step n from version n - 1, or as `made` says."""
-    made = {"parent": version - 1, "step": version, "incarnation": 1, **made}
-    return int(Scripts(client, keys)("publish", version, *made.values(), f"digest-{version}", 0))
+    usual = {"parent": version - 1, "step": version, "incarnation": 1}
+    parent, step, incarnation = (usual[name] if made.get(name) is None else made[name] for name in usual)
+    return int(Scripts(client, keys)("publish", version, parent, step, incarnation, f"digest-{version}", 0))
 
 
 def task_payload(group_id: str, *, group_size: int = 2, target: str = "2") -> bytes:

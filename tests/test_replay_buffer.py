@@ -61,15 +61,6 @@ def test_nothing_is_consumed_when_fewer_than_a_batch_is_ready(client, keys):
     assert sorted(ids(buffer.sample(1, step=2))) == sorted(held)
 
 
-def test_the_oldest_version_is_taken_first_and_within_it_the_first_ready(client, keys):
-    ledger, buffer = make_buffer(client, keys, version=10, k=4, max_policy_age=2)
-    a, b, c, d, e = file_groups(ledger, [10, 9, 8, 10, 9])
-    assert ids(buffer.sample(10, step=11)) == [c, b, e, a]
-    assert buffer.sizes() == {8: 1, 9: 2, 10: 2}, "leased entries stay until they are acknowledged"
-    f, g, h = file_groups(ledger, [9, 10, 10])
-    assert ids(buffer.sample(10, step=12)) == [f, d, g, h]
-
-
 def test_the_same_step_gives_the_same_batch_also_to_another_process(client, keys, redis_url):
     ledger, buffer = make_buffer(client, keys, version=1)
     file_groups(ledger, [0, 1, 1, 0])
@@ -202,16 +193,6 @@ def test_after_the_acknowledgement_nothing_of_a_group_is_left_in_redis(client, k
     assert ledger.counters().trained == 2
 
 
-def test_an_acknowledgement_covers_every_step_up_to_it_and_none_after(client, keys):
-    ledger, buffer = make_buffer(client, keys, version=0, k=1)
-    file_groups(ledger, [0] * 11)
-    for step in range(1, 12):  # past ten, so that steps are compared as numbers
-        buffer.sample(0, step=step)
-    assert buffer.acknowledge(9) == 9
-    assert [int(step) for step in client.zrange(keys.batches, 0, -1)] == [10, 11]
-    assert ledger.counters().trained == 9
-
-
 @pytest.mark.parametrize(("max_resample_count", "times"), [(0, 1), (1, 2), (3, 4)])
 def test_a_group_is_trained_max_resample_count_times_more(client, keys, max_resample_count, times):
     ledger, buffer = make_buffer(client, keys, version=0, max_resample_count=max_resample_count)
@@ -222,19 +203,6 @@ def test_a_group_is_trained_max_resample_count_times_more(client, keys, max_resa
         assert freed == [2 if step == times else 0, 0]
     assert buffer.sample(0, step=times + 1).groups is None
     assert (ledger.counters().trained, ledger.counters().in_flight) == (2, 0)
-
-
-def test_without_a_resample_limit_a_group_is_trained_until_it_is_too_old_and_then_counts_as_trained(client, keys):
-    ledger, buffer = make_buffer(client, keys, version=0, k=1, max_resample_count=None)
-    wanted = file_groups(ledger, [0])
-    for step in range(1, 6):
-        assert ids(buffer.sample(0, step=step)) == wanted
-        buffer.acknowledge(step)
-    started_ledger(client, keys, version=2)
-    sample = buffer.sample(2, step=6)
-    assert (sample.groups, sample.evicted) == (None, 0)
-    counters = ledger.counters()
-    assert (counters.trained, counters.dropped, counters.in_flight, counters.holds) == (1, {}, 0, True)
 
 
 def rollout_with(**changed: Any) -> bytes:

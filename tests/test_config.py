@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -241,13 +239,3 @@ def test_every_field_of_every_section_has_a_description():
                 yield from undocumented(field.annotation, where)
 
     assert list(undocumented(Config, "config")) == []
-
-
-def test_importing_the_config_loads_neither_torch_nor_transformers():
-    probe = (
-        "import sys, sluice.common.config; print([m for m in ('torch', 'transformers', 'celery') if m in sys.modules])"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
-    ).stdout
-    assert shown.strip() == "[]"

@@ -97,11 +97,13 @@ def modules_of(folder):
         ["sluice.workers.reward", "sluice.workers.rewards.scoring"],
         modules_of("dashboard"),
         ["sluice", *modules_of("common/ledger"), *modules_of("common/monitoring")],
+        ["sluice.common.config", "sluice.common.config.file"],
     ],
-    ids=["reward worker", "dashboard", "ledger"],
+    ids=["reward worker", "dashboard", "ledger", "config"],
 )
 def test_roles_that_need_no_model_start_without_torch(modules):
-    probe = f"import sys, {', '.join(modules)}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    absent = ["torch", "transformers", *(["celery"] if "sluice.common.config" in modules else [])]
+    probe = f"import sys, {', '.join(modules)}; print([m for m in {absent} if m in sys.modules])"
     shown = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     ).stdout

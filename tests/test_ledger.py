@@ -193,28 +193,22 @@ def test_of_a_late_and_a_new_result_exactly_one_is_used(client, keys, late_first
     assert fast.counters().refused == 1
 
 
-def test_every_part_is_stored_once(client, keys):
-    ledger = started_ledger(client, keys, trainer=KL)
-    group_id = push_group(ledger)
-    held = int(client.get(keys.payload_bytes))
-    for stage in PARTS:
-        version = 0 if stage == "rollout" else None
-        assert ledger.store(group_id, stage, part_payload(group_id, stage), version=version) is None
-    assert ledger.counters().refused == 4
-    assert int(client.get(keys.payload_bytes)) == held
-    assert client.xlen(keys.stream(0)) == 1
-
-
 @pytest.mark.parametrize("order", [("reward", "reference"), ("reference", "reward")])
-def test_a_group_is_ready_when_its_last_part_arrives_whichever_that_is(client, keys, order):
+def test_a_group_is_ready_when_its_last_part_arrives_whichever_that_is_and_every_part_is_stored_once(
+    client, keys, order
+):
     ledger = started_ledger(client, keys, trainer=KL)
     group_id = push_group(ledger, until="rollout")
     assert client.zcard(keys.deadlines) == 2
     ledger.store(group_id, order[0], part_payload(group_id, order[0]))
     assert client.exists(keys.stream(0)) == 0
     ledger.store(group_id, order[1], part_payload(group_id, order[1]))
-    assert client.xlen(keys.stream(0)) == 1
-    assert client.zcard(keys.deadlines) == 0
+    held = int(client.get(keys.payload_bytes))
+    for stage in PARTS:
+        version = 0 if stage == "rollout" else None
+        assert ledger.store(group_id, stage, part_payload(group_id, stage), version=version) is None
+    assert (client.xlen(keys.stream(0)), client.zcard(keys.deadlines)) == (1, 0)
+    assert (ledger.counters().refused, int(client.get(keys.payload_bytes))) == (4, held)
 
 
 # Failure
@@ -326,21 +320,19 @@ def test_a_group_that_dies_of_one_overdue_part_is_not_owed_another_that_is_overd
     assert_consistent(client, keys)
 
 
-def test_the_task_of_a_dataset_worker_that_died_is_prepared_by_another(client, keys):
-    ledger = started_ledger(client, keys, lease={"running_s": 0.01})
-    group_id = admit_one(ledger)
-    assert until(ledger.reap) == [(group_id, "task", "train")]
-    other = make_ledger(client, keys, worker="other")
-    claim = other.claim(group_id, "task", fields=("cursor",))
-    assert claim.fields == {"cursor": b"0"} and claim.attempt == 2
-    assert other.store(group_id, "task", task_payload(group_id)) == ["rollout"]
-
-
-def test_the_reaper_takes_a_bounded_number_at_a_time(client, keys):
+def test_tasks_of_a_dataset_worker_that_died_are_reaped_a_bounded_number_at_a_time_and_prepared_by_another(
+    client, keys
+):
     ledger = started_ledger(client, keys, replay_buffer={"batch_size": 5}, lease={"running_s": 0.001})
     assert len(ledger.admit(10).cursors) == 10
     until(lambda: max(deadline_in(ledger, f"t{i}", "task") for i in range(10)) <= 0)
-    assert [len(ledger.reap(max_count=4)) for _ in range(4)] == [4, 4, 2, 0]
+    overdue = [ledger.reap(max_count=4) for _ in range(4)]
+    assert [len(stages) for stages in overdue] == [4, 4, 2, 0]
+    assert {stage for stages in overdue for stage in stages} == {(f"t{i}", "task", "train") for i in range(10)}
+    other = make_ledger(client, keys, worker="other")
+    claim = other.claim("t3", "task", fields=("cursor",))
+    assert claim.fields == {"cursor": b"3"} and claim.attempt == 2
+    assert other.store("t3", "task", task_payload("t3")) == ["rollout"]
 
 
 # Credit and settlement

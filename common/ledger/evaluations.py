@@ -181,22 +181,17 @@ def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: in
     total, done = client.hmget(keys.evaluation(name), ["total", "done"])
     if total is None or int(done or 0) < int(total):
         return None
-    before: bytes | None = None
+    fields = {field.decode(): value for field, value in client.hgetall(keys.evaluation(name)).items()}
+    sums = _ScoreSums(before := fields.get("summary"))
     dead, folded = set(), []
-    results: list[tuple[str, bytes]] = []
-    for field, value in client.hgetall(keys.evaluation(name)).items():
-        kind, _, group = field.decode().partition(":")
+    for field, value in fields.items():
+        kind, _, group = field.partition(":")
         if kind == "dead":
             dead.add(group[:-1])
-        elif kind == "summary":
-            before = value
         elif kind in ("result", "admitted"):
             folded.append(field)
-            if kind == "result":
-                results.append((group, value))
-    sums = _ScoreSums(before)
-    for group, value in results:
-        sums.add(dataset, decode(value), is_greedy=group.endswith("g"))
+        if kind == "result":
+            sums.add(dataset, decode(value), is_greedy=group.endswith("g"))
     if folded:
         Scripts(client, keys)("fold_eval", name, before or b"", sums.summary(), *folded)
     scored = {score: sorted(sums.scores[score].elements()) for score in dataset.scores}

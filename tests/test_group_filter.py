@@ -120,6 +120,16 @@ def test_the_reference_part_of_a_dropped_group_is_not_awaited(client, keys, refe
     assert_consistent(client, keys)
 
 
+def test_evaluations_are_never_filtered(client, keys):
+    ledger, _ = filtering(client, keys)
+    client.hset(keys.evaluations, "0.x", 0)
+    ledger.admit_eval("0.x", dataset="x", version=0, tasks={"e0.x.0g": task_payload("e0.x.0g")})
+    ledger.store("e0.x.0g", "rollout", rollout_payload(), version=0)
+    assert ledger.store("e0.x.0g", "reward", EQUAL, is_zero_variance=True) == []
+    counters = ledger.counters("eval")
+    assert (counters.scored, counters.dropped, counters.kept_for_bound) == (1, {}, 0)
+
+
 def test_groups_are_kept_over_the_bound_until_the_batch_is_taken(client, keys):
     ledger, buffer = filtering(client, keys, max_refill=3)
     assert buffer.sample(0, step=1).groups is None

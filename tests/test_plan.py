@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from builders import make_config
+from builders import for_each, make_config
 from click.testing import CliRunner
 
 from sluice.common.config.file import load_config
@@ -59,7 +59,7 @@ def test_the_text_names_every_command_to_type() -> None:
         assert f"  celery -A sluice worker -Q {queue}\n" in shown.output
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("overrides", "message"),
     [
         (["replicas.rollout={min: 0, max: 2}"], "rollout: min=0 would leave the run without a rollout worker"),

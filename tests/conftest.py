@@ -105,9 +105,10 @@ def server_flavours(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    """A connection. A module that overrides this with `server_flavours` runs its tests on every flavour."""
-    with closing(connect(redis_url)) as connection:
+def client(request: pytest.FixtureRequest) -> Iterator[redis.Redis]:
+    """A connection, on every flavour in a test or module of `server_flavours` (`usefixtures`)."""
+    url = "server_flavours" if "server_flavours" in request.fixturenames else "redis_url"
+    with closing(connect(request.getfixturevalue(url))) as connection:
         yield connection
 
 

@@ -27,9 +27,9 @@ import sluice.workers.engine.torch.split_batch
 from sluice.common.errors import EngineError
 from sluice.common.types import Completion
 from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.serving import SequenceGroup
 from sluice.workers.engine.torch.kv_cache import SlotCache, bytes_per_token
 from sluice.workers.engine.torch.scheduler import PATIENCE, schedule
-from sluice.workers.engine.torch.sequence import SequenceGroup
 from sluice.workers.engine.torch.split_batch import saved_positions, split_batch
 
 

@@ -37,7 +37,8 @@ from sluice.common.policies.canary import CanarySequence, adapter_share, mean_di
 from sluice.common.policies.manifest import Manifest, Policy
 from sluice.common.policies.reader import PolicyReader
 from sluice.common.types import Completion
-from sluice.workers.engine import Engine, GenerationRequest
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.serving import Engine
 
 log = logging.getLogger("sluice.rollout")
 

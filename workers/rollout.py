@@ -25,7 +25,8 @@ from sluice.common.pipeline import stage_on
 from sluice.common.serialization import decode, encode
 from sluice.common.types import Completion, Task, oldest_version
 from sluice.workers.context import Context, CooperativePool, Result
-from sluice.workers.engine import Engine, GenerationRequest, check_engine
+from sluice.workers.engine import GenerationRequest, check_engine
+from sluice.workers.engine.serving import Engine
 from sluice.workers.policy_updates import ServedPolicy
 
 log = logging.getLogger("sluice.rollout")

@@ -26,12 +26,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sluice.common.errors import EngineError
 from sluice.common.types import Completion
-from sluice.workers.engine.serving import version_spans
+from sluice.workers.engine.serving import SequenceGroup, version_spans
 from sluice.workers.engine.torch.batch_tensors import BatchTensors
 from sluice.workers.engine.torch.kv_cache import SlotCache, cache_argument, round_up
 from sluice.workers.engine.torch.sampling import sample
 from sluice.workers.engine.torch.scheduler import PREFILL_TOKENS
-from sluice.workers.engine.torch.sequence import RunningSequence, SequenceGroup, features, noise, parameters
+from sluice.workers.engine.torch.sequence import RunningSequence, features, noise, parameters
 from sluice.workers.engine.torch.split_batch import SPLIT_SAVES, split_batch
 from sluice.workers.engine.torch.stop_strings import StopStrings
 

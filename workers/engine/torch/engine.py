@@ -16,6 +16,7 @@ Invariants, besides those of `serving`:
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -72,12 +73,20 @@ class TorchEngine(Engine):
         super().__init__(in_flight=in_flight)
         check_model(model, max_model_len=max_model_len)
         self._model = model
-        self._decode = decode
+        self._has_tokenizer = decode is not None
         self._max_positions = None if kv_cache_bytes is None else kv_cache_bytes // bytes_per_token(model)
-        self._eos_token_ids = tuple(eos_token_ids)
         self._vocab_size: int = model.config.get_text_config().vocab_size
         self._max_sequences = max_sequences
         self._max_model_len = max_model_len
+        self._new_batch = functools.partial(
+            RunningBatch,
+            model,
+            eos_token_ids=eos_token_ids,
+            max_sequences=max_sequences,
+            max_model_len=max_model_len,
+            max_positions=self._max_positions,
+            decode=decode,
+        )
         self._batch = self._new_batch()
         self._num_passes = 0
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
@@ -90,7 +99,7 @@ class TorchEngine(Engine):
             max_model_len=self._max_model_len,
             vocab_size=self._vocab_size,
             max_positions=self._max_positions,
-            has_tokenizer=self._decode is not None,
+            has_tokenizer=self._has_tokenizer,
         )
         return self._wait_for(SequenceGroup(request=request))
 
@@ -101,16 +110,6 @@ class TorchEngine(Engine):
 
     def _count_sequences(self) -> int:
         return len(self._batch.sequences)
-
-    def _new_batch(self) -> RunningBatch:
-        return RunningBatch(
-            self._model,
-            eos_token_ids=self._eos_token_ids,
-            max_sequences=self._max_sequences,
-            max_model_len=self._max_model_len,
-            max_positions=self._max_positions,
-            decode=self._decode,
-        )
 
     # The engine thread.
 

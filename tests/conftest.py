@@ -133,20 +133,22 @@ def keys(client: redis.Redis) -> Iterator[Keys]:
         client.unlink(key)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def serve() -> Iterator[Callable[..., Served]]:
-    """Starts torch engines of one torch thread; `tests.served` says what they are."""
+    """Engines by their settings, each started once a module, with one torch thread; `tests.served` says what they are."""
     import torch  # here: most tests need no torch
     from served import Served
 
-    before, started = torch.get_num_threads(), []
+    before, started = torch.get_num_threads(), dict[Any, Served]()
 
-    def start(**settings: Any) -> Served:
-        started.append(Served(**settings))
-        return started[-1]
+    def start(*name: str, **settings: Any) -> Served:
+        key = (*name, *sorted(settings.items()))
+        if key not in started:
+            started[key] = Served(*name, **settings)
+        return started[key]
 
     torch.set_num_threads(1)
     yield start
-    for served in started:
+    for served in started.values():
         served.close()
     torch.set_num_threads(before)

@@ -369,7 +369,11 @@ def test_a_stop_text_ends_a_completion_and_belongs_to_it(served: Served) -> None
     end = next(place for place in range(10, 60) if tokens[place] not in tokens[:place])
     stop = ("".join(chr(0x4E00 + token) for token in tokens[end - 1 : end + 1]),)
     what, longer = (request(5, n=1, max_tokens=60, min_tokens=end + k, stop=stop) for k in (1, 2))
-    [[stopped], [later]] = served.run(what, longer)
+    beside = request(5, n=1, max_tokens=end + 1, min_tokens=end + 1)
+    with served.standing():
+        futures = served.wait(what, longer, beside)
+    [stopped], [later], [ended] = (future.result(WAIT_S) for future in futures)
+    assert ended.token_ids.tolist() == tokens[: end + 1], "another that ends in the same step"
     assert stopped.token_ids.tolist() == tokens[: end + 1] and stopped.finish_reason == "stop"
     assert_scored_by(0, what, [stopped])
     assert len(later.token_ids) > end + 1

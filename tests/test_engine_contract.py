@@ -368,7 +368,7 @@ def test_a_stop_text_ends_a_completion_and_belongs_to_it(served: Served) -> None
     tokens = free.token_ids.tolist()
     end = next(place for place in range(10, 60) if tokens[place] not in tokens[:place])
     stop = ("".join(chr(0x4E00 + token) for token in tokens[end - 1 : end + 1]),)
-    what, longer = (request(5, n=1, max_tokens=60, min_tokens=end + k, stop=stop) for k in (1, 2))
+    what, longer = (request(5, n=1, max_tokens=60, min_tokens=end + k, stop=stop) for k in (0, 2))
     beside = request(5, n=1, max_tokens=end + 1, min_tokens=end + 1)
     with served.standing():
         futures = served.wait(what, longer, beside)

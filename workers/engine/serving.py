@@ -65,9 +65,7 @@ class SequenceGroup:
 
     def fail(self, error: type[EngineError], why: str, *, cause: Exception | None = None) -> None:
         """Resolve the request with an error that names it, unless it is resolved already."""
-        failure = error(f"group {self.request.group_id}: {why}")
-        failure.__cause__ = cause
-        fail(self.future, failure)
+        fail(self.future, error(f"group {self.request.group_id}: {why}"), cause=cause)
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -302,8 +300,9 @@ class Engine(ABC):
         self._condition.notify_all()
 
 
-def fail(future: Future, error: EngineError) -> None:
+def fail(future: Future, error: EngineError, *, cause: Exception | None = None) -> None:
     """Resolve a future with an error, unless it is resolved already."""
+    error.__cause__ = cause
     if not future.done():
         future.set_exception(error)
 

@@ -34,7 +34,7 @@ from sluice.common.models.causal_lm import adopt_weights
 from sluice.common.models.logprobs import score_sequences
 from sluice.common.types import Completion
 from sluice.workers.engine import GenerationRequest, ScoredSequence
-from sluice.workers.engine.serving import Engine, SequenceGroup
+from sluice.workers.engine.serving import Engine, SequenceGroup, fail
 from sluice.workers.engine.torch.kv_cache import bytes_per_token
 from sluice.workers.engine.torch.running_batch import RunningBatch
 from sluice.workers.engine.torch.scheduler import PREFILL_TOKENS, schedule
@@ -172,9 +172,7 @@ class TorchEngine(Engine):
             try:
                 scored = score_sequences(self._model, scoring.sequences, max_batch_tokens=PREFILL_TOKENS)
             except Exception as error:  # any error of a model, a kernel or the device; generation continues
-                failure = EngineError(f"scoring failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                scoring.future.set_exception(failure)
+                fail(scoring.future, EngineError(f"scoring failed: {type(error).__name__}: {error}"), cause=error)
             else:
                 self._update_pause_s += time.monotonic() - started  # before the caller of `score` can read it
                 scoring.future.set_result((self.version, scored))

@@ -362,21 +362,23 @@ def test_cancel_removes_one_group_and_leaves_the_others(served: Served) -> None:
     eventually(lambda: served.engine.stats().running_sequences == 0)
 
 
-def test_a_stop_text_ends_a_completion_and_belongs_to_it(served: Served) -> None:
+@pytest.mark.parametrize("min_tokens", [9, 60])
+def test_a_stop_text_ends_a_completion_and_belongs_to_it(served: Served, min_tokens: int) -> None:
     served.serve(0)
-    [[free]] = served.run(request(5, n=1, max_tokens=60, min_tokens=60))
+    [[free]] = served.run(request(5, n=1, max_tokens=60, min_tokens=min_tokens))
     tokens = free.token_ids.tolist()
-    end = next(place for place in range(10, 60) if tokens[place] not in tokens[:place])
+    end = next(place for place in range(10, len(tokens)) if tokens[place] not in tokens[:place])
     stop = ("".join(chr(0x4E00 + token) for token in tokens[end - 1 : end + 1]),)
-    what, longer = (request(5, n=1, max_tokens=60, min_tokens=end + k, stop=stop) for k in (0, 2))
-    beside = request(5, n=1, max_tokens=end + 1, min_tokens=end + 1)
+    what = request(5, n=1, max_tokens=60, min_tokens=min_tokens, stop=stop)
+    beside = request(5, n=1, max_tokens=end + 1, min_tokens=min(min_tokens, end + 1))
     with served.standing():
-        futures = served.wait(what, longer, beside)
-    [stopped], [later], [ended] = (future.result(WAIT_S) for future in futures)
-    assert ended.token_ids.tolist() == tokens[: end + 1], "another that ends in the same step"
-    assert stopped.token_ids.tolist() == tokens[: end + 1] and stopped.finish_reason == "stop"
+        futures = served.wait(what, beside)
+    [stopped], [ended] = (future.result(WAIT_S) for future in futures)
+    assert ended.token_ids.tolist() == tokens[: end + 1], "another that ends in the same step, by its length"
+    is_early = end < min_tokens
+    assert stopped.token_ids.tolist() == (tokens if is_early else tokens[: end + 1])
+    assert stopped.finish_reason == ("length" if is_early else "stop")
     assert_scored_by(0, what, [stopped])
-    assert len(later.token_ids) > end + 1
 
 
 def test_min_tokens_keeps_the_ends_away_and_out_of_the_distribution(served: Served) -> None:

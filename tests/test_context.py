@@ -91,7 +91,7 @@ def test_a_part_that_wants_to_be_alone_waits_for_those_inside_and_goes_before_ne
 
     def be(name: str, *, exclusive: bool) -> threading.Thread:
         def enter() -> None:
-            with lock.exclusive() if exclusive else lock.shared():
+            with lock.held(exclusive=exclusive):
                 order.append(name)
                 assert leave.wait(10)
 
@@ -114,10 +114,10 @@ def test_a_part_that_wants_to_be_alone_waits_for_those_inside_and_goes_before_ne
 
 def test_whoever_does_not_get_in_is_told_so_and_blocks_nobody_afterwards() -> None:
     lock = ExecutionLock(wait_s=0.05)
-    with lock.shared() as acquired, lock.exclusive() as is_alone:
+    with lock.held(exclusive=False) as acquired, lock.held(exclusive=True) as is_alone:
         assert acquired
         assert not is_alone
-        with lock.shared() as is_beside:
+        with lock.held(exclusive=False) as is_beside:
             assert not is_beside, "it still wants to be alone"
-    with lock.exclusive() as is_alone:
+    with lock.held(exclusive=True) as is_alone:
         assert is_alone

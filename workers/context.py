@@ -122,12 +122,12 @@ class Context:
     ) -> None:
         """Run one stage of one group, beside others unless this is its last attempt."""
         claim = partial(self.ledger.claim, group_id, stage, fields=fields, lease_s=lease_s)
-        with self._lock.shared() as acquired:
+        with self._lock.held(exclusive=False) as acquired:
             is_last = self._is_last_attempt(group_id, stage)
             if acquired and not is_last:
                 self._work_on(claim(), work)
         if is_last:
-            with self._lock.exclusive() as acquired:
+            with self._lock.held(exclusive=True) as acquired:
                 if acquired:
                     self._work_on(claim(), work)
 

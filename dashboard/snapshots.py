@@ -14,7 +14,6 @@ from typing import Any
 import redis
 
 from sluice.common.errors import ConfigError
-from sluice.common.monitoring.autoscale import Scale, read_scales
 from sluice.common.monitoring.metric_stream import read_metrics, read_samples
 from sluice.common.operations.control import read_change_log
 from sluice.common.run import Run, list_runs, open_run
@@ -36,8 +35,6 @@ class Snapshot:
     "entries that hold results of evaluations"
     change_log: list[dict[str, str]] = field(default_factory=list)
     "newest first: at, who, step, key, old, new"
-    scaling: dict[str, Scale] = field(default_factory=dict)
-    "queue -> the result of autoscaling and its reason"
 
 
 class Reader:
@@ -75,7 +72,6 @@ class Reader:
             steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
             evaluations=list(self._evaluations),
             change_log=read_change_log(self.client, self.run.keys, count=20),
-            scaling=read_scales(self.client, self.run.keys),
         )
 
     def samples(self) -> list[dict[str, Any]]:

@@ -46,11 +46,11 @@ class Reader:
         self._lock = threading.Lock()
         self._read_at = 0.0
         self._snapshot: Snapshot | None = None
-        self._last_entry = "-"
+        self._last_entry = "0"
         self._steps: dict[int, dict[str, float]] = {}
         self._evaluations: list[dict[str, float]] = []
         self._samples: list[dict[str, Any]] = []
-        self._newest_sample = "-"
+        self._newest_sample = "0"
 
     def read(self) -> Snapshot:
         """Return a snapshot at most FRESH_S old. Raises redis' errors."""

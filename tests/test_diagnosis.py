@@ -15,7 +15,7 @@ from harness import wait_for
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.replay_buffer import ReplayBuffer
-from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, explain_stall
+from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose
 from sluice.common.monitoring.heartbeats import SILENT_AFTER_S, read_heartbeats, send_heartbeat
 from sluice.common.monitoring.metric_stream import write_metrics
 from sluice.common.policies.manifest import Manifest
@@ -63,7 +63,6 @@ def test_a_queue_without_workers_is_named(client: redis.Redis, keys: Keys, run: 
     staff(client, keys, without="reward")
     queue_up(client, keys, "reward", 3)
     assert diagnose(client, run) == Cause("no_workers", "0 workers on `reward`, 3 messages queued")
-    assert explain_stall(client, run) == "0 workers on `reward`, 3 messages queued"
 
 
 def test_a_process_that_stopped_beating_is_silent_within_five_seconds(

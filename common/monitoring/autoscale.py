@@ -40,7 +40,7 @@ from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_pending
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
-from sluice.common.monitoring.queues import queue_depths
+from sluice.common.monitoring.queues import read_queues
 from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
 from sluice.common.run import Run, RunRecord
 
@@ -217,7 +217,7 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     for group, stage in read_pending(client, run.keys):
         kind = kind_of(group) if has_eval else "train"  # else the rollout workers evaluate
         pending[stage_of(stage).queue_for(kind)] += 1
-    depths = queue_depths(client, run, QUEUES)
+    queues = read_queues(client, run, QUEUES)
     is_held = any(RunRecord(client, run.keys).held())
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}
     busy: dict[str, list[float]] = {queue: [] for queue in QUEUES}
@@ -226,7 +226,9 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
             done[stats["role"]][name] = int(stats.get("done", 0))
             busy[stats["role"]].append(1.0 - stats.get("idle_fraction", 0.0))
     return {
-        q: Load(pending=pending[q], waiting=depths[q], done=done[q], busy=fmean(busy[q] or [1.0]), is_held=is_held)
+        q: Load(
+            pending=pending[q], waiting=queues[q].depth, done=done[q], busy=fmean(busy[q] or [1.0]), is_held=is_held
+        )
         for q in QUEUES
     }
 

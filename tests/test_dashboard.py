@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import redis
+from builders import for_each
 from harness import only_run, quickstart_config, running_sluice, sluice, tiny_folder, wait_for
 
 from sluice.common.connections.client import connect
@@ -146,7 +147,7 @@ def tile(page: Any, name: str) -> Any:
     return page.locator(f'[data-tile="{name}"]')
 
 
-def wait_text(page: Any, locator: Any, text: str) -> None:
+def wait_text(locator: Any, text: str) -> None:
     from playwright.sync_api import expect
 
     expect(locator).to_have_text(text, timeout=20_000)
@@ -159,47 +160,45 @@ def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
     client, keys = shown
     counters, metrics = read_counters(client, keys), last_metrics(client, keys)
     page = open_page(f"/?run={RUN}")
-    wait_text(page, tile(page, "step"), "6 / 6")
-    wait_text(page, tile(page, "reward"), f"{metrics['reward/mean']:.3f}")
-    wait_text(page, tile(page, "ledger"), "holds")
+    wait_text(tile(page, "step"), "6 / 6")
+    wait_text(tile(page, "reward"), f"{metrics['reward/mean']:.3f}")
+    wait_text(tile(page, "ledger"), "holds")
     assert page.locator("td", has_text=f"trained {counters.trained}").count() == 1
     assert page.locator("canvas").count() >= 15
     keep(page, "overview-light")
-    send_heartbeat(
-        client, keys, "reward@host:7", {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"}
-    )
-    entry = client.xadd(
-        keys.controls, {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
-    )
+    stats = {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"}
+    send_heartbeat(client, keys, "reward@host:7", stats)
+    change = {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
+    entry = client.xadd(keys.controls, change)
     write_metrics(client, keys, {**metrics, "step": 7, "reward/mean": 0.123}, max_length=100)
-    wait_text(page, tile(page, "step"), "7 / 6")
-    wait_text(page, tile(page, "reward"), "0.123")
+    wait_text(tile(page, "step"), "7 / 6")
+    wait_text(tile(page, "reward"), "0.123")
     page.locator("td", has_text="reward@host:7").wait_for(timeout=20_000)
     assert page.locator("td", has_text="75%").count() == 1
     assert page.locator("td", has_text="paused: false → true").count() == 1
+    client.hincrby(keys.counts("train"), "admitted", 1)
+    client.hset(keys.run_record, "status", "running")
+    wait_text(tile(page, "ledger"), "BROKEN")
+    page.locator(".alarm", has_text="no trainer is running").wait_for(timeout=20_000)
+    client.hincrby(keys.counts("train"), "admitted", -1)
+    client.hset(keys.run_record, "status", "finished")
+    wait_text(tile(page, "ledger"), "holds")
+    page.locator(".alarm").wait_for(state="detached", timeout=20_000)
     client.xdel(keys.controls, entry)
     client.delete(keys.process("reward@host:7"))
     client.xdel(keys.metrics, client.xrevrange(keys.metrics, count=1)[0][0])
 
 
 @needs_browser
-def test_a_broken_ledger_and_a_stall_stand_out(open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]) -> None:
-    client, keys = shown
-    client.hincrby(keys.counts("train"), "admitted", 1)
-    client.hset(keys.run_record, "status", "running")
-    page = open_page(f"/?run={RUN}")
-    wait_text(page, tile(page, "ledger"), "BROKEN")
-    page.locator(".alarm", has_text="no trainer is running").wait_for(timeout=20_000)
-    client.hincrby(keys.counts("train"), "admitted", -1)
-    client.hset(keys.run_record, "status", "finished")
-    wait_text(page, tile(page, "ledger"), "holds")
-    page.locator(".alarm").wait_for(state="detached", timeout=20_000)
-
-
-@needs_browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-@pytest.mark.parametrize("path", ["/", "/samples", "/trace"])
+@for_each(
+    ("path", "width", "height", "scheme"),
+    [
+        (path, *size, scheme)
+        for path in ("/", "/samples", "/trace")
+        for size in ((1280, 800), (390, 844))
+        for scheme in ("light", "dark")
+    ],
+)
 def test_no_page_scrolls_sideways_and_the_ground_follows_the_system(
     open_page: Callable[..., Any], path: str, width: int, height: int, scheme: str
 ) -> None:
@@ -213,23 +212,27 @@ def test_no_page_scrolls_sideways_and_the_ground_follows_the_system(
     brightness = sum(int(value) for value in re.findall(r"\d+", colour)[:3]) / 3
     assert (brightness < 60) == (scheme == "dark"), colour
     keep(page, f"{path.strip('/') or 'overview'}-{width}-{scheme}")
+    if scheme == "light":
+        page.get_by_label("light or dark").click()
+        page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
+        page.reload()
+        page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
 
 
 @needs_browser
-def test_the_theme_can_be_switched_and_stays(open_page: Callable[..., Any]) -> None:
-    page = open_page("/", scheme="light")
-    page.get_by_label("light or dark").click()
-    page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
-    page.reload()
-    page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
-
-
-@needs_browser
-def test_samples_are_filtered_shaded_and_lead_to_their_trace(
+def test_samples_are_text_filtered_shaded_and_lead_to_their_trace(
     open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
 ) -> None:
     client, keys = shown
     samples = [decode(fields[b"sample"]) for _, fields in client.xrevrange(keys.samples)]
+    hostile = {**samples[0], "step": 99, "group": "t<b>9</b>", "prompt": HOSTILE}
+    hostile["completions"] = [{**hostile["completions"][0], "text": HOSTILE}]
+    entry = client.xadd(keys.samples, {"sample": encode(hostile)})
+    page = open_page(f"/samples?run={RUN}")
+    page.locator(".tokens", has_text=HOSTILE).first.wait_for(timeout=20_000)
+    assert page.title() == "Sluice"
+    assert page.locator(".card script, .card img, .card b b").count() == 0, "it is text and never markup"
+    client.xdel(keys.samples, entry)
     for sample in samples:  # the same policy in the sampler and in the trainer, but for the age of what was sampled
         for c in sample["completions"]:
             assert c["policy_logprobs"].shape == c["rollout_logprobs"].shape == (c["tokens"],)
@@ -237,7 +240,7 @@ def test_samples_are_filtered_shaded_and_lead_to_their_trace(
                 assert abs(c["policy_logprobs"] - c["rollout_logprobs"]).max() < 1e-3
     page = open_page(f"/samples?run={RUN}")
     page.locator(".card h2").first.wait_for(timeout=20_000)
-    assert page.locator(".completion").count() == 5 * 4
+    assert page.locator(".completion").count() == 4 * 4 + 1
     page.get_by_label("step", exact=True).fill("2")
     of_step = [sample for sample in samples if sample["step"] == 2]
     page.get_by_text(f"1–{len(of_step)} of {len(of_step)}").wait_for(timeout=20_000)
@@ -259,22 +262,9 @@ def test_samples_are_filtered_shaded_and_lead_to_their_trace(
 
 
 @needs_browser
-def test_what_a_model_writes_is_text_and_never_markup(
+def test_two_runs_stand_side_by_side_and_one_that_is_not_there_is_named(
     open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
 ) -> None:
-    client, keys = shown
-    sample = decode(client.xrevrange(keys.samples, count=1)[0][1][b"sample"])
-    sample["prompt"] = sample["completions"][0]["text"] = HOSTILE
-    entry = client.xadd(keys.samples, {"sample": encode({**sample, "step": 99, "group": "t<b>9</b>"})})
-    page = open_page(f"/samples?run={RUN}")
-    page.locator(".tokens", has_text=HOSTILE).first.wait_for(timeout=20_000)
-    assert page.title() == "Sluice"
-    assert page.locator(".card script, .card img, .card b b").count() == 0
-    client.xdel(keys.samples, entry)
-
-
-@needs_browser
-def test_two_runs_stand_side_by_side(open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]) -> None:
     client, keys = shown
     other = Keys("other")
     for name, value in client.hgetall(keys.run_record).items():
@@ -282,18 +272,14 @@ def test_two_runs_stand_side_by_side(open_page: Callable[..., Any], shown: tuple
     write_metrics(client, other, {**last_metrics(client, keys), "reward/mean": 0.5}, max_length=10)
     client.hset("sluice:runs", "other", time.time())
     page = open_page(f"/?run={RUN}&run=other")
-    wait_text(page, tile(page, "reward").nth(1), "0.500")
+    wait_text(tile(page, "reward").nth(1), "0.500")
     assert page.locator(".card h2", has_text="other").count() >= 1
     keep(page, "two-runs")
+    page = open_page("/?run=nobody")
+    page.locator(".alarm", has_text="there is no run 'nobody' here").wait_for(timeout=20_000)
     client.hdel("sluice:runs", "other")
     for key in client.scan_iter(other.root + "*"):
         client.delete(key)
-
-
-@needs_browser
-def test_a_run_that_is_not_there_is_named(open_page: Callable[..., Any]) -> None:
-    page = open_page("/?run=nobody")
-    page.locator(".alarm", has_text="there is no run 'nobody' here").wait_for(timeout=20_000)
 
 
 def status_of(url: str, **headers: str) -> tuple[int, str]:
@@ -353,9 +339,8 @@ def test_the_pages_write_nothing(ended_run: tuple[Path, EmbeddedServer], tmp_pat
     allowed = ("~*", "+@read", "+@connection", "+info", "+time", "+evalsha", "+eval", "+script|load", "+script|exists")
     client.execute_command("ACL", "SETUSER", "viewer", "on", ">looking-only-123", *allowed)
     port = server.url.rpartition(":")[2]
-    with running_sluice(
-        "dashboard", "--port", "0", cwd=tmp_path, SLUICE_REDIS_URL=f"redis://viewer:looking-only-123@127.0.0.1:{port}"
-    ):
+    viewer = f"redis://viewer:looking-only-123@127.0.0.1:{port}"
+    with running_sluice("dashboard", "--port", "0", cwd=tmp_path, SLUICE_REDIS_URL=viewer):
         url = _address_in(tmp_path / "output.log")
         text = urllib.request.urlopen(url + "metrics", timeout=20).read().decode()
         assert f'sluice_ledger_holds{{run="{RUN}",set="train"}} 1.0' in text
@@ -367,21 +352,16 @@ def test_the_pages_write_nothing(ended_run: tuple[Path, EmbeddedServer], tmp_pat
 
 
 def test_the_trace_of_a_group_is_printed(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
-    _, server = ended_run
-    client = connect(server.url)
+    client = connect(ended_run[1].url)
     kept = decode(client.xrevrange(Keys(RUN).samples, count=1)[0][1][b"sample"])["group"]
-    env = {"SLUICE_REDIS_URL": server.url}
+    env = {"SLUICE_REDIS_URL": ended_run[1].url}
     printed = sluice("trace", kept, RUN, "--json", cwd=tmp_path, **env)
     found = json.loads(printed.stdout)
     assert (found["where"], found["step"]) == ("trained", 6)
-    stages = [stage["stage"] for stage in found["stages"]]
-    assert stages[0] == "admitted"
-    assert stages[-1] == "leased"
+    assert (found["stages"][0]["stage"], found["stages"][-1]["stage"]) == ("admitted", "leased")
     assert all(stage["since_last_s"] >= 0 for stage in found["stages"])
-    assert all(
-        stage["held_by"].startswith(("dataset@", "rollout@", "reward@", "reference@")) for stage in found["assignments"]
-    )
-    assert {stage["stage"] for stage in found["assignments"]} == {"task", "rollout", "reward", "reference"}
+    holders = {stage["stage"]: stage["held_by"].partition("@")[0] for stage in found["assignments"]}
+    assert holders == {"task": "dataset", "rollout": "rollout", "reward": "reward", "reference": "reference"}
     assert "generated" in sluice("trace", kept, cwd=tmp_path, **env).stdout
     missing = sluice("trace", "t99999", cwd=tmp_path, **env)
     assert missing.returncode == 2

@@ -16,14 +16,12 @@ from sluice.dashboard.terminal import table
 def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | None = None) -> list[dict[str, Any]]:
     """Return the newest kept groups, newest first, as plain data without tokens; of one trainer step where that is given."""
     newest = newest_samples(client, keys, count=count if step is None else None)
-    return [without_tokens(sample) for sample in newest if step is None or sample["step"] == step][:count]
-
-
-def without_tokens(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return a sample without what JSON cannot express."""
-    hidden = {"token_ids", "rollout_logprobs", "policy_logprobs"}
-    shown = [{name: c[name] for name in c if name not in hidden} for c in sample["completions"]]
-    return {**sample, "completions": shown}
+    hidden = {"token_ids", "rollout_logprobs", "policy_logprobs"}  # JSON cannot express them
+    return [
+        {**sample, "completions": [{name: c[name] for name in c if name not in hidden} for c in sample["completions"]]}
+        for sample in newest
+        if step is None or sample["step"] == step
+    ][:count]
 
 
 def render_sample(sample: dict[str, Any]) -> RenderableType:

@@ -34,6 +34,8 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 RUN = "shown"
+KEYS = Keys(RUN)
+OpenPage = Callable[..., Any]
 HOSTILE = '<script>document.title = "taken"</script><img src=x onerror="document.title=1">'
 pytestmark = pytest.mark.timeout(600)  # the first test waits for a model to be made and a run of it
 
@@ -43,18 +45,21 @@ def needs_browser(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="module")
-def during_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """Run the real command to its end: its folder, the address of its dashboard, and what that showed meanwhile."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The Redis of a run of the real command, serving again; the run has served a dashboard of its own while it lasted."""
     folder = tmp_path_factory.mktemp("dashboard")
     steps = {"trainer__num_steps": 6, "sampling__group_size": 4, "checkpoint__every_steps": 3}
     config = quickstart_config(folder, tiny=tiny_folder(), evaluation__datasets=[], dashboard={"port": 0}, **steps)
     with running_sluice("run", str(config), "--name", RUN, cwd=folder) as process:
         page = _address_in(folder / "output.log")
-        wait_for(lambda: _metrics(page), timeout=60, what="the run's own dashboard")
-        seen = sluice("status", RUN, cwd=folder).stdout + _metrics(page)
+        assert page.endswith(f"/?run={RUN}")
+        wait_for(lambda: f'run="{RUN}"' in _metrics(page), timeout=60, what="the run's own dashboard")
+        assert page in sluice("status", RUN, cwd=folder).stdout, "sluice status says where it is"
         assert process.wait(280) == 0, (folder / "output.log").read_text()
     assert _metrics(page) == "", "it ends with the run"
-    return folder, page, seen
+    started = start_server(only_run(folder) / "redis")
+    yield started
+    started.stop()
 
 
 def _metrics(page: str) -> str:
@@ -67,35 +72,17 @@ def _metrics(page: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def ended_run(during_run: tuple[Path, str, str]) -> Iterator[tuple[Path, EmbeddedServer]]:
-    """That run's Redis, serving again."""
-    folder = during_run[0]
-    server = start_server(only_run(folder) / "redis")
-    yield folder, server
-    server.stop()
-
-
-def test_a_run_serves_its_dashboard_while_it_lasts_and_says_where(during_run: tuple[Path, str, str]) -> None:
-    _, page, seen = during_run
-    assert page.endswith(f"/?run={RUN}")
-    assert page in seen, "sluice status says it too"
-    assert f'run="{RUN}"' in seen
-
-
-@pytest.fixture
-def shown(ended_run: tuple[Path, EmbeddedServer]) -> Iterator[tuple[redis.Redis, Keys]]:
-    client = connect(ended_run[1].url)
-    yield client, Keys(RUN)
-    client.close()
+def client(server: EmbeddedServer) -> Iterator[redis.Redis]:
+    with connect(server.url) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="module")
-def address(ended_run: tuple[Path, EmbeddedServer]) -> Iterator[str]:
+def address(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A dashboard on loopback."""
-    elsewhere = ended_run[0] / "elsewhere"
-    elsewhere.mkdir()
-    with running_sluice("dashboard", "--port", "0", cwd=elsewhere, SLUICE_REDIS_URL=ended_run[1].url):
-        yield _address_in(elsewhere / "output.log")
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with running_sluice("dashboard", "--port", "0", cwd=folder, SLUICE_REDIS_URL=server.url):
+        yield _address_in(folder / "output.log")
 
 
 def _address_in(log: Path) -> str:
@@ -114,7 +101,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+def open_page(browser: Any, address: str) -> Iterator[OpenPage]:
     """Opens a page of the dashboard; whatever it asks for must come from there, and its console must stay empty."""
     opened: list[tuple[Any, list[str]]] = []
 
@@ -155,10 +142,9 @@ def wait_text(locator: Any, text: str) -> None:
 
 @needs_browser
 def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
-    open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
+    open_page: OpenPage, client: redis.Redis
 ) -> None:
-    client, keys = shown
-    counters, metrics = read_counters(client, keys), last_metrics(client, keys)
+    counters, metrics = read_counters(client, KEYS), last_metrics(client, KEYS)
     page = open_page(f"/?run={RUN}")
     wait_text(tile(page, "step"), "6 / 6")
     wait_text(tile(page, "reward"), f"{metrics['reward/mean']:.3f}")
@@ -167,26 +153,26 @@ def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
     assert page.locator("canvas").count() >= 15
     keep(page, "overview-light")
     stats = {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"}
-    send_heartbeat(client, keys, "reward@host:7", stats)
+    send_heartbeat(client, KEYS, "reward@host:7", stats)
     change = {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
-    entry = client.xadd(keys.controls, change)
-    write_metrics(client, keys, {**metrics, "step": 7, "reward/mean": 0.123}, max_length=100)
+    entry = client.xadd(KEYS.controls, change)
+    write_metrics(client, KEYS, {**metrics, "step": 7, "reward/mean": 0.123}, max_length=100)
     wait_text(tile(page, "step"), "7 / 6")
     wait_text(tile(page, "reward"), "0.123")
     page.locator("td", has_text="reward@host:7").wait_for(timeout=20_000)
     assert page.locator("td", has_text="75%").count() == 1
     assert page.locator("td", has_text="paused: false → true").count() == 1
-    client.hincrby(keys.counts("train"), "admitted", 1)
-    client.hset(keys.run_record, "status", "running")
+    client.hincrby(KEYS.counts("train"), "admitted", 1)
+    client.hset(KEYS.run_record, "status", "running")
     wait_text(tile(page, "ledger"), "BROKEN")
     page.locator(".alarm", has_text="no trainer is running").wait_for(timeout=20_000)
-    client.hincrby(keys.counts("train"), "admitted", -1)
-    client.hset(keys.run_record, "status", "finished")
+    client.hincrby(KEYS.counts("train"), "admitted", -1)
+    client.hset(KEYS.run_record, "status", "finished")
     wait_text(tile(page, "ledger"), "holds")
     page.locator(".alarm").wait_for(state="detached", timeout=20_000)
-    client.xdel(keys.controls, entry)
-    client.delete(keys.process("reward@host:7"))
-    client.xdel(keys.metrics, client.xrevrange(keys.metrics, count=1)[0][0])
+    client.xdel(KEYS.controls, entry)
+    client.delete(KEYS.process("reward@host:7"))
+    client.xdel(KEYS.metrics, client.xrevrange(KEYS.metrics, count=1)[0][0])
 
 
 @needs_browser
@@ -200,7 +186,7 @@ def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
     ],
 )
 def test_no_page_scrolls_sideways_and_the_ground_follows_the_system(
-    open_page: Callable[..., Any], path: str, width: int, height: int, scheme: str
+    open_page: OpenPage, path: str, width: int, height: int, scheme: str
 ) -> None:
     page = open_page(path, width=width, height=height, scheme=scheme)
     page.locator(".bar").wait_for(timeout=20_000)
@@ -220,19 +206,16 @@ def test_no_page_scrolls_sideways_and_the_ground_follows_the_system(
 
 
 @needs_browser
-def test_samples_are_text_filtered_shaded_and_lead_to_their_trace(
-    open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
-) -> None:
-    client, keys = shown
-    samples = [decode(fields[b"sample"]) for _, fields in client.xrevrange(keys.samples)]
+def test_samples_are_text_filtered_shaded_and_lead_to_their_trace(open_page: OpenPage, client: redis.Redis) -> None:
+    samples = [decode(fields[b"sample"]) for _, fields in client.xrevrange(KEYS.samples)]
     hostile = {**samples[0], "step": 99, "group": "t<b>9</b>", "prompt": HOSTILE}
     hostile["completions"] = [{**hostile["completions"][0], "text": HOSTILE}]
-    entry = client.xadd(keys.samples, {"sample": encode(hostile)})
+    entry = client.xadd(KEYS.samples, {"sample": encode(hostile)})
     page = open_page(f"/samples?run={RUN}")
     page.locator(".tokens", has_text=HOSTILE).first.wait_for(timeout=20_000)
     assert page.title() == "Sluice"
     assert page.locator(".card script, .card img, .card b b").count() == 0, "it is text and never markup"
-    client.xdel(keys.samples, entry)
+    client.xdel(KEYS.samples, entry)
     for sample in samples:  # the same policy in the sampler and in the trainer, but for the age of what was sampled
         for c in sample["completions"]:
             assert c["policy_logprobs"].shape == c["rollout_logprobs"].shape == (c["tokens"],)
@@ -263,13 +246,12 @@ def test_samples_are_text_filtered_shaded_and_lead_to_their_trace(
 
 @needs_browser
 def test_two_runs_stand_side_by_side_and_one_that_is_not_there_is_named(
-    open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
+    open_page: OpenPage, client: redis.Redis
 ) -> None:
-    client, keys = shown
     other = Keys("other")
-    for name, value in client.hgetall(keys.run_record).items():
+    for name, value in client.hgetall(KEYS.run_record).items():
         client.hset(other.run_record, name, value)
-    write_metrics(client, other, {**last_metrics(client, keys), "reward/mean": 0.5}, max_length=10)
+    write_metrics(client, other, {**last_metrics(client, KEYS), "reward/mean": 0.5}, max_length=10)
     client.hset("sluice:runs", "other", time.time())
     page = open_page(f"/?run={RUN}&run=other")
     wait_text(tile(page, "reward").nth(1), "0.500")
@@ -306,8 +288,7 @@ def test_on_loopback_only_its_own_names_are_answered(address: str) -> None:
     assert status_of(address + "metrics")[0] == 200
 
 
-def test_other_machines_need_the_token(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
-    _, server = ended_run
+def test_other_machines_need_the_token(server: EmbeddedServer, tmp_path: Path) -> None:
     for options, env in ((("--host", "0.0.0.0"), {}), ((), {"SLUICE_DASHBOARD_TOKEN": "short"})):
         refused = sluice("dashboard", *options, cwd=tmp_path, SLUICE_REDIS_URL=server.url, **env)
         assert refused.returncode == 2
@@ -327,15 +308,13 @@ def test_other_machines_need_the_token(ended_run: tuple[Path, EmbeddedServer], t
         cookie = re.search(r"sluice_token=[^;]+", headers)
         assert cookie
         assert token not in headers
-        assert "HttpOnly; SameSite=Strict" in headers
+        assert "HttpOnly; Path=/; SameSite=strict" in headers
         assert status_of(url, Cookie=cookie[0])[0] == 200
         assert server.url not in (tmp_path / "output.log").read_text()
 
 
-def test_the_pages_write_nothing(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
+def test_the_pages_write_nothing(server: EmbeddedServer, client: redis.Redis, tmp_path: Path) -> None:
     """Over a user that may not write: every page answers."""
-    _, server = ended_run
-    client = connect(server.url)
     allowed = ("~*", "+@read", "+@connection", "+info", "+time", "+evalsha", "+eval", "+script|load", "+script|exists")
     client.execute_command("ACL", "SETUSER", "viewer", "on", ">looking-only-123", *allowed)
     port = server.url.rpartition(":")[2]
@@ -351,10 +330,9 @@ def test_the_pages_write_nothing(ended_run: tuple[Path, EmbeddedServer], tmp_pat
     client.execute_command("ACL", "DELUSER", "viewer")
 
 
-def test_the_trace_of_a_group_is_printed(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
-    client = connect(ended_run[1].url)
-    kept = decode(client.xrevrange(Keys(RUN).samples, count=1)[0][1][b"sample"])["group"]
-    env = {"SLUICE_REDIS_URL": ended_run[1].url}
+def test_the_trace_of_a_group_is_printed(server: EmbeddedServer, client: redis.Redis, tmp_path: Path) -> None:
+    kept = decode(client.xrevrange(KEYS.samples, count=1)[0][1][b"sample"])["group"]
+    env = {"SLUICE_REDIS_URL": server.url}
     printed = sluice("trace", kept, RUN, "--json", cwd=tmp_path, **env)
     found = json.loads(printed.stdout)
     assert (found["where"], found["step"]) == ("trained", 6)

@@ -6,13 +6,11 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import redis
 from builders import make_config
 from harness import (
     SMALL,
@@ -49,89 +47,67 @@ def grade(completions, **kwargs):
 """
 
 
-class Scaled:
-    """A run in progress whose reward takes its time while the file `slow` is there."""
-
-    def __init__(self, folder: Path, client: redis.Redis, pid: int) -> None:
-        self.folder, self.pid, self.client = only_run(folder), pid, client
-        self.slow, self.output = folder / "slow", folder / "output.log"
-        self.keys = open_run(client, self.folder.name).keys
-
-    def changes(self) -> list[tuple[int, int]]:
-        """(from, to) of every change of the reward workers."""
-        events = [fields for _, fields in self.client.xrange(self.keys.events) if fields[b"event"] == b"scaled"]
-        return [(int(f[b"from"]), int(f[b"to"])) for f in events if f[b"queue"] == b"reward"]
-
-    def wait_for_steps(self, count: int) -> None:
-        before = len(metrics_of(self.folder))
-        wait_for(lambda: len(metrics_of(self.folder)) >= before + count, timeout=60, what=f"{count} steps")
-
-    def workers(self) -> list[psutil.Process]:
-        """Reward workers that `sluice run` itself started, without their pool children."""
-        return [process for process in serving(self.pid, "reward") if process.ppid() == self.pid]
-
-    def wait_for_workers(self, count: int) -> None:
-        wait_for(lambda: len(self.workers()) == count, timeout=120, what=f"{count} reward workers")
-
-    def summary(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "summary.json").read_text()))
-
-
-@contextmanager
-def scaled_run(folder: Path, server: EmbeddedServer) -> Iterator[Scaled]:
-    (folder / "grader.py").write_text(GRADER.format(flag=str(folder / "slow")))
-    (folder / "slow").touch()
+def test_workers_follow_the_load_at_no_attempt_and_may_be_killed(tmp_path: Path, own_redis: EmbeddedServer) -> None:
+    slow, output, grader = tmp_path / "slow", tmp_path / "output.log", tmp_path / "grader.py"
+    grader.write_text(GRADER.format(flag=str(slow)))
+    slow.touch()
     config = quickstart_config(
-        folder,
+        tmp_path,
         tiny=tiny_folder(),
         evaluation__datasets=[],
-        reward__functions=[{"function": f"{folder / 'grader.py'}:grade"}],
+        reward__functions=[{"function": f"{grader}:grade"}],
         trainer__num_steps=100_000,
         replicas={"reward": {"min": 1, "max": 3}},
         autoscale={"up_after_s": 1.0, "cooldown_s": 3.0, "wait_s": 0.2},
         lease={"running_s": 5.0, "queued_s": 30.0},
         **SMALL,
     )
-    with running_sluice("run", str(config), cwd=folder, SLUICE_REDIS_URL=server.url) as process:
-        wait_for(lambda: list(folder.glob("runs/*/config.yaml")), timeout=60, what="the run")
-        wait_for(lambda: list(folder.glob("runs/*/metrics.jsonl")), timeout=120, what="its trainer")
-        scaled = Scaled(folder, connect(server.url), process.pid)
-        yield scaled
-        family = children(process.pid)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(180) == 130, scaled.output.read_text()
-        assert alive(family) == []
-    assert scaled.summary()["ledger_holds"]
-    assert scaled.summary()["ledger"]["dead"] == {}
-    scaled.client.close()
+    with (
+        running_sluice("run", str(config), cwd=tmp_path, SLUICE_REDIS_URL=own_redis.url) as process,
+        connect(own_redis.url) as client,
+    ):
 
+        def workers() -> list[psutil.Process]:
+            """Reward workers that `sluice run` itself started, without their pool children."""
+            return [worker for worker in serving(process.pid, "reward") if worker.ppid() == process.pid]
 
-def test_workers_follow_the_load_may_be_killed_and_a_drain_costs_no_attempt(
-    tmp_path: Path, own_redis: EmbeddedServer
-) -> None:
-    with scaled_run(tmp_path, own_redis) as run:
-        run.wait_for_workers(3)
-        run.wait_for_steps(1)
-        newest = max(run.workers(), key=lambda process: process.create_time())
-        newest.kill()
-        wait_for(
-            lambda: len(run.workers()) == 3 and newest not in run.workers(), timeout=60, what="another in its place"
-        )
-        run.wait_for_steps(2)
-        retried = read_counters(run.client, run.keys).retried
-        run.slow.unlink()
-        run.wait_for_workers(1)
-        assert "reward-0" not in run.output.read_text()
-        assert read_counters(run.client, run.keys).retried == retried
-        changes = run.changes()
+        def wait_for_workers(count: int, *, without: psutil.Process | None = None) -> None:
+            what = f"{count} reward workers"
+            wait_for(lambda: len(found := workers()) == count and without not in found, timeout=120, what=what)
+
+        def wait_for_steps(count: int) -> None:
+            before = len(metrics_of(folder))
+            wait_for(lambda: len(metrics_of(folder)) >= before + count, timeout=60, what=f"{count} steps")
+
+        wait_for_workers(3)
+        folder = only_run(tmp_path)
+        keys = open_run(client, folder.name).keys
+        wait_for_steps(1)
+        slow.unlink()
+        wait_for_workers(1)
+        assert "reward-0" not in output.read_text()
+        assert read_counters(client, keys).retried == 0
+        events = [fields for _, fields in client.xrange(keys.events) if fields[b"event"] == b"scaled"]
+        changes = [(int(f[b"from"]), int(f[b"to"])) for f in events if f[b"queue"] == b"reward"]
         assert changes[0][0] == changes[-1][1] == 1
         assert max(to for _, to in changes) == 3
-        assert f"reward workers {changes[-1][0]} -> 1: " in run.output.read_text()
-        scales = read_scales(run.client, run.keys)
+        assert f"reward workers {changes[-1][0]} -> 1: " in output.read_text()
+        scales = read_scales(client, keys)
         assert (scales["reward"].desired, scales["reward"].max) == (1, 3)
         assert (scales["rollout"].desired, scales["rollout"].have, scales["eval"].desired) == (1, 1, 0)
-    assert sum(run.summary()["restarts"].values()) == 1, "only the one that was killed"
-    assert run.summary()["ledger"]["retried"] == retried
+        slow.touch()
+        wait_for_workers(3)
+        newest = max(workers(), key=lambda worker: worker.create_time())
+        newest.kill()
+        wait_for_workers(3, without=newest)
+        wait_for_steps(2)
+        family = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(180) == 130, output.read_text()
+        assert alive(family) == []
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["ledger_holds"], summary["ledger"]["dead"]) == (True, {})
+    assert sum(summary["restarts"].values()) == 1, "only the one that was killed"
 
 
 def test_a_worker_that_drains_finishes_what_it_holds(tmp_path: Path, own_redis: EmbeddedServer) -> None:

@@ -41,18 +41,11 @@ def test_the_screen_says_what_redis_holds(client: redis.Redis, keys: Keys, tmp_p
     RunRecord(client, keys).set_status("running")
     began = time.time()
     for step in range(1, 11):
-        line = {
-            "step": step,
-            "time": began + 2 * step,
-            "reward/mean": step / 10,
-            "off_policy/ess": 0.9,
-            "staleness/mean": 1.0,
-        }
+        line = {"step": step, "time": began + 2 * step, "reward/mean": step / 10, "off_policy/ess": 0.9}
         write_metrics(client, keys, line, max_length=100)
-    rollout = {"role": "rollout", "device": "cpu", "version": 9, "digest": "abc", "tokens_per_s": 1234.5, "alarm": ""}
-    send_heartbeat(
-        client, keys, "rollout@here:1", {**rollout, "idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0}
-    )
+    serves = {"role": "rollout", "device": "cpu", "version": 9, "digest": "abc", "tokens_per_s": 1234.5}
+    works = {"idle_fraction": 0.25, "running": 3, "done": 40, "up_s": 61.0}
+    send_heartbeat(client, keys, "rollout@here:1", serves | works)
     client.hset(keys.run_record, "dashboard", "http://127.0.0.1:1/?run=x")
     scale = Scale(desired=4, have=1, min=1, max=4, reason="load", at=0.0, since=0.0)
     client.hset(keys.autoscale, "reward", scale.to_json())

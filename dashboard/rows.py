@@ -48,6 +48,7 @@ def process_rows(status: dict[str, Any]) -> Rows:
     for role in ROLES:
         mine = {name: stats for name, stats in status["processes"].items() if stats["role"] == role}
         for name, stats in (mine or {"-": {}}).items():
+            idle = stats.get("idle_fraction")
             rows.append(
                 {
                     "role": role,
@@ -57,7 +58,7 @@ def process_rows(status: dict[str, Any]) -> Rows:
                     "version": stats.get("version", ""),
                     "digest": stats.get("digest", ""),
                     "tokens/s": number(stats.get("tokens_per_s"), ",.0f", otherwise=""),
-                    "busy": number(1 - stats["idle_fraction"], ".0%") if "idle_fraction" in stats else "",
+                    "busy": "" if idle is None else f"{1 - idle:.0%}",
                     "running": stats.get("running", ""),
                     "done": stats.get("done", ""),
                     "up": _duration(stats.get("up_s")),

@@ -37,8 +37,8 @@ def render(status: dict[str, Any], *, trouble: str = "") -> RenderableType:
         title,
         _numbers(status),
         table(ledger_rows(status), title="ledger"),
-        table(_without(queue_rows(status), "why"), title="queues"),
-        table(_without(process_rows(status), "host"), title="processes"),
+        table(queue_rows(status), title="queues", hidden="why"),
+        table(process_rows(status), title="processes", hidden="host"),
     )
 
 
@@ -82,19 +82,15 @@ def _numbers(status: dict[str, Any]) -> Text:
     return Text("   ".join(f"{name} {form.format(value)}" for name, value, form in known))
 
 
-def table(rows: Rows, *, title: str | None = None) -> RenderableType:
-    """Render rows with the same keys, without columns that are empty in all rows."""
+def table(rows: Rows, *, title: str | None = None, hidden: str = "") -> RenderableType:
+    """Render rows with the same keys, without columns that are empty in all rows and one that is too wide for a terminal."""
     shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    columns = columns_of(rows)
+    columns = {name: is_number for name, is_number in columns_of(rows).items() if name != hidden}
     for name, is_number in columns.items():
         shown.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(cell_text(name, row[name])) for name in columns))
     return shown
-
-
-def _without(rows: Rows, column: str) -> Rows:
-    return [{name: value for name, value in row.items() if name != column} for row in rows]
 
 
 def ledger_text(counters: Counters) -> str:

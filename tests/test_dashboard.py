@@ -7,12 +7,11 @@ import os
 import re
 import shutil
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import redis
 from builders import for_each
@@ -26,9 +25,7 @@ from sluice.common.monitoring.metric_stream import last_metrics, write_metrics
 from sluice.common.serialization import decode, encode
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -53,22 +50,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
     with running_sluice("run", str(config), "--name", RUN, cwd=folder) as process:
         page = _address_in(folder / "output.log")
         assert page.endswith(f"/?run={RUN}")
-        wait_for(lambda: f'run="{RUN}"' in _metrics(page), timeout=60, what="the run's own dashboard")
+        wait_for(lambda: _is_served(page), timeout=60, what="the run's own dashboard")
         assert page in sluice("status", RUN, cwd=folder).stdout, "sluice status says where it is"
         assert process.wait(280) == 0, (folder / "output.log").read_text()
-    assert _metrics(page) == "", "it ends with the run"
+    assert not _is_served(page), "it ends with the run"
     started = start_server(only_run(folder) / "redis")
     yield started
     started.stop()
 
 
-def _metrics(page: str) -> str:
-    """Return nothing where no server answers."""
+def _is_served(page: str) -> bool:
     try:
-        with urllib.request.urlopen(page.partition("?")[0] + "metrics", timeout=20) as answer:
-            return str(answer.read().decode())
-    except urllib.error.URLError:
-        return ""
+        return f'run="{RUN}"' in answer_of(page.partition("?")[0] + "metrics").text
+    except httpx.TransportError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -216,21 +211,18 @@ def test_samples_are_text_filtered_shaded_and_lead_to_their_trace(open_page: Ope
     assert page.title() == "Sluice"
     assert page.locator(".card script, .card img, .card b b").count() == 0, "it is text and never markup"
     client.xdel(KEYS.samples, entry)
+    assert page.locator(".completion").count() == 1 + 4 * 4, "of the newest five groups"
     for sample in samples:  # the same policy in the sampler and in the trainer, but for the age of what was sampled
         for c in sample["completions"]:
             assert c["policy_logprobs"].shape == c["rollout_logprobs"].shape == (c["tokens"],)
             if sample["step"] == 1:
                 assert abs(c["policy_logprobs"] - c["rollout_logprobs"]).max() < 1e-3
-    page = open_page(f"/samples?run={RUN}")
-    page.locator(".card h2").first.wait_for(timeout=20_000)
-    assert page.locator(".completion").count() == 4 * 4 + 1
     page.get_by_label("step", exact=True).fill("2")
     of_step = [sample for sample in samples if sample["step"] == 2]
     page.get_by_text(f"1–{len(of_step)} of {len(of_step)}").wait_for(timeout=20_000)
     assert page.locator(".completion").count() == sum(len(sample["completions"]) for sample in of_step)
     first = of_step[0]["completions"][0]
-    shown_text = page.locator(".tokens").first.text_content()
-    assert shown_text == first["text"]
+    assert page.locator(".tokens").first.text_content() == first["text"]
     page.locator(".q-select", has_text="shade tokens by").click()
     page.get_by_role("option", name="sampler's logprob").click()
     token = page.locator(".tokens span[title]").first
@@ -264,28 +256,20 @@ def test_two_runs_stand_side_by_side_and_one_that_is_not_there_is_named(
         client.delete(key)
 
 
-def status_of(url: str, **headers: str) -> tuple[int, str]:
-    request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
-    opener = urllib.request.build_opener(_NoRedirect)
-    try:
-        with opener.open(request, timeout=20) as answer:
-            return answer.status, str(answer.headers)
-    except urllib.error.HTTPError as error:
-        return error.code, str(error.headers)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
+def answer_of(url: str, **headers: str) -> httpx.Response:
+    return httpx.get(url, headers=headers, timeout=20)
 
 
 def test_on_loopback_only_its_own_names_are_answered(address: str) -> None:
     port = address.rstrip("/").rpartition(":")[2]
-    assert status_of(address)[0] == 200
-    assert status_of(address, Host=f"localhost:{port}")[0] == 200
-    assert status_of(address, Host=f"rebound.example:{port}")[0] == 403
-    assert status_of(address, Origin="http://elsewhere.example")[0] == 403
-    assert status_of(address + "metrics")[0] == 200
+    assert answer_of(address + "metrics").status_code == 200
+    for headers, status in (
+        ({}, 200),
+        ({"Host": f"localhost:{port}"}, 200),
+        ({"Host": f"rebound.example:{port}"}, 403),
+        ({"Origin": "http://elsewhere.example"}, 403),
+    ):
+        assert answer_of(address, **headers).status_code == status, headers
 
 
 def test_other_machines_need_the_token(server: EmbeddedServer, tmp_path: Path) -> None:
@@ -299,17 +283,15 @@ def test_other_machines_need_the_token(server: EmbeddedServer, tmp_path: Path) -
     with running_sluice("dashboard", *options, cwd=tmp_path, SLUICE_REDIS_URL=server.url):
         url = _address_in(tmp_path / "output.log").replace("0.0.0.0", "127.0.0.1")
         for path in ("", "metrics", "samples", "_nicegui_ws/socket.io/?EIO=4&transport=polling"):
-            assert status_of(url + path)[0] == 401, path
-        assert status_of(url, Authorization=f"Bearer {token}")[0] == 200
-        assert status_of(url, Authorization="Bearer correct-horse-batterz")[0] == 401
-        status, headers = status_of(f"{url}samples?run={RUN}&token={token}")
-        assert status == 303
-        assert f"/samples?run={RUN}\n" in headers
-        cookie = re.search(r"sluice_token=[^;]+", headers)
-        assert cookie
-        assert token not in headers
-        assert "HttpOnly; Path=/; SameSite=strict" in headers
-        assert status_of(url, Cookie=cookie[0])[0] == 200
+            assert answer_of(url + path).status_code == 401, path
+        assert answer_of(url, Authorization=f"Bearer {token}").status_code == 200
+        assert answer_of(url, Authorization="Bearer correct-horse-batterz").status_code == 401
+        moved = answer_of(f"{url}samples?run={RUN}&token={token}")
+        assert (moved.status_code, moved.headers["location"]) == (303, f"/samples?run={RUN}")
+        cookie, _, limits = moved.headers["set-cookie"].partition("; ")
+        assert token not in cookie
+        assert limits == "HttpOnly; Path=/; SameSite=strict"
+        assert answer_of(url, Cookie=cookie).status_code == 200
         assert server.url not in (tmp_path / "output.log").read_text()
 
 
@@ -321,10 +303,9 @@ def test_the_pages_write_nothing(server: EmbeddedServer, client: redis.Redis, tm
     viewer = f"redis://viewer:looking-only-123@127.0.0.1:{port}"
     with running_sluice("dashboard", "--port", "0", cwd=tmp_path, SLUICE_REDIS_URL=viewer):
         url = _address_in(tmp_path / "output.log")
-        text = urllib.request.urlopen(url + "metrics", timeout=20).read().decode()
-        assert f'sluice_ledger_holds{{run="{RUN}",set="train"}} 1.0' in text
+        assert f'sluice_ledger_holds{{run="{RUN}",set="train"}} 1.0' in answer_of(url + "metrics").text
         for path in ("", f"samples?run={RUN}", f"trace?run={RUN}&group=t0"):
-            assert status_of(url + path)[0] == 200
+            assert answer_of(url + path).status_code == 200
         log = (tmp_path / "output.log").read_text()
         assert "NOPERM" not in log and "Traceback" not in log
     client.execute_command("ACL", "DELUSER", "viewer")
@@ -333,8 +314,7 @@ def test_the_pages_write_nothing(server: EmbeddedServer, client: redis.Redis, tm
 def test_the_trace_of_a_group_is_printed(server: EmbeddedServer, client: redis.Redis, tmp_path: Path) -> None:
     kept = decode(client.xrevrange(KEYS.samples, count=1)[0][1][b"sample"])["group"]
     env = {"SLUICE_REDIS_URL": server.url}
-    printed = sluice("trace", kept, RUN, "--json", cwd=tmp_path, **env)
-    found = json.loads(printed.stdout)
+    found = json.loads(sluice("trace", kept, RUN, "--json", cwd=tmp_path, **env).stdout)
     assert (found["where"], found["step"]) == ("trained", 6)
     assert (found["stages"][0]["stage"], found["stages"][-1]["stage"]) == ("admitted", "leased")
     assert all(stage["since_last_s"] >= 0 for stage in found["stages"])

@@ -35,7 +35,7 @@ class Queue:
         before = self.state
         load = Load(pending=pending, waiting=pending, done={"w": self.done}, busy=self.busy, is_held=self.is_held)
         self.state = step(before, load, bounds=self.bounds, settings=self.settings, now=self.now)
-        assert Scale.from_json(self.state.to_json()) == self.state
+        assert Scale.model_validate_json(self.state.model_dump_json()) == self.state
         if before and before.desired != self.state.desired:
             self.changes.append((self.now, before.desired, self.state.desired))
         self.now += 1.0

@@ -44,7 +44,7 @@ def run(client: redis.Redis, keys: Keys, tmp_path: Path) -> Iterator[Run]:
     send_heartbeat(client, keys, "rollout@h:2", {"role": "rollout", "running": 2, "version": 0, "idle_fraction": 0.25})
     write_metrics(client, keys, {"step": 3, "time": 1.0, "reward/mean": 0.5, "off_policy/ess": 0.9}, max_length=10)
     scale = Scale(desired=3, have=1, min=1, max=4, reason="load", at=0.0, since=0.0)
-    client.hset(keys.autoscale, "reward", scale.to_json())
+    client.hset(keys.autoscale, "reward", scale.model_dump_json())
     client.lpush(keys.celery_prefix + "reward", "a", "b")
     RunRecord(client, keys).set_status("running")
     yield made

@@ -48,7 +48,7 @@ def test_the_screen_says_what_redis_holds(client: redis.Redis, keys: Keys, tmp_p
     send_heartbeat(client, keys, "rollout@here:1", serves | works)
     client.hset(keys.run_record, "dashboard", "http://127.0.0.1:1/?run=x")
     scale = Scale(desired=4, have=1, min=1, max=4, reason="load", at=0.0, since=0.0)
-    client.hset(keys.autoscale, "reward", scale.to_json())
+    client.hset(keys.autoscale, "reward", scale.model_dump_json())
     client.hincrby(keys.counts("train"), "admitted", 1)
     shown = screen(collect_status(client, run))
     assert f"{keys.run}: running, step 10/100, 0:03:00 to go" in shown

@@ -25,14 +25,14 @@ and goes within cooldown_s changes nothing. All state is in the hash: another da
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 import redis
+from pydantic import BaseModel
 
 from sluice.common.config import Config
 from sluice.common.config.operations import AutoscaleConfig
@@ -88,8 +88,7 @@ class Load:
     "the run is paused or draining: nothing is admitted, so what is pending only gets less"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scale:
+class Scale(BaseModel, frozen=True):
     """The result for one queue, and the state that the next step needs: one JSON object of hash `autoscale`."""
 
     desired: int
@@ -110,20 +109,13 @@ class Scale:
     "stages finished per second, mean over the longer of up_after_s and 10 s"
     busy: float = 1.0
     "busy share of its workers, mean over up_after_s"
-    done: dict[str, int] = field(default_factory=dict)
+    done: dict[str, int] = {}
     over_since: float | None = None
     "since when more workers are needed without a break"
     under_since: float | None = None
     "since when fewer are"
     under_max: int = 0
     "the highest need since then"
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Scale:
-        return cls(**json.loads(text))
 
 
 def bounds_of(config: Config) -> dict[str, Bounds]:
@@ -235,7 +227,7 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
 
 def read_scales(client: redis.Redis, keys: Keys) -> dict[str, Scale]:
     """Return queue -> its state in hash `autoscale`; empty before the first tick of a dataset worker."""
-    return {queue.decode(): Scale.from_json(text) for queue, text in client.hgetall(keys.autoscale).items()}
+    return {queue.decode(): Scale.model_validate_json(text) for queue, text in client.hgetall(keys.autoscale).items()}
 
 
 def update(client: redis.Redis, run: Run) -> None:
@@ -246,5 +238,5 @@ def update(client: redis.Redis, run: Run) -> None:
     fields = []
     for queue, bounds in bounds_of(run.config).items():
         scale = step(states.get(queue), loads[queue], bounds=bounds, settings=run.config.autoscale, now=now)
-        fields += [queue, scale.to_json()]
+        fields += [queue, scale.model_dump_json()]
     Scripts(client, run.keys)("write_record", "HSET", run.keys.autoscale, *fields)

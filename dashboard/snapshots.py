@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import redis
@@ -29,11 +29,11 @@ class Snapshot:
     """One run at one moment."""
 
     status: dict[str, Any]
-    steps: list[dict[str, float]] = field(default_factory=list)
+    steps: list[dict[str, float]]
     "trainer steps, oldest first; one that was trained again after a crash appears once"
-    evaluations: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]]
     "entries that hold results of evaluations"
-    change_log: list[dict[str, str]] = field(default_factory=list)
+    change_log: list[dict[str, str]]
     "newest first: at, who, step, key, old, new"
 
 

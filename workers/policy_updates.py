@@ -120,7 +120,7 @@ class ServedPolicy:
         self._stop.set()
 
     def _follow(self) -> None:
-        seen = last_entry(self._client, self._keys.events)
+        seen = last_entry(self._client, self._keys, "events")
         while not self._stop.is_set():
             try:
                 self._stage_newest()

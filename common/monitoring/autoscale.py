@@ -92,15 +92,15 @@ class Scale(BaseModel, frozen=True):
     """The result for one queue, and the state that the next step needs: one JSON object of hash `autoscale`."""
 
     desired: int
-    have: int
-    "workers that send heartbeats"
-    min: int
-    max: int
-    reason: str
     at: float
     "Unix seconds of this step"
     since: float
     "Unix seconds of the last change of `desired`"
+    have: int = 0
+    "workers that send heartbeats"
+    min: int = 0
+    max: int = 0
+    reason: str = ""
     pending: float = 0.0
     "mean over up_after_s"
     waiting: int = 0
@@ -137,8 +137,8 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
     if state is None or not 0 <= now - state.at <= GAP_S:
         desired = bounds.min if state is None else min(max(state.desired, bounds.min), bounds.max_useful)
         since = now if state is None else min(state.since, now)
-        means = {"pending": float(load.pending), "busy": load.busy, "done": dict(load.done)}
-        state = Scale(desired=desired, have=0, min=0, max=0, reason="", at=now, since=since, **means)  # type: ignore[arg-type]
+        done = dict(load.done)
+        state = Scale(desired=desired, at=now, since=since, pending=load.pending, busy=load.busy, done=done)
     passed = now - state.at
     pending = _mean(state.pending, load.pending, passed, settings.up_after_s)
     finished = sum(max(0, count - state.done.get(name, count)) for name, count in load.done.items())

@@ -38,9 +38,9 @@ def newest_metrics(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[
     return [_floats(fields) for _, fields in reversed(client.xrevrange(keys.metrics, count=count))]
 
 
-def last_entry(client: redis.Redis, stream: str) -> str:
+def last_entry(client: redis.Redis, keys: Keys, stream: ArchivedStream) -> str:
     """Return the id of the newest entry, for `after` of read_metrics and wait_for_event."""
-    entries = client.xrevrange(stream, count=1)
+    entries = client.xrevrange(getattr(keys, stream), count=1)
     return entries[0][0].decode() if entries else "0"
 
 

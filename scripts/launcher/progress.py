@@ -72,7 +72,7 @@ class Progress(Display):
     def __init__(self, client: redis.Redis, run: Run) -> None:
         super().__init__(total=run.config.trainer.num_steps)
         self._client, self._run = client, run
-        self._last_entry = last_entry(client, run.keys.metrics)  # of a resumed run, only what is new
+        self._last_entry = last_entry(client, run.keys, "metrics")  # of a resumed run, only what is new
         self._read_at = self._reported_at = self._said_at = 0.0
         self._moved_at = time.monotonic()
         self._has_begun = False

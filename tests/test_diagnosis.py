@@ -67,10 +67,24 @@ def now(client: redis.Redis, keys: Keys, tmp_path: Path) -> Situation:
     return Situation(client, keys, tmp_path)
 
 
-def test_a_queue_without_workers_is_named(now: Situation) -> None:
+def test_the_place_where_groups_wait_is_named(now: Situation) -> None:
     now.staff(without="reward")
     now.queue_up("reward", 3)
     assert now.cause() == Cause("no_workers", "0 workers on `reward`, 3 messages queued")
+    reason = "redis_memory: 870 MiB of maxmemory 1000 MiB used"
+    now.staff(dataset={"stopped_by": reason})
+    assert now.cause() == Cause("admission", f"no group is in flight; admission stopped by {reason}")
+    now.client.delete(now.keys.celery_prefix + "reward")
+    for _ in range(4):
+        admit_one(now.ledger)
+    assert now.cause().kind == "working"
+    assert reason in now.cause().text
+    now.queue_up("reward", 3)
+    found = now.cause()
+    assert found.kind == "queue_backed_up"
+    assert found.text.startswith("queue `reward` is backed up: 3 messages queued for 1 workers; 4 groups in flight")
+    now.queue_up("rejected", 2)
+    assert [alarm.kind for alarm in now.alarms()] == ["rejected_messages"]
 
 
 def test_a_process_that_stopped_beating_is_silent_within_five_seconds_of_redis_clock(now: Situation) -> None:
@@ -132,15 +146,6 @@ def test_a_worker_that_serves_other_weights_or_samples_otherwise_raises_an_alarm
         assert text in found.text
 
 
-def test_without_groups_in_flight_the_admission_is_named(now: Situation) -> None:
-    reason = "redis_memory: 870 MiB of maxmemory 1000 MiB used"
-    now.staff(dataset={"stopped_by": reason})
-    assert now.cause() == Cause("admission", f"no group is in flight; admission stopped by {reason}")
-    admit_one(now.ledger)
-    assert now.cause().kind == "working"
-    assert reason in now.cause().text
-
-
 def test_groups_dropped_as_stale_since_the_last_step_are_named(now: Situation) -> None:
     now.staff(rollout={"version": 9})
     push_group(now.ledger)
@@ -169,19 +174,6 @@ def test_a_batch_worth_of_groups_dropped_for_equal_rewards_is_named(now: Situati
     assert now.cause() == Cause("zero_variance", expected)
     now.step(5, **{"filter/dropped": 2})
     assert now.cause().kind == "working"
-
-
-def test_a_queue_that_holds_most_of_what_is_in_flight_is_backed_up(now: Situation) -> None:
-    now.staff()
-    for _ in range(4):
-        admit_one(now.ledger)
-    assert now.cause().kind == "working"
-    now.queue_up("reward", 3)
-    found = now.cause()
-    assert found.kind == "queue_backed_up"
-    assert found.text.startswith("queue `reward` is backed up: 3 messages queued for 1 workers; 4 groups in flight")
-    now.queue_up("rejected", 2)
-    assert [alarm.kind for alarm in now.alarms()] == ["rejected_messages"]
 
 
 def test_status_shows_cause_kind_and_alarms(now: Situation) -> None:

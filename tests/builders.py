@@ -17,10 +17,13 @@ from sluice.common.config import Config
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.scripts import Scripts
+from sluice.common.run import Run
 from sluice.common.serialization import encode
-from sluice.common.types import Completion, SamplingParams, Scores, Task
+from sluice.common.types import Completion, Episode, Group, SamplingParams, Scores, Task
 
 if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
+
     from sluice.trainer.micro_batches import MicroBatch
 
 _MINIMAL: dict[str, Any] = {
@@ -68,6 +71,30 @@ def make_config(**sections: Any) -> Config:
 def make_ledger(client: redis.Redis, keys: Keys, *, worker: str = "w", **sections: Any) -> Ledger:
     """A ledger over `make_config(**sections)`."""
     return Ledger(client, keys, make_config(**sections), worker=worker)
+
+
+def make_run(keys: Keys, folder: Path, **sections: Any) -> Run:
+    """A run over `make_config(**sections)` that is not in Redis."""
+    return Run(name=keys.run, keys=keys, config=make_config(**sections), assets={}, folder=str(folder))
+
+
+def tiny_qwen(*, seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
+    """A model of a few thousand weights."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True, "eos_token_id": 1}
+    return Qwen3ForCausalLM(Qwen3Config(**{**shape, **changes}))
+
+
+def save_tiny_qwen(folder: Path, **changes: Any) -> Path:
+    """`tiny_qwen` with a tokenizer of one letter per token."""
+    tiny_qwen(**changes).save_pretrained(folder)
+    for name, content in letter_tokenizer(50).items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def letter_tokenizer(vocab_size: int) -> dict[str, bytes]:
@@ -119,6 +146,17 @@ def make_completion(*, version: int = 0, length: int = 3) -> Completion:
         finish_reason="stop",
         text="2",
     )
+
+
+def make_episode(completion: Completion, **changes: Any) -> Episode:
+    """A scored completion."""
+    return Episode(**{"completion": completion, "reward": 1.0, "rewards": {}, "ref_logprobs": None, **changes})
+
+
+def make_group(*episodes: Episode, **changes: Any) -> Group:
+    """A group of these episodes, on a prompt of three tokens."""
+    parts = {"group_id": "t0", "policy_version": 0, "prompt": "", "target": None, "timestamps": {}}
+    return Group(**{**parts, "prompt_ids": np.full(3, 50, np.int32), "episodes": list(episodes), **changes})
 
 
 def rollout_payload(*, version: int = 0, group_size: int = 2) -> bytes:

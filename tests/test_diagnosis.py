@@ -214,7 +214,8 @@ def test_a_redis_that_is_full_or_away_is_a_cause_and_no_exception(
     assert found.kind == "redis_full"
     assert "of maxmemory" in found.text
     assert found in now.alarms()
-    own_redis.stop()
+    own_redis.process.kill()
+    own_redis.process.wait()
     assert now.cause().kind == "redis_unreachable"
     assert [alarm.kind for alarm in now.alarms()] == ["redis_unreachable"]
     client.close()

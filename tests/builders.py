@@ -221,10 +221,12 @@ def admit_one(ledger: Ledger) -> str:
     return f"t{admission.cursors[0]}"
 
 
-def push_group(ledger: Ledger, *, version: int = 0, until: str = "ready", group_id: str | None = None) -> str:
+def push_group(
+    ledger: Ledger, *, version: int = 0, until: str = "ready", group_id: str | None = None, target: str = "2"
+) -> str:
     """Admit a group (unless one is given) and store its results up to and including stage `until`: task, rollout or ready."""
     group_id = group_id or admit_one(ledger)
-    assert ledger.store(group_id, "task", task_payload(group_id)) == ["rollout"]
+    assert ledger.store(group_id, "task", task_payload(group_id, target=target)) == ["rollout"]
     if until == "task":
         return group_id
     following = ledger.store(group_id, "rollout", rollout_payload(version=version), version=version)

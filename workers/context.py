@@ -149,7 +149,8 @@ class Context:
             except Exception as error:  # the task boundary: every error of a stage is counted, never lost
                 log.warning("%s of group %s failed on attempt %d: %r", stage, group_id, claim.attempt, error)
                 detail = f"{error!r}\n{traceback.format_exc(limit=-8)}"
-                if self.ledger.fail(claim, reason=_reason(error), detail=detail):
+                reason = "undecodable" if isinstance(error, SerializationError) else type(error).__name__
+                if self.ledger.fail(claim, reason=reason, detail=detail):
                     send_stage(self.app, group_id, stage)
                 return
             # may wait for Redis; the lease is renewed meanwhile
@@ -226,10 +227,6 @@ class Context:
         give_up_after(self.client, 2.0)
         if self._heartbeat is not None:
             self._heartbeat.close()
-
-
-def _reason(error: BaseException) -> str:
-    return "undecodable" if isinstance(error, SerializationError) else type(error).__name__
 
 
 class CooperativePool(TaskPool):

@@ -32,7 +32,7 @@ from sluice.common.connections.client import BLOCK_S
 from sluice.common.errors import EngineError, PolicyError
 from sluice.common.keys import Keys
 from sluice.common.models.lora import merge_adapter
-from sluice.common.monitoring.metric_stream import last_event, wait_for_event
+from sluice.common.monitoring.metric_stream import last_entry, wait_for_event
 from sluice.common.policies.canary import CanarySequence, adapter_share, mean_difference
 from sluice.common.policies.manifest import Manifest
 from sluice.common.policies.reader import PolicyReader
@@ -122,7 +122,7 @@ class ServedPolicy:
         self._stop.set()
 
     def _follow(self) -> None:
-        seen = last_event(self._client, self._keys)
+        seen = last_entry(self._client, self._keys, "events")
         while not self._stop.is_set():
             try:
                 self._stage_newest()

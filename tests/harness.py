@@ -25,6 +25,7 @@ from sluice.common.run import open_run
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.forked import Command
 from sluice.scripts.launcher.processes import Process
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 from sluice.scripts.prepare_tiny import prepare
 
 SMALL = {
@@ -244,6 +245,12 @@ def terminate(process: Process, *, number: int = signal.SIGTERM, timeout: float 
     """Send a signal and wait for the exit code."""
     process.send_signal(number)
     return process.wait(timeout)
+
+
+def kill(server: EmbeddedServer) -> None:
+    """End a Redis as a power failure would."""
+    server.process.kill()
+    server.process.wait(10)
 
 
 def metrics_of(run_folder: Path) -> list[dict[str, float]]:

@@ -247,6 +247,19 @@ def terminate(process: Process, *, number: int = signal.SIGTERM, timeout: float 
     return process.wait(timeout)
 
 
+def wait_for_stall(folder: Path, env: dict[str, str], cause: str, *processes: Process) -> None:
+    """`sluice status` and the trainer's log name what the run waits for, and no process has ended."""
+
+    def is_named() -> bool:
+        text = sluice("status", cwd=folder, **env).stdout
+        return "stalled: " in text and cause in text
+
+    wait_for(is_named, timeout=60, what=f"`sluice status` to name the stall: {cause}")
+    log = folder / "trainer.log"
+    wait_for(lambda: "trainer has waited" in log.read_text(), timeout=30, what="the trainer to say that it waits")
+    assert [process.poll() for process in processes] == [None] * len(processes)
+
+
 def kill(server: EmbeddedServer) -> None:
     """End a Redis as a power failure would."""
     server.process.kill()

@@ -1,6 +1,5 @@
 """Packed rows against padded ones: values, gradients, isolation, budgets, and the models that must stay padded."""
 
-import copy
 import os
 
 import numpy as np
@@ -103,26 +102,17 @@ def test_checkpointed_layers_are_packed_again_in_the_backward_pass(autocast):
     assert len(set(calls)) == 1
 
 
-def test_bfloat16_compute_is_near_float32():
-    padded, packed = both()
-    batch = pad_sequences(*sequences(*RAGGED))
-    with torch.no_grad():
-        expected, _ = completion_logprobs(padded, *batch)
-        for model in (packed, copy.deepcopy(packed).bfloat16()):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model is packed):
-                found, _ = completion_logprobs(model, *batch)
-            assert found.dtype == torch.float32
-            assert float((found - expected).abs().mean()) < 0.1
-
-
 @pytest.mark.parametrize("autocast", [False, True])
-def test_in_half_precision_the_attention_of_this_device_gives_what_each_sequence_gives_alone(autocast):
+def test_half_precision_is_near_float32_and_the_same_packed_and_padded_on_this_device(autocast):
     device = os.environ.get("SLUICE_TEST_DEVICE", "cpu")  # scripts/gpu_check: there the varlen kernel runs
-    padded, packed = (model.to(device, torch.float32 if autocast else torch.bfloat16) for model in both())
     batch = [tensor.to(device) for tensor in pad_sequences(*sequences(*RAGGED, (90, 150), (30, 150)))]
+    exact, _, _ = scored(tiny_model().to(device), batch)
+    padded, packed = (model.to(device, torch.float32 if autocast else torch.bfloat16) for model in both())
     with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         (expected, _, gradients), (found, _, packed_gradients) = scored(padded, batch), scored(packed, batch)
-    assert float((found - expected).abs().mean()) < 0.1
+    for one, other in ((expected, exact), (found, exact), (found, expected)):
+        assert one.dtype == torch.float32
+        assert float((one - other).abs().mean()) < 0.1
     for name, gradient in gradients.items():
         assert float((packed_gradients[name] - gradient).norm()) < 0.2 * float(gradient.norm()), name
 

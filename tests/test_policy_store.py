@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import redis
@@ -22,7 +23,6 @@ from sluice.common.connections.client import connect
 from sluice.common.errors import DigestMismatch, PolicyError, PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
-from sluice.common.ledger.scripts import Scripts
 from sluice.common.policies import transports
 from sluice.common.policies.digest import tensor_digest, weights_digest
 from sluice.common.policies.manifest import ManifestChain
@@ -116,23 +116,11 @@ def assert_identical(found, expected):
         assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
-def crash_before_the_pointer(store, version, tensors, monkeypatch):
+def crash_before_the_pointer(store, version, tensors):
     """Publish as a trainer does that dies after the bytes and the manifest are written."""
-
-    class Died(Exception):
-        pass
-
-    call = Scripts.__call__
-
-    def die(self, name, *args, **options):
-        if name == "publish":
-            raise Died
-        return call(self, name, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Scripts, "__call__", die)
-        with pytest.raises(Died):
-            store.publish(version, tensors, step=version, parent=version - 1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(store, "_scripts", Mock(side_effect=InterruptedError))
+        store.publish(version, tensors, step=version, parent=version - 1)
 
 
 def damage(client, keys, folder, transport, version, change, *, kind="weights"):
@@ -201,22 +189,31 @@ def test_digests_tell_type_shape_and_bytes_apart():
 # The pointer
 
 
-def test_before_the_first_publication_there_is_no_version(store):
-    assert store.latest_version() == -1
+def test_runs_do_not_see_each_others_versions(place, store):
+    other_keys = Keys(place.keys.run + "-b")
+    other = place._replace(keys=other_keys).open()
+    publish(store, 0, value=1)
+    assert other.latest_version() == -1
     with pytest.raises(PolicyNotFound, match="policy version 0 was never published in this run, or was removed"):
-        store.fetch(0)
+        other.fetch(0)
+    publish(other, 0, value=2)
+    assert_identical(store.fetch(0)[1], weights(1))
+    assert_identical(other.fetch(0)[1], weights(2))
+    for key in place.client.scan_iter(match=other_keys.root + "*"):
+        place.client.unlink(key)
 
 
-def test_after_a_crash_before_the_pointer_moves_the_old_version_is_served_and_the_new_one_can_be_published(
-    store, monkeypatch
-):
-    publish(store, 0)
-    crash_before_the_pointer(store, 1, weights(1, size=9), monkeypatch)
-    assert store.latest_version() == 0
-    assert_identical(store.fetch(0)[1], weights(0))
-    publish(store, 1, value=7)
-    assert store.latest_version() == 1
-    assert_identical(store.fetch(1)[1], weights(7))
+def test_after_a_crash_before_the_pointer_moves_the_old_version_is_served_and_the_new_one_can_be_published(place):
+    trainer, worker = place.open(), place.open()
+    publish_drifting(trainer, [0, 1])
+    for version, again, form in ((2, trainer, "delta on 1"), (3, place.open(), "full ")):
+        served = worker.fetch(version - 1)[1]
+        for tensors in (weights(1, size=9), nudged(served, 9)):  # in full, and as a delta
+            crash_before_the_pointer(trainer, version, tensors)
+            assert trainer.latest_version() == version - 1
+            assert_identical(place.open().fetch(version - 1)[1], drifting(version - 1))
+        assert forms([again.publish(version, drifting(version), step=version, parent=version - 1)]) == [form]
+        assert_identical(worker.fetch(version)[1], drifting(version))
 
 
 def test_what_a_crash_while_writing_leaves_goes_with_its_version(in_folder):
@@ -247,16 +244,15 @@ def test_versions_only_grow_and_a_served_version_is_never_overwritten(store):
 
 def test_a_replaced_trainer_is_refused_and_damages_nothing(place, store, monkeypatch):
     publish(store, 0)
-    call = Scripts.__call__
+    move_pointer = store._scripts
 
-    def overtaken(self, name, *args, **options):
+    def overtaken(*args):
         place.client.hset(place.keys.run_record, "incarnation", 2)
-        return call(self, name, *args, **options)
+        return move_pointer(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Scripts, "__call__", overtaken)
-        with pytest.raises(PolicyError, match="a newer trainer process owns this run"):
-            publish(store, 1)
+    with monkeypatch.context() as patch, pytest.raises(PolicyError, match="a newer trainer process owns this run"):
+        patch.setattr(store, "_scripts", overtaken)
+        publish(store, 1)
     assert store.latest_version() == 0, "nor does one that is replaced while it writes move the pointer"
     publish(store, 1, incarnation=2)
     for version in (1, 2):
@@ -347,17 +343,6 @@ def test_the_newest_versions_and_the_base_are_kept(place, store):
     with pytest.raises(PolicyNotFound, match="policy version 3 was never published in this run, or was removed"):
         store.fetch(3)
     assert place.client.hlen(place.keys.lineage) == 6, "ages are told of versions whose weights are gone"
-
-
-def test_runs_do_not_see_each_others_versions(place, store):
-    other_keys = Keys(place.keys.run + "-b")
-    other = place._replace(keys=other_keys).open()
-    publish(store, 0, value=1)
-    publish(other, 0, value=2)
-    assert_identical(store.fetch(0)[1], weights(1))
-    assert_identical(other.fetch(0)[1], weights(2))
-    for key in place.client.scan_iter(match=other_keys.root + "*"):
-        place.client.unlink(key)
 
 
 # Readers
@@ -557,17 +542,6 @@ def test_a_version_that_an_evaluation_needs_is_kept_with_its_bases_until_it_is_f
     place.client.hdel(place.keys.evaluations, evaluation.evaluation_id(5, "heldout"))
     publish_drifting(trainer, [14])
     assert place.stored() == {0, 12, 13, 14}
-
-
-def test_a_crash_between_the_delta_and_the_pointer_leaves_the_old_version_served(place, monkeypatch):
-    trainer, worker = place.open(), place.open()
-    publish_drifting(trainer, [0, 1])
-    worker.fetch(1)
-    crash_before_the_pointer(trainer, 2, drifting(2), monkeypatch)
-    assert trainer.latest_version() == 1
-    other = nudged(drifting(1), 9)
-    assert forms([place.open().publish(2, other, step=2, parent=1)]) == ["full "], "a new process"
-    assert_identical(worker.fetch(2)[1], other)
 
 
 def test_a_base_that_redis_has_lost_is_not_built_upon(place):

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 import msgpack
 import numpy as np
 import pytest
-from builders import for_each, make_completion
+from builders import for_each, make_completion, task_payload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -74,21 +74,12 @@ def test_nested_values_come_back_as_they_were(value):
     assert_same(decode(encode(value)), value)
 
 
-@for_each("dtype", DTYPES)
-@for_each("shape", [(), (0,), (3,), (0, 5), (2, 0, 3), (2, 3), (1, 1, 1, 1)])
-def test_every_dtype_and_shape_round_trips(dtype, shape):
-    array = np.arange(math.prod(shape)).reshape(shape).astype(dtype)
-    assert_same(decode(encode(array)), array)
-
-
-@for_each("dtype", [">u2", ">i4", ">f4", ">f8", ">i8", ">f2", "<i4"])
-@for_each("view", [np.s_[:], np.s_[::2], np.s_[::-1], np.s_[:, 1:3], np.s_[:, ::-2]])
+@for_each("dtype", [*DTYPES, ">u2", ">i4", ">f4", ">f8", ">i8", ">f2"])
+@for_each("view", [np.s_[:], np.s_[:0], np.s_[1, 2], np.s_[::2], np.s_[::-1], np.s_[:, 1:3], np.s_[:, ::-2]])
 def test_arrays_of_any_byte_order_and_layout_keep_their_values_and_become_little_endian(dtype, view):
     array = np.arange(24).reshape(4, 6).astype(dtype)
     for strided in (array[view], array.T[view], np.asfortranarray(array)[view]):
-        back = decode(encode(strided))
-        assert back.dtype == array.dtype.newbyteorder("<")
-        np.testing.assert_array_equal(back, strided)
+        assert_same(decode(encode(np.asarray(strided))), np.asarray(strided, array.dtype.newbyteorder("<")))
 
 
 def test_decoded_arrays_are_writable_own_their_memory_and_keep_every_bit():
@@ -224,17 +215,9 @@ def test_a_completion_without_tool_spans_looks_as_it_always_did():
 def test_groups_are_joined_from_their_decoded_parts():
     completions = [make_completion(version=2), make_completion(version=1, length=5)]
     reference = [np.full(3, -1, np.float32), np.full(5, -2, np.float32)]
-    task = Task(
-        group_id="t1",
-        prompt_ids=np.array([9], np.int32),
-        prompt="q",
-        target="a",
-        columns={},
-        sampling=SamplingParams(n=2, max_tokens=8),
-    )
     scores = Scores(reward=[0.5, None], by_function={"f": [0.5, None], "g": [0.5, None]})
     results = {
-        "task": task.to_wire(),
+        "task": decode(task_payload("t1", target="a")),
         "rollout": {"completions": [c.to_wire() for c in completions]},
         "reward": scores.to_wire(),
         "reference": reference,
@@ -242,7 +225,7 @@ def test_groups_are_joined_from_their_decoded_parts():
     group = Group.from_results(
         decode(encode(results)), policy_version=oldest_version(completions), timestamps={"ready": 1.0}
     )
-    assert (group.group_id, group.policy_version, group.prompt, group.target) == ("t1", 1, "q", "a")
+    assert (group.group_id, group.policy_version, group.prompt, group.target) == ("t1", 1, "1+1", "a")
     assert [e.reward for e in group.episodes] == [0.5, None]
     assert group.episodes[0].rewards == {"f": 0.5, "g": 0.5}
     assert_same(group.episodes[1].ref_logprobs, reference[1])

@@ -126,17 +126,16 @@ class OutageRetry(Retry):
         with_failure_count: bool = False,
     ) -> Any:
         """Retry as redis-py does, but bounded by time. The last error is raised when the limit has passed."""
+        on_failure = fail if with_failure_count else lambda error, _: fail(error)
         if getattr(self._thread, "waits", False):  # the call around this one repeats both
             try:
                 return do()
             except self._supported_errors as error:
-                _ = fail(error, 1) if with_failure_count else fail(error)
+                on_failure(error, 1)
                 raise
         self._thread.waits = True
         try:
-            return self._wait_out(
-                do, lambda error, n: fail(error, n) if with_failure_count else fail(error), is_retryable
-            )
+            return self._wait_out(do, on_failure, is_retryable)
         finally:
             self._thread.waits = False
             self._waiting.pop(threading.get_ident(), None)

@@ -49,9 +49,7 @@ def in_background(patient: redis.Redis) -> Iterator[Callable[..., Future[Any]]]:
         give_up_after(patient, 0.0)  # where a test has failed
 
 
-def test_calls_wait_for_a_killed_server_say_so_together_and_say_that_it_is_back(
-    monkeypatch, own_redis, patient, in_background, caplog
-):
+def test_calls_wait_for_a_killed_server_and_say_so_together(monkeypatch, own_redis, patient, in_background, caplog):
     monkeypatch.setattr(patience, "REPORT_EVERY_S", 1.0)
     patient.set("key", "value")
     kill(own_redis)
@@ -70,9 +68,7 @@ def test_calls_wait_for_a_killed_server_say_so_together_and_say_that_it_is_back(
     assert outage(patient) is None
 
 
-def test_the_wait_is_bounded_once_for_nested_retries_and_can_be_shortened_while_it_lasts(
-    own_redis, patient, in_background
-):
+def test_the_wait_is_bounded_and_can_be_shortened_while_it_lasts(own_redis, patient, in_background):
     kill(own_redis)
     call = in_background(patient.get, "key")
     wait_for(lambda: outage(patient), timeout=5, what="the call to wait")

@@ -46,9 +46,7 @@ def come_back_with(server: EmbeddedServer, copy: Path | None) -> None:
     server.restart()
 
 
-def test_what_redis_forgets_is_settled_by_the_trainer_that_lives_on_and_by_the_next_one(
-    tmp_path: Path, own_redis: EmbeddedServer
-) -> None:
+def test_what_redis_forgets_is_settled_by_this_trainer_and_the_next(tmp_path: Path, own_redis: EmbeddedServer) -> None:
     env = create_run(tmp_path, own_redis.url, trainer__num_steps=STEPS, checkpoint__every_steps=4, **SMALL)
     run_folder = tmp_path / "runs" / "roles"
     with workers(tmp_path, env):
@@ -74,9 +72,7 @@ def test_what_redis_forgets_is_settled_by_the_trainer_that_lives_on_and_by_the_n
     assert_trained_once(run_folder, STEPS, groups_per_step=4)
 
 
-def test_a_run_that_redis_has_lost_is_named_and_says_what_can_be_saved(
-    tmp_path: Path, own_redis: EmbeddedServer
-) -> None:
+def test_a_run_that_redis_has_lost_says_what_can_be_saved(tmp_path: Path, own_redis: EmbeddedServer) -> None:
     env = create_run(tmp_path, own_redis.url, trainer__num_steps=1000, checkpoint__every_steps=2, **SMALL)
     run_folder = tmp_path / "runs" / "roles"
     with workers(tmp_path, env), trainer(tmp_path, env) as daemon:

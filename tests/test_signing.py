@@ -49,7 +49,7 @@ def publish(store: PolicyStore, version: int, *, seed: int | None = None) -> Man
     ("forger", "message"),
     [(None, "is not signed, and this process has"), (OTHER_KEY, "is not signed with this process'")],
 )
-def test_who_has_the_key_serves_what_its_trainer_published_and_refuses_the_policy_of_anybody_else(
+def test_who_has_the_key_serves_its_trainers_policies_only(
     make: Callable[..., PolicyStore], forger: str | None, message: str
 ) -> None:
     trainer, worker = make(KEY), make(KEY)

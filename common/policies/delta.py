@@ -49,7 +49,11 @@ def encode(
 
     Patches are None where full weights are better. All tensors are on the CPU.
     """
-    if not _is_alike(tensors, base) or _sampled_share(tensors, base) > MAX_CHANGED:
+    is_alike = tensors.keys() == base.keys() and all(
+        (tensor.dtype, tensor.shape) == (base[name].dtype, base[name].shape) and tensor.numel() < MAX_ELEMENTS
+        for name, tensor in tensors.items()
+    )
+    if not is_alike or _sampled_share(tensors, base) > MAX_CHANGED:
         return {name: tensor_digest(tensor) for name, tensor in tensors.items()}, None
     digests, patches = {}, {}
     for name, tensor in tensors.items():
@@ -166,14 +170,6 @@ def _from_planes(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> Words:
         if row.any():  # the high bytes are nearly always zero
             words |= row.astype(dtype) << (8 * i)
     return words
-
-
-def _is_alike(tensors: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether both have the same names, types and shapes, and 32-bit positions suffice."""
-    return tensors.keys() == base.keys() and all(
-        (tensor.dtype, tensor.shape) == (base[name].dtype, base[name].shape) and tensor.numel() < MAX_ELEMENTS
-        for name, tensor in tensors.items()
-    )
 
 
 def _sampled_share(tensors: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> float:

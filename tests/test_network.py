@@ -23,7 +23,9 @@ OUTAGE_S = 12.0
 STEPS = 40
 
 
-def test_a_run_survives_silent_connections_and_an_outage(tmp_path: Path, own_redis: EmbeddedServer) -> None:
+def test_roles_survive_silent_connections_and_an_outage_and_the_run_finishes(
+    tmp_path: Path, own_redis: EmbeddedServer
+) -> None:
     settings = {"checkpoint__every_steps": 10, "lease__running_s": 15.0, "lease__queued_s": 5.0}
     env = create_run(tmp_path, own_redis.url, trainer__num_steps=STEPS, **{**SMALL, **settings})
     run_folder, port = tmp_path / "runs" / "roles", urlsplit(own_redis.url).port or 0

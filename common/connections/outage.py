@@ -96,7 +96,7 @@ class OutageRetry(Retry):
         self.server = server
         self.limit_s = limit_s
         self._thread = threading.local()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._waiting: dict[int, tuple[float, str]] = {}
         self._reported_at: float | None = None
 
@@ -110,12 +110,9 @@ class OutageRetry(Retry):
     def outage(self) -> str | None:
         """Why nothing moves, in a sentence; None while no call waits."""
         with self._lock:
-            return self._sentence()
-
-    def _sentence(self) -> str | None:
-        if not self._waiting:
-            return None
-        since, trouble = min(self._waiting.values())
+            if not self._waiting:
+                return None
+            since, trouble = min(self._waiting.values())
         return f"Redis at {self.server} {trouble}, for {time.monotonic() - since:.0f} s so far, at most {self.limit_s:.0f} s"
 
     def call_with_retry(
@@ -175,7 +172,7 @@ class OutageRetry(Retry):
             is_due = self._reported_at is None or now - self._reported_at >= REPORT_EVERY_S
             if now - since >= FIRST_REPORT_S and is_due:
                 self._reported_at = now
-                log.warning("%s", self._sentence())
+                log.warning("%s", self.outage)
 
     def _over(self, since: float) -> None:
         with self._lock:

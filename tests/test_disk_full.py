@@ -91,19 +91,19 @@ def test_training_pauses_while_the_disk_of_its_checkpoints_is_full_and_the_one_b
         found = newest_checkpoint(checkpoints)
         return found.state.step if found else 0
 
-    def set_full() -> tuple[int, Path]:
+    def fill_after_a_checkpoint() -> Path:
         before = newest()
         wait_for(lambda: newest() > before, timeout=90, what="a checkpoint")
-        return newest(), fill(small_disk, leave=MIB)
+        return fill(small_disk, leave=MIB)
 
     with workers(tmp_path, env):
         with trainer(tmp_path, env) as daemon:
-            _, filler = set_full()
+            filler = fill_after_a_checkpoint()
             wait_for_stall(tmp_path, env, "the disk is full: no room for", daemon)
             assert newest() >= 4, "the checkpoint before is as good as it was"
             assert not list(checkpoints.glob(".tmp-*"))
             filler.unlink()
-            _, filler = set_full()
+            filler = fill_after_a_checkpoint()
             wait_for(lambda: log.read_text().count("the disk is full") > 1, timeout=60, what="the trainer to notice")
             daemon.terminate()
             assert daemon.wait(60) == 1

@@ -135,7 +135,9 @@ class Ranks:
     def leave(self) -> None:
         """Leave together after the last call: the store ends with the first machine that does."""
         if self.size > 1:
-            self.gather(None)
+            # A barrier holds no tensor. gloo's thread needs the GIL to let go of the last work's tensors, and whoever drops
+            # the process group last (DDP's reducer, at the end of `main`) joins that thread with the GIL in its hand.
+            dist.barrier()
             dist.destroy_process_group()
 
 

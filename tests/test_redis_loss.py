@@ -47,7 +47,7 @@ def come_back_with(server: EmbeddedServer, copy: Path | None) -> None:
 
 
 def test_what_redis_forgets_is_settled_by_this_trainer_and_the_next(tmp_path: Path, own_redis: EmbeddedServer) -> None:
-    env = create_run(tmp_path, own_redis.url, trainer__num_steps=STEPS, checkpoint__every_steps=4, **SMALL)
+    env = create_run(tmp_path, own_redis.url, trainer__num_steps=STEPS, checkpoint__every_steps=2, **SMALL)
     run_folder = tmp_path / "runs" / "roles"
     with workers(tmp_path, env):
         with trainer(tmp_path, env) as daemon:

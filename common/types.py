@@ -170,12 +170,7 @@ class Group:
 
     @classmethod
     def from_results(
-        cls,
-        results: Mapping[str, Any],
-        *,
-        policy_version: int,
-        timestamps: dict[str, float],
-        vocab_size: int = 1 << 31,
+        cls, results: Mapping[str, Any], *, policy_version: int, timestamps: dict[str, float], vocab_size: int = 1 << 31
     ) -> Group:
         """Join results by stage. Raises SerializationError, LookupError, TypeError or ValueError where they are not sound."""
         task, reward, reference = results["task"], results["reward"], results.get("reference")

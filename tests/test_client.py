@@ -16,14 +16,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from sluice.common.connections import outage as patience
-from sluice.common.connections.client import (
-    BLOCK_S,
-    SOCKET_TIMEOUT_S,
-    connect,
-    give_up_after,
-    outage,
-    without_password,
-)
+from sluice.common.connections.client import BLOCK_S, SOCKET_TIMEOUT_S, connect, give_up_after, outage, without_password
 from sluice.common.errors import ConnectionFailed
 from sluice.scripts.commands.doctor import examine_redis
 from sluice.scripts.launcher.redis_server import EmbeddedServer

@@ -5,17 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from harness import (
-    SMALL,
-    assert_trained_once,
-    counters_of,
-    create_run,
-    kill,
-    metrics_of,
-    trainer,
-    wait_for,
-    workers,
-)
+from harness import SMALL, assert_trained_once, counters_of, create_run, kill, metrics_of, trainer, wait_for, workers
 
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 

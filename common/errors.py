@@ -12,14 +12,23 @@ SluiceError
     EngineClosed         the engine is shutting down; the group is returned, no attempt is spent
   StateLost              Redis has lost the trainer's last writes: it was restarted, or replaced by another server
   DiskFull               a file could not be written: the trainer pauses until there is room
-  Diverged               the gradients of many steps in a row are not finite: training ends (exit code 3)
+  Hopeless               training ends, and a restart would not change why (exit code 3)
+    Diverged             the gradients of many steps in a row are not finite
+    OnlyLosing           every group of a whole window was lost, and no step was made
   RewardError            a reward function raised, ran out of time or returned nonsense: infrastructure, never a score
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+
+_OURS = f"{Path(__file__).parents[1]}{os.sep}"
+_INSTALLED = tuple({f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 class SluiceError(Exception):
@@ -70,10 +79,18 @@ class DiskFull(SluiceError):
     """There is no room for a file; existing files are intact."""
 
 
-class Diverged(SluiceError):
-    """Training cannot continue: no gradient is finite any more, and a restart would not change that."""
+class Hopeless(SluiceError):
+    """Training cannot continue, and a restart would not change that."""
 
     EXIT_CODE = 3
+
+
+class Diverged(Hopeless):
+    """No gradient is finite any more."""
+
+
+class OnlyLosing(Hopeless):
+    """Every group of a whole window was lost, and no step was made."""
 
 
 class RewardError(SluiceError):
@@ -84,3 +101,15 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Return a question that names the nearest of the known names; "" where none is near."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def raised_at(error: BaseException) -> str:
+    """Return "file:line" of where an error began: the last line of a user's own file, else the first line outside of Sluice,
+    else the innermost one; "" for an error that was never raised here."""
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = cause
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not frame.filename.startswith((_OURS, "<"))]
+    own = [frame for frame in outside if not frame.filename.startswith(_INSTALLED)]
+    chosen = next(iter([*own[-1:], *outside[:1], *frames[-1:]]), None)
+    return f"{chosen.filename}:{chosen.lineno}" if chosen else ""

@@ -82,6 +82,8 @@ class Keys:
     want = _Name("want")
     wake = _Name("wake")
     filtered = _Name("filtered")
+    ends = _Name("ends")
+    lost = _Name("lost")
     readers = _Name("readers")
     processes = _Name("processes")
     process = _Family("process")

@@ -62,8 +62,11 @@ class RunRecord:
     dashboard = _Text()
     """Address of the web page that `sluice run` serves; "" while there is none."""
 
-    def set_status(self, status: str) -> None:
-        self._client.hset(self._key, "status", status)
+    failure = _Text()
+    """Why a run has failed, in a sentence; "" for any other status."""
+
+    def set_status(self, status: str, *, failure: str = "") -> None:
+        self._client.hset(self._key, mapping={"status": status, "failure": failure})
 
     @property
     def incarnation(self) -> int:

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from sluice.common.pipeline import QUEUES, ROLES
+from sluice.common.printable import printable
 
 Rows = list[dict[str, Any]]
 
@@ -19,7 +20,8 @@ def columns_of(rows: Rows) -> dict[str, bool]:
 
 def cell_text(name: str, value: Any) -> str:
     """Return the text of one cell of a column."""
-    return f"{value:,}" if isinstance(value, int) and name not in ("version", "step") else str(value)
+    is_count = isinstance(value, int) and name not in ("version", "step", "pid")
+    return f"{value:,}" if is_count else printable(str(value))
 
 
 def ledger_rows(status: dict[str, Any]) -> Rows:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from sluice.common.ledger.ledger import Counters
 from sluice.common.operations.control import describe_paused
+from sluice.common.printable import printable
 from sluice.dashboard.rows import Rows, cell_text, columns_of, ledger_rows, process_rows, queue_rows
 
 _BARS = "▁▂▃▄▅▆▇█"
+
+
+class PrintableConsole(Console):
+    """A console that escapes the control characters of what it prints: only its own colours and cursor moves act."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def render(status: dict[str, Any], *, trouble: str = "") -> RenderableType:

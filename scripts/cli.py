@@ -10,6 +10,7 @@ import click
 import redis
 
 from sluice.common.errors import SluiceError
+from sluice.common.printable import escape_log_records, printable
 from sluice.scripts.commands.control import drain, evaluate, pause, resume, set_
 from sluice.scripts.commands.convert import export, replay
 from sluice.scripts.commands.doctor import doctor
@@ -55,6 +56,7 @@ for _command in chain.from_iterable(SECTIONS.values()):
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point. What is wrong outside of Sluice is one paragraph and exit code 2; Ctrl-C ends with 130."""
+    escape_log_records()
     sys.stderr = cast(TextIO, Unread(sys.stderr))
     try:
         return cli.main(args=argv, prog_name="sluice", standalone_mode=False)
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> Any:
         text = f"Redis became unavailable: {error}"
     except OSError as error:  # a full disk, a folder without the right to write, no more processes or open files
         text = f"{error.filename}: {error.strerror}" if error.filename else f"the system refused: {error}"
-    click.echo(f"error: {text}", err=True)
+    click.echo(f"error: {printable(text)}", err=True)
     sys.exit(2)
 
 

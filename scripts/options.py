@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
+
+from sluice.dashboard.terminal import PrintableConsole
 
 RunName = click.argument("name", required=False, metavar="[RUN]")
 Json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
@@ -24,8 +27,13 @@ def example(*lines: str) -> str:
 
 def console() -> Console:
     """Make a console as wide as the terminal; elsewhere wide enough that no column is cut."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    console = PrintableConsole()
+    return console if console.is_terminal else PrintableConsole(width=160)
+
+
+def echo_json(data: Any) -> None:
+    """Print data as JSON, in ASCII, without control characters."""
+    click.echo(json.dumps(data).replace("\x7f", "\\u007f"))
 
 
 class Unread:

@@ -14,7 +14,7 @@ PARTS = tuple(stage.name for stage in STAGES)
 FIXED = {
     "run", "cursor", "counts:train", "counts:eval", "totals", "live:train", "live:eval", "credit", "deadlines", "versions",
     "batches", "want", "wake", "policy", "lineage", "events", "bytes", "dead", "evaluations",
-    "settled", "ahead", "filtered", "settings", "controls", "autoscale",
+    "settled", "ahead", "filtered", "settings", "controls", "autoscale", "ends", "lost",
 }  # fmt: skip
 
 

@@ -16,8 +16,9 @@ import sys
 from types import FrameType
 
 from sluice.common.connections.client import connect, give_up_after, persistence_warning, run_name
-from sluice.common.errors import ConfigError, ConnectionFailed, DiskFull, Diverged
+from sluice.common.errors import ConfigError, ConnectionFailed, DiskFull, Diverged, Hopeless
 from sluice.common.parent import die_with, stop_signals
+from sluice.common.printable import escape_log_records, printable
 from sluice.common.run import RunRecord, open_run
 
 STOP_WITHOUT_REDIS_S = 30.0
@@ -25,10 +26,11 @@ STOP_WITHOUT_REDIS_S = 30.0
 
 
 def main() -> int:
-    """Return 0: finished, drained or stopped gracefully; 2: bad input; 3: diverged; anything else: to be started again."""
+    """Return 0: finished, drained or stopped gracefully; 2: bad input; 3: hopeless; anything else: to be started again."""
     rank, is_alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
     who = "" if is_alone else f" rank {rank}"
     line = f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"
+    escape_log_records()
     logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave its ranks behind
         die_with(os.getppid())
@@ -46,7 +48,7 @@ def main() -> int:
         ranks = Ranks.join()
         trainer = Trainer(client, run)
     except (ConfigError, ConnectionFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -64,13 +66,14 @@ def main() -> int:
     try:
         trainer.train(ranks)
     except ConfigError as error:  # a model that does not load, a run that Redis has lost
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    except Diverged as error:
+    except Hopeless as error:
         trainer.policy.close()
-        print(f"error: training has diverged: {error}", file=sys.stderr)
-        RunRecord(client, run.keys).set_status("failed")
-        return Diverged.EXIT_CODE
+        text = printable(f"training has diverged: {error}" if isinstance(error, Diverged) else str(error))
+        print(f"error: {text}", file=sys.stderr)
+        RunRecord(client, run.keys).set_status("failed", failure=text)
+        return error.EXIT_CODE
     except DiskFull as error:
         print(f"error: stopped without a checkpoint of step {trainer.position.step}: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,8 @@
 What it waits for: a full batch young enough to train on (woken by the script that stores the last group; the cause is
 logged while it waits), the previous publication, room on a disk (`heartbeat.py`), and an operator who has paused the run.
 What ends it: the last step, SIGTERM (finish the step, checkpoint, exit 0), a drain (full batches of what is in flight,
-checkpoint, exit 0), or an error (the supervisor restarts it, and `recovery.py` says how it continues).
+checkpoint, exit 0), a window in which every group was lost (checkpoint, exit 3), or an error (the supervisor restarts it, and
+`recovery.py` says how it continues).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch
 
 from sluice.common.config import Config
 from sluice.common.connections.broker import make_app
-from sluice.common.errors import StateLost
+from sluice.common.errors import OnlyLosing, StateLost
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.models.assets import ModelAssets
 from sluice.common.models.causal_lm import device_name
+from sluice.common.monitoring.losses import read_losses
 from sluice.common.policies.canary import choose_sequences, random_sequences
 from sluice.common.policies.store import PolicyStore
 from sluice.common.run import Run, RunRecord
@@ -87,6 +89,7 @@ class Trainer:
         ranks: those that train together; this process is rank 0.
         """
         self._begin(ranks)
+        self.client.delete(self.run.keys.ends)  # how groups of an earlier trainer ended says nothing about this one
         flow = FlowMeter(self.client, self.run)
         started = time.monotonic() - self.position.wall_s
         while not self.stopping:
@@ -183,9 +186,17 @@ class Trainer:
             if is_drain and sample.available == self.buffer.num_untrained() < self.config.groups_per_step:
                 self.is_drained = True
                 return None
+            self._end_if_only_losing()
             self.buffer.wait(1.0)
             self.control_state.read()
         return None
+
+    def _end_if_only_losing(self) -> None:
+        """Raise OnlyLosing when every group of a whole window was lost; the steps so far are durable then."""
+        if verdict := read_losses(self.client, self.run.name, self.config).verdict(self.config):
+            if self.position.step != self.position.saved_step:
+                self.recovery.save(self.policy)
+            raise OnlyLosing(verdict)
 
     def _publish(self, *, parent: int, groups: Sequence[Group] = ()) -> str:
         """Begin to publish the present weights under the next version; return the digest of the previous version.

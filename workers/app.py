@@ -30,6 +30,7 @@ from sluice.common.connections.broker import make_app
 from sluice.common.connections.client import run_name
 from sluice.common.errors import ConfigError, ConnectionFailed
 from sluice.common.pipeline import QUEUES, STAGES, stage_on
+from sluice.common.printable import escape_log_records, printable
 from sluice.workers.context import Context, CooperativePool
 
 
@@ -81,10 +82,11 @@ def _refuse_other_pool(role: str, pool: str) -> None:
 
 
 def _refuse(message: str) -> Any:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {printable(message)}", err=True)
     sys.exit(2)
 
 
+escape_log_records()
 try:
     app = make_app(run_name())
 except ConfigError as error:

@@ -36,7 +36,7 @@ from celery.concurrency.thread import TaskPool
 
 from sluice.common.connections.broker import send, send_stage
 from sluice.common.connections.client import connect, give_up_after, run_name
-from sluice.common.errors import EngineClosed, SerializationError
+from sluice.common.errors import EngineClosed, SerializationError, raised_at
 from sluice.common.ledger.ledger import Claim, Ledger
 from sluice.common.monitoring.heartbeats import HEARTBEAT_S, HeartbeatThread, connect_quickly
 from sluice.common.run import Run, open_run, process_name
@@ -148,7 +148,7 @@ class Context:
                 return
             except Exception as error:  # the task boundary: every error of a stage is counted, never lost
                 log.warning("%s of group %s failed on attempt %d: %r", stage, group_id, claim.attempt, error)
-                detail = f"{error!r}\n{traceback.format_exc(limit=-8)}"
+                detail = f"{error!r} at {raised_at(error)}\n{traceback.format_exc(limit=-8)}"
                 reason = "undecodable" if isinstance(error, SerializationError) else type(error).__name__
                 if self.ledger.fail(claim, reason=reason, detail=detail):
                     send_stage(self.app, group_id, stage)

@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
+from typing import NamedTuple
 
 import redis
 import xxhash
@@ -27,6 +28,7 @@ from sluice.common.ledger import evaluations
 from sluice.common.ledger.ledger import stored_stages
 from sluice.common.models.assets import ModelAssets
 from sluice.common.monitoring import autoscale
+from sluice.common.monitoring.losses import forget_dropped
 from sluice.common.operations.control import effective
 from sluice.common.pipeline import FIRST, stage_on
 from sluice.common.serialization import encode
@@ -126,23 +128,31 @@ class DatasetRole:
         tasks: dict[str, bytes] = {}
         dropped = defaultdict(list)
         for cursor in cursors:
-            group_id, prompt = f"t{cursor}", _prompt_or_reason(self._source, cursor)
-            if isinstance(prompt, str):
-                dropped[prompt].append(group_id)
+            group_id, prompt = f"t{cursor}", _prompt_or_loss(self._source, cursor)
+            if isinstance(prompt, Loss):
+                dropped[prompt.reason].append((group_id, prompt.detail))
             else:
                 sampling = self._sampling(group_id, n=self._config.sampling.group_size)
                 tasks[group_id] = _task(group_id, prompt, sampling)
-        for reason, group_ids in dropped.items():
-            ledger.drop(group_ids, reason=reason)
+        for reason, found in dropped.items():
+            group_ids, details = zip(*found, strict=True)
+            ledger.drop(list(group_ids), reason=reason, detail=details[-1], num_rows=self._num_rows(cursors[-1]))
         with self.context.client.pipeline(transaction=False) as pipe:
             for group_id, payload in tasks.items():
                 ledger.store(group_id, FIRST.name, payload, client=pipe)
+            if tasks:
+                forget_dropped(pipe, ledger.keys)
             replies = pipe.execute()
-        for group_id, reply in zip(tasks, replies, strict=True):
+        for group_id, reply in zip(tasks, replies, strict=False):
             for stage in stored_stages(reply) or ():
                 send_stage(self.context.app, group_id, stage)
         self.context.num_done += len(tasks)
         self._busy_s += time.monotonic() - started
+
+    def _num_rows(self, cursor: int) -> int:
+        """Return the rows of an epoch, of a stream at most; 0 before its end was reached once."""
+        epoch = self._source.epoch_of(cursor)
+        return self._source.num_rows or (cursor // epoch if epoch else 0)
 
     def _sampling(self, group_id: str, *, n: int) -> SamplingParams:
         s, seed = self._config.sampling, xxhash.xxh3_64_intdigest(f"{self._config.seed}:{group_id}".encode()) >> 1
@@ -177,8 +187,8 @@ class DatasetRole:
         for i in range(count):
             if source.epoch_of(i) > 0:
                 break  # a stream that is shorter than num_prompts
-            prompt = _prompt_or_reason(source, i)
-            if isinstance(prompt, str):
+            prompt = _prompt_or_loss(source, i)
+            if isinstance(prompt, Loss):
                 continue
             modes = {"g": greedy}
             if dataset.num_samples:
@@ -213,14 +223,25 @@ class DatasetRole:
         autoscale.update(self.context.client, self.context.run)
 
 
-def _prompt_or_reason(source: PromptSource, cursor: int) -> Prompt | str:
-    """Return the prompt, or the reason for which its group is dropped: a bad row costs that row and not the run."""
+class Loss(NamedTuple):
+    """Why the group of a row is dropped."""
+
+    reason: str
+    detail: str
+
+
+def _prompt_or_loss(source: PromptSource, cursor: int) -> Prompt | Loss:
+    """Return the prompt, or why its group is dropped: a bad row costs that row and not the run."""
     try:
         prompt = source.prompt_at(cursor)
     except ConfigError as error:
         log.error("prompt %d cannot be used: %s", cursor, error)
-        return "bad_row"
-    return "prompt_too_long" if isinstance(prompt, TooLong) else prompt
+        return Loss("bad_row", str(error))
+    if isinstance(prompt, TooLong):
+        limit = source.max_req_tokens
+        detail = f"prompt {cursor} has {prompt.num_tokens:,} tokens, over dataset.max_req_tokens = {limit:,}"
+        return Loss("prompt_too_long", f"{detail}: raise it, or shorten the prompts")
+    return prompt
 
 
 def _task(group_id: str, prompt: Prompt, sampling: SamplingParams) -> bytes:

@@ -43,6 +43,11 @@ class TooLong:
 class PromptSource(PromptReader[DatasetConfig]):
     """Prompts by cursor. Not thread-safe. Opening it and reading prompt 0 finds every mistake in the config."""
 
+    @property
+    def max_req_tokens(self) -> int:
+        """Bound on the tokens of a prompt."""
+        return self._config.max_req_tokens
+
     def prompt_at(self, cursor: int) -> Prompt | TooLong:
         """Return the prompt that the cursor names. Raises ConfigError, naming row and column, where the row is not valid."""
         row, where = self.row_at(cursor)

@@ -192,6 +192,12 @@ class TrainerConfig(Section):
     """Gradients are scaled to at most this global norm."""
     lora: LoraConfig | None = None
     """Train a LoRA adapter on frozen weights; none = train all weights."""
+    max_lost_batches: int | None = Field(default=4, ge=1)
+    """The run ends with exit code 3 when this many batches' worth of groups in a row was lost (dead-lettered, or unreadable
+    for the trainer) and no step was made meanwhile; none = never."""
+    max_dropped_epochs: int | None = Field(default=1, ge=1)
+    """The run ends with exit code 3 when no row of this many epochs in a row could be used (all prompts too long, or bad rows);
+    none = never."""
     stall_report_s: float = Field(default=5.0, gt=0)
     """While no batch is ready, the cause is logged this often, in seconds."""
 

@@ -53,7 +53,7 @@ class Admission:
     """Groups admitted by `admit`; the caller holds the claim on their first stage."""
 
     stopped_by: str
-    "max_count | no_credit | run_complete | max_bytes | no_policy | paused | draining"
+    "max_count | no_credit | run_complete | max_bytes | no_policy | failed | paused | draining"
     policy_version: int
     cursors: list[int]
     holder: str
@@ -198,9 +198,9 @@ class Ledger:
         reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, max_count)
         return _rows(reply, 3)
 
-    def drop(self, group_ids: list[str], *, reason: str) -> int:
-        """Settle training groups that will never be trained."""
-        return int(self.scripts("drop", reason, *group_ids)) if group_ids else 0
+    def drop(self, group_ids: list[str], *, reason: str, detail: str = "", num_rows: int = 0) -> int:
+        """Settle training groups whose prompts cannot be used. num_rows: of an epoch; 0 = not known."""
+        return int(self.scripts("drop", reason, detail[:1000], num_rows, *group_ids)) if group_ids else 0
 
     def requeue(self, group_id: str) -> list[str]:
         """Give a dead-lettered group fresh attempts. Returns the stages to send; none when it is not dead."""

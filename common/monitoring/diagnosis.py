@@ -8,6 +8,7 @@ Kinds of cause, in the order in which they are looked for:
     silent_trainer      it sends no heartbeats
     redis_unreachable   the data server, or the broker, does not answer
     redis_full          at maxmemory, or its append-only file cannot be written
+    losing_groups       groups are lost one after the other, and none is completed (common/monitoring/losses.py)
     no_workers          no worker serves a queue that the run needs
     silent_worker       a process on such a queue sends no heartbeats
     alarm               an alarm in a heartbeat: disk full, policy not verified
@@ -18,8 +19,8 @@ Kinds of cause, in the order in which they are looked for:
     queue_backed_up     half of the groups in flight wait in one queue
     working             none of these: groups are being worked on
 
-Alarms without a stall, besides: digest_mismatch (a worker serves other bytes than the manifest names), sampler_mismatch (its
-logprobs differ from the trainer's), rejected_messages.
+Alarms without a stall, besides: losing_groups (half of the newest groups were lost), digest_mismatch (a worker serves other
+bytes than the manifest names), sampler_mismatch (its logprobs differ from the trainer's), rejected_messages.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import redis
 from sluice.common.errors import ConnectionFailed
 from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
+from sluice.common.monitoring.losses import read_losses
 from sluice.common.monitoring.metric_stream import last_metrics
 from sluice.common.monitoring.queues import Queue, broker_client, read_queues
 from sluice.common.operations.control import describe_paused
@@ -42,12 +44,12 @@ from sluice.common.run import Run, RunRecord
 from sluice.common.serialization import decode
 
 STALL_KINDS = (
-    "paused", "no_trainer", "silent_trainer", "redis_unreachable", "redis_full", "no_workers", "silent_worker", "alarm",
-    "not_picked_up", "admission", "stale_drops", "zero_variance", "queue_backed_up", "working",
+    "starting", "paused", "no_trainer", "silent_trainer", "redis_unreachable", "redis_full", "losing_groups", "no_workers",
+    "silent_worker", "alarm", "not_picked_up", "admission", "stale_drops", "zero_variance", "queue_backed_up", "working",
 )  # fmt: skip
 ALARM_KINDS = (
     "silent_worker", "alarm", "not_picked_up", "digest_mismatch", "sampler_mismatch", "redis_full", "rejected_messages",
-    "redis_unreachable",
+    "redis_unreachable", "losing_groups",
 )  # fmt: skip
 STALLED_AFTER_S = 5.0
 """A trainer that has waited for this long is stalled."""
@@ -94,7 +96,9 @@ def alarms(client: redis.Redis, run: Run) -> list[Cause]:
         heartbeats = read_heartbeats(client, run.keys)
         found = _silent(heartbeats) + _reported(heartbeats) + _not_picked_up(client, run, heartbeats)
         found += _other_digests(client, run, heartbeats) + _mismatched(run, heartbeats)
-        found += _memory(client, over=_NEARLY_FULL)
+        found += _memory(client, over=_NEARLY_FULL) + _losing(
+            read_losses(client, run.name, run.config).alarm(run.config)
+        )
         if rejected := broker_client(client).llen(run.keys.rejected):
             found.append(Cause("rejected_messages", f"{rejected} broker messages could not be read and were set aside"))
     except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
@@ -115,7 +119,7 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
     serving = {stats["role"] for stats in heartbeats.values()}
     on_path = {name: stats for name, stats in heartbeats.items() if stats["role"] in (*needed, "trainer")}
     idle = [queue for queue in needed if queue not in serving]
-    causes = _memory(client, over=_FULL)
+    causes = _memory(client, over=_FULL) + _losing(read_losses(client, run.name, run.config).stall(run.config))
     causes += [Cause("no_workers", f"0 workers on `{queue}`, {_waiting(queues[queue])}") for queue in idle]
     causes += _silent(on_path) + _reported(on_path) + _not_picked_up(client, run, heartbeats)
     return causes[0] if causes else _from_flow(client, run, heartbeats, queues)
@@ -124,6 +128,10 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
 def _paused(client: redis.Redis, run: Run) -> Cause | None:
     paused, _ = RunRecord(client, run.keys).held()
     return Cause("paused", describe_paused(paused)) if paused else None
+
+
+def _losing(text: str | None) -> list[Cause]:
+    return [Cause("losing_groups", text)] if text else []
 
 
 def _memory(client: redis.Redis, *, over: float) -> list[Cause]:

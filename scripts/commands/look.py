@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ from sluice.dashboard.samples import read_samples, render_sample
 from sluice.dashboard.terminal import ledger_text, render
 from sluice.dashboard.trace import read_trace, render_trace
 from sluice.scripts.launcher.run_folder import opened_run
-from sluice.scripts.options import Json, RunName, console, example
+from sluice.scripts.options import Json, RunName, console, echo_json, example
 
 REFRESH_S = 1.0
 HAS_ENDED = ("finished", "drained", "stopped", "failed")
@@ -41,7 +40,7 @@ def status(name: str | None, watch: bool, as_json: bool) -> None:
             return
         snapshot = collect_status(client, opened)
     if as_json:
-        click.echo(json.dumps(snapshot))
+        echo_json(snapshot)
     else:
         console().print(render(snapshot))
 
@@ -76,7 +75,7 @@ def ledger(name: str | None, as_json: bool) -> None:
     holds = all(counters.holds for counters in all_counters)
     if as_json:
         train, evals = (counters.to_dict() for counters in all_counters)
-        click.echo(json.dumps({"run": opened.name, **train, "eval": evals, "holds": holds}))
+        echo_json({"run": opened.name, **train, "eval": evals, "holds": holds})
     else:
         for counters in all_counters:
             click.echo(f"{counters.kind:5}  {ledger_text(counters)}")
@@ -96,7 +95,7 @@ def samples(name: str | None, count: int, step: int | None, as_json: bool) -> No
     with opened_run(name) as (client, opened, _):
         found = read_samples(client, opened.keys, count=count, step=step)
     if as_json:
-        click.echo(json.dumps({"samples": found}))
+        echo_json({"samples": found})
     elif found:
         terminal = console()
         for sample in found:
@@ -114,7 +113,7 @@ def trace(group: str, name: str | None, as_json: bool) -> None:
     with opened_run(name) as (client, opened, _):
         found = read_trace(client, opened.keys, group)
     if as_json:
-        click.echo(json.dumps(found))
+        echo_json(found)
     else:
         console().print(render_trace(found))
 
@@ -133,7 +132,7 @@ def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json:
             return
         letters = read_dead_letters(client, opened.keys, group=group)
     if as_json:
-        click.echo(json.dumps({"dead": letters}))
+        echo_json({"dead": letters})
     elif letters:
         console().print(render_dead(letters))
     else:

@@ -8,6 +8,7 @@ import sys
 import click
 
 from sluice.common.pipeline import QUEUES
+from sluice.common.printable import printable
 from sluice.scripts.launcher.forked import imports_without_threads
 from sluice.scripts.launcher.roles import PYTHON, trainer_command
 from sluice.scripts.options import ConfigFile, Overrides, Resume, example
@@ -30,8 +31,8 @@ def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str |
     try:
         sys.exit(run_to_the_end(config, list(overrides), name=name, resume=resume))
     except RunFailed as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        click.echo(f"error: {printable(str(error))}", err=True)
+        sys.exit(error.exit_code)
 
 
 @click.command(

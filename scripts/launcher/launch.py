@@ -162,9 +162,9 @@ def _drive(
             while _watch(supervisor, scaler, server, progress) and not interrupted():
                 time.sleep(POLL_S)
             progress.update()
-    except RunFailed:
+    except RunFailed as error:
         with suppress(redis.ConnectionError):
-            record.set_status("failed")
+            record.set_status("failed", failure=str(error).partition("\n")[0])
         raise
     finally:
         was_interrupted = interrupted()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Self
 
 import redis
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -19,6 +18,7 @@ from sluice.common.monitoring.queues import read_queues
 from sluice.common.operations.control import effective
 from sluice.common.pipeline import QUEUES
 from sluice.common.run import Run
+from sluice.dashboard.terminal import PrintableConsole
 
 LINE_EVERY_S = 5.0
 READ_EVERY_S = 0.5
@@ -29,7 +29,7 @@ class Display:
     """Progress on standard error: a bar in a terminal, one line every few seconds elsewhere."""
 
     def __init__(self, *, total: int, done: int = 0) -> None:
-        self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._console = PrintableConsole(file=sys.stderr, soft_wrap=True, highlight=False)
         self._bar: Bar | None = None
         if self._console.is_terminal:
             columns = MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}"), TimeRemainingColumn()

@@ -5,8 +5,8 @@
     while Redis is unavailable nothing is started, so a role that died of that dies once
     one that the run can do without (the dashboard) is not restarted then, and the user is told
     exit 0 is not a crash (another process sent SIGTERM): the role is started again at once; of the trainer at its last step, or
-    of a drain, it ends the run gracefully; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
-    ends it always
+    of a drain, it ends the run gracefully; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged,
+    or only losing groups) ends it always
     scale() starts workers of a queue or drains them: SIGUSR2, after autoscale.drain_s SIGTERM, STOP_S later SIGKILL. The exit
     of a drained worker is neither a crash nor a restart
     Ctrl-C or SIGTERM: trainer and workers get SIGTERM; what still lives after STOP_S is killed, except a trainer that
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice.common.config import Config
-from sluice.common.errors import Diverged
+from sluice.common.errors import Hopeless
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.processes import Process, signal_group, spawn
 from sluice.scripts.launcher.roles import (
@@ -52,7 +52,11 @@ POLL_S = 0.2
 
 
 class RunFailed(Exception):
-    """A role cannot be kept alive; the message holds the tail of its log."""
+    """A role cannot be kept alive, or training cannot continue; the message holds the tail of its log, or the reason."""
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(kw_only=True)
@@ -159,8 +163,9 @@ class Supervisor:
         is_first = child.num_restarts == 0 and not child.was_added
         if code == 2 and is_first and child.is_needed:  # a later one may have been refused for a passing reason
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
-        if code == Diverged.EXIT_CODE and child is self._trainer:
-            raise RunFailed(f"training has diverged:\n{_tail(child.log)}")
+        if code == Hopeless.EXIT_CODE and child is self._trainer:
+            said = [line for line in _tail(child.log).splitlines() if line.startswith("error: ")]
+            raise RunFailed(said[-1].removeprefix("error: ") if said else _tail(child.log), exit_code=code)
         if code == 0:
             return
         now = time.monotonic()

@@ -1,12 +1,13 @@
 -- Admit groups at the next dataset cursors while there is credit. The caller holds the claim on each group's first stage.
 -- ARGV: max_count groups, max_in_flight, max_bytes, trainer steps of the run, groups per step, lease_ms, holder, first stage
--- Returns {reason it stopped, policy version, cursor, cursor, ...}; nothing is admitted while the run is paused or drained
+-- Returns {reason it stopped, policy version, cursor, cursor, ...}; nothing is admitted while the run is paused or drained, or has failed
 local max_count, bound, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local num_steps, groups_per_step, lease_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local holder, stage = ARGV[7], ARGV[8]
 local version = redis.call('HGET', key('policy'), 'version')
 
 if not version then return { 'no_policy', -1 } end
+if redis.call('HGET', key('run'), 'status') == 'failed' then return { 'failed', tonumber(version) } end
 for _, state in ipairs({ 'paused', 'draining' }) do
   if redis.call('HEXISTS', key('run'), state) == 1 then return { state, tonumber(version) } end
 end

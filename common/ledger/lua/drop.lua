@@ -1,8 +1,13 @@
--- Drop training groups that will never be trained. ARGV: reason, group, ...   Returns the number of dropped groups.
+-- Drop training groups whose prompts cannot be used. ARGV: reason, detail, rows of an epoch (0 = unknown), group, ...
+-- Returns the number of dropped groups.
 -- A group in the buffer is skipped: its stream entry or manifest names it, and the trainer would find it empty.
 local dropped = 0
-for i = 2, #ARGV do
+for i = 4, #ARGV do
   local stage = redis.call('HGET', key('g:' .. ARGV[i]), 'stage')
-  if stage ~= 'ready' and stage ~= 'leased' then dropped = dropped + settle(ARGV[i], 'train', 'dropped:' .. ARGV[1]) end
+  if stage ~= 'ready' and stage ~= 'leased' and settle(ARGV[i], 'train', 'dropped:' .. ARGV[1]) == 1 then
+    note_end(ARGV[1], 'dropped', ARGV[2], ARGV[i])
+    dropped = dropped + 1
+  end
 end
+if dropped > 0 then redis.call('HSET', key('lost'), 'rows', ARGV[3]) end
 return dropped

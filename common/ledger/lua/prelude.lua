@@ -1,7 +1,7 @@
 -- Prepended to every script: the keys, and the operations that all transitions share.
 -- KEYS[1] is the run's root, `sluice:{run}:`; the braces keep all keys of a run in one cluster slot.
 --
---   run                hash     config, assets, status, created_at, incarnation; mark of the last sampled batch;
+--   run                hash     config, assets, status, failure, created_at, incarnation; mark of the last sampled batch;
 --                               paused, draining: JSON {who, at} while an operator holds or ends the run
 --   settings           hash     key of the config -> JSON, where an operator has changed the stored value
 --   controls           stream   capped; the change log of operators: at, who, step, key, old, new
@@ -24,6 +24,10 @@
 --   batches            zset     steps that have a manifest
 --   want, wake         string, list: the trainer waits for `want` ready groups with BLPOP wake
 --   filtered           string   groups dropped for zero reward variance since the last batch was sampled
+--   ends               list     how the newest training groups ended their way to the trainer, newest first: '' = complete,
+--                               else the reason for which one was lost
+--   lost               hash     groups lost in a row: dead, dropped (both since a group was complete), undecodable (all since a
+--                               step was published); reason, detail, group of the last one; rows of an epoch of the dataset
 --   readers            zset     "<version>|<reader>" -> ms until which a version is kept for a process that fetches it
 --   processes          zset     process -> ms of its last heartbeat
 --   process:<process>  string   its stats, with a time to live
@@ -136,6 +140,15 @@ local function begin_stages(group, plan, deadline)
   return begun
 end
 
+-- Note how a training group ended its way to the trainer: reason '' = it is complete, else it was lost and `count` of `lost` grows.
+local function note_end(reason, count, detail, group)
+  redis.call('LPUSH', key('ends'), reason)
+  redis.call('LTRIM', key('ends'), 0, 255)
+  if reason == '' then return redis.call('HDEL', key('lost'), 'dead', 'dropped') end
+  redis.call('HINCRBY', key('lost'), count, 1)
+  redis.call('HSET', key('lost'), 'reason', reason, 'detail', detail, 'group', group)
+end
+
 -- Settle a group in flight under `outcome`, once, and free its payload. Returns the number of groups settled.
 local function settle(group, kind, outcome)
   if redis.call('SREM', key('live:' .. kind), group) == 0 then return 0 end
@@ -157,6 +170,7 @@ local function dead_letter(group, kind, reason, detail, worker)
   redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'dead', 'group', group, 'reason', reason)
   local id = redis.call('HGET', key('g:' .. group), 'eval')
   if id then record_evaluated(id, 'dead:' .. group, reason) end
+  if kind == 'train' then note_end(reason, reason == 'undecodable' and 'undecodable' or 'dead', detail, group) end
   return 1
 end
 

@@ -10,6 +10,7 @@ if served >= version then return 0 end
 redis.call('HSET', key('lineage'), version, parent .. ':' .. step .. ':' .. ARGV[5])
 redis.call('HSET', key('policy'), 'version', version, 'step', step, 'incarnation', ARGV[4], 'digest', ARGV[5], 'bytes', ARGV[6],
   'published_at', now_s())
+redis.call('DEL', key('lost')) -- a step was made
 redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'policy', 'version', version)
 for _, sampled in ipairs(redis.call('ZRANGE', key('batches'), 0, -1)) do
   local command = tonumber(sampled) <= tonumber(step) and 'SREM' or 'SADD'

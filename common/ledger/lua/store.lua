@@ -19,6 +19,7 @@ if ARGV[10] ~= '' and redis.call('HGET', g, 'kind') == 'train' then
   if tonumber(redis.call('GET', key('filtered')) or '0') < bound then
     redis.call('INCR', key('filtered'))
     settle(group, 'train', 'dropped:zero_variance')
+    note_end('')
     return { 'dropped' }
   end
   redis.call('HINCRBY', key('counts:train'), 'kept_for_bound', 1)
@@ -51,6 +52,7 @@ end
 
 redis.call('HSET', g, 't:ready', now_s())
 file_as_ready(group, redis.call('HGET', g, 'version'))
+note_end('')
 local want = redis.call('GET', key('want'))
 if want and num_unread() >= tonumber(want) then
   redis.call('DEL', key('want'))

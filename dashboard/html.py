@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from sluice.dashboard.rows import Rows, cell_text, columns_of
+from sluice.dashboard.rows import Rows, cell_text, columns_of, stalled_text
 
 
 def tiles_html(name: str, status: dict[str, Any], tiles: list[tuple[str, str]]) -> str:
@@ -16,7 +16,8 @@ def tiles_html(name: str, status: dict[str, Any], tiles: list[tuple[str, str]]) 
         f'<div class="value {"bad" if value == "BROKEN" else ""}" data-tile="{escape(label)}">{escape(value)}</div></div>'
         for label, value in tiles
     )
-    wrong = [f"stalled: {status['stalled_by']}"] if status["stalled_by"] else []
+    wrong = [f"failed: {status['failure']}"] if status["failure"] else []
+    wrong += [stalled_text(status)] if status["stalled_by"] else []
     return f'{head}<div class="tiles">{numbers}</div>{alarms_html([*wrong, *status["alarms"]])}'
 
 

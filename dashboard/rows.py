@@ -24,6 +24,11 @@ def cell_text(name: str, value: Any) -> str:
     return f"{value:,}" if is_count else printable(str(value))
 
 
+def stalled_text(status: dict[str, Any]) -> str:
+    """Say why a run makes no step."""
+    return f"{'starting' if status['stall_kind'] == 'starting' else 'stalled'}: {status['stalled_by']}"
+
+
 def ledger_rows(status: dict[str, Any]) -> Rows:
     """Return one row of counters per kind."""
     return [

@@ -33,11 +33,12 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
     heartbeats = read_heartbeats(client, run.keys)
     status, (paused, draining) = record.status or "?", record.held()
     queues, scales = read_queues(client, run, QUEUES), read_scales(client, run.keys)
-    cause = stall_cause(client, run, heartbeats) if status == "running" else None
+    cause = stall_cause(client, run, heartbeats) if status in ("created", "running") else None
     alarmed = alarms(client, run) if status == "running" else []
     return {
         "run": run.name,
         "status": status,
+        "failure": record.failure or None,
         "step": int(metrics.get("step", 0)),
         "num_steps": num_steps,
         "eta_s": _eta_s(steps, num_steps) if status == "running" else None,

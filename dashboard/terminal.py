@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -17,8 +19,13 @@ from rich.text import Text
 from sluice.common.ledger.ledger import Counters
 from sluice.common.operations.control import describe_paused
 from sluice.common.printable import printable
-from sluice.dashboard.rows import Rows, cell_text, columns_of, ledger_rows, process_rows, queue_rows
+from sluice.dashboard.rows import Rows, cell_text, columns_of, ledger_rows, process_rows, queue_rows, stalled_text
 
+_LEAST_IN_LEDGER = "refused", "resent", "retried"
+_LEAST_OF_PROCESSES = "digest", "note", "device", "up", "running", "heartbeat", "done"
+"""Columns that a narrow terminal does without, the first one first."""
+_WORD = 15
+"""Characters of a word up to which it is not broken in a column that may be."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -40,17 +47,37 @@ def render(status: dict[str, Any], *, trouble: str = "") -> RenderableType:
         title.append(f"\n{status['dashboard']}", style="cyan")
     for line in _control_state(status):
         title.append(f"\n{line}", style="yellow")
+    if status["failure"]:
+        title.append(f"\nfailed: {status['failure']}", style="bold red")
     if status["stalled_by"]:
-        title.append(f"\nstalled: {status['stalled_by']}", style="bold red")
-    for alarm in [*status["alarms"], *([trouble] if trouble else [])]:
+        title.append(f"\n{stalled_text(status)}", style="bold red")
+    alarms = [text for text in status["alarms"] if text != status["stalled_by"]]
+    for alarm in [*alarms, *([trouble] if trouble else [])]:
         title.append(f"\nalarm: {alarm}", style="red")
     return Group(
         title,
         _numbers(status),
-        table(ledger_rows(status), title="ledger"),
-        table(queue_rows(status), title="queues", hidden="why"),
-        table(process_rows(status), title="processes", hidden="host"),
+        table(
+            ledger_rows(status),
+            title="ledger",
+            hidden=_LEAST_IN_LEDGER,
+            folds=("settled", "dropped", "dead", "in flight"),
+        ),
+        table([row | {"why": ""} for row in queue_rows(status)], title="queues", folds=()),
+        table(_processes(status), title="processes", hidden=_LEAST_OF_PROCESSES, folds=("host", "device", "note")),
     )
+
+
+def _processes(status: dict[str, Any]) -> Rows:
+    """Return the rows of the processes by their pids, and by their hosts where there are several."""
+    rows = process_rows(status)
+    has_several = len({row["host"] for row in rows if row["host"]}) > 1
+    left_out = {"role", "process", *(() if has_several else ("host",))}
+    return [
+        {"role": row["role"], "pid": row["process"].rpartition(":")[2]}
+        | {name: row[name] for name in row if name not in left_out}
+        for row in rows
+    ]
 
 
 def sparkline(values: list[float], *, width: int = 40) -> str:
@@ -93,15 +120,51 @@ def _numbers(status: dict[str, Any]) -> Text:
     return Text("   ".join(f"{name} {form.format(value)}" for name, value, form in known))
 
 
-def table(rows: Rows, *, title: str | None = None, hidden: str = "") -> RenderableType:
-    """Render rows with the same keys, without columns that are empty in all rows and one that is too wide for a terminal."""
-    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    columns = {name: is_number for name, is_number in columns_of(rows).items() if name != hidden}
-    for name, is_number in columns.items():
-        shown.add_column(name, justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        shown.add_row(*(Text(cell_text(name, row[name])) for name in columns))
-    return shown
+def table(
+    rows: Rows, *, title: str | None = None, hidden: tuple[str, ...] = (), folds: tuple[str, ...] | None = None
+) -> RenderableType:
+    """Render rows with the same keys, without columns that are empty in all rows.
+
+    folds: the columns that may be broken into lines, none = all; the others stay whole, and those of `hidden` go, the first one
+    first, where the terminal is too narrow for all.
+    """
+    return _Table(rows, title, hidden, folds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table that drops columns until it fits."""
+
+    rows: Rows
+    title: str | None
+    hidden: tuple[str, ...]
+    folds: tuple[str, ...] | None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        columns = columns_of(self.rows)
+        for name in ("", *self.hidden):
+            columns.pop(name, None)
+            texts = {name: [name, *(cell_text(name, row[name]) for row in self.rows)] for name in columns}
+            widths = {name: self._min_width(name, cells) for name, cells in texts.items()}
+            left = options.max_width - sum(widths.values()) - 2 * len(columns)  # a gap is two wide
+            if left >= 0:
+                break
+        shown = Table(title=self.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        shown.collapse_padding = True
+        for number, (name, is_number) in enumerate(columns.items(), start=1):
+            needed = max(cell_len(line) for text in texts[name] for line in text.split("\n"))
+            more = min(max(0, needed - widths[name]), max(0, left) if number == len(columns) else max(0, left) * 2 // 3)
+            left -= more
+            justify: JustifyMethod = "right" if is_number else "left"
+            shown.add_column(name, justify=justify, overflow="fold", width=widths[name] + more)
+        for cells in list(zip(*texts.values(), strict=True))[1:]:
+            shown.add_row(*map(Text, cells))
+        yield shown
+
+    def _min_width(self, name: str, cells: list[str]) -> int:
+        if self.folds is None or name in self.folds:
+            cells = [word[:_WORD] for cell in cells for word in cell.split()]
+        return max(map(cell_len, cells), default=1)
 
 
 def ledger_text(counters: Counters) -> str:

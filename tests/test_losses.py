@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
-from builders import admit_one, for_each, make_config, publish_policy, push_group, rollout_payload, started_ledger
-from harness import create_run, quickstart_config, running_sluice, sluice, tiny_folder, trainer, wait_for, workers
+import yaml
+from builders import admit_one, make_config, publish_policy, push_group, rollout_payload, started_ledger
+from harness import (
+    counters_of,
+    create_run,
+    quickstart_config,
+    running_sluice,
+    sluice,
+    tiny_folder,
+    trainer,
+    wait_for,
+    workers,
+)
 
-from sluice.common.config import Config
 from sluice.common.connections.client import connect
 from sluice.common.errors import RewardError, raised_at
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.monitoring.losses import Losses, forget_dropped, read_losses
-from sluice.common.run import RunRecord
+from sluice.common.run import Run, RunRecord, open_run
 from sluice.common.run import create_run as store_run
-from sluice.scripts.launcher.redis_server import EmbeddedServer
+from sluice.dashboard.run_state import collect_status
 
 K, WINDOW = 2, 8
 """Groups per step, and four batches' worth."""
@@ -36,7 +44,8 @@ def die(ledger: Ledger, *, detail: str = "RewardError('boom') at rewards.py:5\nT
 
 
 def losses_of(ledger: Ledger) -> Losses:
-    return read_losses(ledger.client, ledger.keys.run, ledger.config)
+    run = Run(name=ledger.keys.run, keys=ledger.keys, config=ledger.config, assets={}, folder="")
+    return read_losses(ledger.client, run)
 
 
 def test_groups_that_die_in_a_row_are_counted_named_and_end_the_run(client: redis.Redis, keys: Keys) -> None:
@@ -107,8 +116,6 @@ def test_complete_groups_that_the_trainer_cannot_read_end_the_run_too(client: re
 
 
 def test_a_failed_run_admits_nothing_and_shows_why(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    from sluice.dashboard.run_state import collect_status
-
     run = store_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
     ledger = started_ledger(client, keys)
     RunRecord(client, keys).set_status("failed", failure="it only loses")
@@ -136,32 +143,59 @@ def test_the_place_of_an_error_is_the_last_line_of_the_users_own_file(tmp_path: 
     assert raised_at(ValueError("never raised")) == ""
 
 
-REWARD = """
+LATE = """
+import sys
+
+
 def late(completions, **kwargs):
-    import os
-    if "PREFLIGHT" in os.environ:
+    if "-Q" not in sys.argv:  # the launcher's own check
         return [0.0] * len(completions)
     return [1 / (len(text) - len(text)) for text in completions]
 """
 
 
-def reward(folder: Path) -> list[dict[str, Any]]:
-    (folder / "late.py").write_text(REWARD)
-    return [{"function": f"{folder / 'late.py'}:late"}]
-
-
-def test_a_reward_that_always_raises_is_named_within_seconds_and_ends_the_run(tmp_path: Path) -> None:
-    config = quickstart_config(
-        tmp_path, tiny=tiny_folder(), evaluation__datasets=[], reward__functions=reward(tmp_path)
-    )
-    with running_sluice("run", str(config), "--name", "loses", cwd=tmp_path, PREFLIGHT="1") as process:
-        del process
-    # the variable is only there for the launcher's own trial call, not for the roles
-    with running_sluice("run", str(config), "--name", "only", cwd=tmp_path) as process:
+def test_a_reward_that_always_raises_is_named_and_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    place = f"{tmp_path / 'late.py'}:8"
+    function = [{"function": f"{tmp_path / 'late.py'}:late"}]
+    config = quickstart_config(tmp_path, tiny=tiny_folder(), evaluation__datasets=[], reward__functions=function)
+    with running_sluice("run", str(config), "--name", "loses", cwd=tmp_path) as process:
         assert process.wait(120) == 3
-    output = (tmp_path / "output.log").read_text()
-    print(output)
-    place = f"{tmp_path / 'late.py'}:6"
-    assert "groups were lost" in output and place in output and "ZeroDivisionError" in output
-    error = next(line for line in output.splitlines() if line.startswith("error: "))
-    assert "the run only loses groups" in error and place in error and "trainer.max_lost_batches = 4" in error
+    lines = (tmp_path / "output.log").read_text().splitlines()
+    began = next(line for line in lines if line.startswith("starting, "))
+    assert "loading: " in began and "trainer" in began
+    named = next(line for line in lines if line.startswith("losing groups: "))
+    error = next(line for line in lines if line.startswith("error: "))
+    assert "the run only loses groups and has ended: " in error and "(trainer.max_lost_batches = 4)" in error
+    for line in (named, error):
+        assert f"reward function late raised ZeroDivisionError: division by zero') at {place}" in line
+        assert "sluice dead loses --show t" in line
+    shown = sluice("status", "loses", cwd=tmp_path).stdout
+    assert "loses: failed" in shown and "the run only loses groups and has ended" in " ".join(shown.split())
+
+
+def test_a_run_whose_prompts_are_all_too_long_fails_role_by_role(tmp_path: Path, redis_url: str) -> None:
+    """The trainer decides, so no launcher is needed; and nothing is admitted afterwards, so no worker goes on in vain."""
+    name = f"long-{tmp_path.name}"
+    env = create_run(tmp_path, redis_url, name=name, dataset__max_req_tokens=8)
+    with connect(redis_url) as client:
+        run = open_run(client, name)
+        settings = yaml.safe_load(RunRecord(client, run.keys).config)
+        settings["dataset"]["max_req_tokens"] = 2  # preflight refuses a first prompt that is too long
+        client.hset(run.keys.run_record, "config", yaml.safe_dump(settings))
+        with workers(tmp_path, env, "dataset"), trainer(tmp_path, env) as process:
+            assert process.wait(120) == 3
+            dropped = counters_of(env).dropped["prompt_too_long"]
+            record = RunRecord(client, run.keys)
+            assert record.status == "failed"
+            assert "which is every row of the dataset (trainer.max_dropped_epochs = 1)" in record.failure
+            assert "prompt_too_long: prompt " in record.failure and "dataset.max_req_tokens = 2" in record.failure
+            wait_for(lambda: stopped_by(client, run) == "failed", timeout=10, what="admission to end")
+            assert counters_of(env).dropped["prompt_too_long"] - dropped < dropped
+    log = (tmp_path / "trainer.log").read_text()
+    assert f"error: {record.failure}" in log
+
+
+def stopped_by(client: redis.Redis, run: Run) -> object:
+    heartbeats = read_heartbeats(client, run.keys).values()
+    return next((stats["stopped_by"] for stats in heartbeats if stats["role"] == "dataset"), None)

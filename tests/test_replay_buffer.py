@@ -187,7 +187,18 @@ def test_after_the_acknowledgement_nothing_of_a_group_is_left_in_redis(client, k
     assert int(client.get(keys.payload_bytes)) > 0
     assert (buffer.acknowledge(1), buffer.acknowledge(1)) == (2, 0)
     left = {key.decode().removeprefix(keys.root) for key in client.scan_iter(match=keys.root + "*", count=1000)}
-    assert left == set("cursor counts:train totals policy lineage events bytes run settled ends".split())
+    assert left == {
+        "cursor",
+        "counts:train",
+        "totals",
+        "policy",
+        "lineage",
+        "events",
+        "bytes",
+        "run",
+        "settled",
+        "ends",
+    }
     assert client.get(keys.payload_bytes) == b"0"
     assert not any(client.exists(keys.group(group_id)) for group_id in group_ids)
     assert ledger.counters().trained == 2

@@ -15,7 +15,6 @@ from pathlib import Path
 import redis
 from builders import make_config
 from harness import ROOT, environment, wait_for
-from rich.console import Console
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
@@ -25,12 +24,12 @@ from sluice.common.monitoring.metric_stream import write_metrics
 from sluice.common.operations.control import change, pause
 from sluice.common.run import RunRecord, create_run
 from sluice.dashboard.run_state import collect_status
-from sluice.dashboard.terminal import render, sparkline
+from sluice.dashboard.terminal import PrintableConsole, render, sparkline
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 
-def screen(status: dict[str, object]) -> str:
-    console = Console(file=io.StringIO(), width=160)
+def screen(status: dict[str, object], *, width: int = 160) -> str:
+    console = PrintableConsole(file=io.StringIO(), width=width)
     console.print(render(status))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -56,14 +55,48 @@ def test_the_screen_says_what_redis_holds(client: redis.Redis, keys: Keys, tmp_p
     assert "reward 1.000 ▁" in shown and "ESS 0.900" in shown
     assert "stalled: no trainer is running" in shown
     assert "BROKEN" in shown
-    row = next(line for line in shown.splitlines() if "rollout@here:1" in line)
-    assert " ".join(row.split()).startswith("rollout rollout@here:1 cpu 9 abc 1,234 75% 3 40 61.0 s 0.")
+    row = next(line for line in shown.splitlines() if "cpu" in line)
+    assert " ".join(row.split()).startswith("rollout 1 cpu 9 abc 1,234 75% 3 40 61.0 s 0.")
     assert re.search(r"reward +0 +0\.0 s +0 +4 *\n", shown)
     change(client, run, ["learning_rate=1e-6"], who="alice")
     pause(client, run, who="bob")
     shown = screen(collect_status(client, run))
     assert "set since: trainer.learning_rate=1e-06" in shown
     assert "paused by bob since" in shown
+
+
+def test_the_screen_is_whole_in_a_narrow_terminal(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    run = create_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
+    hosts = ["ip-10-0-12-34.eu-central-1.compute.internal"]
+    for several in (False, True):
+        hosts += ["gpu-node-17"] if several else []
+        for number, role in enumerate(("dataset", "rollout", "reward", "trainer")):
+            stats = {
+                "role": role,
+                "host": hosts[-1],
+                "device": "NVIDIA H200",
+                "version": 12345,
+                "digest": "abcdef012345",
+            }
+            works = {"tokens_per_s": 123456.7, "idle_fraction": 0.0, "running": 512, "done": 123456, "up_s": 7000.0}
+            alarm = "training pauses: the disk is full: no room for the checkpoint of step 12345"
+            send_heartbeat(client, keys, f"{role}@{hosts[-1]}:{4194300 + number}", stats | works | {"alarm": alarm})
+        counts = {
+            "admitted": 123456,
+            "trained": 100000,
+            "retried": 1234,
+            "resent": 123,
+            "refused": 12,
+            "dead:RewardError": 9876,
+        }
+        client.hset(keys.counts("train"), mapping=counts | {"dropped:prompt_too_long": 13456, "dropped:stale": 10})
+        for width in (80, 120):
+            lines = screen(collect_status(client, run), width=width).splitlines()
+            assert max(map(len, lines)) <= width
+            words = " ".join(lines).split()
+            whole = {"identity", "BROKEN", "123,456", "prompt_too_long", *(str(4194300 + n) for n in range(4)), "12345"}
+            assert whole <= {*words}, whole - {*words}
+            assert ("gpu-node-17" in words) == several
 
 
 def test_values_that_do_not_differ_or_are_none_are_a_flat_curve() -> None:

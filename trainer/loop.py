@@ -128,12 +128,15 @@ class Trainer:
         device = device_name(self.config.trainer.device)
         self.heartbeat.tell(idle_fraction=1.0, device=f"{ranks.size} x {device}" if ranks.size > 1 else device)
         end_token_ids = ModelAssets.from_wire(self.run.assets).eos_token_ids
+        self.heartbeat.tell(doing="loading the model")
         self.policy = open_policy(self.config, end_token_ids=end_token_ids, ranks=ranks)
         self.buffer.vocab_size = self.policy.vocab_size
+        self.heartbeat.tell(doing="publishing its policy")
         self._publish(parent=self.recovery.resume(self.policy, last_reported=self.reporter.last_version))
         self.reporter.begin(self.position.step, self.config)
         self.samples.forget_after(self.position.step)
         self.publisher.wait()
+        self.heartbeat.tell(doing="")
 
     def _train_on(self, groups: list[Group]) -> dict[str, float]:
         """Make one optimizer step and publish its policy."""
@@ -193,7 +196,7 @@ class Trainer:
 
     def _end_if_only_losing(self) -> None:
         """Raise OnlyLosing when every group of a whole window was lost; the steps so far are durable then."""
-        if verdict := read_losses(self.client, self.run.name, self.config).verdict(self.config):
+        if verdict := read_losses(self.client, self.run).verdict(self.config):
             if self.position.step != self.position.saved_step:
                 self.recovery.save(self.policy)
             raise OnlyLosing(verdict)

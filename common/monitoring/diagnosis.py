@@ -4,7 +4,8 @@ Read from heartbeats, queues, the ledger and Redis' INFO, so that `sluice status
 Kinds of cause, in the order in which they are looked for:
 
     paused              an operator has paused the run
-    no_trainer          no trainer is running (for callers that are not the trainer: `stall_cause`)
+    starting            the run's first trainer is loading (for callers that are not the trainer, as the next two)
+    no_trainer          no trainer is running
     silent_trainer      it sends no heartbeats
     redis_unreachable   the data server, or the broker, does not answer
     redis_full          at maxmemory, or its append-only file cannot be written
@@ -44,7 +45,7 @@ from sluice.common.run import Run, RunRecord
 from sluice.common.serialization import decode
 
 STALL_KINDS = (
-    "starting", "paused", "no_trainer", "silent_trainer", "redis_unreachable", "redis_full", "losing_groups", "no_workers",
+    "paused", "starting", "no_trainer", "silent_trainer", "redis_unreachable", "redis_full", "losing_groups", "no_workers",
     "silent_worker", "alarm", "not_picked_up", "admission", "stale_drops", "zero_variance", "queue_backed_up", "working",
 )  # fmt: skip
 ALARM_KINDS = (
@@ -79,15 +80,41 @@ def diagnose(client: redis.Redis, run: Run) -> Cause:
 
 def stall_cause(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> Cause | None:
     """Return why no step is made, for a process that is not the trainer; None where one is being made."""
+    if cause := _held_up(client, run, heartbeats):
+        return cause
+    waiting_s = max(stats.get("waiting_s", 0.0) for stats in heartbeats.values() if stats["role"] == "trainer")
+    return diagnose(client, run) if waiting_s > STALLED_AFTER_S else None
+
+
+def explain(client: redis.Redis, run: Run) -> Cause:
+    """Return why there is no step yet, for a process that is not the trainer: a stall, or what the trainer does meanwhile."""
+    try:
+        heartbeats = read_heartbeats(client, run.keys)
+        cause = _held_up(client, run, heartbeats)
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        return _unreachable(error)
+    is_waiting = any(stats.get("waiting_s") for stats in heartbeats.values() if stats["role"] == "trainer")
+    return cause or (diagnose(client, run) if is_waiting else Cause("working", "the trainer is training on a batch"))
+
+
+def _held_up(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> Cause | None:
+    """Return what keeps the trainer from asking for a batch at all."""
     if held := _paused(client, run):
         return held
     trainer = next((stats for stats in heartbeats.values() if stats["role"] == "trainer"), None)
+    doing = trainer and trainer.get("doing")
+    if doing or (trainer is None and RunRecord(client, run.keys).status != "running"):
+        needed = [*(stage.queue for stage in stages_for(run.config)), "trainer"]
+        serving = {stats["role"] for stats in heartbeats.values()}
+        loading = [role for role in needed if role not in serving]
+        parts = [f"loading: {', '.join(loading)}"] if loading else []
+        return Cause("starting", "; ".join([*parts, *([f"the trainer is {doing}"] if doing else [])]) or "loading")
     if trainer is None:
         return Cause("no_trainer", "no trainer is running")
     if is_silent(trainer):
         text = f"the trainer has been silent for {trainer['silent_s']:.0f} s: dead, stopped or cut off"
         return Cause("silent_trainer", text)
-    return diagnose(client, run) if trainer.get("waiting_s", 0.0) > STALLED_AFTER_S else None
+    return None
 
 
 def alarms(client: redis.Redis, run: Run) -> list[Cause]:
@@ -96,9 +123,7 @@ def alarms(client: redis.Redis, run: Run) -> list[Cause]:
         heartbeats = read_heartbeats(client, run.keys)
         found = _silent(heartbeats) + _reported(heartbeats) + _not_picked_up(client, run, heartbeats)
         found += _other_digests(client, run, heartbeats) + _mismatched(run, heartbeats)
-        found += _memory(client, over=_NEARLY_FULL) + _losing(
-            read_losses(client, run.name, run.config).alarm(run.config)
-        )
+        found += _memory(client, over=_NEARLY_FULL) + _losing(read_losses(client, run).alarm(run.config))
         if rejected := broker_client(client).llen(run.keys.rejected):
             found.append(Cause("rejected_messages", f"{rejected} broker messages could not be read and were set aside"))
     except (redis.ConnectionError, redis.TimeoutError, ConnectionFailed) as error:
@@ -119,7 +144,7 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
     serving = {stats["role"] for stats in heartbeats.values()}
     on_path = {name: stats for name, stats in heartbeats.items() if stats["role"] in (*needed, "trainer")}
     idle = [queue for queue in needed if queue not in serving]
-    causes = _memory(client, over=_FULL) + _losing(read_losses(client, run.name, run.config).stall(run.config))
+    causes = _memory(client, over=_FULL) + _losing(read_losses(client, run).stall(run.config))
     causes += [Cause("no_workers", f"0 workers on `{queue}`, {_waiting(queues[queue])}") for queue in idle]
     causes += _silent(on_path) + _reported(on_path) + _not_picked_up(client, run, heartbeats)
     return causes[0] if causes else _from_flow(client, run, heartbeats, queues)

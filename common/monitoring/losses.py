@@ -16,6 +16,7 @@ import redis
 
 from sluice.common.config import Config
 from sluice.common.keys import Keys
+from sluice.common.run import Run
 
 SHOWN_BATCHES = 4
 """Batches' worth of the newest groups that are looked at where trainer.max_lost_batches is off."""
@@ -78,9 +79,10 @@ class Losses:
         return f"The last one, {self.group}: {what[:500]} (`sluice {more}` shows more)"
 
 
-def read_losses(client: redis.Redis, run: str, config: Config) -> Losses:
+def read_losses(client: redis.Redis, run: Run) -> Losses:
     """Read the losses of a run in one round trip."""
-    keys, size = Keys(run), (config.trainer.max_lost_batches or SHOWN_BATCHES) * config.groups_per_step
+    keys, config = run.keys, run.config
+    size = (config.trainer.max_lost_batches or SHOWN_BATCHES) * config.groups_per_step
     with client.pipeline(transaction=False) as pipe:
         pipe.lrange(keys.ends, 0, size - 1)
         pipe.hgetall(keys.lost)
@@ -96,7 +98,7 @@ def read_losses(client: redis.Redis, run: str, config: Config) -> Losses:
         reason=text.get("reason", "unknown"),
         detail=text.get("detail", ""),
         group=text.get("group", "?"),
-        run=run,
+        run=run.name,
     )
 
 

@@ -12,7 +12,8 @@ import redis
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from sluice.common.monitoring.diagnosis import diagnose
+from sluice.common.monitoring.diagnosis import explain
+from sluice.common.monitoring.losses import read_losses
 from sluice.common.monitoring.metric_stream import last_entry, read_metrics
 from sluice.common.monitoring.queues import read_queues
 from sluice.common.operations.control import effective
@@ -23,6 +24,8 @@ from sluice.dashboard.terminal import PrintableConsole
 LINE_EVERY_S = 5.0
 READ_EVERY_S = 0.5
 STALLED_AFTER_S = 10.0
+SOON_S = 1.0
+"""How soon what is loading, or that groups are lost, is said."""
 
 
 class Display:
@@ -75,7 +78,7 @@ class Progress(Display):
         self._last_entry = last_entry(client, run.keys, "metrics")  # of a resumed run, only what is new
         self._read_at = self._reported_at = self._said_at = 0.0
         self._moved_at = time.monotonic()
-        self._has_begun = False
+        self._has_begun, self._said = False, ""
 
     def say_throttled(self, text: str) -> None:
         """Print as `say`, at most every LINE_EVERY_S: for what may be true many times a second."""
@@ -97,11 +100,23 @@ class Progress(Display):
         if steps:
             self._moved_at = now
             self._show(steps[-1])
-        elif now - max(self._moved_at, self._reported_at) > STALLED_AFTER_S:
-            self._reported_at = now
-            waited = f"{now - self._moved_at:.0f} s"
-            waiting = f"no step for {waited}" if self._has_begun else f"starting, {waited} so far"
-            self.say(f"{waiting}: {diagnose(self._client, self._run).text}")
+        self._say_what_is_wrong(now)
+
+    def _say_what_is_wrong(self, now: float) -> None:
+        """Say what is loading and that groups are lost, as soon as that is so, and after STALLED_AFTER_S why there is no step."""
+        said_s, waited_s = now - self._reported_at, now - self._moved_at
+        if said_s < SOON_S:
+            return
+        cause = explain(self._client, self._run) if waited_s > STALLED_AFTER_S or not self._has_begun else None
+        is_starting = cause is not None and cause.kind == "starting"
+        losing = None if is_starting else read_losses(self._client, self._run).alarm(self._run.config)
+        text = f"losing groups: {losing}" if losing else cause.text if cause else ""
+        is_news = cause.text != self._said if is_starting and cause else losing is not None and self._said != "losing"
+        if not text or not (is_news or (said_s > STALLED_AFTER_S and (losing or waited_s > STALLED_AFTER_S))):
+            return
+        self._reported_at, self._said = now, "losing" if losing else text
+        waiting = f"no step for {waited_s:.0f} s" if self._has_begun else f"starting, {waited_s:.0f} s so far"
+        self.say(text if losing else f"{waiting}: {text}")
 
     def _say_evaluation(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 import redis
 from builders import make_config, push_group, save_tiny_qwen
 
+from sluice.common.config import EvalDataset
 from sluice.common.connections.client import connect
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger, read_counters
 from sluice.common.models.assets import read_assets
 from sluice.common.monitoring.heartbeats import read_heartbeats
+from sluice.common.policies.lineage import policy_ages, read_lineage
 from sluice.common.run import Run, create_run
 from sluice.trainer.checkpoint import checkpoint_steps
 from sluice.trainer.distributed.ranks import Ranks
@@ -147,3 +150,28 @@ def test_a_redis_that_has_lost_the_run_ends_it_with_what_to_do(client: redis.Red
             trainer.train(Ranks())
         trainer.close()
     assert time.monotonic() - began < 30
+
+
+def test_the_lineage_is_bounded_and_knows_what_a_checkpoint_or_an_evaluation_needs(
+    client: redis.Redis, run: Run, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sluice.trainer.loop.EVALUATION_WAIT_S", 0.0)  # no worker evaluates
+    config = run.config.model_copy(
+        update={
+            "trainer": run.config.trainer.model_copy(update={"num_steps": 12}),
+            "evaluation": run.config.evaluation.model_copy(
+                update={"datasets": (EvalDataset(dataset=run.config.dataset),)}
+            ),
+        }
+    )
+    run = replace(run, config=config)
+    client.hset(run.keys.evaluation("2.heldout"), "total", 1)
+    trainer = Trainer(client, run)
+    with groups_arriving(run, redis_url):
+        trainer.train(Ranks())
+    trainer.close()
+    # keep = 2 checkpoints, of the steps 10 and 12; a group may be one step old; version n was made by step n
+    left = {version: made.step for version, made in read_lineage(client, run.keys).items()}
+    assert sorted(left) == [0, 2, *range(9, 13)], "0 and 2 have evaluations"
+    assert set(trainer.publisher.store._announced) == {*left}
+    assert policy_ages(client, run.keys, [9], current=12) == [3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from builders import make_completion, make_episode, make_group, make_run
 from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.monitoring.metric_stream import last_metrics, read_metrics
+from sluice.common.rotation import rotated
 from sluice.common.types import Group
 from sluice.dashboard.samples import read_samples
+from sluice.trainer.control_state import ControlReader
 from sluice.trainer.samples import Samples
-from sluice.trainer.step_metrics import Reporter, batch_metrics, token_age
+from sluice.trainer.step_metrics import Reporter, append_line, batch_metrics, token_age
 
 
 def group(rewards: list[float | None], *, tokens: int = 4, version: int = 3) -> Group:
@@ -66,6 +69,26 @@ def test_a_step_is_in_redis_and_jsonl(client: redis.Redis, keys: Keys, tmp_path:
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["reward/mean"] == 0.25
     assert "eval/x/pass@1" not in line  # JSON has no nan
+
+
+def test_the_file_of_metrics_is_bounded_and_what_was_reported_is_known_from_all_its_parts(
+    client: redis.Redis, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sluice.trainer.step_metrics.MAX_BYTES", 300)
+    monkeypatch.setattr("sluice.trainer.step_metrics.MAX_PARTS", 3)
+    path, run = tmp_path / "metrics.jsonl", make_run(keys, tmp_path)
+    append_line(path, {"step": 0, "control": "paused", "entry": "7-0"})
+    for step in range(1, 12):
+        append_line(path, {"step": step, "version": step, "filler": "x" * 100})
+    lines = [json.loads(line)["step"] for part in rotated(path) for line in part.read_text().splitlines()]
+    assert lines == list(range(12)), "every line, in order"
+    assert len(rotated(path)) == 4
+    os.truncate(path, 0)  # as just after a rotation
+    assert Reporter(client, run).last_version == json.loads(rotated(path)[-2].read_text().splitlines()[-1])["step"]
+    assert ControlReader(client, run)._last_entry == "7-0"
+    for step in range(12, 40):
+        append_line(path, {"step": step, "filler": "x" * 100})
+    assert len(rotated(path)) == 4 and sum(part.stat().st_size for part in rotated(path)) < 4 * 500
 
 
 def test_an_evaluation_is_marked_as_reported_after_its_line_was_written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -80,6 +81,25 @@ def test_a_trainer_of_one_rank_waits_for_no_others_and_divergence_ends_the_run_a
     process.wait(20)
     with pytest.raises(RunFailed, match=r"training has diverged:\n0 1"):
         supervisor.poll()
+
+
+def test_logs_are_bounded_while_their_processes_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sluice.scripts.launcher.supervisor.MAX_LOG_BYTES", 10_000)
+    monkeypatch.setattr("sluice.scripts.launcher.supervisor.LOGS_EVERY_S", 0.0)
+    program = "import time\nfor i in range(100_000): print(i, 'x' * 90, flush=True); time.sleep(0.0005)"
+    supervisor, trainer, _ = supervising(tmp_path, program)
+    sizes: list[int] = []
+
+    def was_cut_twice() -> bool:
+        assert supervisor.poll()
+        sizes.append(trainer.log.stat().st_size)
+        return sum(after < before for before, after in itertools.pairwise(sizes)) > 1
+
+    wait_for(was_cut_twice, timeout=30, what="two cuts")
+    supervisor.stop()
+    before = trainer.log.with_name("trainer.log.1").read_text().splitlines()
+    assert int(before[-1].split()[0]) > len(before) - 1, "the newest part before this one"
+    assert max(sizes) < 1_000_000 and b"\0" not in trainer.log.read_bytes()
 
 
 def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import redis
 
 from sluice.common.operations.control import ControlState, at, describe_paused, read_control_state, with_settings
+from sluice.common.rotation import rotated
 from sluice.common.run import Run
 from sluice.trainer.step_metrics import append_line
 
@@ -60,8 +61,8 @@ class ControlReader:
 def _last_logged(path: Path) -> str:
     """Return the entry id of the newest change that is in the file."""
     entry = "0"
-    if path.exists():
-        with path.open("rb") as file:
+    for part in rotated(path):
+        with part.open("rb") as file:
             for line in file:
                 if b'"control": ' in line:
                     with suppress(ValueError, KeyError):  # a torn line

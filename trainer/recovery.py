@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from sluice.common.errors import ConfigError, PolicyNotFound, StateLost
+from sluice.common.ledger.evaluations import evaluated
 from sluice.common.ledger.ledger import read_cursor, restore_cursor
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.policies.digest import weights_digest
-from sluice.common.policies.lineage import abandoned_versions, policy_ages
+from sluice.common.policies.lineage import abandoned_versions, policy_ages, read_lineage
 from sluice.common.run import Run, RunRecord
 from sluice.common.types import Group
 from sluice.trainer.audit import Audit, StepRecord
@@ -114,6 +115,16 @@ class Recovery:
         self._trained_groups = []
         trained = list(dict.fromkeys(state.trained_groups + state.recent_groups))
         self._buffer.acknowledge(position.step, trained=trained)
+        self._trim_lineage()
+
+    def _trim_lineage(self) -> None:
+        """Forget versions that are too old for any group, seen from each of the newest checkpoints; those that were evaluated or
+        have a checkpoint stay."""
+        steps = checkpoint_steps(self._checkpoints)
+        oldest = steps[-self._run.config.checkpoint.keep :][0] - self._buffer.max_policy_age
+        lineage = read_lineage(self._client, self._run.keys)
+        old = {version for version, made in lineage.items() if made.step < oldest and made.step not in steps}
+        self._publisher.store.forget(old - evaluated(self._client, self._run, old))
 
     def resume(self, policy: ParallelPolicy, *, last_reported: int) -> int:
         """Resume from the newest checkpoint, or begin with the base model. Returns the parent of the version to publish next.

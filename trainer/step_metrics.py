@@ -32,12 +32,16 @@ from sluice.common.monitoring.queues import read_queues
 from sluice.common.pipeline import QUEUES
 from sluice.common.policies.canary import mismatch_bound
 from sluice.common.policies.lineage import policy_ages
+from sluice.common.rotation import rotate, rotated
 from sluice.common.run import Run, RunRecord
 from sluice.common.types import Group, has_reward_variance
 from sluice.trainer.trackers import TrackedRun, TrackerQueue, check_packages, open_trackers, tracked_id
 
 log = logging.getLogger("sluice.trainer")
 
+MAX_BYTES = 64 << 20
+MAX_PARTS = 9
+"""Bounds of metrics.jsonl: some 300,000 steps, then the oldest part goes. TensorBoard, W&B and Trackio keep all."""
 _REPORTED = re.compile(rb'\{"step": (\d+), "version": (\d+)')
 """Beginning of the line of a step."""
 
@@ -108,7 +112,12 @@ def log_step(step: int, config: Config, metrics: Mapping[str, float]) -> None:
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Append one line of JSON, completely or not at all: a full disk costs lines of this file, never the run."""
+    """Append one line of JSON, completely or not at all: a full disk costs lines of this file, never the run.
+
+    Over MAX_BYTES the file is rotated, and MAX_PARTS older parts are kept.
+    """
+    with suppress(OSError):
+        rotate(path, max_bytes=MAX_BYTES, kept=MAX_PARTS)
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a") as file:
@@ -122,8 +131,8 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
 def _last_logged(path: Path) -> tuple[int, int]:
     """Return the highest step and newest version of all reported steps, or (-1, -1)."""
     step = version = -1
-    if path.exists():
-        with path.open("rb") as file:
+    for part in rotated(path):
+        with part.open("rb") as file:
             for found in filter(None, map(_REPORTED.match, file)):
                 step, version = max(step, int(found[1])), max(version, int(found[2]))
     return step, version

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +129,17 @@ def unreported(client: redis.Redis, run: Run) -> set[tuple[str, int]]:
         for name, version in known
         if name in sets and not client.hexists(run.keys.evaluation(evaluation_id(version, name)), "reported")
     }
+
+
+def evaluated(client: redis.Redis, run: Run, versions: Collection[int]) -> set[int]:
+    """Return those of the versions that have an evaluation, finished or not."""
+    found = {version for _, version in map(named, pending(client, run.keys))}
+    asked = [(version, dataset.name) for version in versions for dataset in run.config.evaluation.datasets]
+    with client.pipeline(transaction=False) as pipe:
+        for version, name in asked:
+            pipe.exists(run.keys.evaluation(evaluation_id(version, name)))
+        found |= {version for (version, _), exists in zip(asked, pipe.execute(), strict=True) if exists}
+    return found.intersection(versions)
 
 
 def mark_reported(client: redis.Redis, keys: Keys, *, dataset: str, version: int) -> None:

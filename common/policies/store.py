@@ -15,7 +15,7 @@ Published tensors may not be written to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import redis
@@ -133,6 +133,13 @@ class PolicyStore(PolicyReader):
         """Add a version to the lineage before its bytes are written, so that ages are known meanwhile."""
         self._announced[version] = f"{parent}:{step}"
         self._scripts("write_record", "HSET", self._keys.lineage, version, self._announced[version])
+
+    def forget(self, versions: Collection[int]) -> None:
+        """Remove versions from the lineage: what was sampled from them counts as too old from then on."""
+        for version in versions:
+            self._announced.pop(version, None)
+        if versions:
+            self._client.hdel(self._keys.lineage, *map(str, versions))
 
     def announce_again(self, *, incarnation: int) -> None:
         """Restore what this process announced, and its incarnation, in a Redis that has lost some of it."""

@@ -32,6 +32,7 @@ from typing import Any
 
 from sluice.common.config import Config
 from sluice.common.errors import Hopeless
+from sluice.common.rotation import cut
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.processes import Process, signal_group, spawn
 from sluice.scripts.launcher.roles import (
@@ -47,6 +48,9 @@ STOP_S = 7.0
 TRAINER_STOP_S = 120.0
 MAX_CRASHES = 5
 CRASH_WINDOW_S = 60.0
+MAX_LOG_BYTES = 16 << 20
+"""Of a role's log, and of the part before it, `NAME.log.1`."""
+LOGS_EVERY_S = 10.0
 POLL_S = 0.2
 """How often a trainer that ends is polled."""
 
@@ -115,6 +119,7 @@ class Supervisor:
         env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._config, self._env, self._logs = config, env, folder / "logs"
+        self._logs_due = 0.0
         self._restarts: Counter[str] = Counter()  # of workers that have gone
         self._children = [self._worker(queue, i) for queue, i in planned_workers(config)]
         self._trainer = self._child(trainer_role(config))
@@ -141,6 +146,7 @@ class Supervisor:
     def poll(self) -> bool:
         """Reap and restart. True while the trainer has not finished. Raises RunFailed."""
         self._poll_draining()
+        self._bound_logs()
         for child in list(self._children):
             if child.drained_at is not None:
                 continue
@@ -157,6 +163,15 @@ class Supervisor:
                 self._start(child)
                 child.num_restarts += 1
         return True
+
+    def _bound_logs(self) -> None:
+        """Rotate logs that have grown over MAX_LOG_BYTES, every LOGS_EVERY_S."""
+        if time.monotonic() < self._logs_due:
+            return
+        self._logs_due = time.monotonic() + LOGS_EVERY_S
+        for log in self._logs.glob("*.log"):
+            with suppress(OSError):  # a full disk
+                cut(log, max_bytes=MAX_LOG_BYTES)
 
     def _after_exit(self, child: Child, code: int) -> None:
         child.process = None

@@ -37,6 +37,8 @@ def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: 
     os.umask(0o022)  # a model is made to be handed on
     step = best_step(run_folder / "checkpoints") if best else step
     exported = export_checkpoint(run_folder, target, step=step, dtype=dtype, adapter=adapter)
+    for weights in target.glob("*.safetensors"):  # their library makes them private
+        weights.chmod(0o644)
     click.echo(f"step {exported} of {run_folder.name} is in {target}")
 
 

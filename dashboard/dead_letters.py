@@ -6,13 +6,12 @@ from typing import Any
 
 import redis
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from sluice.common.errors import ConfigError, SerializationError
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_dead, read_fields
 from sluice.common.serialization import decode
-from sluice.dashboard.terminal import table
+from sluice.dashboard.terminal import plain_text, table
 
 _FIELDS = ("dead_reason", "dead_worker", "dead_detail", "task", "rollout")
 
@@ -60,4 +59,6 @@ def render_dead(letters: list[dict[str, Any]]) -> RenderableType:
     ]
     if len(letters) != 1:
         return table(rows)
-    return Group(table(rows), Text(letters[0]["detail"]), *(Text(f"- {text}") for text in letters[0]["completions"]))
+    return Group(
+        table(rows), plain_text(letters[0]["detail"]), *(plain_text(f"- {text}") for text in letters[0]["completions"])
+    )

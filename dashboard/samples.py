@@ -6,11 +6,10 @@ from typing import Any
 
 import redis
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from sluice.common.keys import Keys
 from sluice.common.monitoring.metric_stream import newest_samples
-from sluice.dashboard.terminal import table
+from sluice.dashboard.terminal import plain_text, table
 
 
 def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | None = None) -> list[dict[str, Any]]:
@@ -26,7 +25,7 @@ def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | Non
 
 def render_sample(sample: dict[str, Any]) -> RenderableType:
     """Render one group as a table."""
-    head = Text(
+    head = plain_text(
         f"step {sample['step']}  group {sample['group']}  policy version {sample['version']}  target {sample['target']}",
         style="bold",
     )
@@ -41,4 +40,4 @@ def render_sample(sample: dict[str, Any]) -> RenderableType:
         }
         for completion in sample["completions"]
     ]
-    return Group(head, Text(str(sample["prompt"])), table(rows))
+    return Group(head, plain_text(str(sample["prompt"])), table(rows))

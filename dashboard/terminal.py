@@ -45,15 +45,13 @@ def render(status: dict[str, Any], *, trouble: str = "") -> RenderableType:
     title.append(f", policy version {status['policy']['version'] or '-'}", style="default")
     if status["dashboard"]:
         title.append(f"\n{status['dashboard']}", style="cyan")
-    for line in _control_state(status):
-        title.append(f"\n{line}", style="yellow")
-    if status["failure"]:
-        title.append(f"\nfailed: {status['failure']}", style="bold red")
-    if status["stalled_by"]:
-        title.append(f"\n{stalled_text(status)}", style="bold red")
-    alarms = [text for text in status["alarms"] if text != status["stalled_by"]]
-    for alarm in [*alarms, *([trouble] if trouble else [])]:
-        title.append(f"\nalarm: {alarm}", style="red")
+    lines = [(line, "yellow") for line in _control_state(status)]
+    lines += [(f"failed: {status['failure']}", "bold red")] if status["failure"] else []
+    lines += [(stalled_text(status), "bold red")] if status["stalled_by"] else []
+    alarms = [text for text in status["alarms"] if text != status["stalled_by"]] + ([trouble] if trouble else [])
+    lines += [(f"alarm: {alarm}", "red") for alarm in alarms]
+    for line, style in lines:
+        title.append(f"\n{printable(line)}", style=style)
     return Group(
         title,
         _numbers(status),
@@ -78,6 +76,11 @@ def _processes(status: dict[str, Any]) -> Rows:
         | {name: row[name] for name in row if name not in left_out}
         for row in rows
     ]
+
+
+def plain_text(text: str, style: str = "") -> Text:
+    """Return text that may hold anything; rich by itself would drop some control characters and let others act."""
+    return Text(printable(text), style)
 
 
 def sparkline(values: list[float], *, width: int = 40) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 import redis
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
@@ -14,7 +13,7 @@ from sluice.common.ledger.ledger import read_group
 from sluice.common.monitoring.metric_stream import newest_samples
 from sluice.common.pipeline import STAGES
 from sluice.dashboard.rows import assignment_rows, stage_rows
-from sluice.dashboard.terminal import table
+from sluice.dashboard.terminal import plain_text, table
 
 LABELS = {
     **{f"{stage.name}_started": stage.labels[0] for stage in STAGES},
@@ -89,6 +88,6 @@ def reasons_of(trace: dict[str, Any]) -> list[str]:
 
 def render_trace(trace: dict[str, Any]) -> RenderableType:
     """Render a trace for a terminal."""
-    head = Text(", ".join(heading_of(trace)), style="bold")
+    head = plain_text(", ".join(heading_of(trace)), style="bold")
     tables = (table(stage_rows(trace)), table(assignment_rows(trace)))
-    return Group(head, *tables, *(Text(reason) for reason in reasons_of(trace)))
+    return Group(head, *tables, *(plain_text(reason) for reason in reasons_of(trace)))

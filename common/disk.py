@@ -1,8 +1,12 @@
-"""A full disk as an error that a caller can wait out."""
+"""A full disk as an error that a caller can wait out, and files that stay bounded for as long as a run lives.
+
+Over its size such a file becomes `NAME.1`, that one `NAME.2`, and so on.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,3 +27,36 @@ def needing_room(folder: Path, *, what: str) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free / 2**20
         raise DiskFull(f"the disk is full: no room for {what} in {folder} ({free:.1f} MiB free)") from error
+
+
+def rotated(path: Path) -> list[Path]:
+    """Return a file and its older parts, oldest first, as far as they exist."""
+    older = sorted(path.parent.glob(f"{path.name}.[0-9]*"), key=lambda part: -int(part.suffix[1:]))
+    return [*older, *([path] if path.exists() else [])]
+
+
+def rotate(path: Path, *, max_bytes: int, kept: int) -> None:
+    """Rotate a file that its writers open anew for every line. kept: older parts. Raises OSError."""
+    if not path.exists() or path.stat().st_size <= max_bytes:
+        return
+    for number in range(kept - 1, 0, -1):
+        if (part := _part(path, number)).exists():
+            part.rename(_part(path, number + 1))
+    path.rename(_part(path, 1))
+
+
+def cut(path: Path, *, max_bytes: int) -> None:
+    """Rotate a file that other processes hold open for appending: its content moves to `NAME.1`, and it begins anew.
+
+    What is written between copying and cutting is lost. Raises OSError; without room for the copy the file is cut all the same.
+    """
+    if path.stat().st_size <= max_bytes:
+        return
+    try:
+        shutil.copyfile(path, _part(path, 1))
+    finally:
+        os.truncate(path, 0)
+
+
+def _part(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")

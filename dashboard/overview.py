@@ -101,7 +101,7 @@ CHARTS: list[tuple[dict[str, Any], Series]] = [
                                           generated_tokens_per_s="generated", trained_tokens_per_s="trained")),
     (chart("Messages waiting"), _by_queue("depth")),
     (chart("Oldest message", unit=" s"), _by_queue("oldest_age_s")),
-    (chart("Groups in flight"), _metric("ledger/in_flight", "admission/credits", in_flight="in flight")),
+    (chart("Groups in flight, admission credits"), _metric("ledger/in_flight", "admission/credits", in_flight="in flight")),
     (chart("Off-policy: effective sample size"), _metric("off_policy/ess", ess="ESS")),
     (chart("Off-policy: mismatch KL, nats"), _metric("off_policy/mismatch_kl", mismatch_kl="k3")),
     (chart("Off-policy: masked share, clipped share"),

@@ -16,7 +16,7 @@ from sluice.common.monitoring.heartbeats import send_heartbeat
 from sluice.common.run import Run
 
 SETTINGS = AutoscaleConfig(up_after_s=5.0, cooldown_s=60.0, wait_s=1.0)
-BOUNDS = Bounds(min=1, max=4, concurrency=1, in_flight=16)
+BOUNDS = Bounds(min=1, max=4, concurrency=1, max_groups=16)
 
 
 class Queue:
@@ -61,15 +61,15 @@ def test_a_lasting_load_is_met_at_once_and_left_slowly() -> None:
 
 def test_the_number_is_owed_parts_over_parts_per_worker() -> None:
     # 16 in flight, 4 workers at most: 4 parts are a worker's share, though it could take 16 at a time
-    bounds = Bounds(min=1, max=4, concurrency=16, in_flight=16)
+    bounds = Bounds(min=1, max=4, concurrency=16, max_groups=16)
     assert bounds.share == 4
     assert [Queue(bounds).hold(pending, seconds=60)[-1] for pending in (0, 4, 5, 8, 9, 12, 16)] == [1, 1, 2, 2, 3, 3, 4]
-    assert Bounds(min=1, max=4, concurrency=2, in_flight=16).share == 2
-    assert Bounds(min=0, max=0, concurrency=2, in_flight=16).share == 2
+    assert Bounds(min=1, max=4, concurrency=2, max_groups=16).share == 2
+    assert Bounds(min=0, max=0, concurrency=2, max_groups=16).share == 2
 
 
 def test_a_load_within_the_tolerance_changes_nothing() -> None:
-    queue = Queue(Bounds(min=1, max=40, concurrency=10, in_flight=400))
+    queue = Queue(Bounds(min=1, max=40, concurrency=10, max_groups=400))
     queue.hold(200, seconds=60)
     assert queue.state and queue.state.desired == 19  # 200 / 1.1 = 181.8: 19 workers of 10
     before = len(queue.changes)
@@ -80,15 +80,15 @@ def test_a_load_within_the_tolerance_changes_nothing() -> None:
 
 PHASES: list[tuple[Bounds, list[tuple[int, int, int, int]]]] = [
     # never more workers than groups that may be in flight, but for the minimum
-    (Bounds(min=1, max=100, concurrency=1, in_flight=6), [(500, 60, 0, 6)]),
-    (Bounds(min=8, max=100, concurrency=1, in_flight=6), [(500, 60, 0, 8)]),
+    (Bounds(min=1, max=100, concurrency=1, max_groups=6), [(500, 60, 0, 6)]),
+    (Bounds(min=8, max=100, concurrency=1, max_groups=6), [(500, 60, 0, 8)]),
     # 40 a second with 8 pending: a stage is finished in 0.2 s (Little), and another worker would gain nothing
     (BOUNDS, [(8, 120, 40, 1)]),
     (BOUNDS, [(8, 120, 2, 4)]),
     # from none the first stage calls a worker at once
-    (Bounds(min=0, max=2, concurrency=16, in_flight=32), [(0, 10, 0, 0), (1, 1, 0, 1), (0, 90, 0, 0)]),
+    (Bounds(min=0, max=2, concurrency=16, max_groups=32), [(0, 10, 0, 0), (1, 1, 0, 1), (0, 90, 0, 0)]),
     # a fixed number
-    (Bounds(min=3, max=3, concurrency=1, in_flight=16), [(50, 60, 0, 3)]),
+    (Bounds(min=3, max=3, concurrency=1, max_groups=16), [(50, 60, 0, 3)]),
 ]
 """Bounds; (pending, seconds, finished a second, workers at the end) of each phase."""
 
@@ -110,7 +110,7 @@ def test_idle_workers_and_a_held_run_call_for_nobody() -> None:
     assert queue.state and queue.state.reason == "16.0 stages pending, but its workers are busy for 30% of their time"
     queue.busy = 0.9
     assert queue.hold(16, seconds=20)[-1] == 4
-    queue = Queue(Bounds(min=0, max=4, concurrency=1, in_flight=16))
+    queue = Queue(Bounds(min=0, max=4, concurrency=1, max_groups=16))
     queue.is_held = True
     assert queue.hold(16, seconds=60)[-1] == 1, "a first worker it gets"
     queue.is_held = False
@@ -139,7 +139,9 @@ def test_noise_causes_few_changes_and_none_too_soon(seed: int) -> None:
     print("seed", seed)
     settings = AutoscaleConfig(up_after_s=rng.choice([2.0, 5.0]), cooldown_s=rng.choice([20.0, 60.0]), wait_s=0.0)
     max_useful = rng.randint(2, 8)
-    queue = Queue(Bounds(min=rng.randint(0, 2), max=max_useful, concurrency=rng.choice([1, 4]), in_flight=16), settings)
+    queue = Queue(
+        Bounds(min=rng.randint(0, 2), max=max_useful, concurrency=rng.choice([1, 4]), max_groups=16), settings
+    )
     seconds, level = 900, 0.0
     for _ in range(seconds):
         if rng.random() < 0.05:

@@ -222,8 +222,8 @@ def test_a_config_is_frozen():
 
 def test_derived_values_follow_from_their_sections():
     config = make_config(replay_buffer={"batch_size": 3, "dp_size": 2, "max_policy_age": 2})
-    assert (config.groups_per_step, config.max_in_flight) == (6, 18)
-    assert make_config(replay_buffer={"max_policy_age": 0}).max_in_flight == 2
+    assert (config.groups_per_step, config.max_credits) == (6, 18)
+    assert make_config(replay_buffer={"max_policy_age": 0}).max_credits == 2
     with_kl = make_config(trainer={"loss": {"kl_beta": 0.1}, "local_batch_size": 3})
     assert with_kl.trainer.microbatch_tokens == 48
     assert make_config(trainer={"max_tokens_per_microbatch": 7}).trainer.microbatch_tokens == 7

@@ -79,7 +79,7 @@ def test_a_setting_is_in_the_effective_config_and_the_stored_one_stays(client: r
     config = control.effective(client, run)
     assert config.replay_buffer.max_policy_age == 3
     assert config.trainer.learning_rate == 2e-6
-    assert config.max_in_flight == 8
+    assert config.max_credits == 8
     assert client.hget(run.keys.run_record, "config") == stored
     assert change_log(client, run) == [
         ("alice", "replay_buffer.max_policy_age", "1", "3"),

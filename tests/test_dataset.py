@@ -43,7 +43,7 @@ def test_admission_pauses_while_redis_is_nearly_full(tmp_path: Path, monkeypatch
         assert role.context.stats()["stopped_by"].startswith(f"redis_memory: {used >> 20} MiB of maxmemory")
         client.config_set("maxmemory", int(used * 1.5))
         role.fill()
-        assert read_counters(client, keys).admitted == config.max_in_flight
+        assert read_counters(client, keys).admitted == config.max_credits
         assert role.context.stats()["stopped_by"] == "no_credit"
     finally:
         role.close()

@@ -31,8 +31,8 @@ def test_the_tutorials_replica_table() -> None:
     assert numbers["rollout"] == (8, 8)
     assert (numbers["reward"], numbers["trainer"], numbers["dataset"]) == ((16, 16), (4, 4), (2, 2))
     assert found["processes"] == {"min": 32, "max": 32}
-    assert (found["groups_per_step"], found["groups_in_flight"]) == (2, 4)
-    assert any(note.startswith("8 rollout workers for at most 4 groups") for note in found["notes"])
+    assert (found["groups_per_step"], found["credits"]) == (2, 4)
+    assert any(note.startswith("8 rollout workers for at most 4 credits") for note in found["notes"])
 
 
 def test_it_counts_what_a_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:

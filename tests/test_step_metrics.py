@@ -12,10 +12,10 @@ import pytest
 import redis
 from builders import make_completion, make_episode, make_group, make_run
 
+from sluice.common.disk import rotated
 from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.monitoring.metric_stream import last_metrics, read_metrics
-from sluice.common.rotation import rotated
 from sluice.common.types import Group
 from sluice.dashboard.samples import read_samples
 from sluice.trainer.control_state import ControlReader

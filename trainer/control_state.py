@@ -13,8 +13,8 @@ from typing import Any
 
 import redis
 
+from sluice.common.disk import rotated
 from sluice.common.operations.control import ControlState, at, describe_paused, read_control_state, with_settings
-from sluice.common.rotation import rotated
 from sluice.common.run import Run
 from sluice.trainer.step_metrics import append_line
 

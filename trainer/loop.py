@@ -27,7 +27,7 @@ from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.models.assets import ModelAssets
 from sluice.common.models.causal_lm import device_name
-from sluice.common.monitoring.losses import read_losses
+from sluice.common.monitoring.losses import forget_ends, read_losses
 from sluice.common.policies.canary import choose_sequences, random_sequences
 from sluice.common.policies.store import PolicyStore
 from sluice.common.run import Run, RunRecord
@@ -89,7 +89,7 @@ class Trainer:
         ranks: those that train together; this process is rank 0.
         """
         self._begin(ranks)
-        self.client.delete(self.run.keys.ends)  # how groups of an earlier trainer ended says nothing about this one
+        forget_ends(self.client, self.run.keys)  # how groups of an earlier trainer ended says nothing about this one
         flow = FlowMeter(self.client, self.run)
         started = time.monotonic() - self.position.wall_s
         while not self.stopping:

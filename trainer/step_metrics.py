@@ -21,6 +21,7 @@ from typing import Any
 import redis
 
 from sluice.common.config import Config
+from sluice.common.disk import rotate, rotated
 from sluice.common.errors import PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger.evaluations import mark_reported
@@ -32,7 +33,6 @@ from sluice.common.monitoring.queues import read_queues
 from sluice.common.pipeline import QUEUES
 from sluice.common.policies.canary import mismatch_bound
 from sluice.common.policies.lineage import policy_ages
-from sluice.common.rotation import rotate, rotated
 from sluice.common.run import Run, RunRecord
 from sluice.common.types import Group, has_reward_variance
 from sluice.trainer.trackers import TrackedRun, TrackerQueue, check_packages, open_trackers, tracked_id

@@ -262,7 +262,7 @@ class Config(Section):
         return self.replay_buffer.batch_size * self.replay_buffer.dp_size
 
     @property
-    def max_in_flight(self) -> int:
+    def max_credits(self) -> int:
         """Admission bound: groups whose policy version is not yet published."""
         return (self.replay_buffer.max_policy_age + 1) * self.groups_per_step
 

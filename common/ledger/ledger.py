@@ -106,7 +106,7 @@ class Ledger:
     def admit(self, max_count: int) -> Admission:
         """Admit up to `max_count` groups, as far as credit, memory and the run's length allow."""
         config, holder = self.config, self._new_holder()
-        room = config.max_in_flight, config.replay_buffer.max_bytes
+        room = config.max_credits, config.replay_buffer.max_bytes
         needed = config.trainer.num_steps, config.groups_per_step
         reply = self.scripts("admit", max_count, *room, *needed, _ms(config.lease.running_s), holder, FIRST.name)
         cursors = [int(cursor) for cursor in reply[2:]]

@@ -8,8 +8,8 @@ The formula is that of the Kubernetes HPA for an AverageValue metric (kubernetes
 horizontal-pod-autoscale): desired = ceil(sum of the metric / target per replica), with its tolerance of 10% and its
 stabilisation windows. The metric is the stages pending in a queue, waiting and running, averaged over `up_after_s`;
 
-    share   = stages that one worker should have at a time: min(concurrency, ceil(groups that may be in flight / max))
-    desired = ceil(pending / share), in [min, max], and at most one worker per group that may be in flight
+    share   = stages that one worker should have at a time: min(concurrency, ceil(admission credits / max))
+    desired = ceil(pending / share), in [min, max], and at most one worker per credit
 
 Where we differ from the HPA:
 * The total is divided, never a ratio multiplied by the running workers: workers that are still loading are not requested twice.
@@ -58,18 +58,18 @@ class Bounds:
     max: int
     concurrency: int
     "stages that one worker runs at a time"
-    in_flight: int
+    max_groups: int
     "groups that admission lets into the run; for `eval`, whose groups need no credit, as many as can be used"
 
     @property
     def share(self) -> int:
         """Stages that one worker should have at a time, at least 1."""
-        return max(1, min(self.concurrency, math.ceil(self.in_flight / max(1, self.max))))
+        return max(1, min(self.concurrency, math.ceil(self.max_groups / max(1, self.max))))
 
     @property
     def max_useful(self) -> int:
         """Highest useful number of workers."""
-        return max(self.min, min(self.max, self.in_flight))
+        return max(self.min, min(self.max, self.max_groups))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,15 +120,15 @@ class Scale(BaseModel, frozen=True):
 
 def bounds_of(config: Config) -> dict[str, Bounds]:
     """Return the bounds of every queue; max is 0 for one that a run on this config has no worker for."""
-    in_flight, evaluations = config.max_in_flight, config.evaluation
+    max_groups, evaluations = config.max_credits, config.evaluation
     found = {}
     for queue in QUEUES:
         min_workers, max_useful = config.replicas.bounds(queue)
         if queue == "eval" and not evaluations.datasets:
             min_workers = max_useful = 0
         slots = stage_on(queue).concurrency(config)
-        useful = slots * max(1, max_useful) if queue == "eval" else in_flight
-        found[queue] = Bounds(min=min_workers, max=max_useful, concurrency=slots, in_flight=useful)
+        useful = slots * max(1, max_useful) if queue == "eval" else max_groups
+        found[queue] = Bounds(min=min_workers, max=max_useful, concurrency=slots, max_groups=useful)
     return found
 
 

@@ -105,3 +105,8 @@ def read_losses(client: redis.Redis, run: Run) -> Losses:
 def forget_dropped(client: redis.Redis, keys: Keys) -> None:
     """Note that a row could be used. `client` may be a pipeline."""
     client.hdel(keys.lost, "dropped")
+
+
+def forget_ends(client: redis.Redis, keys: Keys) -> None:
+    """Forget how the newest groups ended."""
+    client.delete(keys.ends)

@@ -50,7 +50,7 @@ def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dic
         "processes": {end: sum(role[end] for role in roles) for end in ("min", "max")},
         "groups_per_step": config.groups_per_step,
         "completions_per_step": config.groups_per_step * config.sampling.group_size,
-        "groups_in_flight": config.max_in_flight,
+        "credits": config.max_credits,
         "messages_per_group": [stage.name for stage in stages_for(config) if stage is not FIRST],
         "machines": _machines(path, overrides, roles),
         "notes": _notes(config, roles),
@@ -75,10 +75,10 @@ def _trainer(config: Config) -> dict[str, Any]:
 def _notes(config: Config, roles: list[dict[str, Any]]) -> list[str]:
     """Return warnings about waste and missing settings."""
     notes = [
-        f"{role['max']} {role['role']} workers for at most {config.max_in_flight} groups in flight: the others idle; raise "
+        f"{role['max']} {role['role']} workers for at most {config.max_credits} credits: the others idle; raise "
         "replay_buffer.batch_size or max_policy_age, or lower the number"
         for role in roles
-        if role["role"] not in ("eval", "trainer") and role["max"] > config.max_in_flight
+        if role["role"] not in ("eval", "trainer") and role["max"] > config.max_credits
     ]
     if config.policy_store.transport == "directory":
         path = config.policy_store.path or "not set: memory of one machine"
@@ -114,7 +114,7 @@ def render_plan(found: dict[str, Any]) -> None:
     stages = " + ".join(found["messages_per_group"])
     console.print(
         f"{found['groups_per_step']} groups a step ({found['completions_per_step']} completions), at most "
-        f"{found['groups_in_flight']} in flight; messages per group: {stages}"
+        f"{found['credits']} between admission and publication (credits); messages per group: {stages}"
     )
     shown = _range(found["processes"], " to ")
     table = Table(title=f"sluice run starts {shown} processes here, beside Redis", title_justify="left")

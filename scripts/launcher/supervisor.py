@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from sluice.common.config import Config
+from sluice.common.disk import cut
 from sluice.common.errors import Hopeless
-from sluice.common.rotation import cut
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.processes import Process, signal_group, spawn
 from sluice.scripts.launcher.roles import (

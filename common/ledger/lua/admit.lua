@@ -1,5 +1,5 @@
 -- Admit groups at the next dataset cursors while there is credit. The caller holds the claim on each group's first stage.
--- ARGV: max_count groups, max_in_flight, max_bytes, trainer steps of the run, groups per step, lease_ms, holder, first stage
+-- ARGV: max_count groups, max_credits, max_bytes, trainer steps of the run, groups per step, lease_ms, holder, first stage
 -- Returns {reason it stopped, policy version, cursor, cursor, ...}; nothing is admitted while the run is paused or drained, or has failed
 local max_count, bound, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local num_steps, groups_per_step, lease_ms = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])

@@ -14,13 +14,14 @@ from harness import wait_for
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.replay_buffer import ReplayBuffer
-from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose
+from sluice.common.monitoring.diagnosis import Cause, alarms, diagnose, explain
 from sluice.common.monitoring.heartbeats import SILENT_AFTER_S, read_heartbeats, send_heartbeat
 from sluice.common.monitoring.metric_stream import write_metrics
 from sluice.common.policies.manifest import Manifest
 from sluice.common.run import create_run
 from sluice.common.serialization import encode
 from sluice.dashboard.run_state import collect_status
+from sluice.scripts.launcher.progress import Progress
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 
@@ -188,6 +189,58 @@ def test_status_shows_cause_kind_and_alarms(now: Situation) -> None:
     assert now.status()["stalled_by"] is None
     now.silence("trainer@host:1", seconds=6.0)
     assert now.status()["stall_kind"] == "silent_trainer"
+
+
+def test_a_run_that_has_not_begun_says_what_is_loading_and_a_stopped_trainer_is_named_everywhere(
+    now: Situation,
+) -> None:
+    assert now.status()["status"] == "created"
+    now.beat("dataset")
+    loading = Cause("starting", "loading: rollout, reward, trainer")
+    assert explain(now.client, now.run) == loading and now.status()["stalled_by"] == loading.text
+    now.staff()
+    now.client.hset(now.keys.run_record, "status", "running")
+    now.beat("trainer", doing="loading the model", waiting_s=0.0)
+    loading = Cause("starting", "the trainer is loading the model")
+    assert explain(now.client, now.run) == loading and now.status()["stalled_by"] == loading.text
+    now.beat("trainer", doing="", waiting_s=0.0)
+    assert explain(now.client, now.run) == Cause("working", "the trainer is training on a batch")
+    assert now.status()["stalled_by"] is None
+    now.beat("trainer", waiting_s=6.0)
+    assert explain(now.client, now.run).kind == now.status()["stall_kind"] == "admission"
+    now.silence("trainer@host:1", seconds=6.0)  # as after SIGSTOP
+    silent = "the trainer has been silent for 6 s: dead, stopped or cut off"
+    assert explain(now.client, now.run).text == now.status()["stalled_by"] == silent
+    now.client.delete(now.keys.process("trainer@host:1"))
+    assert explain(now.client, now.run).kind == now.status()["stall_kind"] == "no_trainer"
+
+
+def test_progress_says_what_is_loading_that_groups_are_lost_and_that_no_trainer_is_there(
+    now: Situation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sluice.scripts.launcher.progress.SOON_S", 0.0)
+    monkeypatch.setattr("sluice.scripts.launcher.progress.READ_EVERY_S", 0.0)
+    progress = Progress(now.client, now.run)
+
+    def said() -> str:
+        progress.update()
+        return capsys.readouterr().err
+
+    now.beat("dataset")
+    assert "starting, 0 s so far: loading: rollout, reward, trainer\n" in said()
+    assert said() == "", "once"
+    now.client.hset(now.keys.run_record, "status", "running")
+    now.staff()
+    now.beat("trainer", waiting_s=1.0)
+    now.ledger.drop([admit_one(now.ledger), admit_one(now.ledger)], reason="bad_row", detail="row 3: \x1b[2J")
+    expected = (
+        f"2 of the last 2 groups were lost. The last one, t1: bad_row: row 3: \\x1b[2J (`sluice ledger {now.run.name}`"
+    )
+    assert f"losing groups: {expected}" in said()
+    assert now.cause().kind == "losing_groups" and "losing_groups" in {alarm.kind for alarm in now.alarms()}
+    now.client.delete(now.keys.ends, now.keys.process("trainer@host:1"))
+    monkeypatch.setattr("sluice.scripts.launcher.progress.STALLED_AFTER_S", 0.0)
+    assert "starting, 0 s so far: no trainer is running" in said()
 
 
 def test_a_redis_that_is_full_or_away_is_a_cause_and_no_exception(

@@ -4,7 +4,7 @@ Read from heartbeats, queues, the ledger and Redis' INFO, so that `sluice status
 Kinds of cause, in the order in which they are looked for:
 
     paused              an operator has paused the run
-    starting            the run's first trainer is loading (for callers that are not the trainer, as the next two)
+    starting            a trainer is loading (for callers that are not the trainer, as the next two)
     no_trainer          no trainer is running
     silent_trainer      it sends no heartbeats
     redis_unreachable   the data server, or the broker, does not answer
@@ -102,19 +102,16 @@ def _held_up(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> Cause | N
     if held := _paused(client, run):
         return held
     trainer = next((stats for stats in heartbeats.values() if stats["role"] == "trainer"), None)
-    doing = trainer and trainer.get("doing")
-    if doing or (trainer is None and RunRecord(client, run.keys).status != "running"):
-        needed = [*(stage.queue for stage in stages_for(run.config)), "trainer"]
-        serving = {stats["role"] for stats in heartbeats.values()}
-        loading = [role for role in needed if role not in serving]
-        parts = [f"loading: {', '.join(loading)}"] if loading else []
-        return Cause("starting", "; ".join([*parts, *([f"the trainer is {doing}"] if doing else [])]) or "loading")
-    if trainer is None:
-        return Cause("no_trainer", "no trainer is running")
-    if is_silent(trainer):
+    if trainer and is_silent(trainer):
         text = f"the trainer has been silent for {trainer['silent_s']:.0f} s: dead, stopped or cut off"
         return Cause("silent_trainer", text)
-    return None
+    doing = trainer and trainer.get("doing")
+    if doing or (trainer is None and RunRecord(client, run.keys).status == "created"):
+        needed = [*(stage.queue for stage in stages_for(run.config)), "trainer"]
+        loading = [role for role in needed if role not in {stats["role"] for stats in heartbeats.values()}]
+        parts = [f"loading: {', '.join(loading)}"] if loading else []
+        return Cause("starting", "; ".join([*parts, *([f"the trainer is {doing}"] if doing else [])]))
+    return None if trainer else Cause("no_trainer", "no trainer is running")
 
 
 def alarms(client: redis.Redis, run: Run) -> list[Cause]:

@@ -114,6 +114,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
                 run = open_run(client, name)
                 preflight(run.config)  # what it names may have changed since
                 cancel_drain(client, run, who=default_who())
+                RunRecord(client, run.keys).set_status("created")  # no trainer of this start has begun
             else:
                 run = create_run(client, name, config, assets=assets, folder=str(folder))
                 write_config(run)

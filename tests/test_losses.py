@@ -50,6 +50,17 @@ def losses_of(ledger: Ledger) -> Losses:
 
 def test_groups_that_die_in_a_row_are_counted_named_and_end_the_run(client: redis.Redis, keys: Keys) -> None:
     ledger, config = started_ledger(client, keys), make_config()
+    for group in (push_group(ledger, until="rollout"), push_group(ledger, until="rollout")):
+        assert losses_of(ledger).stall(config) is None
+        for _ in range(2):
+            claim = ledger.claim(group, "reward", fields=())
+            assert claim and ledger.fail(claim, reason="RewardError", detail="RewardError('boom') at rewards.py:5")
+    failing = losses_of(ledger).stall(config)
+    assert failing and failing.startswith(
+        "4 attempts failed, and no group was completed meanwhile. The last one, t1: Rew"
+    )
+    push_group(ledger)
+    client.delete(keys.ends, keys.lost)
     die(ledger)
     assert losses_of(ledger).alarm(config) is None, "one of a batch is not a run that loses"
     group = die(ledger)

@@ -1,7 +1,8 @@
 """Groups that are lost on their way to the trainer: how many of the newest, why, and when a run ends because it only loses.
 
-    a group is complete    ''      --> list `ends`; dead and dropped of the hash `lost` begin at 0 again
+    a group is complete    ''      --> list `ends`; the counts of the hash `lost` begin at 0 again
     a group dies           reason  --> list `ends`; dead + 1 (undecodable + 1, where the trainer could not read it)
+    an attempt fails                --> failed + 1, until a group is complete
     a row cannot be used   reason  --> list `ends`; dropped + 1, until the next row that can be used
     a step is published            --> `lost` is removed
 
@@ -21,7 +22,7 @@ from sluice.common.run import Run
 SHOWN_BATCHES = 4
 """Batches' worth of the newest groups that are looked at where trainer.max_lost_batches is off."""
 FEW = 4
-"""Losses from which a run counts as losing; with smaller batches one batch."""
+"""Losses from which a run counts as losing, with smaller batches one batch; and failed attempts, more than one group has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,8 @@ class Losses:
     "of these"
     num_dead: int
     "dead-lettered since a group was complete"
+    num_failed: int
+    "attempts that failed since then"
     num_undecodable: int
     "complete, but unreadable for the trainer, since the last step"
     num_dropped: int
@@ -46,14 +49,15 @@ class Losses:
     run: str
 
     def alarm(self, config: Config) -> str | None:
-        """Say that half of the newest groups were lost, or more; None where it is not so."""
-        is_losing = self.num_lost >= min(FEW, config.groups_per_step) and 2 * self.num_lost >= self.num_ended
-        return self._text() if is_losing else None
+        """Say that half of the newest groups were lost, or more, or that only attempts fail; None where it is not so."""
+        few = min(FEW, config.groups_per_step)
+        is_losing = self.num_lost >= few and 2 * self.num_lost >= self.num_ended
+        return self._text() if is_losing or self.num_failed >= FEW else None
 
     def stall(self, config: Config) -> str | None:
         """Say that groups are lost and none is completed any more, which explains a missing step."""
-        in_a_row = self.num_dead + self.num_undecodable + self.num_dropped
-        return self._text() if in_a_row >= min(FEW, config.groups_per_step) else None
+        is_losing = self.num_dead + self.num_undecodable + self.num_dropped >= min(FEW, config.groups_per_step)
+        return self._text() if is_losing or self.num_failed >= FEW else None
 
     def verdict(self, config: Config) -> str | None:
         """Say that nothing but losses came out of a whole window, so that the run ends; None while it goes on."""
@@ -69,13 +73,16 @@ class Losses:
         return f"the run only loses groups and has ended: {window}, and no step was made. {self._last()}"
 
     def _text(self) -> str:
+        if not self.num_lost:
+            return f"{self.num_failed} attempts failed, and no group was completed meanwhile. {self._last()}"
         return f"{self.num_lost} of the last {self.num_ended} groups were lost. {self._last()}"
 
     def _last(self) -> str:
         """Describe the last loss, and name the command that shows more."""
         what = self.detail.partition("\n")[0]
         what = what if what.startswith(self.reason) else f"{self.reason}: {what}"
-        more = f"dead {self.run} --show {self.group}" if not self.num_dropped else f"ledger {self.run}"
+        shows = f"trace {self.group} {self.run}" if not self.num_lost else f"dead {self.run} --show {self.group}"
+        more = f"ledger {self.run}" if self.num_dropped else shows
         return f"The last one, {self.group}: {what[:500]} (`sluice {more}` shows more)"
 
 
@@ -92,6 +99,7 @@ def read_losses(client: redis.Redis, run: Run) -> Losses:
         num_ended=len(ends),
         num_lost=sum(end != b"" for end in ends),
         num_dead=int(text.get("dead", 0)),
+        num_failed=int(text.get("failed", 0)),
         num_undecodable=int(text.get("undecodable", 0)),
         num_dropped=int(text.get("dropped", 0)),
         num_rows=int(text.get("rows", 0)),

@@ -17,6 +17,7 @@ elseif tonumber(redis.call('HGET', g, 'n:' .. stage)) >= max_attempts then
 else
   redis.call('HINCRBY', key('counts:' .. kind), 'retried', 1)
   redis.call('HSET', g, 'last_error', reason .. ': ' .. detail)
+  if kind == 'train' then note_failure(reason, 'failed', detail, group) end
 end
 redis.call('HDEL', g, 'by:' .. stage)
 redis.call('ZADD', key('deadlines'), now_ms() + queued_ms, member(group, stage))

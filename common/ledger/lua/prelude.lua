@@ -26,8 +26,9 @@
 --   filtered           string   groups dropped for zero reward variance since the last batch was sampled
 --   ends               list     how the newest training groups ended their way to the trainer, newest first: '' = complete,
 --                               else the reason for which one was lost
---   lost               hash     groups lost in a row: dead, dropped (both since a group was complete), undecodable (all since a
---                               step was published); reason, detail, group of the last one; rows of an epoch of the dataset
+--   lost               hash     groups lost in a row: dead, dropped, attempts that failed (since a group was complete),
+--                               undecodable (all since a step was published); reason, detail, group of the last one;
+--                               rows of an epoch of the dataset
 --   readers            zset     "<version>|<reader>" -> ms until which a version is kept for a process that fetches it
 --   processes          zset     process -> ms of its last heartbeat
 --   process:<process>  string   its stats, with a time to live
@@ -140,13 +141,18 @@ local function begin_stages(group, plan, deadline)
   return begun
 end
 
+-- Count a loss, or an attempt that failed, and keep the newest reason.
+local function note_failure(reason, count, detail, group)
+  redis.call('HINCRBY', key('lost'), count, 1)
+  redis.call('HSET', key('lost'), 'reason', reason, 'detail', detail, 'group', group)
+end
+
 -- Note how a training group ended its way to the trainer: reason '' = it is complete, else it was lost and `count` of `lost` grows.
 local function note_end(reason, count, detail, group)
   redis.call('LPUSH', key('ends'), reason)
   redis.call('LTRIM', key('ends'), 0, 255)
-  if reason == '' then return redis.call('HDEL', key('lost'), 'dead', 'dropped') end
-  redis.call('HINCRBY', key('lost'), count, 1)
-  redis.call('HSET', key('lost'), 'reason', reason, 'detail', detail, 'group', group)
+  if reason == '' then return redis.call('HDEL', key('lost'), 'dead', 'dropped', 'failed') end
+  note_failure(reason, count, detail, group)
 end
 
 -- Settle a group in flight under `outcome`, once, and free its payload. Returns the number of groups settled.

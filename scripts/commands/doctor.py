@@ -17,6 +17,7 @@ from sluice.common.connections.client import connect, persistence_warning, witho
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import SluiceError
 from sluice.common.policies.signing import RUN_KEY
+from sluice.common.printable import printable
 from sluice.scripts.launcher.redis_server import find_server
 from sluice.scripts.options import example
 
@@ -34,7 +35,7 @@ def doctor(config: str | None) -> None:
     """Check this machine, Redis and (if given) a config; say what to do about each finding. Exit code 1 on a problem."""
     findings = [*_machine(), *examine_redis(), *(_config(config) if config else [])]
     for finding in findings:
-        click.echo(f"{finding.level:8} {finding.text}")
+        click.echo(printable(f"{finding.level:8} {finding.text}"))
     sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
 
 

@@ -67,9 +67,11 @@ class Reader:
                 self._steps[int(metrics["step"])] = metrics
             if any(name.startswith("eval/") for name in metrics):
                 self._evaluations.append(metrics)
+        for step in sorted(self._steps)[:-MAX_STEPS]:
+            del self._steps[step]
         return Snapshot(
             status=collect_status(self.client, self.run),
-            steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
+            steps=[self._steps[step] for step in sorted(self._steps)],
             evaluations=list(self._evaluations),
             change_log=read_change_log(self.client, self.run.keys, count=20),
         )

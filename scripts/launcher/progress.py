@@ -18,6 +18,7 @@ from sluice.common.monitoring.metric_stream import last_entry, read_metrics
 from sluice.common.monitoring.queues import read_queues
 from sluice.common.operations.control import effective
 from sluice.common.pipeline import QUEUES
+from sluice.common.printable import printable
 from sluice.common.run import Run
 from sluice.dashboard.terminal import PrintableConsole
 
@@ -55,7 +56,7 @@ class Display:
         self._first_step, self._started_at = step, time.monotonic()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
     def show(self, step: int, total: int, text: str, *, more: Callable[[], str] = str) -> None:
         """Show a step; `more` is asked only for a line that is printed."""

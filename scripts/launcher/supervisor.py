@@ -183,7 +183,7 @@ class Supervisor:
         if code == 2 and is_first and child.is_needed:  # a later one may have been refused for a passing reason
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
         if code == Hopeless.EXIT_CODE and child is self._trainer:
-            said = [line for line in _tail(child.log).splitlines() if line.startswith("error: ")]
+            said = [line for line in _tail(child.log, lines=100).splitlines() if line.startswith("error: ")]
             raise RunFailed(said[-1].removeprefix("error: ") if said else _tail(child.log), exit_code=code)
         now = time.monotonic()
         child.crashes = [t for t in child.crashes if now - t < CRASH_WINDOW_S] + [now]

@@ -98,16 +98,21 @@ def read_losses(client: redis.Redis, run: Run) -> Losses:
     return Losses(
         num_ended=len(ends),
         num_lost=sum(end != b"" for end in ends),
-        num_dead=int(text.get("dead", 0)),
-        num_failed=int(text.get("failed", 0)),
-        num_undecodable=int(text.get("undecodable", 0)),
-        num_dropped=int(text.get("dropped", 0)),
-        num_rows=int(text.get("rows", 0)),
+        num_dead=_count(text, "dead"),
+        num_failed=_count(text, "failed"),
+        num_undecodable=_count(text, "undecodable"),
+        num_dropped=_count(text, "dropped"),
+        num_rows=_count(text, "rows"),
         reason=text.get("reason", "unknown"),
         detail=text.get("detail", ""),
         group=text.get("group", "?"),
         run=run.name,
     )
+
+
+def _count(text: dict[str, str], name: str) -> int:
+    """Return a count of `lost`; 0 for one that somebody has overwritten with something else."""
+    return int(count) if (count := text.get(name, "")).isdecimal() else 0
 
 
 def forget_dropped(client: redis.Redis, keys: Keys) -> None:

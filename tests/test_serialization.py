@@ -34,7 +34,8 @@ DTYPES = ["?", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8"]
 PLAIN = (
     st.none()
     | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
+    | st.integers(-(10**80), 10**80)
+    | st.sampled_from([2**63, 2**64, -(2**63) - 1, 2**71 - 1, 2**71, -(2**71), 10**4300 - 1])
     | st.floats()
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     | st.binary(max_size=20)
@@ -128,7 +129,7 @@ def test_numpy_scalars_become_plain_numbers_and_tuples_lists():
         object(),
         {1, 2},
         1 + 2j,
-        2**64,
+        10**4400,
         "\ud800",
         np.array([object()]),
         np.array(["text"]),
@@ -209,6 +210,8 @@ def test_hostile_array_headers_are_refused(dtype, shape, raw):
 
 
 def test_unknown_extension_types_are_refused():
+    with pytest.raises(SerializationError, match="unknown extension type 2"):  # an integer that could not be printed
+        decode(b"SL\x01" + msgpack.packb(msgpack.ExtType(2, bytes(2000))))
     with pytest.raises(SerializationError, match="unknown extension type 7"):
         decode(b"SL\x01" + msgpack.packb(msgpack.ExtType(7, b"x")))
     with pytest.raises(SerializationError):

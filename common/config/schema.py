@@ -7,14 +7,18 @@ Derived values are properties. Importing this module loads neither torch nor tra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sluice.common.config.evaluation import EvalScores
 from sluice.common.config.operations import AutoscaleConfig, DashboardConfig, MetricsConfig, ReplicasConfig
 from sluice.common.config.trainer import DType, Section, TrainerConfig
+from sluice.common.config.yaml_text import dump_yaml
+
+INSPECTION = {"purpose": "inspection"}
+"""Validation context in which a config is made although its sections do not fit together: to look for its other mistakes."""
 
 
 class ModelConfig(Section):
@@ -126,10 +130,15 @@ class RewardFunction(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of a class, which is called once; of a function, with every call."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_its_path(cls, value: Any) -> Any:
+        return {"function": value} if isinstance(value, str) else value
+
 
 class RewardConfig(Section):
     functions: tuple[RewardFunction, ...] = Field(min_length=1)
-    """One or more reward functions."""
+    """One or more reward functions; a plain string is the path of one."""
     aggregation: Literal["mean", "sum"] = "mean"
     """`mean`: unweighted mean of those that apply (the tutorial's rule); `sum`: weighted sum."""
     time_limit_s: float = Field(default=10.0, gt=0)
@@ -138,6 +147,11 @@ class RewardConfig(Section):
     """Processes per reward worker."""
     memory_limit_mib: int | None = Field(default=4096, ge=128)
     """MiB that a scoring process may allocate (RLIMIT_DATA); none = no limit."""
+
+    @field_validator("functions", mode="before")
+    @classmethod
+    def _may_be_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, dict)) else value
 
     @model_validator(mode="after")
     def _weights_have_an_effect(self) -> RewardConfig:
@@ -272,60 +286,52 @@ class Config(Section):
         return self.trainer.max_refill * self.groups_per_step
 
     @model_validator(mode="after")
-    def _fits(self) -> Config:
-        longest = self.dataset.max_req_tokens + self.sampling.max_res_tokens
-        if longest > self.trainer.seq_len:
-            raise ValueError(
-                f"dataset.max_req_tokens + sampling.max_res_tokens = {longest} exceeds trainer.seq_len = {self.trainer.seq_len}: "
-                "raise seq_len or lower one of the two"
-            )
-        if self.rollout.max_model_len is not None and longest > self.rollout.max_model_len:
-            raise ValueError(
-                f"dataset.max_req_tokens + sampling.max_res_tokens = {longest} exceeds rollout.max_model_len = "
-                f"{self.rollout.max_model_len}: every such group would be refused"
-            )
-        if self.sampling.min_tokens > self.sampling.max_res_tokens:
-            raise ValueError(
-                f"sampling.min_tokens = {self.sampling.min_tokens} exceeds sampling.max_res_tokens = "
-                f"{self.sampling.max_res_tokens}"
-            )
-        overlong = self.trainer.overlong_penalty
-        if overlong is not None and overlong.buffer_tokens > self.sampling.max_res_tokens:
-            raise ValueError(
-                f"trainer.overlong_penalty.buffer_tokens = {overlong.buffer_tokens} exceeds sampling.max_res_tokens = "
-                f"{self.sampling.max_res_tokens}: every completion would be penalised"
-            )
+    def _fits(self, info: ValidationInfo) -> Config:
+        problems = [*self._over_limits(), *self._without_effect(), *self._unfit_evaluation()]
+        if problems and info.context is not INSPECTION:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _over_limits(self) -> Iterator[str]:
+        max_res_tokens, overlong = self.sampling.max_res_tokens, self.trainer.overlong_penalty
+        longest = "dataset.max_req_tokens + sampling.max_res_tokens", self.dataset.max_req_tokens + max_res_tokens
+        shortest = "sampling.min_tokens", self.sampling.min_tokens
+        buffer = "trainer.overlong_penalty.buffer_tokens", overlong.buffer_tokens if overlong else 0
+        for (name, value), bound, limit, hint in (
+            (longest, "trainer.seq_len", self.trainer.seq_len, ": raise seq_len or lower one of the two"),
+            (longest, "rollout.max_model_len", self.rollout.max_model_len, ": every such group would be refused"),
+            (shortest, "sampling.max_res_tokens", max_res_tokens, ""),
+            (buffer, "sampling.max_res_tokens", max_res_tokens, ": every completion would be penalised"),
+        ):
+            if limit is not None and value > limit:
+                yield f"{name} = {value} exceeds {bound} = {limit}{hint}"
+
+    def _without_effect(self) -> Iterator[str]:
         if self.sampling.group_size == 1:
-            raise ValueError(
+            yield (
                 "sampling.group_size=1 gives every completion an advantage of 0, so nothing would be learned: "
                 "use 2 or more (8 is usual)"
             )
         if self.sampling.temperature == 0:
-            raise ValueError(
-                "sampling.temperature=0 makes all completions of a group equal, so nothing would be learned: use 1.0"
-            )
+            yield "sampling.temperature=0 makes all completions of a group equal, so nothing would be learned: use 1.0"
+
+    def _unfit_evaluation(self) -> Iterator[str]:
         if endless := [e.name for e in self.evaluation.datasets if e.dataset.streaming and e.num_prompts is None]:
-            raise ValueError(f"evaluation.datasets {endless}: a streaming set needs num_prompts")
+            yield f"evaluation.datasets {endless}: a streaming set needs num_prompts"
         names = [e.name for e in self.evaluation.datasets]
         if len(set(names)) != len(names):
-            raise ValueError(f"evaluation.datasets: names must differ, got {names}")
-        return self
-
-    @model_validator(mode="after")
-    def _best_is_evaluated(self) -> Config:
+            yield f"evaluation.datasets: names must differ, got {names}"
         best = self.checkpoint.keep_best
         known = [f"{e.name}/{score}" for e in self.evaluation.datasets for score in e.scores]
         if best is not None and best not in known:
-            raise ValueError(
-                f"checkpoint.keep_best = {best!r} is not a score of evaluation.datasets: use one of {', '.join(known) or 'none'}"
-            )
-        if best is not None and self.evaluation.every_steps == 0:
-            raise ValueError(
+            choice = ", ".join(known) or "none"
+            yield f"checkpoint.keep_best = {best!r} is not a score of evaluation.datasets: use one of {choice}"
+        elif best is not None and self.evaluation.every_steps == 0:
+            yield (
                 f"checkpoint.keep_best = {best!r} has nothing to compare with evaluation.every_steps=0: set how often "
                 "to evaluate"
             )
-        return self
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML, with every default."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump_yaml(self.model_dump(mode="json"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import yaml
 from pydantic import Field, model_validator
 
 from sluice.common.config import ModelConfig, PromptConfig
 from sluice.common.config.trainer import Section, TrainerConfig
+from sluice.common.config.yaml_text import dump_yaml
 
 RL_ONLY = (
     "num_iterations", "advantage", "filter_zero_variance", "max_refill", "loss", "objective", "mask_truncated",
@@ -84,4 +84,4 @@ class SftConfig(Section):
     def to_yaml(self) -> str:
         """Return the resolved config as YAML, with every default."""
         data = self.model_dump(mode="json", exclude={"trainer": set(RL_ONLY)})
-        return yaml.safe_dump(data, sort_keys=False)
+        return dump_yaml(data)

@@ -11,6 +11,7 @@ import redis
 from sluice.common.errors import SluiceError
 from sluice.scripts.commands.control import drain, pause, resume, set_
 from sluice.scripts.commands.dashboard import dashboard
+from sluice.scripts.commands.data import data
 from sluice.scripts.commands.dead import dead
 from sluice.scripts.commands.doctor import doctor
 from sluice.scripts.commands.evaluate import evaluate
@@ -28,7 +29,7 @@ from sluice.scripts.commands.status import status
 from sluice.scripts.commands.trace import trace
 
 SECTIONS = {
-    "Run": (run, sft, create, worker, train, plan, doctor),
+    "Run": (run, sft, create, worker, train, plan, data, doctor),
     "Look": (status, dashboard, ledger, samples, dead, trace, metrics, runs),
     "Operate": (pause, resume, drain, set_, evaluate),
     "Convert": (export, replay),

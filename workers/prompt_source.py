@@ -49,7 +49,7 @@ class PromptSource(PromptReader):
     _config: DatasetConfig
 
     def __init__(
-        self, config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
+        self, config: DatasetConfig, tokenizer: PreTrainedTokenizerBase | None, *, seed: int, section: str = "dataset"
     ) -> None:
         """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty."""
         super().__init__(config, tokenizer, seed=seed, section=section)

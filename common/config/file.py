@@ -17,6 +17,7 @@ from sluice.common.config.schema import INSPECTION
 from sluice.common.config.sft import SftConfig
 from sluice.common.config.yaml_text import Scalar, as_meant, load_yaml
 from sluice.common.errors import ConfigError
+from sluice.common.paths import expanded
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
@@ -36,13 +37,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def load_as(kind: type[AnyConfig], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyConfig:
     """Do the same as `parse_as`, from a file."""
-    return parse_as(kind, read_text(path), overrides=overrides, source=str(path), folder=Path(path).expanduser().parent)
+    return parse_as(kind, read_text(path), overrides=overrides, source=str(path), folder=expanded(path).parent)
 
 
 def read_text(path: str | Path) -> str:
     """Return the text of a config file. Raises ConfigError."""
     try:
-        return Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        return expanded(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -93,7 +94,7 @@ def examine(
         except ConfigError as error:
             problems[str(error)] = None
         if folder is not None:
-            named = Path(str(data.get("code_folder") or ".")).expanduser()
+            named = expanded(str(data.get("code_folder") or "."))
             data["code_folder"] = str((folder / named).resolve())
     removed: set[tuple[Any, ...]] = set()
     context = None
@@ -137,17 +138,18 @@ def _read(text: str, source: str) -> dict[str, Any]:
 
 def read_run_config(run_folder: Path) -> Config:
     """Return the config that a run folder holds. Raises ConfigError."""
-    return load_config(_config_file(run_folder))
+    return load_config(config_file(run_folder))
 
 
 def read_training_config(run_folder: Path) -> Config | SftConfig:
     """Do the same as `read_run_config`, also for a folder that `sluice sft` made. Raises ConfigError."""
-    path = _config_file(run_folder)
+    path = config_file(run_folder)
     is_run = "reward" in _read(read_text(path), str(path))
     return load_as(Config, path) if is_run else load_as(SftConfig, path)
 
 
-def _config_file(run_folder: Path) -> Path:
+def config_file(run_folder: Path) -> Path:
+    """Return the file of a run folder's config. Raises ConfigError where there is none."""
     path = run_folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_folder} is not a run folder: it holds no config.yaml")

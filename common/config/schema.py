@@ -16,13 +16,14 @@ from sluice.common.config.evaluation import EvalScores
 from sluice.common.config.operations import AutoscaleConfig, DashboardConfig, MetricsConfig, ReplicasConfig
 from sluice.common.config.trainer import DType, Section, TrainerConfig
 from sluice.common.config.yaml_text import dump_yaml
+from sluice.common.paths import PathKind
 
 INSPECTION = {"purpose": "inspection"}
 """Validation context in which a config is made although its sections do not fit together: to look for its other mistakes."""
 
 
 class ModelConfig(Section):
-    path: str
+    path: Annotated[str, PathKind.SOURCE]
     """Hub id (`Qwen/Qwen3-1.7B`) or folder with config.json, weights and tokenizer."""
     revision: str | None = None
     """Hub revision; none = the hub's default branch."""
@@ -31,8 +32,8 @@ class ModelConfig(Section):
 class PromptConfig(Section):
     """A dataset and its prompts: what RL and supervised training read alike."""
 
-    path: str
-    """Hub id (`openai/gsm8k`), or a local .jsonl, .json, .parquet file or folder of them."""
+    path: Annotated[str, PathKind.SOURCE]
+    """Hub id (`openai/gsm8k`), or a local .jsonl, .json, .csv, .tsv, .parquet, .arrow file or folder of them."""
     name: str | None = None
     """Hub configuration name (`main` of gsm8k)."""
     revision: str | None = None
@@ -121,7 +122,7 @@ class ReferenceConfig(Section):
 
 
 class RewardFunction(Section):
-    function: str
+    function: Annotated[str, PathKind.FUNCTION]
     """Dotted path (`sluice.workers.rewards.MathReward`, `mypkg.rewards:brevity`) or file (`rewards.py:brevity`)."""
     name: str | None = None
     """Name in metrics; none = the function's or class' own name."""
@@ -186,7 +187,7 @@ class CheckpointConfig(Section):
 class PolicyStoreConfig(Section):
     transport: Literal["directory", "redis"] = "directory"
     """`directory`: safetensors under `path`, which trainer and workers share. `redis`: chunks in Redis, where they cannot."""
-    path: str | None = None
+    path: Annotated[str | None, PathKind.FOLDER] = None
     """Folder of the directory transport; none = /dev/shm/sluice-<user id> (this machine only)."""
     keep: int = Field(default=4, ge=2)
     """Newest versions kept; the base version, versions that an evaluation needs, and the bases of deltas stay as well."""
@@ -230,9 +231,9 @@ class Config(Section):
 
     seed: int = Field(default=0, ge=0)
     """Seed of the permutation, of sampling noise and of initialisation."""
-    output_dir: str = "runs"
+    output_dir: Annotated[str, PathKind.FOLDER] = "runs"
     """Run folders are made under it."""
-    code_folder: str | None = None
+    code_folder: Annotated[str | None, PathKind.FOLDER] = None
     """Where functions named by a dotted path (`reward.functions`, `trainer.loss.loss`) are found, if they are not installed;
     none = the folder of the config file."""
     model: ModelConfig

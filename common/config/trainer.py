@@ -8,6 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sluice.common.loading import is_function_path
+from sluice.common.paths import PathKind
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -36,7 +37,7 @@ def _known_or_path(name: object, known: tuple[str, ...]) -> object:
 class LossConfig(Section):
     """Policy loss; formulas and sources in docs/algorithms.md."""
 
-    loss: LossName | str = "grpo"
+    loss: Annotated[LossName | str, PathKind.FUNCTION] = "grpo"
     """`grpo`: PPO-clip on group advantages. `gspo`: the same on sequence ratios. `cispo`, `reinforce`: a capped weight
     without gradient. `sapo`: a soft gate. `dppo`: tokens whose probability moved too far are dropped. Or a function of
     your own: `losses.py:my_loss` (docs/extending.md)."""
@@ -161,7 +162,7 @@ class TrainerConfig(Section):
     gradients of a loss that is divided by all tokens of a step.)"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    advantage: AdvantageName | str = "group"
+    advantage: Annotated[AdvantageName | str, PathKind.FUNCTION] = "group"
     """Baseline and scale of the rewards; docs/algorithms.md. Or a function of your own: `advantages.py:my_advantages`."""
     filter_zero_variance: bool = False
     """Drop groups whose rewards are all equal, or of which fewer than two can be scored, and admit others in their place
@@ -171,7 +172,7 @@ class TrainerConfig(Section):
     trained, with advantage 0, until the batch is sampled."""
     loss: LossConfig = LossConfig()
     """Policy loss."""
-    objective: str | None = None
+    objective: Annotated[str | None, PathKind.FUNCTION] = None
     """A function of your own in place of the whole policy loss, aggregation and KL included; none = the policy loss."""
     mask_truncated: bool = False
     """Keep completions that ran into max_res_tokens out of the loss; their rewards still count for the group's baseline."""

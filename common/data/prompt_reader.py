@@ -25,11 +25,14 @@ class PromptReader:
     """Rows by cursor, and their cells. Not thread-safe."""
 
     def __init__(
-        self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
+        self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase | None, *, seed: int, section: str = "dataset"
     ) -> None:
-        """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty."""
+        """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty.
+
+        tokenizer: none = rows and cells only.
+        """
         self._config = config
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
         self._section = section
         self._source = f"{section}.path = {config.path!r}"
         self._rows = open_rows(config, seed=seed, section=section)
@@ -55,6 +58,19 @@ class PromptReader:
     def row_at(self, cursor: int) -> tuple[dict[str, Any], str]:
         """Return the row that the cursor names, and its location in words."""
         return self._rows.row_at(cursor)
+
+    def check_columns(self) -> None:
+        """Check that the first row has every column that the config names. Raises ConfigError, which names all it lacks."""
+        row, where = self.row_at(0)
+        problems = []
+        for key in type(self._config).model_fields:
+            if key.endswith("_column") and getattr(self._config, key) is not None:
+                try:
+                    self.cell(row, key, where)
+                except ConfigError as error:
+                    problems.append(str(error))
+        if problems:
+            raise ConfigError("; ".join(problems))
 
     def cell(self, row: dict[str, Any], key: str, where: str) -> Any:
         """Return the value of the column that the config key names; never None. Raises ConfigError."""

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from sluice.common.config import PromptConfig
 from sluice.common.data.text_files import Row, TextFile, TextStream, TextTable
 from sluice.common.errors import ConfigError
+from sluice.common.paths import cache_problem, expanded
 
 _BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow",
@@ -195,7 +196,7 @@ def _load(config: PromptConfig, source: str) -> Any:
     """Return what yields rows: with `len` and an index, or a stream's iterable. Raises ConfigError."""
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it calls S3 also for local files
-    local = Path(config.path).expanduser()
+    local = expanded(config.path)
     if local.exists() and config.revision is not None:
         _log.warning("%s: revision has no effect, it is on this machine", source)
     try:
@@ -246,7 +247,7 @@ def _from_files(config: PromptConfig, splits: dict[str, list[str]], source: str)
 
 def _from_repository(config: PromptConfig, source: str) -> Any:
     """Load from the hub, or from a folder with a card, which say what are the files of a split."""
-    local = Path(config.path).expanduser()
+    local = expanded(config.path)
     where = {"path": str(local) if local.exists() else config.path, "name": config.name}
     if not local.exists():
         where["revision"] = config.revision
@@ -282,7 +283,8 @@ def _unreadable(source: str, error: Exception) -> ConfigError:
     reason = short_reason(error)
     if isinstance(error, StopIteration) or any(sign in reason for sign in _NO_ROWS):
         return _empty(source)
-    return ConfigError(f"{source} cannot be read: {reason} (check path, name, revision and split)")
+    hint = cache_problem() or "check path, name, revision and split"
+    return ConfigError(f"{source} cannot be read: {reason} ({hint})")
 
 
 def short_reason(error: BaseException) -> str:

@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from sluice.common.errors import ConfigError
-from sluice.scripts.options import example
+from sluice.scripts.options import UserPath, example
 
 
 @click.command(epilog=example("sluice dashboard --port 8265"))
 @click.argument("names", nargs=-1, metavar="[RUN]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; another one needs a token.")
 @click.option("--port", default=8265, show_default=True, help="Port; 0 = any free one.")
-@click.option("--token-file", type=click.Path(dir_okay=False, path_type=Path), help="Else SLUICE_DASHBOARD_TOKEN.")
+@click.option("--token-file", type=UserPath(dir_okay=False, path_type=Path), help="Else SLUICE_DASHBOARD_TOKEN.")
 def dashboard(names: tuple[str, ...], host: str, port: int, token_file: Path | None) -> None:
     """Serve a live, read-only web page over Redis: curves, queues, workers, ledger, samples. Default: every run."""
     from sluice.dashboard.auth import check_token, free_port, page_url

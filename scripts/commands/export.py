@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from sluice.common.errors import ConfigError
-from sluice.scripts.options import example
+from sluice.scripts.options import UserPath, example
 
 
 @click.command(epilog=example("sluice export runs/gsm8k exported --best --dtype bfloat16"))
-@click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("run_folder", type=UserPath(exists=True, file_okay=False, path_type=Path))
+@click.argument("target", type=UserPath(path_type=Path))
 @click.option("--step", type=int, help="Checkpoint to export; default: the newest.")
 @click.option("--best", is_flag=True, help="The checkpoint that is best by checkpoint.keep_best.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sluice.scripts.options import Json, example
+from sluice.scripts.options import Json, UserPath, example
 
 if TYPE_CHECKING:
     from sluice.trainer.replay import ReplayedStep
 
 
 @click.command(epilog=example("sluice replay runs/gsm8k --step 100"))
-@click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run_folder", type=UserPath(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--step", type=int, help="Only this step, from the nearest checkpoint before it; default: all that can be."
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from sluice.common.config import Config
+from sluice.common.config.sft import SftConfig
 from sluice.common.errors import ConfigError
-from sluice.common.loading import absolute_function_path
 from sluice.common.run import Run
 
 
@@ -16,12 +17,18 @@ def default_name(config_path: str) -> str:
     return f"{Path(config_path).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def newest_run(config: Config, *, prefix: str) -> str:
+def newest_run(config: Config | SftConfig, *, prefix: str) -> str:
     """Return the name of the newest run of a config. Raises ConfigError."""
-    folders = sorted(Path(config.output_dir).glob(f"{prefix}-*/config.yaml"), key=lambda p: p.stat().st_mtime)
+    made = re.compile(
+        re.escape(prefix) + r"-\d{8}-\d{6}"
+    )  # by `default_name`: not those of a config with a longer name
+    base = Path(config.output_dir)
+    folders = [path for path in base.glob("*/config.yaml") if made.fullmatch(path.parent.name)]
     if not folders:
-        raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}")
-    return folders[-1].parent.name
+        raise ConfigError(
+            f"--resume: no run of {prefix} in {base.resolve()}; name one that has another name: --resume RUN"
+        )
+    return max(folders, key=lambda path: path.stat().st_mtime).parent.name
 
 
 def run_folder(config: Config, name: str) -> Path:
@@ -48,25 +55,3 @@ def write_config(run: Run) -> None:
     with suppress(FileExistsError):
         folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(run.config.to_yaml())
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """Make local paths absolute, so that roles started in any folder find them; hub ids stay as they are."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).resolve()) if Path(path).exists() else path
-
-    data = config.model_dump()
-    data["model"]["path"] = absolute(data["model"]["path"])
-    for section in (data["dataset"], *(e["dataset"] for e in data["evaluation"]["datasets"])):
-        section["path"] = absolute(section["path"])
-    trainer, folder = data["trainer"], Path(config.code_folder or ".")
-    for section, key in (
-        *((function, "function") for function in data["reward"]["functions"]),
-        *((trainer["loss"], "loss"), (trainer, "advantage"), (trainer, "objective")),
-    ):
-        section[key] = section[key] and absolute_function_path(section[key], folder=folder)
-    data["output_dir"] = str(Path(data["output_dir"]).resolve())
-    if data["policy_store"]["path"]:
-        data["policy_store"]["path"] = str(Path(data["policy_store"]["path"]).resolve())
-    return Config.model_validate(data)

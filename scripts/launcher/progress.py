@@ -99,11 +99,9 @@ class Progress(Display):
             self._show(steps[-1])
         elif now - max(self._moved_at, self._reported_at) > STALLED_AFTER_S:
             self._reported_at = now
-            self.say(f"{self._waiting(now)}: {explain_stall(self._client, self._run)}")
-
-    def _waiting(self, now: float) -> str:
-        waited = f"{now - self._moved_at:.0f} s"
-        return f"no step for {waited}" if self._has_begun else f"starting, {waited} so far"
+            waited = f"{now - self._moved_at:.0f} s"
+            waiting = f"no step for {waited}" if self._has_begun else f"starting, {waited} so far"
+            self.say(f"{waiting}: {explain_stall(self._client, self._run)}")
 
     def _say_evaluation(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

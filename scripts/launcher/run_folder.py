@@ -1,16 +1,26 @@
-"""Names, folders and paths of runs on this machine."""
+"""Names, folders and paths of runs on this machine, and opening one for a command that reads or controls it."""
 
 from __future__ import annotations
 
+import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
+import redis
+
 from sluice.common.config import Config
 from sluice.common.config.sft import SftConfig
+from sluice.common.connections.client import connect, give_up_after
+from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
-from sluice.common.run import Run
+from sluice.common.run import Run, list_runs, open_run
+from sluice.scripts.launcher.redis_server import reading_server
+
+READER_WAIT_S = 5.0
+"""How long a command that only reads waits for a Redis that becomes unavailable meanwhile."""
 
 
 def default_name(config_path: str) -> str:
@@ -22,12 +32,9 @@ def newest_run(config: Config | SftConfig, *, prefix: str) -> str:
     made = re.compile(
         re.escape(prefix) + r"-\d{8}-\d{6}"
     )  # by `default_name`: not those of a config with a longer name
-    base = Path(config.output_dir)
-    folders = [path for path in base.glob("*/config.yaml") if made.fullmatch(path.parent.name)]
+    folders = [path for path in Path(config.output_dir).glob("*/config.yaml") if made.fullmatch(path.parent.name)]
     if not folders:
-        raise ConfigError(
-            f"--resume: no run of {prefix} in {base.resolve()}; name one that has another name: --resume RUN"
-        )
+        raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}; one of another name: --resume RUN")
     return max(folders, key=lambda path: path.stat().st_mtime).parent.name
 
 
@@ -43,15 +50,36 @@ def existing_folder(name: str | None) -> Path:
         raise ConfigError(
             f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in?"
         )
-    folders = sorted((p.parent for p in base.glob("*/redis")), key=lambda p: (p / "redis").stat().st_ctime)
-    if not folders:
+    newest = max(base.glob("*/redis"), key=lambda path: path.stat().st_ctime, default=None)
+    if newest is None:
         raise ConfigError("there is no run here: set SLUICE_REDIS_URL, or change to the folder that holds runs/")
-    return folders[-1]
+    return newest.parent
+
+
+@contextmanager
+def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
+    """Open an existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis.
+
+    A run may be named by its folder, as `export` and `replay` do.
+    """
+    name = (name and Path(name).name) or os.environ.get("SLUICE_RUN")
+    if given := secret("SLUICE_REDIS_URL"):
+        server: AbstractContextManager[str] = nullcontext(given)
+    else:
+        folder = existing_folder(name)
+        name, server = folder.name, reading_server(folder / "redis")
+    with server as url, closing(connect(url)) as client:
+        give_up_after(client, READER_WAIT_S)
+        if not name:
+            runs = list_runs(client)
+            if not runs:
+                raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
+            name = max(runs, key=lambda run: runs[run])
+        yield client, open_run(client, name), url
 
 
 def write_config(run: Run) -> None:
     """Write the resolved config, for people, into the run folder."""
     folder = Path(run.folder)
-    with suppress(FileExistsError):
-        folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(run.config.to_yaml())

@@ -34,6 +34,7 @@ from sluice.common.config.trainer import TrainerConfig
 from sluice.common.errors import DiskFull, Diverged
 from sluice.common.loading import add_code_folder
 from sluice.common.models.causal_lm import load_pretrained
+from sluice.common.parent import stop_signals
 from sluice.common.policies.canary import CanarySequence
 from sluice.common.types import Group
 from sluice.trainer.distributed.ranks import COLLECTIVE_TIMEOUT_S, Ranks
@@ -136,7 +137,7 @@ def run_follower(ranks: Ranks) -> int:
     def note(number: int, frame: FrameType | None) -> None:
         signals.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, note)
     policy: TrainedPolicy | None = None
     while True:

@@ -41,7 +41,7 @@ def with_absolute_paths(config: AnyModel, *, code_folder: Path | None = None) ->
 
     code_folder: where relative files of functions are looked for, before the working directory.
     """
-    code_folder = code_folder or Path(getattr(config, "code_folder", None) or ".")
+    code_folder = code_folder or expanded(getattr(config, "code_folder", None) or ".")
 
     def absolute(value: Any, kind: PathKind | None) -> Any:
         if isinstance(value, BaseModel):

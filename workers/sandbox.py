@@ -66,13 +66,10 @@ def run_python(program: str, *, stdin: str = "", timeout_s: float, memory_mib: i
 
     It reads `stdin`; `program` itself is not in any file or command line that it could read.
     """
-    # processes are counted per user namespace, so this bounds the program alone; the machine's root is exempt
-    few = (
-        ""
-        if isolation == "limits"
-        else f"import resource\nresource.setrlimit(resource.RLIMIT_NPROC, ({MAX_PROCESSES},) * 2)\n"
-    )
-    source = f"{few}import io, sys\nsys.stdin = io.StringIO({stdin!r})\n{program}"
+    source = f"import io, sys\nsys.stdin = io.StringIO({stdin!r})\n{program}"
+    if isolation != "limits":
+        # processes are counted per user namespace, so this bounds the program alone; the machine's root is exempt
+        source = f"import resource\nresource.setrlimit(resource.RLIMIT_NPROC, ({MAX_PROCESSES},) * 2)\n{source}"
     with tempfile.TemporaryDirectory(prefix="sluice-sandbox-") as folder, tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(

@@ -5,27 +5,27 @@ Columns of images, audio, video and bytes are left out, and the log names them; 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sluice.common.config import PromptConfig
 from sluice.common.data.rows import open_rows, short_reason
-from sluice.common.errors import ConfigError
+from sluice.common.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AnyPromptConfig = TypeVar("AnyPromptConfig", bound=PromptConfig)
 
 MAX_DEPTH = 100
 """Of lists and objects in a cell: msgpack and JSON have bounds of their own, some hundred more."""
 
 
-class PromptReader:
+class PromptReader(Generic[AnyPromptConfig]):
     """Rows by cursor, and their cells. Not thread-safe."""
 
     def __init__(
-        self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase | None, *, seed: int, section: str = "dataset"
+        self, config: AnyPromptConfig, tokenizer: PreTrainedTokenizerBase | None, *, seed: int, section: str = "dataset"
     ) -> None:
         """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty.
 
@@ -80,8 +80,7 @@ class PromptReader:
                 f"{self._section}.{key} = {column!r}: in {self._source} it is images, audio or bytes, not text"
             )
         if column not in row:
-            near = difflib.get_close_matches(column, row, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"set {self._section}.{key} to one of them"
+            hint = did_you_mean(column, row) or f"set {self._section}.{key} to one of them"
             raise ConfigError(
                 f"{self._section}.{key} = {column!r}: {self._source}, {where}, has the columns {', '.join(row)}; {hint}"
             )

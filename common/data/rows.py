@@ -49,6 +49,8 @@ _log = logging.getLogger(__name__)
 
 def open_rows(config: PromptConfig, *, seed: int, section: str) -> Table | Stream:
     """Open the configured dataset; errors name the config `section`. Raises ConfigError: not found, unreadable, empty."""
+    datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it calls S3 also for local files
     source = f"{section}.path = {config.path!r}"
     rows = _load(config, source)
     left_out = [field.name for field in _schema(rows) if _has_bytes(field.type)]
@@ -194,8 +196,6 @@ def _window_shuffle(
 
 def _load(config: PromptConfig, source: str) -> Any:
     """Return what yields rows: with `len` and an index, or a stream's iterable. Raises ConfigError."""
-    datasets.disable_progress_bars()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it calls S3 also for local files
     local = expanded(config.path)
     if local.exists() and config.revision is not None:
         _log.warning("%s: revision has no effect, it is on this machine", source)

@@ -15,7 +15,7 @@ import redis
 from sluice.common.connections.broker import make_app, send
 from sluice.common.errors import ConfigError, SluiceError
 from sluice.common.ledger import evaluations as evaluation
-from sluice.common.monitoring.diagnosis import explain_stall
+from sluice.common.monitoring.diagnosis import diagnose
 from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.operations import control
 from sluice.common.pipeline import stages_for
@@ -137,7 +137,7 @@ def _evaluate_newest(client: redis.Redis, run: Run, *, url: str, timeout_s: floa
         while evaluation.result(client, run.keys, dataset, version=version) is None:
             if time.monotonic() > deadline:
                 raise SluiceError(
-                    f"the evaluation did not finish within {timeout_s:.0f} s: {explain_stall(client, run)}"
+                    f"the evaluation did not finish within {timeout_s:.0f} s: {diagnose(client, run).text}"
                 )
             time.sleep(0.2)
     return version

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -48,11 +48,10 @@ def score_group(
     samples = [{"prompt": prompt, "response": text, "target": target} for text in completions]
     group = _trl_arguments(prompt, completions, completion_ids, target, columns)
     group["trainer_state"] = SimpleNamespace(**trainer_state)
-    calls = {reward.name: functools.partial(_call, reward, samples, group) for reward in rewards}
-    results = {reward.name: calls[reward.name]() for reward in rewards if not reward.is_async}
-    if pending := [reward.name for reward in rewards if reward.is_async]:
+    results = {reward.name: _call(reward, samples, group) for reward in rewards if not reward.is_async}
+    if pending := [reward for reward in rewards if reward.is_async]:
         # One event loop for all of them, and none around the synchronous ones, which may run their own.
-        results |= zip(pending, asyncio.run(_gather([calls[name] for name in pending])), strict=True)
+        results |= asyncio.run(_call_together(pending, samples, group))
     by_function = {reward.name: _validated(reward.name, results[reward.name], len(completions)) for reward in rewards}
     weights = [reward.weight for reward in rewards]
     totals = [_total(scores, weights, aggregation) for scores in zip(*by_function.values(), strict=True)]
@@ -85,8 +84,7 @@ def _trl_arguments(
 
 
 def _call(reward: LoadedReward, samples: list[dict[str, Any]], group: dict[str, Any]) -> Any:
-    """Return the function's raw result for the group; an awaitable of it where the function is async."""
-
+    """Return the function's raw result for the group; an awaitable, or one per sample, where the function is async."""
     fixed = getattr(reward.function, "keywords", {})  # configured kwargs override columns of the same name
 
     def accepted(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -97,29 +95,30 @@ def _call(reward: LoadedReward, samples: list[dict[str, Any]], group: dict[str, 
             if (reward.accepts is None or name in reward.accepts) and name not in fixed
         }
 
+    with _errors_of(reward):
+        if reward.per_sample:
+            return [reward.function(**accepted(sample)) for sample in samples]
+        return reward.function(**accepted(group))
+
+
+async def _call_together(
+    rewards: list[LoadedReward], samples: list[dict[str, Any]], group: dict[str, Any]
+) -> dict[str, Any]:
+    async def result_of(reward: LoadedReward) -> Any:
+        awaitable = _call(reward, samples, group)
+        with _errors_of(reward):
+            return list(await asyncio.gather(*awaitable)) if reward.per_sample else await awaitable
+
+    results = await asyncio.gather(*map(result_of, rewards))
+    return {reward.name: result for reward, result in zip(rewards, results, strict=True)}
+
+
+@contextmanager
+def _errors_of(reward: LoadedReward) -> Iterator[None]:
     try:
-        if not reward.per_sample:
-            result = reward.function(**accepted(group))
-        else:
-            result = [reward.function(**accepted(sample)) for sample in samples]
+        yield
     except Exception as error:
-        raise _failed(reward.name, error) from error
-    return _awaited(reward, result) if reward.is_async else result
-
-
-async def _awaited(reward: LoadedReward, result: Any) -> Any:
-    try:
-        return list(await asyncio.gather(*result)) if reward.per_sample else await result
-    except Exception as error:
-        raise _failed(reward.name, error) from error
-
-
-async def _gather(calls: list[Callable[[], Awaitable[Any]]]) -> list[Any]:
-    return await asyncio.gather(*(call() for call in calls))
-
-
-def _failed(name: str, error: Exception) -> RewardError:
-    return RewardError(f"reward function {name} raised {type(error).__name__}: {error}")
+        raise RewardError(f"reward function {reward.name} raised {type(error).__name__}: {error}") from error
 
 
 def _validated(name: str, result: Any, num_completions: int) -> list[float | None]:

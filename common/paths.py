@@ -6,6 +6,7 @@ The keys of a config that hold one are marked: `path: Annotated[str, HUB]`.
 from __future__ import annotations
 
 import os
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from sluice.common.errors import ConfigError
 from sluice.common.loading import absolute_function_path
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,14 +33,13 @@ from numpy.typing import NDArray
 from sluice.common.config import PromptConfig
 from sluice.common.data.text_files import Row, TextFile, TextStream, TextTable
 from sluice.common.errors import ConfigError
-from sluice.common.paths import cache_problem, expanded
+from sluice.common.paths import HUB_ID, cache_problem, expanded
 
 _BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
 _TEXT = ("json", "csv")
 """Files without types of their own: the readers of datasets would infer some."""
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What datasets 5.2 reports for a Parquet file without rows.
 _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")
 _log = logging.getLogger(__name__)
@@ -219,7 +217,7 @@ def _local_files(config: PromptConfig, local: Path, source: str) -> dict[str, li
         folder = local / config.name if config.name and (local / config.name).is_dir() else local
         base = glob.escape(str(folder.resolve()))
         return dict(DataFilesDict.from_patterns(get_data_patterns(base), base_path=base))
-    if not local.exists() and (local.suffix in _BUILDERS or not _HUB_ID.fullmatch(config.path)):
+    if not local.exists() and (local.suffix in _BUILDERS or not HUB_ID.fullmatch(config.path)):
         raise ConfigError(
             f"{source}: no such file or folder (relative paths start at {Path.cwd()}), nor is it a hub id"
         )

@@ -244,8 +244,12 @@ def test_a_section_without_keys_is_its_defaults():
     assert parse_config(text).trainer == TrainerConfig()
     assert parse_config(text, overrides=["trainer.loss.kl_beta=0.5", "lease="]).trainer.loss.kl_beta == 0.5
     assert parse_config(text + "  lora:\n").trainer.lora is None  # off: not the defaults of a section that is on
-    with pytest.raises(ConfigError, match=r"missing key 'model\.path'"):
-        parse_config(text.replace("model: {path: m}", "model:"))
+    assert "missing key 'model'" in refusal(text=text.replace("model: {path: m}", "model:"))
+    empty = "evaluation:\n  datasets:\ncheckpoint: ~\nlease: {running_s: }\nseed:\n"
+    assert parse_config(MINIMAL + empty) == parse_config(MINIMAL)
+    empty = MINIMAL.replace("function: sluice", "kwargs: , function: sluice")
+    assert parse_config(empty) == parse_config(MINIMAL)
+    assert "seed = None" in refusal("seed=null")  # a null that is written is none
 
 
 @for_each(

@@ -340,9 +340,11 @@ def test_splits_of_a_folder_and_slices_of_a_split(tmp_path: Path) -> None:
 def test_a_file_that_changes_meanwhile_is_named(tmp_path: Path) -> None:
     prompts = source(jsonl(tmp_path, rows()), shuffle=False)
     assert targets(prompts, [3]) == [3]
-    jsonl(tmp_path, [{"prompt": "other", "target": "1"}])
-    with pytest.raises(ConfigError, match=r"data.jsonl has changed since this process opened it"):
-        prompts.prompt_at(3)
+    jsonl(tmp_path, [*rows(4), {"prompt": "what is 4", "target": "5"}, *rows(20)])
+    assert targets(prompts, range(4)) == [0, 1, 2, 3]  # these are as they were
+    for cursor in (4, 9):
+        with pytest.raises(ConfigError, match=r"data.jsonl was changed there after this process read it"):
+            prompts.prompt_at(cursor)
 
 
 def test_columns_of_bytes_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -99,22 +99,37 @@ def dump_yaml(data: dict[str, Any]) -> str:
 
 
 def as_meant(value: Any, annotation: Any = Any) -> Any:
-    """Replace every `Scalar` by its text where the annotation has text only, by its value elsewhere; an empty section by {}."""
+    """Replace every `Scalar` by its text where the annotation has text only, by its value elsewhere.
+
+    A key without a value is left out where it cannot be null: its default holds, as it does for a section without keys.
+    """
     kinds = _kinds(annotation)
-    models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     if isinstance(value, Scalar):
         if value.value is None and value.text.strip() in _NULLS:
-            return {} if models and NoneType not in kinds else None
+            return None
         is_list = isinstance(value.value, list) and tuple in kinds
         is_text = str in kinds and not kinds & {bool, int, float, Any} and not is_list
         return value.text if is_text else as_meant(value.value, annotation)
     if isinstance(value, list):
         return [as_meant(item, annotation) for item in value]
     if isinstance(value, dict):
+        models = _models(kinds)
         fields = {name: field.annotation for model in models for name, field in model.model_fields.items()}
-        rest = Any if models else annotation
-        return {key: as_meant(item, fields.get(key, rest)) for key, item in value.items()}
+        rest = Any if models or Any in kinds else annotation
+        meant = {key: fields.get(key, rest) for key in value}
+        return {key: as_meant(item, meant[key]) for key, item in value.items() if not _is_left_out(item, meant[key])}
     return value
+
+
+def _is_left_out(value: Any, annotation: Any) -> bool:
+    if not isinstance(value, Scalar) or value.value is not None or annotation is Any:
+        return False
+    kinds = _kinds(annotation)
+    return NoneType not in kinds and (value.text == "" or bool(_models(kinds)))
+
+
+def _models(kinds: set[Any]) -> list[type[BaseModel]]:
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -10,7 +10,6 @@ import array
 import csv
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +17,15 @@ from typing import IO, Any
 
 import fsspec
 import numpy as np
+import xxhash
 from datasets import ReadInstruction
 from numpy.typing import NDArray
 
 from sluice.common.errors import ConfigError
 
 Row = dict[str, Any]
-Located = tuple[int, int, Row | ConfigError]
-"""Start, end, and the row between them: bytes of the file, or indices of a JSON array."""
+Located = tuple[int, bytes, Row | ConfigError]
+"""Where a row begins, its bytes, and the row; of an element of a JSON array its index, and no bytes."""
 
 _BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(sys.maxsize)  # the default refuses a cell over 128 kB
@@ -40,31 +40,27 @@ class TextFile:
         self._where = f"{source}, {Path(url).name}"
         self._header: list[str] = []
         self._array: list[Any] | None = None
-        self._opened_as: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[Located]:
         """Yield every row. Raises ConfigError where the file as a whole cannot be read."""
         is_local = "://" not in self._url
-        self._opened_as = self._state() if is_local else None
         with open(self._url, "rb") if is_local else fsspec.open(self._url, "rb", compression="infer") as file:
             yield from self._objects(file) if self._delimiter is None else self._records(file)
 
-    def row(self, start: int, end: int) -> Row:
-        """Return a row that `__iter__` has yielded. Raises ConfigError where the file has changed since."""
+    def row(self, start: int, length: int, digest: int) -> Row:
+        """Return a row that `__iter__` has yielded. Raises ConfigError where its bytes have changed since."""
         if self._array is not None:
             return dict(self._array[start])
-        if self._state() != self._opened_as:
-            raise ConfigError(f"{self._where} has changed since this process opened it: start the run's roles again")
         with open(self._url, "rb") as file:
             file.seek(start)
-            text = file.read(end - start).decode()
+            raw = file.read(length)
+        if digest_of(raw) != digest:
+            raise ConfigError(
+                f"{self._where} was changed there after this process read it: start the run's roles again"
+            )
         if self._delimiter is None:
-            return dict(json.loads(text))
-        return self._by_column(next(csv.reader([text], delimiter=self._delimiter, strict=True)))
-
-    def _state(self) -> tuple[int, int]:
-        found = os.stat(self._url)
-        return found.st_size, found.st_mtime_ns
+            return dict(json.loads(raw.decode()))
+        return self._by_column(next(csv.reader([raw.decode()], delimiter=self._delimiter, strict=True)))
 
     def _objects(self, file: IO[bytes]) -> Iterator[Located]:
         end, is_first = 0, True
@@ -82,15 +78,15 @@ class TextFile:
                 row: Row | ConfigError = self._object(self._parsed(line, number), f"line {number}")
             except ConfigError as error:
                 row = error
-            yield start, end, row
+            yield start, line, row
 
     def _elements(self, raw: bytes, first_line: int) -> Iterator[Located]:
         self._array = self._parsed(raw, first_line)
         for i, element in enumerate(self._array or ()):
             try:
-                yield i, i + 1, self._object(element, f"element {i}")
+                yield i, b"", self._object(element, f"element {i}")
             except ConfigError as error:
-                yield i, i + 1, error
+                yield i, b"", error
 
     def _parsed(self, raw: bytes, first_line: int) -> Any:
         place = f"line {first_line}"
@@ -119,31 +115,32 @@ class TextFile:
             raise ConfigError(f"{self._where}, {place}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
 
     def _records(self, file: IO[bytes]) -> Iterator[Located]:
-        end = 0
+        end, lines = 0, list[bytes]()
 
-        def lines() -> Iterator[str]:
-            nonlocal end
+        def decoded() -> Iterator[str]:
             for line in file:
+                lines.append(line)
                 text = line.removeprefix(_BOM) if end == 0 else line
-                end += len(line)
                 yield text.decode(errors="surrogateescape")  # an error here would end the generator: `_cells` finds it
 
-        reader = csv.reader(lines(), delimiter=self._delimiter or ",", strict=True)
+        reader = csv.reader(decoded(), delimiter=self._delimiter or ",", strict=True)
         self._header = []
         while True:
-            start = end
+            lines.clear()
             try:
-                cells = self._cells(reader)
+                row: list[str] | ConfigError = self._cells(reader)
             except StopIteration:
                 return
             except ConfigError as error:
-                if not self._header:
-                    raise
-                yield start, end, error
-                continue
-            if cells and self._header:
-                yield start, end, self._by_column(cells)
-            self._header = self._header or cells
+                row = error
+            start, raw = end, b"".join(lines)
+            end += len(raw)
+            if isinstance(row, list) and row and not self._header:
+                self._header = row
+            elif isinstance(row, ConfigError) and not self._header:
+                raise row
+            elif row:
+                yield start, raw, row if isinstance(row, ConfigError) else self._by_column(row)
 
     def _cells(self, reader: Any) -> list[str]:
         """Return the cells of the next record; none of an empty line. Raises ConfigError, StopIteration."""
@@ -170,6 +167,10 @@ class TextFile:
         return dict(itertools.zip_longest(self._header, (cell or None for cell in cells)))
 
 
+def digest_of(raw: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(raw) >> 1  # what a signed integer holds
+
+
 class TextTable:
     """The rows of a split, by number. A column that any of them has is None in those that lack it."""
 
@@ -180,25 +181,25 @@ class TextTable:
         found = {name: self._scan(splits[name]) for name in ([split] if split in splits else splits)}
         pieces = ReadInstruction.from_spec(split).to_absolute({name: len(spans) for name, spans in found.items()})
         self._spans = np.concatenate([found[piece.splitname][piece.from_ : piece.to] for piece in pieces])
-        "[rows, 3]: number of the file, start, end"
+        "[rows, 4]: number of the file, start, length, digest"
 
     def _scan(self, files: Sequence[TextFile]) -> NDArray[np.int64]:
         spans = array.array("q")
         for file in files:
-            for start, end, row in file:
+            for start, raw, row in file:
                 if isinstance(row, ConfigError):
                     raise row
                 self._columns |= dict.fromkeys(row)
-                spans.extend((len(self._files), start, end))
+                spans.extend((len(self._files), start, len(raw), digest_of(raw)))
             self._files.append(file)
-        return np.frombuffer(spans, np.int64).reshape(-1, 3)
+        return np.frombuffer(spans, np.int64).reshape(-1, 4)
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Row:
-        number, start, end = self._spans[index].tolist()
-        return self._columns | self._files[number].row(start, end)
+        number, *place = self._spans[index].tolist()
+        return self._columns | self._files[number].row(*place)
 
 
 class TextStream:

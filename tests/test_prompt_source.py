@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import huggingface_hub.constants
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sluice.common.config import DatasetConfig
+from sluice.common.data.text_files import TextFile, TextStream
 from sluice.common.errors import ConfigError
 from sluice.common.serialization import decode, encode
 from sluice.workers.prompt_source import Prompt, PromptSource, TooLong
@@ -271,7 +273,7 @@ def test_a_reward_gets_what_the_file_says(tmp_path: Path, case: str, streaming: 
         (
             "a.json",
             '{\n  "data": [{"prompt": "be"}]\n}',
-            "line 2, column 1: not JSON: .*; write one object per line, or one",
+            "line 1, column 2: not JSON: .*; write one object per line, or one",
         ),
         ("a.csv", "prompt,target\nbe,1\nbe,1,2\n", "line 3: 3 cells under 2 columns: quote cells with a comma"),
         ("a.csv", 'prompt,target\nbe,"1\nbe,2\n', "line 2: not CSV: unexpected end of data"),
@@ -335,6 +337,22 @@ def test_splits_of_a_folder_and_slices_of_a_split(tmp_path: Path) -> None:
         *range(20, 30),
         20,
     ]
+
+
+def test_a_folder_that_datasets_saved_is_read_with_its_types(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    datasets.Dataset.from_list([{"prompt": "hello", "target": 1, "n": [0.5]}]).save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "saved", *(tmp_path / "saved").glob("*.arrow")):
+        found = prompt(source(str(path)))
+        assert (found.target, found.columns) == ("1", {"target": 1, "n": [0.5]})
+    assert "its arrow files are read, those of json are left out" in caplog.text
+
+
+def test_rows_of_another_machine_are_read_line_by_line() -> None:
+    with fsspec.open("memory://rows.jsonl", "wb") as file:
+        file.write(b'{"a": 1}\n{"a": 2\n{"b": 3}\n')
+    first, second, third = TextStream([TextFile("memory://rows.jsonl", source="here")])
+    assert (first, third) == ({"a": 1}, {"a": None, "b": 3})
+    assert "here, rows.jsonl, line 2, column 8: not JSON" in str(second)
 
 
 def test_a_file_that_changes_meanwhile_is_named(tmp_path: Path) -> None:

@@ -233,7 +233,8 @@ def _from_files(config: PromptConfig, splits: dict[str, list[str]], source: str)
     kinds = Counter(kind for files in splits.values() for file in files if (kind := _builder_of(file)))
     if not kinds:
         return None
-    kind, *others = (name for name, _ in kinds.most_common())
+    # of as many, those with types: what lies beside them describes them
+    kind, *others = sorted(kinds, key=lambda kind: (kinds[kind], kind not in _TEXT), reverse=True)
     if others:
         _log.warning("%s: its %s files are read, those of %s are left out", source, kind, ", ".join(others))
     splits = {split: [file for file in files if _builder_of(file) == kind] for split, files in splits.items()}

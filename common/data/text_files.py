@@ -44,7 +44,7 @@ class TextFile:
     def __iter__(self) -> Iterator[Located]:
         """Yield every row. Raises ConfigError where the file as a whole cannot be read."""
         is_local = "://" not in self._url
-        with open(self._url, "rb") if is_local else fsspec.open(self._url, "rb", compression="infer") as file:
+        with open(self._url, "rb") if is_local else fsspec.open(self._url, "rb") as file:
             yield from self._objects(file) if self._delimiter is None else self._records(file)
 
     def row(self, start: int, length: int, digest: int) -> Row:
@@ -75,7 +75,7 @@ class TextFile:
                 return
             is_first = False
             try:
-                row: Row | ConfigError = self._object(self._parsed(line, number), f"line {number}")
+                row: Row | ConfigError = self._object(self._parsed(line.rstrip(), number), f"line {number}")
             except ConfigError as error:
                 row = error
             yield start, line, row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import datetime
@@ -29,9 +30,8 @@ def default_name(config_path: str) -> str:
 
 def newest_run(config: Config | SftConfig, *, prefix: str) -> str:
     """Return the name of the newest run of a config. Raises ConfigError."""
-    made = re.compile(
-        re.escape(prefix) + r"-\d{8}-\d{6}"
-    )  # by `default_name`: not those of a config with a longer name
+    # as `default_name` makes them: those of another config may begin with the same words
+    made = re.compile(re.escape(prefix) + r"-\d{8}-\d{6}")
     folders = [path for path in Path(config.output_dir).glob("*/config.yaml") if made.fullmatch(path.parent.name)]
     if not folders:
         raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}; one of another name: --resume RUN")
@@ -40,6 +40,17 @@ def newest_run(config: Config | SftConfig, *, prefix: str) -> str:
 
 def run_folder(config: Config, name: str) -> Path:
     return Path(config.output_dir).resolve() / name
+
+
+def new_folder(config: Config, config_path: str) -> Path:
+    """Make a folder for a run without a name: the config's name and the time, of which no two get the same."""
+    while True:
+        folder = run_folder(config, default_name(config_path))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            time.sleep(0.1)
 
 
 def existing_folder(name: str | None) -> Path:

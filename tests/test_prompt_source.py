@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import gzip
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow.csv import write_csv
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sluice.common.config import DatasetConfig
+from sluice.common.data.rows import open_rows
 from sluice.common.data.text_files import TextFile, TextStream
 from sluice.common.errors import ConfigError
 from sluice.common.serialization import decode, encode
@@ -256,6 +261,43 @@ def test_a_reward_gets_what_the_file_says(tmp_path: Path, case: str, streaming: 
             assert repr((wire["target"], wire["columns"].get("n"))) == repr(row)
     assert prompts.num_rows in (None, len(expected))
     prompts.close()
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.floats(allow_nan=False) | TEXT,
+    lambda child: st.lists(child, max_size=3) | st.dictionaries(TEXT, child, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.lists(st.dictionaries(TEXT, VALUES, min_size=1, max_size=4), min_size=1, max_size=5),
+    st.sampled_from(["\n", "\r\n", "\n \n"]),
+)
+@settings(deadline=None, max_examples=60, database=None)
+def test_any_json_is_read_as_json_reads_it_and_any_csv_as_text(rows: list[dict[str, Any]], end: str) -> None:
+    names = dict.fromkeys(name for row in rows for name in row)
+    full = [dict.fromkeys(names) | row for row in rows]
+    header = list(names)
+    cells = [["" if row[name] is None else str(row[name]).replace("\0", "") for name in header] for row in full]
+    with tempfile.TemporaryDirectory() as made:
+        for name, expected in (("a.jsonl", full), ("a.json", full), ("a.csv", None)):
+            with (Path(made) / name).open("w", newline="") as file:
+                if name == "a.csv":
+                    csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator=end.replace(" ", "")).writerows(
+                        [header, *cells]
+                    )
+                    expected = [dict(zip(header, (cell or None for cell in row), strict=True)) for row in cells]
+                else:
+                    file.write(json.dumps(rows, indent=1) if name == "a.json" else end.join(map(json.dumps, rows)))
+            config = DatasetConfig(path=f"{made}/{name}", shuffle=False)
+            table = open_rows(config, seed=0, section="dataset")
+            assert repr([table.row_at(i)[0] for i in range(len(rows))]) == repr(expected)
+            stream = open_rows(config.model_copy(update={"streaming": True}), seed=0, section="dataset")
+            found = [stream.row_at(i)[0] for i in range(len(rows))]
+            assert [{name: row.get(name) for name in names} for row in found] == expected
+            stream.close()
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,9 @@ class TextFile:
             raise ConfigError(f"{self._where}, {place}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
 
     def _records(self, file: IO[bytes]) -> Iterator[Located]:
-        end, lines = 0, list[bytes]()
+        end = 0
+        lines: list[bytes] = []
+        "of the record that is being read"
 
         def decoded() -> Iterator[str]:
             for line in file:

@@ -357,7 +357,8 @@ def test_a_byte_order_mark_and_a_home_folder_are_understood(tmp_path, monkeypatc
     assert load_config("~/x.yaml").model == parse_config(MINIMAL).model
 
 
-def test_every_mistake_of_a_config_is_found_at_once():
+def test_every_mistake_of_a_config_is_found_at_once(tmp_path):
+    (tmp_path / "x.yaml").write_text(MINIMAL)
     overrides = [
         "trainer.lerning_rate=3",
         "seed=-1",
@@ -365,7 +366,7 @@ def test_every_mistake_of_a_config_is_found_at_once():
         "sampling.temperature=0",
         "trainer.seq_len=2",
     ]
-    config, problems = examine(Config, MINIMAL, overrides=overrides)
+    config, problems = examine(Config, tmp_path / "x.yaml", overrides)
     assert config is not None and config.dataset.path == "d"
     for found in (
         "lerning_rate'; did you mean",
@@ -375,9 +376,28 @@ def test_every_mistake_of_a_config_is_found_at_once():
         "seq_len = 2",
     ):
         assert sum(found in problem for problem in problems) == 1, found
-    config, problems = examine(Config, MINIMAL, overrides=["model.path=3.0", "reward.aggregation=max", "dataset={}"])
+    config, problems = examine(Config, tmp_path / "x.yaml", ["model.path=3.0", "reward.aggregation=max", "dataset={}"])
     assert config is None
     assert [p.partition(":")[0] for p in problems] == ["missing key 'dataset.path'", "reward.aggregation = 'max'"]
+    overrides = [
+        "trainer.lora={target_modules: [[a], b]}",
+        "trainer.preset=grop",
+        "trainer.betas=[1]",
+        "sampling.stop=[{}]",
+    ]
+    config, problems = examine(Config, tmp_path / "x.yaml", overrides)
+    assert config is not None and config.trainer.lora is not None
+    for found in (
+        "did you mean 'grpo'",
+        "trainer.lora.target_modules",
+        "missing key 'trainer.betas.1'",
+        "sampling.stop.0 = {}",
+    ):
+        assert any(found in problem for problem in problems), found
+    message = refusal("trainer.seq_lenn=16", "dataset.max_req_tokens=4000")
+    assert message == "x.yaml: unknown key 'trainer.seq_lenn'; did you mean 'seq_len'?", (
+        "a run's error guesses no further"
+    )
 
 
 def test_an_unreadable_file_is_named(tmp_path):

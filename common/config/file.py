@@ -61,40 +61,25 @@ def parse_as(
 
     folder: that of the file, which is the `code_folder` of a run unless it names another.
     """
-    config, problems = examine(kind, text, overrides=overrides, source=source, folder=folder)
-    if config is None or problems:
+    data, problems = _data_of(kind, text, overrides, source, folder)
+    try:
+        config = kind.model_validate(data)
+    except ValidationError as error:
+        problems += [_explain(each, kind) for each in error.errors()]
+    if problems:
         raise ConfigError(f"{source}: " + "; ".join(problems))
     return config
 
 
 def examine(
-    kind: type[AnyConfig],
-    text: str,
-    *,
-    overrides: list[str] | tuple[str, ...] = (),
-    source: str = "config",
-    folder: Path | None = None,
+    kind: type[AnyConfig], path: str | Path, overrides: list[str] | tuple[str, ...] = ()
 ) -> tuple[AnyConfig | None, list[str]]:
-    """Do the same as `parse_as`, but return every problem, and a config without the keys that are wrong where there is one.
+    """Do the same as `load_as`, but return every problem, and a config without the keys that are wrong if there is one.
 
-    Raises ConfigError where the text is not YAML.
+    Raises ConfigError where the file is not YAML.
     """
-    data = _read(text, source)
-    for override in overrides:
-        _apply_override(data, override)
-    try:
-        data = as_meant(data, kind)
-    except RecursionError:
-        raise ConfigError(f"{source}: an alias (*) stands within what it names, without end") from None
-    problems: dict[str, None] = {}
-    if kind is Config:
-        try:
-            apply_preset(data)
-        except ConfigError as error:
-            problems[str(error)] = None
-        if folder is not None:
-            named = expanded(str(data.get("code_folder") or "."))
-            data["code_folder"] = str((folder / named).resolve())
+    data, found = _data_of(kind, read_text(path), overrides, str(path), expanded(path).parent)
+    problems = dict.fromkeys(found)
     removed: set[tuple[Any, ...]] = set()
     context = None
     while True:
@@ -103,7 +88,7 @@ def examine(
         except ValidationError as error:
             errors = [e for e in error.errors() if e["loc"] not in removed]  # of these the removal is to blame
         problems |= dict.fromkeys(_explain(e, kind) for e in errors)
-        places = {_key_at(data, e["loc"]) for e in errors if e["type"] != "missing"} - {()}
+        places = {_key_at(data, e["loc"]) for e in errors} - {()}
         if not places and (context is INSPECTION or any(e["loc"] for e in errors)):
             return None, list(problems)
         context = None if places else INSPECTION  # what is left to refuse is how the sections fit
@@ -113,13 +98,35 @@ def examine(
         removed |= places
 
 
+def _data_of(
+    kind: type[BaseModel], text: str, overrides: list[str] | tuple[str, ...], source: str, folder: Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what a file and overrides say, preset and code folder applied; and what is wrong with the preset."""
+    data = _read(text, source)
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        data = as_meant(data, kind)
+    except RecursionError:
+        raise ConfigError(f"{source}: an alias (*) stands within what it names, without end") from None
+    problems = []
+    if kind is Config:
+        try:
+            apply_preset(data)
+        except ConfigError as error:
+            problems.append(str(error))
+        if folder is not None:
+            data["code_folder"] = str((folder / expanded(str(data.get("code_folder") or "."))).resolve())
+    return data, problems
+
+
 def _key_at(data: Any, location: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the path of the innermost key of the data that a validation error is about; () of none."""
     path: tuple[Any, ...] = ()
     for i, part in enumerate(location, 1):
         if isinstance(data, dict) and part in data:
             path = location[:i]
-        elif not isinstance(data, list):
+        elif not (isinstance(data, list) and part in range(len(data))):
             break
         data = data[part]
     return path

@@ -12,12 +12,12 @@ import click
 import psutil
 
 from sluice.common.config import Config
-from sluice.common.config.file import examine, read_text
+from sluice.common.config.file import examine
 from sluice.common.connections import sentinel
 from sluice.common.connections.client import connect, persistence_warning, without_password
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import SluiceError
-from sluice.common.paths import expanded, with_absolute_paths
+from sluice.common.paths import with_absolute_paths
 from sluice.common.policies.signing import RUN_KEY
 from sluice.scripts.launcher.redis_server import find_server
 from sluice.scripts.options import Overrides, UserPath, example
@@ -103,7 +103,7 @@ def _config(path: str, overrides: list[str]) -> list[Finding]:
     from sluice.scripts.launcher.preflight import problems
 
     try:
-        config, wrong = examine(Config, read_text(path), overrides=overrides, source=path, folder=expanded(path).parent)
+        config, wrong = examine(Config, path, overrides)
         found = [f"{path}: {problem}" for problem in wrong]
         if config is not None:
             found += problems(with_absolute_paths(config))

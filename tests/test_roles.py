@@ -99,6 +99,8 @@ import time
 
 def flaky(prompts, completions, target, **kwargs):
     digit = int(target[0][-1])
+    if len(completions) == 2:
+        return [0.0, 0.0]  # the trial before the run
     if digit == 0:
         time.sleep(1000)
     if digit == 1:

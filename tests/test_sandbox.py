@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from builders import for_each
 
 from sluice.common.config import RewardFunction
 from sluice.common.errors import ConfigError
@@ -25,11 +25,7 @@ def fenced(code: str) -> str:
     return f"Here it is:\n```python\n{code}\n```\nDone."
 
 
-def score(code: str, tests: list[str] = TESTS) -> float | None:
-    return CodeReward(timeout_s=1.0, isolation="limits")([fenced(code)], test_list=[tests])[0]
-
-
-@pytest.mark.parametrize(
+@for_each(
     ("code", "expected"),
     [
         ("def double(x):\n    return x * 2", 1.0),
@@ -49,7 +45,7 @@ def score(code: str, tests: list[str] = TESTS) -> float | None:
 )
 def test_the_score_is_the_share_of_tests_passed_whatever_the_code_tries(code: str, expected: float) -> None:
     began = time.monotonic()
-    assert score(code) == expected
+    assert CodeReward(timeout_s=1.0, isolation="limits")([fenced(code)], test_list=[TESTS]) == [expected]
     assert time.monotonic() - began < 20
 
 
@@ -63,25 +59,16 @@ def test_programs_are_judged_by_what_they_print() -> None:
     two = {name: column[:2] for name, column in given.items()}
     assert strict([adds, reads], **two) == [1.0, 0.0]
     assert reward([adds]) == [None], "a row without tests does not apply"
-
-
-def test_a_conversation_is_scored_by_its_last_message_and_the_last_block() -> None:
     text = fenced("def double(x): return 0") + fenced("def double(x): return 2 * x")
-    assert CodeReward(isolation="limits")([[{"role": "assistant", "content": text}]], test_list=[TESTS]) == [1.0]
+    message = {"role": "assistant", "content": text}
+    assert reward([[message]], test_list=[TESTS]) == [1.0], "the last block of the last message counts"
 
 
-@pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server
-
-
-@pytest.mark.parametrize("level", HERE)
-def test_what_a_program_can_reach(
-    level: Isolation, listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@for_each("level", HERE)
+def test_what_a_program_can_reach(level: Isolation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLUICE_REDIS_URL", "redis://:secret@h:1/0")
     (tmp_path / "secret").write_text("treasure")
+    listener = socket.create_server(("127.0.0.1", 0))
     program = f"""
 import os, socket, sys
 print(sorted(os.environ), flush=True)
@@ -98,7 +85,8 @@ ours = "/proc/{os.getpid()}/cmdline"
 print("parent" if os.path.exists(ours) and b"pytest" in open(ours, "rb").read() else "alone")
 open("scratch", "w").write("x")
 """
-    found = run_python(program, timeout_s=5, memory_mib=512, isolation=level)
+    with listener:
+        found = run_python(program, timeout_s=5, memory_mib=512, isolation=level)
     assert "SLUICE" not in found.output and "secret@" not in found.output
     assert ("treasure" in found.output) == (level != "files")
     assert ("connected" in found.output) == (level == "limits")
@@ -106,26 +94,24 @@ open("scratch", "w").write("x")
     assert not (Path.cwd() / "scratch").exists()
 
 
-@pytest.mark.parametrize("level", [level for level in HERE if level != "limits"])
+@for_each("level", [level for level in HERE if level != "limits"])
 def test_nothing_that_a_program_starts_outlives_it(level: Isolation) -> None:
     mark = f"outlives-{os.getpid()}-{level}"
     sleeper = f"[sys.executable, '-c', 'import time; time.sleep(60)', {mark!r}]"
     program = f"import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.executable, {sleeper})\n"
     run_python(program, timeout_s=3, memory_mib=512, isolation=level)
     deadline = time.monotonic() + 5
-    while any(
-        mark in process.info["cmdline"] for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]
-    ):
+    while any(mark in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])):
         assert time.monotonic() < deadline, "a process of the program lives on"
         time.sleep(0.05)
 
 
 def test_more_isolation_than_there_is_is_refused_before_anything_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sluice.workers.rewards.code_reward.available", lambda: "limits")
-    entry = RewardFunction(function="sluice.workers.rewards.CodeReward", kwargs={"isolation": "files"})
-    with pytest.raises(ConfigError, match="this machine offers 'limits': install bubblewrap"):
-        load_reward_functions([entry])
-    with pytest.raises(ConfigError, match="use one of limits, network, files"):
-        load_reward_functions(
-            [RewardFunction(function="sluice.workers.rewards.CodeReward", kwargs={"isolation": "none"})]
-        )
+    for isolation, message in (
+        ("files", "this machine offers 'limits': install bubblewrap"),
+        ("none", "use one of limits, network, files"),
+    ):
+        entry = RewardFunction(function="sluice.workers.rewards.CodeReward", kwargs={"isolation": isolation})
+        with pytest.raises(ConfigError, match=message):
+            load_reward_functions([entry])

@@ -73,7 +73,8 @@ class Reporter:
     def report(self, step: int, version: int, metrics: dict[str, float]) -> None:
         """Report one step. Evaluations in it are marked last: after a kill before that, the next trainer reports them."""
         metrics = metrics | (self._trackers.metrics() if self._trackers else {})
-        line = {"step": step, "version": version, "time": time.time(), **metrics}
+        head = {"step": step, "version": version, "time": time.time()}
+        line = {**head, **metrics, **head}  # a reward function may log any name
         write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
         append_line(self._path, {name: value for name, value in line.items() if math.isfinite(value)})
         if self._trackers is not None:
@@ -128,11 +129,11 @@ def _last_logged(path: Path) -> tuple[int, int]:
 
 
 def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
-    """Return rewards, lengths and ages of one batch."""
+    """Return rewards, lengths and ages of one batch, and the means of what reward functions logged."""
     episodes = [episode for group in groups for episode in group.episodes]
     rewards = [e.reward for e in episodes if e.reward is not None]
     lengths = [len(e.completion.token_ids) for e in episodes]
-    metrics = {
+    metrics = _logged_means(groups) | {
         "reward/mean": fmean(rewards) if rewards else math.nan,
         "reward/std": pstdev(rewards) if rewards else math.nan,
         "frac_reward_zero_std": fmean(not has_reward_variance(e.reward for e in g.episodes) for g in groups),
@@ -152,6 +153,14 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
     for age, count in Counter(ages).items():
         metrics[f"policy_age/{age}"] = count
     return metrics
+
+
+def _logged_means(groups: list[Group]) -> dict[str, float]:
+    logged: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for group in groups:
+        for name, sums in group.metrics.items():
+            logged[name].append(sums)
+    return {name: sum(s for s, _ in sums) / sum(n for _, n in sums) for name, sums in logged.items()}
 
 
 def token_age(client: redis.Redis, keys: Keys, groups: list[Group], *, current: int) -> float:

@@ -98,7 +98,7 @@ def run_python(
     }
     try:
         with (
-            tempfile.TemporaryDirectory(prefix="sluice-sandbox-") as folder,
+            _folder() as folder,
             _file(json.dumps(given)) as source,
             _file(stdin) as read,
             _file() as printed,
@@ -155,6 +155,20 @@ def _is_over_time(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
 
 
 @contextmanager
+def _folder() -> Iterator[str]:
+    """Make a folder, and remove it whatever a program has left there."""
+    folder = tempfile.mkdtemp(prefix="sluice-sandbox-")
+    try:
+        yield folder
+    finally:
+        try:
+            shutil.rmtree(folder)
+        except (OSError, RecursionError):  # deeper than Python can follow, or closed to its owner
+            for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+                subprocess.run([*command, folder], capture_output=True, check=False)
+
+
+@contextmanager
 def _file(text: str = "") -> Iterator[IO[bytes]]:
     """Open a file without a name that holds a text, at its beginning."""
     with tempfile.TemporaryFile() as file:
@@ -194,16 +208,25 @@ def _wrapper(isolation: Isolation) -> list[str]:
     return [
         *(program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
         *(word for path in shown for word in ("--ro-bind", path, path)),
-        *("--proc", "/proc", "--dev", "/dev", *_tmpfs(program), "--chdir", "/tmp"),
+        *(
+            "--proc",
+            "/proc",
+            "--dev",
+            "/dev",
+            *_tmpfs(program, "/dev/shm"),
+            *_tmpfs(program, "/tmp"),
+            "--chdir",
+            "/tmp",
+        ),
         *("--remount-ro", "/dev", "--remount-ro", "/"),  # they are in memory too, and have no bound
     ]
 
 
 @cache
-def _tmpfs(bwrap: str) -> tuple[str, ...]:
-    """Return the arguments for /tmp, bounded where this version of bubblewrap can (0.7 on)."""
+def _tmpfs(bwrap: str, folder: str) -> list[str]:
+    """Return the arguments for a folder in memory, bounded where this version of bubblewrap can (0.7 on)."""
     known = subprocess.run([bwrap, "--help"], capture_output=True, text=True, timeout=_START_S, check=False).stdout
-    return (*(("--size", str(MAX_FILE)) if "--size" in known else ()), "--tmpfs", "/tmp")
+    return [*(["--size", str(MAX_FILE)] if "--size" in known else []), "--tmpfs", folder]
 
 
 def _limits(parent: int, group: MemoryGroup | None, *, timeout_s: float, memory_mib: int) -> Callable[[], None]:

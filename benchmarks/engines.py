@@ -31,7 +31,8 @@ from benchmarks.shared.report import new_parser, parse, publish
 from sluice.common.models.assets import ModelAssets
 from sluice.common.models.causal_lm import named_weights
 from sluice.common.types import SamplingParams
-from sluice.workers.engine import Engine, GenerationRequest
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.serving import Engine
 from sluice.workers.rollout import make_engine
 from tests.builders import letter_tokenizer, make_config
 

@@ -31,9 +31,9 @@ from benchmarks.shared.report import new_parser, parse, publish
 from sluice.common.models.causal_lm import named_weights
 from sluice.common.types import SamplingParams
 from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.serving import SequenceGroup
 from sluice.workers.engine.torch.engine import TorchEngine
 from sluice.workers.engine.torch.running_batch import RunningBatch
-from sluice.workers.engine.torch.sequence import SequenceGroup
 
 SHORT, STEPS, MAX_MODEL_LEN = 64, 8, 4096
 SIZES = ("0.1M", "29M")

@@ -18,6 +18,9 @@ SluiceError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SluiceError(Exception):
     """Root of all errors that Sluice raises on purpose."""
@@ -75,3 +78,9 @@ class Diverged(SluiceError):
 
 class RewardError(SluiceError):
     """A reward function failed: an infrastructure failure, never a score of 0."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return a question that names the nearest of the known names; "" where none is near."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else ""

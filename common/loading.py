@@ -8,7 +8,6 @@ directory, which are at the end of `sys.path`: a file there shadows nothing that
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sluice.common.errors import ConfigError
+from sluice.common.errors import ConfigError, did_you_mean
 
 
 def is_function_path(name: str) -> bool:
@@ -63,8 +62,7 @@ def find_function(path: str, *, where: str) -> Any:
     try:
         found = operator.attrgetter(attribute)(module)
     except AttributeError:
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"define it in {module.__file__}"
+        hint = did_you_mean(attribute, vars(module)) or f"define it in {module.__file__}"
         raise ConfigError(f"{where}: {source} has no {attribute!r}; {hint}") from None
     if not callable(found):
         raise ConfigError(f"{where} is of type {type(found).__name__}, not callable: name a function or a class")

@@ -1,4 +1,4 @@
-"""Ending with the process that started this one, whatever ends it: a request to the kernel (Linux only)."""
+"""What ends a process of ours: the death of the one that started it (Linux only), a signal, a closed terminal."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def die_with(parent: int, *, number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it ended before the request
             os._exit(1)
+
+
+def stop_signals() -> list[int]:
+    """Return the signals that ask for an orderly end: Ctrl-C, SIGTERM, and a closed terminal's, but under `nohup`."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]

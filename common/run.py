@@ -35,38 +35,40 @@ class Run:
     "absolute path of the run folder on the machine that created the run"
 
 
+class _Text:
+    """A field of the record as text; "" where it is not set."""
+
+    def __set_name__(self, owner: type[RunRecord], name: str) -> None:
+        self._name = name
+
+    def __get__(self, record: RunRecord, owner: type[RunRecord]) -> str:
+        return (record._client.hget(record._key, self._name) or b"").decode()
+
+
 class RunRecord:
     """The hash of a run in Redis. Only this class and the scripts of the ledger read and write it."""
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client, self._key = client, keys.run_record
 
-    @property
-    def status(self) -> str:
-        """created | running | finished | drained | stopped | failed | deleting; "" where there is no such run."""
-        return self._text("status")
+    status = _Text()
+    """created | running | finished | drained | stopped | failed | deleting; "" where there is no such run."""
+    created_at = _Text()
+    """Seconds since the epoch, as text that never changes; "" where there is no such run."""
+    config = _Text()
+    """The resolved config as YAML; "" where there is no such run."""
+    folder = _Text()
+    """Absolute path of the run folder on the machine that created the run; "" where there is no such run."""
+    dashboard = _Text()
+    """Address of the web page that `sluice run` serves; "" while there is none."""
 
     def set_status(self, status: str) -> None:
         self._client.hset(self._key, "status", status)
 
     @property
-    def created_at(self) -> str:
-        """Seconds since the epoch, as text that never changes; "" where there is no such run."""
-        return self._text("created_at")
-
-    @property
-    def config(self) -> str:
-        """The resolved config as YAML; "" where there is no such run."""
-        return self._text("config")
-
-    @property
-    def folder(self) -> str:
-        return self._text("folder")
-
-    @property
     def incarnation(self) -> int:
         """Number of trainer processes that the run has had; the newest one owns it."""
-        return int(self._text("incarnation") or 0)
+        return int(self._client.hget(self._key, "incarnation") or 0)
 
     def begin_incarnation(self) -> int:
         """Return the incarnation of a trainer process that owns the run from now on."""
@@ -76,11 +78,6 @@ class RunRecord:
         """Set the incarnation in a Redis that has lost it."""
         if self.incarnation < incarnation:
             self._client.hset(self._key, "incarnation", incarnation)
-
-    @property
-    def dashboard(self) -> str:
-        """Address of the web page that `sluice run` serves; "" while there is none."""
-        return self._text("dashboard")
 
     def set_dashboard(self, address: str) -> None:
         if address:
@@ -104,9 +101,6 @@ class RunRecord:
     def read_assets(self) -> bytes | None:
         found: bytes | None = self._client.hget(self._key, "assets")
         return found
-
-    def _text(self, field: str) -> str:
-        return (self._client.hget(self._key, field) or b"").decode()
 
 
 def list_runs(client: redis.Redis) -> dict[str, float]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
-from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlsplit
+
+from starlette.requests import HTTPConnection
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from sluice.common.errors import ConfigError
 
@@ -21,9 +23,6 @@ MIN_TOKEN = 16
 COOKIE = "sluice_token"
 LOOPBACK = "127.0.0.1"
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Callable[[], Awaitable[Any]], Send], Awaitable[None]]
 
 
 def check_token(host: str, token: str | None) -> None:
@@ -56,61 +55,39 @@ def page_url(host: str, port: int) -> str:
 class AuthMiddleware:
     """Wraps the app."""
 
-    def __init__(self, app: App, *, token: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, token: str | None) -> None:
         self._app, self._token = app, token
         self._pass = hashlib.sha256(b"sluice dashboard " + token.encode()).hexdigest() if token else ""
 
-    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            return await self._app(scope, receive, send)
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        query = parse_qsl(scope.get("query_string", b"").decode("latin-1"))
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(HTTPConnection(scope)) if scope["type"] in ("http", "websocket") else None
+        if refusal is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await WebSocketClose(1008)(scope, receive, send)
+        else:
+            await refusal(scope, receive, send)
+
+    def _refusal(self, request: HTTPConnection) -> Response | None:
+        """Return the answer to a request that does not reach the app."""
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        is_same_origin = origin is None or urlsplit(origin).netloc == host
         if self._token is None:
-            if _host_of(headers) in _LOOPBACK and _is_same_origin(headers):
-                return await self._app(scope, receive, send)
-            return await _answer(scope, send, 403, "this dashboard answers on 127.0.0.1 and localhost only")
-        if not _is_same_origin(headers):
-            return await _answer(scope, send, 403, "a page of another site may not read the dashboard")
-        bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        if _matches(bearer, self._token) or _matches(_cookie(headers), self._pass):
-            return await self._app(scope, receive, send)
-        if scope["type"] == "http" and _matches(dict(query).get("token", ""), self._token):
-            rest = urlencode([(name, value) for name, value in query if name != "token"])
-            cookie = f"{COOKIE}={self._pass}; Path=/; HttpOnly; SameSite=Strict"
-            cookie += "; Secure" if scope.get("scheme") == "https" else ""
-            moved = [("location", scope["path"] + (f"?{rest}" if rest else "")), ("set-cookie", cookie)]
-            return await _answer(scope, send, 303, "", moved)
-        return await _answer(scope, send, 401, "this dashboard needs its token: open it once as /?token=TOKEN")
+            if urlsplit("//" + host).hostname in _LOOPBACK and is_same_origin:
+                return None
+            return PlainTextResponse("this dashboard answers on 127.0.0.1 and localhost only\n", 403)
+        if not is_same_origin:
+            return PlainTextResponse("a page of another site may not read the dashboard\n", 403)
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if _matches(bearer, self._token) or _matches(request.cookies.get(COOKIE, ""), self._pass):
+            return None
+        if _matches(request.query_params.get("token", ""), self._token):
+            url = request.url.remove_query_params("token")
+            moved = RedirectResponse(url.path + (f"?{url.query}" if url.query else ""), 303)
+            moved.set_cookie(COOKIE, self._pass, httponly=True, samesite="strict", secure=url.scheme == "https")
+            return moved
+        return PlainTextResponse("this dashboard needs its token: open it once as /?token=TOKEN\n", 401)
 
 
 def _matches(shown: str, wanted: str) -> bool:
     return hmac.compare_digest(shown.encode(), wanted.encode())
-
-
-def _host_of(headers: dict[str, str]) -> str:
-    return urlsplit("//" + headers.get("host", "")).hostname or ""
-
-
-def _is_same_origin(headers: dict[str, str]) -> bool:
-    origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host")
-
-
-def _cookie(headers: dict[str, str]) -> str:
-    try:
-        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-    except CookieError:
-        return ""
-    return morsel.value if morsel else ""
-
-
-async def _answer(
-    scope: Scope, send: Send, status: int, text: str, headers: list[tuple[str, str]] | None = None
-) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    shown = [("content-type", "text/plain; charset=utf-8"), *(headers or [])]
-    encoded = [(name.encode(), value.encode()) for name, value in shown]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": (text + "\n" if text else "").encode()})

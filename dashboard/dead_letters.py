@@ -6,13 +6,13 @@ from typing import Any
 
 import redis
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from sluice.common.errors import ConfigError, SerializationError
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_dead, read_fields
 from sluice.common.serialization import decode
+from sluice.dashboard.terminal import table
 
 _FIELDS = ("dead_reason", "dead_worker", "dead_detail", "task", "rollout")
 
@@ -53,13 +53,11 @@ def _read(payload: bytes | None, name: str) -> Any:
 
 def render_dead(letters: list[dict[str, Any]]) -> RenderableType:
     """Render one line per dead letter, and the details if there is only one."""
-    table = Table()
-    for name in ("group", "reason", "worker", "prompt", "detail"):
-        table.add_column(name, overflow="fold")
-    for letter in letters:
-        first_line = (letter["detail"].splitlines() or [""])[0]
-        prompt = Text(str(letter["prompt"]))
-        table.add_row(letter["group"], letter["reason"], letter["worker"], prompt, Text(first_line))
+    rows = [
+        {name: letter[name] for name in ("group", "reason", "worker", "prompt")}
+        | {"detail": letter["detail"].partition("\n")[0]}
+        for letter in letters
+    ]
     if len(letters) != 1:
-        return table
-    return Group(table, Text(letters[0]["detail"]), *(Text(f"- {text}") for text in letters[0]["completions"]))
+        return table(rows)
+    return Group(table(rows), Text(letters[0]["detail"]), *(Text(f"- {text}") for text in letters[0]["completions"]))

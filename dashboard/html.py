@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from sluice.dashboard.rows import Rows, cell_text, columns_of
+
 
 def tiles_html(name: str, status: dict[str, Any], tiles: list[tuple[str, str]]) -> str:
     """Return a run's name, status, numbers and alarms."""
@@ -23,27 +25,20 @@ def alarms_html(texts: list[str]) -> str:
     return "".join(f'<div class="alarm">{escape(text)}</div>' for text in texts)
 
 
-def table_html(rows: list[dict[str, Any]]) -> str:
+def table_html(rows: Rows) -> str:
     """Return a table of rows with the same keys, without columns that are empty in all rows."""
-    names = [name for name in (rows[0] if rows else {}) if any(row[name] not in ("", None) for row in rows)]
-    if not names:
+    columns = columns_of(rows)
+    if not columns:
         return "none"
-    is_number = {name: all(isinstance(row[name], int | float) or row[name] == "" for row in rows) for name in names}
-    head = "".join(f"<th{_number(is_number[name])}>{escape(name)}</th>" for name in names)
+    numbers = {name: ' class="n"' if is_number else "" for name, is_number in columns.items()}
+    head = "".join(f"<th{number}>{escape(name)}</th>" for name, number in numbers.items())
     body = "".join(
-        "<tr>" + "".join(_cell(name, row[name], is_number=is_number[name]) for name in names) + "</tr>" for row in rows
+        "<tr>" + "".join(_cell(name, row[name], number) for name, number in numbers.items()) + "</tr>" for row in rows
     )
     return f'<table class="plain"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _cell(name: str, value: Any, *, is_number: bool) -> str:
-    text = f"{value:,}" if isinstance(value, int) and name not in ("version", "step") else str(value)
-    if is_number:
-        return f'<td class="n">{escape(text)}</td>'
+def _cell(name: str, value: Any, number: str) -> str:
     kind = "text" if name in ("note", "why", "change", "dropped", "dead", "detail", "held by") else ""
     kind += " bad" if value == "BROKEN" or name == "note" else ""
-    return f'<td class="{kind}">{escape(text)}</td>'
-
-
-def _number(is_number: bool) -> str:
-    return ' class="n"' if is_number else ""
+    return f"<td{number or f' class={kind!r}'}>{escape(cell_text(name, value))}</td>"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any
 
 from sluice.common.pipeline import QUEUES, ROLES
 from sluice.dashboard.charts import Points, area, chart, curve, line
+from sluice.dashboard.rows import ago, number
 from sluice.dashboard.snapshots import Snapshot
 
-Snapshots = dict[str, Snapshot]
-Series = Callable[[Snapshots], list[dict[str, Any]]]
+Curves = list[dict[str, Any]]
+Series = Callable[[Snapshot], Curves]
 TIMES = {
     "time/wait_for_batch": "waiting",
     "time/forward_backward": "forward, backward",
@@ -23,57 +23,48 @@ MAX_AGES = 8
 "Policy ages with a layer of their own; the rest is one."
 
 
+def draw(series: Series, snapshots: dict[str, Snapshot]) -> Curves:
+    """Return the curves of a chart; where it shows several runs, each with the name of its run."""
+    return [
+        shown if len(snapshots) == 1 else shown | {"name": f"{run} {shown['name']}"}
+        for run, snapshot in snapshots.items()
+        for shown in series(snapshot)
+    ]
+
+
 def _metric(*metrics: str, **names: str) -> Series:
-    """Return curves of metrics, for each run."""
+    """Return curves of metrics."""
     shown = {metric: names.get(metric.rpartition("/")[2], metric.rpartition("/")[2]) for metric in metrics}
-
-    def series(snapshots: Snapshots) -> list[dict[str, Any]]:
-        found = []
-        for run, snapshot in snapshots.items():
-            for metric, name in shown.items():
-                if points := curve(snapshot.steps, metric):
-                    found.append(line(_named(run, name, snapshots), points))
-        return found
-
-    return series
+    return lambda snapshot: [line(n, points) for m, n in shown.items() if (points := curve(snapshot.steps, m))]
 
 
-def _named(run: str, name: str, snapshots: Snapshots) -> str:
-    return name if len(snapshots) == 1 else f"{run} {name}"
+def _reward(snapshot: Snapshot) -> Curves:
+    names = {name for step in snapshot.steps[-50:] for name in step if name.startswith("reward/")}
+    functions = sorted(name for name in names if name.count("/") == 2)
+    mean = line("mean", curve(snapshot.steps, "reward/mean"))
+    return [mean, *(line(n.split("/")[1], curve(snapshot.steps, n), dashed=True) for n in functions)]
 
 
-def _reward(snapshots: Snapshots) -> list[dict[str, Any]]:
-    found = []
-    for run, snapshot in snapshots.items():
-        names = {name for step in snapshot.steps[-50:] for name in step if name.startswith("reward/")}
-        found.append(line(_named(run, "mean", snapshots), curve(snapshot.steps, "reward/mean")))
-        for name in sorted(n for n in names if n.count("/") == 2):
-            found.append(line(_named(run, name.split("/")[1], snapshots), curve(snapshot.steps, name), dashed=True))
-    return found
-
-
-def _accuracy(snapshots: Snapshots) -> list[dict[str, Any]]:
+def _accuracy(snapshot: Snapshot) -> Curves:
     """Return scores of evaluations, at the step that made the evaluated version."""
-    found = []
-    for run, snapshot in snapshots.items():
-        made_by = {step["version"]: step["step"] for step in snapshot.steps if "version" in step}
-        scores: dict[str, Points] = {}
-        for entry in snapshot.evaluations:
-            for name, value in entry.items():
-                dataset, _, score = name.removeprefix("eval/").rpartition("/")
-                if name.startswith("eval/") and "@" in score and not score.endswith("_stderr") and math.isfinite(value):
-                    version = entry[f"eval/{dataset}/version"]
-                    scores.setdefault(f"{dataset} {score}", []).append((made_by.get(version, version), value))
-        datasets = {name.split()[0] for name in scores}
-        for name, points in scores.items():
-            shown = name if len(datasets) > 1 else name.split()[1]
-            found.append(line(_named(run, shown, snapshots), sorted(points), dots=True))
-    return found
+    made_by = {step["version"]: step["step"] for step in snapshot.steps if "version" in step}
+    scores: dict[tuple[str, str], Points] = {}
+    for entry in snapshot.evaluations:
+        for name, value in entry.items():
+            dataset, _, score = name.removeprefix("eval/").rpartition("/")
+            if name.startswith("eval/") and "@" in score and not score.endswith("_stderr") and math.isfinite(value):
+                version = entry[f"eval/{dataset}/version"]
+                scores.setdefault((dataset, score), []).append((made_by.get(version, version), value))
+    has_several = len({dataset for dataset, _ in scores}) > 1
+    return [
+        line(f"{dataset} {score}" if has_several else score, sorted(points), dots=True)
+        for (dataset, score), points in scores.items()
+    ]
 
 
-def _ages(snapshots: Snapshots) -> list[dict[str, Any]]:
-    """Return groups trained at each age, of one run."""
-    steps = next(iter(snapshots.values())).steps
+def _ages(snapshot: Snapshot) -> Curves:
+    """Return groups trained at each age."""
+    steps = snapshot.steps
     ages = sorted({int(name.split("/")[1]) for step in steps for name in step if name.startswith("policy_age/")})
     layers = [area(f"age {age}", curve(steps, f"policy_age/{age}", otherwise=0.0)) for age in ages[:MAX_AGES]]
     if rest := ages[MAX_AGES:]:
@@ -82,25 +73,20 @@ def _ages(snapshots: Snapshots) -> list[dict[str, Any]]:
     return layers
 
 
-def _times(snapshots: Snapshots) -> list[dict[str, Any]]:
-    """Return the times of one run's steps; `other` is the rest of the step."""
-    steps = next(iter(snapshots.values())).steps
-    layers = [area(name, curve(steps, metric, otherwise=0.0)) for metric, name in TIMES.items()]
-    rest = [(s["step"], max(0.0, s["time/step"] - sum(s.get(m, 0.0) for m in TIMES))) for s in steps]
+def _times(snapshot: Snapshot) -> Curves:
+    """Return the times of the steps; `other` is the rest of the step."""
+    layers = [area(name, curve(snapshot.steps, metric, otherwise=0.0)) for metric, name in TIMES.items()]
+    rest = [(s["step"], max(0.0, s["time/step"] - sum(s.get(m, 0.0) for m in TIMES))) for s in snapshot.steps]
     return [*layers, area("other", rest)]
 
 
 def _by_queue(key: str) -> Series:
-    def series(snapshots: Snapshots) -> list[dict[str, Any]]:
-        found = []
-        for run, snapshot in snapshots.items():
-            for queue in QUEUES:
-                points = curve(snapshot.steps, f"queue/{queue}/{key}")
-                if any(value for _, value in points):
-                    found.append(line(_named(run, queue, snapshots), points))
-        return found
-
-    return series
+    return lambda snapshot: [
+        line(queue, points)
+        for queue in QUEUES
+        for points in [curve(snapshot.steps, f"queue/{queue}/{key}")]
+        if any(value for _, value in points)
+    ]
 
 
 PER_RUN: list[tuple[dict[str, Any], Series]] = [
@@ -134,111 +120,11 @@ def tiles(snapshot: Snapshot) -> list[tuple[str, str]]:
     status, train = snapshot.status, snapshot.status["ledger"]["train"]
     return [
         ("step", f"{status['step']:,} / {status['num_steps']:,}"),
-        ("reward", _number(status["reward"], ".3f")),
-        ("policy age", _number(status["policy_age"], ".2f")),
-        ("trained tokens/s", _number(status["trained_tokens_per_s"], ",.0f")),
+        ("reward", number(status["reward"], ".3f")),
+        ("policy age", number(status["policy_age"], ".2f")),
+        ("trained tokens/s", number(status["trained_tokens_per_s"], ",.0f")),
         ("policy version", str(status["policy"]["version"] or "-")),
-        ("last step", _ago(status["age_of_last_step_s"])),
+        ("last step", ago(status["age_of_last_step_s"])),
         ("in flight", f"{train['in_flight']:,}"),
         ("ledger", "holds" if all(counters["holds"] for counters in status["ledger"].values()) else "BROKEN"),
     ]
-
-
-def ledger_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """Return one row of counters per kind."""
-    rows = []
-    for kind, counters in snapshot.status["ledger"].items():
-        settled = "scored" if kind == "eval" else "trained"
-        rows.append(
-            {
-                "set": kind,
-                "admitted": counters["admitted"],
-                "settled": f"{settled} {counters[settled]:,}",
-                "dropped": _reasons(counters["dropped"]),
-                "dead": _reasons(counters["dead"]),
-                "in flight": counters["in_flight"],
-                "retried": counters["retried"],
-                "resent": counters["resent"],
-                "refused": counters["refused"],
-                "identity": "holds" if counters["holds"] else "BROKEN",
-            }
-        )
-    return rows
-
-
-def worker_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """Return one row for each process that sends heartbeats."""
-    rows = []
-    status = snapshot.status
-    for role in ROLES:
-        mine = {name: stats for name, stats in status["processes"].items() if stats["role"] == role}
-        for name, stats in mine.items():
-            rows.append(
-                {
-                    "process": name,
-                    "role": role,
-                    "host": stats.get("host") or name.partition("@")[2].rpartition(":")[0],
-                    "device": stats.get("device", ""),
-                    "version": stats.get("version", ""),
-                    "digest": stats.get("digest", ""),
-                    "tokens/s": _number(stats.get("tokens_per_s"), ",.0f", otherwise=""),
-                    "busy": _number(1 - stats["idle_fraction"], ".0%") if "idle_fraction" in stats else "",
-                    "running": stats.get("running", ""),
-                    "done": stats.get("done", ""),
-                    "up": _seconds(stats.get("up_s")),
-                    "heartbeat": _ago(stats["silent_s"]),
-                    "note": stats.get("alarm") or "",
-                }
-            )
-    return rows
-
-
-def queue_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """Return one row per queue, with the result of autoscaling."""
-    status = snapshot.status
-    live = [stats["role"] for stats in status["processes"].values()]
-    return [
-        {
-            "queue": queue,
-            "waiting": status["queues"][queue],
-            "oldest": _seconds(status["oldest_age_s"][queue]),
-            "workers": live.count(queue),
-            "wanted": scale.desired if scale else "",
-            "why": scale.reason if scale else "",
-        }
-        for queue in QUEUES
-        for scale in [snapshot.scaling.get(queue)]
-    ]
-
-
-def change_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """Return one row per change in the change log."""
-    return [
-        {
-            "at": f"{datetime.fromtimestamp(float(change['at'])):%m-%d %H:%M:%S}",
-            "step": change["step"],
-            "who": change["who"],
-            "change": f"{change['key']}: {change['old']} → {change['new']}",
-        }
-        for change in snapshot.change_log
-    ]
-
-
-def _number(value: float | None, form: str, *, otherwise: str = "-") -> str:
-    return format(value, form) if value is not None and math.isfinite(value) else otherwise
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return ""
-    if value < 120:
-        return f"{value:.1f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
-
-
-def _ago(value: float | None) -> str:
-    return "-" if value is None else f"{_seconds(value)} ago"
-
-
-def _reasons(counts: dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in counts.items()) or "0"

@@ -7,7 +7,6 @@ processes. Each kind of stall and alarm has a series that is 0 while it does not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import redis
@@ -47,7 +46,8 @@ STEP_METRICS = {
     "admission/credits": ("credits_held", "Groups that hold an admission credit."),
 }
 """Metric of the trainer's stream -> (name, help)."""
-Labelled = tuple[dict[str, str], float]
+Read = Callable[[dict[str, Any]], Iterable[tuple[tuple[str, ...], float | None]]]
+"""A run's snapshot -> (values of the family's labels, number); none = no sample."""
 
 
 def exposition(client: redis.Redis, runs: Iterable[Run]) -> bytes:
@@ -74,125 +74,99 @@ class _Scrape(Collector):
 
     def collect(self) -> Iterator[Metric]:
         snapshots = [collect_status(self._client, run) for run in self._runs()]
-        yield from _Snapshots([snapshot for snapshot in snapshots if snapshot["status"] != "?"]).collect()
+        for family, read in _families():
+            for snapshot in snapshots:
+                for labels, number in read(snapshot) if snapshot["status"] != "?" else ():
+                    if number is not None:
+                        family.add_metric([snapshot["run"], *labels], float(number))
+            yield family
 
 
-class _Snapshots:
-    """Snapshots of runs as metric families."""
-
-    def __init__(self, snapshots: list[dict[str, Any]]) -> None:
-        self._snapshots = snapshots
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._run()
-        yield from self._ledger()
-        yield from self._queues()
-        yield from self._processes()
-        for name, (short, text) in STEP_METRICS.items():
-            yield self._gauge(short, text, partial(_of_last_step, name=name))
-
-    def _run(self) -> Iterator[Metric]:
-        for name, text, key, label, values in (
-            ("run_status", "1 for the status of the run.", "status", "status", STATUSES),
-            (
-                "stalled",
-                "1 for the first cause that explains why the trainer waits.",
-                "stall_kind",
-                "kind",
-                STALL_KINDS,
-            ),
-            ("alarm", "Number of alarms of this kind.", "alarm_kinds", "kind", ALARM_KINDS),
-        ):
-            yield self._gauge(name, text, partial(_by_value, key=key, label=label, values=values), label)
-        yield self._gauge("step", "Optimizer steps done.", lambda r: [({}, r["step"])])
-        yield self._gauge("num_steps", "Optimizer steps of the whole run.", lambda r: [({}, r["num_steps"])])
-        yield self._gauge("last_step_age_seconds", "Since the last step.", lambda r: [({}, r["age_of_last_step_s"])])
-        yield self._gauge("policy_version", "Newest published version.", lambda r: [({}, r["policy"]["version"])])
-        name, text = "policy_published_timestamp_seconds", "When it was published, in seconds since the epoch."
-        yield self._gauge(name, text, lambda r: [({}, r["policy"]["published_at"])])
-
-    def _ledger(self) -> Iterator[Metric]:
-        for outcome in ("admitted", "trained", "scored", "retried", "resent", "refused", "reconciled"):
-            text = f"Groups, as the ledger counts them: {outcome}."
-            yield self._counter(f"groups_{outcome}", text, partial(_counters, outcome=outcome))
-        for outcome in ("dropped", "dead"):
-            text = f"Groups that were {outcome}, by reason."
-            yield self._counter(f"groups_{outcome}", text, partial(_by_reason, outcome=outcome), "reason")
-        for outcome, name, text in (
-            ("in_flight", "groups_in_flight", "Groups admitted and not settled."),
-            ("holds", "ledger_holds", "1 while admitted = trained + scored + dropped + dead + in flight."),
-        ):
-            yield self._gauge(name, text, partial(_counters, outcome=outcome), "set")
-
-    def _queues(self) -> Iterator[Metric]:
-        for key, name, text in (
-            ("queues", "queue_depth", "Messages that wait in a queue."),
-            ("oldest_age_s", "queue_oldest_age_seconds", "How long its oldest message has waited."),
-            ("desired_replicas", "desired_replicas", "Workers that the load asks for, within the configured bounds."),
-        ):
-            yield self._gauge(name, text, partial(_by_queue, key=key), "queue")
-
-    def _processes(self) -> Iterator[Metric]:
-        yield self._gauge("processes", "Processes that send heartbeats, by role.", _num_processes, "role", "state")
-        for stat, name, text in (
-            ("version", "served_version", "Policy version that a worker serves, or the trainer has published."),
-            ("idle_fraction", "idle_share", "Share of the last second that it was idle."),
-            ("tokens_per_s", "worker_tokens_per_second", "Tokens that it generates per second."),
-            ("running", "worker_running_groups", "Groups that it works on."),
-        ):
-            yield self._gauge(name, text, partial(_by_process, stat=stat), "process", "role")
-
-    def _gauge(self, name: str, text: str, read: Callable[[dict[str, Any]], Iterable[Any]], *labels: str) -> Metric:
-        return self._fill(GaugeMetricFamily(PREFIX + name, text, labels=("run", *labels)), read, labels)
-
-    def _counter(self, name: str, text: str, read: Callable[[dict[str, Any]], Iterable[Any]], *labels: str) -> Metric:
-        labels = ("set", *labels)
-        return self._fill(CounterMetricFamily(PREFIX + name, text, labels=("run", *labels)), read, labels)
-
-    def _fill(self, family: Any, read: Callable[[dict[str, Any]], Iterable[Any]], labels: tuple[str, ...]) -> Metric:
-        for snapshot in self._snapshots:
-            for values, number in read(snapshot):
-                if number is not None:
-                    family.add_metric([snapshot["run"], *(values[label] for label in labels)], float(number))
-        return family
+def _families() -> Iterator[tuple[Any, Read]]:
+    """Yield every family, without samples, and what reads them."""
+    for outcome in ("admitted", "trained", "scored", "retried", "resent", "refused", "reconciled"):
+        text = f"Groups, as the ledger counts them: {outcome}."
+        yield _family(CounterMetricFamily, f"groups_{outcome}", text, "set"), _counters(outcome)
+    for outcome in ("dropped", "dead"):
+        text = f"Groups that were {outcome}, by reason."
+        yield _family(CounterMetricFamily, f"groups_{outcome}", text, "set", "reason"), _by_reason(outcome)
+    for name, text, labels, read in _GAUGES:
+        yield _family(GaugeMetricFamily, name, text, *labels), read
+    for metric, (name, text) in STEP_METRICS.items():
+        yield _family(GaugeMetricFamily, name, text), _value("metrics", metric)
 
 
-def _of_last_step(snapshot: dict[str, Any], name: str) -> list[tuple[dict[str, str], float | None]]:
-    return [({}, snapshot["metrics"].get(name))]
+def _family(kind: type[Metric], name: str, text: str, *labels: str) -> Metric:
+    return kind(PREFIX + name, text, labels=("run", *labels))  # type: ignore[call-arg]
 
 
-def _by_value(snapshot: dict[str, Any], key: str, label: str, values: tuple[str, ...]) -> list[Labelled]:
-    found = snapshot[key] if isinstance(snapshot[key], list) else [snapshot[key]]
-    return [({label: value}, float(found.count(value))) for value in values]
+def _value(key: str, part: str | None = None) -> Read:
+    return lambda snapshot: [((), snapshot[key] if part is None else snapshot[key].get(part))]
 
 
-def _by_queue(snapshot: dict[str, Any], key: str) -> list[Labelled]:
-    return [({"queue": queue}, value) for queue, value in snapshot[key].items()]
+def _one_of(key: str, kinds: tuple[str, ...]) -> Read:
+    """Return how often each kind is there."""
+
+    def read(snapshot: dict[str, Any]) -> list[tuple[tuple[str, ...], float]]:
+        found = snapshot[key] if isinstance(snapshot[key], list) else [snapshot[key]]
+        return [((kind,), found.count(kind)) for kind in kinds]
+
+    return read
 
 
-def _by_reason(snapshot: dict[str, Any], outcome: str) -> list[Labelled]:
-    return [
-        ({"set": kind, "reason": reason}, count)
+def _by_queue(key: str) -> Read:
+    return lambda snapshot: [((queue,), value) for queue, value in snapshot[key].items()]
+
+
+def _counters(outcome: str) -> Read:
+    return lambda snapshot: [((kind,), counters.get(outcome)) for kind, counters in snapshot["ledger"].items()]
+
+
+def _by_reason(outcome: str) -> Read:
+    return lambda snapshot: [
+        ((kind, reason), count)
         for kind, counters in snapshot["ledger"].items()
         for reason, count in counters[outcome].items()
     ]
 
 
-def _counters(snapshot: dict[str, Any], outcome: str) -> list[Labelled]:
-    return [({"set": kind}, counters[outcome]) for kind, counters in snapshot["ledger"].items() if outcome in counters]
-
-
-def _num_processes(snapshot: dict[str, Any]) -> Iterator[Labelled]:
+def _num_processes(snapshot: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
     for role in ROLES:
-        mine = [stats for stats in snapshot["processes"].values() if stats["role"] == role]
-        num_silent = sum(is_silent(stats) for stats in mine)
-        yield {"role": role, "state": "live"}, float(len(mine) - num_silent)
-        yield {"role": role, "state": "silent"}, float(num_silent)
+        silent = [is_silent(stats) for stats in snapshot["processes"].values() if stats["role"] == role]
+        yield (role, "live"), silent.count(False)
+        yield (role, "silent"), silent.count(True)
 
 
-def _by_process(snapshot: dict[str, Any], stat: str) -> list[Labelled]:
-    return [
-        ({"process": name, "role": stats["role"]}, stats[stat])
+def _by_process(stat: str) -> Read:
+    return lambda snapshot: [
+        ((name, stats["role"]), stats[stat])
         for name, stats in snapshot["processes"].items()
         if isinstance(stats.get(stat), int | float)
     ]
+
+
+_GAUGES: list[tuple[str, str, tuple[str, ...], Read]] = [
+    ("run_status", "1 for the status of the run.", ("status",), _one_of("status", STATUSES)),
+    ("stalled", "1 for the first cause that explains why the trainer waits.", ("kind",), _one_of("stall_kind", STALL_KINDS)),
+    ("alarm", "Number of alarms of this kind.", ("kind",), _one_of("alarm_kinds", ALARM_KINDS)),
+    ("step", "Optimizer steps done.", (), _value("step")),
+    ("num_steps", "Optimizer steps of the whole run.", (), _value("num_steps")),
+    ("last_step_age_seconds", "Since the last step.", (), _value("age_of_last_step_s")),
+    ("policy_version", "Newest published version.", (), _value("policy", "version")),
+    ("policy_published_timestamp_seconds", "When it was published, in seconds since the epoch.",
+     (), _value("policy", "published_at")),
+    ("groups_in_flight", "Groups admitted and not settled.", ("set",), _counters("in_flight")),
+    ("ledger_holds", "1 while admitted = trained + scored + dropped + dead + in flight.", ("set",), _counters("holds")),
+    ("queue_depth", "Messages that wait in a queue.", ("queue",), _by_queue("queues")),
+    ("queue_oldest_age_seconds", "How long its oldest message has waited.", ("queue",), _by_queue("oldest_age_s")),
+    ("desired_replicas", "Workers that the load asks for, within the configured bounds.",
+     ("queue",), _by_queue("desired_replicas")),
+    ("processes", "Processes that send heartbeats, by role.", ("role", "state"), _num_processes),
+    ("served_version", "Policy version that a worker serves, or the trainer has published.",
+     ("process", "role"), _by_process("version")),
+    ("idle_share", "Share of the last second that it was idle.", ("process", "role"), _by_process("idle_fraction")),
+    ("worker_tokens_per_second", "Tokens that it generates per second.",
+     ("process", "role"), _by_process("tokens_per_s")),
+    ("worker_running_groups", "Groups that it works on.", ("process", "role"), _by_process("running")),
+]  # fmt: skip
+"""(name, help, labels besides `run`, what reads them)."""

@@ -32,7 +32,7 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
     steps = [s for s in newest_metrics(client, run.keys, count=CURVE_STEPS) if "reward/mean" in s]
     heartbeats = read_heartbeats(client, run.keys)
     status, (paused, draining) = record.status or "?", record.held()
-    queues = read_queues(client, run, QUEUES)
+    queues, scales = read_queues(client, run, QUEUES), read_scales(client, run.keys)
     cause = stall_cause(client, run, heartbeats) if status == "running" else None
     alarmed = alarms(client, run) if status == "running" else []
     return {
@@ -60,7 +60,8 @@ def collect_status(client: redis.Redis, run: Run) -> dict[str, Any]:
         "stall_kind": cause and cause.kind,
         "alarms": [alarm.text for alarm in alarmed],
         "alarm_kinds": [alarm.kind for alarm in alarmed],
-        "desired_replicas": {queue: scale.desired for queue, scale in read_scales(client, run.keys).items()},
+        "desired_replicas": {queue: scale.desired for queue, scale in scales.items()},
+        "desired_because": {queue: scale.reason for queue, scale in scales.items()},
         "metrics": metrics,
     }
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import redis
 
 from sluice.common.errors import ConfigError
-from sluice.common.monitoring.autoscale import Scale, read_scales
 from sluice.common.monitoring.metric_stream import read_metrics, read_samples
 from sluice.common.operations.control import read_change_log
 from sluice.common.run import Run, list_runs, open_run
@@ -30,14 +29,12 @@ class Snapshot:
     """One run at one moment."""
 
     status: dict[str, Any]
-    steps: list[dict[str, float]] = field(default_factory=list)
+    steps: list[dict[str, float]]
     "trainer steps, oldest first; one that was trained again after a crash appears once"
-    evaluations: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]]
     "entries that hold results of evaluations"
-    change_log: list[dict[str, str]] = field(default_factory=list)
+    change_log: list[dict[str, str]]
     "newest first: at, who, step, key, old, new"
-    scaling: dict[str, Scale] = field(default_factory=dict)
-    "queue -> the result of autoscaling and its reason"
 
 
 class Reader:
@@ -49,11 +46,11 @@ class Reader:
         self._lock = threading.Lock()
         self._read_at = 0.0
         self._snapshot: Snapshot | None = None
-        self._last_entry = "-"
+        self._last_entry = "0"
         self._steps: dict[int, dict[str, float]] = {}
         self._evaluations: list[dict[str, float]] = []
         self._samples: list[dict[str, Any]] = []
-        self._newest_sample = "-"
+        self._newest_sample = "0"
 
     def read(self) -> Snapshot:
         """Return a snapshot at most FRESH_S old. Raises redis' errors."""
@@ -75,7 +72,6 @@ class Reader:
             steps=[self._steps[step] for step in sorted(self._steps)[-MAX_STEPS:]],
             evaluations=list(self._evaluations),
             change_log=read_change_log(self.client, self.run.keys, count=20),
-            scaling=read_scales(self.client, self.run.keys),
         )
 
     def samples(self) -> list[dict[str, Any]]:

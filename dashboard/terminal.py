@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sluice.common.ledger.ledger import Counters
 from sluice.common.operations.control import describe_paused
-from sluice.common.pipeline import QUEUES, ROLES
+from sluice.dashboard.rows import Rows, cell_text, columns_of, ledger_rows, process_rows, queue_rows
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -33,7 +33,13 @@ def render(status: dict[str, Any], *, trouble: str = "") -> RenderableType:
         title.append(f"\nstalled: {status['stalled_by']}", style="bold red")
     for alarm in [*status["alarms"], *([trouble] if trouble else [])]:
         title.append(f"\nalarm: {alarm}", style="red")
-    return Group(title, _numbers(status), _ledger(status), _queues(status), _processes(status))
+    return Group(
+        title,
+        _numbers(status),
+        table(ledger_rows(status), title="ledger"),
+        table(queue_rows(status), title="queues", hidden="why"),
+        table(process_rows(status), title="processes", hidden="host"),
+    )
 
 
 def sparkline(values: list[float], *, width: int = 40) -> str:
@@ -76,61 +82,15 @@ def _numbers(status: dict[str, Any]) -> Text:
     return Text("   ".join(f"{name} {form.format(value)}" for name, value, form in known))
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-
-
-def _ledger(status: dict[str, Any]) -> Table:
-    table = _table("ledger")
-    columns = ["settled", "in_flight", "dropped", "dead", "retried", "resent", "refused"]
-    for name in ("set", "admitted", *columns, "identity"):
-        table.add_column(name, justify="right")
-    for kind, counters in status["ledger"].items():
-        if kind == "train" or counters["admitted"]:
-            settled = counters["scored" if kind == "eval" else "trained"]
-            values = [_count({**counters, "settled": settled}[name]) for name in columns]
-            table.add_row(kind, _count(counters["admitted"]), *values, "holds" if counters["holds"] else "BROKEN")
-    return table
-
-
-def _count(value: int | dict[str, int]) -> str:
-    """Format a number, or one for each reason."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return " ".join(f"{reason} {number:,}" for reason, number in value.items()) or "0"
-
-
-def _queues(status: dict[str, Any]) -> Table:
-    table = _table("queues")
-    for name in ("queue", "waiting", "oldest", "workers", "wanted"):
-        table.add_column(name, justify="left" if name == "queue" else "right")
-    roles = [stats["role"] for stats in status["processes"].values()]
-    for queue in QUEUES:
-        oldest = status["oldest_age_s"][queue]
-        wanted = status["desired_replicas"].get(queue, "")
-        cells = [f"{oldest:.1f} s" if oldest else "", str(roles.count(queue)), str(wanted)]
-        table.add_row(queue, f"{status['queues'][queue]:,}", *cells)
-    return table
-
-
-def _processes(status: dict[str, Any]) -> Table:
-    table = _table("processes")
-    columns = "role process device version digest tokens/s busy running done up heartbeat note"
-    for name in columns.split():
-        table.add_column(name)
-    for role in ROLES:
-        mine = [(name, stats) for name, stats in status["processes"].items() if stats["role"] == role]
-        for name, stats in mine:
-            cells = [str(stats.get(key, "")) for key in ("device", "version", "digest")]
-            speed = f"{stats['tokens_per_s']:,.0f}" if stats.get("tokens_per_s") is not None else ""
-            busy = f"{1 - stats['idle_fraction']:.0%}" if stats.get("idle_fraction") is not None else ""
-            work = [str(stats.get(key, "")) for key in ("running", "done")]
-            up = str(timedelta(seconds=round(stats["up_s"]))) if "up_s" in stats else ""
-            heartbeat = f"{stats['silent_s']:.0f} s ago"
-            table.add_row(role, name, *cells, speed, busy, *work, up, heartbeat, str(stats.get("alarm") or ""))
-        if not mine:
-            table.add_row(role, "-")
-    return table
+def table(rows: Rows, *, title: str | None = None, hidden: str = "") -> RenderableType:
+    """Render rows with the same keys, without columns that are empty in all rows and one that is too wide for a terminal."""
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    columns = {name: is_number for name, is_number in columns_of(rows).items() if name != hidden}
+    for name, is_number in columns.items():
+        shown.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell_text(name, row[name])) for name in columns))
+    return shown
 
 
 def ledger_text(counters: Counters) -> str:

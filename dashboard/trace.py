@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 import redis
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from sluice.common.errors import ConfigError
@@ -15,6 +13,8 @@ from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_group
 from sluice.common.monitoring.metric_stream import newest_samples
 from sluice.common.pipeline import STAGES
+from sluice.dashboard.rows import assignment_rows, stage_rows
+from sluice.dashboard.terminal import table
 
 LABELS = {
     **{f"{stage.name}_started": stage.labels[0] for stage in STAGES},
@@ -51,7 +51,7 @@ def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
 def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]) -> dict[str, Any]:
     ordered = sorted(((at, stage) for stage, at in times.items()), key=lambda found: found[0])
     began = ordered[0][0] if ordered else 0.0
-    before = [at for at, _ in ordered[:1]] + [at for at, _ in ordered]
+    before = [began] + [at for at, _ in ordered]
     stages = [
         {
             "stage": stage,
@@ -75,20 +75,20 @@ def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]
     return {"group": group, "where": where, "stages": stages, "assignments": assignments}
 
 
+def heading_of(trace: dict[str, Any]) -> list[str]:
+    """Return where a group is, at which stage or step, and its policy version."""
+    stage = f"step {trace['step']}" if "step" in trace else f"stage {trace['stage']}"
+    version = [] if trace["version"] is None else [f"policy version {trace['version']}"]
+    return [f"group {trace['group']}", trace["where"], stage, *version]
+
+
+def reasons_of(trace: dict[str, Any]) -> list[str]:
+    """Return why a group was tried again or dead-lettered."""
+    return [f"{name}: {trace[name]}" for name in ("dead_reason", "dead_detail", "last_error") if name in trace]
+
+
 def render_trace(trace: dict[str, Any]) -> RenderableType:
     """Render a trace for a terminal."""
-    head = f"group {trace['group']}: {trace['where']}"
-    head += f", step {trace['step']}" if "step" in trace else f", stage {trace['stage']}"
-    head += f", policy version {trace['version']}" if trace["version"] is not None else ""
-    stages, assignments = Table(), Table()
-    for name, side in (("stage", "left"), ("at", "left"), ("since start", "right"), ("since the one before", "right")):
-        stages.add_column(name, justify=side)  # type: ignore[arg-type]
-    for stage in trace["stages"]:
-        clock = f"{datetime.fromtimestamp(stage['at']):%Y-%m-%d %H:%M:%S.%f}"[:-3]
-        stages.add_row(stage["what"], clock, f"{stage['since_start_s']:.3f} s", f"{stage['since_last_s']:.3f} s")
-    for name in ("stage", "held by", "attempts", "sent again"):
-        assignments.add_column(name, overflow="fold")
-    for stage in trace["assignments"]:
-        assignments.add_row(stage["stage"], stage["held_by"], str(stage["attempts"]), str(stage["sent_again"]))
-    reasons = [Text(f"{name}: {trace[name]}") for name in ("dead_reason", "dead_detail", "last_error") if name in trace]
-    return Group(Text(head, style="bold"), stages, assignments, *reasons)
+    head = Text(", ".join(heading_of(trace)), style="bold")
+    tables = (table(stage_rows(trace)), table(assignment_rows(trace)))
+    return Group(head, *tables, *(Text(reason) for reason in reasons_of(trace)))

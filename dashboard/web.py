@@ -22,7 +22,7 @@ from nicegui import app, run, ui
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from sluice.common.errors import SluiceError
-from sluice.dashboard import overview
+from sluice.dashboard import overview, rows
 from sluice.dashboard.auth import AuthMiddleware
 from sluice.dashboard.html import alarms_html, table_html, tiles_html
 from sluice.dashboard.prometheus import exposition
@@ -39,6 +39,12 @@ DARK = """
 TOGGLE = """
 (() => { Quasar.Dark.toggle(); localStorage.setItem("sluice-dark", Quasar.Dark.isActive); })()
 """
+_TABLES: dict[str, Callable[[Snapshot], rows.Rows]] = {
+    "queues": lambda snapshot: rows.queue_rows(snapshot.status),
+    "ledger": lambda snapshot: rows.ledger_rows(snapshot.status),
+    "processes": lambda snapshot: rows.process_rows(snapshot.status),
+    "changes": lambda snapshot: rows.change_rows(snapshot.change_log),
+}
 
 
 def serve(
@@ -175,8 +181,8 @@ class _Overview:
         self._tables = {}
         for name in names:
             with ui.element("div").classes("tables"):
-                for title, classes in (("queues", ""), ("ledger", ""), ("processes", "wide"), ("changes", "wide")):
-                    with ui.element("div").classes(f"card {classes}"):
+                for title in _TABLES:
+                    with ui.element("div").classes("card wide" if title in ("processes", "changes") else "card"):
                         shown = title if len(names) == 1 else f"{name}: {title}"
                         ui.html(f"<h2>{shown}</h2>", sanitize=False)
                         self._tables[name, title] = ui.html("", sanitize=False).classes("scroll")
@@ -194,12 +200,11 @@ class _Overview:
         for name, snapshot in snapshots.items():
             head = tiles_html(name, snapshot.status, overview.tiles(snapshot))
             _put(self._heads[name], head)
-            _put(self._tables[name, "queues"], table_html(overview.queue_rows(snapshot)))
-            _put(self._tables[name, "ledger"], table_html(overview.ledger_rows(snapshot)))
-            _put(self._tables[name, "processes"], table_html(overview.worker_rows(snapshot)))
-            _put(self._tables[name, "changes"], table_html(overview.change_rows(snapshot)))
+            for title, table in _TABLES.items():
+                _put(self._tables[name, title], table_html(table(snapshot)))
         for element, series, names in self._charts:
-            drawn = series({name: snapshots[name] for name in names}) if all(snapshots[n].steps for n in names) else []
+            chosen = {name: snapshots[name] for name in names}
+            drawn = overview.draw(series, chosen) if all(snapshot.steps for snapshot in chosen.values()) else []
             if element.options["series"] != drawn:
                 element.options["series"] = drawn
                 element.update()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from datetime import datetime
 from html import escape
 from typing import Any
 from urllib.parse import quote
@@ -16,8 +15,10 @@ from tokenizers.decoders import DecodeStream
 
 from sluice.common.errors import ConfigError
 from sluice.dashboard.html import alarms_html, table_html
+from sluice.dashboard.rows import assignment_rows, stage_rows
+from sluice.dashboard.samples import by_function
 from sluice.dashboard.snapshots import Reader
-from sluice.dashboard.trace import read_trace
+from sluice.dashboard.trace import heading_of, read_trace, reasons_of
 
 PER_PAGE = 5
 FULL_AT = 1.0
@@ -116,9 +117,9 @@ def sample_html(sample: dict[str, Any], *, run: str, shade: str, tokenizer: Toke
 
 def _completion(c: dict[str, Any], *, shade: str, tokenizer: Tokenizer | None, versions: list[int]) -> str:
     reward = "unscored" if c["reward"] is None else f"{c['reward']:.3f}"
-    by_function = "".join(f"<span>{escape(name)} {score}</span>" for name, score in c["rewards"].items())
+    scores = "".join(f"<span>{escape(name)} {escape(str(value))}</span>" for name, value in by_function(c).items())
     stats = (
-        f'<div class="stats"><span>reward <b>{reward}</b></span>{by_function}<span>advantage {c["advantage"]:+.3f}</span>'
+        f'<div class="stats"><span>reward <b>{reward}</b></span>{scores}<span>advantage {c["advantage"]:+.3f}</span>'
         f"<span>{c['tokens']} tokens</span><span>{escape(c['finish_reason'])}</span></div>"
     )
     text = escape(c["text"])
@@ -133,14 +134,14 @@ def _tokens(c: dict[str, Any], shade: str, tokenizer: Tokenizer, versions: list[
     out = []
     for i, piece in enumerate(pieces(tokenizer, c["token_ids"].tolist())):
         if shade == "version":
-            colour, title = f"hsl({_HUES[versions.index(spans[i]) % len(_HUES)]} 70% 50% / .28)", f"version {spans[i]}"
+            colour, title = _tint_of_version(spans[i], versions), f"version {spans[i]}"
         elif shade == "sampler":
-            colour, title = _red(-float(sampled[i]) / 3), f"{sampled[i]:.3f} nats"
+            colour, title = _tint(float(sampled[i]) / 3), f"{sampled[i]:.3f} nats"
         elif trained is None:
             colour, title = "transparent", "not kept by this trainer"
         else:
             difference = float(trained[i]) - float(sampled[i])
-            colour = _red(-difference / FULL_AT) if difference < 0 else _blue(difference / FULL_AT)
+            colour = _tint(difference / FULL_AT)
             title = f"{difference:+.4f} nats (trainer {trained[i]:.3f}, sampler {sampled[i]:.3f})"
         out.append(f'<span style="background:{colour}" title="{title}">{escape(piece)}</span>')
     return "".join(out)
@@ -152,21 +153,22 @@ def pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
     return [stream.step(tokenizer, token) or "" for token in token_ids]
 
 
-def _red(share: float) -> str:
-    return f"hsl(0 75% 50% / {min(1.0, max(0.0, share)) * 0.6:.2f})"
+def _tint(share: float) -> str:
+    """Return blue for a share above 0 and red for one below, the more of it the stronger."""
+    return f"hsl({215 if share > 0 else 0} 75% 50% / {min(1.0, abs(share)) * 0.6:.2f})"
 
 
-def _blue(share: float) -> str:
-    return f"hsl(215 75% 50% / {min(1.0, max(0.0, share)) * 0.6:.2f})"
+def _tint_of_version(version: int, versions: list[int]) -> str:
+    return f"hsl({_HUES[versions.index(version) % len(_HUES)]} 70% 50% / .28)"
 
 
 def _legend(shade: str, versions: list[int]) -> str:
     if shade == "version":
-        marks = [(f"hsl({_HUES[i % len(_HUES)]} 70% 50% / .28)", f"version {v}") for i, v in enumerate(versions)]
+        marks = [(_tint_of_version(version, versions), f"version {version}") for version in versions]
     elif shade == "difference":
-        marks = [(_red(1), f"trainer finds it less likely by {FULL_AT:g} nat"), (_blue(1), "more likely")]
+        marks = [(_tint(-1), f"trainer finds it less likely by {FULL_AT:g} nat"), (_tint(1), "more likely")]
     elif shade == "sampler":
-        marks = [(_red(1), "the sampler found it unlikely: -3 nats"), (_red(0.33), "-1")]
+        marks = [(_tint(-1), "the sampler found it unlikely: -3 nats"), (_tint(-0.33), "-1")]
     else:
         return ""
     body = "".join(f'<span><i style="background:{colour}"></i>{text}</span>' for colour, text in marks)
@@ -189,21 +191,8 @@ def _trace_html(reader: Reader, group: str) -> str:
         trace = read_trace(reader.client, reader.run.keys, group)
     except (ConfigError, redis.RedisError) as error:
         return alarms_html([str(error)])
-    stages = [
-        {
-            "stage": stage["what"],
-            "at": f"{datetime.fromtimestamp(stage['at']):%H:%M:%S.%f}"[:-3],
-            "since start": f"{stage['since_start_s']:.3f} s",
-            "since the one before": f"{stage['since_last_s']:.3f} s",
-        }
-        for stage in trace["stages"]
-    ]
-    assignments = [{name.replace("_", " "): value for name, value in stage.items()} for stage in trace["assignments"]]
-    where = f"step {trace['step']}" if "step" in trace else f"stage {trace['stage']}"
-    version = "" if trace["version"] is None else f" · policy version {trace['version']}"
-    reasons = [f"{name}: {trace[name]}" for name in ("dead_reason", "dead_detail", "last_error") if name in trace]
     return (
-        f'<div class="card"><h2>group {escape(group)} · {escape(trace["where"])} · {escape(where)}{version}</h2>'
-        f'<div class="scroll">{table_html(stages)}</div>{alarms_html(reasons)}</div>'
-        f'<div class="card"><h2>stages</h2><div class="scroll">{table_html(assignments)}</div></div>'
+        f'<div class="card"><h2>{escape(" · ".join(heading_of(trace)))}</h2>'
+        f'<div class="scroll">{table_html(stage_rows(trace))}</div>{alarms_html(reasons_of(trace))}</div>'
+        f'<div class="card"><h2>stages</h2><div class="scroll">{table_html(assignment_rows(trace))}</div></div>'
     )

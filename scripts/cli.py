@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from itertools import chain
+from typing import Any, TextIO, cast
 
 import click
 import redis
 
 from sluice.common.errors import SluiceError
-from sluice.scripts.commands.control import drain, pause, resume, set_
-from sluice.scripts.commands.dashboard import dashboard
-from sluice.scripts.commands.dead import dead
+from sluice.scripts.commands.control import drain, evaluate, pause, resume, set_
+from sluice.scripts.commands.convert import export, replay
 from sluice.scripts.commands.doctor import doctor
-from sluice.scripts.commands.evaluate import evaluate
-from sluice.scripts.commands.export import export
-from sluice.scripts.commands.ledger import ledger
-from sluice.scripts.commands.metrics import metrics
+from sluice.scripts.commands.look import dead, ledger, samples, status, trace
 from sluice.scripts.commands.plan import plan
-from sluice.scripts.commands.replay import replay
-from sluice.scripts.commands.role import train, worker
-from sluice.scripts.commands.run import create, run
+from sluice.scripts.commands.run import create, run, train, worker
 from sluice.scripts.commands.runs import runs
-from sluice.scripts.commands.samples import samples
+from sluice.scripts.commands.serve import dashboard, metrics
 from sluice.scripts.commands.sft import sft
-from sluice.scripts.commands.status import status
-from sluice.scripts.commands.trace import trace
+from sluice.scripts.options import Unread
 
 SECTIONS = {
     "Run": (run, sft, create, worker, train, plan, doctor),
@@ -55,24 +49,29 @@ def cli() -> None:
     """
 
 
-for _commands in SECTIONS.values():
-    for _command in _commands:
-        cli.add_command(_command)
+for _command in chain.from_iterable(SECTIONS.values()):
+    cli.add_command(_command)
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Entry point: Sluice's own errors become one paragraph and exit code 2."""
+    """Entry point. What is wrong outside of Sluice is one paragraph and exit code 2; Ctrl-C ends with 130."""
+    sys.stderr = cast(TextIO, Unread(sys.stderr))
     try:
-        return cli.main(args=argv, prog_name="sluice")
+        return cli.main(args=argv, prog_name="sluice", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort as abort:  # Ctrl-C, or a question that was answered with no
+        sys.exit(130 if isinstance(abort.__cause__, KeyboardInterrupt) else 1)
     except SluiceError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        text = str(error)
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        click.echo(f"error: Redis became unavailable: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        text = f"Redis became unavailable: {error}"
+    except OSError as error:  # a full disk, a folder without the right to write, no more processes or open files
+        text = f"{error.filename}: {error.strerror}" if error.filename else f"the system refused: {error}"
+    click.echo(f"error: {text}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

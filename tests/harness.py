@@ -12,10 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import psutil
 import yaml
 
@@ -113,15 +115,8 @@ def running(argv: list[str], *, cwd: Path, log: Path, **env: str) -> Iterator[Pr
         process: Process = fork_server().fork(command)
     else:
         with log.open("ab") as output:
-            process = subprocess.Popen(
-                argv,
-                cwd=cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            process = subprocess.Popen(argv, cwd=cwd, env=env, start_new_session=True, **streams)
     try:
         yield process
     finally:
@@ -134,31 +129,26 @@ def running(argv: list[str], *, cwd: Path, log: Path, **env: str) -> Iterator[Pr
                 child.kill()
 
 
-@contextlib.contextmanager
-def running_sluice(*arguments: str, cwd: Path, **env: str) -> Iterator[Process]:
+def running_sluice(*arguments: str, cwd: Path, **env: str) -> AbstractContextManager[Process]:
     """`sluice ...` in the background; its output is in cwd/output.log."""
-    with running(
-        [sys.executable, "-m", "sluice.scripts.cli", *arguments], cwd=cwd, log=cwd / "output.log", **env
-    ) as process:
-        yield process
+    argv = [sys.executable, "-m", "sluice.scripts.cli", *arguments]
+    return running(argv, cwd=cwd, log=cwd / "output.log", **env)
 
 
-@contextlib.contextmanager
-def worker(queue: str, *, cwd: Path, **env: str) -> Iterator[Process]:
+def worker(queue: str, *, cwd: Path, **env: str) -> AbstractContextManager[Process]:
     """A worker started with the plain Celery command, in a folder that is not the project's."""
     argv = [sys.executable, "-m", "celery", "-A", "sluice", "worker", "-Q", queue, "--loglevel", "INFO"]
-    with running(argv, cwd=cwd, log=cwd / f"{queue}.log", **env) as process:
-        yield process
+    return running(argv, cwd=cwd, log=cwd / f"{queue}.log", **env)
 
 
-@contextlib.contextmanager
-def trainer(folder: Path, env: dict[str, str], *, kill_at: tuple[str, str, int] | None = None) -> Iterator[Any]:
+def trainer(
+    folder: Path, env: dict[str, str], *, kill_at: tuple[str, str, int] | None = None
+) -> AbstractContextManager[Any]:
     """The trainer daemon of a run; with `kill_at` it dies by SIGKILL at that place (tests/kill_at.py)."""
     argv = [sys.executable, "-m", "sluice.trainer"]
     if kill_at:
         argv = [sys.executable, KILL_AT, *map(str, kill_at), "sluice.trainer"]
-    with running(argv, cwd=folder, log=folder / "trainer.log", **env) as process:
-        yield process
+    return running(argv, cwd=folder, log=folder / "trainer.log", **env)
 
 
 def create_run(folder: Path, url: str, *, name: str = "roles", **overrides: Any) -> dict[str, str]:
@@ -181,10 +171,8 @@ def workers(folder: Path, env: dict[str, str], *queues: str) -> Iterator[list[Pr
 
 def counters_of(env: dict[str, str]) -> Counters:
     """Return the training counters of a run."""
-    client = connect(env["SLUICE_REDIS_URL"])
-    counters = read_counters(client, open_run(client, env["SLUICE_RUN"]).keys)
-    client.close()
-    return counters
+    with contextlib.closing(connect(env["SLUICE_REDIS_URL"])) as client:
+        return read_counters(client, open_run(client, env["SLUICE_RUN"]).keys)
 
 
 def assert_trained_once(run_folder: Path, steps: int, *, groups_per_step: int = 8) -> None:
@@ -258,7 +246,21 @@ def metrics_lines(run_folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def wait_for_steps(folder: Path, number: int) -> None:
+    """Wait until the one run in this folder has trained so many steps."""
+    wait_for(
+        lambda: sum(len(metrics_of(run)) for run in folder.glob("runs/*")) >= number, timeout=90, what=f"{number} steps"
+    )
+
+
 def only_run(folder: Path) -> Path:
     """The one run folder under runs/."""
     (found,) = [path.parent for path in (folder / "runs").glob("*/config.yaml")]
     return found
+
+
+def every_command(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Yield a command and all below it, each by the words that follow `sluice`."""
+    yield path, group
+    for name, child in group.commands.items() if isinstance(group, click.Group) else ():
+        yield from every_command(child, (*path, name))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import random
 from itertools import pairwise
-from typing import Any
 
-import pytest
 import redis
 from builders import for_each, make_config, make_ledger, publish_policy
 
@@ -37,7 +35,7 @@ class Queue:
         before = self.state
         load = Load(pending=pending, waiting=pending, done={"w": self.done}, busy=self.busy, is_held=self.is_held)
         self.state = step(before, load, bounds=self.bounds, settings=self.settings, now=self.now)
-        assert Scale.from_json(self.state.to_json()) == self.state
+        assert Scale.model_validate_json(self.state.model_dump_json()) == self.state
         if before and before.desired != self.state.desired:
             self.changes.append((self.now, before.desired, self.state.desired))
         self.now += 1.0
@@ -80,47 +78,43 @@ def test_a_load_within_the_tolerance_changes_nothing() -> None:
     assert len(queue.changes) == before
 
 
-def test_never_more_workers_than_groups_may_be_in_flight() -> None:
-    queue = Queue(Bounds(min=1, max=100, concurrency=1, in_flight=6))
-    assert max(queue.hold(500, seconds=60)) == 6
-    assert max(Queue(Bounds(min=8, max=100, concurrency=1, in_flight=6)).hold(500, seconds=60)) == 8
+PHASES: list[tuple[Bounds, list[tuple[int, int, int, int]]]] = [
+    # never more workers than groups that may be in flight, but for the minimum
+    (Bounds(min=1, max=100, concurrency=1, in_flight=6), [(500, 60, 0, 6)]),
+    (Bounds(min=8, max=100, concurrency=1, in_flight=6), [(500, 60, 0, 8)]),
+    # 40 a second with 8 pending: a stage is finished in 0.2 s (Little), and another worker would gain nothing
+    (BOUNDS, [(8, 120, 40, 1)]),
+    (BOUNDS, [(8, 120, 2, 4)]),
+    # from none the first stage calls a worker at once
+    (Bounds(min=0, max=2, concurrency=16, in_flight=32), [(0, 10, 0, 0), (1, 1, 0, 1), (0, 90, 0, 0)]),
+    # a fixed number
+    (Bounds(min=3, max=3, concurrency=1, in_flight=16), [(50, 60, 0, 3)]),
+]
+"""Bounds; (pending, seconds, finished a second, workers at the end) of each phase."""
 
 
-def test_parts_that_pass_quickly_call_for_nobody() -> None:
-    """40 a second with 8 pending: a stage is finished in 0.2 s (Little), and another worker would gain nothing."""
-    assert set(Queue().hold(8, seconds=120, done=40)[20:]) == {1}
-    assert Queue().hold(8, seconds=120, done=2)[-1] == 4
+@for_each(("bounds", "phases"), PHASES)
+def test_the_number_that_a_load_calls_for(bounds: Bounds, phases: list[tuple[int, int, int, int]]) -> None:
+    queue = Queue(bounds)
+    for pending, seconds, done, expected in phases:
+        wanted = queue.hold(pending, seconds=seconds, done=done)
+        assert wanted[-1] == expected
+        assert not pending or set(wanted[20:]) <= {expected}, "not even for a moment"
 
 
-def test_idle_workers_call_for_nobody() -> None:
-    """What they wait for, weights for example, more of them would wait for as well."""
+def test_idle_workers_and_a_held_run_call_for_nobody() -> None:
+    """What they wait for, weights for example, more of them would wait for as well; a held run finishes what is in flight."""
     queue = Queue()
     queue.busy = 0.3
     assert queue.hold(16, seconds=90)[-1] == 1
     assert queue.state and queue.state.reason == "16.0 stages pending, but its workers are busy for 30% of their time"
     queue.busy = 0.9
     assert queue.hold(16, seconds=20)[-1] == 4
-
-
-def test_from_none_the_first_part_calls_a_worker_at_once() -> None:
-    queue = Queue(Bounds(min=0, max=2, concurrency=16, in_flight=32))
-    assert set(queue.hold(0, seconds=10)) == {0}
-    assert queue.look(1) == 1
-    assert queue.hold(0, seconds=90)[-1] == 0
-
-
-def test_a_run_that_admits_nothing_grows_nowhere_but_from_none() -> None:
     queue = Queue(Bounds(min=0, max=4, concurrency=1, in_flight=16))
     queue.is_held = True
-    assert queue.hold(16, seconds=60)[-1] == 1  # the groups in flight are still finished
+    assert queue.hold(16, seconds=60)[-1] == 1, "a first worker it gets"
     queue.is_held = False
     assert queue.hold(16, seconds=6)[-1] == 4
-
-
-def test_a_fixed_number_stays_whatever_comes() -> None:
-    queue = Queue(Bounds(min=3, max=3, concurrency=1, in_flight=16))
-    assert set(queue.hold(50, seconds=60)) == {3}
-    assert queue.state and queue.state.reason == "a fixed number"
 
 
 def test_another_process_goes_on_from_the_state() -> None:
@@ -131,12 +125,9 @@ def test_another_process_goes_on_from_the_state() -> None:
     queue.now += 100.0
     assert queue.look(0) == 4
     assert queue.hold(0, seconds=60)[-1] == 1
-
-
-def test_workers_that_restart_are_not_counted_as_work_done() -> None:
     queue = Queue()
     queue.look(4, done=500)
-    queue.done = 0
+    queue.done = 0  # a worker that restarts: what it had done is not done once more
     queue.look(4, done=1)
     assert queue.state and queue.state.done_per_s == 0.0
 
@@ -156,10 +147,8 @@ def test_noise_causes_few_changes_and_none_too_soon(seed: int) -> None:
         wanted = queue.look(max(0, round(level + rng.gauss(0, 3))), done=rng.randint(0, 3))
         assert queue.bounds.min <= wanted <= max_useful
     for (at, _, _), (following, before, after) in pairwise(queue.changes):
-        soonest = (
-            settings.cooldown_s if after < before else settings.up_after_s if before else 0.0
-        )  # from none: at once
-        assert following - at >= soonest
+        # from none: at once
+        assert following - at >= (settings.cooldown_s if after < before else settings.up_after_s if before else 0.0)
     times = [at for at, _, _ in queue.changes]
     downs = [at for at, before, after in queue.changes if after < before]
     assert len(downs) <= seconds / settings.cooldown_s
@@ -170,7 +159,7 @@ def test_noise_causes_few_changes_and_none_too_soon(seed: int) -> None:
         assert len(within) <= math.ceil(60 / settings.up_after_s) + 1
 
 
-@pytest.mark.parametrize("period", [2, 7, 20, 50])
+@for_each("period", [2, 7, 20, 50])
 def test_load_that_comes_and_goes_within_the_cooldown_does_not_flap(period: int) -> None:
     queue = Queue()
     for second in range(1200):
@@ -187,12 +176,9 @@ def test_bounds_come_from_the_config() -> None:
     assert bounds_of(evaluated)["eval"].max == 1
 
 
-def a_run(keys: Keys, **sections: Any) -> Run:
-    return Run(name=keys.run, keys=keys, config=make_config(**sections), assets={}, folder="")
-
-
 def test_a_tick_writes_what_every_queue_should_have(client: redis.Redis, keys: Keys) -> None:
-    run = a_run(keys, replicas={"reward": {"min": 2, "max": 4}})
+    config = make_config(replicas={"reward": {"min": 2, "max": 4}})
+    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder="")
     publish_policy(client, keys, 0)
     ledger = make_ledger(client, keys)
     admitted = ledger.admit(8)

@@ -50,9 +50,7 @@ class Trained:
         protected = update_best(self.folder, self.client, self.run)
 
         def write(folder: Path) -> dict[str, str]:
-            kinds = ("model", "optimizer")
-            written = [write_tensors(folder, kind, {"w": torch.zeros(2)}, rank=0) for kind in kinds]
-            return written[0] | written[1]
+            return write_tensors(folder, "model", {"w": torch.zeros(2)}, rank=0)
 
         save_checkpoint(self.folder, state, write=write, keep=1, protected=protected)
 
@@ -60,17 +58,16 @@ class Trained:
         publish_policy(self.client, self.keys, version, step=step, parent=parent)
         evaluation.request(self.client, self.keys, self.dataset, version=version)
 
-    def answer(self, version: int, *, num_correct: int) -> None:
-        """The evaluation of a version comes in."""
+    def answer(self, version: int, *, num_correct: int, is_seen: bool = True) -> None:
+        """The evaluation of a version comes in; a trainer that lives sees it."""
         groups = [f"e{version}.heldout.{i}g" for i in range(NUM_PROMPTS)]
         tasks = {group: task_payload(group) for group in groups}
         self.ledger.admit_eval(f"{version}.heldout", dataset="heldout", version=version, tasks=tasks)
         for i, group in enumerate(groups):
             self.ledger.store(group, "rollout", rollout_payload(version=version), version=version)
             self.ledger.store(group, "reward", evaluated_payload(rewards=(float(i < num_correct),)))
-
-    def settle(self) -> None:
-        settle_best(self.folder, self.client, self.run)
+        if is_seen:
+            settle_best(self.folder, self.client, self.run)
 
     def steps(self) -> list[int]:
         """Of the checkpoints on disk."""
@@ -92,15 +89,12 @@ def test_a_checkpoint_waits_for_its_result_and_the_best_one_stays(trained: Train
     assert trained.steps() == [1, 2, 3], "it is not known yet which of them is the best"
     assert trained.best() is None
     trained.answer(2, num_correct=3)
-    trained.settle()
     assert (trained.best(), trained.steps()) == ((2, 0.75), [1, 2, 3])
     trained.answer(1, num_correct=2)
-    trained.settle()
     assert (trained.best(), trained.steps()) == ((2, 0.75), [2, 3])
     trained.step(4)
     trained.answer(3, num_correct=1)
     trained.answer(4, num_correct=4)
-    trained.settle()
     assert (trained.best(), trained.steps()) == ((4, 1.0), [4])
     assert json.loads((trained.folder / "best").read_text()) == {
         "step": 4, "version": 4, "evaluated_version": 4, "metric": "heldout/pass@1", "value": 1.0,
@@ -112,14 +106,11 @@ def test_of_equal_checkpoints_the_earliest_is_the_best_whichever_result_came_fir
     for step in (1, 2):
         trained.step(step)
     trained.answer(2, num_correct=3)
-    trained.settle()
     assert trained.best() == (2, 0.75)
     trained.answer(1, num_correct=3)
-    trained.settle()
     assert trained.best() == (1, 0.75)
     trained.step(3)
     trained.answer(3, num_correct=3)
-    trained.settle()
     assert (trained.best(), trained.steps()) == ((1, 0.75), [1, 3])
 
 
@@ -127,16 +118,14 @@ def test_a_result_that_comes_in_while_no_trainer_lives_counts_after_the_resume(t
     for step in (1, 2):
         trained.step(step)
     trained.answer(2, num_correct=1)
-    trained.settle()
     trained.publish(3, step=3)  # asked for, and killed before the checkpoint of step 3
-    trained.answer(1, num_correct=2)
-    trained.answer(3, num_correct=4)
+    trained.answer(1, num_correct=2, is_seen=False)
+    trained.answer(3, num_correct=4, is_seen=False)
     resumed = Trained(trained.client, trained.run)
     resumed.publish(4, step=2, parent=2)  # continues from step 2
     resumed.step(3, version=5, parent=4)
     assert resumed.best() == (1, 0.5), "what version 3 reached is in no checkpoint"
     resumed.answer(5, num_correct=3)
-    resumed.settle()
     assert (resumed.best(), resumed.steps()) == ((3, 0.75), [3])
 
 
@@ -150,7 +139,6 @@ def test_the_evaluation_of_a_policy_published_again_speaks_for_its_checkpoint(tr
     trained.step(4, version=4, parent=3)
     assert trained.steps() == [1, 2, 4], "the evaluation of version 3 is awaited"
     trained.answer(3, num_correct=4)
-    trained.settle()
     best = read_best(trained.folder)
     assert best is not None
     assert (best.step, best.version, best.evaluated_version, best.value) == (2, 2, 3, 1.0)
@@ -159,7 +147,6 @@ def test_the_evaluation_of_a_policy_published_again_speaks_for_its_checkpoint(tr
 def test_a_best_checkpoint_outlives_its_result_in_redis(trained: Trained) -> None:
     trained.step(1)
     trained.answer(1, num_correct=3)
-    trained.settle()
     trained.client.delete(trained.keys.evaluation("1.heldout"))
     trained.step(2)
     trained.answer(2, num_correct=2)
@@ -170,10 +157,8 @@ def test_a_best_checkpoint_outlives_its_result_in_redis(trained: Trained) -> Non
 def test_a_step_that_was_trained_again_is_not_judged_by_its_earlier_life(trained: Trained) -> None:
     trained.step(1)
     trained.answer(1, num_correct=4)
-    trained.settle()
     trained.step(1, version=2, parent=0)  # its checkpoint was damaged
     trained.answer(2, num_correct=2)
-    trained.settle()
     assert trained.best() == (1, 0.5)
 
 
@@ -199,7 +184,6 @@ def test_without_keep_best_nothing_stays_and_the_export_says_what_it_needs(
     for step in (1, 2, 3):
         trained.step(step)
     trained.answer(2, num_correct=4)
-    trained.settle()
     assert (trained.best(), trained.steps()) == (None, [3])
     with pytest.raises(ConfigError, match="names no best checkpoint: it needs"):
         best_step(trained.folder)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from builders import for_each, micro_batch
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from builders import for_each, micro_batch, tiny_qwen
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sluice.common.config import Config
 from sluice.common.config.file import load_config
@@ -24,7 +24,6 @@ from sluice.trainer.checkpoint import (
     save_checkpoint,
 )
 from sluice.trainer.loss import policy_loss
-from sluice.trainer.micro_batches import MicroBatch
 from sluice.trainer.trained_policy import MAX_SKIPPED, TrainedPolicy, schedule_factor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,35 +33,22 @@ def config(**trainer: object) -> Config:
     return load_config(ROOT / "config/quickstart.yaml", [f"trainer.{key}={value}" for key, value in trainer.items()])
 
 
-def new_policy(seed: int = 0, **trainer: object) -> TrainedPolicy:
-    torch.manual_seed(seed)
-    shape = Qwen3Config(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
-    )  # fmt: skip
-    return TrainedPolicy.of_run(Qwen3ForCausalLM(shape), config(**{"loss": "{kl_beta: 0.0}", **trainer}))
+def new_policy(**trainer: object) -> TrainedPolicy:
+    return TrainedPolicy.of_run(tiny_qwen(), config(**{"loss": "{kl_beta: 0.0}", **trainer}))
 
 
-def save(folder: Path, policy: TrainedPolicy, step: int, *, keep: int = 2) -> Path:
-    state = TrainerState(step=step, version=step + 3, cursor=17, random_state=random_state(), trained_groups=["t1"])
-    return save_checkpoint(folder, state, write=policy.save, keep=keep)
+def assert_same_weights(policy: TrainedPolicy, expected: dict[str, torch.Tensor], *, atol: float = 0.0) -> None:
+    torch.testing.assert_close(policy.snapshot(torch.float32), expected, rtol=0, atol=atol)
 
 
-def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    straight, first = new_policy(), new_policy()
-    for step in range(1, 7):
-        straight.optimize([micro_batch(step)], step=step)
-    for step in range(1, 4):
-        first.optimize([micro_batch(step)], step=step)
-    save(tmp_path, first, 3)
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.state.step == 3 and found.state.version == 6
-    second = new_policy(seed=99)  # other weights, all replaced
-    second.restore(found.path)
-    for step in range(4, 7):
-        second.optimize([micro_batch(step)], step=step)
-    for (name, a), b in zip(straight.model.named_parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+def save(folder: Path, *steps: int) -> Path:
+    """Write a checkpoint of each step; the last one's folder."""
+    policy = new_policy()
+    policy.optimize([micro_batch(0)], step=1)
+    for step in steps:
+        state = TrainerState(step=step, version=step + 3, cursor=17, random_state=random_state())
+        path = save_checkpoint(folder, state, write=policy.save, keep=2)
+    return path
 
 
 def test_random_state_comes_back() -> None:
@@ -74,10 +60,7 @@ def test_random_state_comes_back() -> None:
 
 
 def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path) -> None:
-    policy = new_policy()
-    policy.optimize([micro_batch(0)], step=1)
-    for step in (1, 2, 3):
-        save(tmp_path, policy, step, keep=2)
+    save(tmp_path, 1, 2, 3)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
     assert (tmp_path / "latest").read_text() == "step-00000003"
     assert not list(tmp_path.glob(".tmp-*"))
@@ -87,10 +70,7 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(tmp_path: Path) -> N
 def test_a_torn_checkpoint_is_skipped_with_a_warning(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy = new_policy()
-    policy.optimize([micro_batch(0)], step=1)
-    save(tmp_path, policy, 1)
-    torn = save(tmp_path, policy, 2) / name
+    torn = save(tmp_path, 1, 2) / name
     torn.write_bytes(torn.read_bytes()[:-20])
     with caplog.at_level(logging.WARNING, logger="sluice.checkpoint"):
         found = newest_checkpoint(tmp_path)
@@ -98,34 +78,11 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning(
     assert "step-00000002 is damaged and skipped" in caplog.text
 
 
-def test_a_crash_before_the_rename_leaves_the_one_before(tmp_path: Path) -> None:
-    save(tmp_path, new_policy(), 1)
-    (tmp_path / ".tmp-step-00000002-1").mkdir()
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.state.step == 1
-
-
 def test_a_missing_step_names_those_there_are(tmp_path: Path) -> None:
-    save(tmp_path, new_policy(), 4)
+    save(tmp_path, 4)
     with pytest.raises(ConfigError, match=r"no checkpoint of step 9.*steps there: 4"):
         checkpoint_at(tmp_path, 9)
     assert checkpoint_at(tmp_path, None).state.step == 4
-
-
-def test_the_split_into_micro_batches_changes_no_weight() -> None:
-    full, halves = new_policy(), new_policy()
-    batch = micro_batch(1)
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "ref_logprobs"}
-    halves_of = [
-        {name: tensor[rows] for name, tensor in tensors.items() if tensor is not None}
-        for rows in (slice(0, 2), slice(2, 4))
-    ]
-    parts = [MicroBatch(ref_logprobs=None, **half) for half in halves_of]
-    a = full.optimize([batch], step=1)
-    b = halves.optimize(parts, step=1)
-    assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-6)
-    for x, y in zip(full.model.parameters(), halves.model.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
 
 
 def test_a_step_reports_loss_entropy_and_every_off_policy_metric() -> None:
@@ -144,7 +101,7 @@ def test_a_wholly_masked_batch_moves_no_weight_and_its_metrics_are_finite() -> N
     metrics = policy.optimize([replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))], step=1)
     assert metrics["loss/policy"] == metrics["grad_norm"] == metrics["entropy"] == 0.0
     assert all(math.isfinite(value) for value in metrics.values())
-    assert all(torch.equal(before[name], weight) for name, weight in policy.snapshot(torch.float32).items())
+    assert_same_weights(policy, before)
 
 
 @for_each(
@@ -175,26 +132,18 @@ def test_iterations_of_decoupled_clip_against_the_first_one() -> None:
     assert once.optimize([micro_batch(1)], step=1)["clip_ratio/high"] == 0.0
     assert thrice.optimize([micro_batch(1)], step=1)["clip_ratio/high"] > 0.2
     by_hand = new_policy(**settings)
-    batch = micro_batch(1)
-    with torch.no_grad():
-        prox, _ = by_hand._scorer(batch.input_ids, batch.prompt_lengths, batch.completion_lengths)
+    batch, prox = micro_batch(1), None
     for _ in range(3):
         logprobs, _ = by_hand._scorer(batch.input_ids, batch.prompt_lengths, batch.completion_lengths)
-        loss, _ = policy_loss(
-            by_hand.config.loss,
-            policy_logprobs=logprobs,
-            rollout_logprobs=batch.rollout_logprobs,
-            advantages=batch.advantages,
-            loss_mask=batch.loss_mask,
-            prox_logprobs=prox,
-        )
+        prox = logprobs.detach() if prox is None else prox
+        config = by_hand.config.loss
+        loss, _ = policy_loss(config, policy_logprobs=logprobs, **batch.loss_inputs, prox_logprobs=prox)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(by_hand.model.parameters(), 1.0)
         by_hand.optimizer.param_groups[0]["lr"] = by_hand.optimizer.param_groups[1]["lr"] = 0.05
         by_hand.optimizer.step()
         by_hand.optimizer.zero_grad()
-    for x, y in zip(thrice.model.parameters(), by_hand.model.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+    assert_same_weights(thrice, by_hand.snapshot(torch.float32), atol=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_many_end_training(caplog: pytest.LogCaptureFixture) -> None:
@@ -202,7 +151,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_many_end_training(caplo
     before = policy.snapshot(torch.float32)
     bad = replace(micro_batch(0), advantages=torch.tensor([torch.nan, 1.0, 1.0, 1.0]))
     assert policy.optimize([bad], step=1)["optimizer/skipped_in_a_row"] == 1
-    assert all(weight.equal(before[name]) for name, weight in policy.snapshot(torch.float32).items())
+    assert_same_weights(policy, before)
     assert "step 1: the gradient is not finite" in caplog.text
     assert policy.optimize([micro_batch(0)], step=2)["optimizer/skipped_in_a_row"] == 0
     assert all(weight.isfinite().all() for weight in policy.snapshot(torch.float32).values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from builders import admit_one, make_config, make_ledger, publish_policy, task_payload
+from builders import make_config, push_group, started_ledger
 from harness import environment, running, wait_for
 
 from sluice.common.config import Config
@@ -41,20 +41,12 @@ def config() -> Config:
     return make_config(lease={"running_s": LEASE_S, "queued_s": 0.2})
 
 
-def held_until(client: redis.Redis, keys: Keys) -> float:
-    """When the lease on the group ends, or -1."""
-    deadline = client.zscore(keys.deadlines, "t0|rollout")
-    return -1.0 if deadline is None else float(deadline) / 1000
-
-
 def test_a_process_whose_engine_hangs_ends_itself(
     client: redis.Redis, keys: Keys, config: Config, redis_url: str, tmp_path: Path
 ) -> None:
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"running_s": LEASE_S, "queued_s": 0.2})
-    group_id = admit_one(ledger)
-    ledger.store(group_id, "task", task_payload(group_id))
+    ledger = started_ledger(client, keys, lease=config.lease.model_dump())
+    push_group(ledger, until="task")
     argv = [sys.executable, "-c", CHILD.format(run=keys.run, works_s=1.0)]
     env = environment(SLUICE_REDIS_URL=redis_url, SLUICE_RUN=keys.run)
     log = tmp_path / "child.log"
@@ -63,7 +55,7 @@ def test_a_process_whose_engine_hangs_ends_itself(
 
         def ended() -> bool:
             if client.hexists(keys.group("t0"), "by:rollout"):
-                ends.append(held_until(client, keys))
+                ends.append(float(client.zscore(keys.deadlines, "t0|rollout") or 0) / 1000)
             return process.poll() is not None
 
         wait_for(ended, timeout=30, what="a process without progress to end itself")
@@ -71,7 +63,7 @@ def test_a_process_whose_engine_hangs_ends_itself(
     hang_at = float(log.read_text().split()[0])
     assert max(ends) > hang_at, "the lease was renewed while there was progress"
     assert max(ends) < hang_at + 1.5 * LEASE_S, "the lease ends one lease after the last progress"
-    assert "no progress for" in (tmp_path / "child.log").read_text()
+    assert "no progress for" in log.read_text()
     assert ledger.reap() == [("t0", "rollout", "train")], "another worker gets the group"
 
 
@@ -99,7 +91,7 @@ def test_a_part_that_wants_to_be_alone_waits_for_those_inside_and_goes_before_ne
 
     def be(name: str, *, exclusive: bool) -> threading.Thread:
         def enter() -> None:
-            with lock.exclusive() if exclusive else lock.shared():
+            with lock.held(exclusive=exclusive):
                 order.append(name)
                 assert leave.wait(10)
 
@@ -122,10 +114,10 @@ def test_a_part_that_wants_to_be_alone_waits_for_those_inside_and_goes_before_ne
 
 def test_whoever_does_not_get_in_is_told_so_and_blocks_nobody_afterwards() -> None:
     lock = ExecutionLock(wait_s=0.05)
-    with lock.shared() as acquired, lock.exclusive() as is_alone:
+    with lock.held(exclusive=False) as acquired, lock.held(exclusive=True) as is_alone:
         assert acquired
         assert not is_alone
-        with lock.shared() as is_beside:
+        with lock.held(exclusive=False) as is_beside:
             assert not is_beside, "it still wants to be alone"
-    with lock.exclusive() as is_alone:
+    with lock.held(exclusive=True) as is_alone:
         assert is_alone

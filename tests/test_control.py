@@ -1,14 +1,19 @@
-"""Orders to a run: what is refused, what is recorded, what two operators at once leave, and what the ledger does then."""
+"""Orders to a run: what is refused, what is recorded, what two operators at once leave, what ledger and trainer do then."""
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
-from builders import admit_one, make_config, make_ledger, publish_policy, push_group
+from builders import admit_one, for_each, make_config, publish_policy, push_group
 
 from sluice.common.connections.client import connect
 from sluice.common.errors import ConfigError
@@ -18,6 +23,8 @@ from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.monitoring.diagnosis import diagnose
 from sluice.common.operations import control
 from sluice.common.run import Run, RunRecord, create_run, open_run
+from sluice.trainer.control_state import ControlReader
+from sluice.trainer.step_metrics import append_line
 
 
 @pytest.fixture
@@ -28,10 +35,35 @@ def client(server_flavours: str) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def run(client: redis.Redis, keys: Keys) -> Iterator[Run]:
+def run(client: redis.Redis, keys: Keys, tmp_path: Path) -> Iterator[Run]:
     config = make_config(replay_buffer={"batch_size": 2, "max_policy_age": 1}, trainer={"seq_len": 16, "num_steps": 50})
-    yield create_run(client, keys.run, config, assets={}, folder="runs/x")
+    yield create_run(client, keys.run, config, assets={}, folder=str(tmp_path / "not there yet"))
     client.hdel(RUNS, keys.run)
+
+
+@pytest.fixture
+def ledger(client: redis.Redis, run: Run) -> Ledger:
+    """Of that run, with policy 0 published."""
+    publish_policy(client, run.keys, 0)
+    return Ledger(client, run.keys, run.config, worker="w")
+
+
+def at_once(url: str, act: Callable[[redis.Redis, int], Any], *, count: int) -> tuple[list[Any], list[ConfigError]]:
+    """Do it in so many threads, each with a connection of its own. Returns what was done, and what was refused."""
+    barrier = threading.Barrier(count)
+
+    def one(number: int) -> Any:
+        with connect(url) as own:
+            barrier.wait(10)
+            try:
+                return act(own, number)
+            except ConfigError as error:
+                return error
+
+    with ThreadPoolExecutor(count) as pool:
+        results = list(pool.map(one, range(count), timeout=60))
+    refused = [result for result in results if isinstance(result, ConfigError)]
+    return [result for result in results if result not in refused], refused
 
 
 def change_log(client: redis.Redis, run: Run) -> list[tuple[str, str, str, str]]:
@@ -41,9 +73,8 @@ def change_log(client: redis.Redis, run: Run) -> list[tuple[str, str, str, str]]
 
 def test_a_setting_is_in_the_effective_config_and_the_stored_one_stays(client: redis.Redis, run: Run) -> None:
     stored = client.hget(run.keys.run_record, "config")
-    publish_policy(client, run.keys, 0)
-    publish_policy(client, run.keys, 1)
-    publish_policy(client, run.keys, 2)
+    for version in range(3):
+        publish_policy(client, run.keys, version)
     control.change(client, run, ["max_policy_age=3", "trainer.learning_rate=2e-6"], who="alice")
     config = control.effective(client, run)
     assert config.replay_buffer.max_policy_age == 3
@@ -68,16 +99,13 @@ def test_the_same_order_twice_is_one_change_and_the_stored_value_is_no_override(
     assert change_log(client, run)[-1] == ("b", "sampling.temperature", "0.7", "1.0")
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("assignment", "message"),
     [
         ("max_policy_age=-1", "replay_buffer.max_policy_age = -1: Input should be greater than or equal to 0"),
         ("sampling.temperature=11", "sampling.temperature = 11: Input should be less than or equal to 10"),
         ("sampling.temperature=0", "nothing would be learned"),
-        (
-            "sampling.group_size=4",
-            "sampling.group_size cannot be changed during a run; these can: replay_buffer.max",
-        ),
+        ("sampling.group_size=4", "group_size cannot be changed during a run; these can: replay_buffer.max"),
         ("trainer.lerning_rate=1", "cannot be changed"),
         ("trainer.loss.kl_beta=0.1", "whether references are computed"),
         ("trainer.num_steps=3", "step 3 is trained already"),
@@ -102,44 +130,27 @@ def test_vllm_gets_no_temperature_that_it_refuses(client: redis.Redis, keys: Key
         control.change(client, run, ["sampling.temperature=3"], who="a")
 
 
-@pytest.mark.parametrize("order", [control.pause, control.drain, control.resume])
-def test_a_run_that_has_ended_takes_no_orders(client: redis.Redis, run: Run, order) -> None:
+def test_a_run_that_has_ended_takes_no_orders(client: redis.Redis, run: Run) -> None:
+    change = partial(control.change, assignments=["sampling.top_p=0.9"])
     RunRecord(client, run.keys).set_status("finished")
-    with pytest.raises(ConfigError, match="is finished: there is nothing to change"):
-        order(client, run, who="a")
-    with pytest.raises(ConfigError, match="is finished"):
-        control.change(client, run, ["sampling.top_p=0.9"], who="a")
-    client.delete(run.keys.run_record)
-    with pytest.raises(ConfigError, match="is gone"):
-        order(client, run, who="a")
+    for state in ("finished", "gone"):
+        for order in (control.pause, control.drain, control.resume, change):
+            with pytest.raises(ConfigError, match=f"is {state}: there is nothing to change"):
+                order(client, run, who="a")
+        client.delete(run.keys.run_record)
 
 
 def test_operators_at_once_lose_no_change_and_break_no_rule(
     server_flavours: str, client: redis.Redis, run: Run
 ) -> None:
     """What a change calls old is what the change before it calls new, and the last one holds."""
-    refused = []
 
-    def set_many(number: int) -> None:
-        own = connect(server_flavours)
+    def set_many(own: redis.Redis, number: int) -> None:
         for value in range(1, 6):
-            try:
-                control.change(
-                    own,
-                    run,
-                    [f"sampling.top_k={number * 10 + value}", f"trainer.max_grad_norm={value}"],
-                    who=str(number),
-                )
-            except ConfigError as error:
-                refused.append(error)
-        own.close()
+            settings = [f"sampling.top_k={number * 10 + value}", f"trainer.max_grad_norm={value}"]
+            control.change(own, run, settings, who=str(number))
 
-    threads = [threading.Thread(target=set_many, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not refused
+    assert at_once(server_flavours, set_many, count=4)[1] == []
     changes = [(key, old, new) for _, key, old, new in change_log(client, run)]
     for name in ("sampling.top_k", "trainer.max_grad_norm"):
         values = [(old, new) for key, old, new in changes if key == name]
@@ -162,9 +173,7 @@ def test_a_change_is_judged_again_when_another_came_first(client: redis.Redis, r
     assert (config.sampling.top_p, config.sampling.top_k) == (0.5, 7)
 
 
-def test_a_paused_run_admits_nothing_and_says_who_paused_it(client: redis.Redis, run: Run) -> None:
-    ledger = Ledger(client, run.keys, run.config, worker="w")
-    publish_policy(client, run.keys, 0)
+def test_a_paused_run_admits_nothing_and_says_who_paused_it(client: redis.Redis, run: Run, ledger: Ledger) -> None:
     admit_one(ledger)
     assert control.pause(client, run, who="alice")
     assert not control.pause(client, run, who="bob")
@@ -180,9 +189,7 @@ def test_a_paused_run_admits_nothing_and_says_who_paused_it(client: redis.Redis,
     assert change_log(client, run) == [("alice", "paused", "false", "true"), ("bob", "paused", "true", "false")]
 
 
-def test_a_drain_lifts_a_pause_and_a_resumption_lifts_both(client: redis.Redis, run: Run) -> None:
-    ledger = Ledger(client, run.keys, run.config, worker="w")
-    publish_policy(client, run.keys, 0)
+def test_a_drain_lifts_a_pause_and_a_resumption_lifts_both(client: redis.Redis, run: Run, ledger: Ledger) -> None:
     control.pause(client, run, who="a")
     control.drain(client, run, who="b")
     control_state = control.read_control_state(client, run.keys)
@@ -195,17 +202,22 @@ def test_a_drain_lifts_a_pause_and_a_resumption_lifts_both(client: redis.Redis, 
     admit_one(ledger)
 
 
-def test_a_higher_bound_admits_more_and_a_lower_one_drops_what_is_too_old(client: redis.Redis, run: Run) -> None:
-    ledger = Ledger(client, run.keys, run.config, worker="w")
+def test_a_higher_bound_admits_more_and_a_lower_one_drops_what_is_too_old(
+    client: redis.Redis, run: Run, ledger: Ledger
+) -> None:
     buffer = ReplayBuffer(ledger, groups_per_step=2, max_policy_age=1)
-    publish_policy(client, run.keys, 0)
     assert len(ledger.admit(100).cursors) == 4
     ledger.config = control.change(client, run, ["max_policy_age=2"], who="a")
     assert len(ledger.admit(100).cursors) == 2
-    for cursor in range(6):
+    for cursor in range(5):
         push_group(ledger, group_id=f"t{cursor}")
+    assert buffer.num_untrained() == 6, "all that no batch holds: in the buffer and in flight"
+    push_group(ledger, group_id="t5")
     publish_policy(client, run.keys, 1)
     assert buffer.sample(1, step=1).groups is not None
+    assert buffer.num_untrained() == 4
+    buffer.acknowledge(1)
+    assert buffer.num_untrained() == 4
     publish_policy(client, run.keys, 2)
     buffer.max_policy_age = control.change(client, run, ["max_policy_age=1"], who="a").replay_buffer.max_policy_age
     sample = buffer.sample(2, step=2)
@@ -213,42 +225,51 @@ def test_a_higher_bound_admits_more_and_a_lower_one_drops_what_is_too_old(client
     assert ledger.counters().holds
 
 
-def test_what_no_batch_holds_is_untrained(client: redis.Redis, keys: Keys) -> None:
-    ledger = make_ledger(client, keys, replay_buffer={"batch_size": 2, "max_policy_age": 3})
-    buffer = ReplayBuffer(ledger, groups_per_step=2, max_policy_age=3)
-    publish_policy(client, keys, 0)
-    for _ in range(5):
-        push_group(ledger)
-    admit_one(ledger)
-    assert buffer.num_untrained() == 6
-    buffer.sample(0, step=1)
-    assert buffer.num_untrained() == 4
-    buffer.acknowledge(1)
-    assert buffer.num_untrained() == 4
+def test_two_creators_of_one_name_make_one_run(server_flavours: str, client: redis.Redis, keys: Keys) -> None:
+    def create(own: redis.Redis, seed: int) -> Run:
+        return create_run(own, keys.run, make_config(seed=seed), assets={}, folder=f"runs/{seed}")
 
-
-def test_two_creators_of_one_name_make_one_run(server_flavours: str, keys: Keys) -> None:
-    configs = [make_config(seed=seed) for seed in range(8)]
-    made, refused = [], []
-    barrier = threading.Barrier(len(configs))
-
-    def create(seed: int) -> None:
-        own = connect(server_flavours)
-        barrier.wait(10)
-        try:
-            made.append(create_run(own, keys.run, configs[seed], assets={}, folder=f"runs/{seed}"))
-        except ConfigError as error:
-            refused.append(str(error))
-        own.close()
-
-    threads = [threading.Thread(target=create, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    made, refused = at_once(server_flavours, create, count=8)
     assert (len(made), len(refused)) == (1, 7)
-    assert all("is in use" in message for message in refused)
-    own = connect(server_flavours)
-    assert open_run(own, keys.run).config == made[0].config
-    own.hdel(RUNS, keys.run)
-    own.close()
+    assert all("is in use" in str(error) for error in refused)
+    assert open_run(client, keys.run).config == made[0].config
+    client.hdel(RUNS, keys.run)
+
+
+def test_the_trainer_tells_every_order_once_also_over_its_restarts(client: redis.Redis, run: Run) -> None:
+    file = Path(run.folder) / "metrics.jsonl"
+    control.change(client, run, ["sampling.temperature=0.5"], who="a")  # before there is a trainer
+    first = ControlReader(client, run)
+    first.read()
+    first.read()
+    (told,) = map(json.loads, file.read_text().splitlines())
+    assert (told["control"], told["old"], told["new"]) == ("sampling.temperature", 1.0, 0.5)
+    control.pause(client, run, who="b")
+    append_line(file, {"step": 1, "version": 1})
+    with file.open("a") as torn:
+        torn.write('{"step": 1, "control": "pau\n')  # by a power failure
+    second = ControlReader(client, run)
+    second.read()
+    second.read()
+    lines = [line for line in file.read_text().splitlines() if '"entry"' in line]
+    assert len(lines) == 2
+    assert '"control": "paused"' in lines[1]
+
+
+def test_the_trainer_reads_what_holds_again_each_time(client: redis.Redis, run: Run) -> None:
+    reader = ControlReader(client, run)
+    reader.read()
+    assert reader.config is run.config
+    assert reader.metrics() == {}
+    control.change(client, run, ["max_policy_age=4"], who="a")
+    control.drain(client, run, who="a")
+    reader.read()
+    assert reader.config.replay_buffer.max_policy_age == 4
+    assert reader.state.draining is not None
+    assert reader.metrics() == {"setting/replay_buffer.max_policy_age": 4.0}
+    control.change(client, run, ["max_policy_age=1"], who="a")
+    control.resume(client, run, who="a")
+    reader.read()
+    assert reader.config == run.config
+    assert reader.metrics() == {"setting/replay_buffer.max_policy_age": 1.0}, "a curve goes back with its setting"
+    assert reader.state.draining is None

@@ -6,6 +6,7 @@ import json
 import signal
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from harness import (
     SMALL,
@@ -41,10 +42,18 @@ def last_step(folder: Path) -> int:
     return int(max((line["step"] for line in metrics_of(folder)), default=0))
 
 
-def status_of(cwd: Path, env: dict[str, str]) -> dict:
-    done = sluice("status", "--json", cwd=cwd, **env)
+def wait_for_step(folder: Path, step: int) -> None:
+    wait_for(lambda: last_step(folder) >= step, timeout=120, what=f"step {step}")
+
+
+def json_of(command: str, cwd: Path, env: dict[str, str]) -> dict[str, Any]:
+    done = sluice(command, "--json", cwd=cwd, **env)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return dict(json.loads(done.stdout))
+
+
+def changes_of(cwd: Path, env: dict[str, str]) -> list[tuple[str, str, str, str]]:
+    return [(o["key"], o["old"], o["new"], o["who"]) for o in json_of("set", cwd, env)["change_log"]]
 
 
 def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
@@ -55,12 +64,12 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
     client = connect(own_redis.url)
 
     def is_at_rest() -> bool:
-        return not client.zcard(keys.deadlines) and status_of(tmp_path, env)["processes"] != {}
+        return not client.zcard(keys.deadlines) and json_of("status", tmp_path, env)["processes"] != {}
 
     with ExitStack() as stack:
         started = stack.enter_context(workers(tmp_path, env))
         started += [stack.enter_context(trainer(tmp_path, env))]
-        wait_for(lambda: last_step(folder) >= 2, timeout=120, what="the first steps")
+        wait_for_step(folder, 2)
         done = sluice("pause", cwd=tmp_path, **env, SLUICE_WHO="alice@laptop")
         assert (done.returncode, done.stdout) == (0, "roles paused; `sluice resume` continues it\n")
         at_pause = int(client.hget(keys.policy, "step"))
@@ -72,7 +81,7 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
         )
         assert step <= at_pause + 2, "the step being trained at the time, and one that was being published"
         before = counters_of(env)
-        status = status_of(tmp_path, env)
+        status = json_of("status", tmp_path, env)
         assert status["stall_kind"] == "paused"
         assert "paused by alice@laptop since" in status["stalled_by"]
         for process in started:
@@ -84,7 +93,7 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
         stack.enter_context(trainer(tmp_path, env))
 
         def roles_back() -> set[str]:
-            heartbeats = status_of(tmp_path, env)["processes"]
+            heartbeats = json_of("status", tmp_path, env)["processes"]
             return {stats["role"] for name, stats in heartbeats.items() if name not in old}
 
         wait_for(lambda: len(roles_back()) == 4, timeout=120, what="every role to be back")
@@ -98,14 +107,11 @@ def test_a_paused_run_stands_still_also_over_the_death_of_every_process(
         assert (after.admitted, after.dropped, after.dead) == (before.admitted, {}, {})
         assert last_step(folder) == step
         assert sluice("resume", cwd=tmp_path, **env).stdout == "roles continues\n"
-        wait_for(lambda: last_step(folder) >= step + 3, timeout=60, what="steps after the resumption")
+        wait_for_step(folder, step + 3)
     assert counters_of(env).holds
-    control_state = [line for line in metrics_lines(folder) if "control" in line]
-    assert [(o["control"], o["old"], o["new"]) for o in control_state] == [
-        ("paused", False, True),
-        ("paused", True, False),
-    ]
-    assert control_state[0]["who"] == "alice@laptop"
+    orders = [line for line in metrics_lines(folder) if "control" in line]
+    assert [(o["control"], o["old"], o["new"]) for o in orders] == [("paused", False, True), ("paused", True, False)]
+    assert orders[0]["who"] == "alice@laptop"
     client.close()
 
 
@@ -115,7 +121,7 @@ def test_settings_act_within_a_step_and_every_step_can_be_computed_again(
     env = create_run(tmp_path, own_redis.url, trainer__num_steps=1000, **ON_POLICY)
     folder, stored = tmp_path / "runs" / "roles", (tmp_path / "runs" / "roles" / "config.yaml").read_bytes()
     with workers(tmp_path, env), trainer(tmp_path, env) as process:
-        wait_for(lambda: last_step(folder) >= 2, timeout=120, what="the first steps")
+        wait_for_step(folder, 2)
         wrong = sluice("set", "trainer.learning_rate=-1", cwd=tmp_path, **env)
         assert wrong.returncode == 2
         assert "trainer.learning_rate = -1: Input should be greater than 0" in wrong.stderr
@@ -123,7 +129,7 @@ def test_settings_act_within_a_step_and_every_step_can_be_computed_again(
         assert sluice("set", *changes, "--who", "bob", cwd=tmp_path, **env).returncode == 0
         client = connect(own_redis.url)
         step = int(client.hget(Keys("roles").policy, "step"))
-        wait_for(lambda: last_step(folder) >= step + 6, timeout=60, what="steps with other settings")
+        wait_for_step(folder, step + 6)
         assert sluice("set", f"trainer.num_steps={last_step(folder) + 30}", cwd=tmp_path, **env).returncode == 0
         assert process.wait(180) == 0
     lines = metrics_of(folder)
@@ -131,17 +137,15 @@ def test_settings_act_within_a_step_and_every_step_can_be_computed_again(
     assert rates[0] == 2e-4
     assert all(line["learning_rate"] == 1e-4 for line in lines if line["step"] > step + 2)
     # strictly on-policy until max_policy_age was raised; a trainer at another temperature would show ratios far from 1
-    for line in lines:
-        if line["staleness/token_mean"] == 0:
-            assert abs(line["off_policy/ratio_max"] - 1) < 1e-3, line["step"]
+    on_policy = [line for line in lines if line["staleness/token_mean"] == 0]
+    assert all(abs(line["off_policy/ratio_max"] - 1) < 1e-3 for line in on_policy)
     assert lines[-1]["staleness/max"] == 1, "admission goes by the new bound"
     assert client.hget(Keys("roles").run_record, "status") == b"finished"
     assert (folder / "config.yaml").read_bytes() == stored
     replayed = sluice("replay", str(folder), cwd=tmp_path)
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
-    shown = json.loads(sluice("set", "--json", cwd=tmp_path, **env).stdout)
-    assert shown["settings"]["sampling.temperature"] == 0.6
-    assert [(o["key"], o["old"], o["new"], o["who"]) for o in shown["change_log"]][:2] == [
+    assert json_of("set", tmp_path, env)["settings"]["sampling.temperature"] == 0.6
+    assert changes_of(tmp_path, env)[:2] == [
         ("trainer.learning_rate", "0.0002", "0.0001", "bob"),
         ("sampling.temperature", "1.0", "0.6", "bob"),
     ]
@@ -158,7 +162,7 @@ def test_a_drained_run_ends_in_good_order_and_is_gone_on_with(tmp_path: Path) ->
     with running_sluice("run", str(config), "replay_buffer.max_policy_age=1", cwd=tmp_path) as process:
         wait_for(lambda: list(tmp_path.glob("runs/*/metrics.jsonl")), timeout=120, what="the run folder")
         folder = only_run(tmp_path)
-        wait_for(lambda: last_step(folder) >= 2, timeout=120, what="the first steps")
+        wait_for_step(folder, 2)
         assert sluice("drain", cwd=tmp_path).returncode == 0
         assert process.wait(240) == 0, (tmp_path / "output.log").read_text()
     output = (tmp_path / "output.log").read_text()
@@ -170,10 +174,9 @@ def test_a_drained_run_ends_in_good_order_and_is_gone_on_with(tmp_path: Path) ->
     assert ledger["dropped"].keys() <= {"zero_variance"}
     assert ledger["dead"] == {}
     assert ledger["in_flight"] < 4, "fewer groups than a batch are left"
-    assert json.loads(sluice("status", "--json", cwd=tmp_path).stdout)["status"] == "drained"
+    assert json_of("status", tmp_path, {})["status"] == "drained"
     with running_sluice("run", str(config), "--resume", folder.name, cwd=tmp_path) as process:
-        wait_for(lambda: last_step(folder) >= step + 2, timeout=120, what="steps after the drain")
+        wait_for_step(folder, step + 2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(180) == 130
-    change_log = json.loads(sluice("set", "--json", cwd=tmp_path).stdout)["change_log"]
-    assert [(o["key"], o["new"]) for o in change_log] == [("draining", "true"), ("draining", "false")]
+    assert [(key, new) for key, _, new, _ in changes_of(tmp_path, {})] == [("draining", "true"), ("draining", "false")]

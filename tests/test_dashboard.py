@@ -7,14 +7,14 @@ import os
 import re
 import shutil
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import redis
+from builders import for_each
 from harness import only_run, quickstart_config, running_sluice, sluice, tiny_folder, wait_for
 
 from sluice.common.connections.client import connect
@@ -25,14 +25,14 @@ from sluice.common.monitoring.metric_stream import last_metrics, write_metrics
 from sluice.common.serialization import decode, encode
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
 RUN = "shown"
+KEYS = Keys(RUN)
+OpenPage = Callable[..., Any]
 HOSTILE = '<script>document.title = "taken"</script><img src=x onerror="document.title=1">'
 pytestmark = pytest.mark.timeout(600)  # the first test waits for a model to be made and a run of it
 
@@ -42,59 +42,42 @@ def needs_browser(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="module")
-def during_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """Run the real command to its end: its folder, the address of its dashboard, and what that showed meanwhile."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The Redis of a run of the real command, serving again; the run has served a dashboard of its own while it lasted."""
     folder = tmp_path_factory.mktemp("dashboard")
     steps = {"trainer__num_steps": 6, "sampling__group_size": 4, "checkpoint__every_steps": 3}
     config = quickstart_config(folder, tiny=tiny_folder(), evaluation__datasets=[], dashboard={"port": 0}, **steps)
     with running_sluice("run", str(config), "--name", RUN, cwd=folder) as process:
         page = _address_in(folder / "output.log")
-        wait_for(lambda: _metrics(page), timeout=60, what="the run's own dashboard")
-        seen = sluice("status", RUN, cwd=folder).stdout + _metrics(page)
+        assert page.endswith(f"/?run={RUN}")
+        wait_for(lambda: _is_served(page), timeout=60, what="the run's own dashboard")
+        assert page in sluice("status", RUN, cwd=folder).stdout, "sluice status says where it is"
         assert process.wait(280) == 0, (folder / "output.log").read_text()
-    assert _metrics(page) == "", "it ends with the run"
-    return folder, page, seen
+    assert not _is_served(page), "it ends with the run"
+    started = start_server(only_run(folder) / "redis")
+    yield started
+    started.stop()
 
 
-def _metrics(page: str) -> str:
-    """Return nothing where no server answers."""
+def _is_served(page: str) -> bool:
     try:
-        with urllib.request.urlopen(page.partition("?")[0] + "metrics", timeout=20) as answer:
-            return str(answer.read().decode())
-    except urllib.error.URLError:
-        return ""
+        return f'run="{RUN}"' in answer_of(page.partition("?")[0] + "metrics").text
+    except httpx.TransportError:
+        return False
 
 
 @pytest.fixture(scope="module")
-def ended_run(during_run: tuple[Path, str, str]) -> Iterator[tuple[Path, EmbeddedServer]]:
-    """That run's Redis, serving again."""
-    folder = during_run[0]
-    server = start_server(only_run(folder) / "redis")
-    yield folder, server
-    server.stop()
-
-
-def test_a_run_serves_its_dashboard_while_it_lasts_and_says_where(during_run: tuple[Path, str, str]) -> None:
-    _, page, seen = during_run
-    assert page.endswith(f"/?run={RUN}")
-    assert page in seen, "sluice status says it too"
-    assert f'run="{RUN}"' in seen
-
-
-@pytest.fixture
-def shown(ended_run: tuple[Path, EmbeddedServer]) -> Iterator[tuple[redis.Redis, Keys]]:
-    client = connect(ended_run[1].url)
-    yield client, Keys(RUN)
-    client.close()
+def client(server: EmbeddedServer) -> Iterator[redis.Redis]:
+    with connect(server.url) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="module")
-def address(ended_run: tuple[Path, EmbeddedServer]) -> Iterator[str]:
+def address(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A dashboard on loopback."""
-    elsewhere = ended_run[0] / "elsewhere"
-    elsewhere.mkdir()
-    with running_sluice("dashboard", "--port", "0", cwd=elsewhere, SLUICE_REDIS_URL=ended_run[1].url):
-        yield _address_in(elsewhere / "output.log")
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with running_sluice("dashboard", "--port", "0", cwd=folder, SLUICE_REDIS_URL=server.url):
+        yield _address_in(folder / "output.log")
 
 
 def _address_in(log: Path) -> str:
@@ -113,7 +96,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+def open_page(browser: Any, address: str) -> Iterator[OpenPage]:
     """Opens a page of the dashboard; whatever it asks for must come from there, and its console must stay empty."""
     opened: list[tuple[Any, list[str]]] = []
 
@@ -146,7 +129,7 @@ def tile(page: Any, name: str) -> Any:
     return page.locator(f'[data-tile="{name}"]')
 
 
-def wait_text(page: Any, locator: Any, text: str) -> None:
+def wait_text(locator: Any, text: str) -> None:
     from playwright.sync_api import expect
 
     expect(locator).to_have_text(text, timeout=20_000)
@@ -154,54 +137,51 @@ def wait_text(page: Any, locator: Any, text: str) -> None:
 
 @needs_browser
 def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
-    open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
+    open_page: OpenPage, client: redis.Redis
 ) -> None:
-    client, keys = shown
-    counters, metrics = read_counters(client, keys), last_metrics(client, keys)
+    counters, metrics = read_counters(client, KEYS), last_metrics(client, KEYS)
     page = open_page(f"/?run={RUN}")
-    wait_text(page, tile(page, "step"), "6 / 6")
-    wait_text(page, tile(page, "reward"), f"{metrics['reward/mean']:.3f}")
-    wait_text(page, tile(page, "ledger"), "holds")
+    wait_text(tile(page, "step"), "6 / 6")
+    wait_text(tile(page, "reward"), f"{metrics['reward/mean']:.3f}")
+    wait_text(tile(page, "ledger"), "holds")
     assert page.locator("td", has_text=f"trained {counters.trained}").count() == 1
     assert page.locator("canvas").count() >= 15
     keep(page, "overview-light")
-    send_heartbeat(
-        client, keys, "reward@host:7", {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"}
-    )
-    entry = client.xadd(
-        keys.controls, {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
-    )
-    write_metrics(client, keys, {**metrics, "step": 7, "reward/mean": 0.123}, max_length=100)
-    wait_text(page, tile(page, "step"), "7 / 6")
-    wait_text(page, tile(page, "reward"), "0.123")
+    stats = {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"}
+    send_heartbeat(client, KEYS, "reward@host:7", stats)
+    change = {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
+    entry = client.xadd(KEYS.controls, change)
+    write_metrics(client, KEYS, {**metrics, "step": 7, "reward/mean": 0.123}, max_length=100)
+    wait_text(tile(page, "step"), "7 / 6")
+    wait_text(tile(page, "reward"), "0.123")
     page.locator("td", has_text="reward@host:7").wait_for(timeout=20_000)
     assert page.locator("td", has_text="75%").count() == 1
     assert page.locator("td", has_text="paused: false → true").count() == 1
-    client.xdel(keys.controls, entry)
-    client.delete(keys.process("reward@host:7"))
-    client.xdel(keys.metrics, client.xrevrange(keys.metrics, count=1)[0][0])
-
-
-@needs_browser
-def test_a_broken_ledger_and_a_stall_stand_out(open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]) -> None:
-    client, keys = shown
-    client.hincrby(keys.counts("train"), "admitted", 1)
-    client.hset(keys.run_record, "status", "running")
-    page = open_page(f"/?run={RUN}")
-    wait_text(page, tile(page, "ledger"), "BROKEN")
+    client.hincrby(KEYS.counts("train"), "admitted", 1)
+    client.hset(KEYS.run_record, "status", "running")
+    wait_text(tile(page, "ledger"), "BROKEN")
     page.locator(".alarm", has_text="no trainer is running").wait_for(timeout=20_000)
-    client.hincrby(keys.counts("train"), "admitted", -1)
-    client.hset(keys.run_record, "status", "finished")
-    wait_text(page, tile(page, "ledger"), "holds")
+    client.hincrby(KEYS.counts("train"), "admitted", -1)
+    client.hset(KEYS.run_record, "status", "finished")
+    wait_text(tile(page, "ledger"), "holds")
     page.locator(".alarm").wait_for(state="detached", timeout=20_000)
+    client.xdel(KEYS.controls, entry)
+    client.delete(KEYS.process("reward@host:7"))
+    client.xdel(KEYS.metrics, client.xrevrange(KEYS.metrics, count=1)[0][0])
 
 
 @needs_browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-@pytest.mark.parametrize("path", ["/", "/samples", "/trace"])
+@for_each(
+    ("path", "width", "height", "scheme"),
+    [
+        (path, *size, scheme)
+        for path in ("/", "/samples", "/trace")
+        for size in ((1280, 800), (390, 844))
+        for scheme in ("light", "dark")
+    ],
+)
 def test_no_page_scrolls_sideways_and_the_ground_follows_the_system(
-    open_page: Callable[..., Any], path: str, width: int, height: int, scheme: str
+    open_page: OpenPage, path: str, width: int, height: int, scheme: str
 ) -> None:
     page = open_page(path, width=width, height=height, scheme=scheme)
     page.locator(".bar").wait_for(timeout=20_000)
@@ -213,38 +193,36 @@ def test_no_page_scrolls_sideways_and_the_ground_follows_the_system(
     brightness = sum(int(value) for value in re.findall(r"\d+", colour)[:3]) / 3
     assert (brightness < 60) == (scheme == "dark"), colour
     keep(page, f"{path.strip('/') or 'overview'}-{width}-{scheme}")
+    if scheme == "light":
+        page.get_by_label("light or dark").click()
+        page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
+        page.reload()
+        page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
 
 
 @needs_browser
-def test_the_theme_can_be_switched_and_stays(open_page: Callable[..., Any]) -> None:
-    page = open_page("/", scheme="light")
-    page.get_by_label("light or dark").click()
-    page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
-    page.reload()
-    page.wait_for_function("document.body.classList.contains('body--dark')", timeout=20_000)
-
-
-@needs_browser
-def test_samples_are_filtered_shaded_and_lead_to_their_trace(
-    open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
-) -> None:
-    client, keys = shown
-    samples = [decode(fields[b"sample"]) for _, fields in client.xrevrange(keys.samples)]
+def test_samples_are_text_filtered_shaded_and_lead_to_their_trace(open_page: OpenPage, client: redis.Redis) -> None:
+    samples = [decode(fields[b"sample"]) for _, fields in client.xrevrange(KEYS.samples)]
+    hostile = {**samples[0], "step": 99, "group": "t<b>9</b>", "prompt": HOSTILE}
+    hostile["completions"] = [{**hostile["completions"][0], "text": HOSTILE}]
+    entry = client.xadd(KEYS.samples, {"sample": encode(hostile)})
+    page = open_page(f"/samples?run={RUN}")
+    page.locator(".tokens", has_text=HOSTILE).first.wait_for(timeout=20_000)
+    assert page.title() == "Sluice"
+    assert page.locator(".card script, .card img, .card b b").count() == 0, "it is text and never markup"
+    client.xdel(KEYS.samples, entry)
+    assert page.locator(".completion").count() == 1 + 4 * 4, "of the newest five groups"
     for sample in samples:  # the same policy in the sampler and in the trainer, but for the age of what was sampled
         for c in sample["completions"]:
             assert c["policy_logprobs"].shape == c["rollout_logprobs"].shape == (c["tokens"],)
             if sample["step"] == 1:
                 assert abs(c["policy_logprobs"] - c["rollout_logprobs"]).max() < 1e-3
-    page = open_page(f"/samples?run={RUN}")
-    page.locator(".card h2").first.wait_for(timeout=20_000)
-    assert page.locator(".completion").count() == 5 * 4
     page.get_by_label("step", exact=True).fill("2")
     of_step = [sample for sample in samples if sample["step"] == 2]
     page.get_by_text(f"1–{len(of_step)} of {len(of_step)}").wait_for(timeout=20_000)
     assert page.locator(".completion").count() == sum(len(sample["completions"]) for sample in of_step)
     first = of_step[0]["completions"][0]
-    shown_text = page.locator(".tokens").first.text_content()
-    assert shown_text == first["text"]
+    assert page.locator(".tokens").first.text_content() == first["text"]
     page.locator(".q-select", has_text="shade tokens by").click()
     page.get_by_role("option", name="sampler's logprob").click()
     token = page.locator(".tokens span[title]").first
@@ -259,69 +237,42 @@ def test_samples_are_filtered_shaded_and_lead_to_their_trace(
 
 
 @needs_browser
-def test_what_a_model_writes_is_text_and_never_markup(
-    open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]
+def test_two_runs_stand_side_by_side_and_one_that_is_not_there_is_named(
+    open_page: OpenPage, client: redis.Redis
 ) -> None:
-    client, keys = shown
-    sample = decode(client.xrevrange(keys.samples, count=1)[0][1][b"sample"])
-    sample["prompt"] = sample["completions"][0]["text"] = HOSTILE
-    entry = client.xadd(keys.samples, {"sample": encode({**sample, "step": 99, "group": "t<b>9</b>"})})
-    page = open_page(f"/samples?run={RUN}")
-    page.locator(".tokens", has_text=HOSTILE).first.wait_for(timeout=20_000)
-    assert page.title() == "Sluice"
-    assert page.locator(".card script, .card img, .card b b").count() == 0
-    client.xdel(keys.samples, entry)
-
-
-@needs_browser
-def test_two_runs_stand_side_by_side(open_page: Callable[..., Any], shown: tuple[redis.Redis, Keys]) -> None:
-    client, keys = shown
     other = Keys("other")
-    for name, value in client.hgetall(keys.run_record).items():
+    for name, value in client.hgetall(KEYS.run_record).items():
         client.hset(other.run_record, name, value)
-    write_metrics(client, other, {**last_metrics(client, keys), "reward/mean": 0.5}, max_length=10)
+    write_metrics(client, other, {**last_metrics(client, KEYS), "reward/mean": 0.5}, max_length=10)
     client.hset("sluice:runs", "other", time.time())
     page = open_page(f"/?run={RUN}&run=other")
-    wait_text(page, tile(page, "reward").nth(1), "0.500")
+    wait_text(tile(page, "reward").nth(1), "0.500")
     assert page.locator(".card h2", has_text="other").count() >= 1
     keep(page, "two-runs")
+    page = open_page("/?run=nobody")
+    page.locator(".alarm", has_text="there is no run 'nobody' here").wait_for(timeout=20_000)
     client.hdel("sluice:runs", "other")
     for key in client.scan_iter(other.root + "*"):
         client.delete(key)
 
 
-@needs_browser
-def test_a_run_that_is_not_there_is_named(open_page: Callable[..., Any]) -> None:
-    page = open_page("/?run=nobody")
-    page.locator(".alarm", has_text="there is no run 'nobody' here").wait_for(timeout=20_000)
-
-
-def status_of(url: str, **headers: str) -> tuple[int, str]:
-    request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
-    opener = urllib.request.build_opener(_NoRedirect)
-    try:
-        with opener.open(request, timeout=20) as answer:
-            return answer.status, str(answer.headers)
-    except urllib.error.HTTPError as error:
-        return error.code, str(error.headers)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
+def answer_of(url: str, **headers: str) -> httpx.Response:
+    return httpx.get(url, headers=headers, timeout=20)
 
 
 def test_on_loopback_only_its_own_names_are_answered(address: str) -> None:
     port = address.rstrip("/").rpartition(":")[2]
-    assert status_of(address)[0] == 200
-    assert status_of(address, Host=f"localhost:{port}")[0] == 200
-    assert status_of(address, Host=f"rebound.example:{port}")[0] == 403
-    assert status_of(address, Origin="http://elsewhere.example")[0] == 403
-    assert status_of(address + "metrics")[0] == 200
+    assert answer_of(address + "metrics").status_code == 200
+    for headers, status in (
+        ({}, 200),
+        ({"Host": f"localhost:{port}"}, 200),
+        ({"Host": f"rebound.example:{port}"}, 403),
+        ({"Origin": "http://elsewhere.example"}, 403),
+    ):
+        assert answer_of(address, **headers).status_code == status, headers
 
 
-def test_other_machines_need_the_token(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
-    _, server = ended_run
+def test_other_machines_need_the_token(server: EmbeddedServer, tmp_path: Path) -> None:
     for options, env in ((("--host", "0.0.0.0"), {}), ((), {"SLUICE_DASHBOARD_TOKEN": "short"})):
         refused = sluice("dashboard", *options, cwd=tmp_path, SLUICE_REDIS_URL=server.url, **env)
         assert refused.returncode == 2
@@ -332,56 +283,43 @@ def test_other_machines_need_the_token(ended_run: tuple[Path, EmbeddedServer], t
     with running_sluice("dashboard", *options, cwd=tmp_path, SLUICE_REDIS_URL=server.url):
         url = _address_in(tmp_path / "output.log").replace("0.0.0.0", "127.0.0.1")
         for path in ("", "metrics", "samples", "_nicegui_ws/socket.io/?EIO=4&transport=polling"):
-            assert status_of(url + path)[0] == 401, path
-        assert status_of(url, Authorization=f"Bearer {token}")[0] == 200
-        assert status_of(url, Authorization="Bearer correct-horse-batterz")[0] == 401
-        status, headers = status_of(f"{url}samples?run={RUN}&token={token}")
-        assert status == 303
-        assert f"/samples?run={RUN}\n" in headers
-        cookie = re.search(r"sluice_token=[^;]+", headers)
-        assert cookie
-        assert token not in headers
-        assert "HttpOnly; SameSite=Strict" in headers
-        assert status_of(url, Cookie=cookie[0])[0] == 200
+            assert answer_of(url + path).status_code == 401, path
+        assert answer_of(url, Authorization=f"Bearer {token}").status_code == 200
+        assert answer_of(url, Authorization="Bearer correct-horse-batterz").status_code == 401
+        moved = answer_of(f"{url}samples?run={RUN}&token={token}")
+        assert (moved.status_code, moved.headers["location"]) == (303, f"/samples?run={RUN}")
+        cookie, _, limits = moved.headers["set-cookie"].partition("; ")
+        assert token not in cookie
+        assert limits == "HttpOnly; Path=/; SameSite=strict"
+        assert answer_of(url, Cookie=cookie).status_code == 200
         assert server.url not in (tmp_path / "output.log").read_text()
 
 
-def test_the_pages_write_nothing(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
+def test_the_pages_write_nothing(server: EmbeddedServer, client: redis.Redis, tmp_path: Path) -> None:
     """Over a user that may not write: every page answers."""
-    _, server = ended_run
-    client = connect(server.url)
     allowed = ("~*", "+@read", "+@connection", "+info", "+time", "+evalsha", "+eval", "+script|load", "+script|exists")
     client.execute_command("ACL", "SETUSER", "viewer", "on", ">looking-only-123", *allowed)
     port = server.url.rpartition(":")[2]
-    with running_sluice(
-        "dashboard", "--port", "0", cwd=tmp_path, SLUICE_REDIS_URL=f"redis://viewer:looking-only-123@127.0.0.1:{port}"
-    ):
+    viewer = f"redis://viewer:looking-only-123@127.0.0.1:{port}"
+    with running_sluice("dashboard", "--port", "0", cwd=tmp_path, SLUICE_REDIS_URL=viewer):
         url = _address_in(tmp_path / "output.log")
-        text = urllib.request.urlopen(url + "metrics", timeout=20).read().decode()
-        assert f'sluice_ledger_holds{{run="{RUN}",set="train"}} 1.0' in text
+        assert f'sluice_ledger_holds{{run="{RUN}",set="train"}} 1.0' in answer_of(url + "metrics").text
         for path in ("", f"samples?run={RUN}", f"trace?run={RUN}&group=t0"):
-            assert status_of(url + path)[0] == 200
+            assert answer_of(url + path).status_code == 200
         log = (tmp_path / "output.log").read_text()
         assert "NOPERM" not in log and "Traceback" not in log
     client.execute_command("ACL", "DELUSER", "viewer")
 
 
-def test_the_trace_of_a_group_is_printed(ended_run: tuple[Path, EmbeddedServer], tmp_path: Path) -> None:
-    _, server = ended_run
-    client = connect(server.url)
-    kept = decode(client.xrevrange(Keys(RUN).samples, count=1)[0][1][b"sample"])["group"]
+def test_the_trace_of_a_group_is_printed(server: EmbeddedServer, client: redis.Redis, tmp_path: Path) -> None:
+    kept = decode(client.xrevrange(KEYS.samples, count=1)[0][1][b"sample"])["group"]
     env = {"SLUICE_REDIS_URL": server.url}
-    printed = sluice("trace", kept, RUN, "--json", cwd=tmp_path, **env)
-    found = json.loads(printed.stdout)
+    found = json.loads(sluice("trace", kept, RUN, "--json", cwd=tmp_path, **env).stdout)
     assert (found["where"], found["step"]) == ("trained", 6)
-    stages = [stage["stage"] for stage in found["stages"]]
-    assert stages[0] == "admitted"
-    assert stages[-1] == "leased"
+    assert (found["stages"][0]["stage"], found["stages"][-1]["stage"]) == ("admitted", "leased")
     assert all(stage["since_last_s"] >= 0 for stage in found["stages"])
-    assert all(
-        stage["held_by"].startswith(("dataset@", "rollout@", "reward@", "reference@")) for stage in found["assignments"]
-    )
-    assert {stage["stage"] for stage in found["assignments"]} == {"task", "rollout", "reward", "reference"}
+    holders = {stage["stage"]: stage["held_by"].partition("@")[0] for stage in found["assignments"]}
+    assert holders == {"task": "dataset", "rollout": "rollout", "reward": "reward", "reference": "reference"}
     assert "generated" in sluice("trace", kept, cwd=tmp_path, **env).stdout
     missing = sluice("trace", "t99999", cwd=tmp_path, **env)
     assert missing.returncode == 2

@@ -12,17 +12,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-import click
 import pytest
 import yaml
 from builders import for_each
-from harness import ROOT
+from harness import ROOT, every_command
 from pydantic import BaseModel
 
 from sluice.common.config import Config
 from sluice.common.config.file import parse_as
+from sluice.common.config.operations import ReplicaRange
 from sluice.common.config.sft import RL_ONLY, SftConfig
-from sluice.common.errors import ConfigError
 from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
 from sluice.common.operations.control import SHORT
 from sluice.scripts.cli import cli
@@ -68,20 +67,11 @@ def code_of(path: Path) -> Iterator[str]:
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key of a config; `[]` marks the entries of a list."""
     for name, field in model.model_fields.items():
-        if below := _model_in(field.annotation):
-            child, is_list = below
-            yield f"{prefix}{name}"
-            if child.__name__ != "ReplicaRange":
-                yield from keys_of(child, f"{prefix}{name}{'[]' if is_list else ''}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _model_in(annotation: Any) -> tuple[type[BaseModel], bool] | None:
-    for found in (annotation, *get_args(annotation)):
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found, getattr(annotation, "__origin__", None) is tuple
-    return None
+        yield f"{prefix}{name}"
+        is_list = getattr(field.annotation, "__origin__", None) is tuple
+        for below in (field.annotation, *get_args(field.annotation)):
+            if isinstance(below, type) and issubclass(below, BaseModel) and below is not ReplicaRange:
+                yield from keys_of(below, f"{prefix}{name}{'[]' if is_list else ''}.")
 
 
 PLACEHOLDERS = ("key", "trainer.lerning_rate")
@@ -95,42 +85,36 @@ ALL_KEYS = {*keys_of(Config), *keys_of(SftConfig), "trainer.preset"}
 
 
 @pytest.mark.slow
-def test_the_script_builds_what_is_tested_here(site: Path) -> None:
-    assert f"python {' '.join(BUILD)} docs build/docs" in (ROOT / "scripts" / "docs").read_text()
-    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
-    assert (site / "index.html").is_file()
-
-
-@pytest.mark.slow
 def test_the_reference_names_every_key_of_the_config(site: Path) -> None:
-    page = (site / "reference" / "configuration.html").read_text()
-    shown = set(re.findall(r'<span class="pre">([\w.\[\]]+)</span>', page))
+    code = re.compile(r'<span class="pre">([\w.\[\]]+)</span>')
+    shown = set(code.findall((site / "reference" / "configuration.html").read_text()))
     assert len(shown) > 100
     assert set(keys_of(Config)) <= shown
-    page = (site / "reference" / "sft.html").read_text()
-    ours = {key for key in keys_of(SftConfig) if not key.startswith(("trainer.", "model."))}
-    assert ours - {"trainer", "model"} <= set(re.findall(r'<span class="pre">([\w.\[\]]+)</span>', page))
-    assert all(f'<span class="pre">{name}</span>' in page for name in RL_ONLY)
+    ours = {key for key in keys_of(SftConfig) if not key.startswith(("trainer.", "model."))} - {"trainer", "model"}
+    assert {*ours, *RL_ONLY} <= set(code.findall((site / "reference" / "sft.html").read_text()))
 
 
 @pytest.mark.slow
-def test_every_page_gets_everything_from_the_site(site: Path) -> None:
+def test_the_script_builds_a_site_that_needs_nothing_else_and_draws_formulas_without_a_script(site: Path) -> None:
+    assert f"python {' '.join(BUILD)} docs build/docs" in (ROOT / "scripts" / "docs").read_text()
+    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
     pages = list(site.rglob("*.html"))
-    assert len(pages) > 50
+    assert len(pages) > 50 and site / "index.html" in pages
     elsewhere = re.compile(r"""<(?:script|link|img|iframe|source|use)\b[^>]*\b(?:src|href)=["'](?:https?:)?//""")
     for page in pages:
         assert not elsewhere.search(page.read_text()), page
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text()), sheet
+    algorithms = (site / "algorithms.html").read_text()
+    assert algorithms.count("<math ") > 10
+    assert "MathJax" not in algorithms
 
 
 @pytest.mark.slow
 def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
-    ids, links = {}, 0
-    for page in site.rglob("*.html"):
-        text = page.read_text()
-        ids[page.resolve()] = {*re.findall(r'\bid="([^"]+)"', text), ""}
-    for page in ids:
+    pages = [page.resolve() for page in site.rglob("*.html")]
+    ids, links = {page: {*re.findall(r'\bid="([^"]+)"', page.read_text()), ""} for page in pages}, 0
+    for page in pages:
         for href in re.findall(r'<a\b[^>]*\bhref="([^"]*)"', page.read_text()):
             if re.match(r"https?:|mailto:", href):
                 continue
@@ -140,13 +124,6 @@ def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
             assert target.suffix != ".html" or anchor in ids[target], f"{page.name}: {href}"
             links += 1
     assert links > 3000
-
-
-@pytest.mark.slow
-def test_formulas_are_drawn_without_a_script(site: Path) -> None:
-    page = (site / "algorithms.html").read_text()
-    assert page.count("<math ") > 10
-    assert "MathJax" not in page
 
 
 @pytest.mark.slow
@@ -179,25 +156,27 @@ def test_a_reader_without_a_network_finds_a_key_in_both_themes_on_a_phone(site: 
 # What the pages name.
 
 
-@for_each("path", PAGES)
-def test_yaml_blocks_load_as_a_config(path: Path) -> None:
-    needed = {
-        "model": {"path": "m"},
-        "dataset": {"path": "d.jsonl"},
-        "reward": {"functions": [{"function": "sluice.workers.rewards.MathReward"}]},
-    }
+NEEDED = {
+    "model": {"path": "m"},
+    "dataset": {"path": "d.jsonl"},
+    "reward": {"functions": [{"function": "sluice.workers.rewards.MathReward"}]},
+}
+
+
+def configs(path: Path) -> Iterator[dict[str, Any]]:
+    """The YAML blocks of a page that are ours."""
     for text in blocks(path, "yaml"):
         data = yaml.safe_load(text)
         assert isinstance(data, dict), text
-        if ANOTHERS.match(text):
-            continue
-        try:
-            if "batch_size" in data:
-                parse_as(SftConfig, text)
-            else:
-                parse_as(Config, yaml.safe_dump(needed | data))
-        except ConfigError as error:
-            pytest.fail(f"{error}\n{text}")
+        if not ANOTHERS.match(text):
+            yield data
+
+
+@for_each("path", PAGES)
+def test_yaml_blocks_load_as_a_config(path: Path) -> None:
+    for data in configs(path):
+        is_sft = "batch_size" in data
+        parse_as(SftConfig if is_sft else Config, yaml.safe_dump(data if is_sft else NEEDED | data))
 
 
 @pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=name_of)
@@ -210,32 +189,22 @@ def test_python_blocks_run_and_the_rewards_that_the_page_configures_load(
         if named := re.match(r"# (\w+\.py)", text):
             (tmp_path / named[1]).write_text(text)
         exec(compile(text, str(path), "exec"), {"__name__": "docs"})
-    for text in blocks(path, "yaml"):
-        data = yaml.safe_load(text)
-        if not ANOTHERS.match(text) and "reward" in data:
-            config = parse_as(Config, yaml.safe_dump({"model": {"path": "m"}, "dataset": {"path": "d"}} | data))
-            load_reward_functions(config.reward.functions)
+    for data in configs(path):
+        if "reward" in data:
+            load_reward_functions(parse_as(Config, yaml.safe_dump(NEEDED | data)).reward.functions)
     for file in tmp_path.glob("*.py"):
         sys.modules.pop(file.stem, None)  # another test has a my_rewards of its own
 
 
-def walk(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    yield path, command
-    for name, child in command.commands.items() if isinstance(command, click.Group) else ():
-        yield from walk(child, (*path, name))
-
-
 @for_each("path", PAGES)
 def test_commands_exist_with_the_options_that_are_shown(path: Path) -> None:
-    known = dict(walk(cli))
+    known = dict(every_command(cli))
     for line in code_of(path):
         for typed in re.findall(r"(?<![\w/.:-])(?<!-n )(?<!-A )sluice ([a-z][^#&;`]*)", line):
-            words = typed.split()
-            name = (words[0],)
+            words = tuple(typed.split())
+            name = words[:2] if words[:2] in known else words[:1]
             assert name in known, f"sluice {typed}"
-            name = (words[0], words[1]) if len(words) > 1 and (words[0], words[1]) in known else name
-            command = known[name]
-            options = {option for p in command.params for option in p.opts} | {"--help", "-h"}
+            options = {option for p in known[name].params for option in p.opts} | {"--help", "-h"}
             shown = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", typed)) if name != ("worker",) else set()
             assert shown <= options, f"sluice {typed}"
             settings = set(re.findall(r"[ ']([a-z_]+(?:\.[a-z_]+)*)=", typed))
@@ -254,11 +223,9 @@ def test_every_key_of_ours_in_the_tables_of_other_projects_exists(path: Path) ->
 
 @for_each("path", PAGES)
 def test_tests_and_files_that_are_named_exist(path: Path) -> None:
-    defined = {
-        name
-        for file in (ROOT / "tests").glob("*.py")
-        for name in [file.stem, *re.findall(r"^def (test_\w+)", file.read_text(), re.M)]
-    }
+    files = list((ROOT / "tests").glob("*.py"))
+    defined = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)}
+    defined |= {file.stem for file in files}
     for code in re.findall(r"`([^`\n]+)`", path.read_text()):
         if code != "test_list" and re.fullmatch(r"test_\w+(\[\w+\])?", code):  # a column of MBPP
             assert code.partition("[")[0] in defined, code
@@ -282,10 +249,9 @@ def test_every_stall_and_every_alarm_has_a_section_that_its_alert_names() -> Non
 
 def test_every_environment_variable_is_explained() -> None:
     explained = (DOCS / "reference" / "environment.md").read_text()
-    files = [
-        p for folder in ("common", "workers", "trainer", "dashboard", "scripts") for p in (ROOT / folder).rglob("*")
-    ]
-    files = [p for p in files if p.is_file() and p.suffix != ".pyc"] + [ROOT / "docker-compose.yml"]
+    layers = ("common", "workers", "trainer", "dashboard", "scripts")
+    files = [p for layer in layers for p in (ROOT / layer).rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    files.append(ROOT / "docker-compose.yml")
     named = {name for path in files for name in re.findall(r"\bSLUICE_[A-Z_]+", path.read_text())}
     assert len(named) > 10
     assert {name for name in named if f"`{name}`" not in explained} == set()

@@ -6,234 +6,50 @@ and runs this file in it. SLUICE_TEST_DEVICE and SLUICE_TEST_DTYPE run it on a G
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import letter_tokenizer, make_config
-from served import WAIT_S, Weights, eventually, request, sequence
-from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from builders import for_each, make_config
+from served import (
+    DEVICE,
+    DTYPE,
+    EOS,
+    MAX_MODEL_LEN,
+    MAX_SEQUENCES,
+    VOCAB,
+    WAIT_S,
+    Served,
+    assert_close,
+    assert_scored_by,
+    eventually,
+    expected_logprobs,
+    logits_under,
+    policy,
+    request,
+    sequence,
+    tokens_of,
+)
 
 from sluice.common.errors import ConfigError, EngineClosed, EngineError
-from sluice.common.models.assets import ModelAssets
-from sluice.common.models.causal_lm import load_weights, named_weights, resolve_device
 from sluice.common.types import Completion
 from sluice.workers.engine import GenerationRequest
-from sluice.workers.engine.torch.kv_cache import cache_argument
 from sluice.workers.engine.vllm.core import check_config
-from sluice.workers.rollout import make_engine
 
 ENGINES = ["torch", "vllm"] if find_spec("vllm") else ["torch"]
-DEVICE = os.environ.get("SLUICE_TEST_DEVICE", "cpu")
-DTYPE = os.environ.get("SLUICE_TEST_DTYPE", "float32")
-VOCAB, EOS = 512, 1
-MAX_MODEL_LEN, MAX_SEQUENCES = 448, 16
-
-
-def build_model(seed: int = 0, *, tied: bool = True) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).to(dtype=getattr(torch, DTYPE), device=resolve_device(DEVICE)).eval()
-
-
-scratch_model = functools.cache(build_model)
-
-
-@functools.cache
-def policy(seed: int, *, tied: bool = True) -> Weights:
-    model = build_model(seed, tied=tied)
-    return {name: weight.detach().cpu().clone() for name, weight in named_weights(model).items()}
-
-
-@functools.cache
-def build_assets(*, tied: bool) -> ModelAssets:
-    config = scratch_model(tied=tied).config.to_dict()
-    config.pop("dtype", None)
-    return ModelAssets(config=config, tokenizer_files=letter_tokenizer(VOCAB), eos_token_ids=(EOS,))
-
-
-def letters_of(token_ids: Any) -> str:
-    return "".join(chr(0x4E00 + int(token)) for token in token_ids)
-
-
-class Served:
-    """An engine and threads that call it; every policy staged gets a version of its own.
-
-    In a block of `standing()` the engine's thread stands between two passes, and `advance` says how far it goes.
-    """
-
-    def __init__(self, name: str, *, tied: bool = True, in_flight: str = "keep") -> None:
-        config = make_config(
-            rollout={
-                "engine": name, "in_flight": in_flight, "max_sequences": MAX_SEQUENCES, "dtype": DTYPE, "device": DEVICE,
-                "max_model_len": MAX_MODEL_LEN, "kv_cache_mib": 64, "gpu_memory_utilization": 0.2,
-            },
-            trainer={"seq_len": MAX_MODEL_LEN},
-        )  # fmt: skip
-        self.name, self.tied = name, tied
-        self.engine: Any = make_engine(config, build_assets(tied=tied))
-        self.threads = ThreadPoolExecutor(max_workers=32)
-        self.version = -1
-        self.num_passes = 0
-        self.admitted: list[str] = []
-        "Group ids in the order in which they were admitted."
-        self._gate = threading.Condition()
-        self._goal: Callable[[], bool] | None = None  # where to stand; none = nowhere
-        self._stands = False
-        self._pass, self.engine._pass = self.engine._pass, self._pass_through_the_gate
-        self._start_running, self.engine._start_running = self.engine._start_running, self._admit
-
-    def _pass_through_the_gate(self) -> None:
-        with self._gate:
-            if self._goal is not None and self._goal():
-                self._stands, self._goal = True, None
-                self._gate.notify_all()
-                while self._stands and not self.engine._is_closed:
-                    self._gate.wait(0.01)
-        self.num_passes += 1
-        self._pass()
-
-    def _admit(self, groups: list[Any]) -> None:
-        self.admitted += [group.request.group_id for group in groups]
-        self._start_running(groups)
-
-    @contextlib.contextmanager
-    def standing(self) -> Iterator[None]:
-        self.advance(lambda: True)
-        try:
-            yield
-        finally:
-            with self._gate:
-                self._stands, self._goal = False, None
-
-    def advance(self, goal: Callable[[], bool]) -> None:
-        """Let the engine pass until, between two passes, the goal is reached; it stands there."""
-        with self._gate:
-            self._stands, self._goal = False, goal
-            with self.engine._condition:
-                self.engine._wake()
-            assert self._gate.wait_for(lambda: self._stands, WAIT_S), "the engine did not get there"
-
-    def stage(self, seed: int, *, version: int | None = None) -> int:
-        """Stage the policy of that seed; returns its version."""
-        self.version = self.version + 1 if version is None else version
-        self.engine.stage(self.version, f"digest-{self.version}-{seed}", policy(seed, tied=self.tied))
-        return self.version
-
-    def serve(self, seed: int) -> int:
-        """Stage, and wait until it is served."""
-        version = self.stage(seed)
-        eventually(lambda: self.engine.version == version)
-        return version
-
-    def submit(self, what: GenerationRequest) -> Future[list[Completion]]:
-        return self.threads.submit(self.engine.generate, what)
-
-    def run(self, *requests: GenerationRequest) -> list[list[Completion]]:
-        futures = [self.submit(what) for what in requests]
-        return [future.result(WAIT_S) for future in futures]
-
-    def wait(self, *requests: GenerationRequest) -> list[Future[list[Completion]]]:
-        """Submit to an engine that stands, in this order: one after the other waits inside."""
-        futures = []
-        for what in requests:
-            waiting = self.engine.stats().waiting_requests + 1
-            futures.append(self.submit(what))
-            eventually(lambda waiting=waiting: self.engine.stats().waiting_requests == waiting)  # type: ignore[misc]
-        return futures
-
-    def advance_by_tokens(self, count: int) -> None:
-        target = self.engine.stats().generated_tokens + count
-        self.advance(lambda: self.engine.stats().generated_tokens >= target)
-
-    def close(self) -> None:
-        self.engine.close()
-        self.threads.shutdown()
-
-
-@pytest.fixture(scope="module")
-def get_engine() -> Iterator[Callable[..., Served]]:
-    """Engines by their settings, each started once."""
-    started: dict[Any, Served] = {}
-
-    def get(name: str, **settings: Any) -> Served:
-        key = (name, *sorted(settings.items()))
-        if key not in started:
-            started[key] = Served(name, **settings)
-        return started[key]
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield get
-    for served in started.values():
-        served.close()
-    torch.set_num_threads(before)
+UNTIED = {"tied": False, "in_flight": "recompute"}
+exact = pytest.mark.skipif(DTYPE != "float32", reason="in half precision the batch moves the last bits")
 
 
 @pytest.fixture(params=ENGINES)
-def served(request: pytest.FixtureRequest, get_engine: Callable[..., Served]) -> Served:
-    return get_engine(request.param)
-
-
-def load(model: PreTrainedModel, seed: int, *, tied: bool) -> None:
-    if getattr(model, "holds_policy", None) != seed:
-        load_weights(model, policy(seed, tied=tied))
-        model.holds_policy = seed
-
-
-@torch.no_grad()
-def logits_under(seed: int, tokens: np.ndarray, *, tied: bool = True, old: int = 0, split: int = 0) -> torch.Tensor:
-    """[T, V] of one sequence; the first `split` tokens' keys and values are those of the policy `old`."""
-    model, cache = scratch_model(tied=tied), DynamicCache()
-    ids = torch.from_numpy(tokens).long()[None].to(model.device)
-    parts = []
-    if split:
-        load(model, old, tied=tied)
-        parts.append(model(ids[:, :split], use_cache=True, **{cache_argument(model): cache}).logits[0])
-    load(model, seed, tied=tied)
-    parts.append(model(ids[:, split:], use_cache=True, **{cache_argument(model): cache}).logits[0])
-    return torch.cat(parts).float().cpu()
-
-
-def expected_logprobs(logits: torch.Tensor, what: GenerationRequest, completion: Completion) -> np.ndarray:
-    """Of the completion's tokens, from logits [P + T, V]; temperature and the end tokens that min_tokens forbids."""
-    rows = logits[len(what.prompt_ids) - 1 : -1] / (what.sampling.temperature or 1.0)
-    rows[: what.sampling.min_tokens, EOS] = -torch.inf
-    tokens = torch.from_numpy(completion.token_ids).long()
-    return rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0].numpy()
-
-
-def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
-    if DTYPE == "float32":
-        np.testing.assert_allclose(actual, expected, atol=2e-4)
-    elif len(actual):  # a stale cache or head is off by nats
-        assert np.abs(actual - expected).mean() < 0.1 and np.abs(actual - expected).max() < 1.0
-
-
-def assert_scored_by(seed: int, what: GenerationRequest, group: list[Completion], *, tied: bool = True) -> None:
-    for completion in group:
-        logits = logits_under(seed, sequence(what, completion), tied=tied)
-        assert_close(completion.rollout_logprobs, expected_logprobs(logits, what, completion))
-
-
-def tokens_of(group: list[Completion]) -> list[list[int]]:
-    return [completion.token_ids.tolist() for completion in group]
-
-
-exact = pytest.mark.skipif(DTYPE != "float32", reason="in half precision the batch moves the last bits")
+def served(request: pytest.FixtureRequest, serve: Callable[..., Served]) -> Served:
+    return serve(request.param)
 
 
 def test_completions_have_the_promised_shapes_lengths_and_reasons(served: Served) -> None:
@@ -247,8 +63,8 @@ def test_completions_have_the_promised_shapes_lengths_and_reasons(served: Served
             assert tokens.dtype == np.int32 and completion.rollout_logprobs.dtype == np.float32
             assert tokens.shape == completion.rollout_logprobs.shape and 1 <= len(tokens) <= 60
             assert completion.policy_versions == ((version, len(tokens)),)
-            assert (completion.finish_reason == "stop") == (tokens[-1] == EOS)
-            assert EOS not in tokens[:-1]
+            assert (completion.finish_reason == "stop") == (tokens[-1] in EOS)
+            assert not np.isin(tokens[:-1], EOS).any()
             assert completion.finish_reason == "stop" or len(tokens) == 60
             reasons.add(completion.finish_reason)
     assert reasons == {"stop", "length"}
@@ -261,23 +77,23 @@ def test_greedy_takes_the_likeliest_tokens_and_reports_temperature_one(served: S
     requests = [request(size, group_id=str(size), n=2, temperature=0.0) for size in (1, 4, 9)]
     for what, group in zip(requests, served.run(*requests), strict=True):
         assert tokens_of(group)[0] == tokens_of(group)[1]
-        logits = logits_under(0, sequence(what, group[0]))
+        logits = logits_under(policy(0), sequence(what, group[0]))
         assert logits[len(what.prompt_ids) - 1 : -1].argmax(-1).tolist() == group[0].token_ids.tolist()
         assert_scored_by(0, what, group)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("settings", [{}, {"tied": False, "in_flight": "recompute"}], ids=["tied", "untied"])
+@pytest.mark.parametrize("settings", [{}, UNTIED], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_logprobs_equal_a_fresh_forward_pass_after_every_policy(
-    get_engine: Callable[..., Served], name: str, settings: dict[str, Any], temperature: float
+    serve: Callable[..., Served], name: str, settings: dict[str, Any], temperature: float
 ) -> None:
-    served = get_engine(name, **settings)
+    served = serve(name, **settings)
     for seed in (2, 3):
         served.serve(seed)
         requests = [request(size, group_id=str(size), temperature=temperature) for size in (1, 8, 300)]
         for what, group in zip(requests, served.run(*requests), strict=True):
-            assert_scored_by(seed, what, group, tied=served.tied)
+            assert_scored_by(policy(seed, tied=served.tied), what, group)
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 5}, {"top_k": 50, "top_p": 0.5}, {"min_p": 0.1}], ids=str)
@@ -287,7 +103,9 @@ def test_truncated_sampling_reports_the_distribution_that_was_sampled(served: Se
     [group] = served.run(what)
     num_renormalised = 0
     for completion in group:
-        rows = (logits_under(0, sequence(what, completion))[len(what.prompt_ids) - 1 : -1] / 0.9).log_softmax(-1)
+        rows = (logits_under(policy(0), sequence(what, completion))[len(what.prompt_ids) - 1 : -1] / 0.9).log_softmax(
+            -1
+        )
         for row, token, logprob in zip(rows, completion.token_ids, completion.rollout_logprobs, strict=True):
             kept = _kept(row.exp().double(), **cut)
             assert kept[token] or DTYPE != "float32"
@@ -315,17 +133,12 @@ def test_noise_depends_on_seed_and_place_only(served: Served) -> None:
     served.serve(0)
     what = request(9, group_id="same", seed=5)
     [alone] = served.run(what)
-    others = [request(size, group_id=str(size), seed=size, n=size, max_tokens=3 * size) for size in range(1, 9)]
+    others = [request(k, group_id=str(k), seed=k, n=k, max_tokens=3 * k, top_k=k // 2 * k) for k in range(1, 9)]
     crowded = served.run(*others, what)[-1]
-    assert tokens_of(crowded) == tokens_of(alone)
-    assert len({tuple(tokens) for tokens in tokens_of(alone)}) == len(alone), "completions of a group differ"
-
-
-def test_groups_with_neighbouring_seeds_share_no_noise(served: Served) -> None:
-    served.serve(0)
-    groups = served.run(*[request(9, group_id=str(seed), seed=seed) for seed in (5, 6, 7)])
-    completions = [tuple(tokens) for group in groups for tokens in tokens_of(group)]
-    assert len(set(completions)) == len(completions)
+    assert tokens_of(crowded) == tokens_of(alone), "also beside rows that cut their distribution"
+    neighbours = served.run(*[request(9, group_id=str(seed), seed=seed) for seed in (5, 6, 7)])
+    completions = [tuple(tokens) for group in neighbours for tokens in tokens_of(group)]
+    assert len(set(completions)) == len(completions), "completions differ in a group, and between neighbouring seeds"
 
 
 def test_first_token_follows_the_model_distribution(served: Served) -> None:
@@ -334,7 +147,7 @@ def test_first_token_follows_the_model_distribution(served: Served) -> None:
     prompt = request(5).prompt_ids.tolist()
     groups = served.run(*[request(prompt, group_id=str(seed), n=50, max_tokens=1, seed=seed) for seed in range(20)])
     tokens = [completion.token_ids[0] for group in groups for completion in group]
-    probs = logits_under(0, np.array(prompt, np.int32))[-1].double().softmax(-1).numpy()
+    probs = logits_under(policy(0), np.array(prompt, np.int32))[-1].double().softmax(-1).numpy()
     observed = np.bincount(tokens, minlength=VOCAB)
     common = probs * len(tokens) >= 5
     expected = np.append(probs[common], probs[~common].sum()) * len(tokens)
@@ -343,13 +156,14 @@ def test_first_token_follows_the_model_distribution(served: Served) -> None:
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("settings", [{}, {"tied": False, "in_flight": "recompute"}], ids=["keep", "recompute"])
+@pytest.mark.parametrize("settings", [{}, UNTIED], ids=["keep", "recompute"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_policy_swapped_in_mid_generation_stamps_and_scores_every_token(
-    get_engine: Callable[..., Served], name: str, settings: dict[str, Any]
+    serve: Callable[..., Served], name: str, settings: dict[str, Any]
 ) -> None:
-    served = get_engine(name, **settings)
-    before = served.serve(4)
+    served = serve(name, **settings)
+    before, stats = served.serve(4), served.engine.stats()
+    older, newer = policy(4, tied=served.tied), policy(5, tied=served.tied)
     requests = [request(size, group_id=str(size), n=3, max_tokens=120) for size in (1, 20, 300)]
     with served.standing():
         futures = served.wait(*requests)
@@ -362,19 +176,20 @@ def test_a_policy_swapped_in_mid_generation_stamps_and_scores_every_token(
             assert list(counts) in ([before], [after], [before, after])
             assert sum(counts.values()) == len(completion.token_ids)
             old = counts.get(before, 0)
-            first = expected_logprobs(logits_under(4, tokens, tied=served.tied), what, completion)[:old]
+            first = expected_logprobs(logits_under(older, tokens), what, completion)[:old]
             cached = len(what.prompt_ids) + old - 1 if old and served.tied else 0  # recompute: nothing is left of it
-            logits = logits_under(5, tokens, tied=served.tied, old=4, split=cached)
+            logits = logits_under(newer, tokens, old=older, split=cached)
             second = expected_logprobs(logits, what, completion)[old:]
             assert_close(completion.rollout_logprobs, np.concatenate([first, second]))
             num_swapped += len(counts) == 2
     assert num_swapped >= 5, "some end before, most see both policies"
-    assert served.engine.stats().last_pause_s > 0
+    assert served.engine.stats().num_updates == stats.num_updates + 1
+    assert 0 < served.engine.stats().last_pause_s < served.engine.stats().update_pause_s
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_drain_finishes_running_rows_before_the_swap(get_engine: Callable[..., Served], name: str) -> None:
-    served = get_engine(name, in_flight="drain")
+def test_drain_finishes_running_rows_before_the_swap(serve: Callable[..., Served], name: str) -> None:
+    served = serve(name, in_flight="drain")
     before = served.serve(4)
     with served.standing():
         running = served.wait(*[request(size, group_id=str(size), max_tokens=150) for size in (5, 3)])
@@ -472,19 +287,38 @@ def test_a_pinned_request_holds_the_swap_until_it_is_done(served: Served) -> Non
         after = served.stage(1)
     assert {span[0] for c in pinned.result(WAIT_S) for span in c.policy_versions} == {version}
     eventually(lambda: served.engine.version == after)
-    served.version = version + 6
-    served.serve(1)
+    late = served.submit(request(5, group_id="late", pinned_version=version))
+    eventually(lambda: served.engine.stats().waiting_requests == 2)
+    served.run(request(3))
+    assert served.engine.stats().waiting_requests == 2, "one for an older version, one for a newer"
+    served.serve(0, version=version)
+    assert {span[0] for c in late.result(WAIT_S) for span in c.policy_versions} == {version}
+    served.serve(1, version=version + 7)
     assert {span[0] for c in other.result(WAIT_S) for span in c.policy_versions} == {version + 7}
 
 
 def test_a_request_that_can_never_run_is_refused_alone(served: Served) -> None:
     served.serve(0)
-    with pytest.raises(EngineError, match=rf"{MAX_MODEL_LEN} prompt \+ 20 new tokens"):
-        served.engine.generate(request(MAX_MODEL_LEN))
-    with pytest.raises(EngineError, match="outside the vocabulary"):
-        served.engine.generate(request([5, VOCAB]))
-    with pytest.raises(EngineError, match="at least 1"):
-        served.engine.generate(request([]))
+    for prompt, asked, problem in [
+        (MAX_MODEL_LEN, {}, rf"{MAX_MODEL_LEN} prompt \+ 20 new tokens"),
+        ([5, VOCAB], {}, "outside the vocabulary"),
+        ([], {}, "at least 1"),
+        (5, {"min_p": 1.5}, r"min_p must be in \[0, 1\], found 1.5"),
+        (5, {"min_tokens": 21}, r"min_tokens must be in \[0, max_tokens=20\], found 21"),
+        (5, {"stop": ("",)}, "stop must be texts that are not empty"),
+        (5, {"top_p": 0.0}, "top_p must be"),
+        (5, {"temperature": -1.0}, "temperature must be at least 0"),
+    ]:
+        with pytest.raises(EngineError, match=problem):
+            served.engine.generate(request(prompt, **asked))
+    empty, long = np.array([], np.int32), np.zeros(MAX_MODEL_LEN + 1, np.int32)
+    for pair, problem in [
+        ((empty, long), "empty"),
+        ((long, empty), f"{len(long)} tokens"),
+        ((long[:1] - 1, empty), "ids -1"),
+    ]:
+        with pytest.raises(EngineError, match=problem):
+            served.engine.score([pair])
     assert len(served.engine.generate(request(MAX_MODEL_LEN - 20))) == 4
 
 
@@ -519,6 +353,8 @@ def test_cancel_removes_one_group_and_leaves_the_others(served: Served) -> None:
         served.advance_by_tokens(16)
         for name in ("running", "waiting", "unknown"):
             served.engine.cancel(name)
+        served.advance_by_passes(1)
+        assert 0 < served.engine.stats().running_sequences <= 8, "its sequences left at once"
     for future in (futures[0], futures[2]):
         with pytest.raises(EngineClosed, match="cancelled"):
             future.result(WAIT_S)
@@ -526,27 +362,32 @@ def test_cancel_removes_one_group_and_leaves_the_others(served: Served) -> None:
     eventually(lambda: served.engine.stats().running_sequences == 0)
 
 
-def test_a_stop_text_ends_a_completion_and_belongs_to_it(served: Served) -> None:
+@pytest.mark.parametrize("min_tokens", [9, 60])
+def test_a_stop_text_ends_a_completion_and_belongs_to_it(served: Served, min_tokens: int) -> None:
     served.serve(0)
-    [[free]] = served.run(request(5, n=1, max_tokens=60))
+    [[free]] = served.run(request(5, n=1, max_tokens=60, min_tokens=min_tokens))
     tokens = free.token_ids.tolist()
-    end = next(place for place in range(10, 60) if tokens[place] not in tokens[:place])
-    stop = (letters_of(tokens[end - 1 : end + 1]),)
-    what = request(5, n=1, max_tokens=60, stop=stop)
-    [[stopped]] = served.run(what)
-    assert stopped.token_ids.tolist() == tokens[: end + 1] and stopped.finish_reason == "stop"
+    end = next(place for place in range(10, len(tokens)) if tokens[place] not in tokens[:place])
+    stop = ("".join(chr(0x4E00 + token) for token in tokens[end - 1 : end + 1]),)
+    what = request(5, n=1, max_tokens=60, min_tokens=min_tokens, stop=stop)
+    beside = request(5, n=1, max_tokens=end + 1, min_tokens=min(min_tokens, end + 1))
+    with served.standing():
+        futures = served.wait(what, beside)
+    [stopped], [ended] = (future.result(WAIT_S) for future in futures)
+    assert ended.token_ids.tolist() == tokens[: end + 1], "another that ends in the same step, by its length"
+    is_early = end < min_tokens
+    assert stopped.token_ids.tolist() == (tokens if is_early else tokens[: end + 1])
+    assert stopped.finish_reason == ("length" if is_early else "stop")
     assert_scored_by(0, what, [stopped])
-    [[later]] = served.run(request(5, n=1, max_tokens=60, min_tokens=end + 2, stop=stop))
-    assert len(later.token_ids) > end + 1
 
 
 def test_min_tokens_keeps_the_ends_away_and_out_of_the_distribution(served: Served) -> None:
     served.serve(0)
-    what = request(5, n=8, max_tokens=40, min_tokens=40)
-    [group] = served.run(what)
-    assert {len(completion.token_ids) for completion in group} == {40}
-    assert all(EOS not in completion.token_ids[:39] for completion in group)
-    assert_scored_by(0, what, group)
+    asked = [request(5, group_id=str(t), n=8, max_tokens=40, min_tokens=40, temperature=t) for t in (1.0, 0.0)]
+    for what, group in zip(asked, served.run(*asked), strict=True):
+        assert {len(completion.token_ids) for completion in group} == {40}
+        assert not any(np.isin(completion.token_ids[:39], EOS).any() for completion in group)
+        assert_scored_by(0, what, group)
 
 
 def test_score_is_a_fresh_forward_of_the_served_policy_while_others_run(served: Served) -> None:
@@ -561,14 +402,13 @@ def test_score_is_a_fresh_forward_of_the_served_policy_while_others_run(served: 
         served.advance(lambda: served.engine.version == version)
         scoring = served.threads.submit(served.engine.score, sequences)
         eventually(lambda: len(served.engine._scoring) == 1)
-        end = served.num_passes + 20
-        served.advance(lambda: served.num_passes == end)
+        served.advance_by_passes(20)
         scored_by, logprobs = scoring.result(WAIT_S)
         assert not running.done(), "scoring goes first"
     assert scored_by == version
     for completion, scored in zip(group, logprobs, strict=True):
         assert scored.dtype == np.float32
-        assert_close(scored, expected_logprobs(logits_under(3, sequence(what, completion)), what, completion))
+        assert_close(scored, expected_logprobs(logits_under(policy(3), sequence(what, completion)), what, completion))
     running.result(WAIT_S)
     full = request(MAX_MODEL_LEN - 20, n=1, min_tokens=20)
     [[completion]] = served.run(full)
@@ -605,13 +445,12 @@ def test_an_idle_engine_shows_progress(served: Served) -> None:
     eventually(lambda: served.engine.progress_at > seen)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("section", "said"),
     [
         ({"sampling": {"temperature": 2.5}}, "vLLM samples at 0.01 to 2.0"),
         ({"rollout": {"device": "cuda:1"}}, "CUDA_VISIBLE_DEVICES=1"),
     ],
-    ids=["temperature", "device"],
 )
 def test_vllm_is_refused_before_it_loads_what_it_cannot_do(section: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -620,10 +459,10 @@ def test_vllm_is_refused_before_it_loads_what_it_cannot_do(section: dict[str, An
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_whose_step_fails_costs_the_running_requests_only(
-    get_engine: Callable[..., Served], name: str, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., Served], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The torch engine goes on; vLLM is dead: what waited is handed back, and the process is told to end itself."""
-    served = get_engine(name, in_flight="drain")
+    served = serve(name, in_flight="drain")
     served.serve(0)
     reached = threading.Event()
 
@@ -661,6 +500,8 @@ def test_close_releases_running_and_waiting_requests(name: str) -> None:
     """The last test: closing one vLLM engine takes the process groups of every other in this process."""
     served = Served(name)
     assert served.engine.version == -1
+    with pytest.raises(EngineError, match="no policy"):
+        served.engine.score([])
     waiting = served.submit(request(5, group_id="early", n=1, max_tokens=3))
     served.serve(0)
     assert waiting.result(WAIT_S), "it waited for the first policy"
@@ -675,3 +516,5 @@ def test_close_releases_running_and_waiting_requests(name: str) -> None:
             future.result(WAIT_S)
     with pytest.raises(EngineClosed):
         served.engine.generate(request(5))
+    with pytest.raises(EngineClosed):
+        served.engine.score([])

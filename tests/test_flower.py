@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from builders import make_config, publish_policy, rollout_payload, task_payload
+from builders import make_config, publish_policy, push_group
 from harness import running, wait_for, worker
 
 from sluice.common.connections.broker import make_app, send_stage
@@ -24,11 +24,7 @@ NUM_GROUPS = 3
 def test_flower_and_events_show_what_a_worker_does(
     client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "ones.py").write_text(
-        "def ones(prompts, completions, **kwargs):\n    return [1.0] * len(completions)\n"
-    )
-    functions = [{"function": f"{tmp_path / 'ones.py'}:ones"}]
-    config = make_config(reward={"functions": functions}, trainer={"loss": {"kl_beta": 0.0}})
+    config = make_config(trainer={"loss": {"kl_beta": 0.0}})
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
     publish_policy(client, keys, 0)
     env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}
@@ -44,8 +40,9 @@ def test_flower_and_events_show_what_a_worker_does(
         assert [queue["name"] for queue in app.control.inspect().active_queues()[name]] == ["reward"]
         app.control.enable_events()
         wait_for(lambda: name in ask(port, "workers?refresh=1"), timeout=60, what="the worker in Flower")
-        for group_id in generated(Ledger(client, keys, config)):
-            send_stage(app, group_id, "reward")
+        ledger = Ledger(client, keys, config, worker="w")
+        for _ in range(NUM_GROUPS):
+            send_stage(app, push_group(ledger, until="rollout"), "reward")
         done = wait_for(
             lambda: len(found := ask(port, "tasks?state=SUCCESS")) == NUM_GROUPS and found,
             timeout=30,
@@ -54,16 +51,6 @@ def test_flower_and_events_show_what_a_worker_does(
         assert {(task["name"], task["worker"]) for task in done.values()} == {("reward.score", name)}
         assert client.xlen(keys.stream(0)) == NUM_GROUPS
         app.close()
-
-
-def generated(ledger: Ledger) -> list[str]:
-    """Groups that owe their reward alone."""
-    reply = ledger.scripts("admit", NUM_GROUPS, 10**9, 10**12, 10**6, 10**6, 60_000, "test", "task")
-    groups = [f"t{int(cursor)}" for cursor in reply[2:]]
-    for group_id in groups:
-        ledger.store(group_id, "task", task_payload(group_id))
-        ledger.store(group_id, "rollout", rollout_payload(), version=0)
-    return groups
 
 
 def ask(port: int, what: str) -> dict[str, Any]:

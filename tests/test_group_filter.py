@@ -10,21 +10,19 @@ from builders import (
     admit_one,
     for_each,
     make_config,
-    make_ledger,
     publish_policy,
     push_group,
     reference_payload,
     reward_payload,
     rollout_payload,
+    started_ledger,
     task_payload,
 )
 from consistency import assert_consistent
-from harness import counters_of, metrics_of, trainer, wait_for, worker, workers
+from harness import SMALL, counters_of, metrics_of, trainer, wait_for, worker, workers
 from harness import create_run as start_run
 
-from sluice.common.config import Config
 from sluice.common.connections.broker import make_app, send_stage
-from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
@@ -37,22 +35,14 @@ K = 2
 EQUAL = reward_payload(rewards=(1.0, 1.0))
 
 
-@pytest.fixture
-def client(server_flavours):
-    connection = connect(server_flavours)
-    yield connection
-    connection.close()
+pytestmark = pytest.mark.usefixtures("server_flavours")
 
 
 def filtering(client, keys, *, max_refill=10, max_policy_age=1, **trainer):
     """A ledger of a run with policy 0 and a filter, and its buffer."""
-    ledger = make_ledger(
-        client,
-        keys,
-        trainer={"filter_zero_variance": True, "max_refill": max_refill, **trainer},
-        replay_buffer={"batch_size": K, "max_policy_age": max_policy_age},
-    )
-    publish_policy(client, keys, 0)
+    trainer = {"filter_zero_variance": True, "max_refill": max_refill, **trainer}
+    replay_buffer = {"batch_size": K, "max_policy_age": max_policy_age}
+    ledger = started_ledger(client, keys, trainer=trainer, replay_buffer=replay_buffer)
     return ledger, ReplayBuffer(ledger, groups_per_step=K, max_policy_age=max_policy_age)
 
 
@@ -142,8 +132,11 @@ def test_evaluations_are_never_filtered(client, keys):
 
 def test_groups_are_kept_over_the_bound_until_the_batch_is_taken(client, keys):
     ledger, buffer = filtering(client, keys, max_refill=3)
-    assert [score_equal(ledger) for _ in range(3 * K + K)] == [True] * 3 * K + [False] * K
-    assert client.llen(keys.wake) == 0, "nobody waits yet"
+    assert buffer.sample(0, step=1).groups is None
+    assert [score_equal(ledger) for _ in range(3 * K + K - 1)] == [True] * 3 * K + [False] * (K - 1)
+    assert client.llen(keys.wake) == 0
+    assert not score_equal(ledger)
+    assert buffer.wait(1.0), "a group that is kept wakes the trainer"
     counters = ledger.counters()
     assert (counters.dropped, counters.kept_for_bound) == ({"zero_variance": 3 * K}, K)
     batch = buffer.sample(0, step=1).groups
@@ -167,17 +160,6 @@ def test_a_batch_that_nobody_takes_raises_the_bound_once_and_waste_ends(client, 
     assert ledger.counters().kept_for_bound == 2
 
 
-def test_a_waiting_trainer_is_woken_by_a_group_kept_over_the_bound(client, keys):
-    ledger, buffer = filtering(client, keys, max_refill=1)
-    push_group(ledger)
-    assert buffer.sample(0, step=1).groups is None
-    assert [score_equal(ledger) for _ in range(K)] == [True] * K
-    assert client.llen(keys.wake) == 0
-    assert not score_equal(ledger)
-    assert buffer.wait(1.0)
-    assert len(buffer.sample(0, step=1).groups) == K
-
-
 def test_strictly_on_policy_batches_are_refilled_under_the_same_version(client, keys):
     ledger, buffer = filtering(client, keys, max_policy_age=0)
     for version in range(3):
@@ -195,19 +177,13 @@ def test_strictly_on_policy_batches_are_refilled_under_the_same_version(client, 
     assert counters.holds
 
 
-def test_a_run_that_is_nearly_complete_replaces_what_is_dropped(client, keys):
-    ledger, _ = filtering(client, keys, num_steps=1)
-    group_id = push_group(ledger, until="rollout")
-    admit_one(ledger)
-    assert ledger.admit(1).stopped_by == "run_complete"
-    assert score_equal(ledger, group_id)
-    assert len(ledger.admit(5).cursors) == 1
-
-
-def test_drops_are_reported_in_all_and_per_step(client, keys, tmp_path):
+def test_drops_are_reported_in_all_and_per_step_where_there_is_a_filter(client, keys, tmp_path):
     ledger, buffer = filtering(client, keys, max_refill=1)
-    config = make_config(trainer={"filter_zero_variance": True, "max_refill": 1}, replay_buffer={"batch_size": K})
-    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
+    run, without = (
+        Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
+        for config in (ledger.config, make_config())
+    )
+    assert not [name for name in FlowMeter(client, without).metrics(step_s=1.0) if name.startswith("filter/")]
     reporter = Reporter(client, run)
     seen = []
     for step, num_equal in [(1, 3), (2, 0), (3, 2)]:
@@ -221,17 +197,6 @@ def test_drops_are_reported_in_all_and_per_step(client, keys, tmp_path):
         buffer.sample(0, step=step)
         publish_policy(client, keys, step)
     assert seen == [[2, 2, 1], [2, 0, 1], [4, 2, 1]]
-
-
-def test_without_the_filter_no_filter_metrics_are_reported(client, keys, tmp_path):
-    publish_policy(client, keys, 0)
-    run = Run(name=keys.run, keys=keys, config=make_config(), assets={}, folder=str(tmp_path))
-    assert not [name for name in FlowMeter(client, run).metrics(step_s=1.0) if name.startswith("filter/")]
-
-
-def test_the_resolved_config_of_a_run_without_filter_is_read_again():
-    config = make_config()
-    assert Config.model_validate(config.model_dump()) == config
 
 
 REWARD = """
@@ -280,15 +245,15 @@ def test_a_reward_worker_drops_what_teaches_nothing_and_asks_for_other_prompts(
 def test_a_run_of_mostly_equal_groups_trains_on_those_that_differ(tmp_path: Path, own_redis: EmbeddedServer) -> None:
     (tmp_path / "scores.py").write_text(REWARD)
     steps, k = 6, 4
+    settings = SMALL | {
+        "trainer__num_steps": steps,
+        "trainer__filter_zero_variance": True,
+        "replay_buffer__max_policy_age": 0,
+    }
     env = start_run(
         tmp_path,
         own_redis.url,
-        trainer__num_steps=steps,
-        trainer__filter_zero_variance=True,
-        trainer__loss={"kl_beta": 0.0},
-        replay_buffer__batch_size=k,
-        replay_buffer__max_policy_age=0,
-        sampling__group_size=4,
+        **settings,
         reward={"functions": [{"function": f"{tmp_path / 'scores.py'}:mostly_equal"}]},
     )
     with workers(tmp_path, env), trainer(tmp_path, env) as daemon:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 from harness import (
     alive,
+    assert_trained_once,
     children,
     metrics_of,
     only_run,
@@ -17,19 +19,28 @@ from harness import (
     sluice,
     tiny_folder,
     wait_for,
+    wait_for_steps,
 )
 
 
-def some_steps(folder: Path, count: int) -> bool:
-    runs = list((folder / "runs").glob("*/metrics.jsonl"))
-    return bool(runs) and len(metrics_of(runs[0].parent)) >= count
+def config_of(folder: Path, steps: int) -> str:
+    return str(quickstart_config(folder, tiny=tiny_folder(), trainer__num_steps=steps, evaluation__datasets=[]))
+
+
+def finished(run_folder: Path, steps: int) -> dict[str, Any]:
+    """The summary of a run that lost nothing."""
+    summary: dict[str, Any] = json.loads((run_folder / "summary.json").read_text())
+    ledger = summary["ledger"]
+    assert (summary["steps"], summary["ledger_holds"]) == (steps, True)
+    assert (ledger["trained"], ledger["in_flight"]) == (steps * 8, 0)
+    return summary
 
 
 def test_ctrl_c_ends_everything_soon_and_resume_goes_on(tmp_path: Path) -> None:
     steps = 14
-    config = quickstart_config(tmp_path, tiny=tiny_folder(), trainer__num_steps=steps, evaluation__datasets=[])
-    with running_sluice("run", str(config), "checkpoint.every_steps=4", cwd=tmp_path) as process:
-        wait_for(lambda: some_steps(tmp_path, 5), timeout=100, what="five steps")
+    config = config_of(tmp_path, steps)
+    with running_sluice("run", config, "checkpoint.every_steps=4", cwd=tmp_path) as process:
+        wait_for_steps(tmp_path, 5)
         family = children(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.wait(90) == 130  # 10 s on a quiet machine; other tests run beside this one
@@ -39,46 +50,43 @@ def test_ctrl_c_ends_everything_soon_and_resume_goes_on(tmp_path: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["ledger_holds"]
 
     assert (run / "checkpoints" / "latest").is_file()
-    done = sluice("run", str(config), "--resume", cwd=tmp_path, timeout=150)
+    done = sluice("run", config, "--resume", cwd=tmp_path, timeout=150)
     assert done.returncode == 0, done.stderr
     assert only_run(tmp_path) == run  # the same run, not a fresh one
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["steps"] == steps
-    assert summary["ledger_holds"]
-    assert summary["ledger"]["trained"] == steps * 8
-    assert summary["ledger"]["in_flight"] == 0
+    finished(run, steps)
     trained = [metrics["step"] for metrics in metrics_of(run)]
     assert trained == list(range(1, steps + 1))  # SIGTERM saved the last step: none was trained twice
 
 
 def test_nothing_survives_a_killed_supervisor(tmp_path: Path) -> None:
-    config = quickstart_config(tmp_path, tiny=tiny_folder(), trainer__num_steps=1000, evaluation__datasets=[])
-    with running_sluice("run", str(config), cwd=tmp_path) as process:
-        wait_for(lambda: some_steps(tmp_path, 1), timeout=100, what="a step")
+    with running_sluice("run", config_of(tmp_path, 1000), cwd=tmp_path) as process:
+        wait_for_steps(tmp_path, 1)
         family = children(process.pid)
         assert len(family) >= 6  # redis, four workers, trainer
         process.kill()
         wait_for(lambda: not alive(family), timeout=20, what=f"the end of {alive(family)}")
 
 
-def test_killed_workers_and_a_killed_redis_are_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
-    steps = 24
-    config = quickstart_config(tmp_path, tiny=tiny_folder(), trainer__num_steps=steps, evaluation__datasets=[])
-    with running_sluice("run", str(config), "lease.running_s=3", "lease.queued_s=3", cwd=tmp_path) as process:
-        wait_for(lambda: some_steps(tmp_path, 2), timeout=100, what="two steps")
+def test_killed_workers_redis_and_fork_server_are_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
+    steps, done = 24, lambda: len(metrics_of(only_run(tmp_path)))
+    settings = ("lease.running_s=3", "lease.queued_s=3", "checkpoint.every_steps=2", "checkpoint.keep=100")
+    with running_sluice("run", config_of(tmp_path, steps), *settings, cwd=tmp_path) as process:
+        wait_for_steps(tmp_path, 2)
         for queue in ("reward", "rollout"):
             serving(process.pid, queue)[0].kill()
-        done = len(metrics_of(only_run(tmp_path)))
-        wait_for(lambda: some_steps(tmp_path, done + 3), timeout=100, what="steps with other workers")
+        wait_for_steps(tmp_path, done() + 3)
         (server,) = [child for child in children(process.pid) if child.name() in ("redis-server", "valkey-server")]
         server.kill()
+        server.wait(10)
+        wait_for_steps(tmp_path, done() + 3)
+        (server,) = [c for c in children(process.pid) if "sluice.scripts.launcher.fork_server" in " ".join(c.cmdline())]
+        assert server.num_threads() == 1
+        family = server.children()
+        server.kill()
+        wait_for(lambda: not alive(family), timeout=20, what="its roles to end with it")
         assert process.wait(240) == 0
-    run = only_run(tmp_path)
     said = (tmp_path / "output.log").read_text()
     assert "the embedded Redis ended unexpectedly (exit code -9): starting it again" in said
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["restarts"] == {"reward-0": 1, "rollout-0": 1}
-    assert summary["steps"] == steps
-    assert summary["ledger_holds"]
-    assert summary["ledger"]["trained"] == steps * 8
-    assert summary["ledger"]["in_flight"] == 0
+    restarts = finished(only_run(tmp_path), steps)["restarts"]
+    assert restarts == {"reward-0": 1, "rollout-0": 2, "dataset-0": 1, "reference-0": 1, "trainer": 1}
+    assert_trained_once(only_run(tmp_path), steps)

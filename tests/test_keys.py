@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from builders import for_each
 
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
@@ -42,7 +43,7 @@ def test_keys_of_a_run_are_under_its_root() -> None:
     assert keys.celery_prefix == "sluice:{a}:mq:"
 
 
-@pytest.mark.parametrize("name", ["", "{x}", "a b", ".hidden", "x" * 101, "a:b"])
+@for_each("name", ["", "{x}", "a b", ".hidden", "x" * 101, "a:b"])
 def test_a_name_that_would_leave_the_root_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="run name"):
         Keys(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from builders import (
     push_group,
     reward_payload,
     rollout_payload,
+    started_ledger,
     task_payload,
 )
 from consistency import PARTS, assert_consistent
@@ -29,11 +31,7 @@ from sluice.common.ledger.replay_buffer import ReplayBuffer
 KL = {"loss": {"kl_beta": 0.1}, "num_steps": 1_000_000, "seq_len": 16}
 
 
-@pytest.fixture
-def client(server_flavours):
-    connection = connect(server_flavours)
-    yield connection
-    connection.close()
+pytestmark = pytest.mark.usefixtures("server_flavours")
 
 
 def until(condition, *, timeout_s=5.0):
@@ -45,15 +43,21 @@ def until(condition, *, timeout_s=5.0):
     return value
 
 
-def reap_until(ledger, expected):
-    """Reap until a stage is overdue."""
-    return until(lambda: [(g, p) for g, p, _ in ledger.reap() if (g, p) == expected])
-
-
 def deadline_in(ledger, group_id, stage):
     """Return the milliseconds until a stage is overdue."""
     seconds, micros = ledger.client.time()
     return ledger.client.zscore(ledger.keys.deadlines, f"{group_id}|{stage}") - (seconds * 1000 + micros // 1000)
+
+
+def race(url, keys, work, *, num_workers, **sections):
+    """Run `work(ledger, number)` in as many threads, each with a connection of its own; return the results."""
+
+    def run(number):
+        with connect(url) as connection:
+            return work(make_ledger(connection, keys, worker=f"w{number}", **sections), number)
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        return list(pool.map(run, range(num_workers), timeout=30))
 
 
 def buffer_of(ledger, *, k=2, max_policy_age=1, **options):
@@ -63,14 +67,11 @@ def buffer_of(ledger, *, k=2, max_policy_age=1, **options):
 # Admission
 
 
-def test_nothing_is_admitted_before_the_first_policy(client, keys):
-    admission = make_ledger(client, keys).admit(5)
-    assert (admission.stopped_by, admission.policy_version, admission.cursors) == ("no_policy", -1, [])
-
-
 @pytest.mark.parametrize(("max_policy_age", "bound"), [(0, 3), (1, 6), (3, 12)])
 def test_admission_stops_at_the_in_flight_bound(client, keys, max_policy_age, bound):
     ledger = make_ledger(client, keys, replay_buffer={"batch_size": 3, "max_policy_age": max_policy_age})
+    none = ledger.admit(5)
+    assert (none.stopped_by, none.policy_version, none.cursors) == ("no_policy", -1, [])
     publish_policy(client, keys, 0)
     first = ledger.admit(2)
     assert (first.stopped_by, first.cursors) == ("max_count", [0, 1])
@@ -81,8 +82,9 @@ def test_admission_stops_at_the_in_flight_bound(client, keys, max_policy_age, bo
 
 
 def test_admission_stops_when_the_run_has_all_the_groups_it_needs(client, keys):
-    ledger = make_ledger(client, keys, trainer={"num_steps": 3}, replay_buffer={"batch_size": 1, "max_policy_age": 5})
-    publish_policy(client, keys, 0)
+    ledger = started_ledger(
+        client, keys, trainer={"num_steps": 3}, replay_buffer={"batch_size": 1, "max_policy_age": 5}
+    )
     admission = ledger.admit(100)
     assert (admission.stopped_by, len(admission.cursors)) == ("run_complete", 3)
     ledger.drop(["t1"], reason="prompt_too_long")
@@ -90,8 +92,7 @@ def test_admission_stops_when_the_run_has_all_the_groups_it_needs(client, keys):
 
 
 def test_admission_stops_while_groups_hold_too_many_bytes(client, keys):
-    ledger = make_ledger(client, keys, replay_buffer={"max_bytes": 100})
-    publish_policy(client, keys, 0)
+    ledger = started_ledger(client, keys, replay_buffer={"max_bytes": 100})
     group_id = admit_one(ledger)
     ledger.store(group_id, "task", b"x" * 100)
     assert ledger.admit(1).stopped_by == "max_bytes"
@@ -100,8 +101,7 @@ def test_admission_stops_while_groups_hold_too_many_bytes(client, keys):
 
 
 def test_a_group_carries_the_lowest_version_that_may_generate_it(client, keys):
-    ledger = make_ledger(client, keys)
-    publish_policy(client, keys, 0)
+    ledger = started_ledger(client, keys)
     push_group(ledger, until="task")
     publish_policy(client, keys, 1)
     group_id = push_group(ledger, until="task")
@@ -112,83 +112,50 @@ def test_a_group_carries_the_lowest_version_that_may_generate_it(client, keys):
 
 
 def test_many_admitters_never_repeat_or_skip_a_cursor(client, keys, server_flavours):
-    publish_policy(client, keys, 0)
     bound = 2 * 300
-    cursors: list[list[int]] = [[] for _ in range(8)]
+    admitted = started_ledger(client, keys).counters
 
-    def admit(mine, number):
-        connection = connect(server_flavours)
-        ledger = make_ledger(connection, keys, worker=f"d{number}", replay_buffer={"batch_size": 300})
-        while got := ledger.admit(1 + number % 3).cursors:
-            mine += got
-        connection.close()
+    def admit(ledger, number):
+        return [cursor for got in iter(lambda: ledger.admit(1 + number % 3).cursors, []) for cursor in got]
 
-    threads = [threading.Thread(target=admit, args=(mine, i)) for i, mine in enumerate(cursors)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
+    cursors = race(server_flavours, keys, admit, num_workers=8, replay_buffer={"batch_size": 300})
     assert sorted(itertools.chain(*cursors)) == list(range(bound))
     assert sum(bool(mine) for mine in cursors) > 1, "only one thread got through: this tested nothing"
-    assert make_ledger(client, keys).counters().admitted == bound
+    assert admitted().admitted == bound
 
 
 # Claims and leases
 
 
 def test_a_part_is_claimed_by_one_worker_only(client, keys):
-    publish_policy(client, keys, 0)
-    a, b = make_ledger(client, keys, worker="a"), make_ledger(client, keys, worker="b")
+    a, b = started_ledger(client, keys, worker="a"), make_ledger(client, keys, worker="b")
     group_id = push_group(a, until="task")
     claim = a.claim(group_id, "rollout", fields=())
     assert claim is not None and claim.attempt == 1
     assert b.claim(group_id, "rollout", fields=()) is None
     assert a.claim(group_id, "rollout", fields=()) is None, "the same message delivered twice to one worker"
-
-
-def test_what_is_not_owed_cannot_be_claimed(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys)
-    group_id = push_group(ledger, until="task")
-    assert ledger.claim(group_id, "reward", fields=()) is None, "its rollout is not there"
-    assert ledger.claim(group_id, "task", fields=()) is None, "done already"
-    assert ledger.claim("t99", "rollout", fields=()) is None, "never admitted"
-
-
-def test_a_claim_whose_reply_was_lost_spends_one_attempt(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys)
-    group_id = push_group(ledger, until="task")
-    replies = [ledger.scripts("claim", group_id, "rollout", "w/77", 60_000) for _ in range(3)]
-    assert replies == [[1, 1]] * 3
+    assert b.claim(group_id, "reward", fields=()) is None, "its rollout is not there"
+    assert b.claim(group_id, "task", fields=()) is None, "done already"
+    assert b.claim("t99", "rollout", fields=()) is None, "never admitted"
+    other = push_group(a, until="task")
+    replies = [a.scripts("claim", other, "rollout", "w/77", 60_000) for _ in range(3)]
+    assert replies == [[1, 1]] * 3, "a claim whose reply was lost spends one attempt"
 
 
 def test_concurrent_claims_have_one_winner(client, keys, server_flavours):
-    publish_policy(client, keys, 0)
-    group_ids = [push_group(make_ledger(client, keys), until="task") for _ in range(4)]
-    won: list[list[str]] = [[] for _ in range(4)]
+    ledger = started_ledger(client, keys)
+    group_ids = [push_group(ledger, until="task") for _ in range(4)]
     barrier = threading.Barrier(4, timeout=10)
 
-    def work(mine, number):
-        connection = connect(server_flavours)
-        ledger = make_ledger(connection, keys, worker=f"w{number}")
-        for group_id in group_ids:
-            barrier.wait()
-            if ledger.claim(group_id, "rollout", fields=()):
-                mine.append(group_id)
-        connection.close()
+    def work(ledger, _):
+        return [g for g in group_ids if barrier.wait() >= 0 and ledger.claim(g, "rollout", fields=())]
 
-    threads = [threading.Thread(target=work, args=(mine, i)) for i, mine in enumerate(won)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=20)
+    won = race(server_flavours, keys, work, num_workers=4)
     assert sorted(itertools.chain(*won)) == sorted(group_ids)
 
 
 def test_an_expired_lease_can_be_claimed_by_another_worker(client, keys):
-    publish_policy(client, keys, 0)
-    a, b = make_ledger(client, keys, worker="a"), make_ledger(client, keys, worker="b")
+    a, b = started_ledger(client, keys, worker="a"), make_ledger(client, keys, worker="b")
     group_id = push_group(a, until="task")
     first = a.claim(group_id, "rollout", fields=(), lease_s=0.02)
     second = until(lambda: b.claim(group_id, "rollout", fields=()))
@@ -199,8 +166,7 @@ def test_an_expired_lease_can_be_claimed_by_another_worker(client, keys):
 
 
 def test_a_renewed_lease_is_not_reaped(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"running_s": 60.0})
+    ledger = started_ledger(client, keys, lease={"running_s": 60.0})
     group_id = push_group(ledger, until="task")
     claim = ledger.claim(group_id, "rollout", fields=(), lease_s=0.01)
     until(lambda: deadline_in(ledger, group_id, "rollout") <= 0)
@@ -212,8 +178,7 @@ def test_a_renewed_lease_is_not_reaped(client, keys):
 
 @pytest.mark.parametrize("late_first", [True, False])
 def test_of_a_late_and_a_new_result_exactly_one_is_used(client, keys, late_first):
-    publish_policy(client, keys, 0)
-    slow, fast = make_ledger(client, keys, worker="slow"), make_ledger(client, keys, worker="fast")
+    slow, fast = started_ledger(client, keys, worker="slow"), make_ledger(client, keys, worker="fast")
     group_id = push_group(slow, until="task")
     slow.claim(group_id, "rollout", fields=(), lease_s=0.01)
     until(lambda: fast.claim(group_id, "rollout", fields=()))
@@ -228,51 +193,35 @@ def test_of_a_late_and_a_new_result_exactly_one_is_used(client, keys, late_first
     assert fast.counters().refused == 1
 
 
-def test_every_part_is_stored_once(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, trainer=KL)
-    group_id = push_group(ledger)
-    held = int(client.get(keys.payload_bytes))
-    for stage in PARTS:
-        assert (
-            ledger.store(group_id, stage, part_payload(group_id, stage), version=0 if stage == "rollout" else None)
-            is None
-        )
-    assert ledger.counters().refused == 4
-    assert int(client.get(keys.payload_bytes)) == held
-    assert client.xlen(keys.stream(0)) == 1
-
-
 @pytest.mark.parametrize("order", [("reward", "reference"), ("reference", "reward")])
-def test_a_group_is_ready_when_its_last_part_arrives_whichever_that_is(client, keys, order):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, trainer=KL)
+def test_a_group_is_ready_when_its_last_part_arrives_whichever_that_is_and_every_part_is_stored_once(
+    client, keys, order
+):
+    ledger = started_ledger(client, keys, trainer=KL)
     group_id = push_group(ledger, until="rollout")
     assert client.zcard(keys.deadlines) == 2
     ledger.store(group_id, order[0], part_payload(group_id, order[0]))
     assert client.exists(keys.stream(0)) == 0
     ledger.store(group_id, order[1], part_payload(group_id, order[1]))
-    assert client.xlen(keys.stream(0)) == 1
-    assert client.zcard(keys.deadlines) == 0
-
-
-def test_without_kl_no_reference_part_is_owed(client, keys):
-    publish_policy(client, keys, 0)
-    group_id = push_group(make_ledger(client, keys), until="rollout")
-    assert client.zrange(keys.deadlines, 0, -1) == [f"{group_id}|reward".encode()]
+    held = int(client.get(keys.payload_bytes))
+    for stage in PARTS:
+        version = 0 if stage == "rollout" else None
+        assert ledger.store(group_id, stage, part_payload(group_id, stage), version=version) is None
+    assert (client.xlen(keys.stream(0)), client.zcard(keys.deadlines)) == (1, 0)
+    assert (ledger.counters().refused, int(client.get(keys.payload_bytes))) == (4, held)
 
 
 # Failure
 
 
 def test_a_failing_part_is_retried_then_dead_with_reason_and_payload(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"max_attempts": 3})
+    ledger = started_ledger(client, keys, lease={"max_attempts": 3})
     group_id = push_group(ledger, until="rollout")
     for attempt in (1, 2):
         claim = ledger.claim(group_id, "reward", fields=("rollout",))
         assert claim.attempt == attempt
-        assert ledger.fail(claim, reason="RewardError", detail="boom") is True
+        reports = [ledger.fail(claim, reason="RewardError", detail="boom") for _ in range(3)]
+        assert reports == [True, False, False], "one attempt, however often it is reported"
     assert ledger.fail(ledger.claim(group_id, "reward", fields=()), reason="RewardError", detail="last boom") is False
     counters = ledger.counters()
     assert (counters.dead, counters.retried, counters.in_flight) == ({"RewardError": 1}, 2, 0)
@@ -293,8 +242,7 @@ def kill_group(ledger, group_id, stage):
 
 
 def test_a_requeued_group_gets_fresh_attempts_for_what_it_lacks(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"max_attempts": 2})
+    ledger = started_ledger(client, keys, lease={"max_attempts": 2})
     scored, generated = push_group(ledger, until="rollout"), push_group(ledger, until="task")
     kill_group(ledger, scored, "reward")
     kill_group(ledger, generated, "rollout")
@@ -313,26 +261,8 @@ def test_a_requeued_group_gets_fresh_attempts_for_what_it_lacks(client, keys):
     assert_consistent(client, keys)
 
 
-def test_a_requeued_evaluation_group_is_waited_for_again(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"max_attempts": 1})
-    client.hset(keys.evaluations, "0.x", 0)
-    group_id = "e0.x.0g"
-    ledger.admit_eval("0.x", dataset="x", version=0, tasks={group_id: task_payload(group_id)})
-    kill_group(ledger, group_id, "rollout")
-    assert client.hlen(keys.evaluations) == 0, "finished, with a dead group"
-    assert ledger.requeue(group_id) == ["rollout"]
-    assert client.hgetall(keys.evaluations) == {b"0.x": b"0"}, "its version is kept again"
-    assert ledger.counters("eval").holds
-    ledger.store(group_id, "rollout", rollout_payload(version=0), version=0)
-    ledger.store(group_id, "reward", reward_payload())
-    assert ledger.counters("eval").scored == 1
-    assert client.hlen(keys.evaluations) == 0
-
-
 def test_a_dead_part_takes_the_others_of_its_group_with_it(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, trainer=KL, lease={"max_attempts": 1})
+    ledger = started_ledger(client, keys, trainer=KL, lease={"max_attempts": 1})
     group_id = push_group(ledger, until="rollout")
     running = ledger.claim(group_id, "reference", fields=())
     ledger.fail(ledger.claim(group_id, "reward", fields=()), reason="x", detail="")
@@ -342,8 +272,7 @@ def test_a_dead_part_takes_the_others_of_its_group_with_it(client, keys):
 
 
 def test_a_released_part_spends_no_attempt(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"max_attempts": 1})
+    ledger = started_ledger(client, keys, lease={"max_attempts": 1})
     group_id = push_group(ledger, until="task")
     for _ in range(5):
         claim = ledger.claim(group_id, "rollout", fields=())
@@ -353,19 +282,8 @@ def test_a_released_part_spends_no_attempt(client, keys):
     assert ledger.counters().retried == 0 and ledger.counters().in_flight == 1
 
 
-def test_a_failure_reported_twice_spends_one_attempt(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys)
-    group_id = push_group(ledger, until="task")
-    claim = ledger.claim(group_id, "rollout", fields=())
-    assert [ledger.fail(claim, reason="x", detail="") for _ in range(3)] == [True, False, False]
-    assert ledger.counters().retried == 1
-    assert ledger.claim(group_id, "rollout", fields=()).attempt == 2
-
-
 def test_an_unclaimed_part_is_sent_again_with_doubling_intervals(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"queued_s": 20.0})
+    ledger = started_ledger(client, keys, lease={"queued_s": 20.0})
     group_id = push_group(ledger, until="task")
     assert ledger.reap() == []
     for times in (2, 4, 8, 16, 32, 64, 64):
@@ -378,11 +296,10 @@ def test_an_unclaimed_part_is_sent_again_with_doubling_intervals(client, keys):
 
 
 def test_an_abandoned_claim_is_retried_then_dead(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, worker="rollout@host:7", lease={"running_s": 0.01, "max_attempts": 2})
+    ledger = started_ledger(client, keys, worker="rollout@host:7", lease={"running_s": 0.01, "max_attempts": 2})
     group_id = push_group(ledger, until="task")
     ledger.claim(group_id, "rollout", fields=())
-    assert reap_until(ledger, (group_id, "rollout"))
+    assert until(ledger.reap) == [(group_id, "rollout", "train")]
     assert ledger.claim(group_id, "rollout", fields=()).attempt == 2
     until(lambda: ledger.reap() == [] and ledger.counters().in_flight == 0)
     counters = ledger.counters()
@@ -392,9 +309,8 @@ def test_an_abandoned_claim_is_retried_then_dead(client, keys):
 
 
 def test_a_group_that_dies_of_one_overdue_part_is_not_owed_another_that_is_overdue_too(client, keys):
-    publish_policy(client, keys, 0)
     lease = {"running_s": 0.001, "queued_s": 0.05, "max_attempts": 1}
-    ledger = make_ledger(client, keys, trainer=KL, lease=lease)
+    ledger = started_ledger(client, keys, trainer=KL, lease=lease)
     group_id = push_group(ledger, until="rollout")
     assert ledger.claim(group_id, "reward", fields=()) is not None  # overdue first, on its last attempt
     until(lambda: deadline_in(ledger, group_id, "reference") < 0)
@@ -404,36 +320,26 @@ def test_a_group_that_dies_of_one_overdue_part_is_not_owed_another_that_is_overd
     assert_consistent(client, keys)
 
 
-def test_the_task_of_a_dataset_worker_that_died_is_prepared_by_another(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"running_s": 0.01})
-    group_id = admit_one(ledger)
-    assert reap_until(ledger, (group_id, "task"))
-    other = make_ledger(client, keys, worker="other")
-    claim = other.claim(group_id, "task", fields=("cursor",))
-    assert claim.fields == {"cursor": b"0"} and claim.attempt == 2
-    assert other.store(group_id, "task", task_payload(group_id)) == ["rollout"]
-
-
-def test_the_reaper_takes_a_bounded_number_at_a_time(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, replay_buffer={"batch_size": 5}, lease={"running_s": 0.001})
+def test_tasks_of_a_dataset_worker_that_died_are_reaped_a_bounded_number_at_a_time_and_prepared_by_another(
+    client, keys
+):
+    ledger = started_ledger(client, keys, replay_buffer={"batch_size": 5}, lease={"running_s": 0.001})
     assert len(ledger.admit(10).cursors) == 10
-    until(lambda: client.zcount(keys.deadlines, "-inf", _server_ms(client)) == 10)
-    assert [len(ledger.reap(max_count=4)) for _ in range(4)] == [4, 4, 2, 0]
-
-
-def _server_ms(client):
-    seconds, micros = client.time()
-    return seconds * 1000 + micros // 1000
+    until(lambda: max(deadline_in(ledger, f"t{i}", "task") for i in range(10)) <= 0)
+    overdue = [ledger.reap(max_count=4) for _ in range(4)]
+    assert [len(stages) for stages in overdue] == [4, 4, 2, 0]
+    assert {stage for stages in overdue for stage in stages} == {(f"t{i}", "task", "train") for i in range(10)}
+    other = make_ledger(client, keys, worker="other")
+    claim = other.claim("t3", "task", fields=("cursor",))
+    assert claim.fields == {"cursor": b"3"} and claim.attempt == 2
+    assert other.store("t3", "task", task_payload("t3")) == ["rollout"]
 
 
 # Credit and settlement
 
 
 def test_credit_returns_when_the_version_a_group_helped_to_make_is_published_and_not_before(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, replay_buffer={"batch_size": 2, "max_policy_age": 1})
+    ledger = started_ledger(client, keys, replay_buffer={"batch_size": 2, "max_policy_age": 1})
     for _ in range(4):
         push_group(ledger)
     buffer = buffer_of(ledger)
@@ -456,17 +362,15 @@ def test_strictly_on_policy_admits_one_batch_per_version(client, keys):
         publish_policy(client, keys, version)
         admission = ledger.admit(100)
         assert (len(admission.cursors), admission.policy_version) == (2, version)
-        for cursor in admission.cursors:
-            push_group(ledger, version=version, group_id=f"t{cursor}")
-        assert len(buffer.sample(version, step=version + 1).groups) == 2
+        group_ids = [push_group(ledger, version=version, group_id=f"t{cursor}") for cursor in admission.cursors]
+        assert [group.group_id for group in buffer.sample(version, step=version + 1).groups] == group_ids
     assert buffer.acknowledge(5) == 10
     assert ledger.counters().to_dict()["dropped"] == {}
 
 
 @pytest.mark.parametrize("stage", ["admitted", "task", "rollout"])
 def test_a_dropped_group_is_counted_under_its_reason_and_freed(client, keys, stage):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, trainer=KL)
+    ledger = started_ledger(client, keys, trainer=KL)
     group_id = admit_one(ledger)
     if stage != "admitted":
         push_group(ledger, until=stage, group_id=group_id)
@@ -482,8 +386,7 @@ def test_a_dropped_group_is_counted_under_its_reason_and_freed(client, keys, sta
 
 
 def test_a_group_in_the_buffer_is_never_dropped_from_outside(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys)
+    ledger = started_ledger(client, keys)
     buffer = buffer_of(ledger)
     group_ids = [push_group(ledger), push_group(ledger)]
     assert ledger.drop(group_ids, reason="bad_row") == 0
@@ -493,8 +396,7 @@ def test_a_group_in_the_buffer_is_never_dropped_from_outside(client, keys):
 
 
 def test_an_account_that_does_not_add_up_says_so(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys)
+    ledger = started_ledger(client, keys)
     admit_one(ledger)
     counters = ledger.counters()
     assert counters.holds and counters.to_dict()["holds"] is True
@@ -523,23 +425,19 @@ def eval_tasks(version, prompts, *, modes="gs"):
 
 
 def test_an_evaluation_is_scored_and_never_enters_the_buffer(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, trainer=KL)
+    ledger = started_ledger(client, keys, version=1, trainer=KL)
+    evaluation.request(client, keys, HELDOUT, version=1)
+    assert ledger.admit_eval("1.heldout", dataset="heldout", version=1, tasks={}) == []
+    assert evaluation.pending(client, keys) == [], "without a usable prompt it is finished at once"
+    assert evaluation.result(client, keys, HELDOUT, version=1).num_prompts == 0
     evaluation.request(client, keys, HELDOUT, version=0)
     evaluation.request(client, keys, HELDOUT, version=0)
     assert evaluation.pending(client, keys) == ["0.heldout"]
     tasks = eval_tasks(0, 2)
-    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=tasks) == [
-        (group, "rollout") for group in tasks
-    ]
-    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=tasks) == [], "the message came twice"
-    rewards = {
-        "e0.heldout.0g": (1.0,),
-        "e0.heldout.1g": (0.2,),
-        "e0.heldout.0s": (1.0, 0.0, None, 0.9),
-        "e0.heldout.1s": (0.0,) * 4,
-    }
-    for group_id, scores in rewards.items():
+    begun = [ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=tasks) for _ in range(2)]
+    assert begun == [[(group, "rollout") for group in tasks], []], "nothing when the message comes twice"
+    rewards = {"0g": (1.0,), "1g": (0.2,), "0s": (1.0, 0.0, None, 0.9), "1s": (0.0,) * 4}
+    for group_id, scores in ((f"e0.heldout.{name}", scores) for name, scores in rewards.items()):
         assert evaluation.result(client, keys, HELDOUT, version=0) is None
         claim = ledger.claim(group_id, "rollout", fields=("pinned", "min_version", "task"))
         assert claim.fields == {"pinned": b"0", "min_version": b"0", "task": tasks[group_id]}
@@ -559,26 +457,25 @@ def test_an_evaluation_is_scored_and_never_enters_the_buffer(client, keys):
     assert_consistent(client, keys)
 
 
-def test_an_evaluation_ends_although_one_of_its_groups_died(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, lease={"max_attempts": 1})
+def test_an_evaluation_ends_although_one_of_its_groups_died_and_waits_for_a_requeued_one(client, keys):
+    ledger = started_ledger(client, keys, lease={"max_attempts": 1})
     evaluation.request(client, keys, HELDOUT, version=0)
     ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=eval_tasks(0, 2, modes="g"))
-    claim = ledger.claim("e0.heldout.0g", "rollout", fields=())
-    assert ledger.fail(claim, reason="EngineError", detail="x") is False
-    ledger.store("e0.heldout.1g", "rollout", rollout_payload(), version=0)
-    ledger.store("e0.heldout.1g", "reward", evaluated_payload(rewards=(1.0,), name="M"))
+    kill_group(ledger, "e0.heldout.0g", "rollout")
+
+    def score(group_id):
+        ledger.store(group_id, "rollout", rollout_payload(), version=0)
+        ledger.store(group_id, "reward", evaluated_payload(rewards=(1.0,), name="M"))
+
+    score("e0.heldout.1g")
     result = evaluation.result(client, keys, HELDOUT, version=0)
     assert (result.num_prompts, result.num_dead, result.scores["pass@1"]) == (1, 1, 1.0)
     assert evaluation.pending(client, keys) == []
-    assert ledger.counters("eval").to_dict()["dead"] == {"EngineError": 1}
+    assert ledger.counters("eval").to_dict()["dead"] == {"RewardError": 1}
     assert_consistent(client, keys)
-
-
-def test_an_evaluation_without_a_usable_prompt_is_finished_at_once(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys)
-    evaluation.request(client, keys, HELDOUT, version=0)
-    assert ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks={}) == []
-    assert evaluation.pending(client, keys) == []
-    assert evaluation.result(client, keys, HELDOUT, version=0).num_prompts == 0
+    assert ledger.requeue("e0.heldout.0g") == ["rollout"]
+    assert client.hgetall(keys.evaluations) == {b"0.heldout": b"0"}, "its version is kept again"
+    assert ledger.counters("eval").holds
+    score("e0.heldout.0g")
+    assert (ledger.counters("eval").scored, evaluation.pending(client, keys)) == (2, [])
+    assert evaluation.result(client, keys, HELDOUT, version=0).num_prompts == 2

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from builders import make_ledger, publish_policy, reward_payload
@@ -14,15 +15,9 @@ from consistency import assert_consistent
 
 from sluice.common.connections.client import connect
 from sluice.common.ledger import evaluations as evaluation
-from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 
-
-@pytest.fixture
-def client(server_flavours):
-    connection = connect(server_flavours)
-    yield connection
-    connection.close()
+pytestmark = pytest.mark.usefixtures("server_flavours")
 
 
 LEASES = {"running_s": 0.01, "queued_s": 0.02, "max_attempts": 2}
@@ -41,20 +36,14 @@ class Actors:
     AGE = 2
     MAX_FILTERED = K
 
-    def __init__(self, client, keys, *, seed, resample=0):
+    def __init__(self, client, keys, *, seed):
         self.client, self.keys = client, keys
         self.draw = random.Random(seed)
-        self.ledger: Ledger = make_ledger(
-            client,
-            keys,
-            worker=f"seed{seed}",
-            trainer={"loss": {"kl_beta": 0.1}, "filter_zero_variance": True, "max_refill": self.MAX_FILTERED // self.K},
-            lease=LEASES,
-            replay_buffer={"batch_size": self.K, "max_policy_age": self.AGE},
-        )
-        self.buffer = ReplayBuffer(
-            self.ledger, groups_per_step=self.K, max_policy_age=self.AGE, max_resample_count=resample
-        )
+        filtering = {"filter_zero_variance": True, "max_refill": self.MAX_FILTERED // self.K}
+        sections = {"lease": LEASES, "trainer": {"loss": {"kl_beta": 0.1}, **filtering}}
+        batch = {"batch_size": self.K, "max_policy_age": self.AGE}
+        self.ledger = make_ledger(client, keys, worker=f"seed{seed}", replay_buffer=batch, **sections)
+        self.buffer = ReplayBuffer(self.ledger, groups_per_step=self.K, max_policy_age=self.AGE)
         self.messages: list[tuple[str, str]] = []
         self.claims = []
         self.old_claims = []
@@ -82,13 +71,9 @@ class Actors:
         are_equal = group_id.startswith("e") or int(group_id[1:]) // 16 % 2 == 0
         is_zero_variance = stage == "reward" and self.draw.random() < (0.9 if are_equal else 0.1)
         for _ in range(self.draw.choice([1, 1, 1, 2])):  # sometimes the reply is lost and the call repeated
+            made = version if stage == "rollout" else None
             following = self.ledger.store(
-                group_id,
-                stage,
-                payload,
-                version=version if stage == "rollout" else None,
-                num_tokens=size,
-                is_zero_variance=is_zero_variance,
+                group_id, stage, payload, version=made, num_tokens=size, is_zero_variance=is_zero_variance
             )
             self.num_stored += following is not None
             was_taken = is_zero_variance and following is not None and group_id.startswith("t")
@@ -268,14 +253,8 @@ def test_the_identity_holds_after_each_of_5000_random_transitions(client, keys):
     check_places(actors)
     assert set(done) == set(WORKER_ACTIONS | TRAINER_ACTIONS)
     counters = actors.ledger.counters()
-    reached = (
-        counters.trained,
-        counters.dead,
-        counters.retried,
-        counters.resent,
-        counters.refused,
-        counters.kept_for_bound,
-    )
+    names = "trained", "dead", "retried", "resent", "refused", "kept_for_bound"
+    reached = [getattr(counters, name) for name in names]
     assert all(reached) and "zero_variance" in counters.dropped, f"some transition never happened: {counters}"
     evaluated = actors.ledger.counters("eval")
     assert (evaluated.in_flight, evaluated.dropped) == (0, {})
@@ -286,50 +265,36 @@ def test_the_identity_holds_at_every_reading_while_threads_race(client, keys, se
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     publish_policy(client, keys, 0)
-    errors: list[BaseException] = []
     stop = threading.Event()
     shared: list[tuple[str, str]] = []  # one message queue for all threads: the same stage reaches several workers
 
-    def run(number, actions, times):
-        connection = connect(server_flavours)
-        try:
+    def work(number):
+        with connect(server_flavours) as connection:
             actors = Actors(connection, keys, seed=seed + number)
             actors.messages = shared
-            for _ in range(times):
+            for _ in range(500):
                 actors.version = int(connection.hget(keys.policy, "version"))
-                actors.act(actions)
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            connection.close()
+                actors.act(without_evaluations)
 
     def train():
-        connection = connect(server_flavours)
-        try:
+        with connect(server_flavours) as connection:
             actors = Actors(connection, keys, seed=seed + 100)
             while not stop.is_set():
                 actors.act(TRAINER_ACTIONS)
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            trained.update(actors.trained)
-            connection.close()
+            return actors.trained
 
-    trained: Counter[str] = Counter()
-    without_drop = {name: weight for name, weight in WORKER_ACTIONS.items() if name != "evaluate"}
-    workers = [threading.Thread(target=run, args=(i, without_drop, 500)) for i in range(3)]
-    trainer = threading.Thread(target=train)
-    for thread in (*workers, trainer):
-        thread.start()
-    ledger = make_ledger(client, keys)
-    snapshots = 0
-    while any(thread.is_alive() for thread in workers):
-        assert ledger.counters().holds
-        snapshots += 1
-    stop.set()
-    for thread in (*workers, trainer):
-        thread.join(timeout=20)
-    assert errors == []
+    without_evaluations = {name: weight for name, weight in WORKER_ACTIONS.items() if name != "evaluate"}
+    ledger, snapshots = make_ledger(client, keys), 0
+    with ThreadPoolExecutor() as pool:
+        trainer, *workers = pool.submit(train), *(pool.submit(work, number) for number in range(3))
+        try:
+            while not all(worker.done() for worker in workers):
+                assert ledger.counters().holds
+                snapshots += 1
+        finally:
+            stop.set()
+        for worker in workers:
+            worker.result(20)
+        assert max(trainer.result(20).values(), default=1) == 1
     assert snapshots > 50
-    assert max(trained.values(), default=1) == 1
     assert_consistent(client, keys)

@@ -1,46 +1,22 @@
 """Micro-batches: every episode once, within the budget, with masks from lengths, reward and finish reason."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from builders import for_each
+from builders import for_each, make_completion, make_episode, make_group
 
-from sluice.common.types import Completion, Episode, Group
-from sluice.trainer.micro_batches import (
-    build_micro_batches,
-    find_logprobs,
-    num_loss_tokens,
-    num_sequences,
-    padding_share,
-    step_normaliser,
-)
+from sluice.trainer.micro_batches import build_micro_batches, find_logprobs, padding_share, step_normaliser
 
 
 def episode_of(length, *, first_token=1, reward=1.0, finish_reason="stop", with_reference=False):
     tokens = np.arange(first_token, first_token + length, dtype=np.int32)
-    return Episode(
-        completion=Completion(
-            token_ids=tokens,
-            rollout_logprobs=-tokens.astype(np.float32),
-            policy_versions=((0, length),),
-            finish_reason=finish_reason,
-        ),
-        reward=reward,
-        rewards={},
-        ref_logprobs=-2 * tokens.astype(np.float32) if with_reference else None,
+    logprobs = -tokens.astype(np.float32)
+    completion = replace(
+        make_completion(length=length), token_ids=tokens, rollout_logprobs=logprobs, finish_reason=finish_reason
     )
-
-
-def group_of(*episodes, prompt_length=3):
-    return Group(
-        group_id="g",
-        policy_version=0,
-        prompt_ids=np.full(prompt_length, 50, np.int32),
-        prompt="",
-        target=None,
-        episodes=list(episodes),
-        timestamps={},
-    )
+    return make_episode(completion, reward=reward, ref_logprobs=2 * logprobs if with_reference else None)
 
 
 def build(*groups, max_tokens=64, packed=False):
@@ -55,17 +31,21 @@ def build(*groups, max_tokens=64, packed=False):
 def random_groups(seed, *, num_groups=5):
     draw = np.random.default_rng(seed)
     return [
-        group_of(*(episode_of(int(t)) for t in draw.integers(0, 12, 4)), prompt_length=int(draw.integers(1, 9)))
+        make_group(
+            *(episode_of(int(t)) for t in draw.integers(0, 12, 4)),
+            prompt_ids=np.full(int(draw.integers(1, 9)), 50, np.int32),
+        )
         for _ in range(num_groups)
     ]
 
 
 def test_a_row_holds_its_episode():
-    (batch,) = build(group_of(episode_of(2, first_token=7, with_reference=True), episode_of(1, with_reference=True)))
-    assert batch.input_ids.tolist() == [[50, 50, 50, 7, 8], [50, 50, 50, 1, 0]]
+    """A token that equals the pad is in the loss as any other."""
+    (batch,) = build(make_group(episode_of(2, first_token=0, with_reference=True), episode_of(1, with_reference=True)))
+    assert batch.input_ids.tolist() == [[50, 50, 50, 0, 1], [50, 50, 50, 1, 0]]
     assert (batch.prompt_lengths.tolist(), batch.completion_lengths.tolist()) == ([3, 3], [2, 1])
-    assert batch.rollout_logprobs.tolist() == [[-7.0, -8.0], [-1.0, 0.0]]
-    assert batch.ref_logprobs.tolist() == [[-14.0, -16.0], [-2.0, 0.0]]
+    assert batch.rollout_logprobs.tolist() == [[0.0, -1.0], [-1.0, 0.0]]
+    assert batch.ref_logprobs.tolist() == [[0.0, -2.0], [-2.0, 0.0]]
     assert batch.advantages.tolist() == [0.0, 1.0]
     assert batch.loss_mask.tolist() == [[True, True], [True, False]]
     assert (batch.num_tokens, batch.num_padded_tokens) == (9, 10)
@@ -80,26 +60,28 @@ def test_every_episode_is_trained_once_within_the_budget(seed, packed):
     assert all((b.num_tokens if packed else b.num_padded_tokens) <= 40 for b in batches)
     for batch in batches:  # no column is pad in every row
         assert batch.input_ids.shape[1] == int((batch.prompt_lengths + batch.completion_lengths).max())
-    assert num_loss_tokens(batches) == sum(len(e.completion.token_ids) for g in groups for e in g.episodes)
+    assert step_normaliser(batches, aggregation="token_mean") == sum(
+        len(e.completion.token_ids) for g in groups for e in g.episodes
+    )
 
 
 def test_micro_batches_are_few_equally_full_and_longest_first():
     # total lengths 9, 4, 4, 3, 3 under 12: three at least when pads count, [9], [4, 4], [3, 3] instead of [4, 4, 3], [3];
     # two when they do not (23 tokens), and no split of the order is more even than 9 + 4 and 4 + 3 + 3 under 13
-    group = group_of(*(episode_of(t) for t in (1, 0, 6, 1, 0)))
+    group = make_group(*(episode_of(t) for t in (1, 0, 6, 1, 0)))
     assert [tuple(b.input_ids.shape) for b in build(group, max_tokens=12)] == [(1, 9), (2, 4), (2, 3)]
     assert [b.num_tokens for b in build(group, max_tokens=12, packed=True)] == [9, 8, 6]
     assert [b.num_tokens for b in build(group, max_tokens=14, packed=True)] == [13, 10]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@for_each("packed", [False, True])
 def test_a_sequence_over_the_budget_goes_alone(packed):
-    batches = build(group_of(episode_of(9), episode_of(1)), max_tokens=8, packed=packed)
+    batches = build(make_group(episode_of(9), episode_of(1)), max_tokens=8, packed=packed)
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(1, 12), (1, 4)]
 
 
 def test_the_padding_share_is_that_of_the_tokens_that_run():
-    batches = build(group_of(episode_of(7), episode_of(2)), group_of(episode_of(1)))  # rows of 10, 5 and 4 tokens
+    batches = build(make_group(episode_of(7), episode_of(2)), make_group(episode_of(1)))  # rows of 10, 5 and 4 tokens
     assert padding_share(batches, packed=False) == pytest.approx(11 / 30)
     assert padding_share(batches, packed=True) == 0.0
 
@@ -107,36 +89,22 @@ def test_the_padding_share_is_that_of_the_tokens_that_run():
 def test_the_order_is_a_function_of_the_groups():
     first, second = (build(*random_groups(3), max_tokens=40) for _ in range(2))
     assert [b.advantages.tolist() for b in first] == [b.advantages.tolist() for b in second]
-    equal = build(group_of(episode_of(2), episode_of(2)), group_of(episode_of(2)))
+    equal = build(make_group(episode_of(2), episode_of(2)), make_group(episode_of(2)))
     assert equal[0].advantages.tolist() == [0.0, 1.0, 2.0]
 
 
-def test_unscorable_episodes_are_out_of_the_loss():
-    group = group_of(
-        episode_of(2),
-        episode_of(2, reward=None),
-        episode_of(2, finish_reason="length"),
-    )
-    (batch,) = build(group)
-    assert batch.loss_mask.any(-1).tolist() == [True, False, True]
-    assert (num_loss_tokens([batch]), num_sequences([batch])) == (4, 2)
-
-
-def test_a_token_equal_to_the_pad_stays_in_the_loss():
-    (batch,) = build(group_of(episode_of(3, first_token=-1), episode_of(1)))
-    assert batch.input_ids[0].tolist() == [50, 50, 50, -1, 0, 1]
-    assert batch.loss_mask[0].all()
-
-
 def test_the_normaliser_counts_what_the_aggregation_divides_by():
-    batches = build(group_of(episode_of(5), episode_of(2), episode_of(0)), max_tokens=8)
+    unscored = episode_of(2, reward=None)
+    batches = build(
+        make_group(episode_of(5), episode_of(2, finish_reason="length"), episode_of(0), unscored), max_tokens=8
+    )
     assert step_normaliser(batches, aggregation="token_mean") == 7
     assert step_normaliser(batches, aggregation="sequence_mean") == 2
     assert step_normaliser(batches, aggregation="fixed_horizon") == 2
 
 
 def test_no_reference_is_none_and_a_batch_moves_as_a_whole():
-    (batch,) = build(group_of(episode_of(2)))
+    (batch,) = build(make_group(episode_of(2)))
     assert batch.ref_logprobs is None
     moved = batch.to("meta")
     assert moved.ref_logprobs is None
@@ -145,7 +113,7 @@ def test_no_reference_is_none_and_a_batch_moves_as_a_whole():
 
 def test_advantages_that_do_not_match_the_episodes_are_refused():
     with pytest.raises(ValueError, match="zip"):
-        build_micro_batches([group_of(episode_of(2))], [torch.zeros(2)], max_tokens=8)
+        build_micro_batches([make_group(episode_of(2))], [torch.zeros(2)], max_tokens=8)
 
 
 def test_the_logprobs_of_a_sequence_are_found_in_whichever_micro_batch_it_is():

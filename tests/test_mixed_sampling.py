@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders import make_config
+from builders import make_completion, make_config
 from harness import wait_for
 from test_logprobs import naive_logprobs, sequences, tiny_model
 
 from sluice.common.serialization import decode, encode
-from sluice.common.types import Completion, Episode, Group, SamplingParams
+from sluice.common.types import Episode, Group, SamplingParams
 from sluice.trainer.distributed.parallel import ParallelPolicy
 from sluice.trainer.micro_batches import build_micro_batches
 from sluice.trainer.step import train_on
@@ -31,25 +31,12 @@ def groups_of(model, *, temperatures=TEMPERATURES) -> list[Group]:
         episodes = []
         for i in (2 * number, 2 * number + 1):
             logprobs = naive_logprobs(model, prompts[2 * number], completions[i], temperature)[0].detach().numpy()
-            completion = Completion(
-                token_ids=completions[i],
-                rollout_logprobs=logprobs,
-                policy_versions=((0, len(logprobs)),),
-                finish_reason="stop",
-            )
+            made = make_completion(length=len(logprobs))
+            completion = replace(made, token_ids=completions[i], rollout_logprobs=logprobs)
             episodes.append(Episode(completion=completion, reward=float(i % 2), rewards={}, ref_logprobs=None))
-        found.append(
-            Group(
-                group_id=f"t{number}",
-                policy_version=0,
-                prompt_ids=prompts[2 * number],
-                prompt="",
-                target=None,
-                episodes=episodes,
-                timestamps={},
-                sampling=SamplingParams(n=2, max_tokens=16, temperature=temperature, seed=number),
-            )
-        )
+        sampling = SamplingParams(n=2, max_tokens=16, temperature=temperature, seed=number)
+        made_of = {"policy_version": 0, "prompt": "", "target": None, "timestamps": {}, "sampling": sampling}
+        found.append(Group(group_id=f"t{number}", prompt_ids=prompts[2 * number], episodes=episodes, **made_of))
     return found
 
 

@@ -9,19 +9,19 @@ import contextlib
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import make_config
+from builders import for_each, make_completion, make_config, make_episode, make_group, tiny_qwen
 from harness import running
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sluice.common.config import Config
 from sluice.common.errors import ConfigError, Diverged
-from sluice.common.types import Completion, Episode, Group
+from sluice.common.types import Episode, Group
 from sluice.trainer.checkpoint import SavedTensors
 from sluice.trainer.distributed.parallel import ParallelPolicy, open_policy, pad_micro_batches, shard_by_tokens
 from sluice.trainer.distributed.ranks import Ranks
@@ -66,21 +66,15 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(3)
-    shape = Qwen3Config(
-        vocab_size=50, hidden_size=32, intermediate_size=50, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
-    )  # fmt: skip
     folder = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(shape).save_pretrained(folder)
+    tiny_qwen(seed=3, intermediate_size=50, head_dim=8).save_pretrained(folder)
     return folder
 
 
 def config_of(model_folder: Path, **trainer: Any) -> Config:
     settings = {"local_batch_size": 2, "seq_len": 32, "device": "cpu", **STEPS_THAT_SHOW_GRADIENTS, **trainer}
-    return make_config(
-        model={"path": str(model_folder)}, trainer=settings, sampling={"group_size": 3, "max_res_tokens": 20}
-    )
+    sampling = {"group_size": 3, "max_res_tokens": 20}
+    return make_config(model={"path": str(model_folder)}, trainer=settings, sampling=sampling)
 
 
 def make_groups(seed: int, *, num_groups: int = 3, group_size: int = 3) -> list[Group]:
@@ -89,43 +83,41 @@ def make_groups(seed: int, *, num_groups: int = 3, group_size: int = 3) -> list[
 
     def episode(unscored: bool) -> Episode:
         length = int(rng.integers(1, 20))
-        completion = Completion(
+        completion = replace(
+            make_completion(length=length),
             token_ids=rng.integers(0, 50, length).astype(np.int32),
             rollout_logprobs=rng.normal(-4, 0.1, length).astype(np.float32),
-            policy_versions=((0, length),),
-            finish_reason="stop",
-            text="",
         )
-        return Episode(completion=completion, reward=None if unscored else 1.0, rewards={}, ref_logprobs=None)
+        return make_episode(completion, reward=None if unscored else 1.0)
 
     return [
-        Group(
+        make_group(
+            *(episode(unscored=(g, e) == (1, 0)) for e in range(group_size)),
             group_id=f"t{g}",
-            policy_version=0,
             prompt_ids=rng.integers(0, 50, int(rng.integers(2, 8))).astype(np.int32),
-            prompt="",
-            target=None,
-            episodes=[episode(unscored=(g, e) == (1, 0)) for e in range(group_size)],
-            timestamps={},
         )
         for g in range(num_groups)
     ]
 
 
-def steps(policy: ParallelPolicy, config: Config, *, first: int, last: int) -> list[dict[str, float]]:
+def steps(policy: ParallelPolicy, *, first: int, last: int) -> list[dict[str, float]]:
     """Optimizer steps on batches that are a function of the step alone; their metrics."""
     found = []
     for step in range(first, last + 1):
         groups = make_groups(step)
         generator = torch.Generator().manual_seed(step)
         advantages = [torch.randn(len(group.episodes), generator=generator) for group in groups]
-        metrics = policy.optimize(groups, advantages, step=step, max_tokens=config.trainer.microbatch_tokens)
+        metrics = policy.optimize(groups, advantages, step=step)
         found.append({name: value for name, value in metrics.items() if not name.startswith("time/")})
     return found
 
 
 def opened(config: Config, ranks: Ranks | None = None) -> ParallelPolicy:
     return open_policy(config, end_token_ids=[], ranks=ranks)
+
+
+def assert_same_weights(one: ParallelPolicy, other: ParallelPolicy, *, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(*(policy.snapshot(torch.float32) for policy in (one, other)), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -149,23 +141,16 @@ def test_two_ranks_make_the_steps_of_one(
     config = config_of(model_folder, parallel=parallel, **settings)
     alone, together = opened(config), opened(config, two_ranks)
     before = alone.snapshot(torch.float32)
-    expected, found = (steps(policy, config, first=1, last=2) for policy in (alone, together))
-    for a, b in zip(expected, found, strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-    weights = together.snapshot(torch.float32)
-    moved = 0.0
-    for name, weight in alone.snapshot(torch.float32).items():
-        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
-        moved = max(moved, float((weight - before[name]).abs().max()))
-    assert moved > 0.01, "the steps are too small to show a wrong gradient"
+    expected, found = (steps(policy, first=1, last=2) for policy in (alone, together))
+    assert expected == [pytest.approx(metrics, rel=1e-5, abs=1e-6) for metrics in found]
+    assert_same_weights(together, alone)
+    moved = [float((weight - before[name]).abs().max()) for name, weight in alone.snapshot(torch.float32).items()]
+    assert max(moved) > 0.01, "the steps are too small to show a wrong gradient"
     assert ("max_grad_norm" in settings) == (expected[0]["grad_norm"] > config.trainer.max_grad_norm)
-    (a,), (b,) = (
-        policy.score([(np.array([1, 2], np.int32), np.array([3, 4, 5], np.int32))]) for policy in (alone, together)
-    )
-    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
     of_last = [(group.prompt_ids, e.completion.token_ids) for group in make_groups(2) for e in group.episodes]
-    rows = zip(*(policy.logprobs_of(of_last) for policy in (alone, together)), strict=True)
-    for ours, theirs in rows:
+    (a, *_), (b, *_) = (policy.score(of_last) for policy in (alone, together))
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    for ours, theirs in zip(*(policy.logprobs_of(of_last) for policy in (alone, together)), strict=True):
         assert ours is not None and theirs is not None and ours.max() < 0
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -178,20 +163,9 @@ def test_a_users_loss_is_that_of_every_rank(two_ranks: Ranks, model_folder: Path
     config = config_of(model_folder, parallel="ddp", loss={"loss": f"{tmp_path / 'mine.py'}:f"})
     alone, together = opened(config), opened(config_of(model_folder, parallel="ddp"), two_ranks)
     together.configure(config.trainer)
-    expected, found = (steps(policy, config, first=1, last=2) for policy in (alone, together))
+    expected, found = (steps(policy, first=1, last=2) for policy in (alone, together))
     assert expected == [pytest.approx(metrics, rel=1e-5, abs=1e-6) for metrics in found]
-    weights = together.snapshot(torch.float32)
-    for name, weight in alone.snapshot(torch.float32).items():
-        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6)
-
-
-def test_a_publication_is_the_same_from_shards(two_ranks: Ranks, model_folder: Path) -> None:
-    """With an adapter: its base weights."""
-    for settings, full in (({}, False), ({"lora": {"rank": 2}}, True)):
-        config = config_of(model_folder, parallel="fsdp", **settings)
-        alone, together = (opened(config, ranks).snapshot(torch.bfloat16, full=full) for ranks in (None, two_ranks))
-        assert alone.keys() == together.keys()
-        assert [name for name in alone if not alone[name].equal(together[name])] == []
+    assert_same_weights(together, alone)
 
 
 def save(policy: ParallelPolicy, folder: Path) -> dict[str, str]:
@@ -201,19 +175,17 @@ def save(policy: ParallelPolicy, folder: Path) -> dict[str, str]:
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:
     for kind in ("model", "optimizer"):
-        first, second = (SavedTensors(folder, kind).all() for folder in (a, b))
-        assert first.keys() == second.keys() and first
-        assert [name for name in first if not first[name].equal(second[name])] == []
+        torch.testing.assert_close(*(SavedTensors(folder, kind).all() for folder in (a, b)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora": {"rank": 2}}], ids=["weights", "lora"])
 def test_a_checkpoint_is_read_by_any_number_of_ranks(
     two_ranks: Ranks, model_folder: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """From two to one, training there, and back to two: nothing is changed on the way."""
+    """From two to one, training there, and back to two: nothing is changed on the way, nor what is published."""
     config = config_of(model_folder, parallel="fsdp", **settings)
     together = opened(config, two_ranks)
-    steps(together, config, first=1, last=2)
+    steps(together, first=1, last=2)
     digests = save(together, tmp_path / "two")
     assert sorted(digests) == sorted(path.name for path in (tmp_path / "two").iterdir())
     assert len(digests) == 4, "each rank writes what it holds"
@@ -223,8 +195,11 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(
     alone.restore(tmp_path / "two")
     save(alone, tmp_path / "one")
     assert_same_checkpoint(tmp_path / "two", tmp_path / "one")
-    expected = steps(together, config, first=3, last=3)
-    assert steps(alone, config, first=3, last=3)[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+    for full in (False, True):  # with an adapter: its base weights
+        published = (policy.snapshot(torch.bfloat16, full=full) for policy in (together, alone))
+        torch.testing.assert_close(*published, rtol=0, atol=0)
+    expected = steps(together, first=3, last=3)
+    assert steps(alone, first=3, last=3)[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
     save(alone, tmp_path / "one-later")
     again = opened(config, two_ranks)
     again.restore(tmp_path / "one-later")
@@ -235,7 +210,7 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(
 def test_three_ranks_go_on_from_two(two_ranks: Ranks, model_folder: Path, tmp_path: Path) -> None:
     config = config_of(model_folder, parallel="fsdp")
     together = opened(config, two_ranks)
-    steps(together, config, first=1, last=1)
+    steps(together, first=1, last=1)
     save(together, tmp_path / "two")
     program = f"""
 import sys; sys.path[:0] = {sys.path!r}
@@ -246,17 +221,16 @@ with joined(3, Path({str(tmp_path)!r})) as ranks:
     policy = opened(config, ranks)
     policy.restore(Path({str(tmp_path / "two")!r}))
     save(policy, Path({str(tmp_path / "three")!r}))
-    steps(policy, config, first=2, last=2)
+    steps(policy, first=2, last=2)
     save(policy, Path({str(tmp_path / "three-later")!r}))
 """
     with running([sys.executable, "-c", program], cwd=tmp_path, log=tmp_path / "three.log") as process:
         assert process.wait(240) == 0, (tmp_path / "three.log").read_text()
     assert_same_checkpoint(tmp_path / "two", tmp_path / "three")
-    steps(together, config, first=2, last=2)
+    steps(together, first=2, last=2)
     save(together, tmp_path / "two-later")
-    later, other = (SavedTensors(tmp_path / name, "model").all() for name in ("two-later", "three-later"))
-    for name, weight in later.items():
-        torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-6)
+    later = (SavedTensors(tmp_path / name, "model").all() for name in ("two-later", "three-later"))
+    torch.testing.assert_close(*later, rtol=0, atol=1e-6)
 
 
 def test_shards_are_gathered_in_the_computing_precision_and_added_up_in_float32(
@@ -264,17 +238,12 @@ def test_shards_are_gathered_in_the_computing_precision_and_added_up_in_float32(
 ) -> None:
     """bfloat16 over two ranks is as far from float32 as bfloat16 on one, and the master weights are float32."""
     halves = config_of(model_folder, parallel="fsdp", autocast="bfloat16")
-    exact, alone, together = (
-        opened(config, ranks)
-        for config, ranks in ((config_of(model_folder), None), (halves, None), (halves, two_ranks))
-    )
-    (expected,), (near,), (found,) = (steps(policy, halves, first=1, last=1) for policy in (exact, alone, together))
+    exact, alone, together = opened(config_of(model_folder)), opened(halves), opened(halves, two_ranks)
+    (expected,), (near,), (found,) = (steps(policy, first=1, last=1) for policy in (exact, alone, together))
     assert found["loss/policy"] == pytest.approx(expected["loss/policy"], rel=0.02)
     assert found["grad_norm"] == pytest.approx(near["grad_norm"], rel=0.02)
-    weights = together.snapshot(torch.float32)
-    for name, weight in exact.snapshot(torch.float32).items():
-        torch.testing.assert_close(weights[name], weight, rtol=0, atol=5e-3)
-    assert not all(weight.equal(weight.bfloat16().float()) for weight in weights.values())
+    assert_same_weights(together, exact, atol=5e-3)
+    assert not all(w.equal(w.bfloat16().float()) for w in together.snapshot(torch.float32).values())
 
 
 def test_one_gpu_for_several_ranks_is_refused() -> None:
@@ -282,23 +251,20 @@ def test_one_gpu_for_several_ranks_is_refused() -> None:
         Ranks(rank=1, size=2, local_rank=1).device("cuda:1")
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+@for_each("num_ranks", [1, 2, 3, 5])
 def test_every_episode_goes_to_one_rank_with_its_advantage(num_ranks: int) -> None:
-    groups = make_groups(7, num_groups=6, group_size=5)
-    advantages = [torch.arange(5.0) + 10 * g for g in range(6)]
-    shards = shard_by_tokens(groups, advantages, num_ranks=num_ranks)
-    tokens = {id(episode): float(a) for group, values in zip(groups, advantages, strict=True)
-              for episode, a in zip(group.episodes, values, strict=True)}  # fmt: skip
-    dealt: dict[int, float] = {}
-    loads = []
-    for own_groups, own_advantages in shards:
-        loads.append(0)
-        for group, values in zip(own_groups, own_advantages, strict=True):
-            for episode, advantage in zip(group.episodes, values, strict=True):
-                assert id(episode) not in dealt
-                dealt[id(episode)] = float(advantage)
-                loads[-1] += len(group.prompt_ids) + len(episode.completion.token_ids)
-    assert dealt == tokens
+    def rows(groups: list[Group], advantages: list[torch.Tensor]) -> list[tuple[int, float, int]]:
+        """(episode, advantage, number of tokens) each."""
+        return [
+            (id(episode), float(advantage), len(group.prompt_ids) + len(episode.completion.token_ids))
+            for group, values in zip(groups, advantages, strict=True)
+            for episode, advantage in zip(group.episodes, values, strict=True)
+        ]
+
+    groups, advantages = make_groups(7, num_groups=6, group_size=5), [torch.arange(5.0) + 10 * g for g in range(6)]
+    dealt = [rows(*shard) for shard in shard_by_tokens(groups, advantages, num_ranks=num_ranks)]
+    assert sorted(row for own in dealt for row in own) == sorted(rows(groups, advantages))
+    loads = [sum(num_tokens for _, _, num_tokens in own) for own in dealt]
     assert max(loads) - min(loads) <= 27, "no rank is further from another than the longest sequence"
 
 
@@ -317,18 +283,15 @@ def test_a_step_of_fewer_sequences_than_ranks_is_that_of_one(two_ranks: Ranks, m
     shards = shard_by_tokens(group, advantages, num_ranks=2)
     assert [len(groups) for groups, _ in shards] == [1, 1]
     assert shards[1][0][0].episodes[0].reward is None
-    weights = []
-    for ranks in (None, two_ranks):
-        policy = opened(config, ranks)
-        policy.optimize(group, advantages, step=1, max_tokens=60)
-        weights.append(policy.snapshot(torch.float32))
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-6)
+    alone, together = opened(config), opened(config, two_ranks)
+    for policy in (alone, together):
+        policy.optimize(group, advantages, step=1)
+    assert_same_weights(together, alone)
 
 
 def test_ranks_of_a_run_that_diverged_still_hear_rank_0(two_ranks: Ranks, model_folder: Path) -> None:
     policy = opened(config_of(model_folder, parallel="ddp"), two_ranks)
     with pytest.raises(Diverged, match="10 optimizer steps in a row"):
         for step in range(1, 11):
-            policy.optimize(make_groups(1), [torch.full([3], torch.nan)] * 3, step=step, max_tokens=60)
+            policy.optimize(make_groups(1), [torch.full([3], torch.nan)] * 3, step=step)
     assert policy.snapshot(torch.float32)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import redis
-from builders import admit_one, make_config, make_ledger, task_payload
+from builders import admit_one, make_config, started_ledger
 
 from sluice.common.config import Config, ReplicasConfig
 from sluice.common.keys import RUNS, Keys
@@ -20,23 +20,15 @@ ROOT = Path(__file__).parent.parent
 MILLISECONDS = 60_000
 
 
-def test_stages_wait_for_those_before_them_and_one_waits_for_none() -> None:
-    before: list[str] = []
-    for stage in STAGES:
-        assert set(stage.waits_for) <= set(before)
-        before.append(stage.name)
+def test_every_stage_waits_for_those_before_it_and_has_a_module_settings_and_workers() -> None:
     assert [stage for stage in STAGES if not stage.waits_for] == [FIRST]
-
-
-def test_every_stage_has_a_module_settings_and_workers() -> None:
     assert set(ReplicasConfig.model_fields) == {*QUEUES, "trainer"}
-    for stage in STAGES:
+    for number, stage in enumerate(STAGES):
+        assert set(stage.waits_for) <= {before.name for before in STAGES[:number]}
         assert find_spec(f"sluice.workers.{stage.module}")
         assert not stage.section or stage.section in Config.model_fields
         assert stage.concurrency(make_config()) >= 1
-
-
-def test_queues_lead_to_their_stage_and_names_may_have_an_index() -> None:
+    # queues lead to their stage, and names may have an index
     assert set(QUEUES) == {stage.queue_for(kind) for stage in STAGES for kind in ("train", "eval")}
     assert stage_on("eval") is stage_on("rollout,eval") is stage_of("rollout") is stage_of("rollout.3")
 
@@ -50,8 +42,7 @@ def test_a_group_goes_through_what_its_config_and_kind_need() -> None:
 
 
 def test_a_plan_may_have_several_stages_of_a_kind_and_joins_of_them(client: redis.Redis, keys: Keys) -> None:
-    ledger = make_ledger(client, keys)
-    client.hset(keys.policy, mapping={"version": 0, "step": 0})
+    ledger = started_ledger(client, keys)
     plan = "task< episode.0<task episode.1<task reward<episode.0,episode.1"
 
     def store(group_id: str, stage: str) -> list[str]:
@@ -60,6 +51,8 @@ def test_a_plan_may_have_several_stages_of_a_kind_and_joins_of_them(client: redi
 
     group_id = admit_one(ledger)
     assert store(group_id, "task") == ["stored", "episode.0", "episode.1"]
+    client.zadd(keys.deadlines, {f"{group_id}|episode.0": 0})
+    assert ledger.reap() == [(group_id, "episode.0", "train")], "one that is overdue is sent again"
     assert store(group_id, "episode.1") == ["waiting"]
     assert store(group_id, "episode.1") == ["refused"]
     assert ledger.claim(group_id, "episode.0", fields=("episode.1",)) is not None
@@ -70,16 +63,6 @@ def test_a_plan_may_have_several_stages_of_a_kind_and_joins_of_them(client: redi
     assert ledger.drop([group_id, other], reason="bad_row") == 2, "removed whatever its stages are"
     assert read_pending(client, keys) == []
     assert not client.exists(keys.pending(group_id), keys.pending(other))
-
-
-def test_an_overdue_stage_with_an_index_is_sent_again(client: redis.Redis, keys: Keys) -> None:
-    ledger = make_ledger(client, keys)
-    client.hset(keys.policy, mapping={"version": 0, "step": 0})
-    group_id = admit_one(ledger)
-    plan = "task< episode.0<task"
-    ledger.scripts("store", group_id, "task", task_payload(group_id), "", MILLISECONDS, plan, "reward", 0, 2, "")
-    client.zadd(keys.deadlines, {f"{group_id}|episode.0": 0})
-    assert ledger.reap() == [(group_id, "episode.0", "train")]
 
 
 JUDGE = '''"""The `judge` queue: a grade for each group."""
@@ -173,13 +156,10 @@ def test_a_new_stage_takes_an_entry_a_module_and_its_replicas(
     """A copy of the package with a stage `judge` in it: these three files are all that differs."""
     package = tmp_path / "sluice"
     shutil.copytree(ROOT / "sluice", package, ignore=shutil.ignore_patterns("__pycache__"))
+    replicas = '    judge: Replicas = 1\n    """Judges."""\n    trainer: int ='
     for path, before, after in (
         ("common/pipeline.py", ")\nFIRST =", ENTRY),
-        (
-            "common/config/operations.py",
-            "    trainer: int =",
-            '    judge: Replicas = 1\n    """Judges."""\n    trainer: int =',
-        ),
+        ("common/config/operations.py", "    trainer: int =", replicas),
     ):
         text = (package / path).read_text()
         assert text.count(before) == 1

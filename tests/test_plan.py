@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from builders import make_config
+from builders import for_each, make_config
 from click.testing import CliRunner
 
 from sluice.common.config.file import load_config
@@ -53,17 +53,13 @@ def test_the_text_names_every_command_to_type() -> None:
     override = "replicas.reward={min: 1, max: 16}"
     shown = CliRunner().invoke(cli.cli, ["plan", CONFIG, override])
     assert shown.exit_code == 0, shown.output
-    for line in (
-        f"sluice create {CONFIG} '{override}' --name NAME",
-        "sluice train --ranks 4",
-        "# 1..16 times",
-    ):
+    for line in (f"sluice create {CONFIG} '{override}' --name NAME", "sluice train --ranks 4", "# 1..16 times"):
         assert line in shown.output
     for queue in ("dataset", "rollout", "reference", "reward", "eval"):
         assert f"  celery -A sluice worker -Q {queue}\n" in shown.output
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("overrides", "message"),
     [
         (["replicas.rollout={min: 0, max: 2}"], "rollout: min=0 would leave the run without a rollout worker"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import for_each
 
 from sluice.common.config.file import load_config
 from sluice.common.errors import ConfigError
@@ -16,6 +17,7 @@ from sluice.common.models.causal_lm import load_pretrained
 from sluice.scripts.prepare_tiny import FORGETS_CARRY, demonstration, operand_pairs, prepare, question
 
 ROOT = Path(__file__).parent.parent
+MESSAGES = [{"role": "user", "content": question(47, 38)}]
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +36,11 @@ def rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_folder_is_complete_and_nothing_is_left_beside_it(tiny: Path) -> None:
+def test_folder_is_complete_and_its_model_loads_as_a_small_qwen3(tiny: Path, tokenizer: Any) -> None:
     assert {path.name for path in tiny.iterdir()} == {"model", "train.jsonl", "heldout.jsonl", "recipe.json"}
     model_files = {path.name for path in (tiny / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= model_files
     assert list(tiny.parent.iterdir()) == [tiny]
-
-
-def test_model_loads_as_a_small_qwen3_with_its_end_token(tiny: Path, tokenizer: Any) -> None:
     model, assets = load_pretrained(str(tiny / "model")), read_assets(str(tiny / "model"))
     assert model.config.architectures == ["Qwen3ForCausalLM"]
     assert model.num_parameters() <= 1_500_000
@@ -49,26 +48,18 @@ def test_model_loads_as_a_small_qwen3_with_its_end_token(tiny: Path, tokenizer: 
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_train_and_heldout_share_no_operand_pair(tiny: Path) -> None:
-    train = {row["prompt"] for row in rows(tiny / "train.jsonl")}
-    heldout = {row["prompt"] for row in rows(tiny / "heldout.jsonl")}
-    assert not train & heldout
-    assert len(train) + len(heldout) == 90 * 90
-    assert len(heldout) >= 200
-
-
-def test_heldout_pairs_do_not_depend_on_the_seed(tiny: Path) -> None:
+def test_train_and_heldout_are_all_sums_apart_whatever_the_seed(tiny: Path) -> None:
     _, heldout = operand_pairs()
-    assert {row["prompt"] for row in rows(tiny / "heldout.jsonl")} == {question(a, b) for a, b in heldout}
+    assert len(heldout) >= 200
+    made = {
+        name: {row["prompt"]: row["target"] for row in rows(tiny / f"{name}.jsonl")} for name in ("train", "heldout")
+    }
+    assert made["heldout"] == {question(a, b): str(a + b) for a, b in heldout}
+    pairs = {(a, b) for a in range(10, 100) for b in range(10, 100)} - {*heldout}
+    assert made["train"] == {question(a, b): str(a + b) for a, b in pairs}
 
 
-def test_targets_are_the_sums(tiny: Path) -> None:
-    for row in rows(tiny / "train.jsonl")[:50] + rows(tiny / "heldout.jsonl")[:50]:
-        a, b = row["prompt"].removeprefix("What is ").removesuffix("?").split("+")
-        assert row["target"] == str(int(a) + int(b))
-
-
-@pytest.mark.parametrize(
+@for_each(
     ("forgets_carry", "pair", "text"),
     [
         (0.0, (47, 38), "<think>7+8=15, 4+3+1=8</think> <answer>85</answer>"),
@@ -94,50 +85,36 @@ def test_pupil_is_right_less_than_half_the_time() -> None:
     assert sum(right) / len(right) == pytest.approx(expected, abs=0.03)
 
 
-def test_demonstrations_fit_the_completion_budget_and_round_trip(tokenizer: Any) -> None:
+def test_digits_and_markup_are_tokens_and_the_chat_template_ends_with_the_generation_prompt(tokenizer: Any) -> None:
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("<think>7+8=15</think><answer>115</answer>"))
+    assert tokens == ["<think>", *"7+8=15", "</think>", "<answer>", *"115", "</answer>"]
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    assert prompt == "<|im_start|>user\nWhat is 47+38?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_quickstart_config_admits_every_prompt_and_demonstration(tokenizer: Any) -> None:
+    config = load_config(ROOT / "config" / "quickstart.yaml")
+    assert (config.model.path, config.dataset.path) == ("runs/tiny/model", "runs/tiny/train.jsonl")
+    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    assert len(prompt) <= config.dataset.max_req_tokens
     rng = random.Random(0)
     for a, b in [(99, 99), *operand_pairs()[0][:200]]:
         text = demonstration(a, b, rng=rng, forgets_carry=0.0)
         ids = tokenizer.encode(text + tokenizer.eos_token)
-        assert len(ids) <= 40
+        assert len(ids) <= config.sampling.max_res_tokens
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_digits_are_tokens_of_their_own_and_so_is_the_markup(tokenizer: Any) -> None:
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("<think>7+8=15</think><answer>115</answer>"))
-    assert tokens == ["<think>", *"7+8=15", "</think>", "<answer>", *"115", "</answer>"]
-
-
-def test_chat_template_ends_with_the_generation_prompt(tokenizer: Any) -> None:
-    messages = [{"role": "user", "content": question(47, 38)}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert prompt == "<|im_start|>user\nWhat is 47+38?<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_quickstart_config_admits_every_prompt_and_demonstration(tiny: Path, tokenizer: Any) -> None:
-    config = load_config(ROOT / "config" / "quickstart.yaml")
-    assert config.model.path == "runs/tiny/model"
-    assert config.dataset.path == "runs/tiny/train.jsonl"
-    messages = [{"role": "user", "content": question(47, 38)}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    answer = tokenizer.encode(demonstration(99, 99, rng=random.Random(0), forgets_carry=0.0) + tokenizer.eos_token)
-    assert len(prompt) <= config.dataset.max_req_tokens
-    assert len(answer) <= config.sampling.max_res_tokens
-
-
-def test_prepared_folder_is_not_made_again(tiny: Path) -> None:
-    before = (tiny / "model" / "model.safetensors").stat().st_mtime_ns
-    prepare(tiny, warmup_steps=3)
-    assert (tiny / "model" / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_another_recipe_replaces_the_folder(tmp_path: Path) -> None:
-    prepare(tmp_path / "tiny", seed=0, warmup_steps=1)
-    first = (tmp_path / "tiny" / "train.jsonl").read_text()
-    prepare(tmp_path / "tiny", seed=1, warmup_steps=1)
-    assert (tmp_path / "tiny" / "train.jsonl").read_text() != first
-    assert list(tmp_path.iterdir()) == [tmp_path / "tiny"]
+def test_a_folder_is_not_made_again_and_another_recipe_replaces_it(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    prepare(folder, seed=0, warmup_steps=1)
+    first, made_at = (folder / "train.jsonl").read_text(), (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    prepare(folder, seed=0, warmup_steps=1)
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == made_at
+    prepare(folder, seed=1, warmup_steps=1)
+    assert (folder / "train.jsonl").read_text() != first
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import redis
 import yaml
-from builders import admit_one, make_config, make_ledger, publish_policy, push_group
+from builders import admit_one, make_config, publish_policy, push_group
 from harness import ROOT, running_sluice, sluice, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
 from sluice.common.keys import RUNS, Keys
+from sluice.common.ledger.ledger import Ledger
 from sluice.common.monitoring import diagnosis
 from sluice.common.monitoring.autoscale import Scale
 from sluice.common.monitoring.diagnosis import ALARM_KINDS, STALL_KINDS
@@ -32,30 +33,10 @@ DASHBOARD = ROOT / "config" / "grafana" / "dashboards" / "sluice.json"
 
 @pytest.fixture
 def run(client: redis.Redis, keys: Keys, tmp_path: Path) -> Iterator[Run]:
-    config = make_config(trainer={"loss": {"kl_beta": 0.0}})
-    yield create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
-    client.hdel(RUNS, keys.run)
-
-
-def series(text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """(name, labels without the run's) -> value. Every series stands once."""
-    found = {}
-    for family in text_string_to_metric_families(text.decode()):
-        assert family.documentation, family.name
-        for sample in family.samples:
-            labels = frozenset((name, value) for name, value in sample.labels.items() if name != "run")
-            assert (sample.name, labels) not in found
-            found[sample.name.removeprefix(PREFIX), labels] = sample.value
-    return found
-
-
-def labels(**values: str) -> frozenset[tuple[str, str]]:
-    return frozenset(values.items())
-
-
-def fill(client: redis.Redis, keys: Keys) -> None:
     """Groups at several stages, a trainer that waits, a step, a wish for more workers."""
-    ledger = make_ledger(client, keys, trainer={"loss": {"kl_beta": 0.0}})
+    config = make_config(trainer={"loss": {"kl_beta": 0.0}})
+    made = create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    ledger = Ledger(client, keys, config, worker="w")
     publish_policy(client, keys, 0)
     push_group(ledger)
     ledger.drop([admit_one(ledger)], reason="bad_row")
@@ -63,37 +44,53 @@ def fill(client: redis.Redis, keys: Keys) -> None:
     send_heartbeat(client, keys, "rollout@h:2", {"role": "rollout", "running": 2, "version": 0, "idle_fraction": 0.25})
     write_metrics(client, keys, {"step": 3, "time": 1.0, "reward/mean": 0.5, "off_policy/ess": 0.9}, max_length=10)
     scale = Scale(desired=3, have=1, min=1, max=4, reason="load", at=0.0, since=0.0)
-    client.hset(keys.autoscale, "reward", scale.to_json())
+    client.hset(keys.autoscale, "reward", scale.model_dump_json())
     client.lpush(keys.celery_prefix + "reward", "a", "b")
     RunRecord(client, keys).set_status("running")
+    yield made
+    client.hdel(RUNS, keys.run)
+
+
+def series(text: bytes) -> dict[str, float]:
+    """name{labels without the run's} -> value. Every series stands once."""
+    found = {}
+    for family in text_string_to_metric_families(text.decode()):
+        assert family.documentation, family.name
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()) if name != "run")
+            shown = sample.name.removeprefix(PREFIX) + (f"{{{labels}}}" if labels else "")
+            assert shown not in found
+            found[shown] = sample.value
+    return found
 
 
 def test_the_exposition_says_what_redis_holds(client: redis.Redis, keys: Keys, run: Run) -> None:
-    fill(client, keys)
     found = series(exposition(client, [run]))
-    assert found["groups_admitted_total", labels(set="train")] == 2
-    assert found["groups_dropped_total", labels(set="train", reason="bad_row")] == 1
-    assert found["groups_in_flight", labels(set="train")] == 1
-    assert found["ledger_holds", labels(set="train")] == 1
-    assert found["queue_depth", labels(queue="reward")] == 2
-    assert found["desired_replicas", labels(queue="reward")] == 3
-    assert found["processes", labels(role="rollout", state="live")] == 1
-    assert found["processes", labels(role="reward", state="live")] == 0
-    assert found["idle_share", labels(process="rollout@h:2", role="rollout")] == 0.25
-    assert found["step", labels()] == 3
-    assert found["reward_mean", labels()] == 0.5
-    assert found["run_status", labels(status="running")] == 1
-    assert found["run_status", labels(status="failed")] == 0
-    stalls = {dict(names)["kind"]: value for (name, names), value in found.items() if name == "stalled"}
-    assert stalls == {kind: float(kind == "no_workers") for kind in STALL_KINDS}
+    expected = {
+        "groups_admitted_total{set=train}": 2,
+        "groups_dropped_total{reason=bad_row,set=train}": 1,
+        "groups_in_flight{set=train}": 1,
+        "ledger_holds{set=train}": 1,
+        "queue_depth{queue=reward}": 2,
+        "desired_replicas{queue=reward}": 3,
+        "processes{role=rollout,state=live}": 1,
+        "processes{role=reward,state=live}": 0,
+        "idle_share{process=rollout@h:2,role=rollout}": 0.25,
+        "step": 3,
+        "reward_mean": 0.5,
+        "run_status{status=running}": 1,
+        "run_status{status=failed}": 0,
+        **{f"stalled{{kind={kind}}}": float(kind == "no_workers") for kind in STALL_KINDS},
+    }
+    assert {name: found[name] for name in expected} == expected
     client.hincrby(keys.counts("train"), "admitted", 1)
-    assert series(exposition(client, [run]))["ledger_holds", labels(set="train")] == 0
+    assert series(exposition(client, [run]))["ledger_holds{set=train}"] == 0
 
 
 def test_several_runs_stand_side_by_side_and_a_deleted_one_is_left_out(
-    client: redis.Redis, keys: Keys, run: Run, tmp_path: Path
+    client: redis.Redis, run: Run, tmp_path: Path
 ) -> None:
-    gone = create_run(client, keys.run + "-gone", make_config(), assets={}, folder=str(tmp_path))
+    gone = create_run(client, run.name + "-gone", make_config(), assets={}, folder=str(tmp_path))
     client.hdel(RUNS, gone.name)
     assert exposition(client, [run, gone]).count(b"sluice_step{") == 2
     for key in client.scan_iter(gone.keys.root + "*"):
@@ -124,8 +121,7 @@ def test_every_stall_and_every_alarm_has_a_rule() -> None:
     assert len({rule["alert"] for rule in rules}) == len(rules)
 
 
-def test_rules_and_dashboard_name_only_what_is_exported(client: redis.Redis, keys: Keys, run: Run) -> None:
-    fill(client, keys)
+def test_rules_and_dashboard_name_only_what_is_exported(client: redis.Redis, run: Run) -> None:
     families = {f.name for f in text_string_to_metric_families(exposition(client, [run]).decode())}
     panels = json.loads(DASHBOARD.read_text())["panels"]
     expressions = [target["expr"] for panel in panels for target in panel["targets"]]
@@ -135,24 +131,17 @@ def test_rules_and_dashboard_name_only_what_is_exported(client: redis.Redis, key
     assert {name.removesuffix("_total") for name in named} <= {name.removesuffix("_total") for name in families}
 
 
-def test_panels_of_the_dashboard_do_not_overlap() -> None:
-    cells = set()
-    for panel in json.loads(DASHBOARD.read_text())["panels"]:
-        place = panel["gridPos"]
-        for x in range(place["x"], place["x"] + place["w"]):
-            for y in range(place["y"], place["y"] + place["h"]):
-                assert 0 <= x < 24
-                assert (x, y) not in cells
-                cells.add((x, y))
-
-
-def test_grafana_finds_the_dashboard_and_the_source_that_it_names() -> None:
+def test_grafana_finds_the_dashboard_and_the_source_that_it_names_and_no_panels_overlap() -> None:
     provisioning = ROOT / "config" / "grafana" / "provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     (provider,) = yaml.safe_load((provisioning / "dashboards" / "sluice.yml").read_text())["providers"]
     panels = json.loads(DASHBOARD.read_text())["panels"]
     assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
     assert provider["options"]["path"] in (ROOT / "docker-compose.yml").read_text()
+    places = [panel["gridPos"] for panel in panels]
+    cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
+    assert len(set(cells)) == len(cells)
+    assert all(0 <= x < 24 for x, _ in cells)
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool on PATH")
@@ -166,7 +155,6 @@ def test_promtool_accepts_rules_and_config() -> None:
 def test_the_command_prints_and_serves_the_exposition(
     redis_url: str, client: redis.Redis, keys: Keys, run: Run, tmp_path: Path
 ) -> None:
-    fill(client, keys)
     printed = sluice("metrics", run.name, cwd=tmp_path, SLUICE_REDIS_URL=redis_url)
     assert printed.returncode == 0, printed.stderr
     assert f'sluice_queue_depth{{queue="reward",run="{run.name}"}} 2.0' in printed.stdout

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.csv import write_csv
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -91,10 +92,6 @@ def test_order_depends_on_the_seed_and_nothing_else(tmp_path: Path) -> None:
     assert targets(source(path, seed=4), range(20)) != in_order
 
 
-def test_without_shuffle_rows_come_in_file_order(tmp_path: Path) -> None:
-    assert targets(source(jsonl(tmp_path, rows()), shuffle=False), [0, 1, 9, 10, 25]) == [0, 1, 9, 0, 5]
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "folder"])
 def test_local_files_of_every_kind_are_read(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"data.{kind}"
@@ -107,14 +104,12 @@ def test_local_files_of_every_kind_are_read(tmp_path: Path, kind: str) -> None:
     elif kind == "json":
         path.write_text(json.dumps(rows()))
     elif kind == "csv":
-        path.write_text(
-            "prompt,target,level\n" + "".join(f"{r['prompt']},{r['target']},{r['level']}\n" for r in rows())
-        )
+        write_csv(table, path)
     else:
         jsonl(tmp_path, rows())
     prompts = source(str(path), shuffle=False)
     assert prompts.num_rows == 10
-    assert targets(prompts, range(10)) == list(range(10))
+    assert targets(prompts, range(30)) == [*range(10)] * 3, "in file order"
     assert prompt(prompts, 5).columns["level"] == 2
 
 
@@ -135,14 +130,11 @@ def test_a_hub_repository_on_disk_is_read_by_name_and_split(tmp_path: Path, stre
     assert (found.prompt, found.target, found.columns) == ("test question", "5", {"answer": "Why? #### 5"})
 
 
-def test_text_prompts_go_through_the_chat_template(tmp_path: Path) -> None:
-    found = prompt(source(jsonl(tmp_path, rows()), shuffle=False, system_prompt="be brief"), 7)
+def test_text_prompts_go_through_the_chat_template_or_stay_plain_without_one(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, rows())
+    found = prompt(source(path, shuffle=False, system_prompt="be brief"), 7)
     assert decoded(found) == "<|system|> be brief <|end|> <|user|> what is 7 <|end|> <|assistant|>"
     assert (found.prompt_ids.dtype, found.prompt) == (np.int32, "what is 7")
-
-
-def test_text_prompts_stay_plain_without_template(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, rows())
     assert decoded(prompt(source(path, shuffle=False, chat_template=False))) == "what is 0"
     assert decoded(prompt(source(path, shuffle=False, template=None))) == "what is 0"
     plain = source(path, shuffle=False, chat_template=False, system_prompt="be brief")
@@ -161,12 +153,8 @@ def test_conversational_prompts_stay_messages(tmp_path: Path) -> None:
         prompt(source(path, template=None))
     with pytest.raises(ConfigError, match=r"dataset\.system_prompt has no effect"):
         prompt(source(path, system_prompt="be brief"))
-
-
-def test_a_template_that_refuses_a_row_is_a_config_error(tmp_path: Path) -> None:
-    strict = "{{ raise_exception('no system role') }}"
     with pytest.raises(ConfigError, match="row 0: the chat template refuses it: no system role"):
-        prompt(source(jsonl(tmp_path, rows()), shuffle=False, template=strict))
+        prompt(source(path, template="{{ raise_exception('no system role') }}"))
 
 
 def test_prompts_over_the_bound_are_marked(tmp_path: Path) -> None:
@@ -179,9 +167,8 @@ def test_prompts_over_the_bound_are_marked(tmp_path: Path) -> None:
 
 
 def test_the_target_follows_the_last_delimiter(tmp_path: Path) -> None:
-    path = jsonl(
-        tmp_path, [{"prompt": "hello", "target": "a #### b\n#### 1,234\n"}, {"prompt": "hello", "target": "12"}]
-    )
+    answers = "a #### b\n#### 1,234\n", "12"
+    path = jsonl(tmp_path, [{"prompt": "hello", "target": answer} for answer in answers])
     prompts = source(path, shuffle=False, target_delimiter="#### ")
     assert prompt(prompts).target == "1,234"
     with pytest.raises(ConfigError, match="row 1: column 'target' lacks the delimiter '#### ', it ends with '12'"):
@@ -190,26 +177,17 @@ def test_the_target_follows_the_last_delimiter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("value", "expected"), [(42, "42"), (0.5, "0.5"), ("x ", "x "), (["a", "b"], '["a", "b"]')])
 def test_targets_become_text(tmp_path: Path, value: Any, expected: str) -> None:
-    assert prompt(source(jsonl(tmp_path, [{"prompt": "hello", "target": value}]))).target == expected
-
-
-def test_no_target_column_means_no_target(tmp_path: Path) -> None:
-    found = prompt(source(jsonl(tmp_path, rows()), shuffle=False, target_column=None))
-    assert (found.target, found.columns) == (None, {"target": "0", "level": 0})
+    path = jsonl(tmp_path, [{"prompt": "hello", "target": value}])
+    assert prompt(source(path)).target == expected
+    found = prompt(source(path, target_column=None))
+    assert (found.target, found.columns) == (None, {"target": value})
 
 
 def test_columns_are_json_values(tmp_path: Path) -> None:
-    row = {
-        "prompt": "hello",
-        "target": "1",
-        "date": datetime.date(2026, 1, 2),
-        "nested": {"a": [1, None], "b": 2.5},
-        "flag": True,
-        "blob": b"\x00",
-    }
+    plain = {"target": "1", "nested": {"a": [1, None], "b": 2.5}, "flag": True}
+    row = {"prompt": "hello", **plain, "date": datetime.date(2026, 1, 2), "blob": b"\x00"}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "data.parquet")
-    columns = prompt(source(str(tmp_path / "data.parquet"))).columns
-    assert columns == {"target": "1", "date": "2026-01-02", "nested": {"a": [1, None], "b": 2.5}, "flag": True}
+    assert prompt(source(str(tmp_path / "data.parquet"))).columns == {**plain, "date": "2026-01-02"}
 
 
 def test_a_stream_shuffles_in_a_window_and_ends_its_epochs(tmp_path: Path) -> None:
@@ -233,15 +211,11 @@ def test_a_stream_gives_the_same_row_however_a_cursor_is_reached(tmp_path: Path)
     assert targets(source(path, **config, seed=5), range(30)) != in_order
 
 
-def test_a_closed_stream_opens_again(tmp_path: Path) -> None:
+def test_an_unshuffled_stream_keeps_file_order_and_opens_again_once_closed(tmp_path: Path) -> None:
     prompts = source(jsonl(tmp_path, rows()), streaming=True, shuffle=False)
-    assert targets(prompts, [3]) == [3]
+    assert targets(prompts, [0, 3, 9, 10, 25, 3]) == [0, 3, 9, 0, 5, 3]
     prompts.close()
     assert targets(prompts, [4, 11]) == [4, 1]
-
-
-def test_an_unshuffled_stream_keeps_file_order(tmp_path: Path) -> None:
-    assert targets(source(jsonl(tmp_path, rows()), streaming=True, shuffle=False), [0, 3, 9, 10, 25]) == [0, 3, 9, 0, 5]
 
 
 def test_a_stream_that_breaks_is_not_taken_for_its_end(tmp_path: Path) -> None:
@@ -267,18 +241,14 @@ def test_a_stream_that_breaks_is_not_taken_for_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path, streaming: bool) -> None:
     path = jsonl(tmp_path, [{"question": "hello", "answer": "1"}])
+    wrong, absent = (source(path, prompt_column=name, streaming=streaming) for name in ("qestion", "question"))
     with pytest.raises(
-        ConfigError, match=r"dataset\.prompt_column = 'qestion'.* has the columns question, answer; did you"
+        ConfigError, match=r"dataset\.prompt_column = 'qestion'.* the columns question, answer; did you"
     ):
-        source(path, prompt_column="qestion", streaming=streaming).prompt_at(0)
-    with pytest.raises(
-        ConfigError, match=r"dataset\.target_column = 'target'.* set dataset\.target_column to one of them"
-    ):
-        source(path, prompt_column="question", streaming=streaming).prompt_at(0)
-
-
-def test_errors_name_the_section_they_were_given(tmp_path: Path) -> None:
-    config = DatasetConfig(path=jsonl(tmp_path, rows()), prompt_column="x")
+        wrong.prompt_at(0)
+    with pytest.raises(ConfigError, match=r"target_column = 'target'.* set dataset\.target_column to one of them"):
+        absent.prompt_at(0)
+    config = DatasetConfig(path=path, prompt_column="x")
     with pytest.raises(ConfigError, match=r"evaluation\.datasets\.0\.dataset\.prompt_column = 'x'"):
         PromptSource(config, tokenizer(), seed=0, section="evaluation.datasets.0.dataset").prompt_at(0)
 
@@ -286,20 +256,17 @@ def test_errors_name_the_section_they_were_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "hello", "target": None}, r"row 1: column 'target' \(target_column\) is null"),
-        ({"prompt": None, "target": "1"}, r"row 1: column 'prompt' \(prompt_column\) is null"),
-        ({"prompt": "", "target": "1"}, "row 1: the prompt is empty"),
+        ({"target": None}, r"row 1: column 'target' \(target_column\) is null"),
+        ({"prompt": None}, r"row 1: column 'prompt' \(prompt_column\) is null"),
+        ({"prompt": ""}, "row 1: the prompt is empty"),
+        ({"prompt": 3}, "row 1: column 'prompt' holds int; a prompt is text or a list of messages"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    path = jsonl(tmp_path, [*rows(1), row])
+    table = pa.Table.from_pylist([{"prompt": "hello", "target": "1"} | row] * 2)
+    pq.write_table(table, tmp_path / "data.parquet")
     with pytest.raises(ConfigError, match=message):
-        source(path, shuffle=False, chat_template=False).prompt_at(1)
-
-
-def test_a_prompt_that_is_neither_text_nor_messages_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="column 'level' holds int; a prompt is text or a list of messages"):
-        source(jsonl(tmp_path, rows()), prompt_column="level").prompt_at(0)
+        source(str(tmp_path / "data.parquet"), shuffle=False, chat_template=False).prompt_at(1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -314,16 +281,6 @@ def test_a_dataset_without_rows_is_refused(tmp_path: Path, streaming: bool, kind
         source(str(path), streaming=streaming).prompt_at(0)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_an_unreadable_file_gives_the_reason_in_one_line(tmp_path: Path, streaming: bool) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text("{not json\n")
-    with pytest.raises(ConfigError, match="cannot be read: JSON parse error") as caught:
-        source(str(path), streaming=streaming).prompt_at(0)
-    assert "\n" not in str(caught.value)
-    assert caught.value.__suppress_context__
-
-
 @pytest.mark.parametrize(
     ("path", "config", "message"),
     [
@@ -334,6 +291,8 @@ def test_an_unreadable_file_gives_the_reason_in_one_line(tmp_path: Path, streami
         ("data.jsonl", {"split": "test"}, "cannot be read: Unknown split"),
         ("data.jsonl", {"split": "test", "streaming": True}, "cannot be read: Bad split"),
         ("no-such/dataset", {}, "cannot be read: .*no-such/dataset"),
+        ("broken.jsonl", {}, "cannot be read: JSON parse error"),
+        ("broken.jsonl", {"streaming": True}, "cannot be read: JSON parse error"),
     ],
 )
 def test_what_cannot_be_opened_says_why(
@@ -342,11 +301,13 @@ def test_what_cannot_be_opened_says_why(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # fail at once instead of after five retries
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "broken.jsonl").write_text("{not json\n")
     (tmp_path / "empty").mkdir()
     jsonl(tmp_path, rows())
     with pytest.raises(ConfigError, match=message) as caught:
-        source(path, **config)
-    assert "\n" not in str(caught.value)
+        source(path, **config).prompt_at(0)
+    assert "\n" not in str(caught.value), "the reason is one line"
+    assert caught.value.__suppress_context__ or not caught.value.__context__
 
 
 def test_reading_shows_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

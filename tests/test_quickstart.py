@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,9 +30,24 @@ NUM_HELDOUT = 100
 GROUPS_PER_STEP = 8
 
 
+class Finished(NamedTuple):
+    """A run of the quickstart, shortened, that has ended."""
+
+    folder: Path
+    "where it was started"
+    run: Path
+    output: str
+    summary: dict[str, Any]
+
+    def sluice(self, *arguments: str) -> str:
+        """What a command prints that reads it."""
+        done = sluice(*arguments, cwd=self.folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished run of the quickstart, shortened; the folder it was started in and what it printed."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("quickstart")
     heldout = {
         "dataset": {"path": str(tiny_folder(700) / "heldout.jsonl"), "max_req_tokens": 24},
@@ -49,50 +66,46 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     )
     done = sluice("run", str(config), cwd=folder, timeout=280)
     assert done.returncode == 0, done.stderr
-    return folder, done.stderr
+    run = only_run(folder)
+    return Finished(folder, run, done.stderr, json.loads((run / "summary.json").read_text()))
 
 
-def test_held_out_accuracy_rises(finished: tuple[Path, str]) -> None:
-    summary = json.loads((only_run(finished[0]) / "summary.json").read_text())
+def test_held_out_accuracy_rises_and_what_is_printed_and_drawn_says_so(finished: Finished) -> None:
+    summary = finished.summary
     assert summary["steps"] == STEPS
     assert summary["eval_before"] < 0.5  # an imperfect start, or nothing is shown
     assert summary["eval_after"] > 0.85
     assert summary["reward_last"] > summary["reward_first"]
+    for expected in ("held-out greedy accuracy", "reward", "policy age", "tokens", "in_flight 0: holds"):
+        assert expected in finished.output
+    assert (finished.run / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluations_are_listed_by_version_and_the_best_checkpoint_is_kept(finished: tuple[Path, str]) -> None:
-    run = only_run(finished[0])
-    listed = sluice("eval", "--list", "--json", cwd=finished[0])
-    assert listed.returncode == 0, listed.stderr
-    entries = json.loads(listed.stdout)["evaluations"]
-    assert entries == json.loads((run / "summary.json").read_text())["evaluations"]
+def test_evaluations_are_listed_by_version_and_the_best_checkpoint_is_kept(finished: Finished) -> None:
+    entries = json.loads(finished.sluice("eval", "--list", "--json"))["evaluations"]
+    assert entries == finished.summary["evaluations"]
     assert [entry["step"] for entry in entries] == [0, EVALUATE_EVERY, STEPS]
-    lines = metrics_lines(run)
+    key = "eval/heldout/maj@4"
+    lines = {line["eval/heldout/version"]: line for line in metrics_lines(finished.run) if key in line}
     for entry in entries:
         assert entry["pass@4"] >= entry["sampled_pass@1"] > 0
         assert 0 < entry["sampled_pass@1_stderr"] < 0.06
         assert 15 < entry["mean_length"] < 40
         assert (entry["num_prompts"], entry["num_dead"]) == (NUM_HELDOUT, 0)
-        assert any(
-            line.get("eval/heldout/version") == entry["version"] and line["eval/heldout/maj@4"] == entry["maj@4"]
-            for line in lines
-        )
+        assert lines[entry["version"]][key] == entry["maj@4"]
     assert entries[-1]["maj@4"] >= entries[-1]["sampled_pass@1"], "the vote is better than its voters"
     best = max(entries[1:], key=lambda entry: entry["sampled_pass@1"])
     assert [entry for entry in entries if entry["best"]] == [best]
-    found = read_best(run / "checkpoints")
+    found = read_best(finished.run / "checkpoints")
     assert found is not None and (found.step, found.value) == (best["step"], best["sampled_pass@1"])
-    exported = CliRunner().invoke(cli, ["export", str(run), str(finished[0] / "best"), "--best"])
+    exported = CliRunner().invoke(cli, ["export", str(finished.run), str(finished.folder / "best"), "--best"])
     assert exported.stdout.startswith(f"step {found.step} of "), exported.output
 
 
-def test_every_group_is_accounted_for(finished: tuple[Path, str]) -> None:
-    summary = json.loads((only_run(finished[0]) / "summary.json").read_text())
-    ledger = summary["ledger"]
+def test_every_group_is_accounted_for(finished: Finished) -> None:
+    summary, ledger = finished.summary, finished.summary["ledger"]
     assert summary["ledger_holds"]
-    assert ledger["trained"] == STEPS * GROUPS_PER_STEP
-    assert ledger["dead"] == {}
-    assert ledger["in_flight"] == 0
+    assert (ledger["trained"], ledger["dead"], ledger["in_flight"]) == (STEPS * GROUPS_PER_STEP, {}, 0)
     assert ledger["admitted"] == ledger["trained"] + sum(ledger["dropped"].values())
     assert sum(summary["policy_age"].values()) == STEPS * GROUPS_PER_STEP
     assert max(int(age) for age in summary["policy_age"]) <= 1  # config: max_policy_age
@@ -100,35 +113,24 @@ def test_every_group_is_accounted_for(finished: tuple[Path, str]) -> None:
     assert not summary["restarts"]
 
 
-def test_what_is_printed_names_the_result(finished: tuple[Path, str]) -> None:
-    for expected in ("held-out greedy accuracy", "reward", "policy age", "tokens", "in_flight 0: holds"):
-        assert expected in finished[1]
-
-
-def test_trainer_and_sampler_agree(finished: tuple[Path, str]) -> None:
+def test_trainer_and_sampler_agree_and_the_reference_is_in_the_loss(finished: Finished) -> None:
     """What the engine says it sampled with is what the trainer computes, one policy version later at most."""
-    for metrics in metrics_of(only_run(finished[0])):
+    steps = metrics_of(finished.run)
+    for metrics in steps:
         if metrics["staleness/max"] == 0:
             assert metrics["off_policy/logprob_abs_diff"] < 1e-4
         assert metrics["off_policy/mismatch_kl"] < 0.015
         assert metrics["off_policy/ess"] > 0.9
-
-
-def test_the_reference_is_in_the_loss(finished: tuple[Path, str]) -> None:
-    steps = metrics_of(only_run(finished[0]))
     assert steps[0]["loss/kl"] == pytest.approx(0.0, abs=1e-6)  # the policy is the reference
     assert steps[-1]["loss/kl"] > 1e-3
 
 
-def test_what_was_published_is_signed_with_the_key_of_the_run_folder(finished: tuple[Path, str]) -> None:
-    run = only_run(finished[0])
+def test_what_was_published_is_signed_with_the_key_of_the_run_folder(finished: Finished) -> None:
+    run = finished.run
     key = (run / "run.key").read_text().strip()
     assert (run / "run.key").stat().st_mode & 0o077 == 0
-    with reading_server(run / "redis") as url:
-        client = connect(url)
-        keys = Keys(run.name)
-        sealed = client.hgetall(keys.manifests)
-        client.close()
+    with reading_server(run / "redis") as url, closing(connect(url)) as client:
+        sealed = client.hgetall(Keys(run.name).manifests)
     assert len(sealed) >= 2
     for version, manifest in sealed.items():
         assert Manifest.from_signed_bytes(manifest, Signer(run.name, key), version=int(version)).version == int(version)
@@ -136,24 +138,19 @@ def test_what_was_published_is_signed_with_the_key_of_the_run_folder(finished: t
         assert key.encode() not in file.read_bytes(), file
 
 
-def test_commands_read_the_ended_run(finished: tuple[Path, str]) -> None:
-    folder = finished[0]
-    ledger = sluice("ledger", "--json", cwd=folder)
-    assert ledger.returncode == 0, ledger.stderr
-    assert json.loads(ledger.stdout)["trained"] == STEPS * GROUPS_PER_STEP
-    status = json.loads(sluice("status", "--json", cwd=folder).stdout)
+def test_commands_read_the_ended_run(finished: Finished) -> None:
+    assert json.loads(finished.sluice("ledger", "--json"))["trained"] == STEPS * GROUPS_PER_STEP
+    status = json.loads(finished.sluice("status", "--json"))
     assert (status["step"], status["status"], status["stalled_by"]) == (STEPS, "finished", None)
-    samples = json.loads(sluice("samples", "-n", "2", "--json", cwd=folder).stdout)["samples"]
+    samples = json.loads(finished.sluice("samples", "-n", "2", "--json"))["samples"]
     assert [sample["step"] for sample in samples] == [STEPS, STEPS]
     assert "<answer>" in samples[0]["completions"][0]["text"]
 
 
-def test_the_export_loads_in_transformers_and_answers(finished: tuple[Path, str]) -> None:
-    folder = finished[0]
-    done = sluice("export", str(only_run(folder)), str(folder / "exported"), cwd=folder)
-    assert done.returncode == 0, done.stderr
-    model = AutoModelForCausalLM.from_pretrained(folder / "exported")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "exported")
+def test_the_export_loads_in_transformers_and_answers(finished: Finished) -> None:
+    exported = finished.folder / "exported"
+    finished.sluice("export", str(finished.run), str(exported))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     chat = [{"role": "user", "content": "What is 47+38?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
@@ -161,18 +158,16 @@ def test_the_export_loads_in_transformers_and_answers(finished: tuple[Path, str]
     assert "<answer>85</answer>" in tokenizer.decode(answer[0])
 
 
-def test_the_recorded_stream_gives_the_same_weights_again(finished: tuple[Path, str]) -> None:
+def test_the_recorded_stream_gives_the_same_weights_again(finished: Finished) -> None:
     """An asynchronous run over many processes, computed again from its records in one: the same bits at every step."""
-    done = sluice("replay", str(only_run(finished[0])), "--json", cwd=finished[0], timeout=120)
-    assert done.returncode == 0, done.stderr
-    steps = json.loads(done.stdout)["steps"]
+    steps = json.loads(finished.sluice("replay", str(finished.run), "--json"))["steps"]
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     assert all(step["began_with_same_weights"] for step in steps)
     assert [step["step"] for step in steps if step["ended_with_same_weights"]] == [20, STEPS]  # those with a checkpoint
 
 
-def test_trackers_and_completions_show_every_step(finished: tuple[Path, str]) -> None:
-    run = only_run(finished[0])
+def test_trackers_and_completions_show_every_step(finished: Finished) -> None:
+    run = finished.run
     means = {line["step"]: line["reward/mean"] for line in metrics_of(run)}
     rows = [(step, metrics["reward/mean"]) for _, step, metrics in trackio_rows(run) if "reward/mean" in metrics]
     assert rows == [(step, pytest.approx(means[step])) for step in range(1, STEPS + 1)]
@@ -183,7 +178,3 @@ def test_trackers_and_completions_show_every_step(finished: tuple[Path, str]) ->
     assert list(table.groupby("step").group_id.nunique()) == [GROUPS_PER_STEP] * STEPS
     assert table.groupby("step").reward.mean().to_dict() == pytest.approx(means)
     assert table.completion.str.contains("<answer>").mean() > 0.5
-
-
-def test_the_curve_is_drawn(finished: tuple[Path, str]) -> None:
-    assert (only_run(finished[0]) / "reward.png").read_bytes().startswith(b"\x89PNG")

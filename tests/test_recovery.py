@@ -6,15 +6,13 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-import torch
-from builders import letter_tokenizer, make_config, push_group
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from builders import make_config, push_group, save_tiny_qwen
 
 from sluice.common.connections.client import connect
 from sluice.common.errors import ConfigError
@@ -31,16 +29,8 @@ from sluice.trainer.loop import Trainer
 @pytest.fixture
 def run(client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("SLUICE_REDIS_URL", redis_url)
-    torch.manual_seed(0)
-    shape = Qwen3Config(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, eos_token_id=1,
-    )  # fmt: skip
-    Qwen3ForCausalLM(shape).save_pretrained(tmp_path / "model")
-    for name, content in letter_tokenizer(50).items():
-        (tmp_path / "model" / name).write_bytes(content)
     config = make_config(
-        model={"path": str(tmp_path / "model")},
+        model={"path": str(save_tiny_qwen(tmp_path / "model"))},
         trainer={"num_steps": 4, "device": "cpu", "loss": {"kl_beta": 0.0}},
         checkpoint={"every_steps": 2},
         policy_store={"path": str(tmp_path / "policies")},
@@ -71,9 +61,24 @@ def groups_arriving(run: Run, redis_url: str) -> Iterator[None]:
         thread.join()
 
 
-def steps_of(run: Run) -> list[int]:
+def assert_trained(client: redis.Redis, run: Run, steps: list[int]) -> None:
+    """These steps are reported, in this order, and the groups of four are trained."""
     lines = [json.loads(line) for line in (Path(run.folder) / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if "loss/policy" in line]
+    assert [line["step"] for line in lines if "loss/policy" in line] == steps
+    counters = read_counters(client, run.keys)
+    assert counters.holds
+    assert counters.trained == 4 * run.config.groups_per_step
+
+
+def before_sampling(trainer: Trainer, do: Callable[[int], object]) -> None:
+    """Have something happen before every batch; it is told the trainer's version."""
+    sample = trainer.buffer.sample
+
+    def sample_after(version: int, **options: Any) -> Any:
+        do(version)
+        return sample(version, **options)
+
+    trainer.buffer.sample = sample_after  # type: ignore[method-assign]
 
 
 def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, run: Run, redis_url: str) -> None:
@@ -82,13 +87,13 @@ def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, r
 
     with groups_arriving(run, redis_url):
         first = Trainer(client, run)
-        sample, given = first.buffer.sample, []
+        sample = first.buffer.sample
 
         def dies(*args: Any, **options: Any) -> Any:
-            given.append(sample(*args, **options))
-            if options["step"] == 4 and given[-1].groups:
+            given = sample(*args, **options)
+            if options["step"] == 4 and given.groups:
                 raise Died
-            return given[-1]
+            return given
 
         first.buffer.sample = dies  # type: ignore[method-assign]
         with pytest.raises(Died):
@@ -101,51 +106,42 @@ def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, r
         second.train(Ranks())
         second.close()
     assert (second.outcome, second.position.step, second.position.version) == ("finished", 4, 6)
-    assert steps_of(run) == [1, 2, 3, 3, 4]
+    assert_trained(client, run, [1, 2, 3, 3, 4])
     assert checkpoint_steps(Path(run.folder) / "checkpoints")[-1] == 4
-    counters = read_counters(client, run.keys)
-    assert counters.holds
-    assert counters.trained == 4 * run.config.groups_per_step
 
 
 def test_a_redis_that_came_back_older_is_told_what_was_trained(client: redis.Redis, run: Run, redis_url: str) -> None:
     """It has forgotten the newest version, and with it that the trainer is there."""
     with groups_arriving(run, redis_url):
         trainer = Trainer(client, run)
-        sample, has_lost = trainer.buffer.sample, []
+        has_lost = []
 
-        def forgets(version: int, **options: Any) -> Any:
+        def forget(version: int) -> None:
             if version == 2 and not has_lost:
                 trainer.publisher.wait()
                 has_lost.append(version)
                 client.hset(run.keys.policy, mapping={"version": 1})
                 client.hdel(run.keys.lineage, "2")
                 client.hdel(run.keys.manifests, "2")
-            return sample(version, **options)
 
-        trainer.buffer.sample = forgets  # type: ignore[method-assign]
+        before_sampling(trainer, forget)
         trainer.train(Ranks())
         trainer.close()
     assert has_lost and trainer.position.step == 4
     assert trainer.position.version == 5, "published once more under a version of its own"
-    assert steps_of(run) == [1, 2, 3, 4]
-    counters = read_counters(client, run.keys)
-    assert counters.holds
-    assert counters.trained == 4 * run.config.groups_per_step
+    assert_trained(client, run, [1, 2, 3, 4])
 
 
 def test_a_redis_that_has_lost_the_run_ends_it_with_what_to_do(client: redis.Redis, run: Run, redis_url: str) -> None:
     with groups_arriving(run, redis_url):
         trainer = Trainer(client, run)
-        sample = trainer.buffer.sample
 
-        def forgets(version: int, **options: Any) -> Any:
+        def forget(version: int) -> None:
             if version == 1:
                 trainer.publisher.wait()
                 client.delete(run.keys.run_record, run.keys.policy, run.keys.lineage)
-            return sample(version, **options)
 
-        trainer.buffer.sample = forgets  # type: ignore[method-assign]
+        before_sampling(trainer, forget)
         began = time.monotonic()
         with pytest.raises(ConfigError, match=r"Redis has lost run .* start a new run with model.path=TARGET"):
             trainer.train(Ranks())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from builders import file_groups, make_completion, make_ledger, publish_policy, push_group, reward_payload
+from builders import file_groups, make_completion, publish_policy, push_group, reward_payload, started_ledger
 
 from sluice.common.connections.client import connect
 from sluice.common.errors import PolicyNotFound, StateLost
@@ -20,17 +21,10 @@ from sluice.common.serialization import encode
 from sluice.dashboard.dead_letters import read_dead_letters
 
 
-def make_buffer(client, keys, *, k=2, max_policy_age=1, max_resample_count=0):
-    ledger = make_ledger(client, keys)
-    buffer = ReplayBuffer(
-        ledger, groups_per_step=k, max_policy_age=max_policy_age, max_resample_count=max_resample_count
-    )
-    return ledger, buffer
-
-
-def publish_up_to(client, keys, version):
-    for v in range(version + 1):
-        publish_policy(client, keys, v)
+def make_buffer(client, keys, *, k=2, max_policy_age=1, version=-1, **options):
+    """A ledger in a run that has published the versions 0 to `version`, and its buffer."""
+    ledger = started_ledger(client, keys, version=version)
+    return ledger, ReplayBuffer(ledger, groups_per_step=k, max_policy_age=max_policy_age, **options)
 
 
 def ids(sample):
@@ -42,8 +36,7 @@ def ids(sample):
 
 @pytest.mark.parametrize("max_policy_age", [0, 1, 2, 3])
 def test_age_equal_to_the_bound_is_kept_and_one_more_is_dropped(client, keys, max_policy_age):
-    publish_up_to(client, keys, 5)
-    ledger, buffer = make_buffer(client, keys, k=1, max_policy_age=max_policy_age)
+    ledger, buffer = make_buffer(client, keys, version=5, k=1, max_policy_age=max_policy_age)
     oldest_kept, too_old = 5 - max_policy_age, 4 - max_policy_age
     stale, kept = file_groups(ledger, [too_old, oldest_kept])
     sample = buffer.sample(5, step=6)
@@ -51,28 +44,13 @@ def test_age_equal_to_the_bound_is_kept_and_one_more_is_dropped(client, keys, ma
     assert (sample.evicted, sample.available) == (1, 1)
     assert ledger.counters().dropped == {"stale": 1}
     assert client.exists(keys.group(stale), keys.stream(too_old)) == 0
-
-
-def test_stale_groups_are_never_returned_although_nothing_else_is_there(client, keys):
-    publish_up_to(client, keys, 3)
-    ledger, buffer = make_buffer(client, keys, k=1)
-    file_groups(ledger, [0, 1, 1, 0])
-    sample = buffer.sample(3, step=4)
-    assert (sample.groups, sample.evicted, sample.available) == (None, 4, 0)
-    assert buffer.sizes() == {}
-
-
-def test_strictly_on_policy_trains_what_the_current_version_made(client, keys):
-    ledger, buffer = make_buffer(client, keys, max_policy_age=0)
-    for version in range(4):
-        publish_policy(client, keys, version)
-        wanted = file_groups(ledger, [version, version])
-        assert ids(buffer.sample(version, step=version + 1)) == wanted
+    file_groups(ledger, [too_old] * 2)
+    sample = buffer.sample(5, step=7)
+    assert (sample.groups, sample.evicted, sample.available) == (None, 2, 0), "although nothing else is there"
 
 
 def test_nothing_is_consumed_when_fewer_than_a_batch_is_ready(client, keys):
-    publish_up_to(client, keys, 1)
-    ledger, buffer = make_buffer(client, keys, k=3)
+    ledger, buffer = make_buffer(client, keys, version=1, k=3)
     held = file_groups(ledger, [0, 1])
     for _ in range(3):
         sample = buffer.sample(1, step=2)
@@ -83,19 +61,8 @@ def test_nothing_is_consumed_when_fewer_than_a_batch_is_ready(client, keys):
     assert sorted(ids(buffer.sample(1, step=2))) == sorted(held)
 
 
-def test_the_oldest_version_is_taken_first_and_within_it_the_first_ready(client, keys):
-    publish_up_to(client, keys, 10)
-    ledger, buffer = make_buffer(client, keys, k=4, max_policy_age=2)
-    a, b, c, d, e = file_groups(ledger, [10, 9, 8, 10, 9])
-    assert ids(buffer.sample(10, step=11)) == [c, b, e, a]
-    assert buffer.sizes() == {8: 1, 9: 2, 10: 2}, "leased entries stay until they are acknowledged"
-    f, g, h = file_groups(ledger, [9, 10, 10])
-    assert ids(buffer.sample(10, step=12)) == [f, d, g, h]
-
-
 def test_the_same_step_gives_the_same_batch_also_to_another_process(client, keys, redis_url):
-    publish_up_to(client, keys, 1)
-    ledger, buffer = make_buffer(client, keys)
+    ledger, buffer = make_buffer(client, keys, version=1)
     file_groups(ledger, [0, 1, 1, 0])
     first = ids(buffer.sample(1, step=2))
     publish_policy(client, keys, 2)
@@ -109,8 +76,7 @@ def test_the_same_step_gives_the_same_batch_also_to_another_process(client, keys
 
 
 def test_a_batch_too_old_for_the_branch_after_a_roll_back_is_dissolved_and_those_after_it(client, keys):
-    publish_up_to(client, keys, 2)
-    ledger, buffer = make_buffer(client, keys, k=2, max_policy_age=1)
+    ledger, buffer = make_buffer(client, keys, version=2, k=2, max_policy_age=1)
     old, kept = file_groups(ledger, [2, 1])
     assert ids(buffer.sample(2, step=3)) == [kept, old]
     publish_policy(client, keys, 3)
@@ -129,8 +95,7 @@ def test_a_batch_too_old_for_the_branch_after_a_roll_back_is_dissolved_and_those
 
 
 def test_a_policy_made_again_bit_for_bit_keeps_the_groups_of_the_abandoned_branch_young(client, keys):
-    publish_up_to(client, keys, 3)
-    ledger, buffer = make_buffer(client, keys, k=1, max_policy_age=0)
+    ledger, buffer = make_buffer(client, keys, version=3, k=1, max_policy_age=0)
     (group_id,) = file_groups(ledger, [3])
     assert ids(buffer.sample(3, step=4)) == [group_id]
     publish_policy(client, keys, 4, parent=2, step=2)  # back at step 2
@@ -144,8 +109,7 @@ def test_a_policy_made_again_bit_for_bit_keeps_the_groups_of_the_abandoned_branc
 
 
 def test_a_redis_that_forgot_what_the_trainer_wrote_is_noticed(client, keys):
-    publish_up_to(client, keys, 2)
-    ledger, buffer = make_buffer(client, keys, k=1)
+    ledger, buffer = make_buffer(client, keys, version=2, k=1)
     file_groups(ledger, [2] * 4)
     buffer.sample(2, step=1, published=2)
     before = client.hget(keys.run_record, "mark")
@@ -164,8 +128,7 @@ def test_a_redis_that_forgot_what_the_trainer_wrote_is_noticed(client, keys):
 
 @pytest.mark.parametrize("stage", ["task", "rollout", "ready"])
 def test_a_group_that_redis_forgot_it_dealt_out_is_settled_by_name_wherever_it_stands(client, keys, stage):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, k=1)
+    ledger, buffer = make_buffer(client, keys, version=0, k=1)
     group_id = push_group(ledger, until=stage)
     others = file_groups(ledger, [0, 0])
     assert buffer.acknowledge(1, trained=[group_id]) == 1
@@ -178,8 +141,7 @@ def test_a_group_that_redis_forgot_it_dealt_out_is_settled_by_name_wherever_it_s
 
 
 def test_a_group_whose_admission_was_lost_is_settled_and_its_cursor_passed_over(client, keys):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, k=1)
+    ledger, buffer = make_buffer(client, keys, version=0, k=1)
     push_group(ledger)  # t0; t1 to t3 are beyond the cursor
     assert buffer.acknowledge(1, trained=["t2"]) == 1
     assert buffer.acknowledge(1, trained=["t2"]) == 0
@@ -190,19 +152,8 @@ def test_a_group_whose_admission_was_lost_is_settled_and_its_cursor_passed_over(
     assert (counters.admitted, counters.trained, counters.in_flight, counters.holds) == (5, 1, 4, True)
 
 
-def test_a_group_kept_for_resampling_is_not_taken_for_a_forgotten_one(client, keys):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, k=1, max_resample_count=1)
-    (group_id,) = file_groups(ledger, [0])
-    buffer.sample(0, step=1)
-    assert buffer.acknowledge(1, trained=[group_id]) == 0
-    assert buffer.acknowledge(1, trained=[group_id]) == 0
-    assert ids(buffer.sample(0, step=2)) == [group_id]
-
-
 def test_what_only_a_damaged_checkpoint_held_counts_as_dropped(client, keys):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, k=2)
+    ledger, buffer = make_buffer(client, keys, version=0, k=2)
     for step in (1, 2, 3):
         file_groups(ledger, [0, 0])
         buffer.sample(0, step=step)
@@ -215,8 +166,7 @@ def test_what_only_a_damaged_checkpoint_held_counts_as_dropped(client, keys):
 
 
 def test_a_sampled_group_carries_all_that_was_stored(client, keys):
-    publish_policy(client, keys, 0)
-    ledger = make_ledger(client, keys, trainer={"loss": {"kl_beta": 0.1}})
+    ledger = started_ledger(client, keys, trainer={"loss": {"kl_beta": 0.1}})
     buffer = ReplayBuffer(ledger, groups_per_step=1, max_policy_age=0)
     group_id = push_group(ledger)
     (group,) = buffer.sample(0, step=1).groups
@@ -230,8 +180,7 @@ def test_a_sampled_group_carries_all_that_was_stored(client, keys):
 
 
 def test_after_the_acknowledgement_nothing_of_a_group_is_left_in_redis(client, keys):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys)
+    ledger, buffer = make_buffer(client, keys, version=0)
     group_ids = file_groups(ledger, [0, 0])
     buffer.sample(0, step=1)
     publish_policy(client, keys, 1)
@@ -244,41 +193,16 @@ def test_after_the_acknowledgement_nothing_of_a_group_is_left_in_redis(client, k
     assert ledger.counters().trained == 2
 
 
-def test_an_acknowledgement_covers_every_step_up_to_it_and_none_after(client, keys):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, k=1)
-    file_groups(ledger, [0] * 11)
-    for step in range(1, 12):  # past ten, so that steps are compared as numbers
-        buffer.sample(0, step=step)
-    assert buffer.acknowledge(9) == 9
-    assert [int(step) for step in client.zrange(keys.batches, 0, -1)] == [10, 11]
-    assert ledger.counters().trained == 9
-
-
 @pytest.mark.parametrize(("max_resample_count", "times"), [(0, 1), (1, 2), (3, 4)])
 def test_a_group_is_trained_max_resample_count_times_more(client, keys, max_resample_count, times):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, max_resample_count=max_resample_count)
+    ledger, buffer = make_buffer(client, keys, version=0, max_resample_count=max_resample_count)
     wanted = file_groups(ledger, [0, 0])
     for step in range(1, times + 1):
         assert ids(buffer.sample(0, step=step)) == wanted
-        assert buffer.acknowledge(step) == (2 if step == times else 0)
+        freed = [buffer.acknowledge(step, trained=wanted) for _ in range(2)]  # kept for resampling is not forgotten
+        assert freed == [2 if step == times else 0, 0]
     assert buffer.sample(0, step=times + 1).groups is None
     assert (ledger.counters().trained, ledger.counters().in_flight) == (2, 0)
-
-
-def test_without_a_resample_limit_a_group_is_trained_until_it_is_too_old_and_then_counts_as_trained(client, keys):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, k=1, max_resample_count=None)
-    wanted = file_groups(ledger, [0])
-    for step in range(1, 6):
-        assert ids(buffer.sample(0, step=step)) == wanted
-        buffer.acknowledge(step)
-    publish_up_to(client, keys, 2)
-    sample = buffer.sample(2, step=6)
-    assert (sample.groups, sample.evicted) == (None, 0)
-    counters = ledger.counters()
-    assert (counters.trained, counters.dropped, counters.in_flight, counters.holds) == (1, {}, 0, True)
 
 
 def rollout_with(**changed: Any) -> bytes:
@@ -292,20 +216,12 @@ def rollout_with(**changed: Any) -> bytes:
         ("rollout", b"SL\x01\xc1", "damaged message of 4 bytes"),
         ("rollout", b"\x80\x04.", "not a Sluice message"),
         ("rollout", encode({"completions": [{"text": "no tokens"}]}), "token_ids"),
-        (
-            "rollout",
-            rollout_with(token_ids=np.array([5, -1, 6], np.int32)),
-            "token ids from -1 to 6, in a vocabulary of 100",
-        ),
-        ("rollout", rollout_with(token_ids=np.array([5, 100, 6], np.int32)), "token ids from 5 to 100, in a vocab"),
-        ("rollout", rollout_with(rollout_logprobs=np.array([0, np.nan, 0], np.float32)), "a logprob is not finite"),
+        ("rollout", rollout_with(token_ids=np.int32([5, -1, 6])), "token ids from -1 to 6, in a vocabulary of 100"),
+        ("rollout", rollout_with(token_ids=np.int32([5, 100, 6])), "token ids from 5 to 100, in a vocab"),
+        ("rollout", rollout_with(rollout_logprobs=np.float32([0, np.nan, 0])), "a logprob is not finite"),
         ("reference", encode([np.full(3, -np.inf, np.float32)] * 2), "a logprob is not finite"),
         ("reward", reward_payload(rewards=(1.0, float("nan"))), r"a reward is not finite: \[1.0, nan\]"),
-        (
-            "rollout",
-            rollout_with(token_ids=np.arange(1)),
-            r"completion 0 has \(1,\) tokens, and logprobs of \[\(3,\)\]",
-        ),
+        ("rollout", rollout_with(token_ids=np.arange(1)), r"completion 0 has \(1,\) tokens, .* of \[\(3,\)\]"),
         ("reward", encode({"reward": [1.0], "by_function": {}}), "a different number of rewards"),
         ("reward", encode([1, 2]), "list indices"),
         ("reference", encode([np.zeros(3, np.float32)] * 5), "a different number of rewards or reference logprobs"),
@@ -315,8 +231,7 @@ def rollout_with(**changed: Any) -> bytes:
 def test_a_group_that_cannot_be_read_is_a_dead_letter_and_the_others_of_its_batch_are_trained(
     client, keys, stage, damage, detail
 ):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, k=3)
+    ledger, buffer = make_buffer(client, keys, version=0, k=3)
     buffer.vocab_size = 100
     bad, *sound = file_groups(ledger, [0] * 5)
     if damage is None:
@@ -339,54 +254,32 @@ def test_a_group_that_cannot_be_read_is_a_dead_letter_and_the_others_of_its_batc
 
 
 def test_the_trainer_wakes_when_a_whole_batch_is_ready_and_not_before(client, keys, redis_url):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys, k=3)
+    ledger, buffer = make_buffer(client, keys, version=0, k=3)
     assert buffer.sample(0, step=1).groups is None
-    woken, result = threading.Event(), []
-    waiting = connect(redis_url)
-
-    def wait():
-        _, own = make_buffer(waiting, keys, k=3)
-        result.append(own.wait(5.0))
-        woken.set()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    file_groups(ledger, [0])
-    file_groups(ledger, [0])
-    assert not woken.wait(0.15), "woken with two of three groups"
-    file_groups(ledger, [0])
-    assert woken.wait(2.0)
-    thread.join(timeout=5)
-    waiting.close()
-    assert result == [True]
+    with connect(redis_url) as waiting, ThreadPoolExecutor() as pool:
+        woken = pool.submit(make_buffer(waiting, keys)[1].wait, 5.0)
+        file_groups(ledger, [0])
+        file_groups(ledger, [0])
+        with pytest.raises(TimeoutError):
+            woken.result(0.15)  # two of three groups
+        file_groups(ledger, [0])
+        assert woken.result(2.0) is True
     assert len(buffer.sample(0, step=1).groups) == 3
     assert client.exists(keys.wake, keys.want) == 0
 
 
-def test_a_wait_ends_by_itself(client, keys):
-    publish_policy(client, keys, 0)
-    _, buffer = make_buffer(client, keys)
+def test_a_batch_that_completes_between_sample_and_wait_wakes_at_once_and_a_wait_for_none_ends_by_itself(client, keys):
+    ledger, buffer = make_buffer(client, keys, version=0)
     buffer.sample(0, step=1)
     assert buffer.wait(0.05) is False
-
-
-def test_a_batch_that_completes_between_sample_and_wait_wakes_at_once(client, keys):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys)
-    buffer.sample(0, step=1)
     file_groups(ledger, [0] * 6)
     assert client.llen(keys.wake) == 1, "one wake-up, however many groups"
     assert buffer.wait(1.0) is True
-
-
-def test_a_batch_taken_without_waiting_leaves_no_wake_up_behind(client, keys):
-    publish_policy(client, keys, 0)
-    ledger, buffer = make_buffer(client, keys)
-    buffer.sample(0, step=1)
+    assert [len(buffer.sample(0, step=step).groups) for step in (1, 2, 3)] == [2] * 3
+    buffer.sample(0, step=4)
     file_groups(ledger, [0, 0])
-    assert len(buffer.sample(0, step=1).groups) == 2
-    assert buffer.wait(0.05) is False
+    assert len(buffer.sample(0, step=4).groups) == 2
+    assert buffer.wait(0.05) is False, "a batch that was sampled without waiting leaves no wake-up behind"
 
 
 # Ages through a fork
@@ -518,14 +411,10 @@ class Model:
         return {version: count for version, count in found.items() if count}
 
 
-def run_against_model(client, keys, *, num_operations, max_policy_age, max_resample_count, seed):
-    draw = random.Random(seed)
-    k = draw.choice([1, 2, 3, 5] if max_policy_age else [1, 2])  # at age 0 a large batch is seldom complete
-    ledger, buffer = make_buffer(
-        client, keys, k=k, max_policy_age=max_policy_age, max_resample_count=max_resample_count
-    )
-    model = Model(k=k, max_policy_age=max_policy_age, max_resample_count=max_resample_count)
-    publish_policy(client, keys, 0, parent=-1)
+def run_against_model(client, keys, *, num_operations, draw, **rules):
+    k = draw.choice([1, 2, 3, 5] if rules["max_policy_age"] else [1, 2])  # at age 0 a large batch is seldom complete
+    ledger, buffer = make_buffer(client, keys, version=0, k=k, **rules)
+    model = Model(k=k, **rules)
     current = newest = step = 0
     for _ in range(num_operations):
         match draw.choices(["add", "sample", "again", "acknowledge", "publish", "fork"], [40, 25, 2, 12, 18, 1])[0]:
@@ -548,11 +437,8 @@ def run_against_model(client, keys, *, num_operations, max_policy_age, max_resam
                 publish_policy(client, keys, current, parent=parent, step=model.step_of[current])
         counters = ledger.counters()
         assert counters.holds
-        assert (counters.admitted, counters.trained, counters.dropped.get("stale", 0)) == (
-            model.added,
-            model.trained,
-            model.stale,
-        )
+        found = counters.admitted, counters.trained, counters.dropped.get("stale", 0)
+        assert found == (model.added, model.trained, model.stale)
         assert buffer.sizes() == model.sizes()
     return model
 
@@ -568,38 +454,20 @@ def check_sample(buffer, model, current, step):
     return True
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("max_resample_count", [0, 1, None])
-@pytest.mark.parametrize("max_policy_age", [0, 1, 2, 3])
+FAST = {(0, 0), (1, 1), (2, 0), (3, None)}
+EVERY = [
+    pytest.param(*rules, marks=() if rules in FAST else pytest.mark.slow)
+    for rules in itertools.product([0, 1, 2, 3], [0, 1, None])
+]
+
+
+@pytest.mark.parametrize(("max_policy_age", "max_resample_count"), EVERY)
 def test_the_buffer_agrees_with_its_model_over_10000_random_operations(
-    client, keys, max_policy_age, max_resample_count
+    client, keys, server_flavours, request, max_policy_age, max_resample_count
 ):
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    model = run_against_model(
-        client,
-        keys,
-        num_operations=840,  # in each of the twelve cases
-        max_policy_age=max_policy_age,
-        max_resample_count=max_resample_count,
-        seed=seed,
-    )
-    assert model.trained and model.stale, "nothing trained or nothing dropped: this tested too little"
-
-
-@pytest.mark.parametrize(("max_policy_age", "max_resample_count"), [(0, 0), (1, 1), (2, 0), (3, None)])
-def test_the_buffer_agrees_with_its_model_on_every_server_flavour(
-    server_flavours, keys, max_policy_age, max_resample_count
-):
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"seed {seed}")
-    connection = connect(server_flavours)
-    run_against_model(
-        connection,
-        keys,
-        num_operations=500,
-        max_policy_age=max_policy_age,
-        max_resample_count=max_resample_count,
-        seed=seed,
-    )
-    connection.close()
+    num_operations = 840 if request.config.getoption("--slow") else 500  # in each of the twelve cases
+    rules = {"max_policy_age": max_policy_age, "max_resample_count": max_resample_count}
+    model = run_against_model(client, keys, num_operations=num_operations, draw=random.Random(seed), **rules)
+    assert model.trained and model.stale, f"nothing trained or nothing dropped in {num_operations} operations"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import redis
-from builders import make_config, publish_policy, rollout_payload
+from builders import make_config, publish_policy, push_group
 from harness import alive, children, wait_for, worker
 
 from sluice.common.connections.broker import make_app, send_stage
@@ -15,8 +14,6 @@ from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.run import create_run
-from sluice.common.serialization import encode
-from sluice.common.types import SamplingParams, Task
 
 REWARD = """
 import os, signal, sys, time
@@ -54,6 +51,10 @@ EXPECTED = {
 }
 
 
+def oom_score_adj(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
 def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score(
     client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path
 ) -> None:
@@ -67,23 +68,14 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
         },
         lease={"running_s": 60.0, "queued_s": 60.0, "max_attempts": 2},  # nothing here waits for a lease to end
         trainer={"loss": {"kl_beta": 0.0}},
+        replay_buffer={"max_policy_age": 5},  # credit for all of the groups
     )
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
-    ledger, app = Ledger(client, keys, config), make_app(keys.run, url=redis_url)
+    ledger, app = Ledger(client, keys, config, worker="w"), make_app(keys.run, url=redis_url)
     publish_policy(client, keys, 0)
-    bad_and_sound = [*EXPECTED, *["sound"] * 4]
-    kinds = dict(zip(admit(ledger, len(bad_and_sound)), bad_and_sound, strict=True))
-    for group_id, kind in kinds.items():
-        task = Task(
-            group_id=group_id,
-            prompt_ids=np.array([5, 6], np.int32),
-            prompt="1+1",
-            target=kind,
-            columns={},
-            sampling=SamplingParams(n=2, max_tokens=8),
-        )
-        ledger.store(group_id, "task", encode(task.to_wire()))
-        ledger.store(group_id, "rollout", rollout_payload(), version=0)
+    kinds = [*EXPECTED, *["sound"] * 4]
+    group_ids = [push_group(ledger, until="rollout", target=kind) for kind in kinds]
+    for group_id in group_ids:
         send_stage(app, group_id, "reward")
     env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}
     with worker("reward", cwd=tmp_path, **env) as process:
@@ -100,6 +92,12 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
         wait_for(is_settled, timeout=45, what="two attempts at every bad group, and one at the others")
         assert process.poll() is None, "the worker itself lives"
         wait_for(lambda: len(alive(children(process.pid))) >= 3, timeout=10, what="all scoring processes to be back")
+        wait_for(
+            lambda: any(oom_score_adj(child.pid) == 1000 for child in children(process.pid)),
+            timeout=20,
+            what="a scoring process that offers itself to the kernel before any other",
+        )
+        assert oom_score_adj(process.pid) < 1000
         assert max(f.get("running", 0) for f in told) >= 2
         assert min(f.get("idle_fraction", 1.0) for f in told) < 0.5, "two of three sleep, and are busy with it"
         wait_for(
@@ -108,9 +106,8 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
             what="those that died at work to be counted as idle",
         )
 
-    groups = {kind: client.hgetall(keys.group(group_id)) for group_id, kind in kinds.items()}
-    for kind, (reason, detail) in EXPECTED.items():
-        group = groups[kind]
+    for group_id, (kind, (reason, detail)) in zip(group_ids, EXPECTED.items(), strict=False):
+        group = client.hgetall(keys.group(group_id))
         assert group[b"dead_reason"].decode() == reason, kind
         assert detail in group[b"dead_detail"].decode(), kind
         assert group[b"n:reward"] == b"2", kind
@@ -119,22 +116,3 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
     counters = ledger.counters()
     assert counters.retried == len(EXPECTED)
     assert counters.holds
-
-
-def test_children_are_the_first_that_the_kernel_kills(
-    client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path
-) -> None:
-    config = make_config()
-    create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
-    with worker("reward", cwd=tmp_path, SLUICE_REDIS_URL=redis_url, SLUICE_RUN=keys.run) as process:
-
-        def scores() -> list[int]:
-            return [int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) for child in children(process.pid)]
-
-        wait_for(lambda: 1000 in scores(), timeout=20, what="a scoring process that offers itself")
-        assert int(Path(f"/proc/{process.pid}/oom_score_adj").read_text()) < 1000
-
-
-def admit(ledger: Ledger, num_groups: int) -> list[str]:
-    reply = ledger.scripts("admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, "test", "task")
-    return [f"t{int(cursor)}" for cursor in reply[2:]]

@@ -3,18 +3,11 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
-from builders import for_each, make_completion, make_config
+from builders import for_each, make_completion, make_config, make_episode, make_group, tiny_qwen
 from pydantic import ValidationError
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from sluice.common.config.trainer import LossConfig
-from sluice.common.types import Episode, Group
 from sluice.trainer.distributed.parallel import ParallelPolicy
-from sluice.trainer.loss import policy_loss
-from sluice.trainer.micro_batches import build_micro_batches, num_loss_tokens, num_sequences
 from sluice.trainer.reward_shaping import loss_tokens, mask_metrics, overlong_penalty, rewards_of
 from sluice.trainer.step import train_on
 from sluice.trainer.trained_policy import TrainedPolicy
@@ -22,26 +15,7 @@ from sluice.trainer.trained_policy import TrainedPolicy
 
 def episode_of(length, *tool_spans, reward=1.0, finish_reason="stop"):
     completion = replace(make_completion(length=length), finish_reason=finish_reason, tool_spans=tool_spans)
-    return Episode(completion=completion, reward=reward, rewards={}, ref_logprobs=None)
-
-
-def group_of(*episodes):
-    prompt = np.full(3, 50, np.int32)
-    return Group(
-        group_id="t0",
-        policy_version=0,
-        prompt_ids=prompt,
-        prompt="",
-        target=None,
-        episodes=list(episodes),
-        timestamps={},
-    )
-
-
-def batch_of(*episodes, mask_truncated=False):
-    advantages = [torch.ones(len(episodes))]
-    (batch,) = build_micro_batches([group_of(*episodes)], advantages, max_tokens=1000, mask_truncated=mask_truncated)
-    return batch
+    return make_episode(completion, reward=reward)
 
 
 def masking(**trainer):
@@ -49,44 +23,7 @@ def masking(**trainer):
     return make_config(sampling={"max_res_tokens": 100}, trainer={"seq_len": 200, **trainer})
 
 
-def test_truncated_completions_leave_the_loss_only_where_asked():
-    episodes = episode_of(3), episode_of(3, finish_reason="length")
-    for mask_truncated, rows in ((False, [True, True]), (True, [True, False])):
-        batch = batch_of(*episodes, mask_truncated=mask_truncated)
-        assert batch.loss_mask.any(-1).tolist() == rows
-        assert (num_loss_tokens([batch]), num_sequences([batch])) == (3 * sum(rows), sum(rows))
-
-
-def test_a_truncated_completion_still_counts_for_the_baseline():
-    group = group_of(episode_of(3, reward=1.0), episode_of(3, reward=0.0, finish_reason="length"))
-    assert rewards_of(group, masking(mask_truncated=True)).tolist() == [1.0, 0.0]
-
-
-def test_tool_tokens_are_context_and_not_in_the_loss():
-    batch = batch_of(episode_of(6, (1, 2), (5, 1)), episode_of(2))
-    assert batch.loss_mask.tolist() == [[True, False, False, True, True, False], [True, True] + [False] * 4]
-    assert batch.input_ids[0].tolist() == [50, 50, 50, 0, 1, 2, 3, 4, 5]
-    assert num_loss_tokens([batch]) == 5
-
-
-def test_tool_tokens_have_no_gradient_whatever_their_logprobs():
-    batch = batch_of(episode_of(4, (1, 2)))
-    policy = batch.rollout_logprobs.clone().requires_grad_()
-    rollout = torch.where(batch.loss_mask, batch.rollout_logprobs, math.nan)
-    loss, metrics = policy_loss(
-        LossConfig(),
-        policy_logprobs=policy,
-        rollout_logprobs=rollout,
-        advantages=torch.ones(1),
-        loss_mask=batch.loss_mask,
-    )
-    loss.backward()
-    assert float(loss.detach()) == -1.0
-    assert policy.grad.tolist() == [[-0.5, 0.0, 0.0, -0.5]]
-    assert float(metrics["loss/num_tokens"]) == 2
-
-
-@pytest.mark.parametrize("span", [(-1, 2), (3, 2), (0, 5)])
+@for_each("span", [(-1, 2), (3, 2), (0, 5)])
 def test_a_tool_span_outside_its_completion_is_our_own_mistake(span):
     with pytest.raises(AssertionError, match="tool span"):
         loss_tokens(episode_of(4, span), mask_truncated=False)
@@ -95,14 +32,13 @@ def test_a_tool_span_outside_its_completion_is_our_own_mistake(span):
 @for_each(("num_tokens", "expected"), [(0, 0.0), (80, 0.0), (81, 0.05), (90, 0.5), (100, 1.0), (101, 1.0), (500, 1.0)])
 def test_the_overlong_penalty_grows_over_the_buffer(num_tokens, expected):
     # L = 100, buffer 20: (T - 80) / 20, between 0 and 1
-    assert overlong_penalty(num_tokens, max_res_tokens=100, buffer_tokens=20) == pytest.approx(expected)
-    assert overlong_penalty(num_tokens, max_res_tokens=100, buffer_tokens=20, penalty=0.3) == pytest.approx(
-        0.3 * expected
-    )
+    for penalty in (1.0, 0.3):
+        found = overlong_penalty(num_tokens, max_res_tokens=100, buffer_tokens=20, penalty=penalty)
+        assert found == pytest.approx(penalty * expected)
 
 
 def test_rewards_are_lowered_by_the_penalty_and_the_unscorable_stay_so():
-    group = group_of(episode_of(90), episode_of(100), episode_of(10), episode_of(90, reward=None))
+    group = make_group(episode_of(90), episode_of(100), episode_of(10), episode_of(90, reward=None))
     found = rewards_of(group, masking(overlong_penalty={"buffer_tokens": 20})).tolist()
     assert found[:3] == [0.5, 0.0, 1.0]
     assert math.isnan(found[3])
@@ -110,7 +46,7 @@ def test_rewards_are_lowered_by_the_penalty_and_the_unscorable_stay_so():
 
 
 def test_what_is_left_out_is_reported():
-    group = group_of(episode_of(90, (0, 30)), episode_of(100, finish_reason="length"), episode_of(10, reward=None))
+    group = make_group(episode_of(90, (0, 30)), episode_of(100, finish_reason="length"), episode_of(10, reward=None))
     assert mask_metrics([group], masking()) == {
         "completions/masked_ratio": pytest.approx(1 / 3),
         "completions/tool_token_ratio": pytest.approx(30 / 200),
@@ -121,27 +57,19 @@ def test_what_is_left_out_is_reported():
 
 
 def test_a_step_trains_on_penalised_rewards_and_without_truncated_completions():
-    group = group_of(episode_of(90), episode_of(10), episode_of(20, finish_reason="length"))
-    shape = Qwen3Config(
-        vocab_size=100, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
-    for config, advantages, num_tokens in (
-        (masking(advantage="none"), [0.0, 0.0, 0.0], 120),
-        (
-            masking(advantage="none", mask_truncated=True, overlong_penalty={"buffer_tokens": 20}),
-            [-1 / 3, 1 / 6, 1 / 6],
-            100,
-        ),
-    ):
-        policy = ParallelPolicy(TrainedPolicy.of_run(Qwen3ForCausalLM(shape), config))
+    """Which count for the baseline all the same."""
+    group = make_group(episode_of(90), episode_of(10), episode_of(20, finish_reason="length"))
+    lowered = {"mask_truncated": True, "overlong_penalty": {"buffer_tokens": 20}}
+    for trainer, advantages, num_tokens in (({}, [0.0, 0.0, 0.0], 120), (lowered, [-1 / 3, 1 / 6, 1 / 6], 100)):
+        config = masking(advantage="none", **trainer)
+        policy = ParallelPolicy(TrainedPolicy.of_run(tiny_qwen(vocab_size=100), config))
         metrics, (found,) = train_on(policy, [group], config, step=1)
         assert found.tolist() == pytest.approx(advantages)
         assert metrics["loss/num_tokens"] == num_tokens
         assert metrics["completions/masked_ratio"] == pytest.approx(config.trainer.mask_truncated / 3)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("trainer", "message"),
     [
         ({"overlong_penalty": {"buffer_tokens": 101}}, "buffer_tokens = 101 exceeds sampling.max_res_tokens = 100"),

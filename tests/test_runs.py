@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import tarfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import redis
@@ -27,99 +29,91 @@ from sluice.scripts.commands.runs import archive_run, delete_run, read_runs
 from sluice.scripts.launcher.redis_server import start_server
 
 
+class Runs:
+    """Runs on one Redis, whose names are beginnings of one another."""
+
+    def __init__(self, client: redis.Redis, url: str, folder: Path) -> None:
+        self.client, self.url, self.folder = client, url, folder
+        base = f"test-{uuid.uuid4().hex[:10]}"
+        self.names = [base, f"{base}b", f"{base}.b", f"{base}-b", base[:-1]]
+
+    def make(self, number: int = 0) -> Run:
+        """A run with a group in every state, metrics, a sample, a control command, a queued message and published policies."""
+        client, name, folder = self.client, self.names[number], self.folder / "runs" / self.names[number]
+        policies = str(self.folder / "policies")
+        config = make_config(policy_store={"path": policies}, output_dir=str(self.folder / "runs"))
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        (self.folder / "policies" / name).mkdir(parents=True)
+        run = create_run(client, name, config, assets={}, folder=str(folder))
+        publish_policy(client, run.keys, 0)
+        ledger = make_ledger(client, run.keys)
+        push_group(ledger)
+        push_group(ledger, until="rollout")
+        metrics = {"step": 3, "reward/mean": 0.5, "loss/policy": float("nan"), "time": 1.0}
+        write_metrics(client, run.keys, metrics, max_length=100)
+        client.xadd(run.keys.samples, {"sample": encode({"step": 3, "group": "t0", "completions": []})})
+        control.change(client, run, ["sampling.temperature=0.5"], who="alice")
+        assert send(make_app(name, url=self.url), "reward.score", "reward", "t0")
+        return run
+
+    def contents(self, name: str) -> dict[bytes, bytes | None]:
+        return {key: self.client.dump(key) for key in run_keys(self.client, Keys(name))}
+
+    def command(self, *arguments: str, code: int = 0) -> CompletedProcess[str]:
+        done = sluice("runs", *arguments, cwd=self.folder, SLUICE_REDIS_URL=self.url)
+        assert done.returncode == code, done.stderr
+        return done
+
+
 @pytest.fixture
-def names(client: redis.Redis) -> Iterator[list[str]]:
-    """Names that are beginnings of one another."""
-    base = f"test-{uuid.uuid4().hex[:10]}"
-    found = [base, f"{base}b", f"{base}.b", f"{base}-b", base[:-1]]
-    yield found
-    for name in found:
+def runs(client: redis.Redis, redis_url: str, tmp_path: Path) -> Iterator[Runs]:
+    made = Runs(client, redis_url, tmp_path)
+    yield made
+    for name in made.names:
         for key in client.scan_iter(match=Keys(name).root + "*", count=1000):
             client.unlink(key)
         client.hdel(RUNS, name)
 
 
-def make_run(client: redis.Redis, name: str, url: str, tmp_path: Path) -> Run:
-    """A run with a group in every state, metrics, a sample, a control command, a message on a queue and published policies."""
-    config = make_config(policy_store={"path": str(tmp_path / "policies")}, output_dir=str(tmp_path / "runs"))
-    folder = tmp_path / "runs" / name
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    (tmp_path / "policies" / name).mkdir(parents=True)
-    run = create_run(client, name, config, assets={}, folder=str(folder))
-    publish_policy(client, run.keys, 0)
-    ledger = make_ledger(client, run.keys)
-    push_group(ledger)
-    push_group(ledger, until="rollout")
-    metrics = {"step": 3, "reward/mean": 0.5, "loss/policy": float("nan"), "time": 1.0}
-    write_metrics(client, run.keys, metrics, max_length=100)
-    client.xadd(run.keys.samples, {"sample": encode({"step": 3, "group": "t0", "completions": []})})
-    control.change(client, run, ["sampling.temperature=0.5"], who="alice")
-    assert send(make_app(name, url=url), "reward.score", "reward", "t0")
-    return run
-
-
-def contents(client: redis.Redis, name: str) -> dict[bytes, bytes | None]:
-    return {key: client.dump(key) for key in run_keys(client, Keys(name))}
-
-
-def test_one_run_is_deleted_and_its_neighbours_stay_byte_for_byte(
-    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
-) -> None:
-    for name in names:
-        make_run(client, name, redis_url, tmp_path)
-    target, *others = names
-    before = {name: contents(client, name) for name in others}
+def test_one_run_is_deleted_and_its_neighbours_stay_byte_for_byte(runs: Runs) -> None:
+    for number in range(len(runs.names)):
+        runs.make(number)
+    target, *others = runs.names
+    before = {name: runs.contents(name) for name in others}
     assert all(len(keys) > 15 for keys in before.values())
-    assert any(b":mq:" in key for key in contents(client, target))
-    env = {"SLUICE_REDIS_URL": redis_url}
-    asked = sluice("runs", "delete", target, cwd=tmp_path, **env)
-    assert asked.returncode == 1, "without a yes nothing is deleted"
-    assert contents(client, target)
-    done = sluice("runs", "delete", target, "--yes", cwd=tmp_path, **env)
-    assert done.returncode == 0, done.stderr
-    assert contents(client, target) == {}
-    assert not client.hexists(RUNS, target)
-    assert {name: contents(client, name) for name in others} == before
-    assert all(client.hexists(RUNS, name) for name in others)
-    assert not (tmp_path / "policies" / target).exists()
-    assert all((tmp_path / "policies" / name).is_dir() for name in others)
-    assert (tmp_path / "runs" / target / "config.yaml").is_file(), "checkpoints are never deleted unasked"
-    again = sluice("runs", "delete", target, "--yes", cwd=tmp_path, **env)
-    assert again.returncode == 2
-    assert f"there is no run '{target}'" in again.stderr
+    assert any(b":mq:" in key for key in runs.contents(target))
+    runs.command("delete", target, code=1)
+    assert runs.contents(target), "without a yes nothing is deleted"
+    runs.command("delete", target, "--yes")
+    assert runs.contents(target) == {}
+    assert not runs.client.hexists(RUNS, target)
+    assert {name: runs.contents(name) for name in others} == before
+    assert all(runs.client.hexists(RUNS, name) for name in others)
+    assert sorted(path.name for path in (runs.folder / "policies").iterdir()) == sorted(others)
+    assert (runs.folder / "runs" / target / "config.yaml").is_file(), "checkpoints are never deleted unasked"
+    assert f"there is no run '{target}'" in runs.command("delete", target, "--yes", code=2).stderr
 
 
-def test_a_live_run_is_deleted_by_force_only(
-    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
-) -> None:
-    run = make_run(client, names[0], redis_url, tmp_path)
+def test_a_live_run_is_deleted_by_force_and_a_folder_only_if_it_is_the_runs(runs: Runs) -> None:
+    client, run, other = runs.client, runs.make(), runs.make(1)
     send_heartbeat(client, run.keys, "rollout@host:1", {"role": "rollout"})
-    before = contents(client, run.name)
+    before = runs.contents(run.name)
     with pytest.raises(ConfigError, match=r"is alive \(rollout@host:1\)"):
         delete_run(client, run.name)
-    assert contents(client, run.name).keys() == before.keys()
-    assert delete_run(client, run.name, force=True) == len(before)
-    assert contents(client, run.name) == {}
-
-
-def test_a_folder_goes_only_when_asked_and_only_if_it_is_the_runs(
-    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
-) -> None:
-    run, other = (make_run(client, name, redis_url, tmp_path) for name in names[:2])
-    client.hset(other.keys.run_record, "folder", str(tmp_path))
+    assert runs.contents(run.name).keys() == before.keys()
+    assert delete_run(client, run.name, force=True, with_folder=True) == len(before)
+    assert runs.contents(run.name) == {}
+    assert not Path(run.folder).exists()
+    client.hset(other.keys.run_record, "folder", str(runs.folder))
     with pytest.raises(ConfigError, match="is not the run folder"):
         delete_run(client, other.name, with_folder=True)
-    assert contents(client, other.name)
-    delete_run(client, run.name, with_folder=True)
-    assert not Path(run.folder).exists()
+    assert runs.contents(other.name)
     assert Path(other.folder).is_dir()
 
 
-def test_a_name_is_in_use_until_its_run_is_deleted_to_the_end(
-    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
-) -> None:
-    run = make_run(client, names[0], redis_url, tmp_path)
+def test_a_name_is_in_use_until_its_run_is_deleted_to_the_end(runs: Runs) -> None:
+    client, run = runs.client, runs.make()
     with pytest.raises(ConfigError, match="is in use"):
         create_run(client, run.name, make_config(), assets={}, folder="x")
     RunRecord(client, run.keys).set_status("deleting")  # one that was cut off
@@ -132,45 +126,30 @@ def test_a_name_is_in_use_until_its_run_is_deleted_to_the_end(
     assert open_run(client, run.name).config == make_config()
 
 
-def test_runs_are_listed_with_what_they_hold(
-    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
-) -> None:
-    for name in names:
-        make_run(client, name, redis_url, tmp_path)
-    send_heartbeat(client, Keys(names[1]), "rollout@host:1", {"role": "rollout"})
-    client.set(Keys(names[1]).group("big"), b"x" * 1_000_000)
-    client.delete(Keys(names[2]).run_record)
+def test_runs_are_listed_with_what_they_hold_and_compared_side_by_side(runs: Runs) -> None:
+    client, (one, two, third) = runs.client, [runs.make(number) for number in range(3)]
+    send_heartbeat(client, two.keys, "rollout@host:1", {"role": "rollout"})
+    client.set(two.keys.group("big"), b"x" * 1_000_000)
+    client.delete(third.keys.run_record)
     listed = {run["run"]: run for run in read_runs(client)}
-    assert set(names) <= set(listed)
-    first, second = (listed[name] for name in names[:2])
+    first, second = listed[one.name], listed[two.name]
     assert (first["status"], first["step"], first["reward"], first["live"]) == ("created", 3, 0.5, 0)
     assert second["live"] == 1
     assert second["memory_bytes"] > 1_000_000 > first["memory_bytes"] > 1000
-    assert listed[names[2]]["status"] == "incomplete"
-    shown = sluice("runs", cwd=tmp_path, SLUICE_REDIS_URL=redis_url)
-    (line,) = [line for line in shown.stdout.splitlines() if line.startswith(f"{names[0]} ")]
-    assert line.startswith(f"{names[0]}  created  step 3  reward 0.500  0 processes  0.")
-    as_json = json.loads(sluice("runs", "list", "--json", cwd=tmp_path, SLUICE_REDIS_URL=redis_url).stdout)
-    assert names[1] in [run["run"] for run in as_json["runs"]]
-
-
-def test_runs_are_compared_side_by_side(client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]) -> None:
-    one, two = (make_run(client, name, redis_url, tmp_path) for name in names[:2])
+    assert listed[third.name]["status"] == "incomplete"
+    (line,) = [line for line in runs.command().stdout.splitlines() if line.startswith(f"{one.name} ")]
+    assert line.startswith(f"{one.name}  created  step 3  reward 0.500  0 processes  0.")
+    assert two.name in [run["run"] for run in json.loads(runs.command("list", "--json").stdout)["runs"]]
     control.change(client, two, ["trainer.learning_rate=3e-6"], who="a")
-    done = sluice("runs", "compare", one.name, two.name, "--json", cwd=tmp_path, SLUICE_REDIS_URL=redis_url)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = json.loads(runs.command("compare", one.name, two.name, "--json").stdout)
     assert told["config"] == {"trainer.learning_rate": {one.name: 1e-5, two.name: 3e-6}}
     assert told["metrics"][one.name]["reward/mean"] == 0.5
-    shown = sluice("runs", "compare", one.name, two.name, cwd=tmp_path, SLUICE_REDIS_URL=redis_url).stdout
+    shown = runs.command("compare", one.name, two.name).stdout
     assert "trainer.learning_rate" in shown and "3e-06" in shown
 
 
-def test_an_archive_holds_what_the_run_has_told(
-    client: redis.Redis, redis_url: str, tmp_path: Path, names: list[str]
-) -> None:
-    run = make_run(client, names[0], redis_url, tmp_path)
-    file = tmp_path / "archives" / "run.tar"
+def test_an_archive_holds_what_the_run_has_told(runs: Runs) -> None:
+    client, run, file = runs.client, runs.make(), runs.folder / "archives" / "run.tar"
     archive_run(client, run, file)
     with tarfile.open(file) as tar:
         held = {Path(name).name: tar.extractfile(name) for name in tar.getnames() if "." in Path(name).name}
@@ -199,10 +178,17 @@ def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(t
         create_run(client, "x", config, assets={}, folder=str(folder))
         client.close()
         assert sluice("runs", cwd=tmp_path).stdout.startswith("x  running  step 0  0 processes  0.")
-        refused = sluice("runs", "delete", "x", "--yes", cwd=tmp_path)
-        assert refused.returncode == 2
-        assert "run x is alive: its Redis answers" in refused.stderr
+        for is_silent in (False, True):  # one that loads its data, or has no connection free, is silent too
+            server.process.send_signal(signal.SIGSTOP if is_silent else signal.SIGCONT)
+            refused = sluice("runs", "delete", "x", "--yes", cwd=tmp_path)
+            assert refused.returncode == 2
+            assert "run x is alive: it has a Redis" in refused.stderr
+        shown = sluice("status", "x", cwd=tmp_path)
+        assert shown.returncode == 2 and "is running and does not answer within 10 s" in shown.stderr
+        assert (folder / "redis" / "url").read_text() == server.url, "and no second server was started on its data"
+        assert "is in progress" in sluice("run", str(folder / "config.yaml"), "--resume", "x", cwd=tmp_path).stderr
     finally:
+        server.process.send_signal(signal.SIGCONT)
         server.stop()
     assert sluice("runs", cwd=tmp_path).stdout.startswith("x  ended  step 0  0 processes")
     assert sluice("runs", "archive", "x", cwd=tmp_path).returncode == 0

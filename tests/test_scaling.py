@@ -6,12 +6,11 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
-import redis
 from builders import make_config
 from harness import (
     SMALL,
@@ -31,9 +30,9 @@ from harness import (
 )
 
 from sluice.common.connections.client import connect
-from sluice.common.ledger.ledger import Counters, read_counters
+from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.autoscale import read_scales
-from sluice.common.run import Run, open_run
+from sluice.common.run import open_run
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 from sluice.scripts.launcher.roles import Role
 from sluice.scripts.launcher.supervisor import Child, Supervisor
@@ -43,113 +42,72 @@ import pathlib, time
 
 def grade(completions, **kwargs):
     if pathlib.Path({flag!r}).exists():
-        time.sleep({seconds})
+        time.sleep(3)
     return [float(len(text) % 2) for text in completions]
 """
 
 
-class Scaled:
-    """A run in progress whose reward takes its time while the file `slow` is there."""
-
-    def __init__(self, folder: Path, url: str, pid: int) -> None:
-        self.folder, self.pid = folder, pid
-        self.slow, self.output = folder / "slow", folder / "output.log"
-        self._url = url
-
-    def events(self) -> list[tuple[int, int]]:
-        """(from, to) of every change of the reward workers."""
-        client = connect(self._url)
-        try:
-            found = [fields for _, fields in client.xrange(self.run(client).keys.events)]
-        finally:
-            client.close()
-        return [
-            (int(f[b"from"]), int(f[b"to"])) for f in found if f[b"event"] == b"scaled" and f[b"queue"] == b"reward"
-        ]
-
-    def run(self, client: redis.Redis) -> Run:
-        return open_run(client, only_run(self.folder).name)
-
-    def num_steps(self) -> int:
-        return len(metrics_of(only_run(self.folder)))
-
-    def counters(self) -> Counters:
-        client = connect(self._url)
-        try:
-            return read_counters(client, self.run(client).keys)
-        finally:
-            client.close()
-
-    def workers(self) -> list[psutil.Process]:
-        """Reward workers that `sluice run` itself started, without their pool children."""
-        found = serving(self.pid, "reward")
-        return [process for process in found if process.ppid() == self.pid]
-
-    def wait_for_workers(self, count: int) -> None:
-        wait_for(lambda: len(self.workers()) == count, timeout=120, what=f"{count} reward workers")
-
-
-@contextmanager
-def scaled_run(folder: Path, server: EmbeddedServer, *, seconds: float = 3.0, **autoscale: float) -> Iterator[Scaled]:
-    (folder / "grader.py").write_text(GRADER.format(flag=str(folder / "slow"), seconds=seconds))
-    (folder / "slow").touch()
+def test_workers_follow_the_load_at_no_attempt_and_may_be_killed(tmp_path: Path, own_redis: EmbeddedServer) -> None:
+    slow, output, grader = tmp_path / "slow", tmp_path / "output.log", tmp_path / "grader.py"
+    grader.write_text(GRADER.format(flag=str(slow)))
+    slow.touch()
     config = quickstart_config(
-        folder,
+        tmp_path,
         tiny=tiny_folder(),
         evaluation__datasets=[],
-        reward__functions=[{"function": f"{folder / 'grader.py'}:grade"}],
+        reward__functions=[{"function": f"{grader}:grade"}],
         trainer__num_steps=100_000,
         replicas={"reward": {"min": 1, "max": 3}},
-        autoscale={"up_after_s": 1.0, "cooldown_s": 3.0, "wait_s": 0.2, **autoscale},
+        autoscale={"up_after_s": 1.0, "cooldown_s": 3.0, "wait_s": 0.2},
         lease={"running_s": 5.0, "queued_s": 30.0},
         **SMALL,
     )
-    with running_sluice("run", str(config), cwd=folder, SLUICE_REDIS_URL=server.url) as process:
-        wait_for(lambda: list(folder.glob("runs/*/config.yaml")), timeout=60, what="the run")
-        scaled = Scaled(folder, server.url, process.pid)
-        yield scaled
-        family = children(process.pid)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(180) == 130, scaled.output.read_text()
-        assert alive(family) == []
-    summary = json.loads((only_run(folder) / "summary.json").read_text())
-    assert summary["ledger_holds"]
-    assert summary["ledger"]["dead"] == {}
+    with (
+        running_sluice("run", str(config), cwd=tmp_path, SLUICE_REDIS_URL=own_redis.url) as process,
+        connect(own_redis.url) as client,
+    ):
 
+        def workers() -> list[psutil.Process]:
+            """Reward workers that `sluice run` itself started, without their pool children."""
+            return [worker for worker in serving(process.pid, "reward") if worker.ppid() == process.pid]
 
-def test_workers_follow_the_load_and_a_drain_costs_no_attempt(tmp_path: Path, own_redis: EmbeddedServer) -> None:
-    with scaled_run(tmp_path, own_redis) as run:
-        run.wait_for_workers(3)
-        wait_for(lambda: run.num_steps() >= 1, timeout=60, what="a step")
-        run.slow.unlink()
-        run.wait_for_workers(1)
-        assert "reward-0" not in run.output.read_text()
-        assert run.counters().retried == 0
-        changes = run.events()
+        def wait_for_workers(count: int, *, without: psutil.Process | None = None) -> None:
+            what = f"{count} reward workers"
+            wait_for(lambda: len(found := workers()) == count and without not in found, timeout=120, what=what)
+
+        def wait_for_steps(count: int) -> None:
+            before = len(metrics_of(folder))
+            wait_for(lambda: len(metrics_of(folder)) >= before + count, timeout=60, what=f"{count} steps")
+
+        wait_for_workers(3)
+        folder = only_run(tmp_path)
+        keys = open_run(client, folder.name).keys
+        wait_for_steps(1)
+        slow.unlink()
+        wait_for_workers(1)
+        assert "reward-0" not in output.read_text()
+        assert read_counters(client, keys).retried == 0
+        events = [fields for _, fields in client.xrange(keys.events) if fields[b"event"] == b"scaled"]
+        changes = [(int(f[b"from"]), int(f[b"to"])) for f in events if f[b"queue"] == b"reward"]
         assert changes[0][0] == changes[-1][1] == 1
         assert max(to for _, to in changes) == 3
-        assert f"reward workers {changes[-1][0]} -> 1: " in run.output.read_text()
-        client = connect(own_redis.url)
-        scales = read_scales(client, run.run(client).keys)
-        client.close()
+        assert f"reward workers {changes[-1][0]} -> 1: " in output.read_text()
+        scales = read_scales(client, keys)
         assert (scales["reward"].desired, scales["reward"].max) == (1, 3)
         assert (scales["rollout"].desired, scales["rollout"].have, scales["eval"].desired) == (1, 1, 0)
-    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
-    assert (summary["restarts"], summary["ledger"]["retried"]) == ({}, 0)
-
-
-def test_a_worker_that_was_added_may_be_killed(tmp_path: Path, own_redis: EmbeddedServer) -> None:
-    with scaled_run(tmp_path, own_redis, cooldown_s=60.0) as run:
-        run.wait_for_workers(3)
-        newest = max(run.workers(), key=lambda process: process.create_time())
+        slow.touch()
+        wait_for_workers(3)
+        newest = max(workers(), key=lambda worker: worker.create_time())
         newest.kill()
-        wait_for(
-            lambda: len(run.workers()) == 3 and newest not in run.workers(), timeout=60, what="another in its place"
-        )
-        before = run.num_steps()
-        wait_for(lambda: run.num_steps() >= before + 2, timeout=60, what="two more steps")
-    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
-    assert sum(summary["restarts"].values()) == 1
+        wait_for_workers(3, without=newest)
+        wait_for_steps(2)
+        family = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(180) == 130, output.read_text()
+        assert alive(family) == []
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["ledger_holds"], summary["ledger"]["dead"]) == (True, {})
+    assert sum(summary["restarts"].values()) == 1, "only the one that was killed"
 
 
 def test_a_worker_that_drains_finishes_what_it_holds(tmp_path: Path, own_redis: EmbeddedServer) -> None:
@@ -190,10 +148,10 @@ IGNORES = f"{HOLDS}; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 @pytest.fixture
 def supervising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Supervisor]]:
-    """A supervisor of one reward worker of up to 3, which are programs of this test, and of no other role."""
+    """A supervisor of `count` reward workers of up to 3, which are programs of this test and ready, and of no other role."""
     started: list[Supervisor] = []
 
-    def supervise(program: str, **autoscale: float) -> Supervisor:
+    def supervise(program: str, count: int, **autoscale: float) -> Supervisor:
         argv = [sys.executable, "-c", f"{program}; print('ready', flush=True)\nwhile True: signal.pause()"]
         monkeypatch.setattr(
             "sluice.scripts.launcher.supervisor.worker_role",
@@ -215,6 +173,9 @@ def supervising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         supervisor._trainer.argv = [sys.executable, "-c", "import signal; signal.pause()"]
         supervisor.start()
         started.append(supervisor)
+        supervisor.scale("reward", count)
+        for child in workers_of(supervisor):
+            wait_for(lambda log=child.log: log.exists() and "ready" in log.read_text(), timeout=30, what=child.name)
         return supervisor
 
     yield supervise
@@ -226,45 +187,37 @@ def workers_of(supervisor: Supervisor) -> list[Child]:
     return [child for child in supervisor._children if child.queue]
 
 
-def wait_until_ready(supervisor: Supervisor) -> None:
-    for child in workers_of(supervisor):
-        wait_for(lambda log=child.log: log.exists() and "ready" in log.read_text(), timeout=30, what=child.name)
+def wait_until_left(supervisor: Supervisor, count: int) -> None:
+    """Poll the supervisor until so many workers are left."""
 
-
-def polled(supervisor: Supervisor, condition: Callable[[], bool]) -> Callable[[], bool]:
-    def check() -> bool:
+    def is_left() -> bool:
         supervisor.poll()
-        return condition()
+        return len(workers_of(supervisor)) == count
 
-    return check
+    wait_for(is_left, timeout=30, what=f"{count} workers to be left")
 
 
 def test_the_newest_workers_go_and_their_exit_is_no_restart(supervising: Callable[..., Supervisor]) -> None:
-    supervisor = supervising(FINISHES)
-    supervisor.scale("reward", 3)
+    supervisor = supervising(FINISHES, 3)
     assert [child.name for child in workers_of(supervisor)] == ["reward-0", "reward-1", "reward-2"]
-    wait_until_ready(supervisor)
     supervisor.scale("reward", 1)
     assert supervisor.num_workers("reward") == 1
-    wait_for(polled(supervisor, lambda: len(workers_of(supervisor)) == 1), timeout=30, what="two workers to go")
+    wait_until_left(supervisor, 1)
     assert workers_of(supervisor)[0].name == "reward-0"
     assert supervisor.restarts == {}
 
 
 def test_a_worker_that_drains_keeps_its_number_until_it_has_gone(supervising: Callable[..., Supervisor]) -> None:
     """With its number go its GPUs: they are not given away while it still holds their memory."""
-    supervisor = supervising(HOLDS, drain_s=600)
-    supervisor.scale("reward", 3)
-    wait_until_ready(supervisor)
+    supervisor = supervising(HOLDS, 3, drain_s=600)
     supervisor.scale("reward", 2)
     supervisor.scale("reward", 3)
     assert supervisor.num_workers("reward") == 2
     going = workers_of(supervisor)[2]
     assert going.process is not None
     going.process.kill()  # dying of something else while it drains is fine
-    wait_for(
-        polled(supervisor, lambda: going not in workers_of(supervisor)), timeout=30, what="the killed worker to go"
-    )
+    wait_until_left(supervisor, 2)
+    assert going not in workers_of(supervisor)
     supervisor.scale("reward", 3)
     assert [child.replica for child in workers_of(supervisor)] == [0, 1, 2]
     assert supervisor.restarts == {}
@@ -276,21 +229,17 @@ def test_a_drain_ends_in_time(
 ) -> None:
     """After drain_s by SIGTERM, after STOP_S more by SIGKILL."""
     monkeypatch.setattr("sluice.scripts.launcher.supervisor.STOP_S", 0.2)
-    supervisor = supervising(program, drain_s=0.5)
-    supervisor.scale("reward", 2)
-    wait_until_ready(supervisor)
+    supervisor = supervising(program, 2, drain_s=0.5)
     going = workers_of(supervisor)[1]
     supervisor.scale("reward", 1)
-    wait_for(polled(supervisor, lambda: going not in workers_of(supervisor)), timeout=30, what="the worker to go")
+    wait_until_left(supervisor, 1)
     assert "drains" in going.log.read_text()
     assert going.process is not None
     assert going.process.returncode == (-signal.SIGTERM if program == HOLDS else -signal.SIGKILL)
 
 
 def test_stopping_does_not_wait_for_a_drain(supervising: Callable[..., Supervisor]) -> None:
-    supervisor = supervising(HOLDS, drain_s=600)
-    supervisor.scale("reward", 2)
-    wait_until_ready(supervisor)
+    supervisor = supervising(HOLDS, 2, drain_s=600)
     supervisor.scale("reward", 1)
     supervisor.stop()
     assert {child.process.returncode for child in workers_of(supervisor) if child.process} == {-signal.SIGTERM}

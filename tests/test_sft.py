@@ -15,6 +15,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from builders import for_each
 from harness import ROOT, environment, metrics_lines, tiny_folder, wait_for
 from test_config_sft import settings
 
@@ -116,10 +117,8 @@ def test_loss_and_gradient_are_those_of_transformers(model: str, assets: ModelAs
     loss.backward()
     micro_batches = micro_batches_of(examples, max_tokens=120)
     assert len(micro_batches) > 1
-    ours = TrainedPolicy(
-        load_pretrained(model), TrainerConfig(device="cpu", max_grad_norm=1e9), objective=completion_nll
-    )
-    norm = torch.cat([p.grad.flatten().double() for p in theirs.parameters() if p.grad is not None]).norm()
+    config = TrainerConfig(device="cpu", max_grad_norm=1e9)
+    ours = TrainedPolicy(load_pretrained(model), config, objective=completion_nll)
     gradients: dict[str, torch.Tensor] = {}
     for name, parameter in ours.model.named_parameters():
         parameter.register_post_accumulate_grad_hook(
@@ -127,52 +126,39 @@ def test_loss_and_gradient_are_those_of_transformers(model: str, assets: ModelAs
         )
     metrics = ours.optimize(micro_batches, step=1)
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert metrics["loss/num_tokens"] == sum(len(example.token_ids) for example in examples)
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+    norm = torch.cat([gradient.flatten().double() for gradient in gradients.values()]).norm()
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
-    for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_no_completion_token_carries_no_gradient(assets: ModelAssets, tmp_path: Path) -> None:
-    (batch,) = micro_batches_of(some_examples(assets, tmp_path), max_tokens=10_000)
-    logprobs = torch.full(batch.loss_mask.shape, -2.0, requires_grad=True)
-    num_tokens = int(batch.completion_lengths.sum())
-    loss, metrics = completion_nll(policy_logprobs=logprobs, loss_mask=batch.loss_mask, num_tokens=2 * num_tokens)
+def test_masked_tokens_carry_no_gradient() -> None:
+    logprobs, mask = torch.tensor([[-2.0, -2.0, -9.0]], requires_grad=True), torch.tensor([[True, True, False]])
+    loss, metrics = completion_nll(policy_logprobs=logprobs, loss_mask=mask, num_tokens=4)
     loss.backward()
-    assert loss.item() == pytest.approx(1.0)  # 2 nats a token, half of the step's tokens
-    assert (metrics["loss"].item(), metrics["loss/num_tokens"].item()) == (pytest.approx(2.0), num_tokens)
-    assert logprobs.grad is not None
-    assert torch.equal(logprobs.grad != 0, batch.loss_mask)
-    assert int(batch.loss_mask.sum()) == num_tokens < batch.loss_mask.numel()
+    assert (loss.item(), metrics["loss"].item()) == (1.0, 2.0)  # 2 nats a token, half of the step's tokens
+    assert logprobs.grad is not None and logprobs.grad.tolist() == [[-0.25, -0.25, 0.0]]
 
 
-def test_held_out_loss_is_that_of_transformers(model: str, assets: ModelAssets, tmp_path: Path) -> None:
+def test_held_out_loss_is_that_of_transformers_and_computed_once(
+    model: str, assets: ModelAssets, tmp_path: Path
+) -> None:
+    """With a fresh adapter as without."""
     held_out = {"dataset": {"path": jsonl(tmp_path, ROWS[:7], "held_out")}}
-    found = trainer(model, jsonl(tmp_path, ROWS), tmp_path / "run", held_out=held_out).held_out_loss()
+    examples = some_examples(assets, tmp_path)
     with torch.no_grad():
-        expected = loss_of_transformers(load_pretrained(model), some_examples(assets, tmp_path)).item()
-    assert found == pytest.approx(expected, abs=1e-6)
-
-
-def test_the_held_out_set_is_computed_once_with_an_adapter_as_without(model: str, tmp_path: Path) -> None:
-    held_out = {"dataset": {"path": jsonl(tmp_path, ROWS[:7], "held_out")}}
-    num_tokens: list[int] = []
+        expected = loss_of_transformers(load_pretrained(model), examples).item()
+    num_tokens = sum(example.num_tokens for example in examples)
     for lora in (None, {"rank": 2}):
         changes: dict[str, Any] = {"held_out": held_out, "trainer": {"lora": lora}}
         made = trainer(model, jsonl(tmp_path, ROWS), tmp_path / str(lora), **changes)
-        num_tokens.append(0)
+        passes: list[int] = []
         made.policy.model.get_input_embeddings().register_forward_hook(
-            lambda module, given, found: num_tokens.__setitem__(-1, num_tokens[-1] + given[0].numel())
+            lambda module, given, found, passes=passes: passes.append(given[0].numel())
         )
-        made.held_out_loss()
-    assert num_tokens[0] == num_tokens[1] > 0
-
-
-def test_the_tokens_of_a_step_are_those_that_are_learnt(model: str, assets: ModelAssets, tmp_path: Path) -> None:
-    rows = some_examples(assets, tmp_path, 8)
-    changes = {"dataset": {"shuffle": False}, "trainer": {"num_steps": 1}}
-    assert trainer(model, jsonl(tmp_path, ROWS), tmp_path / "run", **changes).train(lambda metrics: None)
-    (line,) = lines_of(tmp_path / "run")
-    assert line["num_tokens"] == sum(len(row.token_ids) for row in rows)
+        assert made.held_out_loss() == pytest.approx(expected, abs=1e-6)
+        assert 0.9 * num_tokens < sum(passes) < 1.5 * num_tokens
 
 
 def test_prompt_is_that_of_rl_and_completion_is_verbatim_with_the_end_of_the_turn(
@@ -194,30 +180,27 @@ def test_conversations_give_the_same_examples_as_prompts_and_completions(assets:
     whole = source(assets, jsonl(tmp_path, CONVERSATIONS, "whole"), prompt_column="turns", completion_column=None)
     split = [{"prompt": row["turns"][:1], "completion": row["turns"][1:]} for row in CONVERSATIONS]
     halves = source(assets, jsonl(tmp_path, split, "split"))
+    ended = [{**row, "completion": row["completion"] + "<|im_end|>"} for row in ROWS]  # not written twice
+    closed = source(assets, jsonl(tmp_path, ended, "ended"))
     for cursor in range(5):
-        first, *others = (read.example_at(cursor) for read in (plain, whole, halves))
+        first, *others = (read.example_at(cursor) for read in (plain, whole, halves, closed))
         for other in others:
             assert first and other
             assert first.prompt_ids.tolist() == other.prompt_ids.tolist()
             assert first.token_ids.tolist() == other.token_ids.tolist()
 
 
-def test_an_end_that_is_there_already_is_not_written_twice(assets: ModelAssets, tmp_path: Path) -> None:
-    rows = [{**row, "completion": row["completion"] + "<|im_end|>"} for row in ROWS]
-    a, b = (source(assets, jsonl(tmp_path, each, name)).example_at(0) for each, name in ((ROWS, "a"), (rows, "b")))
-    assert a and b and a.token_ids.tolist() == b.token_ids.tolist()
-
-
 def test_end_of_turn_is_what_the_template_writes_and_generation_stops_at(assets: ModelAssets) -> None:
     tokenizer = assets.tokenizer()
     start, end, other = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     tokenizer.eos_token = "<|endoftext|>"  # as in Gemma: the end of a text is not the end of a turn
-    assert end_of_turn(tokenizer, eos_token_ids=(other, end), chat_template=True) == end
-    assert end_of_turn(tokenizer, eos_token_ids=(other, end), chat_template=False) == other
-    assert (
-        end_of_turn(tokenizer, eos_token_ids=(other,), chat_template=True) == other
-    )  # generation stops at nothing else
-    assert end_of_turn(tokenizer, eos_token_ids=(start,), chat_template=True) == start
+    for eos_token_ids, chat_template, expected in (
+        ((other, end), True, end),
+        ((other, end), False, other),
+        ((other,), True, other),  # generation stops at nothing else
+        ((start,), True, start),
+    ):
+        assert end_of_turn(tokenizer, eos_token_ids=eos_token_ids, chat_template=chat_template) == expected
 
 
 def test_one_epoch_sees_every_row_once_and_skips_and_counts_what_does_not_fit(
@@ -225,25 +208,24 @@ def test_one_epoch_sees_every_row_once_and_skips_and_counts_what_does_not_fit(
 ) -> None:
     rows: list[dict[str, Any]] = [*ROWS[:10], {"prompt": "What is 9+9?", "completion": "9" * 80}, *ROWS[10:14]]
     rows.insert(5, {"prompt": "What is 8+8?", "completion": None})
-    made = trainer(
-        model, jsonl(tmp_path, rows), tmp_path / "run", batch_size=5, num_epochs=1, trainer={"num_steps": None}
-    )
+    changes: dict[str, Any] = {"batch_size": 5, "num_epochs": 1, "trainer": {"num_steps": None}}
+    made = trainer(model, jsonl(tmp_path, rows), tmp_path / "run", **changes)
     assert made.config.trainer.num_steps == 3  # 14 of 16 rows; 16 would be 4 steps
-    seen: list[str] = []
+    seen: list[Example] = []
     read = ExampleSource.example_at
-    tokenizer = read_assets(model).tokenizer()
 
     def spy(self: ExampleSource, cursor: int) -> Example | None:
         if example := read(self, cursor):
-            seen.append(tokenizer.decode(example.prompt_ids))
+            seen.append(example)
         return example
 
     monkeypatch.setattr(ExampleSource, "example_at", spy)
     shown: list[dict[str, float]] = []
     with caplog.at_level(logging.WARNING, logger="sluice.sft"):
         assert made.train(shown.append)
-    assert len(set(seen[:14])) == 14, "each row that fits once, before any comes again"
+    assert len({tuple(row.prompt_ids) for row in seen[:14]}) == 14, "each row that fits once, before any comes again"
     assert len(seen) == 15
+    assert shown[0]["num_tokens"] == sum(len(row.token_ids) for row in seen[:5])
     assert shown[1]["num_skipped"] <= 2 <= shown[2]["num_skipped"]
     assert shown[2]["epoch"] == (15 + shown[2]["num_skipped"]) / 16 > 1.0
     assert "row 5: column 'completion' (completion_column) is null" in caplog.text
@@ -263,8 +245,7 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(lora: dict[str, int] | None, m
     assert [line["loss"] for line in straight] == [line["loss"] for line in halves]
     assert straight[0]["loss"] > straight[-1]["loss"]
     a, b = weights_of(tmp_path / "straight"), weights_of(tmp_path / "halves")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
     before = load_pretrained(model).state_dict()
     moved = {name for name in a if not torch.equal(a[name], before[name])}
     assert "model.layers.0.mlp.up_proj.weight" in moved, "the model that is left has the adapter in it"
@@ -277,12 +258,8 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(lora: dict[str, int] | None, m
 def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = settings(
-        model,
-        jsonl(tmp_path, ROWS),
-        trainer={"num_steps": 60},
-        held_out={"dataset": {"path": jsonl(tmp_path, ROWS[:9], "held_out")}, "every_steps": 50},
-    )
+    held = {"dataset": {"path": jsonl(tmp_path, ROWS[:9], "held_out")}, "every_steps": 50}
+    data = settings(model, jsonl(tmp_path, ROWS), trainer={"num_steps": 60}, held_out=held)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(data))
     env = environment(PYTHONPATH=str(ROOT), HF_DATASETS_CACHE=str(tmp_path / "cache"))
     run = tmp_path / "runs" / "sft-job-1"
@@ -313,11 +290,11 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
     assert made.tokenizer().chat_template == read_assets(model).tokenizer().chat_template
     assert load_pretrained(str(run / "model")).generation_config.do_sample
     assert export_checkpoint(run, tmp_path / "exported") == 60
-    a, b = weights_of(run), load_pretrained(str(tmp_path / "exported")).state_dict()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    exported = load_pretrained(str(tmp_path / "exported")).state_dict()
+    torch.testing.assert_close(weights_of(run), exported, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("row", "config", "message"),
     [
         ({"prompt": "a", "completion": " "}, {}, "row 0: the completion is empty"),
@@ -339,7 +316,7 @@ def test_a_row_that_cannot_be_learnt_says_why(
         source(assets, jsonl(tmp_path, [row]), **config).example_at(0)
 
 
-def test_a_dataset_of_which_nothing_fits_is_refused(model: str, tmp_path: Path) -> None:
+def test_a_dataset_of_which_nothing_fits_and_epochs_of_a_stream_are_refused(model: str, tmp_path: Path) -> None:
     path = jsonl(tmp_path, [{"prompt": "What is 1+1?", "completion": "2" * 90}] * 3)
     with pytest.raises(ConfigError, match=r"no row can be trained on; all are longer than trainer\.seq_len = 64"):
         trainer(model, path, tmp_path / "run").train(lambda metrics: None)
@@ -347,12 +324,9 @@ def test_a_dataset_of_which_nothing_fits_is_refused(model: str, tmp_path: Path) 
         trainer(model, path, tmp_path / "run", num_epochs=2, trainer={"num_steps": None})
     with pytest.raises(ConfigError, match=r"held_out\.dataset\.path = .*no row can be trained on"):
         trainer(model, jsonl(tmp_path, ROWS, "good"), tmp_path / "run", held_out={"dataset": {"path": path}})
-
-
-def test_epochs_of_a_stream_are_refused(model: str, tmp_path: Path) -> None:
     changes = {"num_epochs": 1, "dataset": {"streaming": True}, "trainer": {"num_steps": None}}
     with pytest.raises(ConfigError, match="num_epochs counts passes over a table"):
-        trainer(model, jsonl(tmp_path, ROWS), tmp_path / "run", **changes)
+        trainer(model, path, tmp_path / "run", **changes)
 
 
 def test_bad_input_of_the_command_is_one_paragraph(
@@ -364,15 +338,14 @@ def test_bad_input_of_the_command_is_one_paragraph(
         assert ended.value.code == 2
         return capsys.readouterr().err
 
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings(model, jsonl(tmp_path, ROWS))))
-    assert refused(tmp_path / "job.yaml", "dataset.completion_colum=answer") == (
-        f"error: {tmp_path / 'job.yaml'}: unknown key 'dataset.completion_colum'; did you mean 'completion_column'?\n"
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(settings(model, jsonl(tmp_path, ROWS))))
+    assert refused(job, "dataset.completion_colum=answer") == (
+        f"error: {job}: unknown key 'dataset.completion_colum'; did you mean 'completion_column'?\n"
     )
-    assert "there is no sft-job-* in" in refused(tmp_path / "job.yaml", "--resume")
+    assert "there is no sft-job-* in" in refused(job, "--resume")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        assert "start it without torchrun" in refused(tmp_path / "job.yaml")
+        assert "start it without torchrun" in refused(job)
     (tmp_path / "taken").mkdir()
-    assert "taken exists: choose another --name" in refused(
-        tmp_path / "job.yaml", "--name", "taken", f"output_dir={tmp_path}"
-    )
+    assert "taken exists: choose another --name" in refused(job, "--name", "taken", f"output_dir={tmp_path}")

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import redis
 import torch
-from harness import wait_for
-from test_policy_updates import serving
-from test_worker_deaths import Fleet, make_fleet  # noqa: F401
+from fleet import ServedFleet
 
 from sluice.common.config import PolicyStoreConfig
 from sluice.common.connections.secrets import secret
@@ -116,31 +114,24 @@ def test_a_mended_version_is_signed_as_well(client: redis.Redis, keys: Keys, mak
 
 
 def test_a_rollout_worker_goes_on_with_the_last_policy_of_its_trainer(
-    make_fleet: Callable[..., Fleet],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    client: redis.Redis,
+    serve_fleet: Callable[..., ServedFleet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet = make_fleet()
-    keys, config = fleet.ledger.keys, fleet.config.policy_store
-    trainer = PolicyStore(client, keys, config, signer=Signer(keys.run, KEY))
-    _, tensors = PolicyStore(client, keys, config).fetch(0)
-    trainer.publish(1, tensors, step=1, parent=0)
     monkeypatch.setenv("SLUICE_RUN_KEY", KEY)
-    with serving(fleet, monkeypatch) as (role, heartbeat):
-        role.start()
-        wait_for(lambda: heartbeat().get("version") == 1, timeout=15, what="version 1 to be served")
-        forged = {name: tensor + 1.0 for name, tensor in tensors.items()}
-        PolicyStore(client, keys, config, signer=Signer(keys.run, None)).publish(2, forged, step=2, parent=1)
-        wait_for(lambda: heartbeat().get("alarm"), timeout=15, what="an alarm in the heartbeat")
-        assert "still serves version 1: policy version 2 is not signed" in heartbeat()["alarm"]
-        assert any("is not signed" in alarm.text for alarm in alarms(client, open_run(client, keys.run)))
-        assert role.engine.version == 1
-        trainer.publish(3, {name: tensor + 0.001 for name, tensor in tensors.items()}, step=3, parent=1)
-        wait_for(lambda: heartbeat().get("version") == 3, timeout=15, what="the trainer's next version to be served")
-        assert heartbeat()["alarm"] == ""
+    served = serve_fleet()
+    client, keys, config = served.client, served.keys, served.fleet.config
+    served.publish(1)
+    served.role.start()
+    served.until_serves(1)
+    forged = {name: tensor + 1.0 for name, tensor in served.store.fetch(1)[1].items()}
+    PolicyStore(client, keys, config.policy_store, signer=Signer(keys.run, None)).publish(2, forged, step=2, parent=1)
+    served.until_alarm("still serves version 1: policy version 2 is not signed")
+    assert any("is not signed" in alarm.text for alarm in alarms(client, open_run(client, keys.run)))
+    assert served.engine.version == 1
+    served.publish(3)
+    served.until_serves(3)
     for key in client.scan_iter(keys.root + "*"):
         assert KEY.encode() not in (client.dump(key) or b""), key
-    assert KEY not in json.dumps(fleet.config.model_dump(mode="json"))
+    assert KEY not in json.dumps(config.model_dump(mode="json"))
 
 
 def test_reward_workers_and_the_dashboard_have_no_key(tmp_path: Path) -> None:

@@ -7,49 +7,29 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import redis
-from builders import make_config
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from builders import make_completion, make_episode, make_group, make_run
 
 from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.monitoring.metric_stream import last_metrics, read_metrics
-from sluice.common.run import Run
-from sluice.common.types import Completion, Episode, Group
+from sluice.common.types import Group
 from sluice.dashboard.samples import read_samples
 from sluice.trainer.samples import Samples
 from sluice.trainer.step_metrics import Reporter, batch_metrics, token_age
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*")
 
-
-def group(rewards: list[float | None], *, tokens: int = 4, version: int = 3, waited_s: float = 0.5) -> Group:
+def group(rewards: list[float | None], *, tokens: int = 4, version: int = 3) -> Group:
+    completion = make_completion(version=version, length=tokens)
     episodes = [
-        Episode(
-            completion=Completion(
-                token_ids=np.arange(tokens, dtype=np.int32),
-                rollout_logprobs=np.zeros(tokens, dtype=np.float32),
-                policy_versions=((version, tokens),),
-                finish_reason="stop" if reward else "length",
-                text="x",
-            ),
-            reward=reward,
-            rewards={"Math": reward},
-            ref_logprobs=None,
+        make_episode(
+            replace(completion, finish_reason="stop" if reward else "length"), reward=reward, rewards={"Math": reward}
         )
         for reward in rewards
     ]
-    return Group(
-        group_id="t0",
-        policy_version=version,
-        prompt_ids=np.arange(3, dtype=np.int32),
-        prompt="p",
-        target="1",
-        episodes=episodes,
-        timestamps={"ready": 10.0, "leased": 10.0 + waited_s},
-    )
+    timestamps = {"ready": 10.0, "leased": 10.5}
+    return make_group(*episodes, policy_version=version, prompt="p", target="1", timestamps=timestamps)
 
 
 def test_batch_metrics_by_hand() -> None:
@@ -70,22 +50,15 @@ def test_the_age_of_tokens_is_weighed_by_their_number(client: redis.Redis, keys:
     client.hset(keys.lineage, mapping={"3": "2:3", "4": "3:4", "5": "4:5"})
     mixed = group([1.0, 0.0], tokens=4, version=3)
     spans = ((3, 1), (4, 2), (5, 1))
-    mixed.episodes[0] = replace(
-        mixed.episodes[0], completion=replace(mixed.episodes[0].completion, policy_versions=spans)
-    )
+    mixed.episodes[0] = make_episode(replace(mixed.episodes[0].completion, policy_versions=spans))
     # ages 2, 1, 1, 0 of one completion, 2 four times of the other, 0 eight times of the second group
     assert token_age(client, keys, [mixed, group([1.0], tokens=8, version=5)], current=5) == pytest.approx(12 / 16)
     assert math.isnan(token_age(client, keys, [group([1.0], version=1)], current=5)), "Redis has forgotten that version"
 
 
-def test_a_step_is_in_redis_jsonl_and_tensorboard(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    run = Run(
-        name=keys.run, keys=keys, config=make_config(metrics={"tensorboard": True}), assets={}, folder=str(tmp_path)
-    )
-    reporter = Reporter(client, run)
-    reporter.begin(0, run.config)
+def test_a_step_is_in_redis_and_jsonl(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
+    reporter = Reporter(client, make_run(keys, tmp_path))
     reporter.report(7, 9, {"reward/mean": 0.25, "learning_rate": 3e-9, "eval/x/pass@1": float("nan")})
-    reporter.close()
     ((_, metrics),) = read_metrics(client, keys)
     assert (metrics["step"], metrics["version"], metrics["reward/mean"]) == (7, 9, 0.25)
     assert metrics["learning_rate"] == pytest.approx(3e-9)
@@ -93,36 +66,26 @@ def test_a_step_is_in_redis_jsonl_and_tensorboard(client: redis.Redis, keys: Key
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["reward/mean"] == 0.25
     assert "eval/x/pass@1" not in line  # JSON has no nan
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    (scalar,) = events.Scalars("reward/mean")
-    assert (scalar.step, scalar.value) == (7, 0.25)
 
 
 def test_an_evaluation_is_marked_as_reported_after_its_line_was_written(
     client: redis.Redis, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(evaluation={"datasets": [{"dataset": {"path": "x"}}]})
-    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
-    (dataset,) = config.evaluation.datasets
+    run = make_run(keys, tmp_path, evaluation={"datasets": [{"dataset": {"path": "x"}}]})
+    (dataset,) = run.config.evaluation.datasets
     evaluation.request(client, keys, dataset, version=2)
-    reporter = Reporter(client, run)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("sluice.trainer.step_metrics.append_line", killed)
-        reporter.report(3, 3, {"eval/heldout/version": 2.0, "eval/heldout/pass@1": 0.5})
+    reporter, metrics = Reporter(client, run), {"eval/heldout/version": 2.0, "eval/heldout/pass@1": 0.5}
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr("sluice.trainer.step_metrics.append_line", None)  # killed there
+        reporter.report(3, 3, metrics)
     assert evaluation.unreported(client, run) == {("heldout", 2)}
-    reporter.report(3, 3, {"eval/heldout/version": 2.0, "eval/heldout/pass@1": 0.5})
+    reporter.report(3, 3, metrics)
     assert evaluation.unreported(client, run) == set()
     reporter.close()
 
 
 def test_samples_are_kept_for_reading(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    run = Run(name=keys.run, keys=keys, config=make_config(), assets={}, folder=str(tmp_path))
-    samples = Samples(client, run)
+    samples = Samples(client, make_run(keys, tmp_path))
     for step in (1, 2):
         samples.keep(step, [group([1.0, 0.0])] * 3, [[0.7, -0.7]] * 3, lambda sequences: [None] * len(sequences))
     newest = read_samples(client, keys, count=10)

@@ -16,7 +16,8 @@ STEPS = 20
 
 def test_twenty_steps_on_policy(tmp_path: Path) -> None:
     tiny = tiny_folder(700)
-    heldout = {"path": str(tiny / "heldout.jsonl"), "max_req_tokens": 24}
+    prompts = {"path": str(tiny / "heldout.jsonl"), "max_req_tokens": 24}
+    heldout = {"name": "heldout", "dataset": prompts, "num_prompts": 40, "function": "MathReward"}
     config = quickstart_config(
         tmp_path,
         tiny=tiny,
@@ -25,10 +26,7 @@ def test_twenty_steps_on_policy(tmp_path: Path) -> None:
         replay_buffer__max_policy_age=0,
         sampling__top_p=0.8,
         replicas={"eval": 0},
-        evaluation={
-            "every_steps": 10,
-            "datasets": [{"name": "heldout", "dataset": heldout, "num_prompts": 40, "function": "MathReward"}],
-        },
+        evaluation={"every_steps": 10, "datasets": [heldout]},
         policy_store__transport="redis",  # the other transport is used by every other run
     )
     done = sluice("run", str(config), cwd=tmp_path, timeout=200)
@@ -36,9 +34,7 @@ def test_twenty_steps_on_policy(tmp_path: Path) -> None:
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
     assert summary["steps"] == STEPS
     assert summary["policy_age"] == {"0": STEPS * 8}
-    assert summary["ledger"]["dropped"] == {}, (
-        "admission must not let a group be generated that is too old when it is ready"
-    )
+    assert summary["ledger"]["dropped"] == {}, "no group may be generated that is too old when it is ready"
     assert sorted(record["step"] for record in summary["evaluations"]) == [0, 10, STEPS]
     assert not list(only_run(tmp_path).glob("logs/eval-*")), "the rollout worker evaluates"
     for metrics in metrics_of(only_run(tmp_path)):

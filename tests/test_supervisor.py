@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_config
+from builders import for_each, make_config
 from harness import (
     SMALL,
     alive,
     children,
-    metrics_of,
     only_run,
     quickstart_config,
     running_sluice,
     serving,
     tiny_folder,
     wait_for,
+    wait_for_steps,
 )
 
 from sluice.common.config import Config
 from sluice.common.errors import ConfigError
+from sluice.scripts.launcher.processes import Process
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 from sluice.scripts.launcher.roles import Role, assigned_gpus, check_gpus, planned_workers
 from sluice.scripts.launcher.supervisor import Child, RunFailed, Supervisor
@@ -56,51 +57,36 @@ def test_a_crash_loop_ends_the_run_with_the_reason_and_the_tail_of_the_log(tmp_p
     assert "Traceback" not in output
 
 
-def supervising(folder: Path, program: str, **options: Any) -> tuple[Supervisor, Child]:
-    """A supervisor of a trainer alone, which is this Python program, and of what is in `options`."""
-    supervisor = Supervisor(
-        make_config(),
-        run="test",
-        url="redis://",
-        folder=folder,
-        status=lambda: "running",
-        trainer_is_alive=lambda: True,
-        **options,
-    )
+def supervising(folder: Path, program: str, **options: Any) -> tuple[Supervisor, Child, Process]:
+    """A supervisor that has started a trainer alone, which is this Python program, and what is in `options`."""
+    named: dict[str, Any] = {"run": "test", "url": "redis://", "folder": folder, "trainer_is_alive": lambda: True}
+    supervisor = Supervisor(make_config(), status=lambda: "running", **{**named, **options})
     trainer = supervisor._trainer
     trainer.argv = [sys.executable, "-c", program]
     supervisor._children = [child for child in supervisor._children if not child.queue]
-    return supervisor, trainer
-
-
-def test_a_run_that_diverged_ends_also_after_restarts(tmp_path: Path) -> None:
-    program = "import sys; print('lower trainer.learning_rate'); sys.exit(3)"
-    supervisor, trainer = supervising(tmp_path, program)
-    trainer.num_restarts = 4
     supervisor.start()
     assert trainer.process is not None
-    trainer.process.wait(20)
-    with pytest.raises(RunFailed, match=r"training has diverged:\nlower trainer\.learning_rate"):
-        supervisor.poll()
+    return supervisor, trainer, trainer.process
 
 
-def test_a_trainer_of_one_rank_waits_for_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine whose environment names some."""
-    monkeypatch.setenv("WORLD_SIZE", "8")
+def test_a_trainer_of_one_rank_waits_for_no_others_and_divergence_ends_the_run_also_after_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")  # a machine whose environment names some
     monkeypatch.setenv("RANK", "3")
-    program = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'])"
-    supervisor, trainer = supervising(tmp_path, program)
-    supervisor.start()
-    assert trainer.process is not None
-    assert trainer.process.wait(20) == 0
-    assert trainer.log.read_text() == "0 1\n"
+    program = "import os, sys; print(os.environ['RANK'], os.environ['WORLD_SIZE']); sys.exit(3)"
+    supervisor, trainer, process = supervising(tmp_path, program)
+    trainer.num_restarts = 4
+    process.wait(20)
+    with pytest.raises(RunFailed, match=r"training has diverged:\n0 1"):
+        supervisor.poll()
 
 
 def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> None:
     said: list[str] = []
     fails = Role(name="dashboard", argv=[sys.executable, "-c", "import sys; sys.exit(2)"])
-    supervisor, trainer = supervising(tmp_path, "import time; time.sleep(60)", extra=[fails], say=said.append)
-    supervisor.start()
+    program = "import time; time.sleep(60)"
+    supervisor, trainer, process = supervising(tmp_path, program, extra=[fails], say=said.append)
 
     def is_given_up() -> bool:
         assert supervisor.poll()
@@ -111,13 +97,13 @@ def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> No
     wait_for(is_given_up, timeout=20, what="the message")
     assert said == [f"dashboard died 5 times and is not started again (its log: {tmp_path / 'logs' / 'dashboard.log'})"]
     assert supervisor._children == [trainer]
-    assert trainer.process is not None and trainer.process.poll() is None
+    assert process.poll() is None
     supervisor.stop()
 
 
-@pytest.mark.parametrize(("heartbeats", "is_waited_for"), [(True, True), (False, False)])
+@pytest.mark.parametrize("heartbeats", [True, False])
 def test_a_trainer_that_beats_has_time_for_its_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeats: bool, is_waited_for: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeats: bool
 ) -> None:
     monkeypatch.setattr("sluice.scripts.launcher.supervisor.STOP_S", 0.2)
     program = f"""
@@ -137,13 +123,11 @@ time.sleep(60)
             (tmp_path / "asked").touch()
         return heartbeats
 
-    supervisor, trainer = supervising(tmp_path, program)
-    supervisor._trainer_is_alive = asked
-    supervisor.start()
+    supervisor, trainer, process = supervising(tmp_path, program, trainer_is_alive=asked)
     wait_for(lambda: "ready" in trainer.log.read_text(), timeout=20, what="the trainer")
     supervisor.stop()
-    assert (tmp_path / "checkpoint").exists() == is_waited_for
-    assert trainer.process is not None and trainer.process.poll() is not None
+    assert (tmp_path / "checkpoint").exists() == heartbeats
+    assert process.poll() is not None
 
 
 def test_a_role_that_dies_while_redis_is_away_is_started_when_it_is_back(
@@ -153,21 +137,13 @@ def test_a_role_that_dies_while_redis_is_away_is_started_when_it_is_back(
     config = quickstart_config(tmp_path, tiny=tiny_folder(), evaluation__datasets=[], trainer__num_steps=steps, **SMALL)
     leases = ("lease.running_s=3", "lease.queued_s=3")
     with running_sluice("run", str(config), *leases, cwd=tmp_path, SLUICE_REDIS_URL=own_redis.url) as process:
-        wait_for(
-            lambda: list(tmp_path.glob("runs/*/metrics.jsonl")) and len(metrics_of(only_run(tmp_path))) >= 2,
-            timeout=90,
-            what="two steps",
-        )
+        wait_for_steps(tmp_path, 2)
         own_redis.process.kill()
         own_redis.process.wait()
         serving(process.pid, "rollout")[0].kill()
         away_since = time.monotonic()
-        output = tmp_path / "output.log"
-        wait_for(
-            lambda: "every role waits for it" in output.read_text(),
-            timeout=20,
-            what="the message that Redis is unreachable",
-        )
+        output, message = tmp_path / "output.log", "every role waits for it"
+        wait_for(lambda: message in output.read_text(), timeout=20, what="the message that Redis is unreachable")
         wait_for(lambda: time.monotonic() - away_since > 3, timeout=20, what="two restarts' worth of time")
         assert serving(process.pid, "rollout") == []
         own_redis.restart()
@@ -205,19 +181,13 @@ def test_every_rollout_engine_gets_its_gpus_and_the_last_gpu_is_for_all_else(mon
     assert assigned_gpus(pairs, "rollout,eval", 1) == []
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("config", "message"),
     [
-        (
-            gpu_config(rollout=8),
-            "would hold 2 vLLM engines at rollout.gpu_memory_utilization=0.9: set replicas.rollout=7 ",
-        ),
+        (gpu_config(rollout=8), "would hold 2 vLLM engines at rollout.gpu_memory_utilization=0.9: .*.rollout=7 "),
         (gpu_config(rollout=7, evals=1), "would hold 1 vLLM engines .* beside the trainer: .* replicas.eval=0"),
         (gpu_config(rollout=1, size=8), "8 GPUs leave 7 for rollout workers"),
-        (
-            gpu_config(rollout=7, ranks=2),
-            "GPU 0 would hold 2 vLLM engines .*: set replicas.rollout=6 ",
-        ),
+        (gpu_config(rollout=7, ranks=2), "GPU 0 would hold 2 vLLM engines .*: set replicas.rollout=6 "),
         (gpu_config("torch", rollout=1, ranks=9), "replicas.trainer=9: a rank needs a GPU of its own, and there are 8"),
     ],
 )

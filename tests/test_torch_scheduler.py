@@ -1,153 +1,65 @@
-"""Back-pressure and fairness in one torch engine: who waits for room, who goes first, what a long row costs the others."""
+"""Back-pressure and fairness in the torch engine: who waits for room, who goes first, what a long row costs the others."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from served import (
-    WAIT_S,
-    Served,
-    build_model,
-    eventually,
-    expected_logprobs,
-    logits_under,
-    policy,
-    request,
-    sequence,
-)
+from builders import for_each
+from served import request
 from transformers import DynamicCache
 
-import sluice.workers.engine.torch.split_batch
-from sluice.common.errors import EngineError
-from sluice.common.types import Completion
-from sluice.workers.engine import GenerationRequest
-from sluice.workers.engine.torch.kv_cache import SlotCache, bytes_per_token
+from sluice.workers.engine.serving import SequenceGroup
+from sluice.workers.engine.torch.kv_cache import SlotCache
 from sluice.workers.engine.torch.scheduler import PATIENCE, schedule
-from sluice.workers.engine.torch.sequence import SequenceGroup
 from sluice.workers.engine.torch.split_batch import saved_positions, split_batch
 
 
-def test_a_group_larger_than_max_sequences_runs_alone(serve: Callable[..., Served]) -> None:
-    served = serve(max_sequences=3)
-    groups = served.run([request(4, n=2, group_id="a"), request(4, n=7, group_id="b"), request(4, n=3, group_id="c")])
-    assert [len(group) for group in groups] == [2, 7, 3]
-    assert max(served.rows_per_step) == 7 and served.rows_per_step.index(7) > 0
+def groups_of(sizes: list[int], *, priorities: list[int] | None = None, max_tokens: int = 20) -> list[SequenceGroup]:
+    asked = zip(sizes, priorities or [0] * len(sizes), strict=True)
+    return [SequenceGroup(request=request(5, n=n, priority=p, max_tokens=max_tokens)) for n, p in asked]
 
 
-def test_higher_priority_goes_first_and_equal_ones_in_order_of_arrival(serve: Callable[..., Served]) -> None:
-    served = serve(eos_token_ids=(), max_sequences=4)
-    started = admissions(served)
-    requests = [request(5, group_id=f"{p}{k}", priority=p, max_tokens=4) for k, p in enumerate([0, 5, 0, 9, 5])]
-    served.run(requests)
-    assert started == ["93", "51", "54", "00", "02"]
-
-
-def test_nobody_starves_behind_higher_priority(serve: Callable[..., Served]) -> None:
-    served = serve(eos_token_ids=(), max_sequences=4)
-    started = admissions(served)
-    requests = [request(5, group_id="patient", max_tokens=1)]
-    requests += [request(5, group_id=str(k), priority=9, max_tokens=1) for k in range(PATIENCE + 8)]
-    served.run(requests)
-    assert started.index("patient") == PATIENCE
-
-
-def admissions(served: Served) -> list[str]:
-    """Group ids in the order in which they are admitted from now on; the list fills while the engine runs."""
-    started: list[str] = []
-    admit = served.engine._batch.admit
-
-    def watched(groups: list[SequenceGroup], *, version: int) -> None:
-        started.extend(group.request.group_id for group in groups)
-        admit(groups, version=version)
-
-    served.engine._batch.admit = watched  # type: ignore[assignment, method-assign]
-    return started
-
-
-def test_a_large_request_is_not_starved_by_small_ones() -> None:
-    groups = [SequenceGroup(request=request(5, group_id=str(k), n=n)) for k, n in enumerate([2, 8, 1])]
-    chosen = schedule(groups, num_rows=4, longest=25, max_sequences=8, max_positions=None)
-    assert [group.size for group in chosen] == [2], "the group of 8 waits, and the one of 1 waits behind it"
-    assert [group.num_bypassed for group in groups] == [0, 0, 0]
-
-
-def test_requests_over_the_kv_budget_wait_and_one_that_never_fits_is_refused(serve: Callable[..., Served]) -> None:
-    per_token = bytes_per_token(build_model())
-    assert per_token == 2 * 2 * 1 * 16 * 4  # keys and values, layers, heads, head size, bytes
-    budget = 20 * 32 * per_token  # 20 rows of 32 tokens
-    served = serve(eos_token_ids=(), kv_cache_bytes=budget, max_sequences=64)
-    with pytest.raises(EngineError, match=r"12 completions of 5 prompt \+ 60 new tokens .* raise rollout.kv_cache_mib"):
-        served.engine.generate(request(5, n=12, max_tokens=60))
-    requests = [request(5, group_id=str(k), n=8, max_tokens=20) for k in range(4)]
-    requests.append(request(5, group_id="long", n=2, max_tokens=200))
-    requests += [request(5, group_id=f"late{k}", n=8, max_tokens=20) for k in range(3)]
-    groups = served.run(requests)
-    for what, group in zip(requests, groups, strict=True):
-        assert_scored(what, group)
-    cache = served.engine._batch._cache
-    assert max(served.rows_per_step) == 16, "24 rows of 25 tokens take more than the budget"
-    assert sum(t.nbytes for t in (*cache._keys, *cache._values)) <= budget
-
-
-def test_short_requests_are_admitted_and_finish_beside_a_very_long_one(
-    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+@for_each(
+    ("sizes", "num_rows", "max_positions", "admitted"),
+    [
+        ([2, 7, 3], 0, None, [2]),
+        ([7, 3], 2, None, []),  # a group larger than the most rows waits for the others
+        ([7, 3], 0, None, [7]),  # and runs alone
+        ([1, 1, 1, 1], 1, None, [1, 1]),
+        ([1, 2, 1], 1, None, [1]),  # the group of 2 waits, and the one of 1 waits behind it
+        ([2, 1], 0, 3 * 32, [2, 1]),  # 25 tokens take 32 positions a row
+        ([2, 1], 0, 3 * 32 - 1, [2]),
+    ],
+)
+def test_groups_start_while_there_is_room_and_small_ones_do_not_starve_a_large_one(
+    sizes: list[int], num_rows: int, max_positions: int | None, admitted: list[int]
 ) -> None:
-    monkeypatch.setitem(sluice.workers.engine.torch.split_batch.SPLIT_SAVES, "cpu", 200)  # rows are few here
-    served = serve(eos_token_ids=(), max_sequences=12, max_model_len=512)
-    long = request(5, group_id="long", n=1, max_tokens=300)
-    short = [request(3 + k, group_id=str(k), n=1 + k % 5, max_tokens=5 + k) for k in range(20)]
-    first, *others = served.together([long, *short])
-    for what, future in zip(short, others, strict=True):
-        assert_scored(what, future.result(WAIT_S))
-    assert not first.done()
-    assert_scored(long, first.result(WAIT_S))
-    assert 1 in served.rows_per_step[: served.num_steps // 2], "the long row ran in a pass of its own"
+    groups = groups_of(sizes)
+    found = schedule(groups, num_rows=num_rows, longest=25, max_sequences=3, max_positions=max_positions)
+    assert [group.size for group in found] == admitted
+    assert {group.num_bypassed for group in groups} == {0}
 
 
-@pytest.mark.parametrize("lengths", [[5, 5, 200, 5, 5], [9, 60, 5, 200, 120, 30]])
-def test_prompts_of_very_different_lengths_admitted_together_keep_their_own_keys_and_values(
-    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, lengths: list[int]
-) -> None:
-    monkeypatch.setitem(sluice.workers.engine.torch.split_batch.SPLIT_SAVES, "cpu", 50)
-    served = serve(eos_token_ids=())
-    requests = [request(p, group_id=str(k), n=1 + k % 2, max_tokens=6) for k, p in enumerate(lengths)]
-    for what, group in zip(requests, served.run(requests), strict=True):
-        assert_scored(what, group)
-    assert min(served.rows_per_step) < 5, "the long rows ran in a pass of their own"
+def order_of(groups: list[SequenceGroup]) -> list[int]:
+    """Index of each group in the order in which they start, one at a time."""
+    waiting, order = list(groups), []
+    while waiting:
+        [group] = schedule(waiting, num_rows=0, longest=0, max_sequences=4, max_positions=None)
+        order.append(groups.index(group))
+        waiting.remove(group)
+    return order
 
 
-def test_long_prompts_admitted_beside_running_short_rows_keep_their_keys_and_values(
-    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sluice.workers.engine.torch.split_batch.SPLIT_SAVES, "cpu", 50)
-    served = serve(eos_token_ids=())
-    late = [request(p, group_id=f"late{p}", n=2, max_tokens=6) for p in (7, 200, 90, 6)]
-    arrived: list[Future[list[Completion]]] = []
-
-    def arrive() -> None:
-        for count, what in enumerate(late, start=1):
-            arrived.append(served.submit(what))
-            eventually(lambda expected=count: served.engine.stats().waiting_requests == expected)  # type: ignore[misc]
-
-    served.at_step[3] = arrive
-    short = request(5, group_id="short", n=5, max_tokens=40)
-    [group] = served.run([short])
-    assert_scored(short, group)
-    for what, future in zip(late, arrived, strict=True):
-        assert_scored(what, future.result(WAIT_S))
+def test_higher_priority_goes_first_and_equal_ones_in_order_of_arrival() -> None:
+    assert order_of(groups_of([4] * 5, priorities=[0, 5, 0, 9, 5])) == [3, 1, 4, 0, 2]
 
 
-def assert_scored(what: GenerationRequest, group: list[Completion]) -> None:
-    """Every completion has the logprobs that a fresh forward pass of policy 0 gives."""
-    for completion in group:
-        logits = logits_under(policy(0), sequence(what, completion))
-        np.testing.assert_allclose(completion.rollout_logprobs, expected_logprobs(logits, what, completion), atol=1e-4)
+def test_no_group_starves_behind_higher_priority() -> None:
+    count = PATIENCE + 8
+    assert order_of(groups_of([4] * (count + 1), priorities=[0] + [9] * count)).index(0) == PATIENCE
 
 
 def test_short_rows_take_no_memory_for_the_length_of_a_long_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import itertools
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -24,7 +25,7 @@ import datasets
 import psutil
 import pytest
 import redis
-from builders import make_config
+from builders import for_each, make_run
 from click.testing import CliRunner
 from harness import ROOT, environment, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,9 +35,8 @@ from sluice.common.config.operations import MetricsConfig
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.monitoring.metric_stream import last_metrics
-from sluice.common.run import Run
 from sluice.scripts.cli import cli
-from sluice.trainer import trackers as trackers
+from sluice.trainer import trackers
 from sluice.trainer.completions import CompletionsTable
 from sluice.trainer.samples import Samples
 from sluice.trainer.step_metrics import Reporter
@@ -48,7 +48,7 @@ TRAINER = """
 import json, os, sys, time
 from pathlib import Path
 from sluice.common.config.operations import MetricsConfig
-from sluice.trainer.trackers import TrackedRun, Trackers
+from sluice.trainer.trackers import TrackedRun, open_trackers
 
 folder, tracker, resumed, told, steps, end = sys.argv[1:]
 config = MetricsConfig.model_validate({tracker: True, "project": "demo"})
@@ -56,12 +56,12 @@ run = TrackedRun(
     name="r", run_id="0123456789abcdef", project="demo", folder=Path(folder), config={"trainer": {"learning_rate": 0.5}},
     resumed_step=int(resumed), told_step=int(told),
 )
-trackers = Trackers(config, run)
+(tracker,) = open_trackers(config, run)
 for step in json.loads(steps):
-    trackers.log(step, {"reward/mean": step / 10, "loss/kl": float("nan"), "eval/x/pass@1": 1.0})
+    tracker.log(step, {"reward/mean": step / 10, "eval/x/pass@1": 1.0})
 print("logged", flush=True)
 if end == "close":
-    trackers.close()
+    tracker.close()
     import psutil
     print([child.name() for child in psutil.Process().children(recursive=True)])
 else:
@@ -71,11 +71,11 @@ else:
 
 @contextmanager
 def trainer_process(
-    folder: Path, tracker: str, *, steps: list[int], resumed: int = 0, told: int = -1, end: str = "close", **env: str
+    folder: Path, tracker: str, *, steps: list[int], resumed: int = 0, told: int = -1, end: str = "close"
 ) -> Iterator[subprocess.Popen[str]]:
     """A process that reports like a trainer; killed when the block ends."""
     argv = [sys.executable, "-c", TRAINER, str(folder), tracker, str(resumed), str(told), json.dumps(steps), end]
-    where = environment(PYTHONPATH=str(ROOT), WANDB_MODE="offline", **env)
+    where = environment(PYTHONPATH=str(ROOT), WANDB_MODE="offline")
     where = {name: value for name, value in where.items() if not name.startswith("TRACKIO_")}
     process = subprocess.Popen(argv, env=where, stdout=subprocess.PIPE, text=True)
     try:
@@ -85,8 +85,8 @@ def trainer_process(
         process.communicate()
 
 
-def wandb_records(folder: Path) -> list[tuple[Path, Any]]:
-    """(file, record) of every W&B run in a run folder. The format is that of LevelDB's logs, around protocol buffers."""
+def wandb_records(folder: Path) -> list[Any]:
+    """The records of every W&B run in a run folder. The format is that of LevelDB's logs, around protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = []
@@ -102,13 +102,13 @@ def wandb_records(folder: Path) -> list[tuple[Path, Any]]:
             if kind in (1, 4):  # whole, or its last piece
                 record = Record()
                 record.ParseFromString(part)
-                found.append((path, record))
+                found.append(record)
                 part = b""
     return found
 
 
 def wandb_rows(folder: Path) -> list[dict[str, float]]:
-    rows = [record.history for _, record in wandb_records(folder) if record.WhichOneof("record_type") == "history"]
+    rows = [record.history for record in wandb_records(folder) if record.WhichOneof("record_type") == "history"]
     return [{(item.key or item.nested_key[0]): json.loads(item.value_json) for item in row.item} for row in rows]
 
 
@@ -121,9 +121,15 @@ def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, float]]]:
     return [(run, step, json.loads(metrics)) for run, step, metrics in rows]
 
 
-def tracked(folder: Path, **changed: Any) -> TrackedRun:
+def queue_of(folder: Path, name: str, open: Callable[[TrackedRun], Any]) -> TrackerQueue:
+    """The queue of a tracker; it opens it on its own thread."""
     run = TrackedRun(name="r", run_id="0123456789abcdef", project="demo", folder=folder, config={})
-    return replace(run, **changed)
+    return TrackerQueue(name=name, open=open, run=run)
+
+
+def log_steps(sink: TrackerQueue, *, last: int) -> None:
+    for step in range(1, last + 1):
+        sink.log(step, {"reward/mean": 0.5})
 
 
 class Fake:
@@ -144,42 +150,37 @@ class Fake:
         self.is_closed = True
 
 
-def test_a_wandb_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path: Path) -> None:
-    for resumed, told, steps in [(0, -1, [1, 2, 3]), (2, 3, [3, 4])]:
-        with trainer_process(tmp_path, "wandb", steps=steps, resumed=resumed, told=told) as process:
-            output, _ = process.communicate(timeout=60)
-            assert output.splitlines()[-1] == "[]", "W&B's service process outlives the sink"
-    records = wandb_records(tmp_path)
-    runs = [record.run for _, record in records if record.WhichOneof("record_type") == "run"]
-    assert {(run.run_id, run.project, run.display_name) for run in runs} == {("0123456789abcdef", "demo", "r")}
-    config = {update.key: json.loads(update.value_json) for update in runs[0].config.update}
-    assert config["trainer"] == {"learning_rate": 0.5}
-    rows = wandb_rows(tmp_path)
-    assert [(row["step"], row["reward/mean"]) for row in rows if "reward/mean" in row] == [
-        (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4),
-    ]  # fmt: skip
-    assert [row["step"] for row in rows if "eval/x/pass@1" in row] == [1, 2, 3, 3, 4]  # results are told once only
-    assert not any("loss/kl" in row for row in rows)
-    axes = [record.metric for _, record in records if record.WhichOneof("record_type") == "metric"]
-    assert {axis.step_metric for axis in axes if axis.glob_name == "*"} == {"step"}
-
-
-def test_a_killed_trainer_leaves_no_process_of_wandb_and_keeps_what_was_told(tmp_path: Path) -> None:
-    with trainer_process(tmp_path, "wandb", steps=[1, 2], end="kill") as process:
-        wait_for(lambda: [row["step"] for row in wandb_rows(tmp_path)] == [1, 2], timeout=40, what="two steps on disk")
+def test_a_wandb_run_goes_on_after_a_kill_and_shows_each_step_once(tmp_path: Path) -> None:
+    """What was told is kept, and no process of W&B outlives its trainer."""
+    with trainer_process(tmp_path, "wandb", steps=[1, 2, 3], end="kill") as process:
+        wait_for(lambda: len(wandb_rows(tmp_path)) == 3, timeout=40, what="three steps on disk")
         family = psutil.Process(process.pid).children(recursive=True)
         assert any(child.name() == "wandb-core" for child in family)
         process.send_signal(signal.SIGKILL)
         process.wait(10)
     _, alive = psutil.wait_procs(family, timeout=30)
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+    with trainer_process(tmp_path, "wandb", steps=[3, 4], resumed=2, told=3) as process:
+        output, _ = process.communicate(timeout=60)
+    assert output.splitlines()[-1] == "[]"
+    records = wandb_records(tmp_path)
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert {(run.run_id, run.project, run.display_name) for run in runs} == {("0123456789abcdef", "demo", "r")}
+    config = {update.key: json.loads(update.value_json) for update in runs[0].config.update}
+    assert config["trainer"] == {"learning_rate": 0.5}
+    rows = wandb_rows(tmp_path)
+    means = [(row["step"], row["reward/mean"]) for row in rows if "reward/mean" in row]
+    assert means == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert [row["step"] for row in rows if "eval/x/pass@1" in row] == [1, 2, 3, 3, 4]  # results are told once only
+    axes = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
+    assert {axis.step_metric for axis in axes if axis.glob_name == "*"} == {"step"}
 
 
 def test_a_trackio_run_goes_on_after_a_restart_and_shows_each_step_once(tmp_path: Path) -> None:
     for resumed, told, steps in [(0, -1, [1, 2, 3]), (2, 3, [3, 4])]:
         with trainer_process(tmp_path, "trackio", steps=steps, resumed=resumed, told=told) as process:
             output, _ = process.communicate(timeout=60)
-            assert output.splitlines()[-1] == "[]"
+        assert output.splitlines()[-1] == "[]"
     rows = [(run, step) for run, step, metrics in trackio_rows(tmp_path) if metrics.get("reward/mean") == step / 10]
     assert rows == [("r-0123", step) for step in (1, 2, 3, 4)]
 
@@ -218,9 +219,8 @@ def test_wandb_without_a_network_records_offline_and_nothing_waits(
     ended = threading.Event()
     with online(monkeypatch, lambda body: (500, {"quiet": ended.wait(20)})):
         began = time.monotonic()
-        sink = TrackerQueue(name="wandb", open=trackers.WandB, run=tracked(tmp_path))
-        for step in (1, 2, 3):
-            sink.log(step, {"reward/mean": 0.5})
+        sink = queue_of(tmp_path, "wandb", trackers.WandB)
+        log_steps(sink, last=3)
         assert time.monotonic() - began < 2.5
         sink.close()
         assert time.monotonic() - began < 18, "the server answers after 20 s"
@@ -248,11 +248,10 @@ def test_a_network_that_goes_away_meanwhile_holds_the_end_up_for_a_bounded_time(
 
     monkeypatch.setattr(trackers, "FINISH_S", 1)
     with online(monkeypatch, answer):
-        sink = TrackerQueue(name="wandb", open=trackers.WandB, run=tracked(tmp_path))
+        sink = queue_of(tmp_path, "wandb", trackers.WandB)
         assert opened.wait(20)
         began = time.monotonic()
-        for step in (1, 2, 3):
-            sink.log(step, {"reward/mean": 0.5})
+        log_steps(sink, last=3)
         assert time.monotonic() - began < 10, "the server answers after 20 s"
         sink.close()
         assert time.monotonic() - began < 18
@@ -265,9 +264,8 @@ def test_a_tracker_that_fails_loses_its_own_lines_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake = Fake(fails_from=3)
-    sink = TrackerQueue(name="fake", open=lambda run: fake, run=tracked(tmp_path))
-    for step in range(1, 8):
-        sink.log(step, {"reward/mean": 0.5})
+    sink = queue_of(tmp_path, "fake", lambda run: fake)
+    log_steps(sink, last=7)
     sink.close()
     assert [step for step, _ in fake.seen] == [1, 2]
     assert sink.dropped == 5
@@ -280,7 +278,7 @@ def test_a_tracker_that_does_not_open_is_no_reason_to_stop(tmp_path: Path, caplo
     def opens(run: TrackedRun) -> Fake:
         raise PermissionError("not you")
 
-    sink = TrackerQueue(name="fake", open=opens, run=tracked(tmp_path))
+    sink = queue_of(tmp_path, "fake", opens)
     sink.log(1, {"reward/mean": 0.5})
     sink.close()
     assert sink.dropped == 1
@@ -293,9 +291,8 @@ def test_a_tracker_that_stands_still_costs_no_time(
 ) -> None:
     monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
     fake = Fake(stuck_in=1)
-    sink = TrackerQueue(name="fake", open=lambda run: fake, run=tracked(tmp_path))
-    for step in range(1, trackers.LINES_HELD + 12):
-        sink.log(step, {"reward/mean": 0.5})
+    sink = queue_of(tmp_path, "fake", lambda run: fake)
+    log_steps(sink, last=trackers.LINES_HELD + 11)
     assert not fake.free.is_set() and len(fake.seen) == 0, "it still hangs in the first line"
     assert sink.dropped in (10, 11)  # the thread may have taken the first line already
     sink.close()
@@ -304,63 +301,56 @@ def test_a_tracker_that_stands_still_costs_no_time(
     fake.free.set()
 
 
+@contextmanager
+def reporting(
+    client: redis.Redis, keys: Keys, folder: Path, *, resumed: int = 0, **metrics: bool
+) -> Iterator[Reporter]:
+    """The reporter of a trainer that resumes from a step, with these sinks."""
+    run = make_run(keys, folder, metrics=metrics)
+    reporter = Reporter(client, run)
+    reporter.begin(resumed, run.config)
+    yield reporter
+    reporter.close()
+
+
 def test_a_step_is_sent_once_however_often_the_trainer_dies(
     client: redis.Redis, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(metrics={"trackio": True})
-    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
     fake = Fake()
     monkeypatch.setitem(trackers.TRACKERS, "trackio", lambda run: fake)
     version = itertools.count()
     for resumed, steps in [(0, [1, 2, 3, 4]), (1, [2]), (1, [2, 3, 4, 5, 6]), (6, [6])]:
-        reporter = Reporter(client, run)
-        reporter.begin(resumed, config)
-        for step in steps:
-            reporter.report(step, next(version), {"reward/mean": 0.5})
-        reporter.close()
+        with reporting(client, keys, tmp_path, resumed=resumed, trackio=True) as reporter:
+            for step in steps:
+                reporter.report(step, next(version), {"reward/mean": 0.5, "loss/kl": math.nan})
         with (tmp_path / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 90')  # torn by a kill
-            file.write("\n")
-    assert [step for step, _ in fake.seen] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        6,
-    ]  # an evaluation after the last step is one more line
-    assert Reporter(client, run).last_version == next(version) - 1
+            file.write('{"step": 90\n')  # torn by a kill
+    # an evaluation after the last step is one more line
+    assert [step for step, _ in fake.seen] == [*range(1, 7), 6]
+    assert not any("loss/kl" in metrics for _, metrics in fake.seen)
+    assert Reporter(client, make_run(keys, tmp_path)).last_version == next(version) - 1
 
 
 def test_what_a_tracker_lost_is_in_the_metrics(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    config = make_config(metrics={"tensorboard": True})
     (tmp_path / "tensorboard").write_text("in the way")
-    reporter = Reporter(client, Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path)))
-    reporter.begin(0, config)
-    for step in itertools.count(1):
-        reporter.report(step, step, {"reward/mean": 0.5})
-        if last_metrics(client, keys).get("trackers/dropped"):
-            break
-        assert step < 500
-        time.sleep(0.02)
-    reporter.close()
+    with reporting(client, keys, tmp_path, tensorboard=True) as reporter:
+        for step in itertools.count(1):
+            reporter.report(step, step, {"reward/mean": 0.5})
+            if last_metrics(client, keys).get("trackers/dropped"):
+                break
+            assert step < 500
+            time.sleep(0.02)
 
 
 def test_tensorboard_shows_the_second_training_of_a_step(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    config = make_config(metrics={"tensorboard": True})
-    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
     for resumed, values in [(0, {1: 0.1, 2: 0.2, 3: 0.3}), (1, {2: 0.7})]:
-        reporter = Reporter(client, run)
-        reporter.begin(resumed, config)
-        for step, value in values.items():
-            reporter.report(step, step, {"reward/mean": value})
-        reporter.close()
+        with reporting(client, keys, tmp_path, resumed=resumed, tensorboard=True) as reporter:
+            for step, value in values.items():
+                reporter.report(step, step, {"reward/mean": value})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(scalar.step, scalar.value) for scalar in events.Scalars("reward/mean")] == [
-        (1, pytest.approx(0.1)), (2, pytest.approx(0.7)),
-    ]  # fmt: skip
+    scalars = [(scalar.step, scalar.value) for scalar in events.Scalars("reward/mean")]
+    assert scalars == [(1, pytest.approx(0.1)), (2, pytest.approx(0.7))]
 
 
 def test_a_tracked_id_is_that_of_one_run() -> None:
@@ -368,7 +358,7 @@ def test_a_tracked_id_is_that_of_one_run() -> None:
     assert len({tracked_id("r", "1.5"), tracked_id("r", "2.5"), tracked_id("s", "1.5")}) == 3
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+@for_each("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_package_is_named_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -395,31 +385,29 @@ def test_a_login_that_fails_is_said_before_anything_starts(tmp_path: Path, monke
 
 
 def test_trained_completions_are_a_table_that_datasets_reads(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    config = make_config(metrics={"completions": True})
-    run = Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path))
     scored, chat = group([1.0, None]), group([None, None], tokens=8)  # the first file has scores, the second has none
     chat = replace(chat, group_id="t1", prompt=[{"role": "user", "content": "ja?"}], timestamps={"rollout": 12.5})
     written = CompletionsTable(tmp_path)
     written.write(1, [scored], [[0.7, 0.0]])
     written.write(2, [chat], [[0.0, 0.0]])
     written.write(3, [scored], [[0.1, 0.0]])
-    Samples(client, run).forget_after(2)  # killed in step 3 or after it, before a checkpoint
+    Samples(client, make_run(keys, tmp_path, metrics={"completions": True})).forget_after(
+        2
+    )  # killed in step 3 or after it, before a checkpoint
     table = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "completions" / "*.parquet"), split="train", cache_dir=str(tmp_path / "hf")
     )
     assert table[0] == {
         "step": 1, "group_id": "t0", "sample": 0, "version_min": 3, "version_max": 3, "prompt": "p", "target": "1",
-        "completion": "x", "reward": 1.0, "advantage": 0.7, "finish_reason": "stop", "num_tokens": 4, "generated_at": None,
+        "completion": "2", "reward": 1.0, "advantage": 0.7, "finish_reason": "stop", "num_tokens": 4, "generated_at": None,
         "reward/Math": 1.0,
     }  # fmt: skip
-    assert [(row["step"], row["sample"], row["reward/Math"]) for row in table] == [
-        (1, 0, 1.0), (1, 1, None), (2, 0, None), (2, 1, None),
-    ]  # fmt: skip
+    rows = [(row["step"], row["sample"], row["reward/Math"]) for row in table]
+    assert rows == [(1, 0, 1.0), (1, 1, None), (2, 0, None), (2, 1, None)]
     assert json.loads(table[2]["prompt"]) == chat.prompt
     assert table[2]["generated_at"] == 12.5
-    assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == [
-        "step-000001.parquet", "step-000002.parquet",
-    ]  # fmt: skip
+    files = sorted(path.name for path in (tmp_path / "completions").iterdir())
+    assert files == ["step-000001.parquet", "step-000002.parquet"]
 
 
 def test_completions_that_cannot_be_written_do_not_stop_the_run(
@@ -431,9 +419,6 @@ def test_completions_that_cannot_be_written_do_not_stop_the_run(
 
 
 def test_nothing_is_written_unless_asked_for(client: redis.Redis, keys: Keys, tmp_path: Path) -> None:
-    config = make_config()
-    reporter = Reporter(client, Run(name=keys.run, keys=keys, config=config, assets={}, folder=str(tmp_path)))
-    reporter.begin(0, config)
-    reporter.report(1, 1, {"reward/mean": 0.5})
-    reporter.close()
+    with reporting(client, keys, tmp_path) as reporter:
+        reporter.report(1, 1, {"reward/mean": 0.5})
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import for_each, make_completion
+from builders import for_each, make_completion, make_episode
 
 from sluice.common.config.presets import preset_values
 from sluice.common.config.trainer import LossConfig
-from sluice.common.types import Episode
 from sluice.trainer.advantage import batch_advantages
 from sluice.trainer.loss import policy_loss
 from sluice.trainer.reward_shaping import loss_tokens, overlong_penalty
@@ -55,11 +54,8 @@ def loss_config(trl):
     settings |= {ours: trl[theirs] for theirs, ours in names.items() if theirs in trl}
     if trl.get("use_vllm"):
         mode = trl["vllm_importance_sampling_mode"]
-        settings |= {
-            "off_policy": "decoupled",
-            "importance_sampling": mode,
-            "importance_max": trl["vllm_importance_sampling_clip_max"],
-        }
+        settings |= {"off_policy": "decoupled", "importance_sampling": mode}
+        settings["importance_max"] = trl["vllm_importance_sampling_clip_max"]
         if mode.endswith("mask"):
             settings["importance_min"] = trl.get("vllm_importance_sampling_clip_min", NO_LOWER_BOUND)
     return LossConfig(**settings)
@@ -69,13 +65,10 @@ def episodes_of(trl):
     """The recorded completions as the trainer gets them: lengths, finish reasons, tool spans, rewards."""
     for i, length in enumerate(BATCH["lengths"]):
         tools = tuple((t, 1) for t in range(length) if trl.get("tools") and not BATCH["tool_mask"][i][t])
-        completion = replace(
-            make_completion(length=length),
-            finish_reason="length" if i in BATCH["truncated"] else "stop",
-            tool_spans=tools,
-        )
+        finish_reason = "length" if i in BATCH["truncated"] else "stop"
+        completion = replace(make_completion(length=length), finish_reason=finish_reason, tool_spans=tools)
         reward = None if trl.get("unscorable") and i == 2 else BATCH["rewards"][i]
-        yield Episode(completion=completion, reward=reward, rewards={}, ref_logprobs=None)
+        yield make_episode(completion, reward=reward)
 
 
 def masks_of(trl):
@@ -163,20 +156,18 @@ def test_our_kl_is_not_importance_weighted():
     assert_same(ours(loss_config(trl), trl)[0] + 0.3 * more, CASES["kl_bias_correction"]["loss"])
 
 
-@for_each("name", ["truncated_grpo", "truncated_dr_grpo"])
-def test_masked_sequences_are_not_in_our_divisor(name):
-    # TRL divides by all 8 sequences, ours by the 6 that have a token in the loss
+@for_each(
+    ("name", "share"),
+    [
+        ("truncated_grpo", 6 / 8),  # TRL divides by all 8 sequences, ours by the 6 that have a token in the loss
+        ("truncated_dr_grpo", 6 / 8),
+        ("unscorable_dapo", 27 / 32),  # 32 tokens, 5 of them of the unscorable completion
+    ],
+)
+def test_what_is_not_in_the_loss_is_not_in_our_divisor(name, share):
     loss, gradient = ours(loss_config(CASES[name]["trl"]), CASES[name]["trl"])
-    assert_same(loss * 6 / 8, CASES[name]["loss"])
-    assert_same(gradient * 6 / 8, CASES[name]["gradient"])
-
-
-def test_unscorable_completions_are_not_in_our_divisor():
-    # 32 tokens, 5 of them of the unscorable completion
-    trl = CASES["unscorable_dapo"]["trl"]
-    loss, gradient = ours(loss_config(trl), trl)
-    assert_same(loss * 27 / 32, CASES["unscorable_dapo"]["loss"])
-    assert_same(gradient * 27 / 32, CASES["unscorable_dapo"]["gradient"])
+    assert_same(loss * share, CASES[name]["loss"])
+    assert_same(gradient * share, CASES[name]["gradient"])
 
 
 @for_each(

@@ -12,11 +12,19 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import LEASE, ROOT, SMALL, counters_of, environment, quickstart_config, tiny_folder, wait_for
 
 STEPS = 2
+SETTINGS: dict[str, Any] = {
+    **SMALL,
+    **{f"lease__{key}": value for key, value in LEASE.items()},
+    "evaluation__datasets": [],
+    "trainer__num_steps": STEPS,
+    "reward__functions": [{"function": "my_rewards.half"}],
+}
 SOURCES = ("common", "dashboard", "scripts", "sluice", "trainer", "workers", "pyproject.toml", "README.md", "LICENSE")
 ROGUE = """
 import sys
@@ -68,20 +76,10 @@ def user_folder(folder: Path, *, mark: Path, has_dependencies: bool) -> Path:
     return folder
 
 
-def settings() -> dict[str, object]:
-    return {
-        **SMALL,
-        **{f"lease__{key}": value for key, value in LEASE.items()},
-        "evaluation__datasets": [],
-        "trainer__num_steps": STEPS,
-        "reward__functions": [{"function": "my_rewards.half"}],
-    }
-
-
 def test_sluice_run_takes_nothing_from_the_folder_but_the_rewards(installed: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     folder = user_folder(tmp_path / "project", mark=mark, has_dependencies=True)
-    config = quickstart_config(folder, tiny=tiny_folder(), **settings())
+    config = quickstart_config(folder, tiny=tiny_folder(), **SETTINGS)
     argv = [installed / "sluice", "run", config.name, "--name", "mine"]
     done = subprocess.run(argv, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200, check=False)
     assert not mark.exists(), mark.read_text()
@@ -96,16 +94,11 @@ def test_role_by_role_takes_nothing_from_the_folder_but_the_rewards(
     mark = tmp_path / "mark"
     folder = user_folder(tmp_path / "project", mark=mark, has_dependencies=True)
     plain = user_folder(tmp_path / "plain", mark=mark, has_dependencies=False)
-    config = quickstart_config(folder, tiny=tiny_folder(), **settings())
+    config = quickstart_config(folder, tiny=tiny_folder(), **SETTINGS)
     run = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": f"{installed.parent.parent.name}-roles"}
-    commands = [
-        (folder, ["sluice", "worker", "dataset"]),
-        (folder, ["sluice", "worker", "rollout"]),
-        (folder, ["sluice", "worker", "reward"]),
-        (plain, ["celery", "-A", "sluice", "worker", "-Q", "rollout", "--loglevel", "INFO"]),
-        (plain, ["celery", "-A", "sluice.workers.app", "worker", "-Q", "dataset", "--loglevel", "INFO"]),
-        (plain, ["celery", "-A", "sluice", "worker", "-Q", "reward", "--loglevel", "INFO"]),
-    ]
+    commands = [(folder, ["sluice", "worker", queue]) for queue in ("dataset", "rollout", "reward")]
+    for app, queue in (("sluice", "rollout"), ("sluice.workers.app", "dataset"), ("sluice", "reward")):
+        commands.append((plain, ["celery", "-A", app, "worker", "-Q", queue, "--loglevel", "INFO"]))
     create = [installed / "sluice", "create", config.name, "--name", run["SLUICE_RUN"]]
     subprocess.run(create, cwd=folder, env=environment(**run), check=True, timeout=100)
     with contextlib.ExitStack() as stack:

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import tiny_folder, wait_for
-from test_worker_deaths import Fleet, make_fleet  # noqa: F401
+from fleet import Fleet
+from harness import wait_for
 
 from sluice.common.models.causal_lm import load_pretrained, load_weights
+from sluice.common.models.logprobs import score_sequences
 from sluice.common.models.lora import PREFIX, merge_adapter
 from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.policies.store import PolicyStore
@@ -37,45 +38,39 @@ VllmCore.step = odd
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: scripts/test_vllm runs it")
 def test_a_vllm_worker_generates_follows_the_policy_and_ends_when_its_engine_dies(
-    make_fleet: Callable[..., Fleet],  # noqa: F811
+    make_fleet: Callable[..., Fleet],
 ) -> None:
     fleet = make_fleet(
         rollout={"engine": "vllm", "concurrency": 4, "kv_cache_mib": 64},
         lease={"running_s": 6.0, "queued_s": 3.0, "max_attempts": 3},
     )
     store = PolicyStore(fleet.ledger.client, fleet.ledger.keys, fleet.config.policy_store)
-    heartbeats = lambda: read_heartbeats(fleet.ledger.client, fleet.ledger.keys).values()  # noqa: E731
+
+    def groups_of(version: int) -> list[str]:
+        """Groups that the worker generates when it serves a version."""
+        served = store.manifest(version).digest[:12]
+        heartbeats = lambda: read_heartbeats(fleet.ledger.client, fleet.ledger.keys).values()  # noqa: E731
+        wait_for(lambda: any(beat["digest"] == served for beat in heartbeats()), timeout=60, what="the policy")
+        assert {beat["version"] for beat in heartbeats()} == {version}
+        group_ids = fleet.admit(4)
+        fleet.tick_until(lambda: fleet.has(group_ids, "rollout"), timeout=30, what=f"groups of version {version}")
+        return group_ids
+
     with fleet.odd("rollout", patch=PATCH) as process:
-        wait_for(
-            lambda: any(heartbeat["version"] == 0 for heartbeat in heartbeats()),
-            timeout=60,
-            what="a worker that serves",
-        )
-        first = fleet.admit(4)
-        fleet.tick_until(lambda: fleet.has(first, "rollout"), timeout=30, what="groups of version 0")
+        first = groups_of(0)
         _, tensors = store.fetch(0)
         rng = torch.Generator().manual_seed(1)
         changed = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=rng) for name, tensor in tensors.items()}
-        manifest = store.publish(1, changed, step=1, parent=0)
-        wait_for(
-            lambda: any(heartbeat["version"] == 1 for heartbeat in heartbeats()), timeout=30, what="the new policy"
-        )
-        assert {heartbeat["digest"] for heartbeat in heartbeats()} == {manifest.digest[:12]}
-        second = fleet.admit(4)
-        fleet.tick_until(lambda: fleet.has(second, "rollout"), timeout=30, what="groups of version 1")
+        store.publish(1, changed, step=1, parent=0)
+        second = groups_of(1)
         adapter = {
             f"{PREFIX}{name.removesuffix('.weight')}.lora_{side}.weight": 0.1 * torch.randn(shape, generator=rng)
             for name, tensor in tensors.items()
             if name.endswith("_proj.weight")
             for side, shape in (("A", (4, tensor.shape[1])), ("B", (tensor.shape[0], 4)))
         }
-        manifest = store.publish(2, adapter, step=2, parent=1, adapter_scale=2.0)
-        wait_for(
-            lambda: any(heartbeat["version"] == 2 for heartbeat in heartbeats()), timeout=30, what="the LoRA adapter"
-        )
-        assert {heartbeat["digest"] for heartbeat in heartbeats()} == {manifest.digest[:12]}
-        third = fleet.admit(4)
-        fleet.tick_until(lambda: fleet.has(third, "rollout"), timeout=30, what="groups of version 2")
+        store.publish(2, adapter, step=2, parent=1, adapter_scale=2.0)
+        third = groups_of(2)
         merged = merge_adapter(tensors, adapter, scale=2.0)
         for version, weights, group_ids in ((0, tensors, first), (1, changed, second), (2, merged, third)):
             for group_id in group_ids:
@@ -84,9 +79,8 @@ def test_a_vllm_worker_generates_follows_the_policy_and_ends_when_its_engine_die
         (fleet.folder / "die").touch()
         [last] = fleet.admit(1)
         assert process.wait(60) == HUNG_EXIT_CODE
-        assert (
-            "illegal memory access" in fleet.field(last, "n:rollout") + (fleet.folder / "odd-rollout.log").read_text()
-        )
+        said = fleet.field(last, "n:rollout") + (fleet.folder / "odd-rollout.log").read_text()
+        assert "illegal memory access" in said
     (fleet.folder / "die").unlink()
     counters = fleet.ledger.counters()
     assert counters.holds and counters.dead == {} and counters.in_flight == 13
@@ -96,13 +90,12 @@ def assert_generated_by(fleet: Fleet, group_id: str, *, version: int, weights: d
     """The stored completions carry the version, and the logprobs of its weights."""
     parts = {name: fleet.ledger.client.hget(fleet.ledger.keys.group(group_id), name) for name in ("task", "rollout")}
     task, rollout = Task.from_wire(decode(parts["task"])), decode(parts["rollout"])
-    model = load_pretrained(str(tiny_folder(3) / "model"))
+    completions = [Completion.from_wire(wire) for wire in rollout["completions"]]
+    model = load_pretrained(fleet.config.model.path)
     load_weights(model, weights)
-    for wire in rollout["completions"]:
-        completion = Completion.from_wire(wire)
+    with torch.no_grad():
+        pairs = [(task.prompt_ids, completion.token_ids) for completion in completions]
+        expected = score_sequences(model, pairs, max_batch_tokens=1000)
+    for completion, logprobs in zip(completions, expected, strict=True):
         assert completion.policy_versions == ((version, len(completion.token_ids)),)
-        ids = torch.from_numpy(np.concatenate([task.prompt_ids, completion.token_ids])).long()
-        with torch.no_grad():
-            rows = model(ids[None]).logits[0, len(task.prompt_ids) - 1 : -1].log_softmax(-1)
-        expected = rows.gather(1, ids[len(task.prompt_ids) :, None])[:, 0].numpy()
-        np.testing.assert_allclose(completion.rollout_logprobs, expected, atol=2e-4)
+        np.testing.assert_allclose(completion.rollout_logprobs, logprobs, atol=2e-4)

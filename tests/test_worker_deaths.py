@@ -6,40 +6,16 @@ deadly, slow or endless first. The test itself plays the dataset worker's tick: 
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import pytest
-import redis
-from builders import make_config, rollout_payload, task_payload
-from harness import running, tiny_folder, wait_for, worker
+from fleet import LEASE_S, Fleet
+from harness import wait_for
 
-from sluice.common.config import Config
-from sluice.common.connections.broker import make_app, send_stage
-from sluice.common.keys import Keys
-from sluice.common.ledger.ledger import Ledger
-from sluice.common.models.assets import read_assets
-from sluice.common.models.causal_lm import load_pretrained, named_weights
 from sluice.common.monitoring.heartbeats import read_heartbeats
-from sluice.common.policies.store import PolicyStore
-from sluice.common.run import create_run
 from sluice.workers.context import HUNG_EXIT_CODE
 
-LEASE_S = 2.0
-ODD_WORKER = """
-import os, sys, threading, time
-{patch}
-from celery.__main__ import main
-sys.argv = ["celery", "-A", "sluice", "worker", "-Q", "{queue}"]
-main()
-"""
 ROLLOUT = """
 from sluice.workers.engine.torch.engine import TorchEngine
 generate = TorchEngine.generate
@@ -53,84 +29,6 @@ def wait_until(condition, timeout):
         time.sleep(0.01)
 TorchEngine.generate = odd
 """
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """A run without a trainer: its groups are admitted by the test."""
-
-    config: Config
-    ledger: Ledger
-    app: Any
-    env: dict[str, str]
-    folder: Path
-
-    def admit(self, num_groups: int, *, until: str = "task") -> list[str]:
-        """Groups with their parts stored up to `until`; messages for what follows are sent."""
-        reply = self.ledger.scripts(
-            "admit", num_groups, 10**9, 10**12, 10**6, 10**6, 60_000, f"test/{time.monotonic()}", "task"
-        )
-        group_ids = [f"t{int(cursor)}" for cursor in reply[2:]]
-        for group_id in group_ids:
-            following = self.ledger.store(group_id, "task", task_payload(group_id))
-            if until == "rollout":
-                following = self.ledger.store(group_id, "rollout", rollout_payload(), version=0)
-            for stage in following or ():
-                send_stage(self.app, group_id, stage)
-        return group_ids
-
-    def tick_until(self, condition: Callable[[], Any], *, timeout: float, what: str) -> Any:
-        """What the dataset worker's tick does, until something is so."""
-
-        def ticked() -> Any:
-            for group_id, stage, _ in self.ledger.reap():
-                send_stage(self.app, group_id, stage)
-            return condition()
-
-        return wait_for(ticked, timeout=timeout, what=what)
-
-    def field(self, group_id: str, name: str) -> str:
-        return (self.ledger.client.hget(self.ledger.keys.group(group_id), name) or b"").decode()
-
-    def has(self, group_ids: list[str], name: str) -> bool:
-        return all(self.ledger.client.hexists(self.ledger.keys.group(group_id), name) for group_id in group_ids)
-
-    def messages(self, queue: str) -> str:
-        """Name of the broker's list of a queue."""
-        return self.ledger.keys.celery_prefix + queue
-
-    @contextlib.contextmanager
-    def odd(self, queue: str, *, patch: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A worker of a queue that behaves otherwise."""
-        argv = [sys.executable, "-c", ODD_WORKER.format(patch=patch, queue=queue)]
-        with running(argv, cwd=self.folder, log=self.folder / f"odd-{queue}.log", **self.env) as process:
-            yield process
-
-    @contextlib.contextmanager
-    def sound(self, queue: str) -> Iterator[subprocess.Popen[bytes]]:
-        with worker(queue, cwd=self.folder, **self.env) as process:
-            yield process
-
-
-@pytest.fixture
-def make_fleet(client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path) -> Callable[..., Fleet]:
-    def make(**sections: Any) -> Fleet:
-        tiny = tiny_folder(3)
-        config = make_config(
-            model={"path": str(tiny / "model")},
-            dataset={"path": str(tiny / "train.jsonl"), **sections.pop("dataset", {})},
-            policy_store={"path": str(tmp_path / "policies"), **sections.pop("policy_store", {})},
-            **{"lease": {"running_s": LEASE_S, "queued_s": 2.0}, "rollout": {"concurrency": 4}, **sections},
-        )
-        create_run(client, keys.run, config, assets=read_assets(str(tiny / "model")).to_wire(), folder=str(tmp_path))
-        weights = {
-            name: tensor.detach() for name, tensor in named_weights(load_pretrained(str(tiny / "model"))).items()
-        }
-        PolicyStore(client, keys, config.policy_store).publish(0, weights, step=0, parent=-1)
-        env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}
-        return Fleet(config, Ledger(client, keys, config), make_app(keys.run, url=redis_url), env, tmp_path)
-
-    return make
 
 
 def test_a_poison_prompt_dies_alone_and_takes_no_innocent_with_it(make_fleet: Callable[..., Fleet]) -> None:

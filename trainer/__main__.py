@@ -1,7 +1,7 @@
 """`python -m sluice.trainer`: the trainer daemon of the run that SLUICE_RUN names.
 
-SIGTERM and Ctrl-C finish the step, write a checkpoint and exit 0; a second signal exits at once. A restarted trainer resumes
-from the newest checkpoint.
+SIGTERM, Ctrl-C and a closed terminal finish the step, write a checkpoint and exit 0; a second signal exits at once. A restarted
+trainer resumes from the newest checkpoint.
 
 `sluice train --ranks N`: the same over N ranks of one machine, of which only rank 0 reads Redis;
 `torchrun ... -m sluice.trainer`: of several machines.
@@ -17,7 +17,7 @@ from types import FrameType
 
 from sluice.common.connections.client import connect, give_up_after, persistence_warning, run_name
 from sluice.common.errors import ConfigError, ConnectionFailed, DiskFull, Diverged
-from sluice.common.parent import die_with
+from sluice.common.parent import die_with, stop_signals
 from sluice.common.run import RunRecord, open_run
 
 STOP_WITHOUT_REDIS_S = 30.0
@@ -56,8 +56,8 @@ def main() -> int:
         trainer.stopping = True
         give_up_after(client, STOP_WITHOUT_REDIS_S)
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for asked in stop_signals():
+        signal.signal(asked, stop)
     if warning := persistence_warning(client):
         logging.getLogger("sluice.trainer").warning("%s", warning)
     RunRecord(client, run.keys).set_status("running")

@@ -13,7 +13,6 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import zstandard
 
@@ -57,7 +56,9 @@ class Audit:
         temporary = path.with_suffix(".tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(zstandard.compress(encode(_to_wire(record)), _LEVEL))
+            wire = {f.name: getattr(record, f.name) for f in fields(record)}
+            wire["groups"] = [group.to_wire() for group in record.groups]
+            temporary.write_bytes(zstandard.compress(encode(wire), _LEVEL))
             temporary.rename(path)
         except OSError as error:
             log.error("step %d is not in the audit: %s", record.step, error)
@@ -90,7 +91,8 @@ def read_record(folder: Path, step: int) -> StepRecord:
     """Read the record of a step. Raises ConfigError when it is missing or damaged."""
     path = _path(folder, step)
     try:
-        return _from_wire(decode(zstandard.ZstdDecompressor().decompress(path.read_bytes())))
+        wire = decode(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
+        return StepRecord(**{**wire, "groups": [Group.from_wire(group) for group in wire["groups"]]})
     except FileNotFoundError:
         steps = ", ".join(map(str, recorded_steps(folder))) or "none"
         raise ConfigError(
@@ -102,12 +104,3 @@ def read_record(folder: Path, step: int) -> StepRecord:
 
 def _path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.zst"
-
-
-def _to_wire(record: StepRecord) -> dict[str, Any]:
-    wire = {f.name: getattr(record, f.name) for f in fields(record)}
-    return wire | {"groups": [group.to_wire() for group in record.groups]}
-
-
-def _from_wire(wire: dict[str, Any]) -> StepRecord:
-    return StepRecord(**{**wire, "groups": [Group.from_wire(group) for group in wire["groups"]]})

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from sluice.common.ledger import evaluations as evaluation
 from sluice.common.ledger.evaluations import Best, read_best
 from sluice.common.policies.lineage import read_lineage
 from sluice.common.run import Run
-from sluice.trainer.checkpoint import remove_old_checkpoints, saved_versions
+from sluice.trainer.checkpoint import remove_old_checkpoints, replace_text, saved_versions
 
 log = logging.getLogger("sluice.checkpoint")
 
@@ -70,7 +69,8 @@ def update_best(folder: Path, client: redis.Redis, run: Run) -> frozenset[int]:
         return frozenset(awaited)
     best = max(candidates, key=lambda candidate: (candidate.value, -candidate.step))
     if best != before:
-        _write(folder, best)
+        with needing_room(folder, what="the name of the best checkpoint"):
+            replace_text(folder / "best", json.dumps(asdict(best)))
         log.info("best checkpoint: step %d, %s %.4f", best.step, metric, best.value)
     return frozenset({*awaited, best.step})
 
@@ -93,13 +93,3 @@ def _published_as(client: redis.Redis, keys: Keys, saved: dict[int, int]) -> dic
         own = lineage.get(version)
         found[step] = policies[own.step, own.digest] if own and own.digest else [version]
     return found
-
-
-def _write(folder: Path, best: Best) -> None:
-    temporary = folder / ".best.tmp"
-    with needing_room(folder, what="the name of the best checkpoint"):
-        with temporary.open("w") as file:
-            json.dump(asdict(best), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(folder / "best")

@@ -17,6 +17,7 @@ then the previous one is used.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
@@ -37,6 +38,10 @@ from torch import Tensor
 from sluice.common.disk import needing_room
 from sluice.common.errors import ConfigError
 from sluice.trainer.adapter import check_base
+
+if TYPE_CHECKING:
+    from sluice.trainer.distributed.parallel import ParallelPolicy
+    from sluice.trainer.trained_policy import TrainedPolicy
 
 log = logging.getLogger("sluice.checkpoint")
 
@@ -144,7 +149,7 @@ def save_checkpoint(
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
-    with needing_room(folder, what=f"the checkpoint of step {state.step}"), _removed_on_failure(temporary):
+    with needing_room(folder, what=f"the checkpoint of step {state.step}"), removed_on_failure(temporary):
         temporary.mkdir()
         state_file = temporary / "state.json"
         fields = {**asdict(state), "files": write(temporary)}
@@ -153,10 +158,7 @@ def save_checkpoint(
         _fsync(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        pointer = folder / ".latest.tmp"
-        pointer.write_text(final.name)
-        _fsync(pointer)
-        pointer.rename(folder / "latest")
+        replace_text(folder / "latest", final.name)
         _fsync(folder)
     remove_old_checkpoints(folder, keep=keep, protected=protected)
     return final
@@ -164,23 +166,23 @@ def save_checkpoint(
 
 def remove_old_checkpoints(folder: Path, *, keep: int, protected: Collection[int] = ()) -> None:
     """Remove all but the newest `keep` and those of `protected` steps."""
-    for old in _complete(folder)[:-keep]:
-        if _step_of(old) not in protected:
+    for step, old in list(_complete(folder).items())[:-keep]:
+        if step not in protected:
             shutil.rmtree(old)
 
 
 def saved_versions(folder: Path) -> dict[int, int]:
     """Return step -> policy version, of the checkpoints whose state is readable."""
     found = {}
-    for path in _complete(folder):
+    for step, path in _complete(folder).items():
         with suppress(OSError, ValueError, KeyError):
-            state = _without_digest((path / "state.json").read_text())
-            found[int(state["step"])] = int(state["version"])
+            found[step] = int(_read_state(path)["version"])
     return found
 
 
 @contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove a folder that is not written to its end."""
     try:
         yield
     except BaseException:
@@ -190,7 +192,7 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint that loads; skip damaged ones with a warning."""
-    for path in reversed(_complete(folder)):
+    for path in reversed(_complete(folder).values()):
         try:
             return read_checkpoint(path)
         except _DAMAGE as error:
@@ -204,7 +206,7 @@ _DAMAGE = (OSError, ValueError, TypeError, safetensors.SafetensorError)
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint. Raises OSError, ValueError, TypeError or SafetensorError when it is damaged."""
-    fields = _without_digest((path / "state.json").read_text())
+    fields = _read_state(path)
     for name, digest in fields.pop("files").items():
         if _digest(path / name) != digest:
             raise ValueError(f"{name} does not have the digest that state.json names")
@@ -228,19 +230,10 @@ def checkpoint_at(folder: Path, step: int | None) -> Checkpoint:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Return the steps that have a complete checkpoint, ascending."""
-    return [_step_of(path) for path in _complete(folder)]
+    return list(_complete(folder))
 
 
-class Restorable(Protocol):
-    """A policy that a checkpoint was made of: `TrainedPolicy`, or that of all ranks."""
-
-    @property
-    def base_digest(self) -> str: ...
-
-    def restore(self, folder: Path) -> None: ...
-
-
-def go_on_from(found: Checkpoint, policy: Restorable) -> None:
+def go_on_from(found: Checkpoint, policy: TrainedPolicy | ParallelPolicy) -> None:
     """Restore weights, optimizer and random state. Raises ConfigError, DigestMismatch: it is of another policy."""
     check_base(found.state.base_digest, policy.base_digest)
     policy.restore(found.path)
@@ -255,17 +248,23 @@ def restore_random_state(state: str) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file durably, completely or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _fsync(temporary)
+    temporary.rename(path)
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+def _complete(folder: Path) -> dict[int, Path]:
+    """Return the folders of the complete checkpoints by step, ascending."""
+    complete = sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    return {int(path.name.removeprefix("step-")): path for path in complete}
 
 
-def _without_digest(text: str) -> dict[str, Any]:
-    """Return what state.json holds, its digest checked. Raises ValueError."""
-    fields = json.loads(text)
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint's state.json holds, its digest checked. Raises OSError, ValueError."""
+    fields = json.loads((path / "state.json").read_text())
     if not isinstance(fields, dict) or fields.pop("digest", None) != _text_digest(fields):
         raise ValueError("state.json does not have the digest that it names")
     return fields
@@ -276,12 +275,8 @@ def _text_digest(fields: dict[str, Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    """Return the xxh3-128 of a file, read in pieces."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -19,21 +19,9 @@ from sluice.common.types import Group
 
 log = logging.getLogger("sluice.trainer")
 
-_TYPES = {
-    "step": "int64",
-    "group_id": "string",
-    "sample": "int64",
-    "version_min": "int64",
-    "version_max": "int64",
-    "prompt": "string",
-    "target": "string",
-    "completion": "string",
-    "reward": "float64",
-    "advantage": "float64",
-    "finish_reason": "string",
-    "num_tokens": "int64",
-    "generated_at": "float64",
-}
+_INTEGERS = {"step", "sample", "version_min", "version_max", "num_tokens"}
+_TEXTS = {"group_id", "prompt", "target", "completion", "finish_reason"}
+"""Columns by type, also where all their values are none; all others are float64."""
 
 
 class CompletionsTable:
@@ -48,7 +36,7 @@ class CompletionsTable:
         from pyarrow import parquet
 
         rows = [row for group, values in zip(groups, advantages, strict=True) for row in _rows(step, group, values)]
-        types = _TYPES | {name: "float64" for name in rows[0] if name.startswith("reward/")}
+        types = {name: "int64" if name in _INTEGERS else "string" if name in _TEXTS else "float64" for name in rows[0]}
         types |= {name: "string" for row in rows for name in row if name.startswith("extra/")}
         schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in types.items()])
         path = self._folder / f"step-{step:06d}.parquet"

@@ -59,7 +59,7 @@ class ControlReader:
 
 def _last_logged(path: Path) -> str:
     """Return the entry id of the newest change that is in the file."""
-    entry = "-"
+    entry = "0"
     if path.exists():
         with path.open("rb") as file:
             for line in file:

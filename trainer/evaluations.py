@@ -7,7 +7,6 @@ under a restarted trainer: what no trainer has reported yet is in Redis.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import redis
@@ -17,6 +16,7 @@ from sluice.common.ledger import evaluations as evaluation
 from sluice.common.run import Run
 from sluice.trainer.best import settle_best
 from sluice.trainer.control_state import ControlReader
+from sluice.trainer.heartbeat import DiskRetry
 
 log = logging.getLogger("sluice.trainer")
 
@@ -25,14 +25,8 @@ class Evaluations:
     """The evaluations of one run that this trainer waits for."""
 
     def __init__(
-        self,
-        client: redis.Redis,
-        run: Run,
-        control_state: ControlReader,
-        *,
-        retry_while_disk_full: Callable[[Callable[[], None]], None],
+        self, client: redis.Redis, run: Run, control_state: ControlReader, *, retry_while_disk_full: DiskRetry
     ) -> None:
-        """`retry_while_disk_full` repeats a write while the disk is full."""
         self._client, self._run, self._control_state = client, run, control_state
         self._retry_while_disk_full = retry_while_disk_full
         self.unreported = evaluation.unreported(client, run)

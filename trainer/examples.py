@@ -45,10 +45,8 @@ class Example:
         return len(self.prompt_ids) + len(self.token_ids)
 
 
-class ExampleSource(PromptReader):
+class ExampleSource(PromptReader[ExamplesConfig]):
     """Examples by cursor. Opening it and reading example 0 finds every mistake in the config."""
-
-    _config: ExamplesConfig
 
     def __init__(
         self,

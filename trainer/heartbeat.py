@@ -22,6 +22,8 @@ from sluice.common.run import Run, process_name
 
 log = logging.getLogger("sluice.trainer")
 
+DiskRetry = Callable[[Callable[[], object]], None]
+"""Makes a write, again and again while the disk is full: a trainer's `retry_while_disk_full`."""
 STREAMED_EVERY_S = 60.0
 """How often a lasting stall is an entry of the metrics stream, besides its beginning: readers look at the newest few."""
 DISK_RETRY_S = 3.0
@@ -66,31 +68,24 @@ class TrainerHeartbeat:
         """Note that the trainer has a batch."""
         self._since.pop("batch", None)
 
-    def raise_alarm(self, text: str) -> None:
-        """Show in the heartbeat what keeps this process from its work."""
-        if not self.alarm:
-            log.error("%s", text)
-        self._since.setdefault("alarm", time.monotonic())
-        self.alarm = text
-
-    def clear_alarm(self) -> None:
-        if since := self._since.pop("alarm", None):
-            log.info("over after %.0f s: %s", time.monotonic() - since, self.alarm)
-        self.alarm = ""
-
-    def retry_while_disk_full(self, is_stopping: Callable[[], bool], write: Callable[[], None]) -> None:
-        """Write a file, with an alarm while there is no room. Raises DiskFull when told to stop meanwhile."""
+    def retry_while_disk_full(self, is_stopping: Callable[[], bool], write: Callable[[], object]) -> None:
+        """Write a file; the heartbeat shows an alarm while there is no room. Raises DiskFull when told to stop meanwhile."""
         while True:
             try:
                 write()
             except DiskFull as error:
-                self.raise_alarm(f"training pauses: {error}")
+                if not self.alarm:
+                    log.error("training pauses: %s", error)
+                self._since.setdefault("alarm", time.monotonic())
+                self.alarm = f"training pauses: {error}"
                 if is_stopping():
                     raise
                 time.sleep(DISK_RETRY_S)
             else:
-                self.clear_alarm()
-                return
+                break
+        if since := self._since.pop("alarm", None):
+            log.info("over after %.0f s: %s", time.monotonic() - since, self.alarm)
+        self.alarm = ""
 
     @property
     def waiting_s(self) -> float:

@@ -178,16 +178,14 @@ class Trainer:
                 self.heartbeat.moves()
                 in_order = sorted(sample.groups, key=lambda group: int(group.group_id[1:]))
                 return in_order, sample.available - len(in_order)
-            if self.control_state.state.draining and self._nothing_is_left(sample.available):
+            # Drained: all untrained groups are ready, and fewer than a batch.
+            is_drain = self.control_state.state.draining
+            if is_drain and sample.available == self.buffer.num_untrained() < self.config.groups_per_step:
                 self.is_drained = True
                 return None
             self.buffer.wait(1.0)
             self.control_state.read()
         return None
-
-    def _nothing_is_left(self, available: int) -> bool:
-        """Return whether no full batch can come any more: all untrained groups are ready, and fewer than a batch."""
-        return available == self.buffer.num_untrained() < self.config.groups_per_step
 
     def _publish(self, *, parent: int, groups: Sequence[Group] = ()) -> str:
         """Begin to publish the present weights under the next version; return the digest of the previous version.

@@ -196,17 +196,12 @@ def _gspo(config: LossConfig, tokens: LossInputs) -> TokenLoss:
     return _grpo(config, replace(tokens, log_ratio=mean.expand_as(tokens.log_ratio)))
 
 
-def _cispo(config: LossConfig, tokens: LossInputs) -> TokenLoss:
-    """-sg(min(rho, cap)) A lp: every token keeps a gradient. arXiv:2506.13585."""
-    return _capped_reinforce(tokens, cap=config.cispo_cap)
-
-
 def _reinforce(config: LossConfig, tokens: LossInputs) -> TokenLoss:
-    """-sg(min(rho, importance_max)) A lp: REINFORCE under a truncated importance weight."""
-    return _capped_reinforce(tokens, cap=config.importance_max)
+    """-sg(min(rho, cap)) A lp: REINFORCE under a truncated importance weight; every token keeps a gradient.
 
-
-def _capped_reinforce(tokens: LossInputs, *, cap: float) -> TokenLoss:
+    cap: cispo_cap with `cispo`, arXiv:2506.13585; importance_max with `reinforce`.
+    """
+    cap = config.cispo_cap if config.loss == "cispo" else config.importance_max
     ratio = tokens.log_ratio.detach().exp()
     loss = -ratio.clamp(max=cap) * tokens.advantages * tokens.logprobs
     return loss, _clip_ratio(low=torch.zeros_like(tokens.mask), high=ratio > cap)
@@ -228,10 +223,10 @@ def _dppo(config: LossConfig, tokens: LossInputs) -> TokenLoss:
     """
     logprobs = tokens.logprobs.detach()
     moved = logprobs.exp() - (logprobs - tokens.log_ratio.detach()).exp()  # p - mu
-    importance_max = (tokens.advantages > 0) & (moved > config.clip_high)
-    importance_min = (tokens.advantages <= 0) & (moved < -config.clip_low)
-    surrogate = torch.where(importance_max | importance_min, 0.0, tokens.log_ratio.exp() * tokens.advantages)
-    return DPPO_PULL * tokens.log_ratio.square() - surrogate, _clip_ratio(low=importance_min, high=importance_max)
+    high = (tokens.advantages > 0) & (moved > config.clip_high)
+    low = (tokens.advantages <= 0) & (moved < -config.clip_low)
+    surrogate = torch.where(high | low, 0.0, tokens.log_ratio.exp() * tokens.advantages)
+    return DPPO_PULL * tokens.log_ratio.square() - surrogate, _clip_ratio(low=low, high=high)
 
 
 def _clip_ratio(*, low: Tensor, high: Tensor) -> dict[str, Tensor]:
@@ -241,7 +236,7 @@ def _clip_ratio(*, low: Tensor, high: Tensor) -> dict[str, Tensor]:
 _LOSSES: dict[str, LossFunction] = {
     "grpo": _grpo,
     "gspo": _gspo,
-    "cispo": _cispo,
+    "cispo": _reinforce,
     "sapo": _sapo,
     "reinforce": _reinforce,
     "dppo": _dppo,

@@ -65,28 +65,29 @@ class MicroBatch:
 
     def to_wire(self) -> dict[str, Any]:
         """Encode for another rank; token ids and lengths fit 32 bits."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
         wire = {
-            name: (value.int() if value.dtype == torch.long else value).numpy()
-            for name, value in values.items()
-            if isinstance(value, Tensor)
+            name: (tensor.int() if tensor.dtype == torch.long else tensor).numpy()
+            for name, tensor in self._tensors().items()
         }
         return {**wire, "sampling": self.sampling and asdict(self.sampling)}
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> MicroBatch:
         """Invert `to_wire`."""
-        sampling, arrays = wire["sampling"], {name: value for name, value in wire.items() if name != "sampling"}
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        tensors |= {name: tensor.long() for name, tensor in tensors.items() if tensor.dtype == torch.int32}
-        fields_of: dict[str, Any] = {"ref_logprobs": None, **tensors}
-        return cls(**fields_of, sampling=sampling and SamplingParams.from_wire(sampling))
+        values: dict[str, Any] = {"ref_logprobs": None, **wire}
+        for name, value in wire.items():
+            if isinstance(value, np.ndarray):
+                values[name] = torch.from_numpy(value).long() if value.dtype == np.int32 else torch.from_numpy(value)
+        return cls(**{**values, "sampling": wire["sampling"] and SamplingParams.from_wire(wire["sampling"])})
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Copy to another device."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        moved: dict[str, Any] = {name: value.to(device) for name, value in values if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors().items()}
         return replace(self, **moved)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +96,6 @@ class _Row:
     episode: Episode
     advantage: Tensor
     "scalar"
-    sampling: SamplingParams | None
 
     @property
     def length(self) -> int:
@@ -116,23 +116,16 @@ def build_micro_batches(
     packed: whether the model runs without pads, which then do not count; otherwise B * S counts. advantages: per group [G],
     in the order of its episodes. `sluice.trainer.reward_shaping.loss_tokens` says which tokens are in the loss.
     """
-    rows = [
-        _Row(
-            prompt_ids=group.prompt_ids,
-            episode=episode,
-            advantage=advantage,
-            sampling=group.sampling and group.sampling.distribution,
-        )
-        for group, group_advantages in zip(groups, advantages, strict=True)
-        for episode, advantage in zip(group.episodes, group_advantages, strict=True)
-    ]
     alike: dict[SamplingParams | None, list[_Row]] = {}
-    for row in rows:
-        alike.setdefault(row.sampling, []).append(row)
+    for group, group_advantages in zip(groups, advantages, strict=True):
+        alike.setdefault(group.sampling and group.sampling.distribution, []).extend(
+            _Row(prompt_ids=group.prompt_ids, episode=episode, advantage=advantage)
+            for episode, advantage in zip(group.episodes, group_advantages, strict=True)
+        )
     return [
-        _collate([same[i] for i in batch], mask_truncated=mask_truncated)
-        for same in alike.values()
-        for batch in plan_batches([row.length for row in same], max_tokens=max_tokens, packed=packed)
+        _collate([rows[i] for i in batch], sampling=sampling, mask_truncated=mask_truncated)
+        for sampling, rows in alike.items()
+        for batch in plan_batches([row.length for row in rows], max_tokens=max_tokens, packed=packed)
     ]
 
 
@@ -143,18 +136,12 @@ def padding_share(micro_batches: Iterable[MicroBatch], *, packed: bool) -> float
 
 
 def step_normaliser(micro_batches: Iterable[MicroBatch], *, aggregation: str) -> int:
-    """Count `num_tokens` of `policy_loss` for a step of these micro-batches; over ranks the counts add up."""
-    return num_loss_tokens(micro_batches) if aggregation == "token_mean" else num_sequences(micro_batches)
+    """Count `num_tokens` of `policy_loss` for a step of these micro-batches; over ranks the counts add up.
 
-
-def num_loss_tokens(micro_batches: Iterable[MicroBatch]) -> int:
-    """Count tokens in the loss, before any off-policy masking."""
-    return sum(int(batch.loss_mask.sum()) for batch in micro_batches)
-
-
-def num_sequences(micro_batches: Iterable[MicroBatch]) -> int:
-    """Count sequences with at least one token in the loss, before any off-policy masking."""
-    return sum(int(batch.loss_mask.any(-1).sum()) for batch in micro_batches)
+    Tokens in the loss, or else sequences with at least one, before any off-policy masking.
+    """
+    masks = (batch.loss_mask if aggregation == "token_mean" else batch.loss_mask.any(-1) for batch in micro_batches)
+    return sum(int(mask.sum()) for mask in masks)
 
 
 def find_logprobs(
@@ -172,7 +159,7 @@ def find_logprobs(
     return found
 
 
-def _collate(rows: list[_Row], *, mask_truncated: bool) -> MicroBatch:
+def _collate(rows: list[_Row], *, sampling: SamplingParams | None, mask_truncated: bool) -> MicroBatch:
     completions = [row.episode.completion for row in rows]
     input_ids, prompt_lengths, completion_lengths = pad_sequences(
         [row.prompt_ids for row in rows], [completion.token_ids for completion in completions]
@@ -189,7 +176,7 @@ def _collate(rows: list[_Row], *, mask_truncated: bool) -> MicroBatch:
         ref_logprobs=_pad(references, width=width) if references else None,
         advantages=torch.stack([row.advantage for row in rows]).float(),
         loss_mask=_pad(in_loss, width=width).bool(),
-        sampling=rows[0].sampling,
+        sampling=sampling,
     )
 
 

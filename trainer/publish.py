@@ -22,6 +22,7 @@ from sluice.common.ledger import evaluations as evaluation
 from sluice.common.policies.canary import CanarySequence
 from sluice.common.policies.store import PolicyStore
 from sluice.common.run import Run
+from sluice.trainer.heartbeat import DiskRetry
 
 
 class Publisher:
@@ -35,19 +36,13 @@ class Publisher:
         client: redis.Redis,
         *,
         incarnation: int,
-        retry_while_disk_full: Callable[[Callable[[], None]], None],
+        retry_while_disk_full: DiskRetry,
     ) -> None:
-        """`retry_while_disk_full` repeats a write while the disk is full."""
-        self.store = store
-        self._retry_while_disk_full = retry_while_disk_full
-        self._app = app
-        self._run = run
-        self._client = client
-        self._incarnation = incarnation
+        self.store, self._app, self._run, self._client = store, app, run, client
+        self._incarnation, self._retry_while_disk_full = incarnation, retry_while_disk_full
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publisher")
         self._running: Future[None] | None = None
-        self.last_publish_s = 0.0
-        self._payload: dict[str, float] = {}
+        self._metrics = {"time/publish": 0.0}
         self.published = -1
         "newest version that this process has published"
         self.digest = ""
@@ -81,10 +76,8 @@ class Publisher:
             )
             self.digest = manifest.digest
             full_bytes = sum(tensor.nbytes for tensor in tensors.values())
-            self._payload = {
-                "policy/payload_bytes": float(manifest.payload_bytes),
-                "policy/payload_share": manifest.payload_bytes / full_bytes,
-            }
+            self._metrics["policy/payload_bytes"] = float(manifest.payload_bytes)
+            self._metrics["policy/payload_share"] = manifest.payload_bytes / full_bytes
 
         self._running = self._thread.submit(self._publish, version, write, evaluate)
 
@@ -105,7 +98,7 @@ class Publisher:
 
     def metrics(self) -> dict[str, float]:
         """Return seconds of the newest publication, and what a reader with the previous version downloads: bytes, and share."""
-        return {"time/publish": self.last_publish_s, **self._payload}
+        return dict(self._metrics)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
@@ -122,4 +115,4 @@ class Publisher:
         send(self._app, "dataset.fill", "dataset")
         if evaluate:
             send(self._app, "dataset.evaluate", "dataset")
-        self.last_publish_s = time.monotonic() - started
+        self._metrics["time/publish"] = time.monotonic() - started

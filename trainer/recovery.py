@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from sluice.trainer.checkpoint import (
     save_checkpoint,
 )
 from sluice.trainer.distributed.parallel import ParallelPolicy
+from sluice.trainer.heartbeat import DiskRetry
 from sluice.trainer.publish import Publisher
 
 log = logging.getLogger("sluice.trainer")
@@ -72,9 +73,8 @@ class Recovery:
         *,
         buffer: ReplayBuffer,
         publisher: Publisher,
-        retry_while_disk_full: Callable[[Callable[[], None]], None],
+        retry_while_disk_full: DiskRetry,
     ) -> None:
-        """`retry_while_disk_full` repeats a write while the disk is full."""
         self._client, self._run, self._position = client, run, position
         self._buffer, self._publisher = buffer, publisher
         self._retry_while_disk_full = retry_while_disk_full
@@ -104,16 +104,11 @@ class Recovery:
             base_digest=policy.base_digest,
         )
 
-        def save() -> None:
-            save_checkpoint(
-                self._checkpoints,
-                state,
-                write=policy.save,
-                keep=self._run.config.checkpoint.keep,
-                protected=update_best(self._checkpoints, self._client, self._run),
-            )
-
-        self._retry_while_disk_full(save)
+        keep = self._run.config.checkpoint.keep
+        protected = lambda: update_best(self._checkpoints, self._client, self._run)  # noqa: E731
+        self._retry_while_disk_full(
+            lambda: save_checkpoint(self._checkpoints, state, write=policy.save, keep=keep, protected=protected())
+        )
         position.saved_step = position.step
         self._audit.keep_only_replayable(checkpoint_steps(self._checkpoints))
         self._trained_groups = []
@@ -186,9 +181,7 @@ class Recovery:
     def matching_abandoned_version(self, weights: dict[str, Tensor], *, otherwise: int) -> int:
         """Return the version of the abandoned branch at this step that is bit for bit the same policy, else `otherwise`."""
         versions = self._abandoned.get(self._position.step)
-        if not versions:
-            return otherwise
-        return versions.get(weights_digest(weights), otherwise)
+        return versions.get(weights_digest(weights), otherwise) if versions else otherwise
 
     def _record_recent(self, group_ids: list[str]) -> None:
         now = time.monotonic()

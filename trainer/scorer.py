@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sluice.common.config import SamplingConfig
 from sluice.common.models.logprobs import completion_logprobs
 from sluice.common.models.truncation import Truncation
 from sluice.common.types import SamplingParams
@@ -20,19 +21,12 @@ class Scorer(torch.nn.Module):
     """A model's logprobs and their entropy as one module: what wrappers for many GPUs wrap, because all runs inside it."""
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        temperature: float,
-        truncation: Truncation,
-        autocast: str,
-        end_token_ids: Sequence[int] = (),
+        self, model: Any, *, autocast: str, sampling: SamplingConfig | None, end_token_ids: Sequence[int]
     ) -> None:
+        """Wrap a model. sampling: the parameters that the run was created with; none = full softmax at temperature 1."""
         super().__init__()
         self.model = model
-        self._sampled_with = {"temperature": temperature, "truncation": truncation}
-        self._end_token_ids = end_token_ids
-        self._autocast = autocast
+        self._autocast, self._sampling, self._end_token_ids = autocast, sampling, end_token_ids
 
     def forward(
         self,
@@ -47,12 +41,12 @@ class Scorer(torch.nn.Module):
 
         sampling: parameters of these rows; none = those that the run was created with.
         """
-        sampled_with: dict[str, Any] = self._sampled_with
-        if sampling is not None:
-            truncation = Truncation.of(sampling, end_token_ids=self._end_token_ids)
-            sampled_with = {"temperature": sampling.temperature, "truncation": truncation}
+        options: dict[str, Any] = {"with_entropy": for_loss}
+        sampled_with = sampling or self._sampling
+        if for_loss and sampled_with is not None:
+            options["temperature"] = sampled_with.temperature
+            options["truncation"] = Truncation.of(sampled_with, end_token_ids=self._end_token_ids)
         with autocast(input_ids.device, self._autocast):
-            options = {**sampled_with, "with_entropy": True} if for_loss else {}
             return completion_logprobs(self.model, input_ids, prompt_lengths, completion_lengths, **options)
 
 

@@ -16,6 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,14 @@ from sluice.common.errors import ConfigError
 from sluice.common.models.assets import read_assets
 from sluice.common.models.causal_lm import load_pretrained
 from sluice.common.models.logprobs import score_sequences
-from sluice.trainer.checkpoint import TrainerState, go_on_from, newest_checkpoint, random_state, save_checkpoint
+from sluice.trainer.checkpoint import (
+    TrainerState,
+    go_on_from,
+    newest_checkpoint,
+    random_state,
+    removed_on_failure,
+    save_checkpoint,
+)
 from sluice.trainer.examples import Example, ExampleSource, micro_batches_of
 from sluice.trainer.export import export_checkpoint
 from sluice.trainer.scorer import autocast
@@ -69,7 +77,11 @@ class SftTrainer:
             objective=completion_nll,
         )
         self.step, self._cursor, self._saved_step, self._wall_s = 0, 0, 0, 0.0
-        self._resume()
+        if found := newest_checkpoint(folder / "checkpoints"):
+            go_on_from(found, self.policy)
+            self.step = self._saved_step = found.state.step
+            self._cursor, self._wall_s = found.state.cursor, found.state.wall_s
+            log.info("resumed at step %d from %s", self.step, found.path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(self.config.to_yaml())
 
@@ -78,27 +90,22 @@ class SftTrainer:
 
         on_step: called with the metrics of each step, and before the first with those of the held-out set.
         """
-        try:
-            self._train(on_step, stop)
-        finally:
-            self._source.close()
+        with closing(self._source):
+            if self.step == 0 and self._held_out:
+                self._report({"step": 0.0, "held_out/loss": self.held_out_loss()}, on_step)
+            started = time.monotonic() - self._wall_s
+            while self.step < self.config.trainer.num_steps and not stop():
+                metrics = self._one_step()
+                self._wall_s = time.monotonic() - started
+                self._report(metrics, on_step)
+                if self.step % self.config.checkpoint.every_steps == 0:
+                    self._checkpoint()
+            if self.step != self._saved_step:
+                self._checkpoint()
         if self.step < self.config.trainer.num_steps:
             return False
         self._export()
         return True
-
-    def _train(self, on_step: Callable[[dict[str, float]], None], stop: Callable[[], bool]) -> None:
-        if self.step == 0 and self._held_out:
-            self._report({"step": 0.0, "held_out/loss": self.held_out_loss()}, on_step)
-        started = time.monotonic() - self._wall_s
-        while self.step < self.config.trainer.num_steps and not stop():
-            metrics = self._one_step()
-            self._wall_s = time.monotonic() - started
-            self._report(metrics, on_step)
-            if self.step % self.config.checkpoint.every_steps == 0:
-                self._checkpoint()
-        if self.step != self._saved_step:
-            self._checkpoint()
 
     def _one_step(self) -> dict[str, float]:
         began = time.monotonic()
@@ -111,7 +118,7 @@ class SftTrainer:
         metrics["num_tokens"] = float(sum(len(example.token_ids) for example in examples))
         metrics["time/step"] = time.monotonic() - began
         metrics["throughput/trained_tokens_per_s"] = metrics["num_tokens"] / metrics["time/step"]
-        metrics["num_skipped"] = float(self.num_skipped)
+        metrics["num_skipped"] = float(self._cursor - self.step * self.config.batch_size)  # too long, or malformed
         if self._source.num_rows:
             metrics["epoch"] = self._cursor / self._source.num_rows
         held_out = self.config.held_out
@@ -119,11 +126,6 @@ class SftTrainer:
         if held_out and (is_due or self.step == self.config.trainer.num_steps):
             metrics["held_out/loss"] = self.held_out_loss()
         return metrics
-
-    @property
-    def num_skipped(self) -> int:
-        """Rows skipped so far: too long, or malformed."""
-        return self._cursor - self.step * self.config.batch_size
 
     def _next_examples(self) -> list[Example]:
         examples: list[Example] = []
@@ -209,15 +211,6 @@ class SftTrainer:
         save_checkpoint(self.folder / "checkpoints", state, write=self.policy.save, keep=self.config.checkpoint.keep)
         self._saved_step = self.step
 
-    def _resume(self) -> None:
-        found = newest_checkpoint(self.folder / "checkpoints")
-        if found is None:
-            return
-        go_on_from(found, self.policy)
-        self.step = self._saved_step = found.state.step
-        self._cursor, self._wall_s = found.state.cursor, found.state.wall_s
-        log.info("resumed at step %d from %s", self.step, found.path)
-
     def _export(self) -> None:
         """Write `<folder>/model` completely or not at all; an existing one stays until the new one is complete."""
         target, draft, old = self.folder / "model", self.folder / ".model", self.folder / ".old-model"
@@ -225,11 +218,8 @@ class SftTrainer:
         if old.exists() and not target.exists():  # killed between the two renames
             old.rename(target)
         shutil.rmtree(draft, ignore_errors=True)
-        try:
+        with removed_on_failure(draft):
             export_checkpoint(self.folder, draft)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)

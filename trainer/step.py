@@ -20,14 +20,10 @@ def train_on(
 
     `step` counts from 1. The order of the groups is part of the input: sums of floats depend on it in the last bits.
     """
-    trainer = config.trainer
-    policy.configure(trainer)
+    policy.configure(config.trainer)
     rewards = [rewards_of(group, config) for group in groups]
-    advantages = batch_advantages(rewards, method=trainer.advantage)
+    advantages = batch_advantages(rewards, method=config.trainer.advantage)
     began = time.monotonic()
-    step_metrics = policy.optimize(
-        groups, advantages, step=step, max_tokens=trainer.microbatch_tokens, mask_truncated=trainer.mask_truncated
-    )
-    metrics = mask_metrics(groups, config) | step_metrics
+    metrics = mask_metrics(groups, config) | policy.optimize(groups, advantages, step=step)
     metrics["time/forward_backward"] = time.monotonic() - began
     return metrics, advantages

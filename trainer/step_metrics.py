@@ -34,7 +34,7 @@ from sluice.common.policies.canary import mismatch_bound
 from sluice.common.policies.lineage import policy_ages
 from sluice.common.run import Run, RunRecord
 from sluice.common.types import Group, has_reward_variance
-from sluice.trainer.trackers import TrackedRun, Trackers, check_packages, tracked_id
+from sluice.trainer.trackers import TrackedRun, TrackerQueue, check_packages, open_trackers, tracked_id
 
 log = logging.getLogger("sluice.trainer")
 
@@ -54,7 +54,7 @@ class Reporter:
         self._last_step, self.last_version = _last_logged(self._path)
         "newest policy version that earlier processes have reported; -1 when there was none"
         check_packages(run.config.metrics)
-        self._trackers: Trackers | None = None
+        self._trackers: list[TrackerQueue] = []
 
     def begin(self, step: int, config: Config) -> None:
         """Start the trackers: the run continues from this step, under this config."""
@@ -68,17 +68,21 @@ class Reporter:
             resumed_step=step,
             told_step=self._last_step,
         )
-        self._trackers = Trackers(config.metrics, tracked)
+        self._trackers = open_trackers(config.metrics, tracked)
 
     def report(self, step: int, version: int, metrics: dict[str, float]) -> None:
         """Report one step. Evaluations in it are marked last: after a kill before that, the next trainer reports them."""
-        metrics = metrics | (self._trackers.metrics() if self._trackers else {})
-        head = {"step": step, "version": version, "time": time.time()}
-        line = {**head, **metrics, **head}  # a reward function may log any name
-        write_metrics(self._client, self._run.keys, line, max_length=self._run.config.metrics.stream_length)
-        append_line(self._path, {name: value for name, value in line.items() if math.isfinite(value)})
-        if self._trackers is not None:
-            self._trackers.log(step, metrics)
+        if dropped := sum(tracker.dropped for tracker in self._trackers):
+            metrics = metrics | {"trackers/dropped": float(dropped)}
+        line: dict[str, float] = {"step": step, "version": version, "time": time.time()}
+        metrics = {
+            name: value for name, value in metrics.items() if name not in line
+        }  # a reward function may log any name
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        write_metrics(self._client, self._run.keys, line | metrics, max_length=self._run.config.metrics.stream_length)
+        append_line(self._path, line | finite)
+        for tracker in self._trackers:
+            tracker.log(step, finite)
         for dataset in self._run.config.evaluation.datasets:
             if (evaluated := metrics.get(f"eval/{dataset.name}/version")) is not None:
                 mark_reported(self._client, self._run.keys, dataset=dataset.name, version=int(evaluated))
@@ -89,8 +93,8 @@ class Reporter:
         append_line(self._path, {"step": step, "time": time.time(), **stall})
 
     def close(self) -> None:
-        if self._trackers is not None:
-            self._trackers.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def log_step(step: int, config: Config, metrics: Mapping[str, float]) -> None:
@@ -189,8 +193,10 @@ class FlowMeter:
         usage = read_usage(self._client, self._run.keys)
         before, self._generated_tokens = self._generated_tokens, usage.generated_tokens
         counters = read_counters(self._client, self._run.keys)
+        queues = read_queues(self._client, self._run, QUEUES)
         return {
-            **self._queue_metrics(),
+            **{f"queue/{name}/depth": float(queue.depth) for name, queue in queues.items()},
+            **{f"queue/{name}/oldest_age_s": queue.oldest_age_s for name, queue in queues.items()},
             **_worker_metrics(read_heartbeats(self._client, self._run.keys).values()),
             **self._filter_metrics(counters),
             "buffer/bytes": float(usage.payload_bytes),
@@ -202,12 +208,6 @@ class FlowMeter:
             "ledger/retried": float(counters.retried),
             "ledger/dead": float(sum(counters.dead.values())),
         }
-
-    def _queue_metrics(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for name, queue in read_queues(self._client, self._run, QUEUES).items():
-            metrics |= {f"queue/{name}/depth": float(queue.depth), f"queue/{name}/oldest_age_s": queue.oldest_age_s}
-        return metrics
 
     def _filter_metrics(self, counters: Counters) -> dict[str, float]:
         if not self._run.config.trainer.filter_zero_variance:

@@ -1,6 +1,6 @@
 """Trackers that a run reports to besides Redis and metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
 
-    Trainer -> Sink.log (never waits) -> bounded queue -> the sink's own thread -> the library
+    Reporter -> TrackerQueue.log (never waits) -> bounded queue -> its own thread -> the library
 
 A tracker never stops or slows the run: an error of its library or a full queue costs lines of this tracker, logged once and
 counted. It is opened on its thread too, and every wait at the end is bounded.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import queue
 import threading
@@ -88,7 +87,14 @@ class WandB:
     def __init__(self, run: TrackedRun) -> None:
         self._wandb = _wandb()
         options: dict[str, Any] = {"project": run.project, "name": run.name, "id": run.run_id, "dir": str(run.folder)}
-        options |= {"config": dict(run.config), "settings": self._settings()}
+        settings = self._wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=OPEN_S,
+            finish_timeout=FINISH_S,
+            x_transaction_log_flush_interval=1.0,  # by default a kill would lose the last 15 seconds
+        )
+        options |= {"config": dict(run.config), "settings": settings}
         if self._wandb.setup().settings.mode == "online":
             try:
                 self._run = self._wandb.init(**options, resume="allow")
@@ -100,15 +106,6 @@ class WandB:
             self._run = self._wandb.init(**options)
         log.info("W&B: %s", f"offline, in {run.folder}/wandb" if self._run.offline else self._run.url)
         self._run.define_metric("*", step_metric="step")  # its own steps cannot be written to twice
-
-    def _settings(self) -> Any:
-        return self._wandb.Settings(
-            console="off",
-            silent=True,
-            init_timeout=OPEN_S,
-            finish_timeout=FINISH_S,
-            x_transaction_log_flush_interval=1.0,  # by default a kill would lose the last 15 seconds
-        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})
@@ -214,25 +211,9 @@ class TrackerQueue:
         log.error("%s fails: %s. The run continues without it (logged once; metric trackers/dropped)", self.name, why)
 
 
-class Trackers:
-    """All trackers that a config names."""
-
-    def __init__(self, config: MetricsConfig, run: TrackedRun) -> None:
-        self._queues = [TrackerQueue(name=name, open=TRACKERS[name], run=run) for name in chosen(config)]
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for sink in self._queues:
-            sink.log(step, finite)
-
-    def metrics(self) -> dict[str, float]:
-        """Return `trackers/dropped`; nothing while every tracker keeps up."""
-        dropped = sum(sink.dropped for sink in self._queues)
-        return {"trackers/dropped": float(dropped)} if dropped else {}
-
-    def close(self) -> None:
-        for sink in self._queues:
-            sink.close()
+def open_trackers(config: MetricsConfig, run: TrackedRun) -> list[TrackerQueue]:
+    """Open all trackers that a config names."""
+    return [TrackerQueue(name=name, open=TRACKERS[name], run=run) for name in chosen(config)]
 
 
 def chosen(config: MetricsConfig) -> list[str]:

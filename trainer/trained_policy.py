@@ -23,13 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sluice.common.config import Config
+from sluice.common.config import Config, SamplingConfig
 from sluice.common.config.trainer import TrainerConfig
 from sluice.common.errors import DigestMismatch, DiskFull, Diverged
 from sluice.common.models.causal_lm import named_weights
-from sluice.common.models.logprobs import UNTRUNCATED, pad_sequences
+from sluice.common.models.logprobs import pad_sequences
 from sluice.common.models.packing import enable_packing
-from sluice.common.models.truncation import Truncation
 from sluice.common.policies.canary import CanarySequence
 from sluice.trainer.adapter import Adapter
 from sluice.trainer.checkpoint import SavedTensors, write_tensors
@@ -57,8 +56,8 @@ MAX_SKIPPED = 10
 class TrainedPolicy:
     """Model, optimizer and schedule, advanced by `optimize`.
 
-    temperature, truncation: of the sampling distribution, where a micro-batch does not name it; the trainer's logprobs are those
-    of that distribution. end_token_ids: what ends a completion.
+    sampling: the sampling distribution where a micro-batch does not name it; the trainer's logprobs are those of that
+    distribution. end_token_ids: what ends a completion.
     ranks: those that train it together, of which this process is one; by default the only one.
     """
 
@@ -68,8 +67,7 @@ class TrainedPolicy:
         config: TrainerConfig,
         *,
         objective: Objective,
-        temperature: float = 1.0,
-        truncation: Truncation = UNTRUNCATED,
+        sampling: SamplingConfig | None = None,
         end_token_ids: Sequence[int] = (),
         ranks: Ranks | None = None,
     ) -> None:
@@ -87,13 +85,7 @@ class TrainedPolicy:
         if config.gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
             (enable or self.model.gradient_checkpointing_enable)()
-        self._scorer = Scorer(
-            self.model,
-            temperature=temperature,
-            truncation=truncation,
-            autocast=config.autocast,
-            end_token_ids=end_token_ids,
-        )
+        self._scorer = Scorer(self.model, autocast=config.autocast, sampling=sampling, end_token_ids=end_token_ids)
         self._trained = distributed(
             self._scorer,
             self._ranks,
@@ -118,8 +110,7 @@ class TrainedPolicy:
             model,
             config.trainer,
             objective=objective_of(config.trainer),
-            temperature=config.sampling.temperature,
-            truncation=Truncation.of(config.sampling, end_token_ids=end_token_ids),
+            sampling=config.sampling,
             end_token_ids=end_token_ids,
             ranks=ranks,
         )
@@ -165,7 +156,8 @@ class TrainedPolicy:
 
             # The norm is that of all ranks, so either all step or all skip.
             began = time.monotonic()
-            grad_norm = self._clipped()
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            grad_norm = float(gathered(norm, norm.dtype))
             if math.isfinite(grad_norm):
                 self.optimizer.step()
                 self._num_skipped = 0
@@ -181,11 +173,6 @@ class TrainedPolicy:
             "padding_share": self._padding_share(batches),
             "time/optimizer": optimizer_s,
         }
-
-    def _clipped(self) -> float:
-        """Scale the gradients to at most max_grad_norm; return their norm before, over all ranks."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        return float(gathered(norm, norm.dtype))
 
     def _skip(self, step: int) -> None:
         """Skip a non-finite gradient: an occasional one is a bad batch, many in a row mean that training has diverged."""
@@ -280,11 +267,8 @@ class TrainedPolicy:
         problem = ""
         try:
             for kind, tensors in (("model", self._trained_weights()), ("optimizer", self._optimizer_tensors())):
-                own = {
-                    name: part
-                    for name, tensor in tensors.items()
-                    if (part := own_part(tensor, self._ranks)) is not None
-                }
+                parts = {name: own_part(tensor, self._ranks) for name, tensor in tensors.items()}
+                own = {name: part for name, part in parts.items() if part is not None}
                 digests |= write_tensors(folder, kind, own, rank=self._ranks.rank)
         except DiskFull as error:
             problem = str(error)
@@ -316,8 +300,7 @@ class TrainedPolicy:
             parameter_name, _, key = name.rpartition("/")
             parameter = parameters[parameter_name]
             if key == "step":
-                counted = saved.full(name).clone()  # not the file's memory
-                state = counted if self.device.type == "cpu" else counted.to(self.device)
+                state = saved.full(name).clone().to(self.device)  # not the file's memory
             else:
                 state = torch.zeros_like(parameter)
                 self._fill(state, saved, name)

@@ -54,6 +54,12 @@ class QueueWorker(Worker):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         super().__init__(app, hostname, **options)
 
+    def install_platform_tweaks(self, worker: Any) -> None:
+        """Install Celery's signal handlers; a closed terminal ends a worker as SIGTERM does, instead of restarting it."""
+        hangup = signal.getsignal(signal.SIGHUP)
+        super().install_platform_tweaks(worker)
+        signal.signal(signal.SIGHUP, hangup if hangup is signal.SIG_IGN else signal.getsignal(signal.SIGTERM))
+
 
 def _served_queues(queues: Any) -> list[str]:
     """Return the one queue, or the two of one stage together (rollout and eval)."""

@@ -122,12 +122,12 @@ class Context:
     ) -> None:
         """Run one stage of one group, beside others unless this is its last attempt."""
         claim = partial(self.ledger.claim, group_id, stage, fields=fields, lease_s=lease_s)
-        with self._lock.shared() as acquired:
+        with self._lock.held(exclusive=False) as acquired:
             is_last = self._is_last_attempt(group_id, stage)
             if acquired and not is_last:
                 self._work_on(claim(), work)
         if is_last:
-            with self._lock.exclusive() as acquired:
+            with self._lock.held(exclusive=True) as acquired:
                 if acquired:
                     self._work_on(claim(), work)
 
@@ -149,7 +149,8 @@ class Context:
             except Exception as error:  # the task boundary: every error of a stage is counted, never lost
                 log.warning("%s of group %s failed on attempt %d: %r", stage, group_id, claim.attempt, error)
                 detail = f"{error!r}\n{traceback.format_exc(limit=-8)}"
-                if self.ledger.fail(claim, reason=_reason(error), detail=detail):
+                reason = "undecodable" if isinstance(error, SerializationError) else type(error).__name__
+                if self.ledger.fail(claim, reason=reason, detail=detail):
                     send_stage(self.app, group_id, stage)
                 return
             # may wait for Redis; the lease is renewed meanwhile
@@ -226,10 +227,6 @@ class Context:
         give_up_after(self.client, 2.0)
         if self._heartbeat is not None:
             self._heartbeat.close()
-
-
-def _reason(error: BaseException) -> str:
-    return "undecodable" if isinstance(error, SerializationError) else type(error).__name__
 
 
 class CooperativePool(TaskPool):

@@ -10,9 +10,11 @@ dataset workers may run: every transition is one atomic script, and one of them 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
+from collections import defaultdict
 
 import redis
 import xxhash
@@ -120,43 +122,27 @@ class DatasetRole:
 
     def _prepare(self, cursors: list[int]) -> None:
         """Read the prompts, store all tasks in one round trip, send their rollout messages."""
-        started = time.monotonic()
-        tasks, too_long, unreadable = {}, [], []
+        started, ledger = time.monotonic(), self.context.ledger
+        tasks: dict[str, bytes] = {}
+        dropped = defaultdict(list)
         for cursor in cursors:
-            group_id = f"t{cursor}"
-            try:
-                prompt = self._source.prompt_at(cursor)
-            except ConfigError as error:
-                log.error("prompt %d cannot be used: %s", cursor, error)
-                unreadable.append(group_id)
-                continue
-            if isinstance(prompt, TooLong):
-                too_long.append(group_id)
-                continue
-            sampling = self._sampling(group_id, n=self._config.sampling.group_size)
-            tasks[group_id] = self._task(group_id, prompt, sampling)
-        self.context.ledger.drop(too_long, reason="prompt_too_long")
-        self.context.ledger.drop(unreadable, reason="bad_row")
+            group_id, prompt = f"t{cursor}", _prompt_or_reason(self._source, cursor)
+            if isinstance(prompt, str):
+                dropped[prompt].append(group_id)
+            else:
+                sampling = self._sampling(group_id, n=self._config.sampling.group_size)
+                tasks[group_id] = _task(group_id, prompt, sampling)
+        for reason, group_ids in dropped.items():
+            ledger.drop(group_ids, reason=reason)
         with self.context.client.pipeline(transaction=False) as pipe:
             for group_id, payload in tasks.items():
-                self.context.ledger.store(group_id, FIRST.name, payload, client=pipe)
+                ledger.store(group_id, FIRST.name, payload, client=pipe)
             replies = pipe.execute()
         for group_id, reply in zip(tasks, replies, strict=True):
             for stage in stored_stages(reply) or ():
                 send_stage(self.context.app, group_id, stage)
         self.context.num_done += len(tasks)
         self._busy_s += time.monotonic() - started
-
-    def _task(self, group_id: str, prompt: Prompt, sampling: SamplingParams) -> bytes:
-        task = Task(
-            group_id=group_id,
-            prompt_ids=prompt.prompt_ids,
-            prompt=prompt.prompt,
-            target=prompt.target,
-            columns=prompt.columns,
-            sampling=sampling,
-        )
-        return encode(task.to_wire())
 
     def _sampling(self, group_id: str, *, n: int) -> SamplingParams:
         s, seed = self._config.sampling, xxhash.xxh3_64_intdigest(f"{self._config.seed}:{group_id}".encode()) >> 1
@@ -182,30 +168,24 @@ class DatasetRole:
             send_stage(self.context.app, group_id, stage)
 
     def _evaluation_tasks(self, evaluation: str, dataset: EvalDataset) -> dict[str, bytes]:
-        ordered = dataset.dataset.model_copy(update={"shuffle": False})
-        source = PromptSource(ordered, self._tokenizer, seed=0, section=f"evaluation.datasets[{dataset.name}].dataset")
+        ordered, section = dataset.dataset.model_copy(update={"shuffle": False}), f"evaluation.datasets[{dataset.name}]"
+        source = PromptSource(ordered, self._tokenizer, seed=0, section=f"{section}.dataset")
         count = min(source.num_rows or dataset.num_prompts or 0, dataset.num_prompts or 10**9)
-        drawn = self._config.sampling
-        greedy = SamplingParams(
-            n=1, max_tokens=drawn.max_res_tokens, temperature=0.0, min_tokens=drawn.min_tokens, stop=drawn.stop
-        )
+        s = self._config.sampling
+        greedy = SamplingParams(n=1, max_tokens=s.max_res_tokens, temperature=0.0, min_tokens=s.min_tokens, stop=s.stop)
         tasks = {}
         for i in range(count):
             if source.epoch_of(i) > 0:
                 break  # a stream that is shorter than num_prompts
-            try:
-                prompt = source.prompt_at(i)
-            except ConfigError as error:  # as in training: a bad row costs that row
-                log.error("prompt %d of evaluation set %s cannot be used: %s", i, dataset.name, error)
-                continue
-            if isinstance(prompt, TooLong):
+            prompt = _prompt_or_reason(source, i)
+            if isinstance(prompt, str):
                 continue
             modes = {"g": greedy}
             if dataset.num_samples:
                 modes["s"] = self._sampling(f"{evaluation}.{i}", n=dataset.num_samples)
             for mode, sampling in modes.items():
                 group_id = f"e{evaluation}.{i}{mode}"
-                tasks[group_id] = self._task(group_id, prompt, sampling)
+                tasks[group_id] = _task(group_id, prompt, sampling)
         source.close()
         return tasks
 
@@ -231,3 +211,19 @@ class DatasetRole:
         self.fill()
         self.evaluate()
         autoscale.update(self.context.client, self.context.run)
+
+
+def _prompt_or_reason(source: PromptSource, cursor: int) -> Prompt | str:
+    """Return the prompt, or the reason for which its group is dropped: a bad row costs that row and not the run."""
+    try:
+        prompt = source.prompt_at(cursor)
+    except ConfigError as error:
+        log.error("prompt %d cannot be used: %s", cursor, error)
+        return "bad_row"
+    return "prompt_too_long" if isinstance(prompt, TooLong) else prompt
+
+
+def _task(group_id: str, prompt: Prompt, sampling: SamplingParams) -> bytes:
+    """Return the result of the first stage; what a prompt holds, a task holds under the same names."""
+    fields = {field.name: getattr(prompt, field.name) for field in dataclasses.fields(prompt)}
+    return encode(Task(group_id=group_id, sampling=sampling, **fields).to_wire())

@@ -15,7 +15,7 @@ WAIT_S = 600.0
 
 
 class ExecutionLock:
-    """`with lock.shared() as acquired`, `with lock.exclusive() as acquired`; false: not acquired within WAIT_S."""
+    """`with lock.held(exclusive=...) as acquired`; false: not acquired within WAIT_S."""
 
     def __init__(self, wait_s: float = WAIT_S) -> None:
         self._changed = threading.Condition()
@@ -25,27 +25,16 @@ class ExecutionLock:
         self._wait_s = wait_s
 
     @contextmanager
-    def shared(self) -> Iterator[bool]:
+    def held(self, *, exclusive: bool) -> Iterator[bool]:
         with self._changed:
-            acquired = self._changed.wait_for(lambda: self._want_exclusive == 0, self._wait_s)
+            self._want_exclusive += exclusive
+            may_enter = (lambda: self._inside == 0) if exclusive else (lambda: self._want_exclusive == 0)
+            acquired = self._changed.wait_for(may_enter, self._wait_s)
             self._inside += acquired
         try:
             yield acquired
         finally:
             with self._changed:
                 self._inside -= acquired
-                self._changed.notify_all()
-
-    @contextmanager
-    def exclusive(self) -> Iterator[bool]:
-        with self._changed:
-            self._want_exclusive += 1
-            acquired = self._changed.wait_for(lambda: self._inside == 0, self._wait_s)
-            self._inside += acquired
-        try:
-            yield acquired
-        finally:
-            with self._changed:
-                self._inside -= acquired
-                self._want_exclusive -= 1
+                self._want_exclusive -= exclusive
                 self._changed.notify_all()

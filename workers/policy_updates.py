@@ -32,12 +32,13 @@ from sluice.common.connections.client import BLOCK_S
 from sluice.common.errors import EngineError, PolicyError
 from sluice.common.keys import Keys
 from sluice.common.models.lora import merge_adapter
-from sluice.common.monitoring.metric_stream import last_event, wait_for_event
+from sluice.common.monitoring.metric_stream import last_entry, wait_for_event
 from sluice.common.policies.canary import CanarySequence, adapter_share, mean_difference
-from sluice.common.policies.manifest import Manifest, Policy
+from sluice.common.policies.manifest import Manifest
 from sluice.common.policies.reader import PolicyReader
 from sluice.common.types import Completion
-from sluice.workers.engine import Engine, GenerationRequest
+from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine.serving import Engine
 
 log = logging.getLogger("sluice.rollout")
 
@@ -59,7 +60,8 @@ class ServedPolicy:
         "mean difference between a completion as sampled, from cached keys and values, and as scored afresh, in nats"
         self.adapter_share: tuple[float, float] | None = None
         "share of a LoRA adapter's effect that the newest canary shows, and its standard error"
-        self._base: Policy | None = None
+        self._base: Mapping[str, torch.Tensor] | None = None
+        "version 0, the base of all adapters: fetched with the first of them, and held from then on"
         self._compared = -1
         self._client, self._keys, self._config, self._engine = client, keys, config, engine
         self._store = PolicyReader(client, keys, config)
@@ -120,7 +122,7 @@ class ServedPolicy:
         self._stop.set()
 
     def _follow(self) -> None:
-        seen = last_event(self._client, self._keys)
+        seen = last_entry(self._client, self._keys, "events")
         while not self._stop.is_set():
             try:
                 self._stage_newest()
@@ -145,19 +147,13 @@ class ServedPolicy:
     def _stage(self, version: int) -> None:
         manifest, tensors = self._store.fetch(version)
         if manifest.adapter_scale is not None:
-            tensors = merge_adapter(self._base_tensors(), tensors, scale=manifest.adapter_scale)
+            if self._base is None:
+                # a reader of its own: `stats` reports the last fetch of the other
+                _, self._base = PolicyReader(self._client, self._keys, self._config).fetch(0)
+            tensors = merge_adapter(self._base, tensors, scale=manifest.adapter_scale)
         self._engine.stage(version, manifest.digest, tensors)
         self._staged = version, manifest.digest
         self._unchecked, self.mismatch, self.adapter_share = manifest, None, None
-
-    def _base_tensors(self) -> Mapping[str, torch.Tensor]:
-        """Return version 0, the base of all adapters: fetched with the first of them, and held from then on."""
-        if self._base is None:
-            # a reader of its own: `stats` reports the last fetch of the other
-            store = PolicyReader(self._client, self._keys, self._config)
-            manifest, tensors = store.fetch(0)
-            self._base = Policy(manifest=manifest, tensors=tensors)
-        return self._base.tensors
 
     def _check(self) -> None:
         """Score the canary of the staged policy once it is served, or report that the engine refuses it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 from sluice.common.config import DatasetConfig
 from sluice.common.data.prompt_reader import PromptReader, plain
 from sluice.common.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +40,8 @@ class TooLong:
     num_tokens: int
 
 
-class PromptSource(PromptReader):
+class PromptSource(PromptReader[DatasetConfig]):
     """Prompts by cursor. Not thread-safe. Opening it and reading prompt 0 finds every mistake in the config."""
-
-    _config: DatasetConfig
-
-    def __init__(
-        self, config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
-    ) -> None:
-        """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty."""
-        super().__init__(config, tokenizer, seed=seed, section=section)
 
     def prompt_at(self, cursor: int) -> Prompt | TooLong:
         """Return the prompt that the cursor names. Raises ConfigError, naming row and column, where the row is not valid."""
@@ -67,6 +56,10 @@ class PromptSource(PromptReader):
             target=None if self._config.target_column is None else self._target(row, where),
             columns={name: plain(value) for name, value in row.items() if name != self._config.prompt_column},
         )
+
+    def first_prompt(self) -> Prompt | None:
+        """Return the first prompt that is not too long; None where the first 64 are. Raises ConfigError."""
+        return next((each for each in map(self.prompt_at, range(64)) if isinstance(each, Prompt)), None)
 
     def _target(self, row: dict[str, Any], where: str) -> str:
         """Return the target's text; of a number or a list, its JSON."""

@@ -27,11 +27,11 @@ from sluice.common.policies.reader import PolicyReader
 from sluice.common.serialization import decode, encode
 from sluice.common.types import SamplingParams
 from sluice.workers.context import Context, Result
+from sluice.workers.engine import ScoredSequence
 
 log = logging.getLogger("sluice.reference")
 
-Sequence = tuple[NDArray[np.int32], NDArray[np.int32]]
-_Waiting = tuple[SamplingParams, list[Sequence], Future[list[NDArray[np.float32]]]]
+_Waiting = tuple[SamplingParams, list[ScoredSequence], Future[list[NDArray[np.float32]]]]
 
 
 def prepare(app: Celery, role: str) -> Context:
@@ -81,9 +81,7 @@ class ReferenceRole:
                 if reason := enable_packing(model):
                     log.warning("batches are padded: %s", reason)
                 self._model = ReferenceModel(
-                    model,
-                    end_token_ids=assets.eos_token_ids,
-                    max_batch_tokens=config.reference.max_batch_tokens,
+                    model, end_token_ids=assets.eos_token_ids, max_batch_tokens=config.reference.max_batch_tokens
                 )
             return self._model
 
@@ -100,7 +98,7 @@ class ReferenceModel:
         self._queue_lock = threading.Lock()
         self._model_lock = threading.Lock()
 
-    def forward(self, sequences: list[Sequence], *, sampling: SamplingParams) -> list[NDArray[np.float32]]:
+    def forward(self, sequences: list[ScoredSequence], *, sampling: SamplingParams) -> list[NDArray[np.float32]]:
         """Return ref_logprobs, float32 [T] each, of (prompt_ids [P], token_ids [T]) sampled with `sampling`."""
         future: Future[list[NDArray[np.float32]]] = Future()
         with self._queue_lock:
@@ -114,27 +112,25 @@ class ReferenceModel:
         with self._queue_lock:
             waiting, self._waiting = self._waiting, []
         for sampling in dict.fromkeys(sampling for sampling, _, _ in waiting):
-            self._compute_alike([one for one in waiting if one[0] == sampling], sampling)
+            self._compute([one for one in waiting if one[0] == sampling], sampling)
 
-    def _compute_alike(self, waiting: list[_Waiting], sampling: SamplingParams) -> None:
+    @torch.no_grad()
+    def _compute(self, waiting: list[_Waiting], sampling: SamplingParams) -> None:
+        """Resolve the calls that wait with this sampling, in one batch."""
         started = time.monotonic()
         try:
-            results = iter(self._compute([s for _, sequences, _ in waiting for s in sequences], sampling))
+            scored = score_sequences(
+                self._model,
+                [sequence for _, sequences, _ in waiting for sequence in sequences],
+                temperature=sampling.temperature,
+                truncation=Truncation.of(sampling, end_token_ids=self._end_token_ids),
+                max_batch_tokens=self._max_batch_tokens,
+            )
         except Exception as error:
             for _, _, future in waiting:
                 future.set_exception(error)
             return
         self.busy_s += time.monotonic() - started
+        results = iter(scored)
         for _, sequences, future in waiting:
             future.set_result([next(results) for _ in sequences])
-
-    @torch.no_grad()
-    def _compute(self, sequences: list[Sequence], sampling: SamplingParams) -> list[NDArray[np.float32]]:
-        """Compute logprobs, in the order of `sequences`."""
-        return score_sequences(
-            self._model,
-            sequences,
-            temperature=sampling.temperature,
-            truncation=Truncation.of(sampling, end_token_ids=self._end_token_ids),
-            max_batch_tokens=self._max_batch_tokens,
-        )

@@ -16,16 +16,22 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import torch
 from celery import Celery, signals
 
 from sluice.common.config import Config
 from sluice.common.ledger.ledger import Claim
 from sluice.common.models.assets import ModelAssets
+from sluice.common.models.causal_lm import build_model, device_name, resolve_device
 from sluice.common.pipeline import stage_on
 from sluice.common.serialization import decode, encode
 from sluice.common.types import Completion, Task, oldest_version
 from sluice.workers.context import Context, CooperativePool, Result
-from sluice.workers.engine import Engine, GenerationRequest, check_engine
+from sluice.workers.engine import GenerationRequest, check_engine
+from sluice.workers.engine.serving import Engine
+from sluice.workers.engine.torch.engine import TorchEngine
+from sluice.workers.engine.vllm.core import check_config
+from sluice.workers.engine.vllm.engine import VllmEngine
 from sluice.workers.policy_updates import ServedPolicy
 
 log = logging.getLogger("sluice.rollout")
@@ -50,16 +56,12 @@ def prepare(app: Celery, queues: str) -> Context:
 
 def make_engine(config: Config, assets: ModelAssets) -> Engine:
     """Build the engine that the config names, without weights. Raises ConfigError."""
-    check_engine(config.rollout.engine)
-    if config.rollout.engine == "vllm":
-        return _make_vllm(config, assets)
-    import torch
-
-    from sluice.common.models.causal_lm import build_model
-    from sluice.workers.engine.torch.engine import TorchEngine
-
-    torch.set_num_threads(1)  # two OpenMP threads under load are slower than one; scale by processes
     rollout, tokenizer = config.rollout, assets.tokenizer()
+    check_engine(rollout.engine)
+    if rollout.engine == "vllm":
+        check_config(config)
+        return VllmEngine(config, assets)
+    torch.set_num_threads(1)  # two OpenMP threads under load are slower than one; scale by processes
     return TorchEngine(
         build_model(assets, dtype=rollout.dtype, device=rollout.device),
         eos_token_ids=assets.eos_token_ids,
@@ -71,35 +73,21 @@ def make_engine(config: Config, assets: ModelAssets) -> Engine:
     )
 
 
-def _make_vllm(config: Config, assets: ModelAssets) -> Engine:
-    from sluice.workers.engine.vllm.core import check_config
-    from sluice.workers.engine.vllm.engine import VllmEngine
-
-    check_config(config)
-    return VllmEngine(config, assets)
-
-
-def _device_name(config: Config) -> str:
-    from sluice.common.models.causal_lm import device_name, resolve_device
-
-    if config.rollout.engine == "vllm":  # its own processes use the GPUs: this one must not open them
-        return str(resolve_device("auto"))
-    return device_name(config.rollout.device)
-
-
 class RolloutRole:
     """One engine, fed by task threads and kept on the newest policy."""
 
     def __init__(self, context: Context, *, evaluates: bool = False) -> None:
         self.context = context
         self._evaluates = evaluates
-        assets = ModelAssets.from_wire(context.run.assets)
+        config, assets = context.run.config, ModelAssets.from_wire(context.run.assets)
         self._eos = frozenset(assets.eos_token_ids)
         self._tokenizer = assets.tokenizer()
-        self.engine = make_engine(context.run.config, assets)
-        self._device = _device_name(context.run.config)
+        self.engine = make_engine(config, assets)
+        # vLLM's own processes use the GPUs: this one must not open them to ask for a name.
+        is_vllm = config.rollout.engine == "vllm"
+        self._device = str(resolve_device("auto")) if is_vllm else device_name(config.rollout.device)
         self._heartbeat_at, self._heartbeat_tokens = time.monotonic(), 0
-        self._policy = ServedPolicy(context.client, context.run.keys, context.run.config.policy_store, self.engine)
+        self._policy = ServedPolicy(context.client, context.run.keys, config.policy_store, self.engine)
         context.progress_age_s = lambda: time.monotonic() - self.engine.progress_at
         context.stats = self._stats
         context.busy_s = lambda: self.engine.stats().busy_s

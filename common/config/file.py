@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from sluice.common.config import Config
 from sluice.common.config.presets import apply_preset
 from sluice.common.config.sft import SftConfig
-from sluice.common.errors import ConfigError
+from sluice.common.errors import ConfigError, did_you_mean
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
@@ -118,8 +117,7 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
         known = _fields_at(error["loc"][:-1], kind)
         known += ["preset"] if kind is Config and error["loc"][:-1] == ("trainer",) else []
         key = str(error["loc"][-1])
-        near = difflib.get_close_matches(_RENAMED.get(key, key), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        hint = did_you_mean(_RENAMED.get(key, key), known) or f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {where!r}; {hint}"
     if error["type"] == "missing":
         return f"missing key {where!r}"

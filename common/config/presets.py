@@ -7,11 +7,10 @@ Sources and what each name leaves to the separate keys: docs/algorithms.md.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from sluice.common.config import SamplingConfig
-from sluice.common.errors import ConfigError
+from sluice.common.errors import ConfigError, did_you_mean
 
 PRESETS = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "reinforce", "rloo", "dppo")
 
@@ -21,12 +20,11 @@ def preset_values(name: str, *, max_res_tokens: int) -> dict[str, Any]:
     per_token = {"aggregation": "token_mean", "kl_beta": 0.0, "off_policy": "bypass"}
     per_sequence = {**per_token, "aggregation": "sequence_mean"}
     clipped = {"loss": "grpo", "clip_low": 0.2, "clip_high": 0.2}
+    capped = {"loss": "reinforce", "importance_max": 2.0}
+    over_length = {**per_token, "aggregation": "fixed_horizon", "horizon": max_res_tokens}
     values: dict[str, dict[str, Any]] = {
         "grpo": {"advantage": "group", "loss": {**per_sequence, **clipped, "kl_beta": 0.04, "kl_estimator": "k3"}},
-        "dr_grpo": {
-            "advantage": "none",
-            "loss": {**per_token, **clipped, "aggregation": "fixed_horizon", "horizon": max_res_tokens},
-        },
+        "dr_grpo": {"advantage": "none", "loss": {**over_length, **clipped}},
         "dapo": {
             "advantage": "group",
             "loss": {**per_token, **clipped, "clip_high": 0.28},
@@ -39,18 +37,9 @@ def preset_values(name: str, *, max_res_tokens: int) -> dict[str, Any]:
             "advantage": "group",
             "loss": {**per_sequence, "loss": "sapo", "sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05},
         },
-        "reinforce": {"advantage": "none", "loss": {**per_token, "loss": "reinforce", "importance_max": 2.0}},
-        "rloo": {
-            "advantage": "rloo",
-            "loss": {
-                **per_token,
-                "loss": "reinforce",
-                "importance_max": 2.0,
-                "aggregation": "fixed_horizon",
-                "horizon": 1,
-            },
-        },
-        "dppo": {"advantage": "none", "loss": {**per_token, "loss": "dppo", "clip_low": 0.2, "clip_high": 0.2}},
+        "reinforce": {"advantage": "none", "loss": {**per_token, **capped}},
+        "rloo": {"advantage": "rloo", "loss": {**over_length, **capped, "horizon": 1}},
+        "dppo": {"advantage": "none", "loss": {**per_token, **clipped, "loss": "dppo"}},
     }
     return values[name]
 
@@ -61,14 +50,10 @@ def apply_preset(data: dict[str, Any]) -> None:
     What is not a mapping where one should be is left as it is, for validation to refuse.
     """
     trainer = data.get("trainer")
-    if not isinstance(trainer, dict) or trainer.get("preset") is None:
-        if isinstance(trainer, dict):
-            trainer.pop("preset", None)
+    if not isinstance(trainer, dict) or (name := trainer.pop("preset", None)) is None:
         return
-    name = trainer.pop("preset")
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = f"{near} " if (near := did_you_mean(name, PRESETS)) else ""
         raise ConfigError(f"trainer.preset = {name!r} is not known; {hint}presets: {', '.join(PRESETS)}")
     sampling = data.get("sampling")
     longest = sampling.get("max_res_tokens") if isinstance(sampling, dict) else None

@@ -273,28 +273,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        longest = self.dataset.max_req_tokens + self.sampling.max_res_tokens
-        if longest > self.trainer.seq_len:
-            raise ValueError(
-                f"dataset.max_req_tokens + sampling.max_res_tokens = {longest} exceeds trainer.seq_len = {self.trainer.seq_len}: "
-                "raise seq_len or lower one of the two"
-            )
-        if self.rollout.max_model_len is not None and longest > self.rollout.max_model_len:
-            raise ValueError(
-                f"dataset.max_req_tokens + sampling.max_res_tokens = {longest} exceeds rollout.max_model_len = "
-                f"{self.rollout.max_model_len}: every such group would be refused"
-            )
-        if self.sampling.min_tokens > self.sampling.max_res_tokens:
-            raise ValueError(
-                f"sampling.min_tokens = {self.sampling.min_tokens} exceeds sampling.max_res_tokens = "
-                f"{self.sampling.max_res_tokens}"
-            )
-        overlong = self.trainer.overlong_penalty
-        if overlong is not None and overlong.buffer_tokens > self.sampling.max_res_tokens:
-            raise ValueError(
-                f"trainer.overlong_penalty.buffer_tokens = {overlong.buffer_tokens} exceeds sampling.max_res_tokens = "
-                f"{self.sampling.max_res_tokens}: every completion would be penalised"
-            )
+        max_res_tokens, overlong = self.sampling.max_res_tokens, self.trainer.overlong_penalty
+        longest = "dataset.max_req_tokens + sampling.max_res_tokens", self.dataset.max_req_tokens + max_res_tokens
+        shortest = "sampling.min_tokens", self.sampling.min_tokens
+        buffer = "trainer.overlong_penalty.buffer_tokens", overlong.buffer_tokens if overlong else 0
+        for (name, value), bound, limit, hint in (
+            (longest, "trainer.seq_len", self.trainer.seq_len, ": raise seq_len or lower one of the two"),
+            (longest, "rollout.max_model_len", self.rollout.max_model_len, ": every such group would be refused"),
+            (shortest, "sampling.max_res_tokens", max_res_tokens, ""),
+            (buffer, "sampling.max_res_tokens", max_res_tokens, ": every completion would be penalised"),
+        ):
+            if limit is not None and value > limit:
+                raise ValueError(f"{name} = {value} exceeds {bound} = {limit}{hint}")
         if self.sampling.group_size == 1:
             raise ValueError(
                 "sampling.group_size=1 gives every completion an advantage of 0, so nothing would be learned: "

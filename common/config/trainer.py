@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+from functools import partial
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from sluice.common.errors import did_you_mean
 from sluice.common.loading import is_function_path
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -25,18 +26,21 @@ LossName = Literal["grpo", "gspo", "cispo", "sapo", "reinforce", "dppo"]
 AdvantageName = Literal["group", "none", "batch", "rloo", "reinforce_pp", "maxrl"]
 
 
-def _known_or_path(name: object, known: tuple[str, ...]) -> object:
+def _known_or_path(known: tuple[str, ...], name: object) -> object:
     if isinstance(name, str) and name not in known and not is_function_path(name):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = f"{near} " if (near := did_you_mean(name, known)) else ""
         raise ValueError(f"{name!r} is not known; {hint}Use one of {', '.join(known)}, or a path (file.py:function)")
     return name
+
+
+Loss = Annotated[LossName | str, BeforeValidator(partial(_known_or_path, get_args(LossName)))]
+Advantage = Annotated[AdvantageName | str, BeforeValidator(partial(_known_or_path, get_args(AdvantageName)))]
 
 
 class LossConfig(Section):
     """Policy loss; formulas and sources in docs/algorithms.md."""
 
-    loss: LossName | str = "grpo"
+    loss: Loss = "grpo"
     """`grpo`: PPO-clip on group advantages. `gspo`: the same on sequence ratios. `cispo`, `reinforce`: a capped weight
     without gradient. `sapo`: a soft gate. `dppo`: tokens whose probability moved too far are dropped. Or a function of
     your own: `losses.py:my_loss` (docs/extending.md)."""
@@ -72,11 +76,6 @@ class LossConfig(Section):
     """Lower bound of the masks."""
     importance_max: float = Field(default=2.0, gt=0.0)
     """Cap of the truncations and of `reinforce`'s weight, upper bound of the masks."""
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _is_known(cls, loss: object) -> object:
-        return _known_or_path(loss, get_args(LossName))
 
     @model_validator(mode="after")
     def _choices_fit(self) -> LossConfig:
@@ -161,7 +160,7 @@ class TrainerConfig(Section):
     gradients of a loss that is divided by all tokens of a step.)"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    advantage: AdvantageName | str = "group"
+    advantage: Advantage = "group"
     """Baseline and scale of the rewards; docs/algorithms.md. Or a function of your own: `advantages.py:my_advantages`."""
     filter_zero_variance: bool = False
     """Drop groups whose rewards are all equal, or of which fewer than two can be scored, and admit others in their place
@@ -195,11 +194,6 @@ class TrainerConfig(Section):
     """Train a LoRA adapter on frozen weights; none = train all weights."""
     stall_report_s: float = Field(default=5.0, gt=0)
     """While no batch is ready, the cause is logged this often, in seconds."""
-
-    @field_validator("advantage", mode="before")
-    @classmethod
-    def _is_known(cls, advantage: object) -> object:
-        return _known_or_path(advantage, get_args(AdvantageName))
 
     @model_validator(mode="after")
     def _choices_fit(self) -> TrainerConfig:

@@ -5,22 +5,23 @@ Images, audio, video and binary columns are left out; dates and decimals become 
 
 from __future__ import annotations
 
-import difflib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sluice.common.config import PromptConfig
 from sluice.common.data.rows import open_rows, short_reason
-from sluice.common.errors import ConfigError
+from sluice.common.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AnyPromptConfig = TypeVar("AnyPromptConfig", bound=PromptConfig)
 
-class PromptReader:
+
+class PromptReader(Generic[AnyPromptConfig]):
     """Rows by cursor, and their cells. Not thread-safe."""
 
     def __init__(
-        self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
+        self, config: AnyPromptConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
     ) -> None:
         """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty."""
         self._config = config
@@ -50,8 +51,7 @@ class PromptReader:
         """Return the value of the column that the config key names; never None. Raises ConfigError."""
         column = getattr(self._config, key)
         if column not in row:
-            near = difflib.get_close_matches(column, row, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"set {self._section}.{key} to one of them"
+            hint = did_you_mean(column, row) or f"set {self._section}.{key} to one of them"
             raise ConfigError(
                 f"{self._section}.{key} = {column!r}: {self._source} has the columns {', '.join(row)}; {hint}"
             )

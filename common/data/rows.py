@@ -37,8 +37,16 @@ _log = logging.getLogger(__name__)
 
 def open_rows(config: PromptConfig, *, seed: int, section: str) -> Table | Stream:
     """Open the configured dataset; errors name the config `section`. Raises ConfigError: not found, unreadable, empty."""
+    datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it calls S3 also for local files
     source = f"{section}.path = {config.path!r}"
-    rows = _load(config, section)
+    arguments = _load_arguments(config, section, source)
+    try:
+        rows: Any = datasets.load_dataset(**arguments, split=config.split, streaming=config.streaming)
+    except Exception as error:  # its readers raise many kinds; each means that what the config names cannot be read
+        raise _unreadable(source, error) from None
+    if media := [name for name, feature in (rows.features or {}).items() if _is_media(feature)]:
+        rows = rows.remove_columns(media)
     order = seed if config.shuffle else None
     if config.streaming:
         return Stream(rows, source=source, seed=order, window=config.shuffle_buffer)
@@ -148,27 +156,13 @@ def _window_shuffle(
         yield held[i]
 
 
-def _load(config: PromptConfig, section: str) -> Any:
-    """Load a datasets.Dataset or IterableDataset without media columns. Raises ConfigError."""
-    datasets.disable_progress_bars()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it calls S3 also for local files
-    arguments = _load_arguments(config, section)
-    try:
-        rows = datasets.load_dataset(**arguments, split=config.split, streaming=config.streaming)
-    except Exception as error:  # its readers raise many kinds; each means that what the config names cannot be read
-        raise _unreadable(f"{section}.path = {config.path!r}", error) from None
-    media = [name for name, feature in (rows.features or {}).items() if _is_media(feature)]
-    return rows.remove_columns(media) if media else rows
-
-
-def _load_arguments(config: PromptConfig, section: str) -> dict[str, Any]:
+def _load_arguments(config: PromptConfig, section: str, source: str) -> dict[str, Any]:
     local = Path(config.path).expanduser()
-    source = f"{section}.path = {config.path!r}"
-    known = ", ".join(_BUILDERS)
     if local.exists() and config.revision is not None:
         _log.warning("%s.revision has no effect: %s is on this machine", section, local)
     if local.is_file():
         if local.suffix not in _BUILDERS:
+            known = ", ".join(_BUILDERS)
             raise ConfigError(f"{source} is a file of unknown kind: use one of {known}, a folder of them, or a hub id")
         return {"path": _BUILDERS[local.suffix], "data_files": str(local)}
     if local.is_dir():

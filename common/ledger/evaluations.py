@@ -181,22 +181,17 @@ def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: in
     total, done = client.hmget(keys.evaluation(name), ["total", "done"])
     if total is None or int(done or 0) < int(total):
         return None
-    before: bytes | None = None
+    fields = {field.decode(): value for field, value in client.hgetall(keys.evaluation(name)).items()}
+    sums = _ScoreSums(before := fields.get("summary"))
     dead, folded = set(), []
-    results: list[tuple[str, bytes]] = []
-    for field, value in client.hgetall(keys.evaluation(name)).items():
-        kind, _, group = field.decode().partition(":")
+    for field, value in fields.items():
+        kind, _, group = field.partition(":")
         if kind == "dead":
             dead.add(group[:-1])
-        elif kind == "summary":
-            before = value
         elif kind in ("result", "admitted"):
             folded.append(field)
-            if kind == "result":
-                results.append((group, value))
-    sums = _ScoreSums(before)
-    for group, value in results:
-        sums.add(dataset, decode(value), is_greedy=group.endswith("g"))
+        if kind == "result":
+            sums.add(dataset, decode(value), is_greedy=group.endswith("g"))
     if folded:
         Scripts(client, keys)("fold_eval", name, before or b"", sums.summary(), *folded)
     scored = {score: sorted(sums.scores[score].elements()) for score in dataset.scores}
@@ -207,8 +202,8 @@ def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: in
         num_prompts=num_greedy,
         num_dead=len(dead),
         num_asked=int(total) // (2 if dataset.num_samples else 1),
-        scores={name: _mean(values) for name, values in scored.items()},
-        stderr={name: _standard_error(values) for name, values in scored.items()},
+        scores={name: fmean(values) if values else math.nan for name, values in scored.items()},
+        stderr={name: stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.nan for name, v in scored.items()},
         mean_length=sums.num_tokens / num_greedy if num_greedy else math.nan,
         clipped_ratio=sums.num_clipped / num_greedy if num_greedy else math.nan,
     )
@@ -247,11 +242,3 @@ def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
         counts = {name: getattr(finished, name) for name in ("num_prompts", "num_dead", "num_asked")}
         found.append({**entry, **metrics, **counts})
     return sorted(found, key=lambda entry: (entry["dataset"], entry["version"]))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values) if values else math.nan
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

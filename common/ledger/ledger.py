@@ -105,19 +105,10 @@ class Ledger:
 
     def admit(self, max_count: int) -> Admission:
         """Admit up to `max_count` groups, as far as credit, memory and the run's length allow."""
-        holder = self._new_holder()
-        config = self.config
-        reply = self.scripts(
-            "admit",
-            max_count,
-            config.max_in_flight,
-            config.replay_buffer.max_bytes,
-            config.trainer.num_steps,
-            config.groups_per_step,
-            _ms(config.lease.running_s),
-            holder,
-            FIRST.name,
-        )
+        config, holder = self.config, self._new_holder()
+        room = config.max_in_flight, config.replay_buffer.max_bytes
+        needed = config.trainer.num_steps, config.groups_per_step
+        reply = self.scripts("admit", max_count, *room, *needed, _ms(config.lease.running_s), holder, FIRST.name)
         cursors = [int(cursor) for cursor in reply[2:]]
         return Admission(stopped_by=reply[0].decode(), policy_version=int(reply[1]), cursors=cursors, holder=holder)
 
@@ -128,8 +119,7 @@ class Ledger:
         flat = itertools.chain.from_iterable(tasks.items())
         plan = plan_for(self.config, "eval")
         reply = self.scripts("admit_eval", evaluation, dataset, version, self._queued_ms, plan, FIRST.name, *flat)
-        names = [item.decode() for item in reply]
-        return list(zip(names[0::2], names[1::2], strict=True))
+        return _rows(reply, 2)
 
     def claim(
         self, group_id: str, stage: str, *, fields: tuple[str, ...], lease_s: float | None = None
@@ -171,19 +161,11 @@ class Ledger:
 
         With a pipeline as `client` the reply comes from its `execute`; read it with `stored_stages`.
         """
+        result = group_id, stage, payload, "" if version is None else version
+        following = self._queued_ms, plan_for(self.config, kind_of(group_id)), EVALUATED
+        max_filtered = self.config.max_filtered if is_zero_variance else ""
         reply = self.scripts(
-            "store",
-            group_id,
-            stage,
-            payload,
-            "" if version is None else version,
-            self._queued_ms,
-            plan_for(self.config, kind_of(group_id)),
-            EVALUATED,
-            num_tokens,
-            self.config.groups_per_step,
-            self.config.max_filtered if is_zero_variance else "",
-            client=client,
+            "store", *result, *following, num_tokens, self.config.groups_per_step, max_filtered, client=client
         )
         return None if client is not None else stored_stages(reply)
 
@@ -196,18 +178,8 @@ class Ledger:
         return self._fail_or_release("released", claim, "released", "")
 
     def _fail_or_release(self, mode: str, claim: Claim, reason: str, detail: str) -> bool:
-        reply = self.scripts(
-            "fail_or_release",
-            mode,
-            claim.group_id,
-            claim.stage,
-            claim.holder,
-            reason,
-            detail[:4000],
-            self.config.lease.max_attempts,
-            self._queued_ms,
-        )
-        return reply == b"again"
+        held, limits = (claim.group_id, claim.stage, claim.holder), (self.config.lease.max_attempts, self._queued_ms)
+        return bool(self.scripts("fail_or_release", mode, *held, reason, detail[:4000], *limits) == b"again")
 
     def attempts(self, group_id: str, stage: str) -> int:
         """Return the attempts that a stage has spent."""
@@ -224,8 +196,7 @@ class Ledger:
     def reap(self, max_count: int = 200) -> list[tuple[str, str, Kind]]:
         """Spend attempts of expired leases. Returns overdue stages to send again: (group, stage, kind)."""
         reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, max_count)
-        flat = [item.decode() for item in reply]
-        return list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
+        return _rows(reply, 3)
 
     def drop(self, group_ids: list[str], *, reason: str) -> int:
         """Settle training groups that will never be trained."""
@@ -252,12 +223,9 @@ def read_counters(client: redis.Redis, keys: Keys, kind: Kind = "train") -> Coun
     """Return what Ledger.counters does, without a config."""
     flat, in_flight = Scripts(client, keys)("counters", kind)
     known: dict[str, Any] = {"admitted": 0, "dropped": {}, "dead": {}}
-    for name, value in sorted((key.decode(), int(value)) for key, value in zip(flat[0::2], flat[1::2], strict=True)):
-        outcome, colon, reason = name.partition(":")
-        if colon:
-            known[outcome][reason] = value
-        else:
-            known[name] = value
+    for name, value in sorted(_rows(flat, 2)):
+        outcome, _, reason = name.partition(":")
+        (known[outcome] if reason else known)[reason or outcome] = int(value)
     return Counters(kind=kind, in_flight=in_flight, **known)
 
 
@@ -320,6 +288,11 @@ def stored_stages(reply: list[bytes]) -> list[str] | None:
     """Decode the reply of a `store` script: stages to send next, or None when the result was refused."""
     state, *following = (item.decode() for item in reply)
     return None if state == "refused" else following
+
+
+def _rows(flat: list[bytes], width: int) -> list[Any]:
+    """Return the tuples of a script's flat reply, as text."""
+    return list(zip(*[(item.decode() for item in flat)] * width, strict=True))
 
 
 def _ms(seconds: float) -> int:

@@ -119,9 +119,10 @@ class ReplayBuffer:
             return dict(zip(versions, pipe.execute(), strict=True))
 
     def _dead_letter(self, step: int, damaged: dict[str, str]) -> None:
+        pairs: list[str] = []
         for group_id, detail in damaged.items():
             log.error("group %s is dead-lettered (undecodable): %s", group_id, detail)
-        pairs = [item for group_id, detail in damaged.items() for item in (group_id, detail[:4000])]
+            pairs += [group_id, detail[:4000]]
         self._ledger.scripts("dead_letter", step, process_name("trainer"), *pairs)
 
     def _read(self, group_ids: list[str]) -> tuple[list[Group], dict[str, str]]:

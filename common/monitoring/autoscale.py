@@ -25,14 +25,14 @@ and goes within cooldown_s changes nothing. All state is in the hash: another da
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 import redis
+from pydantic import BaseModel
 
 from sluice.common.config import Config
 from sluice.common.config.operations import AutoscaleConfig
@@ -40,7 +40,7 @@ from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_pending
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
-from sluice.common.monitoring.queues import queue_depths
+from sluice.common.monitoring.queues import read_queues
 from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
 from sluice.common.run import Run, RunRecord
 
@@ -88,20 +88,19 @@ class Load:
     "the run is paused or draining: nothing is admitted, so what is pending only gets less"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scale:
+class Scale(BaseModel, frozen=True):
     """The result for one queue, and the state that the next step needs: one JSON object of hash `autoscale`."""
 
     desired: int
-    have: int
-    "workers that send heartbeats"
-    min: int
-    max: int
-    reason: str
     at: float
     "Unix seconds of this step"
     since: float
     "Unix seconds of the last change of `desired`"
+    have: int = 0
+    "workers that send heartbeats"
+    min: int = 0
+    max: int = 0
+    reason: str = ""
     pending: float = 0.0
     "mean over up_after_s"
     waiting: int = 0
@@ -110,20 +109,13 @@ class Scale:
     "stages finished per second, mean over the longer of up_after_s and 10 s"
     busy: float = 1.0
     "busy share of its workers, mean over up_after_s"
-    done: dict[str, int] = field(default_factory=dict)
+    done: dict[str, int] = {}
     over_since: float | None = None
     "since when more workers are needed without a break"
     under_since: float | None = None
     "since when fewer are"
     under_max: int = 0
     "the highest need since then"
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Scale:
-        return cls(**json.loads(text))
 
 
 def bounds_of(config: Config) -> dict[str, Bounds]:
@@ -145,8 +137,8 @@ def step(state: Scale | None, load: Load, *, bounds: Bounds, settings: Autoscale
     if state is None or not 0 <= now - state.at <= GAP_S:
         desired = bounds.min if state is None else min(max(state.desired, bounds.min), bounds.max_useful)
         since = now if state is None else min(state.since, now)
-        means = {"pending": float(load.pending), "busy": load.busy, "done": dict(load.done)}
-        state = Scale(desired=desired, have=0, min=0, max=0, reason="", at=now, since=since, **means)  # type: ignore[arg-type]
+        done = dict(load.done)
+        state = Scale(desired=desired, at=now, since=since, pending=load.pending, busy=load.busy, done=done)
     passed = now - state.at
     pending = _mean(state.pending, load.pending, passed, settings.up_after_s)
     finished = sum(max(0, count - state.done.get(name, count)) for name, count in load.done.items())
@@ -217,7 +209,7 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     for group, stage in read_pending(client, run.keys):
         kind = kind_of(group) if has_eval else "train"  # else the rollout workers evaluate
         pending[stage_of(stage).queue_for(kind)] += 1
-    depths = queue_depths(client, run, QUEUES)
+    queues = read_queues(client, run, QUEUES)
     is_held = any(RunRecord(client, run.keys).held())
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}
     busy: dict[str, list[float]] = {queue: [] for queue in QUEUES}
@@ -226,14 +218,16 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
             done[stats["role"]][name] = int(stats.get("done", 0))
             busy[stats["role"]].append(1.0 - stats.get("idle_fraction", 0.0))
     return {
-        q: Load(pending=pending[q], waiting=depths[q], done=done[q], busy=fmean(busy[q] or [1.0]), is_held=is_held)
+        q: Load(
+            pending=pending[q], waiting=queues[q].depth, done=done[q], busy=fmean(busy[q] or [1.0]), is_held=is_held
+        )
         for q in QUEUES
     }
 
 
 def read_scales(client: redis.Redis, keys: Keys) -> dict[str, Scale]:
     """Return queue -> its state in hash `autoscale`; empty before the first tick of a dataset worker."""
-    return {queue.decode(): Scale.from_json(text) for queue, text in client.hgetall(keys.autoscale).items()}
+    return {queue.decode(): Scale.model_validate_json(text) for queue, text in client.hgetall(keys.autoscale).items()}
 
 
 def update(client: redis.Redis, run: Run) -> None:
@@ -244,5 +238,5 @@ def update(client: redis.Redis, run: Run) -> None:
     fields = []
     for queue, bounds in bounds_of(run.config).items():
         scale = step(states.get(queue), loads[queue], bounds=bounds, settings=run.config.autoscale, now=now)
-        fields += [queue, scale.to_json()]
+        fields += [queue, scale.model_dump_json()]
     Scripts(client, run.keys)("write_record", "HSET", run.keys.autoscale, *fields)

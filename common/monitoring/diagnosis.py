@@ -67,11 +67,6 @@ class Cause:
     text: str
 
 
-def explain_stall(client: redis.Redis, run: Run) -> str:
-    """Say in one sentence what the run is waiting for."""
-    return diagnose(client, run).text
-
-
 def diagnose(client: redis.Redis, run: Run) -> Cause:
     """Return the first cause that explains a stall. `client` should fail quickly: what it raises is a cause too."""
     try:

@@ -73,7 +73,8 @@ class HeartbeatThread:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         try:
-            remove_heartbeat(self._client, self._keys, self._process)
+            self._client.delete(self._keys.process(self._process))
+            self._client.zrem(self._keys.processes, self._process)
         except redis.RedisError as error:
             log.warning("could not remove the heartbeat: %s", error)
 
@@ -91,12 +92,6 @@ class HeartbeatThread:
 def send_heartbeat(client: redis.Redis, keys: Keys, process: str, stats: Mapping[str, Any]) -> None:
     """Record that a process is alive, and its stats. Works while Redis is full, too."""
     Scripts(client, keys)("send_heartbeat", process, json.dumps(stats), HEARTBEAT_TTL_S)
-
-
-def remove_heartbeat(client: redis.Redis, keys: Keys, process: str) -> None:
-    """Remove a process that ends gracefully."""
-    client.delete(keys.process(process))
-    client.zrem(keys.processes, process)
 
 
 def read_heartbeats(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:

@@ -23,10 +23,9 @@ def write_metrics(client: redis.Redis, keys: Keys, metrics: Mapping[str, float],
     Scripts(client, keys)("write_record", "XADD", keys.metrics, "MAXLEN", "~", max_length, "*", *fields)
 
 
-def read_metrics(client: redis.Redis, keys: Keys, *, after: str = "-") -> list[tuple[str, dict[str, float]]]:
+def read_metrics(client: redis.Redis, keys: Keys, *, after: str = "0") -> list[tuple[str, dict[str, float]]]:
     """Return (entry id, metrics) of the steps after an entry id, oldest first."""
-    entries = client.xrange(keys.metrics, min=after if after == "-" else f"({after}")
-    return [(entry.decode(), _floats(fields)) for entry, fields in entries]
+    return [(entry.decode(), _floats(fields)) for entry, fields in client.xrange(keys.metrics, min=f"({after}")]
 
 
 def last_metrics(client: redis.Redis, keys: Keys) -> dict[str, float]:
@@ -39,10 +38,10 @@ def newest_metrics(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[
     return [_floats(fields) for _, fields in reversed(client.xrevrange(keys.metrics, count=count))]
 
 
-def last_entry(client: redis.Redis, keys: Keys) -> str:
-    """Return the id of the newest entry, for `after` of read_metrics."""
-    entries = client.xrevrange(keys.metrics, count=1)
-    return entries[0][0].decode() if entries else "-"
+def last_entry(client: redis.Redis, keys: Keys, stream: ArchivedStream) -> str:
+    """Return the id of the newest entry, for `after` of read_metrics and wait_for_event."""
+    entries = client.xrevrange(getattr(keys, stream), count=1)
+    return entries[0][0].decode() if entries else "0"
 
 
 def write_samples(client: redis.Redis, keys: Keys, samples: Sequence[Mapping[str, Any]], *, kept: int) -> None:
@@ -54,9 +53,9 @@ def write_samples(client: redis.Redis, keys: Keys, samples: Sequence[Mapping[str
         pipe.execute()
 
 
-def read_samples(client: redis.Redis, keys: Keys, *, after: str = "-") -> list[tuple[str, dict[str, Any]]]:
+def read_samples(client: redis.Redis, keys: Keys, *, after: str = "0") -> list[tuple[str, dict[str, Any]]]:
     """Return (entry id, sample) of the kept groups after an entry id, oldest first."""
-    entries = client.xrange(keys.samples, min=after if after == "-" else f"({after}")
+    entries = client.xrange(keys.samples, min=f"({after}")
     return [(entry.decode(), decode(fields[b"sample"])) for entry, fields in entries]
 
 
@@ -71,16 +70,10 @@ def write_event(client: redis.Redis, keys: Keys, event: str, **fields: Any) -> N
     Scripts(client, keys)("write_record", "XADD", keys.events, "MAXLEN", "~", 1000, "*", *items)
 
 
-def last_event(client: redis.Redis, keys: Keys) -> bytes:
-    """Return the id of the newest event, for `wait_for_event`."""
-    newest = client.xrevrange(keys.events, count=1)
-    return newest[0][0] if newest else b"0"
-
-
-def wait_for_event(client: redis.Redis, keys: Keys, *, after: bytes, timeout_s: float) -> bytes:
+def wait_for_event(client: redis.Redis, keys: Keys, *, after: str, timeout_s: float) -> str:
     """Block until there are newer events, at most `timeout_s`. Returns the id of the newest, or `after`."""
     reply = client.xread({keys.events: after}, block=int(timeout_s * 1000), count=100)
-    return reply[0][1][-1][0] if reply else after
+    return reply[0][1][-1][0].decode() if reply else after
 
 
 def read_archive(client: redis.Redis, keys: Keys, stream: ArchivedStream) -> Iterator[tuple[str, dict[bytes, bytes]]]:

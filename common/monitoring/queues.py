@@ -48,11 +48,6 @@ def read_queues(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[
     return {queue: Queue(depth, _age_s(oldest, now=now)) for queue, depth, oldest in found}
 
 
-def queue_depths(client: redis.Redis, run: Run, queues: tuple[str, ...]) -> dict[str, int]:
-    """Return the number of waiting messages per queue."""
-    return {name: queue.depth for name, queue in read_queues(client, run, queues).items()}
-
-
 def _age_s(message: bytes | None, *, now: float) -> float:
     if message is None:
         return 0.0

@@ -72,19 +72,12 @@ class ControlState:
     "(entry id, {at, who, step, key, old, new}), oldest first"
 
 
-def read_control_state(client: redis.Redis, keys: Keys, *, after: str = "-") -> ControlState:
+def read_control_state(client: redis.Redis, keys: Keys, *, after: str = "0") -> ControlState:
     """Read the control state, with the change log after an entry id."""
-    with client.pipeline(transaction=False) as pipe:
-        pipe.hgetall(keys.settings)
-        pipe.xrange(keys.controls, min=after if after == "-" else f"({after}")
-        settings, entries = pipe.execute()
-    paused, draining = RunRecord(client, keys).held()
-    return ControlState(
-        settings=_text(settings),
-        paused=paused,
-        draining=draining,
-        change_log=[(entry.decode(), _text(fields)) for entry, fields in entries],
-    )
+    settings, (paused, draining) = read_settings(client, keys), RunRecord(client, keys).held()
+    entries = client.xrange(keys.controls, min=f"({after}")
+    log = [(entry.decode(), _text(fields)) for entry, fields in entries]
+    return ControlState(settings=settings, paused=paused, draining=draining, change_log=log)
 
 
 def read_change_log(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[str, str]]:

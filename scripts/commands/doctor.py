@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import psutil
@@ -22,8 +21,7 @@ from sluice.scripts.launcher.redis_server import find_server
 from sluice.scripts.options import example
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the report: ok, note, warning or problem."""
 
     level: str
@@ -34,32 +32,27 @@ class Finding:
 @click.argument("config", required=False, type=click.Path())
 def doctor(config: str | None) -> None:
     """Check this machine, Redis and (if given) a config; say what to do about each finding. Exit code 1 on a problem."""
-    findings = examine(config)
+    findings = [*_machine(), *examine_redis(), *(_config(config) if config else [])]
     for finding in findings:
         click.echo(f"{finding.level:8} {finding.text}")
     sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
 
 
-def examine(config_path: str | None) -> list[Finding]:
-    """Check machine, Redis and config."""
-    return [*_machine(), *examine_redis(), *(_config(config_path) if config_path else [])]
-
-
 def _machine() -> list[Finding]:
     import torch
 
-    memory = psutil.virtual_memory().available / 2**30
+    memory, free = psutil.virtual_memory().available / 2**30, shutil.disk_usage(".").free / 2**30
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    findings = [
+    vllm = (
+        ("ok", "is installed") if find_spec("vllm") else ("note", "is not installed: rollout.engine=torch is available")
+    )
+    on_disk = f"{free:.1f} GiB free on this disk (checkpoints, logs, Redis' append-only file)"
+    return [
         Finding("ok", f"{os.cpu_count()} CPU cores, {memory:.1f} GiB memory free, torch {torch.__version__}"),
         Finding("ok" if devices else "note", f"GPUs: {', '.join(devices) or 'none: everything runs on the CPU'}"),
-        Finding("ok", "vLLM is installed")
-        if find_spec("vllm")
-        else Finding("note", "vLLM is not installed: rollout.engine=torch is available"),
+        Finding(vllm[0], f"vLLM {vllm[1]}"),
+        Finding("ok" if free > 5 else "problem", on_disk),
     ]
-    free = shutil.disk_usage(".").free / 2**30
-    on_disk = f"{free:.1f} GiB free on this disk (checkpoints, logs, Redis' append-only file)"
-    return [*findings, Finding("ok" if free > 5 else "problem", on_disk)]
 
 
 def examine_redis() -> list[Finding]:
@@ -75,8 +68,8 @@ def examine_redis() -> list[Finding]:
     findings = [Finding("ok", f"Redis {info['redis_version']} at {without_password(url)}")]
     if sentinel.is_sentinel(url):
         host, port = sentinel.parse(url).master_address()
-        replicas = f"{info['connected_slaves']} replicas"
-        findings.append(Finding("ok", f"Sentinel names {host}:{port} as the master, {replicas}"))
+        named = f"Sentinel names {host}:{port} as the master, {info['connected_slaves']} replicas"
+        findings.append(Finding("ok", named))
     if secret(RUN_KEY) is None:
         unsigned = f"{RUN_KEY} is not set: only `sluice run` signs policies then (docs/security.md)"
         findings.append(Finding("note", unsigned))
@@ -90,21 +83,21 @@ def examine_redis() -> list[Finding]:
 def _memory_bound(info: dict[str, Any]) -> Finding:
     policy = info.get("maxmemory_policy", "noeviction")
     bound = f"{info['maxmemory'] / 2**20:.0f} MiB"
-    if policy != "noeviction":
-        text = (
-            f"Redis evicts keys when it reaches maxmemory ({bound}, policy {policy}): groups would be lost without a trace. "
-            "Set maxmemory-policy noeviction"
+    if policy == "noeviction":
+        return Finding(
+            "note",
+            f"Redis refuses writes when it reaches maxmemory ({bound}): every role pauses until there is room; "
+            "replay_buffer.max_bytes stops admission before",
         )
-        return Finding("problem", text)
-    text = (
-        f"Redis refuses writes when it reaches maxmemory ({bound}): every role pauses until there is room; "
-        "replay_buffer.max_bytes stops admission before"
+    return Finding(
+        "problem",
+        f"Redis evicts keys when it reaches maxmemory ({bound}, policy {policy}): groups would be lost without a trace. "
+        "Set maxmemory-policy noeviction",
     )
-    return Finding("note", text)
 
 
 def _config(path: str) -> list[Finding]:
-    from sluice.scripts.launcher.preflight import preflight
+    from sluice.scripts.launcher.launch import preflight
     from sluice.scripts.launcher.run_folder import with_absolute_paths
     from sluice.trainer.trackers import check_trackers
 

@@ -41,29 +41,18 @@ def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dic
     check_gpus(config)
     check_trackers(config.metrics)
     roles = [_worker(config, queue, *bounds) for queue, bounds in worker_bounds(config).items()]
-    ranks = config.replicas.trainer
-    roles.append(
-        {
-            "role": "trainer",
-            "min": ranks,
-            "max": ranks,
-            "pool": "process per rank",
-            "concurrency": 1,
-            "gpus": [[gpu] for gpu in trainer_gpus(config)],
-            "command": "sluice train" + (f" --ranks {ranks}" if ranks > 1 else ""),
-        }
-    )
+    roles = [role for role in [*roles, _trainer(config)] if role["max"]]
     files = list(Path(config.model.path).glob("*.safetensors"))  # none for a hub id
     return {
         "model": config.model.path,
         "weights_mib": round(sum(file.stat().st_size for file in files) / 2**20, 1) if files else None,
-        "roles": [role for role in roles if role["max"]],
+        "roles": roles,
         "processes": {end: sum(role[end] for role in roles) for end in ("min", "max")},
         "groups_per_step": config.groups_per_step,
         "completions_per_step": config.groups_per_step * config.sampling.group_size,
         "groups_in_flight": config.max_in_flight,
         "messages_per_group": [stage.name for stage in stages_for(config) if stage is not FIRST],
-        "machines": _machines(path, overrides, [role for role in roles if role["max"]]),
+        "machines": _machines(path, overrides, roles),
         "notes": _notes(config, roles),
     }
 
@@ -71,15 +60,16 @@ def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dic
 def _worker(config: Config, queue: str, min_workers: int, max_workers: int) -> dict[str, Any]:
     stage = stage_on(queue)
     gpus = [assigned_gpus(config, queue, i) for i in range(max_workers)] if stage.needs_device else []
-    return {
-        "role": queue,
-        "min": min_workers,
-        "max": max_workers,
-        "pool": stage.pool,
-        "concurrency": stage.concurrency(config),
-        "gpus": [each for each in gpus if each],
-        "command": f"celery -A sluice worker -Q {queue}",
-    }
+    pool = {"pool": stage.pool, "concurrency": stage.concurrency(config), "gpus": [each for each in gpus if each]}
+    command = f"celery -A sluice worker -Q {queue}"
+    return {"role": queue, "min": min_workers, "max": max_workers, **pool, "command": command}
+
+
+def _trainer(config: Config) -> dict[str, Any]:
+    ranks = config.replicas.trainer
+    pool = {"pool": "process per rank", "concurrency": 1, "gpus": [[gpu] for gpu in trainer_gpus(config)]}
+    command = "sluice train" + (f" --ranks {ranks}" if ranks > 1 else "")
+    return {"role": "trainer", "min": ranks, "max": ranks, **pool, "command": command}
 
 
 def _notes(config: Config, roles: list[dict[str, Any]]) -> list[str]:
@@ -101,20 +91,19 @@ def _notes(config: Config, roles: list[dict[str, Any]]) -> list[str]:
 def _machines(path: str, overrides: tuple[str, ...], roles: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the commands to type, in order, and where."""
     create = shlex.join(["sluice", "create", path, *overrides, "--name", "NAME"])
-    steps = [
-        {"where": "on every machine", "command": "export SLUICE_REDIS_URL=redis://HOST:6379/0 SLUICE_RUN=NAME"},
-        {"where": "once, anywhere", "command": create},
-    ]
+    export = "export SLUICE_REDIS_URL=redis://HOST:6379/0 SLUICE_RUN=NAME"
+    steps = [{"where": "on every machine", "command": export}, {"where": "once, anywhere", "command": create}]
     for role in roles:
-        needs_gpu = role["role"] != "trainer" and stage_on(role["role"]).needs_device
+        is_trainer = role["role"] == "trainer"
+        needs_gpu = not is_trainer and stage_on(role["role"]).needs_device
         alone = " each with its own CUDA_VISIBLE_DEVICES" if needs_gpu and role["max"] > 1 else ""
-        count = "once" if role["max"] == role["min"] == 1 or role["role"] == "trainer" else f"{_count(role)} times"
+        count = "once" if is_trainer or _range(role, "..") == "1" else f"{_range(role, '..')} times"
         steps.append({"where": f"{count}, on any machine{alone}", "command": role["command"]})
     return steps
 
 
-def _count(role: dict[str, Any]) -> str:
-    return str(role["max"]) if role["min"] == role["max"] else f"{role['min']}..{role['max']}"
+def _range(ends: dict[str, Any], to: str) -> str:
+    return str(ends["max"]) if ends["min"] == ends["max"] else f"{ends['min']}{to}{ends['max']}"
 
 
 def render_plan(found: dict[str, Any]) -> None:
@@ -127,14 +116,14 @@ def render_plan(found: dict[str, Any]) -> None:
         f"{found['groups_per_step']} groups a step ({found['completions_per_step']} completions), at most "
         f"{found['groups_in_flight']} in flight; messages per group: {stages}"
     )
-    min_workers, max_workers = found["processes"]["min"], found["processes"]["max"]
-    shown = f"{min_workers}" if min_workers == max_workers else f"{min_workers} to {max_workers}"
+    shown = _range(found["processes"], " to ")
     table = Table(title=f"sluice run starts {shown} processes here, beside Redis", title_justify="left")
     for name in ("role", "number", "pool", "GPUs", "command"):
         table.add_column(name, overflow="fold")
     for role in found["roles"]:
         gpus = " ".join("+".join(each) for each in role["gpus"]) or "-"
-        table.add_row(role["role"], _count(role), f"{role['pool']} x {role['concurrency']}", gpus, role["command"])
+        pool = f"{role['pool']} x {role['concurrency']}"
+        table.add_row(role["role"], _range(role, ".."), pool, gpus, role["command"])
     (console if console.is_terminal else Console(width=160)).print(table)
     console.print("on several machines:")
     for line in found["machines"]:

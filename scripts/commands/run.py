@@ -1,22 +1,22 @@
-"""`sluice run` and `sluice create`: a new run, with all its roles on this machine or with none."""
+"""`sluice run` and `create`: a new run, with all its roles on this machine or with none; `worker` and `train`: one role of it."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
+from sluice.common.pipeline import QUEUES
 from sluice.scripts.launcher.forked import imports_without_threads
+from sluice.scripts.launcher.roles import PYTHON, trainer_command
 from sluice.scripts.options import ConfigFile, Overrides, Resume, example
 
 Name = click.option("--name", help="Name of the run; default: the config's name and the time.")
+QUICKSTART = "sluice run config/quickstart.yaml"
 
 
-@click.command(
-    epilog=example(
-        "sluice run config/quickstart.yaml trainer.num_steps=20", "sluice run config/quickstart.yaml --resume"
-    )
-)
+@click.command(epilog=example(f"{QUICKSTART} trainer.num_steps=20", f"{QUICKSTART} --resume"))
 @ConfigFile
 @Overrides
 @Name
@@ -46,3 +46,21 @@ def create(config: str, overrides: tuple[str, ...], name: str | None) -> None:
 
     made = create_run(config, list(overrides), name=name)
     click.echo(f"export SLUICE_RUN={made.name}")
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog=example("SLUICE_RUN=gsm8k sluice worker rollout --concurrency 8"),
+)
+@click.argument("queue", type=click.Choice(QUEUES))
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def worker(queue: str, options: tuple[str, ...]) -> None:
+    """Run a Celery worker for a queue of SLUICE_RUN: short for `celery -A sluice worker -Q QUEUE [OPTIONS]`."""
+    os.execv(sys.executable, [*PYTHON, "-m", "sluice.workers", "-Q", queue, "--loglevel", "INFO", *options])
+
+
+@click.command(epilog=example("SLUICE_RUN=gsm8k sluice train", "SLUICE_RUN=gsm8k sluice train --ranks 4"))
+@click.option("--ranks", type=click.IntRange(min=1), default=1, help="Processes that train together, one per GPU.")
+def train(ranks: int) -> None:
+    """Run the trainer of SLUICE_RUN; with one rank the same as `python -m sluice.trainer`."""
+    os.execv(sys.executable, trainer_command(ranks))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tarfile
 import tempfile
@@ -25,7 +26,7 @@ from sluice.common.config import Config
 from sluice.common.config.file import parse_config, read_run_config
 from sluice.common.connections.client import connect
 from sluice.common.connections.secrets import secret
-from sluice.common.errors import ConfigError
+from sluice.common.errors import ConfigError, ConnectionFailed
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.diagnosis import broker_client
@@ -38,9 +39,8 @@ from sluice.common.run import Run, RunRecord, list_runs
 from sluice.common.serialization import decode
 from sluice.dashboard.dead_letters import read_dead_letters
 from sluice.dashboard.evaluations import list_evaluations
-from sluice.scripts.launcher.existing_run import opened_run
-from sluice.scripts.launcher.redis_server import running_url
-from sluice.scripts.launcher.run_folder import existing_folder
+from sluice.scripts.launcher.redis_server import DataInUse, running_url, take_lock
+from sluice.scripts.launcher.run_folder import existing_folder, opened_run
 from sluice.scripts.options import Json, console, example
 
 _SHOWN = (
@@ -121,23 +121,23 @@ def delete(name: str, yes: bool, force: bool, with_folder: bool) -> None:
     if secret("SLUICE_REDIS_URL"):
         removed = delete_run(connect(), name, force=force, with_folder=with_folder)
         click.echo(f"{name} is deleted: {removed} keys")
-    else:
-        _delete_folder(name, with_folder=with_folder)
-        click.echo(f"{name} is deleted")
-
-
-def _delete_folder(name: str, *, with_folder: bool) -> None:
-    """Delete a run with a Redis of its own: that Redis' data, and its published policies."""
-    folder = existing_folder(Keys(name).run)
-    if running_url(folder / "redis"):
-        raise ConfigError(f"run {name} is alive: its Redis answers; end it with Ctrl-C or `sluice drain {name}` first")
+        return
+    folder = existing_folder(Keys(name).run)  # its Redis' data are all that there is of it
+    try:
+        lock = take_lock(folder / "redis")
+    except DataInUse:
+        raise ConfigError(
+            f"run {name} is alive: it has a Redis; end it with Ctrl-C or `sluice drain {name}` first"
+        ) from None
     remove_policies(read_run_config(folder), name)
     shutil.rmtree(checked_folder(folder, name) if with_folder else folder / "redis")
+    os.close(lock)
+    click.echo(f"{name} is deleted")
 
 
 def _list(as_json: bool) -> None:
     on_redis = secret("SLUICE_REDIS_URL") is not None
-    found = read_runs(connect()) if on_redis else list(_folders())
+    found = list(read_runs(connect()) if on_redis else _folders())
     if as_json:
         click.echo(json.dumps({"runs": found}))
         return
@@ -147,35 +147,33 @@ def _list(as_json: bool) -> None:
         click.echo("no runs on this Redis" if on_redis else "no runs here")
 
 
-def read_runs(client: redis.Redis) -> list[dict[str, Any]]:
-    """Return one dictionary per run, oldest first; also of keys whose run has no entry (an interrupted creation or deletion)."""
+def read_runs(client: redis.Redis) -> Iterator[dict[str, Any]]:
+    """Yield one dictionary per run, oldest first; also of keys whose run has no entry (an interrupted creation or deletion)."""
     created, memory = list_runs(client), memory_of_runs(client)
-    found = []
     for name in sorted({*created, *memory}, key=lambda name: (created.get(name, math.inf), name)):
         keys = Keys(name)
         metrics, status = last_metrics(client, keys), RunRecord(client, keys).status
-        found.append(
-            {
-                "run": name,
-                "status": status or "incomplete",
-                "step": int(metrics.get("step", 0)),
-                "reward": metrics.get("reward/mean"),
-                "live": len(live_processes(client, keys)),
-                "memory_bytes": memory[name],
-                "created_at": created.get(name),
-            }
-        )
-    return found
+        yield {
+            "run": name,
+            "status": status or "incomplete",
+            "step": int(metrics.get("step", 0)),
+            "reward": metrics.get("reward/mean"),
+            "live": len(live_processes(client, keys)),
+            "memory_bytes": memory[name],
+            "created_at": created.get(name),
+        }
 
 
 def _folders() -> Iterator[dict[str, Any]]:
     """Return the runs with a Redis of their own, from their folders."""
     for config in sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime):
         folder = config.parent
-        if url := running_url(folder / "redis"):
-            client = connect(url)
-            yield from ({**run, "status": "running"} for run in read_runs(client) if run["run"] == folder.name)
-            client.close()
+        if (folder / "redis").is_dir() and running_url(folder / "redis") is not None:
+            try:
+                with opened_run(folder.name) as (client, _, _):
+                    yield from ({**run, "status": "running"} for run in read_runs(client) if run["run"] == folder.name)
+            except ConnectionFailed as error:
+                click.echo(f"{folder.name}: {error}", err=True)
             continue
         summary = folder / "summary.json"
         ended = json.loads(summary.read_text()) if summary.is_file() else {}

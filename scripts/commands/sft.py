@@ -11,9 +11,9 @@ import click
 from sluice.common.config.file import load_as
 from sluice.common.config.sft import SftConfig
 from sluice.common.errors import ConfigError
+from sluice.scripts.launcher.processes import interrupted_by_signals
 from sluice.scripts.launcher.progress import Display
-from sluice.scripts.launcher.run_folder import default_name
-from sluice.scripts.launcher.signals import interrupted_by_signals
+from sluice.scripts.launcher.run_folder import default_name, resolve_paths
 from sluice.scripts.options import ConfigFile, Overrides, Resume, example
 
 
@@ -59,19 +59,16 @@ def _old(config_path: str, overrides: list[str], resume: str) -> tuple[SftConfig
         raise ConfigError("--resume uses the config in the run's folder: give no key=value with it")
     base = Path(load_as(SftConfig, config_path).output_dir).resolve()
     pattern = resume or f"sft-{Path(config_path).stem}-*"
-    files = sorted(base.glob(f"{pattern}/config.yaml"), key=lambda p: p.stat().st_mtime)
-    if not files:
+    newest = max(base.glob(f"{pattern}/config.yaml"), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
         raise ConfigError(f"--resume: there is no {pattern} in {base}")
-    return load_as(SftConfig, files[-1]), files[-1].parent
+    return load_as(SftConfig, newest), newest.parent
 
 
 def with_absolute_paths(config: SftConfig) -> SftConfig:
-    """Make local paths absolute, so that the run can be resumed from any folder; hub ids stay as they are."""
+    """Make local paths absolute, so that the run can be resumed from any folder."""
     data = config.model_dump(exclude_unset=True)
-    sections = [data["model"], data["dataset"], *([data["held_out"]["dataset"]] if config.held_out else [])]
-    for section in sections:
-        if Path(section["path"]).exists():
-            section["path"] = str(Path(section["path"]).resolve())
+    resolve_paths([data["model"], data["dataset"], *([data["held_out"]["dataset"]] if config.held_out else [])])
     data["output_dir"] = str(Path(config.output_dir).resolve())
     return SftConfig.model_validate(data)
 

@@ -88,23 +88,16 @@ class ForkServer:
         """Start a child of the server."""
         for _ in range(2):  # only a request shows that a server was killed
             with self._lock:
-                reply = self._ask(asdict(command))
-                if isinstance(reply, int):
-                    return ForkedProcess(reply, partial(self._exit_code, reply, self._generation))
-                self._end()
-                self._launch()
+                generation, reply = self._generation, self._ask(asdict(command))
+            if isinstance(reply, int):
+                return ForkedProcess(reply, partial(self._exit_code, reply, generation))
         raise RuntimeError(f"no fork server starts here: {reply}")
 
     def _exit_code(self, pid: int, generation: int) -> int | None:
         """Return the exit code of a role that this generation of the server started; None while it runs."""
         with self._lock:
-            if generation == self._generation:
-                reply = self._ask(pid)
-                if not isinstance(reply, str):
-                    return None if reply is None else int(reply)
-                self._end()
-                self._launch()
-        return -signal.SIGKILL  # it ended with its server
+            reply = self._ask(pid) if generation == self._generation else ""
+        return -signal.SIGKILL if isinstance(reply, str) else reply  # it ended with its server
 
     def close(self) -> None:
         """End the server, and with it the roles that it started."""
@@ -134,18 +127,22 @@ class ForkServer:
         self._replies.close()
         self._connection.close()
 
-    def _ask(self, request: Any) -> Any:
-        """Return the server's reply; an error text where there is none."""
+    def _ask(self, request: Any) -> int | str | None:
+        """Return the server's reply; an error text where there is none, and then another server takes its place."""
         try:
             self._connection.sendall(json.dumps(request).encode() + b"\n")
             line = self._replies.readline()
             self._connection.settimeout(REPLY_S)
+            reply = json.loads(line) if line else f"the fork server has ended (exit code {self._server.poll()})"
         except OSError as error:
-            return f"the fork server does not answer: {error}"
+            reply = f"the fork server does not answer: {error}"
         except BaseException:  # a second Ctrl-C: the reply that is still to come must not be taken for the next one
             self._connection.shutdown(socket.SHUT_RDWR)
             raise
-        return json.loads(line) if line else f"the fork server has ended (exit code {self._server.poll()})"
+        if isinstance(reply, str):
+            self._end()
+            self._launch()
+        return reply
 
 
 def main() -> None:

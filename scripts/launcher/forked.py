@@ -138,12 +138,11 @@ def _become(command: Command) -> None:
     with suppress(OSError):
         os.setpgid(0, 0)
     os.chdir(command.cwd)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    for descriptor, path in ((1, command.stdout), (2, command.stderr)):
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    streams = ((os.devnull, os.O_RDONLY), (command.stdout, append), (command.stderr, append))
+    for descriptor, (path, flags) in enumerate(streams):
         if path is not None:
-            opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            opened = os.open(path, flags, 0o666)
             os.dup2(opened, descriptor)
             os.close(opened)
     os.environ.clear()

@@ -33,13 +33,12 @@ from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.dashboard.auth import LOOPBACK, free_port, page_url
 from sluice.scripts.launcher.fork_server import ForkServer
-from sluice.scripts.launcher.preflight import preflight
+from sluice.scripts.launcher.processes import interrupted_by_signals
 from sluice.scripts.launcher.progress import Progress
-from sluice.scripts.launcher.redis_server import EmbeddedServer, running_url, start_server
+from sluice.scripts.launcher.redis_server import DataInUse, EmbeddedServer, start_server
 from sluice.scripts.launcher.roles import Role, check_gpus, dashboard_role
 from sluice.scripts.launcher.run_folder import default_name, newest_run, run_folder, with_absolute_paths, write_config
 from sluice.scripts.launcher.scaling import Scaler
-from sluice.scripts.launcher.signals import interrupted_by_signals
 from sluice.scripts.launcher.summary import write_summary
 from sluice.scripts.launcher.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
 from sluice.trainer.trackers import check_trackers
@@ -48,13 +47,46 @@ POLL_S = 0.1
 KEY_FILE = "run.key"
 
 
+def preflight(config: Config) -> dict[str, object]:
+    """Check everything that a run will need; return the model's assets. Raises ConfigError."""
+    from sluice.common.models.assets import read_assets
+    from sluice.workers.prompt_source import PromptSource
+    from sluice.workers.rewards.loading import load_reward_functions
+    from sluice.workers.rewards.trial import Trial, try_rewards
+
+    rewards = [reward.name for reward in load_reward_functions(config.reward.functions, code_folder=config.code_folder)]
+    for judged in config.evaluation.datasets:
+        if judged.function not in (None, *rewards):
+            raise ConfigError(
+                f"evaluation.datasets[{judged.name}].function = {judged.function!r} is not a reward function of this run: use "
+                f"one of {', '.join(rewards)}"
+            )
+    if config.trainer.has_user_functions:
+        from sluice.trainer.objective import check_functions  # torch loads here
+
+        check_functions(config.trainer)
+    assets = read_assets(config.model.path, revision=config.model.revision)
+    tokenizer = assets.tokenizer()
+    sections = {"dataset": config.dataset}
+    sections |= {f"evaluation.datasets[{e.name}].dataset": e.dataset for e in config.evaluation.datasets}
+    trials = []
+    for section, dataset in sections.items():
+        source = PromptSource(dataset, tokenizer, seed=config.seed, section=section)
+        if prompt := source.first_prompt():
+            trials.append(Trial.of(prompt, tokenizer, section=section))
+        source.close()
+    if problems := try_rewards(config, trials):
+        raise ConfigError(" ".join(problems))
+    return assets.to_wire()
+
+
 def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
     """Store a new run in the Redis of SLUICE_REDIS_URL, for roles started one by one."""
     config = with_absolute_paths(load_config(config_path, overrides))
     client = connect()
     name = name or default_name(config_path)
-    folder = str(run_folder(config, name))
-    run = create_run(client, name, config, assets=preflight(config), folder=folder, may_exist=True)
+    folder = run_folder(config, name)
+    run = create_run(client, name, config, assets=preflight(config), folder=str(folder), may_exist=True)
     write_config(run)
     return run
 
@@ -86,7 +118,10 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
                 run = open_run(client, name)
                 cancel_drain(client, run, who=default_who())
             else:
-                run = _created(client, name, config, assets, folder)
+                run = create_run(client, name, config, assets=assets, folder=str(folder))
+                write_config(run)
+                if secret(RUN_KEY) is None:
+                    make_key(folder / KEY_FILE)
             code = _drive(client, run, url, server, interrupted, config_path, fork_server)
             is_finished = code == 0 and RunRecord(client, run.keys).status == "finished"
             if is_finished and run.config.policy_store.path is None:  # its policies need not stay in memory
@@ -94,14 +129,6 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
 
                 shutil.rmtree(store_folder(run.config.policy_store, run.name), ignore_errors=True)
             return code
-
-
-def _created(client: redis.Redis, name: str, config: Config, assets: dict[str, object], folder: Path) -> Run:
-    run = create_run(client, name, config, assets=assets, folder=str(folder))
-    write_config(run)
-    if secret(RUN_KEY) is None:
-        make_key(folder / KEY_FILE)
-    return run
 
 
 def _drive(
@@ -114,15 +141,14 @@ def _drive(
     fork_server: ForkServer | None,
 ) -> int:
     """Start every role and watch until the trainer has finished."""
-    folder = Path(run.folder)
-    progress = Progress(client, run)
+    folder, record, progress = Path(run.folder), RunRecord(client, run.keys), Progress(client, run)
     pages, address = _dashboard(run)
     supervisor = Supervisor(
         run.config,
         run=run.name,
         url=url,
         folder=folder,
-        status=lambda: RunRecord(client, run.keys).status,
+        status=lambda: record.status,
         trainer_is_alive=lambda: _trainer_is_alive(client, run),
         extra=pages,
         say=progress.say,
@@ -133,7 +159,7 @@ def _drive(
     started = time.monotonic()
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
     if address:
-        RunRecord(client, run.keys).set_dashboard(address)
+        record.set_dashboard(address)
         progress.say(f"dashboard at {address}")
     try:
         supervisor.start()
@@ -143,7 +169,7 @@ def _drive(
             progress.update()
     except RunFailed:
         with suppress(redis.ConnectionError):
-            RunRecord(client, run.keys).set_status("failed")
+            record.set_status("failed")
         raise
     finally:
         was_interrupted = interrupted()
@@ -154,15 +180,15 @@ def _drive(
             )
         supervisor.stop()
         with suppress(redis.ConnectionError, redis.TimeoutError):
-            RunRecord(client, run.keys).set_dashboard("")
+            record.set_dashboard("")
     if was_interrupted:
-        RunRecord(client, run.keys).set_status("stopped")
+        record.set_status("stopped")
     holds, text = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
     progress.say(text)
-    if RunRecord(client, run.keys).status == "drained":
-        progress.say(f"drained; resume with: sluice run {config_path} --resume {run.name}")
+    if was_interrupted or record.status == "drained":
+        ended = "stopped" if was_interrupted else "drained"
+        progress.say(f"{ended}; resume with: sluice run {config_path} --resume {run.name}")
     if was_interrupted:
-        progress.say(f"stopped; resume with: sluice run {config_path} --resume {run.name}")
         return 130
     return 0 if holds else 1
 
@@ -179,11 +205,10 @@ def _dashboard(run: Run) -> tuple[list[Role], str | None]:
 
 
 def _trainer_is_alive(client: redis.Redis, run: Run) -> bool:
-    try:
+    with suppress(redis.ConnectionError, redis.TimeoutError):
         heartbeats = read_heartbeats(client, run.keys)
-    except (redis.ConnectionError, redis.TimeoutError):
-        return False
-    return any(name.startswith("trainer@") and not is_silent(stats) for name, stats in heartbeats.items())
+        return any(name.startswith("trainer@") and not is_silent(stats) for name, stats in heartbeats.items())
+    return False
 
 
 def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None, progress: Progress) -> bool:
@@ -210,10 +235,11 @@ def _redis_for(folder: Path) -> Iterator[tuple[str, EmbeddedServer | None]]:
     if url := secret("SLUICE_REDIS_URL"):
         yield url, None
         return
-    if running_url(folder / "redis"):
-        raise ConfigError(f"run {folder.name} is in progress: its Redis is alive (sluice status {folder.name})")
-    server = start_server(folder / "redis")
     try:
+        server = start_server(folder / "redis")
+    except DataInUse:
+        raise ConfigError(
+            f"run {folder.name} is in progress: its Redis is alive (sluice status {folder.name})"
+        ) from None
+    with server:
         yield server.url, server
-    finally:
-        server.stop()

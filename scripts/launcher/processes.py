@@ -10,30 +10,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from types import FrameType
 
-from sluice.common.parent import die_with
+from sluice.common.parent import die_with, stop_signals
+from sluice.scripts.launcher.forked import ForkedProcess
 
-
-class Process(Protocol):
-    """What a supervisor knows of a child: a `Popen`, or a `ForkedProcess`."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """Return the exit code, negative for a signal; None while it runs."""
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Return the exit code. Raises TimeoutExpired."""
-
-    def send_signal(self, number: int, /) -> None:
-        """Send a signal, unless the process has ended."""
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
+Process = subprocess.Popen[bytes] | ForkedProcess
+"""What a supervisor knows of a child."""
 
 
 def spawn(
@@ -43,6 +29,7 @@ def spawn(
     env: Mapping[str, str],
     at_parents_death: int = signal.SIGKILL,
     pass_fds: Sequence[int] = (),
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a child whose output is appended to `log`; `env` is added to ours. Call it from the main thread."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +37,7 @@ def spawn(
     with log.open("ab") as output:
         return subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **env},
@@ -64,3 +51,21 @@ def signal_group(process: Process, number: int) -> None:
     """Send a signal to the child and everything it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[Callable[[], bool]]:
+    """Set a flag on Ctrl-C, SIGTERM and a closed terminal; a second one interrupts."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in stop_signals()}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from sluice.common.monitoring.diagnosis import explain_stall
+from sluice.common.monitoring.diagnosis import diagnose
 from sluice.common.monitoring.metric_stream import last_entry, read_metrics
-from sluice.common.monitoring.queues import queue_depths
+from sluice.common.monitoring.queues import read_queues
 from sluice.common.operations.control import effective
 from sluice.common.pipeline import QUEUES
 from sluice.common.run import Run
@@ -72,7 +72,7 @@ class Progress(Display):
     def __init__(self, client: redis.Redis, run: Run) -> None:
         super().__init__(total=run.config.trainer.num_steps)
         self._client, self._run = client, run
-        self._last_entry = last_entry(client, run.keys)  # of a resumed run, only what is new
+        self._last_entry = last_entry(client, run.keys, "metrics")  # of a resumed run, only what is new
         self._read_at = self._reported_at = self._said_at = 0.0
         self._moved_at = time.monotonic()
         self._has_begun = False
@@ -99,11 +99,9 @@ class Progress(Display):
             self._show(steps[-1])
         elif now - max(self._moved_at, self._reported_at) > STALLED_AFTER_S:
             self._reported_at = now
-            self.say(f"{self._waiting(now)}: {explain_stall(self._client, self._run)}")
-
-    def _waiting(self, now: float) -> str:
-        waited = f"{now - self._moved_at:.0f} s"
-        return f"no step for {waited}" if self._has_begun else f"starting, {waited} so far"
+            waited = f"{now - self._moved_at:.0f} s"
+            waiting = f"no step for {waited}" if self._has_begun else f"starting, {waited} so far"
+            self.say(f"{waiting}: {diagnose(self._client, self._run).text}")
 
     def _say_evaluation(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -125,5 +123,5 @@ class Progress(Display):
         self.show(step, total, text, more=self._queued)
 
     def _queued(self) -> str:
-        depths = queue_depths(self._client, self._run, QUEUES)
-        return "  queued " + (" ".join(f"{queue}={depth}" for queue, depth in depths.items() if depth) or "none")
+        queues = read_queues(self._client, self._run, QUEUES).items()
+        return "  queued " + (" ".join(f"{name}={queue.depth}" for name, queue in queues if queue.depth) or "none")

@@ -19,6 +19,7 @@ import time
 from tempfile import mkdtemp
 from types import FrameType
 
+from sluice.common.parent import stop_signals
 from sluice.scripts.launcher.forked import Command, fork, imports_without_threads
 from sluice.scripts.launcher.processes import Process
 from sluice.scripts.launcher.roles import PYTHON
@@ -39,8 +40,8 @@ def run(num_ranks: int) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         ranks[0].send_signal(number)
 
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGINT, forward)
+    for asked in stop_signals():
+        signal.signal(asked, forward)
     try:
         return _wait(ranks)
     finally:

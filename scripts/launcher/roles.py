@@ -56,18 +56,19 @@ def worker_bounds(config: Config) -> dict[str, tuple[int, int]]:
 def worker_role(config: Config, queue: str, replica: int) -> Role:
     """Make what `celery -A sluice worker -Q QUEUE` starts (docs/operations.md)."""
     argv = [*PYTHON, "-m", "sluice.workers", "-Q", queue, "--loglevel", "INFO"]
-    gpus = assigned_gpus(config, queue, replica)
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    name = f"{queue.partition(',')[0]}-{replica}"
-    return Role(name=name, argv=argv, env=visible, is_forked=queue != "reward")
+    env = _visible(assigned_gpus(config, queue, replica))
+    return Role(name=f"{queue.partition(',')[0]}-{replica}", argv=argv, env=env, is_forked=queue != "reward")
 
 
 def trainer_role(config: Config) -> Role:
     """Make the trainer's role: one process, or one that starts a rank per GPU."""
     env = {"RANK": "0", "WORLD_SIZE": "1"}  # the machine's own would make it wait for ranks that no process starts
-    gpus = trainer_gpus(config)
-    visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    return Role(name="trainer", argv=trainer_command(config.replicas.trainer), env=env | visible, is_forked=True)
+    env |= _visible(trainer_gpus(config))
+    return Role(name="trainer", argv=trainer_command(config.replicas.trainer), env=env, is_forked=True)
+
+
+def _visible(gpus: list[str]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
 
 
 def trainer_command(num_ranks: int) -> list[str]:

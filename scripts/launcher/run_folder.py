@@ -1,15 +1,26 @@
-"""Names, folders and paths of runs on this machine."""
+"""Names, folders and paths of runs on this machine, and opening one for a command that reads or controls it."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import redis
 
 from sluice.common.config import Config
+from sluice.common.connections.client import connect, give_up_after
+from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.loading import absolute_function_path
-from sluice.common.run import Run
+from sluice.common.run import Run, list_runs, open_run
+from sluice.scripts.launcher.redis_server import reading_server
+
+READER_WAIT_S = 5.0
+"""How long a command that only reads waits for a Redis that becomes unavailable meanwhile."""
 
 
 def default_name(config_path: str) -> str:
@@ -18,10 +29,11 @@ def default_name(config_path: str) -> str:
 
 def newest_run(config: Config, *, prefix: str) -> str:
     """Return the name of the newest run of a config. Raises ConfigError."""
-    folders = sorted(Path(config.output_dir).glob(f"{prefix}-*/config.yaml"), key=lambda p: p.stat().st_mtime)
-    if not folders:
+    files = Path(config.output_dir).glob(f"{prefix}-*/config.yaml")
+    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
         raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}")
-    return folders[-1].parent.name
+    return newest.parent.name
 
 
 def run_folder(config: Config, name: str) -> Path:
@@ -36,30 +48,52 @@ def existing_folder(name: str | None) -> Path:
         raise ConfigError(
             f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in?"
         )
-    folders = sorted((p.parent for p in base.glob("*/redis")), key=lambda p: (p / "redis").stat().st_ctime)
-    if not folders:
+    newest = max(base.glob("*/redis"), key=lambda path: path.stat().st_ctime, default=None)
+    if newest is None:
         raise ConfigError("there is no run here: set SLUICE_REDIS_URL, or change to the folder that holds runs/")
-    return folders[-1]
+    return newest.parent
+
+
+@contextmanager
+def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
+    """Open an existing run and its Redis' URL: SLUICE_REDIS_URL's, or the newest (or named) run folder's own Redis.
+
+    A run may be named by its folder, as `export` and `replay` do.
+    """
+    name = (name and Path(name).name) or os.environ.get("SLUICE_RUN")
+    if given := secret("SLUICE_REDIS_URL"):
+        server: AbstractContextManager[str] = nullcontext(given)
+    else:
+        folder = existing_folder(name)
+        name, server = folder.name, reading_server(folder / "redis")
+    with server as url, closing(connect(url)) as client:
+        give_up_after(client, READER_WAIT_S)
+        if not name:
+            runs = list_runs(client)
+            if not runs:
+                raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
+            name = max(runs, key=lambda run: runs[run])
+        yield client, open_run(client, name), url
 
 
 def write_config(run: Run) -> None:
     """Write the resolved config, for people, into the run folder."""
     folder = Path(run.folder)
-    with suppress(FileExistsError):
-        folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(run.config.to_yaml())
 
 
+def resolve_paths(sections: Iterable[dict[str, Any]]) -> None:
+    """Make the `path` of each section absolute where it is one of this machine; hub ids stay as they are."""
+    for section in sections:
+        if Path(section["path"]).exists():
+            section["path"] = str(Path(section["path"]).resolve())
+
+
 def with_absolute_paths(config: Config) -> Config:
-    """Make local paths absolute, so that roles started in any folder find them; hub ids stay as they are."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).resolve()) if Path(path).exists() else path
-
+    """Make local paths absolute, so that roles started in any folder find them."""
     data = config.model_dump()
-    data["model"]["path"] = absolute(data["model"]["path"])
-    for section in (data["dataset"], *(e["dataset"] for e in data["evaluation"]["datasets"])):
-        section["path"] = absolute(section["path"])
+    resolve_paths([data["model"], data["dataset"], *(e["dataset"] for e in data["evaluation"]["datasets"])])
     trainer, folder = data["trainer"], Path(config.code_folder or ".")
     for section, key in (
         *((function, "function") for function in data["reward"]["functions"]),

@@ -26,21 +26,20 @@ class Scaler:
 
     def __init__(self, client: redis.Redis, run: Run, supervisor: Supervisor, *, say: Callable[[str], None]) -> None:
         self._client, self._run, self._supervisor, self._say = client, run, supervisor, say
-        ranges = {queue: getattr(run.config.replicas, queue.partition(",")[0]) for queue in worker_bounds(run.config)}
-        self._queues = [queue for queue, count in ranges.items() if isinstance(count, ReplicaRange)]
+        replicas, bounds = run.config.replicas, worker_bounds(run.config)
+        is_range = {queue: isinstance(getattr(replicas, queue.partition(",")[0]), ReplicaRange) for queue in bounds}
+        self._bounds = {queue: ends for queue, ends in bounds.items() if is_range[queue]}
         self._read_at = 0.0
 
     def update(self) -> None:
         """Read and scale, at most every READ_EVERY_S. Raises Redis' ConnectionError, having changed nothing."""
-        if not self._queues or time.monotonic() - self._read_at < READ_EVERY_S:
+        if not self._bounds or time.monotonic() - self._read_at < READ_EVERY_S:
             return
         self._read_at = time.monotonic()
         scales = read_scales(self._client, self._run.keys)
-        for queue in self._queues:
-            name = queue.partition(",")[0]
-            min_workers, max_workers = worker_bounds(self._run.config)[queue]
-            if name in scales and max_workers:
-                self._follow(queue, min(max(scales[name].desired, min_workers), max_workers), scales[name].reason)
+        for queue, (min_workers, max_workers) in self._bounds.items():
+            if max_workers and (scale := scales.get(queue.partition(",")[0])):
+                self._follow(queue, min(max(scale.desired, min_workers), max_workers), scale.reason)
 
     def _follow(self, queue: str, desired: int, reason: str) -> None:
         before = self._supervisor.num_workers(queue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -53,12 +54,10 @@ def write_summary(client: redis.Redis, run: Run, *, wall_s: float, restarts: dic
 
 def _age_histogram(steps: list[dict[str, float]]) -> dict[str, int]:
     """Return policy age in optimizer steps -> groups trained at that age."""
-    histogram: dict[int, int] = {}
-    for metrics in steps:
-        for name, count in metrics.items():
-            if name.startswith("policy_age/"):
-                age = int(name.removeprefix("policy_age/"))
-                histogram[age] = histogram.get(age, 0) + int(count)
+    histogram: Counter[int] = Counter()
+    for name, count in (entry for metrics in steps for entry in metrics.items()):
+        if name.startswith("policy_age/"):
+            histogram[int(name.removeprefix("policy_age/"))] += int(count)
     return {str(age): histogram[age] for age in sorted(histogram)}
 
 
@@ -80,10 +79,8 @@ def _text(summary: dict[str, Any], rewards: list[float], counters: Counters, fol
     total = sum(summary["policy_age"].values())
     ages = "  ".join(f"{age}: {count} ({count / total:.0%})" for age, count in summary["policy_age"].items())
     lines.append(f"  policy age {ages or '-'}   (groups trained at each age, in optimizer steps)")
-    lines.append(
-        f"  tokens     {summary['generated_tokens']:,} generated ({summary['generated_tokens'] / seconds:,.0f}/s), "
-        f"{summary['trained_tokens']:,} trained ({summary['trained_tokens'] / seconds:,.0f}/s)"
-    )
+    counts = {kind: summary[f"{kind}_tokens"] for kind in ("generated", "trained")}
+    lines.append("  tokens     " + ", ".join(f"{n:,} {kind} ({n / seconds:,.0f}/s)" for kind, n in counts.items()))
     lines.append("  ledger     " + ledger_text(counters))
     if summary["restarts"]:
         lines.append(f"  restarted  {summary['restarts']}")

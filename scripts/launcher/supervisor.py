@@ -23,10 +23,12 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sluice.common.config import Config
 from sluice.common.errors import Diverged
@@ -109,23 +111,19 @@ class Supervisor:
         env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._config, self._env, self._logs = config, env, folder / "logs"
-        self._restarts: dict[str, int] = {}  # of workers that have gone
+        self._restarts: Counter[str] = Counter()  # of workers that have gone
         self._children = [self._worker(queue, i) for queue, i in planned_workers(config)]
         self._trainer = self._child(trainer_role(config))
-        self._children.append(self._trainer)
-        for role in extra:
-            self._children.append(self._child(role))
-            self._children[-1].is_needed = False
+        self._children += [self._trainer, *(self._child(role, is_needed=False) for role in extra)]
 
     def _worker(self, queue: str, replica: int, *, was_added: bool = False) -> Child:
-        child = self._child(worker_role(self._config, queue, replica))
-        child.queue, child.replica, child.was_added = queue, replica, was_added
-        return child
+        role = worker_role(self._config, queue, replica)
+        return self._child(role, queue=queue, replica=replica, was_added=was_added)
 
-    def _child(self, role: Role) -> Child:
+    def _child(self, role: Role, **state: Any) -> Child:
         env = self._env | role.env | key_environment(role, self._key_file)
         log = self._logs / f"{role.name}.log"
-        return Child(name=role.name, argv=role.argv, env=env, log=log, is_forked=role.is_forked)
+        return Child(name=role.name, argv=role.argv, env=env, log=log, is_forked=role.is_forked, **state)
 
     def start(self) -> None:
         # those that are not forked first: they need not wait for the fork server's imports
@@ -168,29 +166,29 @@ class Supervisor:
         now = time.monotonic()
         child.crashes = [t for t in child.crashes if now - t < CRASH_WINDOW_S] + [now]
         if len(child.crashes) >= MAX_CRASHES:
+            died = f"{child.name} died {len(child.crashes)} times"
             if not child.is_needed:
                 self._children.remove(child)
-                self._say(
-                    f"{child.name} died {len(child.crashes)} times and is not started again (its log: {child.log})"
-                )
+                self._say(f"{died} and is not started again (its log: {child.log})")
                 return
-            raise RunFailed(
-                f"{child.name} died {len(child.crashes)} times within {CRASH_WINDOW_S:.0f} s (last exit code {code}); "
-                f"its log {child.log} ends:\n{_tail(child.log)}"
-            )
+            within = f"within {CRASH_WINDOW_S:.0f} s (last exit code {code})"
+            raise RunFailed(f"{died} {within}; its log {child.log} ends:\n{_tail(child.log)}")
         child.start_at = now + 0.5 * 2 ** (len(child.crashes) - 1)
 
     def num_workers(self, queue: str) -> int:
         """Count the workers of a queue, including those loading or about to be restarted, without those that drain."""
-        return sum(child.queue == queue and child.drained_at is None for child in self._children)
+        return len(self._active(queue))
+
+    def _active(self, queue: str) -> list[Child]:
+        found = [child for child in self._children if child.queue == queue and child.drained_at is None]
+        return sorted(found, key=lambda child: child.replica)
 
     def scale(self, queue: str, number: int) -> None:
         """Start workers of a queue or begin to drain some, the newest first, so that `number` stay.
 
         A draining worker keeps its number, and so its GPUs, until it has ended: fewer may start than requested.
         """
-        active = [child for child in self._children if child.queue == queue and child.drained_at is None]
-        active.sort(key=lambda child: child.replica)
+        active = self._active(queue)
         for child in active[number:]:
             child.drained_at = time.monotonic()
             if child.process and child.process.poll() is None:
@@ -211,8 +209,7 @@ class Supervisor:
                 if process:
                     signal_group(process, signal.SIGKILL)  # killed itself, it leaves its prefork children
                 self._children.remove(child)
-                if child.num_restarts:
-                    self._restarts[child.name] = self._restarts.get(child.name, 0) + child.num_restarts
+                self._restarts[child.name] += child.num_restarts
                 continue
             late_s = time.monotonic() - (child.drained_at or 0.0) - limit_s
             if late_s > self._config.lease.shutdown_grace_s + STOP_S:
@@ -245,10 +242,8 @@ class Supervisor:
     @property
     def restarts(self) -> dict[str, int]:
         """Number of restarts by role, where any."""
-        counts = dict(self._restarts)
-        for child in self._children:
-            counts[child.name] = counts.get(child.name, 0) + child.num_restarts
-        return {name: count for name, count in counts.items() if count}
+        counts = self._restarts + Counter({child.name: child.num_restarts for child in self._children})
+        return dict(counts)
 
 
 def _kill(processes: Iterable[Process | None]) -> None:

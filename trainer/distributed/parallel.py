@@ -34,6 +34,7 @@ from sluice.common.config.trainer import TrainerConfig
 from sluice.common.errors import DiskFull, Diverged
 from sluice.common.loading import add_code_folder
 from sluice.common.models.causal_lm import load_pretrained
+from sluice.common.parent import stop_signals
 from sluice.common.policies.canary import CanarySequence
 from sluice.common.types import Group
 from sluice.trainer.distributed.ranks import COLLECTIVE_TIMEOUT_S, Ranks
@@ -63,21 +64,17 @@ class ParallelPolicy:
     def base_digest(self) -> str:
         return self._policy.base_digest
 
-    def optimize(
-        self, groups: list[Group], advantages: list[Tensor], *, step: int, max_tokens: int, mask_truncated: bool = False
-    ) -> dict[str, float]:
+    def optimize(self, groups: list[Group], advantages: list[Tensor], *, step: int) -> dict[str, float]:
         """Optimize, each rank on the micro-batches of its shard (`shard_by_tokens`); return the metrics of all.
 
-        advantages: [G] per group. max_tokens, mask_truncated: as in `build_micro_batches`.
+        advantages: [G] per group.
         """
+        config, packed = self._policy.config, self._policy.is_packed
+        how: dict[str, Any] = {"max_tokens": config.microbatch_tokens, "mask_truncated": config.mask_truncated}
         shards = shard_by_tokens(groups, advantages, num_ranks=self._ranks.size)
-        packed = self._policy.is_packed
-        batches = [
-            build_micro_batches(*shard, max_tokens=max_tokens, packed=packed, mask_truncated=mask_truncated)
-            for shard in shards
-        ]
+        batches = [build_micro_batches(*shard, packed=packed, **how) for shard in shards]
         own, *others = (pad_micro_batches(each, count=max(map(len, batches))) for each in batches)
-        with self._told("optimize", [[batches] for batches in others], {"step": step}):
+        with _told(self._ranks, "optimize", [[batches] for batches in others], step=step):
             return self._policy.optimize(own, step=step)
 
     def configure(self, config: TrainerConfig) -> None:
@@ -102,27 +99,19 @@ class ParallelPolicy:
 
     def close(self) -> None:
         """End the other ranks: the last call."""
-        with self._told("close", [[]] * (self._ranks.size - 1), {}):
+        with _told(self._ranks, "close", [[]] * (self._ranks.size - 1)):
             self._ranks.leave()
 
     def _replicate(self, name: str, *arguments: Any, **options: Any) -> Any:
         """Make the same call on every rank; return this rank's result."""
-        with self._told(name, [list(arguments)] * (self._ranks.size - 1), options):
+        with _told(self._ranks, name, [list(arguments)] * (self._ranks.size - 1), **options):
             return getattr(self._policy, name)(*arguments, **options)
-
-    @contextmanager
-    def _told(self, name: str, arguments: list[list[Any]], options: dict[str, Any]) -> Iterator[None]:
-        """Have the other ranks begin the call, each with its own arguments, while this one makes it inside."""
-        with _explained(name, self._ranks):
-            self._ranks.send_calls([_call(name, own, options) for own in arguments])
-            yield
 
 
 def open_policy(config: Config, *, end_token_ids: Sequence[int], ranks: Ranks | None = None) -> ParallelPolicy:
     """Open the policy of a run with the weights of model.path, on all ranks; for rank 0. Raises ConfigError."""
     ranks = ranks or Ranks()
-    ranks.send_calls([_call("open", [config, list(end_token_ids)], {})] * (ranks.size - 1))
-    with _explained("open", ranks):
+    with _told(ranks, "open", [[config, list(end_token_ids)]] * (ranks.size - 1)):
         return ParallelPolicy(_build(config, end_token_ids, ranks), ranks)
 
 
@@ -136,7 +125,7 @@ def run_follower(ranks: Ranks) -> int:
     def note(number: int, frame: FrameType | None) -> None:
         signals.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, note)
     policy: TrainedPolicy | None = None
     while True:
@@ -170,6 +159,17 @@ def _build(config: Config, end_token_ids: Sequence[int], ranks: Ranks) -> Traine
     if ranks.rank == 0 and ranks.size > 1:
         log.info("%d ranks on %s; a step's groups stay %d", ranks.size, policy.device.type, config.groups_per_step)
     return policy
+
+
+@contextmanager
+def _told(ranks: Ranks, name: str, arguments: list[list[Any]], **options: Any) -> Iterator[None]:
+    """Have the other ranks begin the call, each with its own arguments, while rank 0 makes it inside.
+
+    options: the same for all, and plain data.
+    """
+    with _explained(name, ranks):
+        ranks.send_calls([{"call": name, "arguments": _to_wire(own), "options": options} for own in arguments])
+        yield
 
 
 @contextmanager
@@ -224,11 +224,6 @@ def pad_micro_batches(batches: list[MicroBatch], *, count: int) -> list[MicroBat
     smallest = min(batches, key=lambda batch: batch.num_tokens)
     idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
     return [*batches, *[idle] * (count - len(batches))]
-
-
-def _call(name: str, arguments: list[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Make the message of a call; options are plain data."""
-    return {"call": name, "arguments": _to_wire(arguments), "options": options}
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {

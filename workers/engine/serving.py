@@ -1,6 +1,6 @@
 """What every engine does around its batch: which requests wait, which policy is served and which is next, and shutdown.
 
-An engine is a thread of its own over a `ServingEngine`; it shares state with task threads here, under one condition.
+An engine is a thread of its own over an `Engine`; it shares state with task threads here, under one condition.
 
 Invariants:
 * every request is resolved exactly once: with its completions, an EngineError, or EngineClosed;
@@ -14,14 +14,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sluice.common.errors import EngineClosed, EngineError
 from sluice.common.types import Completion
-from sluice.workers.engine import EngineStats, GenerationRequest
+from sluice.workers.engine import EngineStats, GenerationRequest, ScoredSequence
 
 if TYPE_CHECKING:
     import torch
@@ -35,26 +39,43 @@ _JOIN_S = 10.0
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class ServedGroup:
-    """One request, and its finished completions."""
+class SequenceGroup:
+    """One request: `sampling.n` sequences of one prompt, admitted together."""
 
     request: GenerationRequest
     future: Future[list[Completion]] = field(default_factory=Future)
     completions: dict[int, Completion] = field(default_factory=dict)
+    "those that have finished, by index"
+    arrived_at: float = field(default_factory=time.monotonic)
+    num_bypassed: int = 0
+    "younger groups that were admitted while this one waited"
 
     @property
     def size(self) -> int:
         return self.request.sampling.n
 
     @property
-    def is_complete(self) -> bool:
-        return len(self.completions) == self.size
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of prompt and completion together."""
+        return self.prompt_length + self.request.sampling.max_tokens
 
     def fail(self, error: type[EngineError], why: str, *, cause: Exception | None = None) -> None:
         """Resolve the request with an error that names it, unless it is resolved already."""
-        failure = error(f"group {self.request.group_id}: {why}")
-        failure.__cause__ = cause
-        fail(self.future, failure)
+        fail(self.future, error(f"group {self.request.group_id}: {why}"), cause=cause)
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Scoring:
+    """One call of `score`."""
+
+    sequences: Sequence[ScoredSequence]
+    future: Future[tuple[int, list[NDArray[np.float32]]]] = field(default_factory=Future)
+    logprobs: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    "of the sequences scored so far, by index, where an engine scores them one by one"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,56 +87,55 @@ class StagedPolicy:
     tensors: Mapping[str, torch.Tensor]
 
 
-AnyGroup = TypeVar("AnyGroup", bound=ServedGroup)
+class Engine(ABC):
+    """The operations that a rollout worker uses, and what of them does not depend on how a batch is decoded.
 
-
-class ServingEngine(Generic[AnyGroup]):
-    """Implements what of `workers.engine.Engine` does not depend on how a batch is decoded. Serves nothing before `stage`."""
+    Serves nothing before the first `stage`.
+    """
 
     _thread: threading.Thread
 
     def __init__(self, *, in_flight: Literal["keep", "recompute", "drain"]) -> None:
+        self.version = -1
+        "the policy version that produces the next token; -1 before the first policy"
+        self.digest = ""
+        "of the served policy, as its manifest names it"
+        self.progress_at = time.monotonic()
+        "when the loop made its last pass: stops in a hung engine, moves every second in an idle one; -inf of one that is dead"
+        self.refused: tuple[int, str] | None = None
+        "the policy version staged last that could not be loaded, and why; none once another was"
         self._in_flight = in_flight
-        self._version, self._digest = -1, ""
-        self._progress_at = time.monotonic()
         self._last_error: str | None = None
-        self._refused: tuple[int, str] | None = None
         self._generated_tokens = self._num_updates = 0
         self._busy_s = self._update_pause_s = self._last_pause_s = 0.0
         self._condition = threading.Condition()  # guards all below
-        self._pending: list[AnyGroup] = []
-        self._running: list[AnyGroup] = []
+        self._pending: list[SequenceGroup] = []
+        self._running: list[SequenceGroup] = []
+        self._scoring: list[Scoring] = []
         self._staged: StagedPolicy | None = None
         self._has_news = self._is_closed = False
 
-    @property
-    def version(self) -> int:
-        """The policy version that produces the next token; -1 before the first policy."""
-        return self._version
+    @abstractmethod
+    def generate(self, request: GenerationRequest) -> list[Completion]:
+        """Return `sampling.n` completions in order; blocks. Thread-safe. Raises EngineError, or EngineClosed when not served."""
 
-    @property
-    def digest(self) -> str:
-        """Digest of the served policy."""
-        return self._digest
+    @abstractmethod
+    def score(self, sequences: Sequence[ScoredSequence]) -> tuple[int, list[NDArray[np.float32]]]:
+        """Return the served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]).
 
-    @property
-    def progress_at(self) -> float:
-        """`time.monotonic()` of the loop's last pass; -inf of an engine that is dead."""
-        return self._progress_at
-
-    @property
-    def refused(self) -> tuple[int, str] | None:
-        """The policy version staged last that could not be loaded, and why; none once another was."""
-        return self._refused
+        Blocks; goes before generation. Computed by the same weights and kernels, so that it shows whether a swap took effect.
+        Raises EngineError (also where no policy is served yet), EngineClosed.
+        """
 
     def stage(self, version: int, digest: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Serve this policy from the next step on that may swap; returns at once. Replaces one staged before.
+        """Stage a verified policy; returns at once, the swap happens between two decode steps. Replaces one staged before.
 
-        Versions may decrease (evaluation); staging the served one drops what was staged. A policy that cannot be loaded is
-        reported in `refused` and the log, and the served one stays.
+        `tensors` must not be written to afterwards: an engine may serve them in place. Versions may decrease (evaluation);
+        staging the served one drops what was staged. A policy that cannot be loaded is `refused` and logged, requests pinned
+        to it raise EngineError, and the served policy stays.
         """
         with self._condition:
-            is_served = (version, digest) == (self._version, self._digest)
+            is_served = (version, digest) == (self.version, self.digest)
             self._staged = None if is_served else StagedPolicy(version=version, digest=digest, tensors=tensors)
             self._wake()
 
@@ -128,7 +148,7 @@ class ServingEngine(Generic[AnyGroup]):
             self._wake()
 
     def stats(self) -> EngineStats:
-        """Return counters since the engine started."""
+        """Return counters since the engine started, for heartbeats and metrics."""
         return EngineStats(
             generated_tokens=self._generated_tokens,
             running_sequences=self._count_sequences(),
@@ -150,27 +170,39 @@ class ServingEngine(Generic[AnyGroup]):
 
     # What each engine implements.
 
-    def _count_sequences(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _count_sequences(self) -> int: ...
 
-    def _release_scores(self, why: str) -> None:
-        """Fail the calls that wait for a score; with the condition held."""
-        raise NotImplementedError
+    @abstractmethod
+    def _load(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Exchange the weights, or return why they are not a policy of this model: then the served ones are intact."""
+
+    @abstractmethod
+    def _continue_running(self) -> None:
+        """After a swap: let the running sequences go on under the new policy, as `in_flight` sets."""
 
     # Task threads.
 
-    def _wait_for(self, group: AnyGroup) -> list[Completion]:
+    def _wait_for(self, group: SequenceGroup) -> list[Completion]:
         with self._condition:
             self._check_open(f"group {group.request.group_id}")
-            if self._refused is not None and group.request.pinned_version == self._refused[0]:
+            if self.refused is not None and group.request.pinned_version == self.refused[0]:
                 raise EngineError(f"group {group.request.group_id}: {self._last_error}")
             self._pending.append(group)
             self._wake()
         return group.future.result()
 
+    def _wait_for_score(self, sequences: Sequence[ScoredSequence]) -> tuple[int, list[NDArray[np.float32]]]:
+        scoring = Scoring(sequences=sequences)
+        with self._condition:
+            self._check_open("score")
+            self._scoring.append(scoring)
+            self._wake()
+        return scoring.future.result()
+
     # The engine thread.
 
-    def _take_cancelled(self) -> set[AnyGroup]:
+    def _take_cancelled(self) -> set[SequenceGroup]:
         """Remove and return groups that ran and are resolved: their sequences have to leave."""
         with self._condition:
             dropped = {group for group in self._running if group.future.done()}
@@ -178,39 +210,41 @@ class ServingEngine(Generic[AnyGroup]):
             self._running = [group for group in self._running if group not in dropped]
         return dropped
 
-    def _take_staged(self) -> StagedPolicy | None:
-        """Remove and return the staged policy, if it need not wait for running or pinned requests."""
+    def _swap(self) -> None:
+        """Load the staged policy, if there is one that need not wait for running or pinned requests."""
         with self._condition:
             if self._staged is None or self._must_not_swap():
-                return None
+                return
             policy, self._staged = self._staged, None
-            return policy
-
-    def _serve(self, policy: StagedPolicy) -> None:
-        """Record that the policy is loaded."""
-        self._version, self._digest, self._refused = policy.version, policy.digest, None
+        started = time.monotonic()
+        if problem := self._load(policy.tensors):
+            self._refuse(policy, problem)
+            return
+        # Every later token names the new version, also in sequences that continue with keys and values of the old one.
+        self.version, self.digest, self.refused = policy.version, policy.digest, None
         self._num_updates += 1
-
-    def _count_pause(self, *, since: float) -> None:
-        self._last_pause_s = time.monotonic() - since
+        self._continue_running()
+        self._last_pause_s = time.monotonic() - started
         self._update_pause_s += self._last_pause_s
 
     def _refuse(self, policy: StagedPolicy, why: str) -> None:
         """Record that the policy cannot be loaded, and fail the requests pinned to it."""
         self._last_error = f"policy version {policy.version} was not loaded: {why}"
-        log.warning("%s; serving version %d", self._last_error, self._version)
+        log.warning("%s; serving version %d", self._last_error, self.version)
         with self._condition:
-            self._refused = policy.version, why
+            self.refused = policy.version, why
             for group in self._pending:
                 if group.request.pinned_version == policy.version:
                     group.fail(EngineError, self._last_error)
 
-    def _finish(self, group: AnyGroup) -> None:
-        """Resolve a group that is complete."""
-        with self._condition:
-            self._running.remove(group)
-            if not group.future.done():
-                group.future.set_result([group.completions[i] for i in range(group.size)])
+    def _complete(self, group: SequenceGroup, index: int, completion: Completion) -> None:
+        """Keep a completion; the last one resolves its group."""
+        group.completions[index] = completion
+        if len(group.completions) == group.size:
+            with self._condition:
+                self._running.remove(group)
+                if not group.future.done():
+                    group.future.set_result([group.completions[i] for i in range(group.size)])
 
     def _wait_for_news(self) -> None:
         with self._condition:
@@ -230,17 +264,17 @@ class ServingEngine(Generic[AnyGroup]):
     def _must_not_swap(self) -> bool:
         if self._in_flight == "drain" and self._running:
             return True
-        return any(group.request.pinned_version == self._version for group in (*self._pending, *self._running))
+        return any(group.request.pinned_version == self.version for group in (*self._pending, *self._running))
 
-    def _may_serve(self, group: AnyGroup) -> bool:
-        if self._version < 0:
+    def _may_serve(self, group: SequenceGroup) -> bool:
+        if self.version < 0:
             return False
         if group.request.pinned_version is not None:
-            return group.request.pinned_version == self._version
+            return group.request.pinned_version == self.version
         is_draining = self._in_flight == "drain" and self._staged is not None
-        return self._version >= group.request.min_version and not is_draining
+        return self.version >= group.request.min_version and not is_draining
 
-    def _start_running(self, admitted: list[AnyGroup]) -> None:
+    def _start_running(self, admitted: list[SequenceGroup]) -> None:
         self._running += admitted
         self._pending = [group for group in self._pending if group not in admitted]
 
@@ -253,7 +287,9 @@ class ServingEngine(Generic[AnyGroup]):
     def _release_waiting(self, why: str) -> None:
         for group in self._pending:
             group.fail(EngineClosed, why)
-        self._release_scores(why)
+        for scoring in self._scoring:
+            fail(scoring.future, EngineClosed(f"score: {why}"))
+        self._scoring = []
 
     def _check_open(self, what: str) -> None:
         if self._is_closed:
@@ -264,8 +300,9 @@ class ServingEngine(Generic[AnyGroup]):
         self._condition.notify_all()
 
 
-def fail(future: Future, error: EngineError) -> None:
+def fail(future: Future, error: EngineError, *, cause: Exception | None = None) -> None:
     """Resolve a future with an error, unless it is resolved already."""
+    error.__cause__ = cause
     if not future.done():
         future.set_exception(error)
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sluice.common.errors import EngineError
 from sluice.common.types import SamplingParams
-from sluice.workers.engine import GenerationRequest
+from sluice.workers.engine import GenerationRequest, ScoredSequence
 from sluice.workers.engine.torch.kv_cache import round_up
 
 
@@ -38,7 +38,7 @@ def check_request(
     """Raise EngineError for a request that could never run. max_positions: tokens with room for keys and values."""
     problem = (
         _size_problem(request, max_model_len=max_model_len, max_positions=max_positions)
-        or _id_problem(request.prompt_ids, vocab_size=vocab_size)
+        or _id_problem(request.prompt_ids, what="prompt", vocab_size=vocab_size)
         or _sampling_problem(request.sampling, has_tokenizer=has_tokenizer)
     )
     if problem is not None:
@@ -62,9 +62,9 @@ def _size_problem(request: GenerationRequest, *, max_model_len: int, max_positio
     return None
 
 
-def _id_problem(ids: NDArray[np.int32], *, vocab_size: int) -> str | None:
+def _id_problem(ids: NDArray[np.int32], *, what: str, vocab_size: int) -> str | None:
     if ids.min() < 0 or ids.max() >= vocab_size:
-        return f"prompt ids {ids.min()}..{ids.max()} are outside the vocabulary of {vocab_size}"
+        return f"{what} ids {ids.min()}..{ids.max()} are outside the vocabulary of {vocab_size}"
     return None
 
 
@@ -85,19 +85,16 @@ def _sampling_problem(sampling: SamplingParams, *, has_tokenizer: bool) -> str |
     return None
 
 
-def check_sequences(
-    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], *, max_model_len: int, vocab_size: int
-) -> None:
+def check_sequences(sequences: Sequence[ScoredSequence], *, max_model_len: int, vocab_size: int) -> None:
     """Raise EngineError for a sequence that cannot be scored."""
+    problem: str | None
     for i, (prompt, tokens) in enumerate(sequences):
         total = len(prompt) + len(tokens)
-        ids = np.concatenate([prompt, tokens])
-        problem = None
         if len(prompt) == 0:
             problem = "its prompt is empty: nothing predicts its first token"
         elif total > max_model_len:
             problem = f"{total} tokens > {max_model_len}, the engine's max_model_len"
-        elif ids.min() < 0 or ids.max() >= vocab_size:
-            problem = f"token ids {ids.min()}..{ids.max()} are outside the vocabulary of {vocab_size}"
+        else:
+            problem = _id_problem(np.concatenate([prompt, tokens]), what="token", vocab_size=vocab_size)
         if problem is not None:
             raise EngineError(f"sequence {i} of {len(sequences)} cannot be scored: {problem}")

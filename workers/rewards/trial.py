@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sluice.common.config import Config
 from sluice.common.config.schema import RewardConfig
@@ -30,6 +30,11 @@ from sluice.common.parent import die_with
 from sluice.common.policies.signing import RUN_KEY
 from sluice.workers.rewards.loading import LoadedReward, load_reward_functions
 from sluice.workers.rewards.scoring import limit_memory, score_group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sluice.workers.prompt_source import Prompt
 
 _LOAD_S = 600.0
 """Seconds for the import of the functions: a class may load a model."""
@@ -47,6 +52,19 @@ class Trial:
     columns: dict[str, Any]
     completions: list[str]
     completion_ids: list[list[int]]
+
+    @classmethod
+    def of(cls, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, section: str) -> Trial:
+        """Make a trial with a short completion, and the target as another."""
+        completions = ["No.", prompt.target or "Yes."]
+        return cls(
+            section=section,
+            prompt=prompt.prompt,
+            target=prompt.target,
+            columns=prompt.columns,
+            completions=completions,
+            completion_ids=[tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions],
+        )
 
 
 def try_rewards(config: Config, trials: Sequence[Trial]) -> list[str]:

@@ -24,14 +24,6 @@ for _, step in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), '-inf', last_s
   settled = settled + count
 end
 
-local function remove_from_buffer(group)
-  local version = redis.call('HGET', key('g:' .. group), 'version')
-  for _, entry in ipairs(redis.call('XRANGE', key('stream:' .. version), '-', '+')) do
-    if entry[2][2] == group then redis.call('XDEL', key('stream:' .. version), entry[1]) end
-  end
-  discard_if_empty(version)
-end
-
 -- A named group without a manifest is one whose sampling Redis lost (a restart lost the last writes). It is settled at whatever
 -- stage it is now, and before the cursor if Redis lost its admission too (`ahead`), so that it is never trained a second time.
 local reconciled, cursor = 0, tonumber(redis.call('GET', key('cursor')) or '0')
@@ -41,7 +33,7 @@ for i = 3, #ARGV do
   if not known[group] and redis.call('SISMEMBER', key('live:train'), group) == 1 then
     -- a group that was sampled before is in the buffer legitimately, for resampling
     if not redis.call('HGET', key('g:' .. group), 'samples') then
-      if redis.call('HGET', key('g:' .. group), 'stage') == 'ready' then remove_from_buffer(group) end
+      remove_from_buffer(group)
       reconciled = reconciled + settle(group, 'train', 'trained')
     end
   elseif not known[group] and number >= cursor and redis.call('SADD', key('ahead'), group) == 1 then

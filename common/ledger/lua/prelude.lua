@@ -214,6 +214,24 @@ local function forget_batch(step)
   redis.call('ZREM', key('batches'), step)
 end
 
+-- Make all groups of a batch and of those after it unread again.
+local function dissolve_from(step)
+  for _, sampled in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), step, '+inf')) do
+    for _, line in ipairs(batch_lines(sampled)) do give_back(line.group, line.version, line.entry) end
+    forget_batch(sampled)
+  end
+end
+
+-- Remove the unread entry of a ready group.
+local function remove_from_buffer(group)
+  if redis.call('HGET', key('g:' .. group), 'stage') ~= 'ready' then return end
+  local version = redis.call('HGET', key('g:' .. group), 'version')
+  for _, entry in ipairs(redis.call('XRANGE', key('stream:' .. version), '-', '+')) do
+    if entry[2][2] == group then redis.call('XDEL', key('stream:' .. version), entry[1]) end
+  end
+  discard_if_empty(version)
+end
+
 -- Read up to `count` unread entries of a version's stream, which a batch holds from now on: list of {entry id, group}.
 local function read_entries(version, count)
   local reply = redis.call('XREADGROUP', 'GROUP', 'trainer', 'trainer', 'COUNT', count, 'STREAMS', key('stream:' .. version), '>')

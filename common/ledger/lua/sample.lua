@@ -30,14 +30,7 @@ if #held > 0 and not is_too_old then
   return out
 end
 -- Seen from another branch, after a roll-back, a manifest may hold a stale group: it and all later ones are dissolved.
-if is_too_old then
-  for _, sampled in ipairs(redis.call('ZRANGEBYSCORE', key('batches'), step, '+inf')) do
-    for _, line in ipairs(batch_lines(sampled)) do
-      give_back(line.group, line.version, line.entry)
-    end
-    forget_batch(sampled)
-  end
-end
+if is_too_old then dissolve_from(step) end
 
 -- Only unread entries are read, so no group of an earlier batch is evicted: it stays with its manifest.
 for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do

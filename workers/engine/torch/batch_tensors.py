@@ -13,9 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_COUNTS = ("lengths", "limits", "ends_from")
-_PARAMETERS = ("temperature", "top_k", "top_p", "min_p")
-
 
 class BatchTensors:
     """Tensors with one row per running sequence."""
@@ -26,36 +23,20 @@ class BatchTensors:
         self.tokens = self._empty(0, 0, dtype=torch.long)  # [R, W]
         self.logprobs = self._empty(0, 0, dtype=torch.float32)  # [R, W]
         self.uniforms = self._empty(0, 0, dtype=torch.float32)  # [R, W]
-        self._counts = self._empty(len(_COUNTS), 0, dtype=torch.long)  # [3, R]
-        self._parameters = self._empty(len(_PARAMETERS), 0, dtype=torch.float32)  # [4, R]
+        self._counts = self._empty(3, 0, dtype=torch.long)  # [3, R]
+        self._parameters = self._empty(4, 0, dtype=torch.float32)  # [4, R]
+        self._name_rows()
 
-    @property
-    def lengths(self) -> Tensor:
-        """[R], tokens of prompt and completion so far."""
-        return self._counts[0]
-
-    @property
-    def limits(self) -> Tensor:
-        """[R], the length at which a row ends."""
-        return self._counts[1]
-
-    @property
-    def ends_from(self) -> Tensor:
-        """[R], the length from which on the next token may be an end token (min_tokens)."""
-        return self._counts[2]
-
-    @property
-    def temperature(self) -> Tensor:
-        """[R]; 0 = greedy."""
-        return self._parameters[0]
-
-    @property
-    def truncation(self) -> dict[str, Tensor]:
-        """top_k, top_p and min_p, [R] each; greedy rows hold what cuts nothing."""
-        return dict(zip(_PARAMETERS[1:], self._parameters[1:], strict=True))
+    def _name_rows(self) -> None:
+        """Name the views [R] of counts and parameters: what is written to those shows in them."""
+        # Tokens of prompt and completion so far; at how many a row ends, and from how many on it may (min_tokens).
+        self.lengths, self.limits, self.ends_from = self._counts
+        # 0 = greedy; greedy rows hold what cuts nothing.
+        self.temperature, top_k, top_p, min_p = self._parameters
+        self.truncation = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
 
     def write(self, first_row: int, *, counts: Tensor, parameters: Tensor) -> None:
-        """Set rows first_row..: counts [3, rows] and parameters [4, rows], in the order of the properties above."""
+        """Set rows first_row..: counts [3, rows] and parameters [4, rows], in the order of their names."""
         rows = slice(first_row, first_row + counts.shape[1])
         self._counts[:, rows] = counts.to(self._device)
         self._parameters[:, rows] = parameters.to(self._device)
@@ -77,6 +58,7 @@ class BatchTensors:
             self._copied(old, rows, width) for old in (self.tokens, self.logprobs, self.uniforms)
         )
         self._counts, self._parameters = (self._copied(old, len(old), rows) for old in (self._counts, self._parameters))
+        self._name_rows()
 
     def _copied(self, old: Tensor, *shape: int) -> Tensor:
         new = self._empty(*shape, dtype=old.dtype)

@@ -16,13 +16,12 @@ Invariants, besides those of `serving`:
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,16 +29,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from sluice.common.errors import EngineClosed, EngineError
+from sluice.common.errors import EngineError
 from sluice.common.models.causal_lm import adopt_weights
 from sluice.common.models.logprobs import score_sequences
 from sluice.common.types import Completion
-from sluice.workers.engine import GenerationRequest
-from sluice.workers.engine.serving import ServingEngine, fail
+from sluice.workers.engine import GenerationRequest, ScoredSequence
+from sluice.workers.engine.serving import Engine, SequenceGroup, fail
 from sluice.workers.engine.torch.kv_cache import bytes_per_token
 from sluice.workers.engine.torch.running_batch import RunningBatch
 from sluice.workers.engine.torch.scheduler import PREFILL_TOKENS, schedule
-from sluice.workers.engine.torch.sequence import SequenceGroup
 from sluice.workers.engine.validation import check_model, check_request, check_sequences
 
 log = logging.getLogger(__name__)
@@ -48,14 +46,8 @@ _ADMISSION_PERIOD = 4
 "Decode steps between admissions: a prefill pass costs about a step at any size, so a few arrivals share one."
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
-class _Scoring:
-    sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
-    future: Future[tuple[int, list[NDArray[np.float32]]]] = field(default_factory=Future)
-
-
-class TorchEngine(ServingEngine[SequenceGroup]):
-    """Implements `sluice.workers.engine.Engine`; serves nothing before the first `stage`.
+class TorchEngine(Engine):
+    """Decodes on its own thread, with the model in this process.
 
     model: in eval mode on its device, owned by the engine from then on; its weights may be uninitialised.
     max_sequences: sequences decoded together; a request with more completions runs alone.
@@ -81,57 +73,43 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         super().__init__(in_flight=in_flight)
         check_model(model, max_model_len=max_model_len)
         self._model = model
-        self._decode = decode
+        self._has_tokenizer = decode is not None
         self._max_positions = None if kv_cache_bytes is None else kv_cache_bytes // bytes_per_token(model)
-        self._eos_token_ids = tuple(eos_token_ids)
+        self._vocab_size: int = model.config.get_text_config().vocab_size
         self._max_sequences = max_sequences
         self._max_model_len = max_model_len
+        self._new_batch = functools.partial(
+            RunningBatch,
+            model,
+            eos_token_ids=eos_token_ids,
+            max_sequences=max_sequences,
+            max_model_len=max_model_len,
+            max_positions=self._max_positions,
+            decode=decode,
+        )
         self._batch = self._new_batch()
         self._num_passes = 0
-        self._scoring: list[_Scoring] = []
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
         self._thread.start()
 
     def generate(self, request: GenerationRequest) -> list[Completion]:
-        """Return `sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
+        """Submit the request and wait; what the batch cannot run is refused at once."""
         check_request(
             request,
             max_model_len=self._max_model_len,
-            vocab_size=self._model.config.get_text_config().vocab_size,
+            vocab_size=self._vocab_size,
             max_positions=self._max_positions,
-            has_tokenizer=self._decode is not None,
+            has_tokenizer=self._has_tokenizer,
         )
         return self._wait_for(SequenceGroup(request=request))
 
-    def score(
-        self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
-    ) -> tuple[int, list[NDArray[np.float32]]]:
-        """Return the served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]); blocks.
-
-        Computed between two decode steps, before anything is admitted; a policy staged before is swapped in first, where
-        it may be served. Raises EngineError (also where no policy is served yet), EngineClosed.
-        """
-        vocab_size = self._model.config.get_text_config().vocab_size
-        check_sequences(sequences, max_model_len=self._max_model_len, vocab_size=vocab_size)
-        scoring = _Scoring(sequences=sequences)
-        with self._condition:
-            self._check_open("score")
-            self._scoring.append(scoring)
-            self._wake()
-        return scoring.future.result()
+    def score(self, sequences: Sequence[ScoredSequence]) -> tuple[int, list[NDArray[np.float32]]]:
+        """Score between two decode steps, before anything is admitted; a staged policy that may be served is swapped in first."""
+        check_sequences(sequences, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
+        return self._wait_for_score(sequences)
 
     def _count_sequences(self) -> int:
         return len(self._batch.sequences)
-
-    def _new_batch(self) -> RunningBatch:
-        return RunningBatch(
-            self._model,
-            eos_token_ids=self._eos_token_ids,
-            max_sequences=self._max_sequences,
-            max_model_len=self._max_model_len,
-            max_positions=self._max_positions,
-            decode=self._decode,
-        )
 
     # The engine thread.
 
@@ -139,7 +117,7 @@ class TorchEngine(ServingEngine[SequenceGroup]):
     def _run(self) -> None:
         try:
             while not self._is_closed:
-                self._progress_at = time.monotonic()
+                self.progress_at = time.monotonic()
                 try:
                     self._pass()
                 except Exception as error:  # any error of a model, a kernel or the device
@@ -170,44 +148,35 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         if dropped := self._take_cancelled():
             self._batch.discard(dropped)
 
-    def _swap(self) -> None:
-        """Load the staged policy, if it may be served."""
-        policy = self._take_staged()
-        if policy is None:
-            return
-        # Names and shapes are checked before the first weight changes: a refused policy leaves the served one intact.
-        started = time.monotonic()
+    def _load(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
         try:
-            adopt_weights(self._model, policy.tensors)
+            adopt_weights(self._model, tensors)  # checks names and shapes before the first weight changes
         except Exception as error:
-            self._refuse(policy, f"{type(error).__name__}: {error}")
-            return
-        # Every later token names the new version, also in sequences that continue with keys and values of the old one.
-        self._serve(policy)
-        self._batch.start_version(policy.version)
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _continue_running(self) -> None:
+        self._batch.start_version(self.version)
         if self._in_flight == "recompute":
             for _ in self._batch.recompute():
-                self._progress_at = time.monotonic()
-        self._count_pause(since=started)
+                self.progress_at = time.monotonic()
 
     def _score_waiting(self) -> None:
         with self._condition:
             waiting, self._scoring = self._scoring, []
         for scoring in waiting:
-            if self._version < 0:
+            if self.version < 0:
                 scoring.future.set_exception(EngineError("nothing can be scored: no policy is served yet"))
                 continue
             started = time.monotonic()
             try:
                 scored = score_sequences(self._model, scoring.sequences, max_batch_tokens=PREFILL_TOKENS)
             except Exception as error:  # any error of a model, a kernel or the device; generation continues
-                failure = EngineError(f"scoring failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                scoring.future.set_exception(failure)
+                fail(scoring.future, EngineError(f"scoring failed: {type(error).__name__}: {error}"), cause=error)
             else:
                 self._update_pause_s += time.monotonic() - started  # before the caller of `score` can read it
-                scoring.future.set_result((self._version, scored))
-            self._progress_at = time.monotonic()
+                scoring.future.set_result((self.version, scored))
+            self.progress_at = time.monotonic()
 
     def _admit(self) -> None:
         """Start pending requests that fit, in one prefill pass."""
@@ -223,7 +192,7 @@ class TorchEngine(ServingEngine[SequenceGroup]):
             self._start_running(admitted)
         # The prefill runs without the lock, so that task threads can submit meanwhile.
         if admitted:
-            self._batch.admit(admitted, version=self._version)
+            self._batch.admit(admitted, version=self.version)
 
     def _is_rather_empty(self) -> bool:
         """Return whether more would start than runs: a prefill pass now costs less than decoding this few rows meanwhile."""
@@ -237,9 +206,7 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         self._generated_tokens += num_tokens
         # A group resolves with its last completion; the others wait in it.
         for sequence, completion in finished:
-            sequence.group.completions[sequence.index] = completion
-            if sequence.group.is_complete:
-                self._finish(sequence.group)
+            self._complete(sequence.group, sequence.index, completion)
 
     def _fail_step(self, error: Exception) -> None:
         self._last_error = f"engine step failed: {type(error).__name__}: {error}"
@@ -248,10 +215,3 @@ class TorchEngine(ServingEngine[SequenceGroup]):
         self._batch = self._new_batch()
         with self._condition:
             self._fail_running(error)
-
-    # With the condition held.
-
-    def _release_scores(self, why: str) -> None:
-        for scoring in self._scoring:
-            fail(scoring.future, EngineClosed(f"score: {why}"))
-        self._scoring = []

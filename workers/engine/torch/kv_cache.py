@@ -48,7 +48,7 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     cache = DynamicCache()
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     model.base_model(input_ids=ids, **{cache_argument(model): cache}, use_cache=True)
-    return sum(_states(layer)[0].nbytes + _states(layer)[1].nbytes for layer in cache.layers)
+    return sum(states.nbytes for layer in cache.layers for states in _states(layer))
 
 
 class SlotCache(Cache):
@@ -79,9 +79,7 @@ class SlotCache(Cache):
         return rows <= self._rows and length <= self._length
 
     def reserve(self, *, rows: int, length: int, held: Sequence[int]) -> None:
-        """Make room for `rows` rows of `length` positions; row r keeps its first held[r]."""
-        if self.has_room(rows=rows, length=length):
-            return
+        """Make room for `rows` rows of `length` positions, where it `has_room` not yet; row r keeps its first held[r]."""
         self._rows, self._length = self._shape(rows, round_up(length))
         chunks = _by_span(held, device=self._device)
         for tensors in (self._keys, self._values):

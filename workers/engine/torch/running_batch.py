@@ -26,12 +26,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sluice.common.errors import EngineError
 from sluice.common.types import Completion
-from sluice.workers.engine.serving import version_spans
+from sluice.workers.engine.serving import SequenceGroup, version_spans
 from sluice.workers.engine.torch.batch_tensors import BatchTensors
 from sluice.workers.engine.torch.kv_cache import SlotCache, cache_argument, round_up
 from sluice.workers.engine.torch.sampling import sample
 from sluice.workers.engine.torch.scheduler import PREFILL_TOKENS
-from sluice.workers.engine.torch.sequence import RunningSequence, SequenceGroup, features, noise, parameters
+from sluice.workers.engine.torch.sequence import RunningSequence, features, noise, parameters
 from sluice.workers.engine.torch.split_batch import SPLIT_SAVES, split_batch
 from sluice.workers.engine.torch.stop_strings import StopStrings
 
@@ -100,7 +100,8 @@ class RunningBatch:
             )
             row += group.size
         # Counts and parameters of a group are repeated for each of its rows; retired rows have left theirs there.
-        counts = torch.tensor([_counts(group) for group in groups]).T  # [3, G]
+        starts = [(group.prompt_length, group.max_length, group.request.sampling.min_tokens) for group in groups]
+        counts = torch.tensor([(start, limit, start + least) for start, limit, least in starts]).T  # [3, G]
         settings = torch.tensor([parameters(group.request.sampling) for group in groups]).T  # [4, G]
         self._tensors.write(first, counts=counts[:, source], parameters=settings[:, source])
         # The cache gets each prompt but its last token, which the first step runs.
@@ -314,9 +315,3 @@ class RunningBatch:
             version_starts=[(version, start)],
             stop_strings=texts,
         )
-
-
-def _counts(group: SequenceGroup) -> tuple[int, int, int]:
-    """Return length, limit, and the length from which on it may end: the order of `BatchTensors`."""
-    start = group.prompt_length
-    return start, group.max_length, start + group.request.sampling.min_tokens

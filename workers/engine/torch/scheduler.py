@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sluice.workers.engine.serving import SequenceGroup
 from sluice.workers.engine.torch.kv_cache import round_up
-from sluice.workers.engine.torch.sequence import SequenceGroup
 
 PREFILL_TOKENS = 16384
 "Padded tokens of one prefill pass; a longer prompt has a pass of its own."

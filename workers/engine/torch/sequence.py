@@ -8,25 +8,8 @@ import torch
 from torch import Tensor
 
 from sluice.common.types import SamplingParams
-from sluice.workers.engine.serving import ServedGroup
+from sluice.workers.engine.serving import SequenceGroup
 from sluice.workers.engine.torch.stop_strings import StopStrings
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class SequenceGroup(ServedGroup):
-    """One request: `sampling.n` sequences of one prompt, admitted together."""
-
-    num_bypassed: int = 0
-    "younger groups that were admitted while this one waited"
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of prompt and completion together."""
-        return self.prompt_length + self.request.sampling.max_tokens
 
 
 @dataclass(eq=False, kw_only=True, slots=True)

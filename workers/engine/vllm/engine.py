@@ -22,10 +22,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 
@@ -33,11 +35,10 @@ from sluice.common.config import Config
 from sluice.common.errors import EngineClosed, EngineError
 from sluice.common.models.assets import ModelAssets
 from sluice.common.types import Completion
-from sluice.workers.engine import GenerationRequest
-from sluice.workers.engine.serving import ServingEngine, fail
-from sluice.workers.engine.validation import check_request
-from sluice.workers.engine.vllm.core import Finished, VllmCore
-from sluice.workers.engine.vllm.requests import RunningSequence, Score, SequenceGroup, check_temperature, completion_of
+from sluice.workers.engine import GenerationRequest, ScoredSequence
+from sluice.workers.engine.serving import Engine, Scoring, SequenceGroup, fail, version_spans
+from sluice.workers.engine.validation import check_request, check_sequences
+from sluice.workers.engine.vllm.core import Finished, VllmCore, is_temperature
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,23 @@ _START_S = 1800.0
 "Bound on loading vLLM; compiling a large model for CUDA takes minutes."
 _DEAD_HOLD_S = 60.0
 "A dead engine holds callers this long, so that their groups do not race through the queue until the process has ended."
+_PRIORITY_S = 10.0
+"Seconds of waiting that one step of priority is worth."
 
 
-class VllmEngine(ServingEngine[SequenceGroup]):
-    """Implements `sluice.workers.engine.Engine`; serves nothing before the first `stage`."""
+@dataclass(eq=False, kw_only=True, slots=True)
+class _RunningSequence:
+    """One completion that is in vLLM."""
+
+    group: SequenceGroup
+    index: int
+    "index in the group"
+    version_starts: list[tuple[int, int]]
+    "(policy version, number of tokens from which on it samples)"
+
+
+class VllmEngine(Engine):
+    """Decodes in vLLM, built and stepped by a thread of its own."""
 
     def __init__(self, config: Config, assets: ModelAssets) -> None:
         """Load vLLM, which takes seconds to minutes. Raises ConfigError, or what vLLM raises."""
@@ -58,9 +72,8 @@ class VllmEngine(ServingEngine[SequenceGroup]):
         self._finished_tokens = 0
         self._has_nan = False
         "the served policy has left NaN in the cache"
-        self._sequences: dict[str, RunningSequence] = {}
-        self._scored: dict[str, tuple[Score, int]] = {}
-        self._scoring: list[Score] = []
+        self._sequences: dict[str, _RunningSequence] = {}
+        self._scored: dict[str, tuple[Scoring, int]] = {}
         self._is_dead = False
         started: Future[VllmCore] = Future()
         # vLLM is built by the thread that steps it: OpenMP and CUDA keep settings per thread
@@ -69,39 +82,25 @@ class VllmEngine(ServingEngine[SequenceGroup]):
         self._core = started.result(_START_S)
 
     def generate(self, request: GenerationRequest) -> list[Completion]:
-        """Return `sampling.n` completions in order; blocks. Raises EngineError, or EngineClosed when it was not served."""
+        """Submit the request and wait; refused at once: what could never run, and what vLLM would refuse or silently change."""
         check_request(
             request,
             max_model_len=self._max_model_len,
             vocab_size=self._core.vocab_size,
             has_tokenizer=self._core.has_tokenizer,
         )
-        check_temperature(request)
+        temperature = request.sampling.temperature
+        if temperature and not is_temperature(temperature):
+            found = f"vLLM samples at temperature 0 or 0.01 to 2.0, found {temperature}"
+            raise EngineError(f"group {request.group_id}: {found}")
         return self._wait_for(SequenceGroup(request=request))
 
-    def score(
-        self, sequences: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
-    ) -> tuple[int, list[NDArray[np.float32]]]:
-        """Return the served version, and its logprobs [T] at temperature 1 of each (prompt_ids [P], token_ids [T]).
-
-        Goes first; computed afresh by the serving weights, without cached blocks. Raises EngineError.
-        """
-        joined = [np.concatenate([prompt, tokens]).astype(np.int32) for prompt, tokens in sequences]
-        longest = max(map(len, joined), default=0)
-        if longest >= self._core.max_model_len or not all(len(prompt) for prompt, _ in sequences):
-            limit = self._core.max_model_len - 1
-            raise EngineError(
-                f"cannot score: every sequence needs a prompt and at most {limit} tokens, found {longest}"
-            )
-        score = Score(sequences=joined)
-        with self._condition:
-            self._check_open("score")
-            if self._version < 0:
-                raise EngineError("cannot score: the engine serves no policy yet")
-            self._scoring.append(score)
-            self._wake()
-        version, logprobs = score.future.result()
-        return version, [logprobs[i][len(prompt) - 1 :] for i, (prompt, _) in enumerate(sequences)]
+    def score(self, sequences: Sequence[ScoredSequence]) -> tuple[int, list[NDArray[np.float32]]]:
+        """Score ahead of all completions, afresh by the serving weights, without cached blocks."""
+        check_sequences(sequences, max_model_len=self._core.max_model_len - 1, vocab_size=self._core.vocab_size)
+        if self.version < 0:
+            raise EngineError("cannot score: the engine serves no policy yet")
+        return self._wait_for_score(sequences)
 
     def _count_sequences(self) -> int:
         return len(self._sequences)
@@ -117,7 +116,7 @@ class VllmEngine(ServingEngine[SequenceGroup]):
         started.set_result(self._core)
         try:
             while not self._is_closed:
-                self._progress_at = time.monotonic()
+                self.progress_at = time.monotonic()
                 self._pass()
         except Exception as error:  # any error of a model, a kernel or the device
             self._die(error)
@@ -153,22 +152,17 @@ class VllmEngine(ServingEngine[SequenceGroup]):
             self._core.abort(request_id)
             del self._sequences[request_id]
 
-    def _swap(self) -> None:
-        """Load the staged policy, if it may be served."""
-        policy = self._take_staged()
-        if policy is None:
-            return
-        if problem := self._core.mismatch(policy.tensors):
-            self._refuse(policy, problem)
-            return
-        started = time.monotonic()
-        self._core.load(policy.tensors)
-        # Every later token names the new version; a sequence without a token yet starts again under it.
-        self._serve(policy)
+    def _load(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        problem = self._core.mismatch(tensors)
+        if problem is None:
+            self._core.load(tensors)
+        return problem
+
+    def _continue_running(self) -> None:
         for request_id, sequence in list(self._sequences.items()):
             if num_tokens := self._core.num_tokens(request_id):
-                sequence.version_starts.append((policy.version, num_tokens))
-            else:  # it may have found, or computed, blocks of the previous policy
+                sequence.version_starts.append((self.version, num_tokens))
+            else:  # it starts again: it may have found, or computed, blocks of the previous policy
                 del self._sequences[request_id]
                 self._core.abort(request_id)
                 self._start(sequence.group, sequence.index)
@@ -178,7 +172,6 @@ class VllmEngine(ServingEngine[SequenceGroup]):
             self._has_nan = False
         elif self._in_flight == "recompute" or not self._sequences:
             self._core.drop_cache(of_running=self._in_flight == "recompute")
-        self._count_pause(since=started)
 
     def _must_not_swap(self) -> bool:
         return bool(self._scored) or super()._must_not_swap()
@@ -189,17 +182,18 @@ class VllmEngine(ServingEngine[SequenceGroup]):
         with self._condition:
             scores, self._scoring = self._scoring, []
             num_sequences = len(self._sequences)
-            for group in sorted(filter(self._may_serve, self._pending), key=lambda group: group.urgency):
+            for group in sorted(filter(self._may_serve, self._pending), key=_urgency):
                 if num_sequences and num_sequences + group.size > self._max_sequences:
                     break
                 num_sequences += group.size
                 admitted.append(group)
             self._start_running(admitted)
-        for score in scores:
-            for index, sequence in enumerate(score.sequences):
-                self._scored[self._core.add_score(sequence, salt=self._salt)] = score, index
-            if not score.sequences:
-                score.future.set_result((self._version, {}))
+        for scoring in scores:
+            for index, (prompt, tokens) in enumerate(scoring.sequences):
+                joined = np.concatenate([prompt, tokens]).astype(np.int32)
+                self._scored[self._core.add_score(joined, salt=self._salt)] = scoring, index
+            if not scoring.sequences:
+                scoring.future.set_result((self.version, []))
         for group in admitted:
             try:
                 for index in range(group.size):
@@ -211,7 +205,7 @@ class VllmEngine(ServingEngine[SequenceGroup]):
         sampling = group.request.sampling
         seed = xxhash.xxh3_64_intdigest(f"{sampling.seed}/{index}".encode()) >> 1  # a signed 64-bit number
         request_id = self._core.add(group.request.prompt_ids, sampling=sampling, seed=seed, salt=self._salt)
-        self._sequences[request_id] = RunningSequence(group=group, index=index, version_starts=[(self._version, 0)])
+        self._sequences[request_id] = _RunningSequence(group=group, index=index, version_starts=[(self.version, 0)])
 
     @property
     def _salt(self) -> str:
@@ -231,34 +225,45 @@ class VllmEngine(ServingEngine[SequenceGroup]):
             with self._condition:
                 group.fail(EngineError, problem)
             return
-        group.completions[sequence.index] = completion_of(sequence, finished)
-        if group.is_complete:
-            self._finish(group)
+        completion = Completion(
+            token_ids=finished.token_ids,
+            rollout_logprobs=finished.logprobs,
+            policy_versions=version_spans(sequence.version_starts, end=len(finished.token_ids)),
+            finish_reason="stop" if finished.reason == "stop" else "length",
+        )
+        self._complete(group, sequence.index, completion)
 
     def _take_score(self, finished: Finished) -> None:
-        score, index = self._scored.pop(finished.request_id)
-        score.logprobs[index] = finished.prompt_logprobs
-        if len(score.logprobs) == len(score.sequences) and not score.future.done():
-            score.future.set_result((self._version, score.logprobs))
+        scoring, index = self._scored.pop(finished.request_id)
+        prompt, _ = scoring.sequences[index]
+        scoring.logprobs[index] = finished.prompt_logprobs[len(prompt) - 1 :]
+        if len(scoring.logprobs) == len(scoring.sequences) and not scoring.future.done():
+            scoring.future.set_result((self.version, [scoring.logprobs[i] for i in range(len(scoring.sequences))]))
 
     def _die(self, error: Exception) -> None:
         self._last_error = f"the engine is dead: {type(error).__name__}: {error}"
         log.critical("%s", self._last_error, exc_info=error)
         with self._condition:
             self._is_dead = True
-            self._progress_at = -np.inf
+            self.progress_at = -np.inf
             self._fail_running(error)
             self._release_waiting(self._last_error)
             self._pending = []
 
     # With the condition held.
 
-    def _release_scores(self, why: str) -> None:
-        for score in (*self._scoring, *(score for score, _ in list(self._scored.values()))):
-            fail(score.future, EngineClosed(f"score: {why}"))
+    def _release_waiting(self, why: str) -> None:
+        super()._release_waiting(why)
+        for scoring, _ in list(self._scored.values()):
+            fail(scoring.future, EngineClosed(f"score: {why}"))
 
     def _check_open(self, what: str) -> None:
         if self._is_dead:
             self._condition.wait_for(lambda: self._is_closed, timeout=_DEAD_HOLD_S)
             raise EngineClosed(f"{what}: {self._last_error}")
         super()._check_open(what)
+
+
+def _urgency(group: SequenceGroup) -> float:
+    """Return the rank of a waiting group, lowest first."""
+    return group.arrived_at - _PRIORITY_S * group.request.priority

@@ -1,16 +1,45 @@
-"""`sluice metrics`: the state of runs for Prometheus, printed once or served."""
+"""`sluice dashboard` and `sluice metrics`: what runs do, served over HTTP; metrics also printed once."""
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from pathlib import Path
 
 import click
 import redis
 
 from sluice.common.errors import ConfigError
 from sluice.common.run import Run, list_runs, open_run
-from sluice.scripts.launcher.existing_run import opened_run
+from sluice.scripts.launcher.run_folder import opened_run
 from sluice.scripts.options import RunName, example
+
+
+@click.command(epilog=example("sluice dashboard --port 8265"))
+@click.argument("names", nargs=-1, metavar="[RUN]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; another one needs a token.")
+@click.option("--port", default=8265, show_default=True, help="Port; 0 = any free one.")
+@click.option("--token-file", type=click.Path(dir_okay=False, path_type=Path), help="Else SLUICE_DASHBOARD_TOKEN.")
+def dashboard(names: tuple[str, ...], host: str, port: int, token_file: Path | None) -> None:
+    """Serve a live, read-only web page over Redis: curves, queues, workers, ledger, samples. Default: every run."""
+    from sluice.dashboard.auth import check_token, free_port, page_url
+    from sluice.dashboard.web import serve
+
+    token = _token(token_file)
+    check_token(host, token)
+    with opened_run(names[0] if names else None) as (client, _, _):
+        port = free_port(host, port)
+        greeting = f"dashboard at {page_url(host, port)}"
+        serve(client, names, host=host, port=port, token=token, started=lambda: click.echo(greeting, err=True))
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("SLUICE_DASHBOARD_TOKEN") or None
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"--token-file {file}: {error.strerror}") from None
 
 
 @click.command(epilog=example("sluice metrics --all --listen 127.0.0.1:9464"))

@@ -225,7 +225,7 @@ class Group:
             episodes=episodes,
             timestamps=timestamps,
             sampling=SamplingParams.from_wire(task["sampling"]),
-            metrics={name: (total, count) for name, (total, count) in reward.get("metrics", {}).items()},
+            metrics={n: (float(total), max(1, int(k))) for n, (total, k) in reward.get("metrics", {}).items()},
         )
 
     def to_wire(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -121,6 +122,19 @@ def test_programs_are_judged_by_what_they_print() -> None:
 )
 def test_a_program_is_run_as_its_author_means_it(text: str, given: Any, wanted: Any, expected: float) -> None:
     assert CodeReward(timeout_s=1.0)([text], inputs=[[given]], outputs=[[wanted]]) == [expected]
+
+
+@for_each("level", [level for level in HERE if level != "limits"])
+def test_the_sandbox_is_found_where_path_says(
+    level: Isolation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to the working directory, and in no folder of the program's own PATH."""
+    name = "bwrap" if level == "files" else "unshare"
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "bin")
+    assert run_python("print(1)", timeout_s=5, memory_mib=512, isolation=level).output == "1\n"
 
 
 def test_what_a_program_leaves_is_no_failure_of_the_sandbox() -> None:

@@ -75,9 +75,8 @@ class Reporter:
         if dropped := sum(tracker.dropped for tracker in self._trackers):
             metrics = metrics | {"trackers/dropped": float(dropped)}
         line: dict[str, float] = {"step": step, "version": version, "time": time.time()}
-        metrics = {
-            name: value for name, value in metrics.items() if name not in line
-        }  # a reward function may log any name
+        # a reward function may log any name
+        metrics = {name: value for name, value in metrics.items() if name not in line}
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         write_metrics(self._client, self._run.keys, line | metrics, max_length=self._run.config.metrics.stream_length)
         append_line(self._path, line | finite)

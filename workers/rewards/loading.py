@@ -104,7 +104,7 @@ def _load(entry: RewardFunction) -> LoadedReward:
             for name, p in parameters.items()
             if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ),
-        file=getattr(sys.modules.get(found.__module__), "__file__", None),
+        file=getattr(sys.modules.get(getattr(found, "__module__", "")), "__file__", None),
     )
 
 

@@ -51,7 +51,10 @@ def find_function(path: str, *, where: str) -> Any:
             f"{where} names no function: write pkg.module.function, pkg.module:function or file.py:function"
         )
     try:
-        module = _import_file(source, where) if source.endswith(".py") and colon == ":" else _import(source)
+        if source not in sys.modules:
+            importlib.invalidate_caches()  # for a file created since its folder was last read
+        is_file = source.endswith(".py") and colon == ":"
+        module = _import_file(source, where) if is_file else importlib.import_module(source)
     except ConfigError:
         raise
     except Exception as error:  # user code runs on import
@@ -75,12 +78,6 @@ def _is_ours(name: str) -> bool:
         return importlib.util.find_spec(f"sluice.{name}") is not None
     except ModuleNotFoundError:  # nor is the package around it
         return False
-
-
-def _import(name: str) -> ModuleType:
-    if name not in sys.modules:
-        importlib.invalidate_caches()  # for a file created since its folder was last read
-    return importlib.import_module(name)
 
 
 def _import_file(source: str, where: str) -> ModuleType:

@@ -80,14 +80,7 @@ class Task:
     sampling: SamplingParams
 
     def to_wire(self) -> dict[str, Any]:
-        return {
-            "group_id": self.group_id,
-            "prompt_ids": self.prompt_ids,
-            "prompt": self.prompt,
-            "target": self.target,
-            "columns": self.columns,
-            "sampling": asdict(self.sampling),
-        }
+        return asdict(self)
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Task:
@@ -111,14 +104,10 @@ class Completion:
     "tokens that were inserted, not sampled (the output of a tool): context for what follows, never in the loss"
 
     def to_wire(self) -> dict[str, Any]:
-        return {
-            "token_ids": self.token_ids,
-            "rollout_logprobs": self.rollout_logprobs,
-            "policy_versions": [list(span) for span in self.policy_versions],
-            "finish_reason": self.finish_reason,
-            "text": self.text,
-            **({"tool_spans": [list(span) for span in self.tool_spans]} if self.tool_spans else {}),
-        }
+        wire = asdict(self)
+        if not self.tool_spans:
+            del wire["tool_spans"]  # an older role must be able to read it
+        return wire
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Completion:
@@ -153,12 +142,7 @@ class Scores:
     "[G] per column that they logged with log_extra"
 
     def to_wire(self) -> dict[str, Any]:
-        logged = {"metrics": self.metrics, "extra": self.extra}
-        return {
-            "reward": self.reward,
-            "by_function": self.by_function,
-            **{name: values for name, values in logged.items() if values},
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,18 +178,12 @@ class Group:
 
     @classmethod
     def from_results(
-        cls,
-        results: Mapping[str, Any],
-        *,
-        policy_version: int,
-        timestamps: dict[str, float],
-        vocab_size: int = 1 << 31,
+        cls, results: Mapping[str, Any], *, policy_version: int, timestamps: dict[str, float], vocab_size: int = 1 << 31
     ) -> Group:
         """Join results by stage. Raises SerializationError, LookupError, TypeError or ValueError where they are not sound."""
         task, reward, reference = results["task"], results["reward"], results.get("reference")
         completions = [Completion.from_wire(wire) for wire in results["rollout"]["completions"]]
-        _check_lengths(completions, reward["reward"], reference)
-        _check_values(task["prompt_ids"], completions, reward["reward"], reference, vocab_size)
+        _check(task["prompt_ids"], completions, reward["reward"], reference, vocab_size)
         episodes = [
             Episode(
                 completion=completion,
@@ -229,25 +207,7 @@ class Group:
         )
 
     def to_wire(self) -> dict[str, Any]:
-        return {
-            "group_id": self.group_id,
-            "policy_version": self.policy_version,
-            "prompt_ids": self.prompt_ids,
-            "prompt": self.prompt,
-            "target": self.target,
-            "timestamps": self.timestamps,
-            **({"sampling": asdict(self.sampling)} if self.sampling else {}),
-            "episodes": [
-                {
-                    "completion": episode.completion.to_wire(),
-                    "reward": episode.reward,
-                    "rewards": episode.rewards,
-                    "ref_logprobs": episode.ref_logprobs,
-                    **({"extra": episode.extra} if episode.extra else {}),
-                }
-                for episode in self.episodes
-            ],
-        }
+        return asdict(self)
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Group:
@@ -255,14 +215,20 @@ class Group:
             Episode(**{**episode, "completion": Completion.from_wire(episode["completion"])})
             for episode in wire["episodes"]
         ]
-        sampling = SamplingParams.from_wire(wire["sampling"]) if "sampling" in wire else None
-        return cls(**{**wire, "episodes": episodes, "sampling": sampling})
+        sampling = wire.get("sampling")
+        return cls(**{**wire, "episodes": episodes, "sampling": sampling and SamplingParams.from_wire(sampling)})
 
 
-def _check_lengths(
-    completions: list[Completion], rewards: list[float | None], reference: list[NDArray[np.float32]] | None
+def _check(
+    prompt_ids: NDArray[np.int32],
+    completions: list[Completion],
+    rewards: list[float | None],
+    reference: list[NDArray[np.float32]] | None,
+    vocab_size: int,
 ) -> None:
-    """Raise SerializationError where a stage has another number of completions, or of tokens, than the rollout."""
+    """Raise SerializationError where stages differ in their numbers of completions or tokens, and for impossible ids,
+    logprobs or rewards: training on them would end the trainer.
+    """
     if len(rewards) != len(completions) or (reference is not None and len(reference) != len(completions)):
         raise SerializationError(
             f"{len(completions)} completions have a different number of rewards or reference logprobs"
@@ -274,21 +240,10 @@ def _check_lengths(
             raise SerializationError(
                 f"completion {i} has {tokens.shape} tokens, and logprobs of {[r.shape for r in rows]}"
             )
-
-
-def _check_values(
-    prompt_ids: NDArray[np.int32],
-    completions: list[Completion],
-    rewards: list[float | None],
-    reference: list[NDArray[np.float32]] | None,
-    vocab_size: int,
-) -> None:
-    """Raise SerializationError for impossible ids, logprobs or rewards: training on them would end the trainer."""
+        if not all(np.isfinite(row).all() for row in rows):
+            raise SerializationError("a logprob is not finite")
     for ids in (prompt_ids, *(completion.token_ids for completion in completions)):
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise SerializationError(f"token ids from {ids.min()} to {ids.max()}, in a vocabulary of {vocab_size}")
-    for row in (*(completion.rollout_logprobs for completion in completions), *(reference or ())):
-        if not np.isfinite(row).all():
-            raise SerializationError("a logprob is not finite")
     if not all(reward is None or math.isfinite(reward) for reward in rewards):
         raise SerializationError(f"a reward is not finite: {rewards}")

@@ -64,15 +64,10 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     by_place = dict.fromkeys(in_stream, "ready") | {group: "leased" for _, _, group in leased}
     assert {g: held[g][b"stage"].decode() for g in by_place} == by_place
 
-    known = (
-        FIXED
-        | {f"g:{g}" for g in groups}
-        | {f"pending:{g}" for g in pending_groups}
-        | {f"stream:{v}" for v in versions}
-        | {f"batch:{s}" for s in steps}
-    )
-    evaluations = {name for name in names if name.startswith("eval:")}
-    assert names <= known | evaluations, names - known - evaluations
+    known = FIXED | {name for name in names if name.startswith("eval:")}
+    known |= {f"g:{g}" for g in groups} | {f"pending:{g}" for g in pending_groups}
+    known |= {f"stream:{v}" for v in versions} | {f"batch:{s}" for s in steps}
+    assert names <= known, names - known
     for kind in ("train", "eval"):
         counters = make_ledger(client, keys).counters(kind)
         assert counters.holds, counters

@@ -27,6 +27,7 @@ from sluice.common.run import open_run
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.forked import Command
 from sluice.scripts.launcher.processes import Process
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 from sluice.scripts.prepare_tiny import prepare
 
 SMALL = {
@@ -232,6 +233,25 @@ def terminate(process: Process, *, number: int = signal.SIGTERM, timeout: float 
     """Send a signal and wait for the exit code."""
     process.send_signal(number)
     return process.wait(timeout)
+
+
+def wait_for_stall(folder: Path, env: dict[str, str], cause: str, *processes: Process) -> None:
+    """`sluice status` and the trainer's log name what the run waits for, and no process has ended."""
+
+    def is_named() -> bool:
+        text = sluice("status", cwd=folder, **env).stdout
+        return "stalled: " in text and cause in text
+
+    wait_for(is_named, timeout=60, what=f"`sluice status` to name the stall: {cause}")
+    log = folder / "trainer.log"
+    wait_for(lambda: "trainer has waited" in log.read_text(), timeout=30, what="the trainer to say that it waits")
+    assert [process.poll() for process in processes] == [None] * len(processes)
+
+
+def kill(server: EmbeddedServer) -> None:
+    """End a Redis as a power failure would."""
+    server.process.kill()
+    server.process.wait(10)
 
 
 def metrics_of(run_folder: Path) -> list[dict[str, float]]:

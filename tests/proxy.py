@@ -1,7 +1,7 @@
 """A TCP proxy in a thread, for the ways a network fails.
 
 `black_hole` keeps every connection of now open and forwards nothing on it any more, in either direction, as a firewall that
-forgot its state; new connections pass. `cut` ends all connections and refuses new ones until `republish_full`.
+forgot its state; new connections pass. `cut` ends all connections and refuses new ones until `reopen`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Proxy:
 
     def __init__(self, target: tuple[str, int]) -> None:
         self._target = target
-        self._listener = _listen(0)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = int(self._listener.getsockname()[1])
         self._lock = threading.Lock()
         self._peers: dict[socket.socket, socket.socket] = {}
@@ -40,7 +40,7 @@ class Proxy:
         self._selector.close()
 
     def black_hole(self) -> int:
-        """Returns how many connections fell silent."""
+        """Return how many connections fell silent."""
         with self._lock:
             silenced = list(self._peers)
             for connection in silenced:
@@ -50,7 +50,7 @@ class Proxy:
         return len(silenced) // 2
 
     def cut(self) -> None:
-        """Nobody gets through, and everybody is told so."""
+        """End all connections, and refuse new ones."""
         with self._lock:
             if self._listener.fileno() >= 0:
                 self._selector.unregister(self._listener)
@@ -58,10 +58,10 @@ class Proxy:
             for connection in list(self._peers):
                 self._end(connection)
 
-    def republish_full(self) -> None:
-        """Connections pass again, on the same port."""
+    def reopen(self) -> None:
+        """Let connections pass again, on the same port."""
         with self._lock:
-            self._listener = _listen(self.port)
+            self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
             self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _forward(self) -> None:
@@ -80,20 +80,16 @@ class Proxy:
         except OSError:
             near.close()
             return
-        far.settimeout(5)
-        near.settimeout(5)
-        self._peers[near], self._peers[far] = far, near
+        self._peers.update({near: far, far: near})
         for connection in (near, far):
+            connection.settimeout(5)
             self._selector.register(connection, selectors.EVENT_READ)
 
     def _pass_on(self, source: socket.socket) -> None:
-        try:
-            data = source.recv(1 << 16)
-            if data:
+        with contextlib.suppress(OSError):
+            if data := source.recv(1 << 16):
                 self._peers[source].sendall(data)
                 return
-        except OSError:
-            pass
         self._end(source)
 
     def _end(self, connection: socket.socket) -> None:
@@ -102,11 +98,3 @@ class Proxy:
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(end)
                 end.close()
-
-
-def _listen(port: int) -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
-    listener.listen(128)
-    return listener

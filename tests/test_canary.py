@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from builders import make_completion, make_config
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -36,18 +35,15 @@ def make_policy(**trainer: Any) -> TrainedPolicy:
     return TrainedPolicy.of_run(Qwen3ForCausalLM(config), make_config(trainer=trainer))
 
 
-def group_of(*, prompt_length: int, lengths: tuple[int, ...]) -> Group:
-    episodes = [
-        Episode(completion=make_completion(length=length), reward=0.0, rewards={}, ref_logprobs=None)
-        for length in lengths
-    ]
+def group_of(*, prompt_length: int, length: int) -> Group:
+    episode = Episode(completion=make_completion(length=length), reward=0.0, rewards={}, ref_logprobs=None)
     prompt_ids = np.arange(prompt_length, dtype=np.int32)
-    parts: dict[str, Any] = {"policy_version": 0, "prompt": "", "target": None, "timestamps": {}}
-    return Group(group_id="t0", prompt_ids=prompt_ids, episodes=episodes, **parts)
+    others: dict[str, Any] = {"policy_version": 0, "prompt": "", "target": None, "timestamps": {}}
+    return Group(group_id="t0", prompt_ids=prompt_ids, episodes=[episode], **others)
 
 
 def test_the_shortest_sequences_are_chosen_and_long_completions_cut():
-    groups = [group_of(prompt_length=p, lengths=(t,)) for p, t in [(9, 9), (2, 3), (4, 90), (1, 0)]]
+    groups = [group_of(prompt_length=p, length=t) for p, t in [(9, 9), (2, 3), (4, 90), (1, 0)]]
     chosen = choose_sequences(groups)
     assert [(len(prompt), len(tokens)) for prompt, tokens in chosen] == [(2, 3), (9, 9)]
     assert len(chosen) == NUM_SEQUENCES
@@ -71,17 +67,11 @@ def test_the_trainers_canary_is_reproduced_by_the_published_weights_only():
     assert difference() > mismatch_bound("float32", "float32")
 
 
-def test_bfloat16_weights_stay_within_their_bound():
+def test_bfloat16_weights_stay_within_their_bound_and_logprobs_that_are_not_finite_are_a_mismatch():
     policy = make_policy()
-    canary = policy.score(random_sequences(VOCAB))
+    expected = [s.logprobs for s in policy.score(random_sequences(VOCAB))]
     policy.model.bfloat16().float()
-    rounded = policy.score(random_sequences(VOCAB))
-    difference = mean_difference([s.logprobs for s in canary], [s.logprobs for s in rounded])
+    difference = mean_difference(expected, [s.logprobs for s in policy.score(random_sequences(VOCAB))])
     assert mismatch_bound("float32", "float32") < difference < mismatch_bound("bfloat16", "float32")
-
-
-@pytest.mark.parametrize("odd", [math.nan, math.inf])
-def test_logprobs_that_are_not_finite_are_a_mismatch(odd: float):
-    canary = make_policy().score(random_sequences(VOCAB))
-    expected = [s.logprobs for s in canary]
-    assert mean_difference(expected, [np.full_like(row, odd) for row in expected]) == WORST
+    for odd in (math.nan, math.inf):
+        assert mean_difference(expected, [np.full_like(row, odd) for row in expected]) == WORST

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import redis
 from builders import for_each
-from harness import wait_for
+from harness import kill, wait_for
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from sluice.common.connections import outage as patience
-from sluice.common.connections.client import (
-    BLOCK_S,
-    SOCKET_TIMEOUT_S,
-    connect,
-    give_up_after,
-    outage,
-    persistence_warning,
-    without_password,
-)
+from sluice.common.connections.client import BLOCK_S, SOCKET_TIMEOUT_S, connect, give_up_after, outage, without_password
 from sluice.common.errors import ConnectionFailed
 from sluice.scripts.commands.doctor import examine_redis
-from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 
 @pytest.fixture(autouse=True)
@@ -38,94 +28,54 @@ def reports_come_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    found = start_server(tmp_path / "redis")
-    yield found
-    if found.process.poll() is None:
-        found.stop()
-
-
-@pytest.fixture
-def patient(server: EmbeddedServer) -> Iterator[redis.Redis]:
-    client = connect(server.url)
+def patient(own_redis: EmbeddedServer) -> Iterator[redis.Redis]:
+    client = connect(own_redis.url)
     yield client
     client.close()
 
 
-def kill(server: EmbeddedServer) -> None:
-    os.kill(server.process.pid, signal.SIGKILL)
-    server.process.wait(10)
+@pytest.fixture
+def in_background(patient: redis.Redis) -> Iterator[Callable[..., Future[Any]]]:
+    """Starts a call in a thread."""
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit
+        give_up_after(patient, 0.0)  # where a test has failed
 
 
-class Background(threading.Thread):
-    """A call in a thread, and what came of it."""
-
-    def __init__(self, call):
-        super().__init__(daemon=True)
-        self.call, self.result, self.error = call, None, None
-        self.start()
-
-    def run(self):
-        try:
-            self.result = self.call()
-        except Exception as error:
-            self.error = error
-
-    def outcome(self, timeout: float = 10):
-        self.join(timeout)
-        assert not self.is_alive(), "the call still waits"
-        if self.error:
-            raise self.error
-        return self.result
-
-
-def test_a_call_waits_for_a_killed_server_says_so_and_says_that_it_is_back(server, patient, caplog):
+def test_calls_wait_for_a_killed_server_and_say_so_together(monkeypatch, own_redis, patient, in_background, caplog):
+    monkeypatch.setattr(patience, "REPORT_EVERY_S", 1.0)
     patient.set("key", "value")
-    kill(server)
-    call = Background(lambda: patient.get("key"))
-    wait_for(lambda: "is unreachable" in caplog.text, timeout=6, what="a report of the outage")
+    kill(own_redis)
+    calls = [in_background(patient.get, "key") for _ in range(5)]
+    wait_for(lambda: caplog.text.count("is unreachable") >= 2, timeout=6, what="two reports of the outage")
     said = outage(patient)
     assert said and "Connection refused" in said and "at most 600 s" in said
-    assert server.url.split("@")[1] in said and server.url.split(":")[2].split("@")[0] not in said  # no password
-    server.restart()
-    assert call.outcome() == b"value"
-    assert "is back after" in caplog.text
-    assert outage(patient) is None
-    assert all(record.name == "sluice.redis" for record in caplog.records if "is unreachable" in record.message)
-
-
-def test_reports_come_every_five_seconds_for_all_threads_together(monkeypatch, server, patient, caplog):
-    monkeypatch.setattr(patience, "REPORT_EVERY_S", 1.0)
-    kill(server)
-    calls = [Background(lambda: patient.get("key")) for _ in range(5)]
-    wait_for(lambda: caplog.text.count("is unreachable") >= 2, timeout=6, what="a second report")
+    password, address = own_redis.url.removeprefix("redis://:").split("@")
+    assert address in said and password not in said
     first, second = [r for r in caplog.records if "is unreachable" in r.message][:2]
     assert second.created - first.created >= 1.0
-    server.restart()
-    for call in calls:
-        call.outcome()
+    assert first.name == second.name == "sluice.redis"
+    own_redis.restart()
+    assert [call.result(10) for call in calls] == [b"value"] * 5
     assert caplog.text.count("is back after") == 1
+    assert outage(patient) is None
 
 
-def test_the_wait_is_bounded_and_can_be_shortened_while_it_lasts(server, patient):
-    kill(server)
-    call = Background(lambda: patient.get("key"))
+def test_the_wait_is_bounded_and_can_be_shortened_while_it_lasts(own_redis, patient, in_background):
+    kill(own_redis)
+    call = in_background(patient.get, "key")
     wait_for(lambda: outage(patient), timeout=5, what="the call to wait")
     give_up_after(patient, 0.0)
     with pytest.raises(redis.ConnectionError):
-        call.outcome(5)
-
-
-def test_nested_retries_of_one_call_have_one_limit(server, patient):
+        call.result(5)
     give_up_after(patient, 1.0)
-    kill(server)
     began = time.monotonic()
     with pytest.raises(redis.ConnectionError):
         patient.get("key")
     assert 0.9 < time.monotonic() - began < 10, "limits that multiply would make it minutes"
 
 
-def test_a_pipeline_of_scripts_waits_and_loads_its_scripts_into_the_new_server(server, patient):
+def test_a_pipeline_of_scripts_waits_and_loads_its_scripts_into_the_new_server(own_redis, patient, in_background):
     script = patient.register_script("return redis.call('SET', KEYS[1], ARGV[1])")
 
     def send():
@@ -137,22 +87,20 @@ def test_a_pipeline_of_scripts_waits_and_loads_its_scripts_into_the_new_server(s
     send()
     with patient.pipeline(transaction=False) as pipe:  # the scripts are there when execute looks, and gone when it runs
         script(keys=["late"], args=[1], client=pipe)
-        load, pipe.load_scripts = (
-            pipe.load_scripts,
-            lambda: (patient.script_flush(), setattr(pipe, "load_scripts", load)),
-        )
+        load = pipe.load_scripts
+        pipe.load_scripts = lambda: (patient.script_flush(), setattr(pipe, "load_scripts", load))
         assert pipe.execute() == [b"OK"]
-    kill(server)
-    call = Background(send)
+    kill(own_redis)
+    call = in_background(send)
     wait_for(lambda: outage(patient), timeout=5, what="the pipeline to wait")
-    server.restart()
-    assert call.outcome() == [b"OK"] * 3
+    own_redis.restart()
+    assert call.result(10) == [b"OK"] * 3
     assert patient.mget("k0", "k1", "k2") == [b"0", b"1", b"2"]
 
 
 @pytest.mark.parametrize("how", ["command", "script", "pipeline", "transaction"])
-def test_a_full_server_pauses_writes_until_there_is_room(server, patient, caplog, how):
-    admin = connect(server.url, retry=Retry(NoBackoff(), 0))
+def test_a_full_server_pauses_writes_until_there_is_room(own_redis, patient, in_background, caplog, how):
+    admin = connect(own_redis.url, retry=Retry(NoBackoff(), 0))
     admin.config_set("maxmemory", 1)
     script = patient.register_script("return redis.call('SET', KEYS[1], 'v')")
 
@@ -166,26 +114,26 @@ def test_a_full_server_pauses_writes_until_there_is_room(server, patient, caplog
             script(keys=["other"], client=pipe)
             return pipe.execute()
 
-    call = Background(write)
+    call = in_background(write)
     wait_for(lambda: outage(patient), timeout=5, what="the write to wait")
     assert "out of memory (maxmemory)" in (outage(patient) or "")
     assert patient.get("key") is None  # reading goes on
     wait_for(lambda: "writing pauses" in caplog.text, timeout=6, what="the report")
     admin.config_set("maxmemory", 0)
-    assert call.outcome()
+    assert call.result(10)
     assert patient.get("key") == b"v"
     admin.close()
 
 
-def test_a_replica_that_becomes_master_is_waited_for(server, patient, tmp_path):
-    admin = connect(server.url, retry=Retry(NoBackoff(), 0))
+def test_a_replica_that_becomes_master_is_waited_for(own_redis, patient, in_background):
+    admin = connect(own_redis.url, retry=Retry(NoBackoff(), 0))
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         admin.replicaof("127.0.0.1", str(nobody.getsockname()[1]))
-        call = Background(lambda: patient.set("key", "v"))
+        call = in_background(patient.set, "key", "v")
         wait_for(lambda: "read-only replica" in (outage(patient) or ""), timeout=5, what="the write to wait")
         admin.replicaof("NO", "ONE")
-        assert call.outcome()
+        assert call.result(10)
     admin.close()
 
 
@@ -221,23 +169,17 @@ def test_errors_of_our_own_surface_at_once(patient):
     assert outage(patient) is None
 
 
-def test_a_wrong_address_or_password_is_said_at_once(server):
+def test_a_wrong_address_or_password_is_said_at_once(own_redis):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         with pytest.raises(ConnectionFailed, match=r"cannot reach Redis at .*refused"):
             connect(f"redis://127.0.0.1:{nobody.getsockname()[1]}/0")
     with pytest.raises(ConnectionFailed, match="refused the password"):
-        connect(server.url.replace("redis://:", "redis://:wrong"))
+        connect(own_redis.url.replace("redis://:", "redis://:wrong"))
 
 
 def test_a_blocking_read_ends_before_the_socket_gives_up():
     assert BLOCK_S + 2 <= SOCKET_TIMEOUT_S
-
-
-def test_only_a_server_without_an_append_only_file_is_warned_of(patient):
-    assert persistence_warning(patient) is None
-    patient.config_set("appendonly", "no")
-    assert "append-only file" in (persistence_warning(patient) or "")
 
 
 def test_no_password_is_shown():
@@ -246,8 +188,8 @@ def test_no_password_is_shown():
     assert shown == "sentinel://:***@a:1,b:2/mymaster/0?sentinel_password=***"
 
 
-def test_doctor_warns_of_a_server_that_may_lose_groups(monkeypatch, server, patient):
-    monkeypatch.setenv("SLUICE_REDIS_URL", server.url)
+def test_doctor_warns_of_a_server_that_may_lose_groups(monkeypatch, own_redis, patient):
+    monkeypatch.setenv("SLUICE_REDIS_URL", own_redis.url)
     monkeypatch.setenv("SLUICE_RUN_KEY", "k" * 32)
     assert [finding.level for finding in examine_redis()] == ["ok"]
     monkeypatch.delenv("SLUICE_RUN_KEY")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from harness import (
     tiny_folder,
     trainer,
     wait_for,
+    wait_for_stall,
     workers,
 )
 
 from sluice.common.config.sft import SftConfig
-from sluice.common.connections.client import connect, outage
+from sluice.common.connections.client import connect, give_up_after, outage
 from sluice.common.errors import DiskFull
 from sluice.common.monitoring.diagnosis import _memory
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
@@ -58,16 +60,6 @@ def fill(folder: Path, *, leave: int) -> Path:
     return filler
 
 
-def wait_for_the_word(folder: Path, env: dict[str, str], trainer: subprocess.Popen[bytes]) -> None:
-    """`sluice status` and the trainer's log say what it waits for."""
-    told = lambda: (text := sluice("status", cwd=folder, **env).stdout) and "stalled: " in text and text  # noqa: E731
-    snapshot = wait_for(told, timeout=60, what="`sluice status` to name the stall")
-    assert "the disk is full: no room for" in snapshot
-    log = folder / "trainer.log"
-    wait_for(lambda: "trainer has waited" in log.read_text(), timeout=10, what="a word in the log")
-    assert trainer.poll() is None
-
-
 def test_training_pauses_while_the_disk_of_its_policies_is_full(
     tmp_path: Path, own_redis: EmbeddedServer, small_disk: Path
 ) -> None:
@@ -77,7 +69,7 @@ def test_training_pauses_while_the_disk_of_its_policies_is_full(
     with workers(tmp_path, env), trainer(tmp_path, env) as daemon:
         wait_for(lambda: (run_folder / "checkpoints" / "latest").exists(), timeout=90, what="the first checkpoint")
         filler = fill(small_disk, leave=MIB)
-        wait_for_the_word(tmp_path, env, daemon)
+        wait_for_stall(tmp_path, env, "the disk is full: no room for", daemon)
         filler.unlink()
         assert daemon.wait(240) == 0
     counters = counters_of(env)
@@ -99,19 +91,19 @@ def test_training_pauses_while_the_disk_of_its_checkpoints_is_full_and_the_one_b
         found = newest_checkpoint(checkpoints)
         return found.state.step if found else 0
 
-    def set_full() -> tuple[int, Path]:
+    def fill_after_a_checkpoint() -> Path:
         before = newest()
         wait_for(lambda: newest() > before, timeout=90, what="a checkpoint")
-        return newest(), fill(small_disk, leave=MIB)
+        return fill(small_disk, leave=MIB)
 
     with workers(tmp_path, env):
         with trainer(tmp_path, env) as daemon:
-            _, filler = set_full()
-            wait_for_the_word(tmp_path, env, daemon)
+            filler = fill_after_a_checkpoint()
+            wait_for_stall(tmp_path, env, "the disk is full: no room for", daemon)
             assert newest() >= 4, "the checkpoint before is as good as it was"
             assert not list(checkpoints.glob(".tmp-*"))
             filler.unlink()
-            _, filler = set_full()
+            filler = fill_after_a_checkpoint()
             wait_for(lambda: log.read_text().count("the disk is full") > 1, timeout=60, what="the trainer to notice")
             daemon.terminate()
             assert daemon.wait(60) == 1
@@ -130,31 +122,21 @@ def test_training_pauses_while_the_disk_of_its_checkpoints_is_full_and_the_one_b
 
 def test_a_redis_whose_append_only_file_cannot_be_written_is_waited_for(small_disk: Path) -> None:
     server = start_server(small_disk / "redis")
-    try:
-        client = connect(server.url)
-        filler = fill(small_disk, leave=MIB // 2)
-        value, written = bytes(MIB // 8), 0
-
-        def write() -> None:
-            nonlocal written
-            for i in range(16):
-                client.set(f"key:{i}", value)
-                written += 1
-
-        writer = threading.Thread(target=write)
-        writer.start()
+    client = connect(server.url)
+    filler = fill(small_disk, leave=MIB // 2)
+    with ThreadPoolExecutor() as pool, ExitStack() as stack:
+        stack.callback(server.stop)
+        stack.callback(give_up_after, client, 0.0)  # where the test has failed
+        written = pool.submit(lambda: [client.set(f"key:{i}", bytes(MIB // 8)) for i in range(16)])
         told = wait_for(lambda: outage(client), timeout=20, what="a refused write")
         assert "cannot write its data to disk (disk full?): writing pauses" in told
         causes = [cause for cause in _memory(connect(server.url), over=1.0) if "append-only file" in cause.text]
         assert [cause.kind for cause in causes] == ["redis_full"]
-        assert writer.is_alive() and written < 16
+        assert not written.done()
         filler.unlink()
-        writer.join(timeout=20)
-        assert written == 16
+        assert written.result(20) == [True] * 16
         assert outage(client) is None
         client.close()
-    finally:
-        server.stop()
 
 
 def test_a_model_of_supervised_training_is_replaced_whole_or_not_at_all(small_disk: Path, tmp_path: Path) -> None:
@@ -169,14 +151,18 @@ def test_a_model_of_supervised_training_is_replaced_whole_or_not_at_all(small_di
         }
     )
     folder = small_disk / "sft"
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+
     assert SftTrainer(config, folder).train(lambda metrics: None)
-    made = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+    made = files()
     again = SftTrainer(config, folder)
     filler = fill(small_disk, leave=MIB)
     with pytest.raises(DiskFull, match="no room for the model"):
         again.train(lambda metrics: None)
-    assert {path.name: path.read_bytes() for path in (folder / "model").iterdir()} == made
+    assert files() == made
     filler.unlink()
     assert SftTrainer(config, folder).train(lambda metrics: None)
-    assert {path.name: path.read_bytes() for path in (folder / "model").iterdir()} == made
+    assert files() == made
     assert not list(folder.glob(".*model"))

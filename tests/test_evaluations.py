@@ -84,13 +84,7 @@ def test_a_long_answer_is_kept_as_a_digest_that_votes_as_it_does():
     assert first is not None and len(first) < 50
 
 
-SET = {
-    "name": "sums",
-    "dataset": {"path": "x"},
-    "num_samples": 4,
-    "pass_at": [1, 2, 4],
-    "function": "MathReward",
-}
+SET = {"name": "sums", "dataset": {"path": "x"}, "num_samples": 4, "pass_at": [1, 2, 4], "function": "MathReward"}
 
 
 @pytest.fixture

@@ -5,138 +5,90 @@ Every role reaches Redis through a proxy; the test looks at Redis beside it.
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-import pytest
-import redis
-from harness import metrics_of, quickstart_config, running, sluice, tiny_folder, wait_for, worker
+from harness import SMALL, assert_trained_once, counters_of, create_run, trainer, wait_for, workers
 from proxy import Proxy
-from test_roles import assert_trained_once
+from test_redis_loss import num_steps, wait_for_steps
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
-from sluice.common.ledger.ledger import read_counters
-from sluice.scripts.launcher.redis_server import start_server
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
+ROLES = ("dataset", "rollout", "reward", "trainer")
 RECOVERY_S = 25.0
 OUTAGE_S = 12.0
 STEPS = 40
 
 
-@dataclass(kw_only=True)
-class Roles:
-    folder: Path
-    proxy: Proxy
-    client: redis.Redis
-    keys: Keys
-    processes: dict[str, subprocess.Popen[bytes]]
+def test_roles_survive_silent_connections_and_an_outage_and_the_run_finishes(
+    tmp_path: Path, own_redis: EmbeddedServer
+) -> None:
+    settings = {"checkpoint__every_steps": 10, "lease__running_s": 15.0, "lease__queued_s": 5.0}
+    env = create_run(tmp_path, own_redis.url, trainer__num_steps=STEPS, **{**SMALL, **settings})
+    run_folder, port = tmp_path / "runs" / "roles", urlsplit(own_redis.url).port or 0
+    client, keys = connect(own_redis.url), Keys("roles")
 
-    def log(self, role: str) -> str:
-        return (self.folder / f"{role}.log").read_text()
-
-    def heartbeats(self) -> dict[str, bytes]:
-        """Role -> when it last beat, as the score of its process."""
-        found = self.client.zrange(self.keys.processes, 0, -1, withscores=True)
+    def heartbeats() -> dict[str, float]:
+        """Role -> when it last sent one, as the score of its process."""
+        found = client.zrange(keys.processes, 0, -1, withscores=True)
         return {name.decode().partition("@")[0].partition("-")[0]: score for name, score in found}
 
-    def steps(self) -> int:
-        return len(metrics_of(self.folder / "runs" / "net"))
-
-    def none_exited(self) -> None:
-        ended = {name: process.poll() for name, process in self.processes.items() if process.poll() is not None}
-        assert not ended, {name: self.log(name)[-2000:] for name in ended}
-
-
-@pytest.fixture
-def roles(tmp_path: Path) -> Iterator[Roles]:
-    with contextlib.ExitStack() as stack:
-        server = start_server(tmp_path / "redis")
-        stack.callback(server.stop)
-        address = urlsplit(server.url)
-        proxy = stack.enter_context(Proxy(("127.0.0.1", int(address.port or 0))))
-        config = quickstart_config(
-            tmp_path,
-            tiny=tiny_folder(),
-            trainer__num_steps=STEPS,
-            trainer__loss={"kl_beta": 0.0},
-            checkpoint__every_steps=10,
-            checkpoint__keep=100,
-            evaluation__datasets=[],
-            lease__queued_s=5.0,
-        )
-        done = sluice("create", str(config), "--name", "net", cwd=tmp_path, SLUICE_REDIS_URL=server.url)
-        assert done.returncode == 0, done.stderr
-        password = address.netloc.rpartition("@")[0]
-        env = {"SLUICE_REDIS_URL": f"redis://{password}@127.0.0.1:{proxy.port}/0", "SLUICE_RUN": "net"}
-        processes: dict[str, Any] = {
-            queue: stack.enter_context(worker(queue, cwd=tmp_path, **env)) for queue in ("dataset", "reward", "rollout")
-        }
-        trainer = [sys.executable, "-m", "sluice.trainer"]
-        processes["trainer"] = stack.enter_context(running(trainer, cwd=tmp_path, log=tmp_path / "trainer.log", **env))
-        client = connect(server.url)
-        stack.callback(client.close)
-        found = Roles(folder=tmp_path, proxy=proxy, client=client, keys=Keys("net"), processes=processes)
+    def wait_for_roles(since: float, *, what: str) -> None:
         wait_for(
-            lambda: found.steps() >= 2 and len(found.heartbeats()) >= 4,
-            timeout=60,
-            what="two steps, and four roles that beat",
+            lambda: heartbeats().keys() == set(ROLES) and all(at > since for at in heartbeats().values()),
+            timeout=RECOVERY_S,
+            what=f"every role to send a heartbeat {what}",
         )
-        yield found
 
+    def logs() -> dict[str, str]:
+        return {role: (tmp_path / f"{role}.log").read_text() for role in ROLES}
 
-def test_roles_survive_silent_connections_and_an_outage_and_the_run_finishes(roles: Roles) -> None:
-    # connections that die silently
-    before, steps = roles.heartbeats(), roles.steps()
-    assert roles.proxy.black_hole() >= 8
-    silenced, wall = time.monotonic(), time.time()
-    wait_for(
-        lambda: all(at > wall + 1 for at in roles.heartbeats().values()) and set(roles.heartbeats()) == set(before),
-        timeout=RECOVERY_S,
-        what="every role to beat again after its connections fell silent",
-    )
-    beat_s = time.monotonic() - silenced
-    left_s = RECOVERY_S - beat_s
-    wait_for(
-        lambda: roles.steps() > steps + 1, timeout=left_s, what="the trainer to step after its connections fell silent"
-    )
-    print(f"silent connections: beats after {beat_s:.1f} s, steps after {time.monotonic() - silenced:.1f} s")
-    roles.none_exited()
+    with Proxy(("127.0.0.1", port)) as proxy:
+        behind = {**env, "SLUICE_REDIS_URL": own_redis.url.replace(f":{port}/", f":{proxy.port}/")}
+        with workers(tmp_path, behind) as processes, trainer(tmp_path, behind) as daemon:
 
-    # nobody reaches Redis
-    roles.proxy.cut()
-    cut = time.monotonic()
-    for role in roles.processes:
-        left_s = OUTAGE_S - (time.monotonic() - cut)
-        wait_for(
-            lambda role=role: "is unreachable" in roles.log(role),
-            timeout=left_s,
-            what=f"{role} to say what it waits for",
-        )
-    wait_for(lambda: time.monotonic() - cut > OUTAGE_S, timeout=OUTAGE_S + 1, what="the outage to last")
-    roles.none_exited()
-    roles.proxy.republish_full()
-    mended, wall, steps = time.monotonic(), time.time(), roles.steps()
-    wait_for(
-        lambda: all(at > wall for at in roles.heartbeats().values()),
-        timeout=RECOVERY_S,
-        what="every role to beat after the outage",
-    )
-    wait_for(lambda: roles.steps() > steps + 1, timeout=RECOVERY_S, what="the trainer to step after the outage")
-    print(f"outage of {OUTAGE_S:.0f} s: steps {time.monotonic() - mended:.1f} s after its end")
-    assert all("is back after" in roles.log(role) for role in roles.processes)
-    roles.none_exited()
+            def assert_none_exited() -> None:
+                assert [process.poll() for process in (*processes, daemon)] == [None] * 4, logs()
 
-    assert roles.processes["trainer"].wait(120) == 0
-    counters = read_counters(roles.client, roles.keys)
-    assert counters.holds, counters
-    assert counters.dead == {}
-    assert counters.trained == STEPS * 8
-    assert_trained_once(roles.folder / "runs" / "net", STEPS)
+            wait_for_roles(0.0, what="at the start")
+            wait_for_steps(run_folder, 2)
+
+            # connections that die silently
+            steps, silenced = num_steps(run_folder), time.time()
+            assert proxy.black_hole() >= 8
+            wait_for_roles(silenced + 1, what="after its connections fell silent")
+            left_s = RECOVERY_S - (time.time() - silenced)
+            wait_for(
+                lambda: num_steps(run_folder) > steps + 1,
+                timeout=left_s,
+                what="the trainer to step after its connections fell silent",
+            )
+            print(f"silent connections: steps after {time.time() - silenced:.1f} s")
+            assert_none_exited()
+
+            # no process reaches Redis
+            proxy.cut()
+            cut = time.time()
+            for role in ROLES:
+                wait_for(
+                    lambda role=role: "is unreachable" in logs()[role],
+                    timeout=OUTAGE_S - (time.time() - cut),
+                    what=f"{role} to say what it waits for",
+                )
+            wait_for(lambda: time.time() - cut > OUTAGE_S, timeout=OUTAGE_S + 1, what="the outage to last")
+            assert_none_exited()
+            proxy.reopen()
+            reopened = time.time()
+            wait_for_roles(reopened, what="after the outage")
+            wait_for_steps(run_folder, 2, timeout=RECOVERY_S)
+            print(f"outage of {OUTAGE_S:.0f} s: steps {time.time() - reopened:.1f} s after its end")
+            assert all("is back after" in text for text in logs().values())
+            assert_none_exited()
+            assert daemon.wait(120) == 0
+    counters = counters_of(env)
+    assert (counters.holds, counters.dead, counters.trained) == (True, {}, STEPS * 4), counters
+    assert_trained_once(run_folder, STEPS, groups_per_step=4)
+    client.close()

@@ -1,6 +1,5 @@
 """Packed rows against padded ones: values, gradients, isolation, budgets, and the models that must stay padded."""
 
-import copy
 import os
 
 import numpy as np
@@ -10,21 +9,13 @@ from builders import for_each
 from peft import LoraConfig, get_peft_model
 from test_logprobs import sequences, tiny_model
 from transformers import (
-    FalconH1Config,
     FalconH1ForCausalLM,
-    Gemma2Config,
     Gemma2ForCausalLM,
-    GptOssConfig,
     GptOssForCausalLM,
-    GraniteConfig,
     GraniteForCausalLM,
     Llama4ForCausalLM,
-    Llama4TextConfig,
-    LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
     MistralForCausalLM,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
 
@@ -45,17 +36,12 @@ from sluice.trainer.trained_policy import TrainedPolicy
 
 RAGGED = ((3, 7), (1, 4), (6, 1), (2, 0), (1, 0), (4, 6), (5, 9))
 MIXTURE = {"num_local_experts": 2, "num_experts_per_tok": 1}
-MODELS = [
-    pytest.param(Qwen3Config, Qwen3ForCausalLM, {}, id="qwen3, grouped heads"),
-    pytest.param(Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True}, id="qwen3, tied head"),
-    pytest.param(LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}, id="llama"),
-    pytest.param(GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0}, id="granite, head not plain"),
-]
+RECURRENT = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 
 
-def both(config_class=Qwen3Config, model_class=Qwen3ForCausalLM, **changes):
+def both(model_class=Qwen3ForCausalLM, **changes):
     """The same model twice: padded, and packed."""
-    padded, packed = (tiny_model(config_class, model_class, **changes) for _ in range(2))
+    padded, packed = (tiny_model(model_class, **changes) for _ in range(2))
     assert enable_packing(packed) is None
     assert (is_packed(padded), is_packed(packed)) == (False, True)
     return padded, packed
@@ -69,13 +55,21 @@ def scored(model, batch):
     return logprobs.detach(), entropy, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("lengths", [RAGGED, ((3, 5),), ((2, 6), (4, 4), (5, 3)), ((1, 0), (3, 0))], ids=str)
-@pytest.mark.parametrize(("config_class", "model_class", "changes"), MODELS)
-def test_packed_rows_give_the_logprobs_and_gradients_of_padded_ones(config_class, model_class, changes, lengths):
-    padded, packed = both(config_class, model_class, **changes)
-    batch = pad_sequences(*sequences(*lengths))
-    for found, expected in zip(scored(packed, batch), scored(padded, batch), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+@for_each(
+    ("model_class", "changes"),
+    [
+        (Qwen3ForCausalLM, {}),  # grouped heads
+        (Qwen3ForCausalLM, {"tie_word_embeddings": True}),
+        (LlamaForCausalLM, {"num_key_value_heads": 4}),
+        (GraniteForCausalLM, {"logits_scaling": 4.0}),  # the head is not plain
+    ],
+)
+def test_packed_rows_give_the_logprobs_and_gradients_of_padded_ones(model_class, changes):
+    padded, packed = both(model_class, **changes)
+    for lengths in (RAGGED, ((3, 5),), ((2, 6), (4, 4), (5, 3)), ((1, 0), (3, 0))):
+        batch = pad_sequences(*sequences(*lengths))
+        for found, expected in zip(scored(packed, batch), scored(padded, batch), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_in_float64_packed_and_padded_differ_by_rounding_alone():
@@ -108,26 +102,17 @@ def test_checkpointed_layers_are_packed_again_in_the_backward_pass(autocast):
     assert len(set(calls)) == 1
 
 
-def test_bfloat16_compute_is_near_float32():
-    padded, packed = both()
-    batch = pad_sequences(*sequences(*RAGGED))
-    with torch.no_grad():
-        expected, _ = completion_logprobs(padded, *batch)
-        for model in (packed, copy.deepcopy(packed).bfloat16()):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model is packed):
-                found, _ = completion_logprobs(model, *batch)
-            assert found.dtype == torch.float32
-            assert float((found - expected).abs().mean()) < 0.1
-
-
 @pytest.mark.parametrize("autocast", [False, True])
-def test_in_half_precision_the_attention_of_this_device_gives_what_each_sequence_gives_alone(autocast):
+def test_half_precision_is_near_float32_and_the_same_packed_and_padded_on_this_device(autocast):
     device = os.environ.get("SLUICE_TEST_DEVICE", "cpu")  # scripts/gpu_check: there the varlen kernel runs
-    padded, packed = (model.to(device, torch.float32 if autocast else torch.bfloat16) for model in both())
     batch = [tensor.to(device) for tensor in pad_sequences(*sequences(*RAGGED, (90, 150), (30, 150)))]
+    exact, _, _ = scored(tiny_model().to(device), batch)
+    padded, packed = (model.to(device, torch.float32 if autocast else torch.bfloat16) for model in both())
     with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         (expected, _, gradients), (found, _, packed_gradients) = scored(padded, batch), scored(packed, batch)
-    assert float((found - expected).abs().mean()) < 0.1
+    for one, other in ((expected, exact), (found, exact), (found, expected)):
+        assert one.dtype == torch.float32
+        assert float((one - other).abs().mean()) < 0.1
     for name, gradient in gradients.items():
         assert float((packed_gradients[name] - gradient).norm()) < 0.2 * float(gradient.norm()), name
 
@@ -156,7 +141,7 @@ def test_no_pad_and_no_last_token_runs_through_a_packed_model():
     assert ran == [3 * 10, 9 + 4 + 1]  # a row without completion: one token, so that no batch is empty
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@for_each("packed", [False, True])
 def test_many_sequences_are_scored_in_the_order_given_within_the_budget(packed):
     model = both()[packed]
     prompts, completions = sequences(*RAGGED, (7, 11))
@@ -193,24 +178,18 @@ def test_batches_are_as_few_and_as_even_as_their_order_allows(seed, packed):
     assert (len(batches), max(cost([lengths[i] for i in batch]) for batch in batches)) == best
 
 
-@pytest.mark.parametrize(
-    ("config_class", "model_class", "changes", "reason"),
+@for_each(
+    ("model_class", "changes", "reason"),
     [
-        (MistralConfig, MistralForCausalLM, {"sliding_window": 64}, "sliding_window"),
-        (Gemma2Config, Gemma2ForCausalLM, {"attn_implementation": "eager"}, "softcap"),
-        (Llama4TextConfig, Llama4ForCausalLM, {**MIXTURE, "attention_chunk_size": 64}, "other than the causal one"),
-        (GptOssConfig, GptOssForCausalLM, {**MIXTURE, "attn_implementation": "eager"}, "s_aux"),
-        (
-            FalconH1Config,
-            FalconH1ForCausalLM,
-            {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
-            "differ from each alone",
-        ),
+        (MistralForCausalLM, {"sliding_window": 64}, "sliding_window"),
+        (Gemma2ForCausalLM, {"attn_implementation": "eager"}, "softcap"),
+        (Llama4ForCausalLM, {**MIXTURE, "attention_chunk_size": 64}, "other than the causal one"),
+        (GptOssForCausalLM, {**MIXTURE, "attn_implementation": "eager"}, "s_aux"),
+        (FalconH1ForCausalLM, RECURRENT, "differ from each alone"),  # recurrent layers beside attention
     ],
-    ids=["window", "soft cap", "window in the masks alone", "trackers", "recurrent layers beside attention"],
 )
-def test_a_model_that_asks_for_more_stays_padded_and_as_it_was(config_class, model_class, changes, reason):
-    model = tiny_model(config_class, model_class, **changes)
+def test_a_model_that_asks_for_more_stays_padded_and_as_it_was(model_class, changes, reason):
+    model = tiny_model(model_class, **changes)
     batch = pad_sequences(*sequences(*RAGGED))
     with torch.no_grad():
         before, _ = completion_logprobs(model, *batch)
@@ -221,17 +200,13 @@ def test_a_model_that_asks_for_more_stays_padded_and_as_it_was(config_class, mod
         assert torch.equal(completion_logprobs(model, *batch)[0], before)
 
 
-def test_a_packed_model_refuses_a_mask_that_it_would_not_honour():
+def test_a_packed_model_refuses_a_mask_that_it_would_not_honour_and_leaves_no_trace_where_it_is_saved(tmp_path):
     _, model = both()
     ids = torch.randint(0, 60, (2, 5))
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, tiny_model()(input_ids=ids).logits)
         with pytest.raises(CannotPackError, match="mask"):
             model(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]))
-
-
-def test_packing_leaves_no_trace_in_a_saved_model(tmp_path):
-    _, model = both()
     model.save_pretrained(tmp_path)
     assert "sluice" not in (tmp_path / "config.json").read_text()
 
@@ -251,7 +226,7 @@ def test_a_model_inside_peft_is_packed():
     assert not torch.allclose(found, bare, atol=1e-2)
 
 
-@pytest.mark.parametrize("key_heads", [4, 2])
+@for_each("key_heads", [4, 2])
 def test_the_varlen_kernel_is_called_as_it_asks(key_heads):
     layout = pack(torch.zeros(3, 5, dtype=torch.long), torch.tensor([5, 2, 5])).layout
     assert (layout.groups, layout.offsets.tolist(), layout.longest) == (((2, 5), (1, 2)), [0, 5, 10, 12], 5)
@@ -264,10 +239,8 @@ def test_the_varlen_kernel_is_called_as_it_asks(key_heads):
         out.sum().backward()
 
 
-@pytest.mark.parametrize("packing", ["auto", "off"])
-def test_a_trainer_step_is_the_same_packed_and_padded(packing):
-    prompts, completions = sequences(*RAGGED)
-    input_ids, prompt_lengths, completion_lengths = pad_sequences(prompts, completions)
+def test_a_trainer_step_is_the_same_packed_and_padded():
+    input_ids, prompt_lengths, completion_lengths = pad_sequences(*sequences(*RAGGED))
     width = int(completion_lengths.max())
     batch = MicroBatch(
         input_ids=input_ids,
@@ -278,15 +251,12 @@ def test_a_trainer_step_is_the_same_packed_and_padded(packing):
         advantages=torch.linspace(-1, 1, len(RAGGED)),
         loss_mask=torch.arange(width) < completion_lengths.unsqueeze(-1),
     )
-    config = TrainerConfig(packing=packing, learning_rate=1e-3, device="cpu")
-    policy = TrainedPolicy(tiny_model(), config, objective=objective_of(config))
-    metrics = policy.optimize([batch], step=1)
-    assert metrics["padding_share"] == pytest.approx(0.0 if packing == "auto" else 1 - 49 / (7 * 14))
-    reference = TrainedPolicy(
-        tiny_model(),
-        TrainerConfig(packing="off", learning_rate=1e-3, device="cpu"),
-        objective=objective_of(config),
-    )
-    expected = reference.optimize([batch], step=1)
-    assert metrics["loss/policy"] == pytest.approx(expected["loss/policy"], abs=1e-6)
-    assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    metrics = {}
+    for packing in ("auto", "off"):
+        config = TrainerConfig(packing=packing, learning_rate=1e-3, device="cpu")
+        policy = TrainedPolicy(tiny_model(), config, objective=objective_of(config))
+        metrics[packing] = policy.optimize([batch], step=1)
+    assert metrics["auto"]["padding_share"] == 0.0
+    assert metrics["off"]["padding_share"] == pytest.approx(1 - 49 / (7 * 14))
+    assert metrics["auto"]["loss/policy"] == pytest.approx(metrics["off"]["loss/policy"], abs=1e-6)
+    assert metrics["auto"]["grad_norm"] == pytest.approx(metrics["off"]["grad_norm"], rel=1e-5)

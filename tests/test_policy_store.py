@@ -8,19 +8,22 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import redis
+import safetensors.torch
 import torch
 from builders import make_config
 
-from sluice.common.config import EvalDataset, PolicyStoreConfig
+from sluice.common.config import EvalDataset
 from sluice.common.connections.broker import make_app
 from sluice.common.connections.client import connect
 from sluice.common.errors import DigestMismatch, PolicyError, PolicyNotFound
+from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
-from sluice.common.ledger.scripts import Scripts
-from sluice.common.policies import transports as weights_transport
+from sluice.common.policies import transports
 from sluice.common.policies.digest import tensor_digest, weights_digest
 from sluice.common.policies.manifest import ManifestChain
 from sluice.common.policies.retention import READER_S
@@ -31,19 +34,47 @@ from sluice.common.serialization import encode
 from sluice.trainer.publish import Publisher
 
 
+class Place(NamedTuple):
+    """Where the versions of one run are stored."""
+
+    client: redis.Redis
+    keys: Keys
+    folder: Path
+    transport: str
+
+    def open(self, *, client: redis.Redis | None = None, **options: Any) -> PolicyStore:
+        """The store as a process of its own opens it, with full weights every 4 versions."""
+        settings = {"transport": self.transport, "path": str(self.folder), "keep": 2, "full_every": 4, **options}
+        return PolicyStore(client or self.client, self.keys, make_config(policy_store=settings).policy_store)
+
+    def stored(self) -> set[int]:
+        """Versions whose bytes are there."""
+        if self.transport == "directory":
+            return {int(path.stem.split("-")[1]) for path in self.folder.rglob("*-0*.*")}
+        return {
+            int(key.decode().removeprefix(root).split(":")[0])
+            for root in (self.keys.tensors(kind, "") for kind in ("weights", "delta"))
+            for key in self.client.scan_iter(match=root + "*", count=1000)
+        }
+
+    def recorded(self) -> set[int]:
+        """Versions that have a manifest."""
+        return {int(version) for version in self.client.hkeys(self.keys.manifests)}
+
+
 @pytest.fixture(params=["directory", "redis"])
-def transport(request):
-    return request.param
+def place(client, keys, tmp_path, request):
+    return Place(client, keys, tmp_path, request.param)
 
 
 @pytest.fixture
-def store(client, keys, tmp_path, transport):
-    return make_store(client, keys, tmp_path, transport)
+def in_folder(client, keys, tmp_path):
+    return Place(client, keys, tmp_path, "directory")
 
 
-def make_store(client, keys, tmp_path, transport, *, keep=2):
-    config = make_config(policy_store={"transport": transport, "path": str(tmp_path), "keep": keep})
-    return PolicyStore(client, keys, config.policy_store)
+@pytest.fixture
+def store(place):
+    return place.open()
 
 
 def weights(value, *, size=4):
@@ -55,55 +86,61 @@ def publish(store, version, *, value=None, **options):
     return store.publish(version, weights(version if value is None else value), **options)
 
 
+def drifting(version, **others):
+    """Weights of which every version changes a hundredth; `b` stays."""
+    w = torch.zeros(4000, dtype=torch.bfloat16)
+    for v in range(1, version + 1):
+        w[v::97] += v
+    return {"w": w, "b": torch.ones(300, dtype=torch.bfloat16), **others}
+
+
+def nudged(tensors, value=3):
+    """The same weights but for one element."""
+    return {**tensors, "w": tensors["w"].clone().index_fill_(0, torch.tensor([7]), value)}
+
+
+def publish_drifting(store, versions):
+    return [store.publish(v, drifting(v), step=v, parent=v - 1) for v in versions]
+
+
+def forms(manifests):
+    """How each version is stored."""
+    return ["full " * (m.num_bytes > 0) + (f"delta on {m.base}" if m.base >= 0 else "") for m in manifests]
+
+
 def assert_identical(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         got = found[name]
         assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape), name
-        assert got.reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist(), name
+        assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
-def crash_before_the_pointer(store, version, tensors, monkeypatch):
+def crash_before_the_pointer(store, version, tensors):
     """Publish as a trainer does that dies after the bytes and the manifest are written."""
-
-    class Died(Exception):
-        pass
-
-    def die(self, name, *args, **options):
-        raise Died
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Scripts, "__call__", die)
-        with pytest.raises(Died):
-            store.publish(version, tensors, step=version, parent=version - 1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(store, "_scripts", Mock(side_effect=InterruptedError))
+        store.publish(version, tensors, step=version, parent=version - 1)
 
 
-def stored_names(client, keys, tmp_path, transport):
-    """Versions whose bytes are there."""
+def damage(client, keys, folder, transport, version, change, *, kind="weights"):
+    """Replace the stored bytes of a version; a change to none loses them."""
     if transport == "directory":
-        return {int(path.stem.split("-")[1]) for path in Path(tmp_path).rglob("*-0*.*")}
-    roots = [keys.tensors(kind, "") for kind in ("weights", "delta")]
-    return {
-        int(key.decode().removeprefix(root).split(":")[0])
-        for root in roots
-        for key in client.scan_iter(match=root + "*", count=1000)
-    }
-
-
-def damage(client, keys, tmp_path, transport, version, change):
-    """Replace the stored bytes of a version."""
-    if transport == "directory":
-        (path,) = Path(tmp_path).rglob(f"*{version}.safetensors")
-        path.write_bytes(change(path.read_bytes()))
+        (path,) = folder.rglob(f"{'policy' if kind == 'weights' else kind}-*{version}.safetensors")
+        data = change(path.read_bytes())
+        path.unlink()
+        if data is not None:
+            path.write_bytes(data)
     else:
-        chunk = keys.tensors("weights", version, 0)
-        client.set(chunk, change(client.get(chunk)))
+        chunk = keys.tensors(kind, version, 0)
+        data = change(client.get(chunk))
+        _ = client.delete(chunk) if data is None else client.set(chunk, data)
 
 
 # Round trip
 
 
-def test_tensors_of_every_kind_come_back_bit_by_bit(store):
+def test_tensors_of_every_kind_come_back_bit_by_bit_in_any_process(place, store):
     generator = torch.Generator().manual_seed(7)
     tensors = {
         "fp32": torch.randn(17, 5, generator=generator),
@@ -118,27 +155,24 @@ def test_tensors_of_every_kind_come_back_bit_by_bit(store):
         .to(torch.int32)
         .view(torch.float32),
         "model.layers.0.é": torch.zeros(1),
+        "several chunks": torch.arange((CHUNK_BYTES * 2 + 12345) // 4, dtype=torch.int32),
     }
     written = store.publish(0, tensors, step=0, parent=-1)
-    manifest, found = store.fetch(0)
-    assert manifest == written
-    assert_identical(found, tensors)
+    for reader in (store, place.open()):
+        manifest, found = reader.fetch(reader.latest_version())
+        assert manifest == written
+        assert_identical(found, tensors)
     assert (manifest.version, manifest.step, manifest.incarnation, manifest.parent) == (0, 0, 1, -1)
     assert manifest.num_bytes > sum(t.numel() * t.element_size() for t in tensors.values())
     assert manifest.tensors.keys() == tensors.keys()
+    assert manifest.digest == place.client.hget(place.keys.policy, "digest").decode()
 
 
-def test_weights_larger_than_several_chunks_come_back(client, keys, store):
-    tensors = {"w": torch.arange((CHUNK_BYTES * 2 + 12345) // 4, dtype=torch.int32)}
-    store.publish(0, tensors, step=0, parent=-1)
-    assert_identical(store.fetch(0)[1], tensors)
-
-
-def test_fetched_tensors_are_private_memory(tmp_path, client, keys):
-    store = make_store(client, keys, tmp_path, "directory")
+def test_fetched_tensors_are_private_memory(in_folder):
+    store = in_folder.open()
     publish(store, 0)
     found = store.fetch(0)[1]
-    (path,) = tmp_path.rglob("policy-*.safetensors")
+    (path,) = in_folder.folder.rglob("policy-*.safetensors")
     path.write_bytes(b"\xff" * path.stat().st_size)  # in place: what maps the file sees it
     assert_identical(found, weights(0))
     path.write_bytes(b"")  # of a mapped file, reading the lost pages would end the process
@@ -146,83 +180,80 @@ def test_fetched_tensors_are_private_memory(tmp_path, client, keys):
 
 
 def test_digests_tell_type_shape_and_bytes_apart():
-    zeros = torch.zeros(4)
-    others = [
-        torch.zeros(2, 2),
-        torch.zeros(4, dtype=torch.int32),
-        torch.tensor([0.0, 0, 0, -0.0]),
-        torch.zeros(8).half(),
-    ]
+    zeros, negative = torch.zeros(4), torch.tensor([0.0, 0, 0, -0.0])
+    others = [torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), negative, torch.zeros(8).half()]
     assert tensor_digest(zeros) == tensor_digest(torch.zeros(8)[::2])
     assert len({tensor_digest(t) for t in [zeros, *others]}) == 5
-
-
-def test_two_processes_agree_on_the_digest_of_a_version(client, keys, tmp_path, transport, store):
-    manifest = publish(store, 0)
-    other = make_store(client, keys, tmp_path, transport)
-    assert other.manifest(other.latest_version()) == manifest
-    assert other.fetch(0)[0].digest == client.hget(keys.policy, "digest").decode()
 
 
 # The pointer
 
 
-def test_before_the_first_publication_there_is_no_version(store):
-    assert store.latest_version() == -1
+def test_runs_do_not_see_each_others_versions(place, store):
+    other_keys = Keys(place.keys.run + "-b")
+    other = place._replace(keys=other_keys).open()
+    publish(store, 0, value=1)
+    assert other.latest_version() == -1
     with pytest.raises(PolicyNotFound, match="policy version 0 was never published in this run, or was removed"):
-        store.fetch(0)
+        other.fetch(0)
+    publish(other, 0, value=2)
+    assert_identical(store.fetch(0)[1], weights(1))
+    assert_identical(other.fetch(0)[1], weights(2))
+    for key in place.client.scan_iter(match=other_keys.root + "*"):
+        place.client.unlink(key)
 
 
-def test_a_crash_before_the_pointer_moves_leaves_the_old_version_served(store, monkeypatch):
+def test_a_crash_before_the_pointer_moves_leaves_the_old_version_served(place):
+    trainer, worker = place.open(), place.open()
+    publish_drifting(trainer, [0, 1])
+    for version, again, form in ((2, trainer, "delta on 1"), (3, place.open(), "full ")):
+        served = worker.fetch(version - 1)[1]
+        for tensors in (weights(1, size=9), nudged(served, 9)):  # in full, and as a delta
+            crash_before_the_pointer(trainer, version, tensors)
+            assert trainer.latest_version() == version - 1
+            assert_identical(place.open().fetch(version - 1)[1], drifting(version - 1))
+        assert forms([again.publish(version, drifting(version), step=version, parent=version - 1)]) == [form]
+        assert_identical(worker.fetch(version)[1], drifting(version))
+
+
+def test_what_a_crash_while_writing_leaves_goes_with_its_version(in_folder):
+    store = in_folder.open()
     publish(store, 0)
-    crash_before_the_pointer(store, 1, weights(1), monkeypatch)
-    assert (store.latest_version(), store.manifest(store.latest_version()).version) == (0, 0)
-    assert_identical(store.fetch(store.latest_version())[1], weights(0))
-
-
-def test_the_same_version_can_be_published_again_after_such_a_crash(store, monkeypatch):
-    publish(store, 0)
-    crash_before_the_pointer(store, 1, weights(1, size=9), monkeypatch)
-    publish(store, 1, value=7)
-    assert store.manifest(store.latest_version()).version == 1
-    assert_identical(store.fetch(1)[1], weights(7))
-
-
-def test_a_crash_while_writing_leaves_no_file_behind_for_ever(client, keys, tmp_path):
-    store = make_store(client, keys, tmp_path, "directory")
-    publish(store, 0)
-    leftover = tmp_path / keys.run / "policy-00000001.tmp99999"
+    leftover = in_folder.folder / in_folder.keys.run / "policy-00000001.tmp99999"
     leftover.write_bytes(b"half of version 1")
     publish(store, 1)
-    assert not leftover.exists()
     assert sorted(p.name for p in leftover.parent.iterdir()) == [f"policy-0000000{v}.safetensors" for v in (0, 1)]
+    leftover.write_bytes(b"half of version 1, republished")
+    publish(store, 2)
+    publish(store, 3)
+    assert not leftover.exists()
 
 
-def test_publishing_twice_because_the_reply_was_lost_is_harmless(store):
-    assert publish(store, 0) == publish(store, 0)
-    assert store.manifest(store.latest_version()).version == 0
+def test_versions_only_grow_and_a_served_version_is_never_overwritten(store):
+    manifests = [publish(store, version) for version in range(3)]
+    assert publish(store, 2) == manifests[2], "once more, because the reply was lost, is harmless"
+    for version in range(3):
+        with pytest.raises(PolicyError, match=f"policy version {version} was not published: version 2 is served"):
+            publish(store, version, value=50)
+        assert_identical(store.fetch(version)[1], weights(version))
+    publish(store, 3, value=2)
+    with pytest.raises(PolicyError, match="version 3 is served already"):
+        publish(store, 2)  # equal weights do not make an older version publishable
+    assert store.latest_version() == 3
 
 
-@pytest.mark.parametrize("version", [0, 1, 2])
-def test_versions_only_grow_and_a_served_version_is_never_overwritten(store, version):
-    for v in (0, 1, 2):
-        publish(store, v)
-    with pytest.raises(PolicyError, match=f"policy version {version} was not published: version 2 is served already"):
-        publish(store, version, value=50)
-    assert store.latest_version() == 2
-    assert_identical(store.fetch(version)[1], weights(version))
-
-
-def test_equal_weights_do_not_make_an_older_version_publishable(store):
-    publish(store, 0, value=5)
-    publish(store, 1, value=5)
-    with pytest.raises(PolicyError, match="version 1 is served already"):
-        publish(store, 0, value=5)
-
-
-def test_a_replaced_trainer_is_refused_and_damages_nothing(client, keys, store):
+def test_a_replaced_trainer_is_refused_and_damages_nothing(place, store, monkeypatch):
     publish(store, 0)
-    client.hset(keys.run_record, "incarnation", 2)
+    move_pointer = store._scripts
+
+    def overtaken(*args):
+        place.client.hset(place.keys.run_record, "incarnation", 2)
+        return move_pointer(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(PolicyError, match="a newer trainer process owns this run"):
+        patch.setattr(store, "_scripts", overtaken)
+        publish(store, 1)
+    assert store.latest_version() == 0, "nor does one that is replaced while it writes move the pointer"
     publish(store, 1, incarnation=2)
     for version in (1, 2):
         with pytest.raises(PolicyError, match="a newer trainer process owns this run; this one must stop"):
@@ -233,165 +264,91 @@ def test_a_replaced_trainer_is_refused_and_damages_nothing(client, keys, store):
         store.fetch(2)
 
 
-def test_a_trainer_replaced_while_it_writes_does_not_move_the_pointer(client, keys, store, monkeypatch):
-    publish(store, 0)
-    call = Scripts.__call__
-
-    def overtaken(self, name, *args, **options):
-        client.hset(keys.run_record, "incarnation", 2)
-        return call(self, name, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Scripts, "__call__", overtaken)
-        with pytest.raises(PolicyError, match="a newer trainer process owns this run"):
-            publish(store, 1)
-    assert store.latest_version() == 0
-
-
 def test_a_roll_back_goes_on_under_a_new_version_whose_parent_is_the_checkpoints(client, keys, store):
     for version in range(3):
         publish(store, version)
     store.announce(3, step=1, parent=1)
     assert store.latest_version() == 2
-    store.publish(3, weights(3), step=1, parent=1, incarnation=2)
+    manifest = publish(store, 3, step=1, parent=1, incarnation=2)
     lineage = {v.decode(): entry.decode().rpartition(":")[0] for v, entry in client.hgetall(keys.lineage).items()}
     assert lineage == {"0": "-1:0", "1": "0:1", "2": "1:2", "3": "1:1"}
-    assert (store.manifest(store.latest_version()).parent, store.manifest(store.latest_version()).incarnation) == (1, 2)
-
-
-def test_every_publication_is_told_to_those_who_listen(client, keys, store):
-    publish(store, 0)
-    publish(store, 1)
+    assert store.manifest(store.latest_version()) == manifest
+    assert (manifest.parent, manifest.incarnation) == (1, 2)
     events = [fields for _, fields in client.xrange(keys.events)]
-    assert events == [{b"event": b"policy", b"version": b"0"}, {b"event": b"policy", b"version": b"1"}]
+    assert events == [{b"event": b"policy", b"version": b"%d" % version} for version in range(4)]
 
 
 # Damage
 
 
-def test_one_flipped_bit_is_found_and_the_tensor_named(client, keys, tmp_path, transport, store):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda data: data[:-1] + bytes([data[-1] ^ 1]), "0: tensor [wb] does not match", id="one bit"),
+        pytest.param(lambda data: b"\xff" * len(data), "0 .* is damaged", id="garbage"),
+        pytest.param(lambda _: safetensors.torch.save(weights(1)), "0: tensor", id="another version"),
+        *(pytest.param(lambda data, n=n: data[:n], "0", id=f"cut at {n}") for n in (0, 7, 60, -1)),
+    ],
+)
+def test_damaged_bytes_are_found(place, store, change, message):
     publish(store, 0)
-
-    def flip(data):
-        return data[:-1] + bytes([data[-1] ^ 1])
-
-    damage(client, keys, tmp_path, transport, 0, flip)
-    with pytest.raises(DigestMismatch, match=r"policy version 0: tensor [wb] does not match its digest"):
-        store.fetch(0)
-
-
-@pytest.mark.parametrize("length", [0, 7, 60, -1])
-def test_truncated_bytes_are_found(client, keys, tmp_path, transport, store, length):
-    publish(store, 0)
-    damage(client, keys, tmp_path, transport, 0, lambda data: data[:length])
-    with pytest.raises(DigestMismatch, match="policy version 0"):
+    damage(*place, 0, change)
+    with pytest.raises(DigestMismatch, match=f"policy version {message}"):
         store.fetch(0)
 
 
 @pytest.mark.parametrize("is_held", [False, True])
-def test_a_manifest_whose_digest_is_not_that_of_its_tensors_is_refused(client, keys, make, is_held):
-    trainer, worker = make(), make()
+def test_a_manifest_whose_digest_is_not_that_of_its_tensors_is_refused(place, is_held):
+    trainer, worker = place.open(), place.open()
     publish_drifting(trainer, [0])
     if is_held:
         worker.fetch(0)
     (manifest,) = publish_drifting(trainer, [1])
     wrong = replace(manifest, digest=weights_digest(drifting(2)))
-    client.hset(keys.manifests, "1", encode(asdict(wrong)))
+    place.client.hset(place.keys.manifests, "1", encode(asdict(wrong)))
     with pytest.raises(DigestMismatch, match="version 1: the manifest's digest is not that of its tensors"):
         worker.fetch(1)
 
 
-def test_garbage_in_place_of_the_weights_is_found(client, keys, tmp_path, transport, store):
+def test_other_tensors_than_the_manifest_names_are_refused(place, store):
     publish(store, 0)
-    damage(client, keys, tmp_path, transport, 0, lambda data: b"\xff" * len(data))
-    with pytest.raises(DigestMismatch, match=r"policy version 0 .* is damaged"):
-        store.fetch(0)
-
-
-def test_weights_of_another_version_are_not_taken_for_this_one(client, keys, tmp_path, transport, store):
-    publish(store, 0)
-    publish(store, 1)
-    kept = []
-    damage(client, keys, tmp_path, transport, 0, lambda data: kept.append(data) or data)
-    damage(client, keys, tmp_path, transport, 1, lambda _: kept[0])
-    with pytest.raises(DigestMismatch, match="policy version 1: tensor"):
-        store.fetch(1)
-
-
-def test_other_tensors_than_the_manifest_names_are_refused(client, keys, tmp_path, transport, store):
-    publish(store, 0)
-    rogue = make_store(client, keys, tmp_path, transport)
-    rogue._transport.write(0, {**weights(0), "extra": torch.zeros(1)})
+    place.open()._transport.write(0, {**weights(0), "extra": torch.zeros(1)})
     with pytest.raises(DigestMismatch, match="policy version 0 holds other tensors than its manifest names"):
         store.fetch(0)
 
 
-def test_a_missing_file_says_what_to_do(client, keys, tmp_path):
-    store = make_store(client, keys, tmp_path, "directory")
+def test_missing_bytes_are_named_with_what_to_do(client, keys, in_folder):
+    store = in_folder.open()
     publish(store, 0)
     store._transport.delete(0)
     with pytest.raises(PolicyNotFound, match=r"is policy_store.path shared .* use policy_store.transport=redis"):
         store.fetch(0)
-
-
-def test_a_missing_chunk_is_named(client, keys, tmp_path):
-    store = make_store(client, keys, tmp_path, "redis")
-    store.publish(0, {"w": torch.zeros(CHUNK_BYTES // 2)}, step=0, parent=-1)
-    client.delete(keys.tensors("weights", 0, 1))
-    with pytest.raises(PolicyNotFound, match="policy version 0: chunk 1 is missing in Redis"):
-        store.fetch(0)
-    client.delete(keys.tensors("weights", 0))
-    with pytest.raises(PolicyNotFound, match="policy version 0 is not in Redis"):
-        store.fetch(0)
+    store = in_folder._replace(transport="redis").open()
+    store.publish(1, {"w": torch.zeros(CHUNK_BYTES // 2)}, step=1, parent=0)
+    for missing, message in (((1, 1), "version 1: chunk 1 is missing in Redis"), ((1,), "version 1 is not in Redis")):
+        client.delete(keys.tensors("weights", *missing))
+        with pytest.raises(PolicyNotFound, match=f"policy {message}"):
+            store.fetch(1)
 
 
 # Garbage
 
 
-def test_the_newest_versions_and_the_base_are_kept(client, keys, tmp_path, transport, store):
+def test_the_newest_versions_and_the_base_are_kept(place, store):
     for version in range(6):
         publish(store, version)
-    assert stored_names(client, keys, tmp_path, transport) == {0, 4, 5}
+    assert place.stored() == {0, 4, 5}
     for version in (0, 4, 5):
         assert_identical(store.fetch(version)[1], weights(version))
     with pytest.raises(PolicyNotFound, match="policy version 3 was never published in this run, or was removed"):
         store.fetch(3)
-    assert client.hlen(keys.lineage) == 6, "ages are told of versions whose weights are gone"
-
-
-def test_a_version_that_an_evaluation_needs_is_kept_until_it_is_finished(client, keys, tmp_path, transport, store):
-    dataset = EvalDataset.model_validate({"dataset": {"path": "x"}})
-    publish(store, 0)
-    publish(store, 1)
-    evaluation.request(client, keys, dataset, version=1)
-    for version in range(2, 6):
-        publish(store, version)
-    assert stored_names(client, keys, tmp_path, transport) == {0, 1, 4, 5}
-    client.hdel(keys.evaluations, evaluation.evaluation_id(1, "heldout"))
-    publish(store, 6)
-    assert stored_names(client, keys, tmp_path, transport) == {0, 5, 6}
-
-
-def test_runs_do_not_see_each_others_versions(client, keys, tmp_path, transport, store):
-    other_keys = type(keys)(keys.run + "-b")
-    other = make_store(client, other_keys, tmp_path, transport)
-    publish(store, 0, value=1)
-    publish(other, 0, value=2)
-    assert_identical(store.fetch(0)[1], weights(1))
-    assert_identical(other.fetch(0)[1], weights(2))
-    for key in client.scan_iter(match=other_keys.root + "*"):
-        client.unlink(key)
-
-
-def test_fewer_than_two_kept_versions_are_refused():
-    with pytest.raises(ValueError, match="keep"):
-        PolicyStoreConfig(keep=1)
+    assert place.client.hlen(place.keys.lineage) == 6, "ages are told of versions whose weights are gone"
 
 
 # Readers
 
 
-def test_a_version_that_somebody_is_reading_is_not_collected(store, client, keys):
+def test_a_version_that_is_read_is_kept_until_its_reader_ends_or_its_time_is_over(store, client, keys):
     publish(store, 0)
     publish(store, 1)
     with store._retention.reading(1):
@@ -405,161 +362,98 @@ def test_a_version_that_somebody_is_reading_is_not_collected(store, client, keys
         store.fetch(1)
     assert client.zcard(keys.readers) == 0
 
-
-def test_a_reader_that_died_keeps_its_version_until_its_time_is_over(store, client, keys):
-    publish(store, 0)
-    publish(store, 1)
     seconds, _ = client.time()
-    client.zadd(keys.readers, {"1|dead": (seconds + 100) * 1000})
-    for version in (2, 3):
-        publish(store, version)
-    assert store.fetch(1)[0].version == 1
-    client.zadd(keys.readers, {"1|dead": (seconds - 1) * 1000})
-    publish(store, 4)
+    client.zadd(keys.readers, {"5|dead": (seconds + 100) * 1000})
+    publish(store, 6)
+    publish(store, 7)
+    assert store.fetch(5)[0].version == 5
+    client.zadd(keys.readers, {"5|dead": (seconds - 1) * 1000})
+    publish(store, 8)
     with pytest.raises(PolicyNotFound):
-        store.fetch(1)
+        store.fetch(5)
     assert client.zcard(keys.readers) == 0
 
 
 def test_a_long_fetch_stays_entered(store, client, keys, monkeypatch):
     publish(store, 0)
     now = time.monotonic()
-    with store._retention.reading(0) as go_on:
+    with store._retention.reading(0) as renew:
         (entry,) = client.zrange(keys.readers, 0, -1)
         client.zadd(keys.readers, {entry: 1})
-        go_on()
+        renew()
         assert client.zscore(keys.readers, entry) == 1, "said only so often"
         monkeypatch.setattr(time, "monotonic", lambda: now + READER_S / 2)
-        go_on()
+        renew()
         assert client.zscore(keys.readers, entry) > 1
 
 
 # Deltas
 
 
-def drifting(version):
-    """Weights of which every version changes a hundredth; `b` stays."""
-    w = torch.zeros(4000, dtype=torch.bfloat16)
-    for v in range(1, version + 1):
-        w[v::97] += v
-    return {"w": w, "b": torch.ones(300, dtype=torch.bfloat16)}
-
-
-def publish_drifting(store, versions):
-    return [store.publish(v, drifting(v), step=v, parent=v - 1) for v in versions]
-
-
-@pytest.fixture
-def make(client, keys, tmp_path, transport):
-    """A store of a process of its own, with whole weights every 4 versions."""
-
-    def make_one(client=client, **options):
-        config = make_config(
-            policy_store={"transport": transport, "path": str(tmp_path), "keep": 2, "full_every": 4, **options}
-        )
-        return PolicyStore(client, keys, config.policy_store)
-
-    return make_one
-
-
-def forms(manifests):
-    """How each version is stored."""
-    return ["whole " * (m.num_bytes > 0) + (f"delta on {m.base}" if m.base >= 0 else "") for m in manifests]
-
-
-def test_versions_travel_as_deltas_with_whole_weights_in_between(make):
-    manifests = publish_drifting(make(), range(6))
-    assert forms(manifests) == [
-        "whole ", "delta on 0", "delta on 1", "delta on 2", "whole delta on 3", "delta on 4"
+def test_versions_travel_as_deltas_with_full_weights_in_between_and_a_worker_reads_no_more_than_it_needs(place):
+    trainer, worker, manifests, before = place.open(), place.open(), [], None
+    for version in range(11):
+        manifests += publish_drifting(trainer, [version])
+        found = worker.fetch(version)[1]
+        assert_identical(found, drifting(version))
+        assert worker.last_fetch_bytes == manifests[-1].payload_bytes
+        if before:
+            assert found["b"] is before["b"], "unchanged tensors are shared"
+            assert_identical(before, drifting(version - 1))
+        before = found
+    assert forms(manifests[:6]) == [
+        "full ", "delta on 0", "delta on 1", "delta on 2", "full delta on 3", "delta on 4"
     ]  # fmt: skip
     for manifest in manifests[1:]:
         assert 0 < manifest.payload_bytes == manifest.delta_bytes < manifests[0].payload_bytes / 10
         assert manifest.digest == weights_digest(drifting(manifest.version))
+    late = place.open()
+    assert_identical(late.fetch(10)[1], drifting(10))
+    assert late.last_fetch_bytes == manifests[8].num_bytes + manifests[9].delta_bytes + manifests[10].delta_bytes
 
 
-def test_a_worker_that_keeps_up_reads_the_deltas_only(make):
-    trainer, worker = make(), make()
-    publish_drifting(trainer, [0])
-    worker.fetch(0)
-    for version in range(1, 11):
-        (manifest,) = publish_drifting(trainer, [version])
-        assert_identical(worker.fetch(version)[1], drifting(version))
-        assert worker.last_fetch_bytes == manifest.delta_bytes
-
-
-def test_a_worker_that_missed_versions_catches_up_along_the_chain(make):
-    trainer, worker = make(keep=9), make()
+def test_a_worker_that_missed_versions_catches_up_along_the_chain_and_may_go_back(place):
+    trainer, worker = place.open(keep=9), place.open()
     publish_drifting(trainer, [0, 1])
     worker.fetch(1)
     manifests = publish_drifting(trainer, range(2, 8))
     assert_identical(worker.fetch(7)[1], drifting(7))
     assert worker.last_fetch_bytes == sum(m.delta_bytes for m in manifests)
-
-
-def test_a_late_worker_begins_at_the_nearest_whole_version(make):
-    manifests = publish_drifting(make(), range(7))
-    worker = make()
-    assert_identical(worker.fetch(6)[1], drifting(6))
-    assert worker.last_fetch_bytes == manifests[4].num_bytes + manifests[5].delta_bytes + manifests[6].delta_bytes
-
-
-def test_a_worker_may_go_back_and_fetch_the_same_version_again(make):
-    publish_drifting(make(keep=9), range(7))
-    worker = make()
     for version in (6, 5, 5, 2, 6):
         assert_identical(worker.fetch(version)[1], drifting(version))
 
 
-def test_unchanged_tensors_are_shared_and_changed_ones_are_new(make):
-    trainer, worker = make(), make()
-    publish_drifting(trainer, [0, 1])
-    before = worker.fetch(1)[1]
-    publish_drifting(trainer, [2])
-    after = worker.fetch(2)[1]
-    assert after["b"] is before["b"]
-    assert_identical(before, drifting(1))
-
-
-def test_a_trainer_that_was_started_again_begins_with_whole_weights(make):
-    publish_drifting(make(), [0, 1])
-    assert forms(publish_drifting(make(), [2, 3])) == ["whole ", "delta on 2"]
-    assert_identical(make().fetch(3)[1], drifting(3))
-
-
-def test_weights_that_differ_too_much_travel_whole_and_deltas_go_on_from_there(make):
-    trainer, worker = make(), make()
+def test_weights_that_differ_too_much_travel_in_full_and_deltas_go_on_from_there(place):
+    trainer, worker = place.open(), place.open()
     publish_drifting(trainer, [0, 1])
     worker.fetch(1)
     jump = {name: tensor + 1 for name, tensor in drifting(1).items()}
-    manifest = trainer.publish(2, jump, step=2, parent=1)
-    assert forms([manifest]) == ["whole "]
-    assert_identical(worker.fetch(2)[1], jump)
-    nudged = {**jump, "w": jump["w"].clone().index_fill_(0, torch.tensor([7]), 3)}
-    assert forms([trainer.publish(3, nudged, step=3, parent=2)]) == ["delta on 2"]
-    assert_identical(worker.fetch(3)[1], nudged)
+    for version, tensors, form in ((2, jump, "full "), (3, nudged(jump), "delta on 2")):
+        assert forms([trainer.publish(version, tensors, step=version, parent=version - 1)]) == [form]
+        assert_identical(worker.fetch(version)[1], tensors)
 
 
-def test_deltas_can_be_turned_off(make):
-    store = make(delta=False)
-    assert forms(publish_drifting(store, range(3))) == ["whole "] * 3
-    worker = make(delta=False)
+def test_deltas_can_be_turned_off(place):
+    store, worker = place.open(delta=False), place.open(delta=False)
+    assert forms(publish_drifting(store, range(3))) == ["full "] * 3
     assert_identical(worker.fetch(2)[1], drifting(2))
     assert store._held is worker._held is None, "no memory for what is not used"
 
 
-def test_a_worker_holds_whole_weights_where_deltas_may_follow(make):
-    trainer, worker = make(), make()
+def test_a_worker_holds_full_weights_where_deltas_may_follow(place):
+    trainer, worker = place.open(), place.open()
     for version in range(3):
-        trainer.publish(version, {"w": torch.full((64,), version + 0.1)}, step=version, parent=version - 1)
-        assert_identical(worker.fetch(version)[1], {"w": torch.full((64,), version + 0.1)})
-        assert worker._held is None, "fp32 weights differ everywhere: the next version comes whole too"
-    manifests = [make().publish(3, drifting(3), step=3, parent=2)]
+        tensors = {"w": torch.full((64,), version + 0.1)}
+        trainer.publish(version, tensors, step=version, parent=version - 1)
+        assert_identical(worker.fetch(version)[1], tensors)
+        assert worker._held is None, "fp32 weights differ everywhere: the next version is stored in full too"
+    manifests = publish_drifting(place.open(), [3])
     worker.fetch(3)
-    restarted = make()
+    restarted = place.open()
     manifests += publish_drifting(restarted, [4])
     worker.fetch(4)
     manifests += publish_drifting(restarted, [5])
-    assert forms(manifests) == ["whole ", "whole ", "delta on 4"], "a new trainer process begins with whole weights"
+    assert forms(manifests) == ["full ", "full ", "delta on 4"], "a new trainer process begins with full weights"
     assert_identical(worker.fetch(5)[1], drifting(5))
     assert worker.last_fetch_bytes == manifests[2].delta_bytes
 
@@ -584,159 +478,100 @@ def kill_trainer(redis_url, act, *, at):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("last", ["full", "delta", "mended"])
+@pytest.mark.parametrize("last", ["full", "delta", "republished"])
 @pytest.mark.parametrize("is_complete", [False, True], ids=["half written", "without manifest"])
-def test_what_killed_trainers_left_is_freed(
-    client, keys, tmp_path, transport, make, redis_url, monkeypatch, last, is_complete
-):
-    monkeypatch.setattr(weights_transport, "CHUNK_BYTES", 64 if last == "delta" else 3000)  # several, of either kind
-    publish_drifting(make(keep=9), [0, 1])
-    half = (Path, "rename", 1) if transport == "directory" else (redis.Redis, "set", 3)
-    at = (ManifestChain, "record", 1) if is_complete else half
+def test_what_killed_trainers_left_is_freed(place, redis_url, monkeypatch, last, is_complete):
+    monkeypatch.setattr(transports, "CHUNK_BYTES", 64 if last == "delta" else 3000)  # several, of either kind
+    publish_drifting(place.open(keep=9), [0, 1])
+    half = (Path, "rename", 1) if place.transport == "directory" else (redis.Redis, "set", 3)
 
     def act(own_client, arm):
-        trainer = make(client=own_client, keep=9)
+        trainer = place.open(client=own_client, keep=9)
         if last != "full":
             publish_drifting(trainer, [2])
-        if last == "mended":
+        if last == "republished":
             publish_drifting(trainer, [3])
         arm()
-        if last == "mended":
+        if last == "republished":
             trainer.republish_full()
         publish_drifting(trainer, [2 if last == "full" else 3])
 
-    kill_trainer(redis_url, act, at=at)
-    before = stored_names(client, keys, tmp_path, transport)
-    recorded = {int(v) for v in client.hkeys(keys.manifests)}
-    assert before - recorded == ({"full": {2}, "delta": {3}, "mended": set()}[last])
-    successor = make(keep=9)
-    publish_drifting(successor, [4])
-    assert stored_names(client, keys, tmp_path, transport) == recorded | {4}
+    kill_trainer(redis_url, act, at=(ManifestChain, "record", 1) if is_complete else half)
+    recorded = place.recorded()
+    assert place.stored() - recorded == {"full": {2}, "delta": {3}, "republished": set()}[last]
+    publish_drifting(place.open(keep=9), [4])
+    assert place.stored() == recorded | {4}
     for version in recorded | {4}:
-        assert_identical(make().fetch(version)[1], drifting(version))
-    publish_drifting(make(), [5, 6])
-    assert stored_names(client, keys, tmp_path, transport) == {0, 5, 6}, (
-        "nor is anything left of a version that was mended"
-    )
+        assert_identical(place.open().fetch(version)[1], drifting(version))
+    publish_drifting(place.open(), [5, 6])
+    assert place.stored() == {0, 5, 6}, "nor is anything left of a version that was republished"
 
 
-def test_a_version_without_manifest_is_not_freed_under_a_reader_nor_by_an_older_trainer(
-    client, keys, tmp_path, transport, make
-):
-    publish_drifting(make(), [0, 1, 2])
-    client.hdel(keys.manifests, "1", "2")
-    make()._transport.write(9, drifting(9))  # by a trainer that is about to publish it
-    with make()._retention.reading(2):
-        publish_drifting(make(), [3])
-    assert stored_names(client, keys, tmp_path, transport) == {0, 2, 3, 9}
+def test_a_version_without_manifest_is_not_freed_under_a_reader_nor_by_an_older_trainer(place):
+    publish_drifting(place.open(), [0, 1, 2])
+    place.client.hdel(place.keys.manifests, "1", "2")
+    place.open()._transport.write(9, drifting(9))  # by a trainer that is about to publish it
+    with place.open()._retention.reading(2):
+        publish_drifting(place.open(), [3])
+    assert place.stored() == {0, 2, 3, 9}
 
 
-def test_what_a_killed_trainer_left_of_a_version_goes_when_the_version_goes(client, keys, tmp_path):
-    store = make_store(client, keys, tmp_path, "directory")
-    publish(store, 0)
-    publish(store, 1)
-    leftover = tmp_path / keys.run / "policy-00000001.tmp99999"
-    leftover.write_bytes(b"half of version 1, mended")
-    for version in (2, 3):
-        publish(store, version)
-    assert not leftover.exists()
-
-
-def test_versions_that_others_rest_on_are_kept(client, keys, tmp_path, transport, make):
-    trainer = make()
+def test_versions_that_others_rest_on_are_kept(place):
+    trainer = place.open()
     publish_drifting(trainer, range(4))
-    assert stored_names(client, keys, tmp_path, transport) == {0, 1, 2, 3}
-    publish_drifting(trainer, [4, 5])  # 4 is whole, so that 4 and 5 need no other
-    assert stored_names(client, keys, tmp_path, transport) == {0, 4, 5}
+    assert place.stored() == {0, 1, 2, 3}
+    publish_drifting(trainer, [4, 5])  # 4 is stored in full, so that 4 and 5 need no other
+    assert place.stored() == {0, 4, 5}
     publish_drifting(trainer, [6, 7])
     with trainer._retention.reading(7):
         publish_drifting(trainer, range(8, 12))
-        assert stored_names(client, keys, tmp_path, transport) == {0, *range(4, 12)}
-        assert_identical(make().fetch(7)[1], drifting(7))
+        assert place.stored() == {0, *range(4, 12)}
+        assert_identical(place.open().fetch(7)[1], drifting(7))
     publish_drifting(trainer, [12, 13])
-    assert stored_names(client, keys, tmp_path, transport) == {0, 12, 13}
-    assert {int(v) for v in client.hkeys(keys.manifests)} == {0, 12, 13}
+    assert place.stored() == place.recorded() == {0, 12, 13}
 
 
-def test_an_evaluated_version_keeps_what_it_rests_on(client, keys, tmp_path, transport, make):
-    trainer = make()
+def test_a_version_that_an_evaluation_needs_is_kept_with_its_bases_until_it_is_finished(place):
+    trainer = place.open()
     publish_drifting(trainer, range(6))
-    evaluation.request(client, keys, EvalDataset.model_validate({"dataset": {"path": "x"}}), version=5)
+    dataset = EvalDataset.model_validate({"dataset": {"path": "x"}})
+    evaluation.request(place.client, place.keys, dataset, version=5)
     publish_drifting(trainer, range(6, 14))
-    assert stored_names(client, keys, tmp_path, transport) == {0, 4, 5, 12, 13}
-    assert_identical(make().fetch(5)[1], drifting(5))
+    assert place.stored() == {0, 4, 5, 12, 13}
+    assert_identical(place.open().fetch(5)[1], drifting(5))
+    place.client.hdel(place.keys.evaluations, evaluation.evaluation_id(5, "heldout"))
+    publish_drifting(trainer, [14])
+    assert place.stored() == {0, 12, 13, 14}
 
 
-def test_a_crash_between_the_delta_and_the_pointer_leaves_the_old_version_served(make, monkeypatch):
-    trainer, worker = make(), make()
+def test_a_base_that_redis_has_lost_is_not_built_upon(place):
+    trainer = place.open()
+    publish_drifting(trainer, [0, 1])
+    place.client.hdel(place.keys.manifests, "1")
+    assert forms(publish_drifting(trainer, [2])) == ["full "]
+    assert_identical(place.open().fetch(2)[1], drifting(2))
+
+
+def test_a_worker_that_holds_another_policy_of_the_same_number_is_not_misled(place):
+    trainer, worker = place.open(), place.open()
     publish_drifting(trainer, [0, 1])
     worker.fetch(1)
-    crash_before_the_pointer(trainer, 2, drifting(2), monkeypatch)
-    assert trainer.latest_version() == 1
-    other = {**drifting(1), "w": drifting(1)["w"].clone().index_fill_(0, torch.tensor([5]), 9)}
-    assert forms([make().publish(2, other, step=2, parent=1)]) == ["whole "], "a new process"
-    assert_identical(worker.fetch(2)[1], other)
-
-
-def test_a_base_that_redis_has_lost_is_not_built_upon(client, keys, make):
-    trainer = make()
-    publish_drifting(trainer, [0, 1])
-    client.hdel(keys.manifests, "1")
-    assert forms(publish_drifting(trainer, [2])) == ["whole "]
-    assert_identical(make().fetch(2)[1], drifting(2))
-
-
-def test_a_worker_that_holds_another_policy_of_the_same_number_is_not_misled(client, keys, make):
-    trainer, worker = make(), make()
-    publish_drifting(trainer, [0, 1])
-    worker.fetch(1)
-    client.hset(keys.policy, "version", 0)  # Redis was restarted without its last second
-    again = make()
-    other = {**drifting(0), "b": torch.zeros(300, dtype=torch.bfloat16)}
+    place.client.hset(place.keys.policy, "version", 0)  # Redis was restarted without its last second
+    again = place.open()
+    other = drifting(0, b=torch.zeros(300, dtype=torch.bfloat16))
     again.publish(1, other, step=1, parent=0)
-    nudged = {**other, "w": other["w"].clone().index_fill_(0, torch.tensor([7]), 3)}
-    assert forms([again.publish(2, nudged, step=2, parent=1)]) == ["delta on 1"]
-    assert_identical(worker.fetch(2)[1], nudged)
+    assert forms([again.publish(2, nudged(other), step=2, parent=1)]) == ["delta on 1"]
+    assert_identical(worker.fetch(2)[1], nudged(other))
 
 
-def lose_delta(client, keys, tmp_path, transport, version):
-    if transport == "directory":
-        (path,) = tmp_path.rglob(f"delta-*{version}.safetensors")
-        path.unlink()
-    else:
-        client.delete(keys.tensors("delta", version))
-
-
-def test_a_missing_link_is_got_around_by_whole_weights(client, keys, tmp_path, transport, make):
-    trainer, worker = make(keep=9), make()
-    publish_drifting(trainer, [0, 1, 2])
-    worker.fetch(2)
-    publish_drifting(trainer, [3, 4, 5])
-    lose_delta(client, keys, tmp_path, transport, 3)
-    assert_identical(worker.fetch(5)[1], drifting(5))
-
-
-def damage_delta(client, keys, tmp_path, transport, version):
-    if transport == "directory":
-        (path,) = tmp_path.rglob(f"delta-*{version}.safetensors")
-        data = path.read_bytes()
-        path.unlink()
-        path.write_bytes(data[:-20] + bytes(20))
-    else:
-        data = client.get(keys.tensors("delta", version, 0))
-        client.set(keys.tensors("delta", version, 0), data[:-20] + bytes(20))
-
-
-@pytest.mark.parametrize("harm", [lose_delta, damage_delta])
-def test_a_version_without_a_sound_delta_is_refused_and_written_whole_on_request(
-    client, keys, tmp_path, transport, make, harm
-):
-    trainer, worker = make(), make()
+@pytest.mark.parametrize("harm", [lambda data: None, lambda data: data[:-20] + bytes(20)], ids=["lost", "damaged"])
+def test_a_version_without_a_sound_delta_is_refused_and_republished_in_full_on_request(place, harm):
+    trainer, worker = place.open(), place.open()
     publish_drifting(trainer, [0, 1])
     worker.fetch(1)
     publish_drifting(trainer, [2])
     assert not trainer.is_full_requested()
-    harm(client, keys, tmp_path, transport, 2)
+    damage(*place, 2, harm, kind="delta")
     with pytest.raises(PolicyError, match="policy version 2"):
         worker.fetch(2)
     assert trainer.is_full_requested()
@@ -744,12 +579,15 @@ def test_a_version_without_a_sound_delta_is_refused_and_written_whole_on_request
     assert not trainer.is_full_requested()
     assert_identical(worker.fetch(2)[1], drifting(2))
     publish_drifting(trainer, [3, 4])
-    assert_identical(make().fetch(4)[1], drifting(4))
-    assert stored_names(client, keys, tmp_path, transport) == {0, 2, 3, 4}, "the mended version is one to begin at"
+    assert_identical(place.open().fetch(4)[1], drifting(4))
+    assert place.stored() == {0, 2, 3, 4}, "the republished version is one to begin at"
+    damage(*place, 3, harm, kind="delta")
+    assert forms(publish_drifting(trainer, [5, 6])) == ["delta on 4", "full delta on 5"]
+    assert_identical(worker.fetch(6)[1], drifting(6))  # full weights go round a missing link
 
 
-def test_publication_runs_beside_the_next_step(client, keys, make, redis_url):
-    store, room = make(), threading.Event()
+def test_publication_runs_beside_the_next_step(client, keys, place, redis_url):
+    store, room = place.open(), threading.Event()
 
     def retry_while_disk_full(write):
         assert room.wait(10)

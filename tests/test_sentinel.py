@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import redis
-from harness import wait_for
+from harness import kill, wait_for
 from test_transport import is_done, log_of, tiny_worker
 
 from sluice.common.connections.broker import make_app, send
@@ -23,22 +22,7 @@ from sluice.common.connections.client import connect
 from sluice.common.connections.sentinel import parse
 from sluice.common.errors import ConfigError, ConnectionFailed
 from sluice.scripts.commands.doctor import examine_redis
-from sluice.scripts.launcher.redis_server import find_server, free_port
-
-PASSWORD = "sentinel-test"
-
-SERVER = """
-bind 127.0.0.1
-port {port}
-requirepass {password}
-masterauth {password}
-dir {folder}
-save ""
-appendonly yes
-appendfilename {port}.aof
-appenddirname {port}
-repl-diskless-sync-delay 0
-"""
+from sluice.scripts.launcher.redis_server import EmbeddedServer, find_server, free_port, start_server
 
 SENTINEL = """
 bind 127.0.0.1
@@ -51,42 +35,43 @@ sentinel failover-timeout mymaster 5000
 """
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
-    url: str
-    master: subprocess.Popen[bytes]
-    master_port: int
-    replica_port: int
-    sentinel_port: int
+    master: EmbeddedServer
+    replica: EmbeddedServer
+    password: str
+    sentinel: str
+
+    @property
+    def url(self) -> str:
+        nobody = free_port()  # a sentinel that is down is passed over
+        return f"sentinel://:{self.password}@127.0.0.1:{nobody},{self.sentinel}/mymaster/0"
+
+
+def port_of(server: EmbeddedServer) -> int:
+    return urlsplit(server.url).port or 0
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    ports = [free_port() for _ in range(3)]
-    master, replica, sentinel = ports
+def cluster(tmp_path: Path, own_redis: EmbeddedServer) -> Iterator[Cluster]:
+    password, port = urlsplit(own_redis.url).password or "", free_port()
     with contextlib.ExitStack() as stack:
+        replica = start_server(tmp_path / "replica")
+        stack.callback(replica.stop)
+        first, second = (stack.enter_context(connect(server.url)) for server in (own_redis, replica))
+        first.config_set("repl-diskless-sync-delay", 0)
+        second.config_set("masterauth", password)
+        second.config_set("requirepass", password)
+        second.replicaof("127.0.0.1", str(port_of(own_redis)))
+        wait_for(lambda: second.info("replication")["master_link_status"] == "up", timeout=15, what="the replica")
 
-        def start(port: int, config: str, *options: str) -> subprocess.Popen[bytes]:
-            path = tmp_path / f"{port}.conf"
-            path.write_text(config.format(port=port, folder=tmp_path, password=PASSWORD, master=master))
-            with (tmp_path / f"{port}.out").open("wb") as output:
-                process = subprocess.Popen([find_server(), str(path), *options], stdout=output, stderr=output)
-            stack.callback(process.wait, 10)
-            stack.callback(process.kill)
-            return process
-
-        first = start(master, SERVER)
-        start(replica, SERVER + f"replicaof 127.0.0.1 {master}\n")
-        probe = stack.enter_context(redis.Redis(port=replica, password=PASSWORD, retry=None))
-
-        def is_replicating() -> bool:
-            with contextlib.suppress(redis.RedisError):
-                return probe.info("replication")["master_link_status"] == "up"
-            return False
-
-        wait_for(is_replicating, timeout=15, what="the replica to follow")
-        start(sentinel, SENTINEL, "--sentinel")
-        asked = stack.enter_context(redis.Redis(port=sentinel, retry=None))
+        config = tmp_path / "sentinel.conf"
+        config.write_text(SENTINEL.format(port=port, folder=tmp_path, master=port_of(own_redis), password=password))
+        with (tmp_path / "sentinel.out").open("wb") as output:
+            process = subprocess.Popen([find_server(), str(config), "--sentinel"], stdout=output, stderr=output)
+        stack.callback(process.wait, 10)
+        stack.callback(process.kill)
+        asked = stack.enter_context(redis.Redis(port=port, retry=None))
 
         def knows_the_replica() -> bool:
             with contextlib.suppress(redis.RedisError):
@@ -94,19 +79,12 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
             return False
 
         wait_for(knows_the_replica, timeout=15, what="the sentinel to know the replica")
-        nobody = free_port()  # a sentinel that is down is passed over
-        yield Cluster(
-            url=f"sentinel://:{PASSWORD}@127.0.0.1:{nobody},127.0.0.1:{sentinel}/mymaster/0",
-            master=first,
-            master_port=master,
-            replica_port=replica,
-            sentinel_port=sentinel,
-        )
+        yield Cluster(master=own_redis, replica=replica, password=password, sentinel=f"127.0.0.1:{port}")
 
 
 def test_writing_and_consuming_go_on_after_a_fail_over(tmp_path: Path, cluster: Cluster) -> None:
     client = connect(cluster.url)
-    assert client.info("server")["tcp_port"] == cluster.master_port
+    assert client.info("server")["tcp_port"] == port_of(cluster.master)
     app = make_app("tiny", url=cluster.url)
     stop, written = threading.Event(), []
 
@@ -123,10 +101,10 @@ def test_writing_and_consuming_go_on_after_a_fail_over(tmp_path: Path, cluster: 
         assert send(app, "rollout.generate", "rollout", "t1")
         wait_for(lambda: is_done(client, "t1"), timeout=20, what="the worker to consume from the first master")
         client.wait(1, 2000)
-        os.kill(cluster.master.pid, signal.SIGKILL)
+        kill(cluster.master)
         killed = time.monotonic()
         wait_for(lambda: written[-1] > killed + 1, timeout=15, what="the client to write to the new master")
-        assert client.info("server")["tcp_port"] == cluster.replica_port
+        assert client.info("server")["tcp_port"] == port_of(cluster.replica)
         wait_for(lambda: send(app, "rollout.generate", "rollout", "t2"), timeout=15, what="a message to the new master")
         wait_for(lambda: is_done(client, "t2"), timeout=20, what="the worker to consume from the new master")
         assert process.poll() is None  # type: ignore[attr-defined]
@@ -140,17 +118,14 @@ def test_writing_and_consuming_go_on_after_a_fail_over(tmp_path: Path, cluster: 
 def test_what_is_wrong_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLUICE_REDIS_URL", cluster.url)
     told = [finding.text for finding in examine_redis()]
-    assert f"Sentinel names 127.0.0.1:{cluster.master_port} as the master, 1 replicas" in told
-    assert PASSWORD not in "".join(told)
-    here = f"127.0.0.1:{cluster.sentinel_port}"
+    assert f"Sentinel names 127.0.0.1:{port_of(cluster.master)} as the master, 1 replicas" in told
+    assert cluster.password not in "".join(told)
     with pytest.raises(ConnectionFailed, match="know no master 'other'; they know: mymaster"):
-        connect(f"sentinel://:{PASSWORD}@{here}/other/0")
+        connect(f"sentinel://:{cluster.password}@{cluster.sentinel}/other/0")
     with pytest.raises(ConnectionFailed, match="refused the password"):
-        connect(f"sentinel://:wrong@{here}/mymaster/0")
-    with pytest.raises(
-        ConnectionFailed, match=r"no Sentinel of sentinel://127.0.0.1:1/mymaster/0 can be asked .*refused"
-    ):
-        connect(f"sentinel://:{PASSWORD}@127.0.0.1:1/mymaster/0")
+        connect(f"sentinel://:wrong@{cluster.sentinel}/mymaster/0")
+    with pytest.raises(ConnectionFailed, match=r"no Sentinel of sentinel://\S+:1/mymaster/0 can be asked .*refused"):
+        connect(f"sentinel://:{cluster.password}@127.0.0.1:1/mymaster/0")
 
 
 def test_a_url_is_read_or_refused_with_the_form() -> None:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
 import torch
+from builders import for_each, make_config
 from fleet import ServedFleet
 
 from sluice.common.config import PolicyStoreConfig
@@ -43,52 +43,53 @@ def publish(store: PolicyStore, version: int, *, seed: int | None = None) -> Man
     return store.publish(version, weights(version if seed is None else seed), step=version, parent=version - 1)
 
 
-def test_who_has_the_key_serves_what_its_trainer_published(make: Callable[..., PolicyStore]) -> None:
-    trainer, worker = make(KEY), make(KEY)
-    for version in range(3):
-        publish(trainer, version)
-        manifest, tensors = worker.fetch(version)
-        assert manifest.version == version
-        assert torch.equal(tensors["w"], weights(version)["w"])
-
-
-@pytest.mark.parametrize(
+@for_each(
     ("forger", "message"),
     [(None, "is not signed, and this process has"), (OTHER_KEY, "is not signed with this process'")],
 )
-def test_a_policy_of_somebody_without_the_key_is_refused(
+def test_who_has_the_key_serves_its_trainers_policies_only(
     make: Callable[..., PolicyStore], forger: str | None, message: str
 ) -> None:
-    publish(make(KEY), 0)
-    publish(make(forger), 1, seed=666)  # sound in itself: manifest, digests, pointer and event
-    worker = make(KEY)
-    with pytest.raises(SignatureRefused, match=f"policy version 1 {message}"):
-        worker.fetch(1)
-    assert worker.fetch(0)[0].version == 0
-    assert make(None).fetch(1)[0].version == 1, "who has no key asks for no signature"
+    trainer, worker = make(KEY), make(KEY)
+    first = trainer.latest_version() + 1
+    for version in range(first, first + 3):
+        publish(trainer, version)
+        assert worker.fetch(version)[0].version == version
+    publish(make(forger), first + 3, seed=666)  # sound in itself: manifest, digests, pointer and event
+    with pytest.raises(SignatureRefused, match=f"policy version {first + 3} {message}"):
+        worker.fetch(first + 3)
+    manifest, tensors = worker.fetch(first + 2)
+    assert manifest.version == first + 2
+    assert torch.equal(tensors["w"], weights(first + 2)["w"])
+    assert make(None).fetch(first + 3)[0].version == first + 3, "who has no key asks for no signature"
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Manifest)])
-def test_every_field_is_signed(client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore], name: str) -> None:
+def test_every_field_is_signed(client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore]) -> None:
     manifest = publish(make(KEY), 0)
     signed = client.hget(keys.manifests, "0")
     head = signed[: -len(unsigned_bytes(signed))]
-    other: dict[str, Any] = {
+    other = {
+        **{field.name: getattr(manifest, field.name) for field in fields(Manifest)},
         "digest": "0" * 64,
         "tensors": {**manifest.tensors, "x": "0"},
         "canary": [{"prompt_ids": [1]}],
         "adapter_scale": 2.0,
     }
-    changed = replace(manifest, **{name: other[name] if name in other else getattr(manifest, name) + 1})
-    client.hset(keys.manifests, "0", head + encode(asdict(changed)))
-    with pytest.raises(SignatureRefused):
-        make(KEY).fetch(0)
+    for name, value in other.items():
+        changed = replace(manifest, **{name: value + 1 if isinstance(value, int) else value})
+        client.hset(keys.manifests, "0", head + encode(asdict(changed)))
+        with pytest.raises(SignatureRefused):
+            make(KEY).fetch(0)
 
 
 def test_a_signed_manifest_is_of_one_version_and_one_run(
     client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore]
 ) -> None:
-    publish(make(KEY), 0)
+    trainer = make(KEY)
+    publish(trainer, 0)
+    client.set(keys.full_requested, 0)
+    trainer.republish_full()
+    assert make(KEY).fetch(0)[0].version == 0, "a version that is republished is signed as well"
     signed = client.hget(keys.manifests, "0")
     client.hset(keys.manifests, "7", signed)
     with pytest.raises(DigestMismatch, match="the manifest of policy version 7 is that of version 0"):
@@ -97,20 +98,12 @@ def test_a_signed_manifest_is_of_one_version_and_one_run(
         Manifest.from_signed_bytes(signed, Signer("another-run", KEY), version=0)
 
 
-@pytest.mark.parametrize("signed", [b"", b"SL+", b"SL+" + b"x" * 31, b"\x00" * 40, b"SL\x01\xc1", b"SL\x01\x90"])
+@for_each("signed", [b"", b"SL+", b"SL+" + b"x" * 31, b"\x00" * 40, b"SL\x01\xc1", b"SL\x01\x90"])
 def test_garbage_is_refused_with_or_without_a_key(signed: bytes) -> None:
     with pytest.raises((SignatureRefused, DigestMismatch)):
         Manifest.from_signed_bytes(signed, Signer("r", KEY), version=0)
     with pytest.raises(DigestMismatch, match="the manifest of policy version 0 is damaged"):
         Manifest.from_signed_bytes(signed, Signer("r", None), version=0)
-
-
-def test_a_mended_version_is_signed_as_well(client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore]) -> None:
-    trainer = make(KEY)
-    publish(trainer, 0)
-    client.set(keys.full_requested, 0)
-    trainer.republish_full()
-    assert make(KEY).fetch(0)[0].version == 0
 
 
 def test_a_rollout_worker_goes_on_with_the_last_policy_of_its_trainer(
@@ -135,19 +128,12 @@ def test_a_rollout_worker_goes_on_with_the_last_policy_of_its_trainer(
 
 
 def test_reward_workers_and_the_dashboard_have_no_key(tmp_path: Path) -> None:
-    config = make_config_of_roles()
-    file = tmp_path / "run.key"
+    config, file = make_config(), tmp_path / "run.key"
+    assert key_environment(trainer_role(config), file) == {"SLUICE_RUN_KEY_FILE": str(file)}
     for queue in ("rollout", "rollout,eval", "reference", "eval"):
         assert key_environment(worker_role(config, queue, 0), file) == {"SLUICE_RUN_KEY_FILE": str(file)}
-    assert key_environment(trainer_role(config), file) == {"SLUICE_RUN_KEY_FILE": str(file)}
     for queue in ("reward", "dataset"):
         assert key_environment(worker_role(config, queue, 0), file) == {"SLUICE_RUN_KEY": "", "SLUICE_RUN_KEY_FILE": ""}
-
-
-def make_config_of_roles() -> Any:
-    from builders import make_config
-
-    return make_config()
 
 
 def test_keys_come_from_the_environment_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import redis
-from harness import running, wait_for
-from kombu import Connection, Queue
+from harness import kill, running, wait_for
+from kombu import Queue
 
 from sluice.common.connections.broker import make_app, send, send_stage
 from sluice.common.connections.client import connect
 from sluice.common.connections.transport import MAX_REJECTED, MAX_REJECTED_BYTES
-from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
+from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 PREFIX = "sluice:{tiny}:mq:"
 
@@ -38,16 +36,8 @@ def generate(group):
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    found = start_server(tmp_path / "redis")
-    yield found
-    if found.process.poll() is None:
-        found.stop()
-
-
-@pytest.fixture
-def client(server: EmbeddedServer) -> Iterator[redis.Redis]:
-    found = connect(server.url)
+def client(own_redis: EmbeddedServer) -> Iterator[redis.Redis]:
+    found = connect(own_redis.url)
     yield found
     found.close()
 
@@ -70,7 +60,7 @@ def is_done(client: redis.Redis, group: str) -> bool:
     return group.encode() in client.lrange("done", 0, -1)
 
 
-def message(**changes) -> dict:
+def message(**changes) -> bytes:
     """A message of ours as it lies in a queue, with changes by path."""
     whole = {
         "body": "W1sidDEiXSwge30sIHt9XQ==",
@@ -90,7 +80,7 @@ def message(**changes) -> dict:
         for name in above:
             part = part[name]
         part[last] = value
-    return whole
+    return json.dumps(whole).encode()
 
 
 FOREIGN = [
@@ -102,32 +92,30 @@ FOREIGN = [
     b"null",
     b'"text"',
     b"[" * 100_000,
-    json.dumps({"properties": None}).encode(),
-    json.dumps(message(properties__delivery_info={})).encode(),
-    json.dumps(message(properties__delivery_tag=None)).encode(),
-    json.dumps(message(headers=[1])).encode(),
-    json.dumps(message(headers={"task": "rollout.generate"})).encode(),
-    json.dumps(message(headers__task=["rollout.generate"])).encode(),
-    json.dumps(message(body="=")).encode(),  # empty
-    json.dumps(message(body="AAAA")).encode(),  # no JSON
-    json.dumps(message(body="NQ==")).encode(),  # 5 instead of (args, kwargs, embed)
-    json.dumps(message(**{"content-type": "application/x-python-serialize"})).encode(),
+    b'{"properties": null}',
+]
+FOREIGN += [
+    message(properties__delivery_info={}),
+    message(properties__delivery_tag=None),
+    message(headers=[1]),
+    message(headers={"task": "rollout.generate"}),
+    message(headers__task=["rollout.generate"]),
+    message(body="="),  # empty
+    message(body="AAAA"),  # no JSON
+    message(body="NQ=="),  # 5 instead of (args, kwargs, embed)
+    message(**{"content-type": "application/x-python-serialize"}),
 ]
 DROPPED_BY_CELERY = [
-    message(headers__task="no.such.task"),
-    message(headers={}),
+    message(headers__task="no.such.task", properties__delivery_tag="tag0"),
+    message(headers={}, properties__delivery_tag="tag1"),
 ]
 
 
-def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, server, client):
-    app = make_app("tiny", url=server.url)
-    for element in FOREIGN:
-        client.lpush(PREFIX + "rollout", element)
-    for i, element in enumerate(DROPPED_BY_CELERY):
-        element["properties"]["delivery_tag"] = f"tag{i}"
-        client.lpush(PREFIX + "rollout", json.dumps(element))
+def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, own_redis, client):
+    app = make_app("tiny", url=own_redis.url)
+    client.lpush(PREFIX + "rollout", *FOREIGN, *DROPPED_BY_CELERY)
     send_stage(app, "t1", "rollout")
-    with tiny_worker(tmp_path, server.url) as process:
+    with tiny_worker(tmp_path, own_redis.url) as process:
         wait_for(lambda: is_done(client, "t1"), timeout=20, what="the message behind the foreign elements")
         records = [json.loads(record) for record in client.lrange(PREFIX + "rejected", 0, -1)]
         assert len(records) == len(FOREIGN), log_of(tmp_path)
@@ -136,8 +124,7 @@ def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, server,
         assert "an element of queue `rollout` is not a message and was set aside" in log_of(tmp_path)
         assert "b'not json'" in log_of(tmp_path)
         assert "Received unregistered task of type 'no.such.task'" in log_of(tmp_path)
-        for i in range(MAX_REJECTED):
-            client.lpush(PREFIX + "rollout", f"rubbish {i}")
+        client.lpush(PREFIX + "rollout", *(f"rubbish {i}" for i in range(MAX_REJECTED)))
         send_stage(app, "t2", "rollout")
         wait_for(lambda: is_done(client, "t2"), timeout=20, what="the message behind more of them")
         assert client.llen(PREFIX + "rejected") == MAX_REJECTED
@@ -146,45 +133,36 @@ def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, server,
         wait_for(lambda: client.hlen(PREFIX + "unacked") == 0, timeout=5, what="nothing to circulate")
 
 
-@pytest.mark.parametrize("trouble", ["maxmemory", "readonly"])
-def test_a_broker_that_refuses_writes_pauses_the_worker(tmp_path, server, client, trouble):
-    app = make_app("tiny", url=server.url)
-    with tiny_worker(tmp_path, server.url) as process:
+TROUBLES = [
+    (("CONFIG", "SET", "maxmemory", 1), "out of memory (maxmemory)", ("CONFIG", "SET", "maxmemory", 0)),
+    (("REPLICAOF", "127.0.0.1", "1"), "read-only replica", ("REPLICAOF", "NO", "ONE")),
+]
+
+
+def test_a_broker_that_refuses_writes_pauses_the_worker(tmp_path, own_redis, client):
+    app = make_app("tiny", url=own_redis.url)
+    with tiny_worker(tmp_path, own_redis.url) as process:
         send_stage(app, "t1", "rollout")
         wait_for(lambda: is_done(client, "t1"), timeout=20, what="the first message")
-        for i in range(20):
-            client.lpush(PREFIX + "rollout", json.dumps(message(properties__delivery_tag=f"tag{i}")))
-        if trouble == "maxmemory":
-            client.config_set("maxmemory", 1)
-            words = "out of memory (maxmemory)"
-        else:
-            client.replicaof("127.0.0.1", "1")
-            words = "read-only replica"
-        wait_for(lambda: words in log_of(tmp_path), timeout=20, what="the worker to say what it waits for")
-        began = time.monotonic()
-        assert not send(make_app("tiny", url=server.url), "rollout.generate", "rollout", "t2")
-        assert time.monotonic() - began < 20
-        assert process.poll() is None
-        assert log_of(tmp_path).count("Connection to broker lost") <= 4, "reconnections are paced"
-        if trouble == "maxmemory":
-            client.config_set("maxmemory", 0)
-        else:
-            client.replicaof("NO", "ONE")
-        send_stage(app, "t3", "rollout")
-        wait_for(lambda: is_done(client, "t3"), timeout=30, what="a message after the broker was cured")
+        for i, (trouble, words, cure) in enumerate(TROUBLES):
+            client.lpush(PREFIX + "rollout", *(message(properties__delivery_tag=f"tag{i}-{n}") for n in range(20)))
+            client.execute_command(*trouble)
+            wait_for(lambda words=words: words in log_of(tmp_path), timeout=20, what="the worker to say why it waits")
+            began = time.monotonic()
+            assert not send(make_app("tiny", url=own_redis.url), "rollout.generate", "rollout", "t2")
+            assert time.monotonic() - began < 20
+            assert log_of(tmp_path).count("Connection to broker lost") <= 4 * (i + 1), "reconnections are paced"
+            client.execute_command(*cure)
+            send_stage(app, f"cured{i}", "rollout")
+            wait_for(lambda i=i: is_done(client, f"cured{i}"), timeout=30, what="a message after the cure")
         assert process.poll() is None
         assert "Unrecoverable" not in log_of(tmp_path)
 
 
-def test_a_killed_broker_does_not_end_a_worker_with_messages_in_hand(tmp_path, server):
+def test_a_killed_broker_does_not_end_a_worker_with_messages_in_hand(own_redis):
     """kombu 5.7 ends here with "'NoneType' object has no attribute 'hostname'": the broker dies, the closing of the first
     channel fails and leaves the second open, without its transport, until somebody closes that one too."""
-    url = server.url
-    connection = Connection(
-        url,
-        transport="sluice.common.connections.transport:Transport",
-        transport_options={"global_keyprefix": "close:", "socket_timeout": 1},
-    )
+    connection = make_app("tiny", url=own_redis.url).connection(transport_options={"socket_timeout": 1})
     channels = [connection.channel(), connection.channel()]
     queue = Queue("q")
     for channel in channels:
@@ -192,47 +170,40 @@ def test_a_killed_broker_does_not_end_a_worker_with_messages_in_hand(tmp_path, s
         with connection.Producer() as producer:
             producer.publish("text", routing_key="q")
         assert queue(channel).get() is not None  # taken, not acknowledged
-    os.kill(server.process.pid, signal.SIGKILL)
-    server.process.wait(10)
+    kill(own_redis)
     began = time.monotonic()
     connection.collect()
-    for channel in channels:
-        connection.maybe_close_channel(
-            channel
-        )  # what Celery's consumer does next; only connection errors are tolerated
+    for channel in channels:  # as Celery's consumer does next; only connection errors are tolerated
+        connection.maybe_close_channel(channel)
     with pytest.raises(connection.connection_errors):
         channels[1].basic_ack("late")  # as a task that ends after the connection
     assert time.monotonic() - began < 15
 
 
-def test_a_message_that_cannot_be_sent_costs_seconds_and_no_exception(server, client, caplog):
-    app = make_app("tiny", url=server.url)
-    client.config_set(
-        "appendfsync", "always"
-    )  # what follows is about the messages after the kill, not about the one before
+def test_a_message_that_cannot_be_sent_costs_seconds_and_no_exception(own_redis, client, caplog):
+    app = make_app("tiny", url=own_redis.url)
+    client.config_set("appendfsync", "always")  # this is about the messages after the kill, not the one before
     assert send(app, "rollout.generate", "rollout", "t1")
-    os.kill(server.process.pid, signal.SIGKILL)
-    server.process.wait(10)
+    kill(own_redis)
     began = time.monotonic()
     for _ in range(50):
         send_stage(app, "t2", "rollout")
     assert time.monotonic() - began < 20
     assert "was not sent" in caplog.text and "the ledger sends it again" in caplog.text
-    server.restart()
+    own_redis.restart()
     wait_for(lambda: send(app, "rollout.generate", "rollout", "t3"), timeout=8, what="sending again")
     assert "messages were not sent while the broker was unavailable" in caplog.text
     assert client.llen(PREFIX + "rollout") == 2
 
 
 @pytest.mark.timeout(30)
-def test_a_subscription_that_was_lost_is_a_lost_connection_though_the_server_is_back(server: EmbeddedServer) -> None:
+def test_a_subscription_that_was_lost_is_a_lost_connection_though_the_server_is_back(own_redis):
     """One that reconnected by itself would be read without a bound, in the consumer's only thread."""
-    with make_app("tiny", url=server.url).connection() as connection:
+    with make_app("tiny", url=own_redis.url).connection() as connection:
         subscription = connection.channel().subclient
         subscription.subscribe("news")
         assert subscription.parse_response()[0] == b"subscribe"
-        server.process.kill()
-        server.process.wait()
-        server.restart()
+        kill(own_redis)
+        own_redis.restart()
         with pytest.raises(redis.ConnectionError):
             subscription.parse_response()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
+from builders import for_each
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import sluice.common.models.truncation
@@ -17,21 +17,14 @@ from sluice.workers.engine.torch.engine import TorchEngine
 
 EOS = (1, 2)
 VOCAB = 300
+NAMES = ("top_k", "top_p", "min_p")
 
 
 def model(seed=0):
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=0.15,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, initializer_range=0.15)).eval()
 
 
 def naive_kept(logits, *, top_k, top_p, min_p):
@@ -46,18 +39,18 @@ def naive_kept(logits, *, top_k, top_p, min_p):
     return set(kept)
 
 
-@pytest.mark.parametrize("candidates", [4, 64])
+@for_each("candidates", [4, 64])
 def test_thresholds_keep_what_a_walk_down_the_order_keeps(monkeypatch, candidates):
     monkeypatch.setattr(sluice.common.models.truncation, "_CANDIDATES", candidates)
     torch.manual_seed(3)
     cuts = [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (10, 0.5, 0.0), (0, 0.9, 0.05), (7, 0.7, 0.3)]
     logits = torch.randn(len(cuts), 200) * 3
     columns = [torch.tensor(column) for column in zip(*cuts, strict=True)]
-    kept = logits >= thresholds(logits, top_k=columns[0], top_p=columns[1], min_p=columns[2])
-    for row, (top_k, top_p, min_p), mask in zip(logits, cuts, kept, strict=True):
-        expected = naive_kept(row, top_k=top_k, top_p=top_p, min_p=min_p)
-        assert set(mask.nonzero().flatten().tolist()) == expected, (top_k, top_p, min_p)
-        alone = Truncation(top_k=top_k, top_p=top_p, min_p=min_p).kept(row[None])
+    kept = logits >= thresholds(logits, **dict(zip(NAMES, columns, strict=True)))
+    for row, values, mask in zip(logits, cuts, kept, strict=True):
+        cut = dict(zip(NAMES, values, strict=True))
+        assert set(mask.nonzero().flatten().tolist()) == naive_kept(row, **cut), cut
+        alone = Truncation(**cut).kept(row[None])
         assert alone is None or alone[0].tolist() == mask.tolist()
 
 
@@ -91,10 +84,8 @@ def score(policy, prompts, completions, **how):
     return np.concatenate([row[: len(c.token_ids)].numpy() - c.rollout_logprobs for row, c in pairs])
 
 
-@pytest.mark.parametrize(
-    "cut", [{"top_p": 0.8}, {"top_k": 8}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}]
-)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@for_each("cut", [{"top_p": 0.8}, {"top_k": 8}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}])
+@for_each("temperature", [1.0, 0.7])
 def test_the_trainer_reproduces_the_logprobs_of_truncated_sampling(cut, temperature):
     policy = model()
     sampled = generate(policy, temperature=temperature, **cut)

@@ -75,13 +75,7 @@ def available() -> Isolation:
 
 
 def run_python(
-    program: str,
-    *,
-    tests: Sequence[str] = (),
-    stdin: str = "",
-    timeout_s: float,
-    memory_mib: int,
-    isolation: Isolation,
+    program: str, *, tests: Sequence[str] = (), stdin: str = "", timeout_s: float, memory_mib: int, isolation: Isolation
 ) -> Outcome:
     """Run a program, and then each test in its place, to their end or their limit. Raises SandboxError.
 

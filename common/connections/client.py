@@ -105,9 +105,8 @@ def connect(url: str | None = None, **options: Any) -> redis.Redis:
     }
     if url.startswith("unix://"):
         del settings["socket_keepalive"], settings["socket_connect_timeout"]
-    client = _open(url, **{**settings, **options})
-    _check_server(url)
-    return client
+    _check_server(url, settings)
+    return _open(url, **{**settings, **options})
 
 
 def _open(url: str, **options: Any) -> redis.Redis:
@@ -122,21 +121,16 @@ def _open(url: str, **options: Any) -> redis.Redis:
         raise ConfigError(f"{without_password(url)!r} is not a Redis URL: {error}") from None
 
 
-def _outage_retry(client: redis.Redis) -> OutageRetry | None:
-    policy = client.get_retry()
-    return policy if isinstance(policy, OutageRetry) else None
-
-
 def outage(client: redis.Redis) -> str | None:
     """Return a sentence that says what a call of this client waits for now; None when none waits. Asks no server."""
-    policy = _outage_retry(client)
-    return policy and policy.outage
+    policy = client.get_retry()
+    return policy.outage if isinstance(policy, OutageRetry) else None
 
 
 def give_up_after(client: redis.Redis, seconds: float) -> None:
     """Bound the wait for an outage from now on: a process that is asked to stop must not hang on an unavailable server."""
-    policy = _outage_retry(client)
-    if policy:
+    policy = client.get_retry()
+    if isinstance(policy, OutageRetry):
         policy.limit_s = seconds
 
 
@@ -150,11 +144,10 @@ def persistence_warning(client: redis.Redis) -> str | None:
     )
 
 
-def _check_server(url: str) -> None:
+def _check_server(url: str, settings: dict[str, Any]) -> None:
     if sentinel.is_sentinel(url):
         sentinel.parse(url).master_address()
-    timeouts = {} if url.startswith("unix://") else {"socket_connect_timeout": 5.0}
-    probe = _open(url, socket_timeout=5.0, protocol=2, retry=Retry(ExponentialBackoff(), 1), **timeouts)
+    probe = _open(url, **{**settings, "retry": Retry(ExponentialBackoff(), 1)})
     try:
         version = str(probe.info("server")["redis_version"])
     except redis.AuthenticationError:

@@ -96,7 +96,7 @@ class OutageRetry(Retry):
         self.server = server
         self.limit_s = limit_s
         self._thread = threading.local()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._waiting: dict[int, tuple[float, str]] = {}
         self._reported_at: float | None = None
 
@@ -110,12 +110,9 @@ class OutageRetry(Retry):
     def outage(self) -> str | None:
         """Why nothing moves, in a sentence; None while no call waits."""
         with self._lock:
-            return self._sentence()
-
-    def _sentence(self) -> str | None:
-        if not self._waiting:
-            return None
-        since, trouble = min(self._waiting.values())
+            if not self._waiting:
+                return None
+            since, trouble = min(self._waiting.values())
         return f"Redis at {self.server} {trouble}, for {time.monotonic() - since:.0f} s so far, at most {self.limit_s:.0f} s"
 
     def call_with_retry(
@@ -126,17 +123,16 @@ class OutageRetry(Retry):
         with_failure_count: bool = False,
     ) -> Any:
         """Retry as redis-py does, but bounded by time. The last error is raised when the limit has passed."""
+        on_failure = fail if with_failure_count else lambda error, _: fail(error)
         if getattr(self._thread, "waits", False):  # the call around this one repeats both
             try:
                 return do()
             except self._supported_errors as error:
-                _ = fail(error, 1) if with_failure_count else fail(error)
+                on_failure(error, 1)
                 raise
         self._thread.waits = True
         try:
-            return self._wait_out(
-                do, lambda error, n: fail(error, n) if with_failure_count else fail(error), is_retryable
-            )
+            return self._wait_out(do, on_failure, is_retryable)
         finally:
             self._thread.waits = False
             self._waiting.pop(threading.get_ident(), None)
@@ -176,7 +172,7 @@ class OutageRetry(Retry):
             is_due = self._reported_at is None or now - self._reported_at >= REPORT_EVERY_S
             if now - since >= FIRST_REPORT_S and is_due:
                 self._reported_at = now
-                log.warning("%s", self._sentence())
+                log.warning("%s", self.outage)
 
     def _over(self, since: float) -> None:
         with self._lock:

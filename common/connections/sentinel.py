@@ -70,7 +70,7 @@ class SentinelAddress:
                 "password": self.sentinel_password,
                 "retry": Retry(NoBackoff(), 0),
             },
-            **{"db": self.database, "username": self.username, "password": self.password, **options},
+            **{**options, "db": self.database, "username": self.username, "password": self.password},
         )
 
     def master_address(self) -> tuple[str, int]:

@@ -27,7 +27,6 @@ from kombu.exceptions import KombuError
 from kombu.transport import redis as kombu_redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel
 
 from sluice.common.connections.outage import OutageRetry, RefusesWrites, refusal
 from sluice.common.connections.sentinel import MasterConnection, parse
@@ -180,19 +179,12 @@ class SentinelChannel(Channel):
     def _get_pool(self, asynchronous: bool = False) -> Any:
         address = parse(self.sentinel_url)
         options = self._connparams(asynchronous)
-        options.update(db=address.database, username=address.username, password=address.password)
         del options["host"], options["port"]
         self.keyprefix_fanout = self.keyprefix_fanout.format(db=address.database)
-        manager = self._keep(address.manager(**options), asynchronous)
+        manager = address.manager(**options)
+        # where kombu finds the connections to the sentinels, to close them with the channel
+        setattr(self, "_async_sentinel_manager" if asynchronous else "_sentinel_manager", manager)
         return manager.master_for(address.master).connection_pool
-
-    def _keep(self, manager: Sentinel, asynchronous: bool) -> Sentinel:
-        """Store it where kombu closes the connections to the sentinels with the channel."""
-        if asynchronous:
-            self._async_sentinel_manager = manager
-        else:
-            self._sentinel_manager = manager
-        return manager
 
 
 class SentinelTransport(Transport):

@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,19 +34,11 @@ class ModelAssets:
     "tokens that end a completion"
 
     def to_wire(self) -> dict[str, Any]:
-        return {
-            "config": json.dumps(self.config),
-            "tokenizer_files": self.tokenizer_files,
-            "eos_token_ids": list(self.eos_token_ids),
-        }
+        return {**asdict(self), "config": json.dumps(self.config)}
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> ModelAssets:
-        return cls(
-            config=json.loads(wire["config"]),
-            tokenizer_files=wire["tokenizer_files"],
-            eos_token_ids=tuple(wire["eos_token_ids"]),
-        )
+        return cls(**{**wire, "config": json.loads(wire["config"]), "eos_token_ids": tuple(wire["eos_token_ids"])})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer from `tokenizer_files`."""

@@ -41,9 +41,7 @@ class _Markers(ModuleType):
     def allow_in_graph(fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
 
-    @staticmethod
-    def assume_constant_result(fn: Callable[..., Any]) -> Callable[..., Any]:
-        return fn
+    assume_constant_result = allow_in_graph
 
     @staticmethod
     def graph_break(msg: str = "") -> None:

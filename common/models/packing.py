@@ -58,19 +58,13 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
-    """What a packed forward pass reads (`inputs`), and where in it each sequence begins."""
+    """What a packed forward pass reads, and where in it each sequence begins."""
 
-    input_ids: Tensor
-    "long [1, N]"
-    position_ids: Tensor
-    "long [1, N]"
+    inputs: dict[str, Any]
+    "input_ids and position_ids, long [1, N]; the layout as `packing`"
     starts: Tensor
     "long [B], in the order of the batch"
     layout: Layout
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "packing": self.layout}
 
 
 def pack(input_ids: Tensor, lengths: Tensor) -> PackedRow:
@@ -83,16 +77,17 @@ def pack(input_ids: Tensor, lengths: Tensor) -> PackedRow:
     starts = torch.empty_like(ends)
     starts[order] = ends - sorted_lengths
     counts = sorted_lengths.tolist()
-    return PackedRow(
-        input_ids=input_ids[order][is_real].unsqueeze(0),
-        position_ids=columns.expand(is_real.shape)[is_real].unsqueeze(0),
-        starts=starts,
-        layout=Layout(
-            groups=tuple((len(list(same)), length) for length, same in groupby(counts)),
-            offsets=torch.nn.functional.pad(ends, (1, 0)).int(),
-            longest=counts[0],
-        ),
+    layout = Layout(
+        groups=tuple((len(list(same)), length) for length, same in groupby(counts)),
+        offsets=torch.nn.functional.pad(ends, (1, 0)).int(),
+        longest=counts[0],
     )
+    inputs = {
+        "input_ids": input_ids[order][is_real].unsqueeze(0),
+        "position_ids": columns.expand(is_real.shape)[is_real].unsqueeze(0),
+        "packing": layout,
+    }
+    return PackedRow(inputs=inputs, starts=starts, layout=layout)
 
 
 def plan_batches(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> list[list[int]]:

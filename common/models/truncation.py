@@ -25,6 +25,8 @@ from sluice.common.types import SamplingParams
 _CANDIDATES = 64
 "Likeliest tokens examined first; times 8 until they hold top_p of every row. Sorting full vocabularies is far slower."
 
+_CUTS = ("top_k", "top_p", "min_p")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Truncation:
@@ -44,21 +46,16 @@ class Truncation:
     @classmethod
     def of(cls, sampling: SamplingConfig | SamplingParams, *, end_token_ids: Sequence[int]) -> Truncation:
         """Return the truncation of `sampling`, for a model that ends with any of `end_token_ids`."""
-        ends = tuple(end_token_ids) if sampling.min_tokens else ()
         return cls(
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            min_tokens=sampling.min_tokens,
-            end_token_ids=ends,
+            **{name: getattr(sampling, name) for name in (*_CUTS, "min_tokens")},
+            end_token_ids=tuple(end_token_ids) if sampling.min_tokens else (),
         )
 
     def kept(self, logits: Tensor) -> Tensor | None:
         """Return bool [n, V] for logits [n, V] that are divided by the temperature already; none = all are kept."""
         if (self.top_k, self.top_p, self.min_p) == (0, 1.0, 0.0):
             return None
-        columns = {name: logits.new_tensor([getattr(self, name)]) for name in ("top_k", "top_p", "min_p")}
-        return logits >= thresholds(logits, **columns)
+        return logits >= thresholds(logits, **{name: logits.new_tensor([getattr(self, name)]) for name in _CUTS})
 
 
 def thresholds(logits: Tensor, *, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +42,6 @@ class CanarySequence:
     "[T], at temperature 1"
     base_logprobs: NDArray[np.float32] | None = None
     "[T], of the base weights of a LoRA adapter; none = the version is not an adapter"
-
-    def to_wire(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def choose_sequences(groups: Sequence[Group]) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:

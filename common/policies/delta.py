@@ -49,7 +49,11 @@ def encode(
 
     Patches are None where full weights are better. All tensors are on the CPU.
     """
-    if not _is_alike(tensors, base) or _sampled_share(tensors, base) > MAX_CHANGED:
+    is_alike = tensors.keys() == base.keys() and all(
+        (tensor.dtype, tensor.shape) == (base[name].dtype, base[name].shape) and tensor.numel() < MAX_ELEMENTS
+        for name, tensor in tensors.items()
+    )
+    if not is_alike or _sampled_share(tensors, base) > MAX_CHANGED:
         return {name: tensor_digest(tensor) for name, tensor in tensors.items()}, None
     digests, patches = {}, {}
     for name, tensor in tensors.items():
@@ -98,9 +102,7 @@ def _compare(tensor: torch.Tensor, base: torch.Tensor) -> tuple[str, torch.Tenso
         where = _differing(x, y, mask)
         hasher.update(y.data)
         if len(where):
-            steps.append(
-                y.take(where, mode="clip") - x.take(where, mode="clip")
-            )  # clip: all are inside, skip the check
+            steps.append(y.take(where, mode="clip") - x.take(where, mode="clip"))  # clip: all are inside
             places.append((where + start).astype(np.uint32))
     return hasher.hexdigest(), _pack(np.concatenate(places), np.concatenate(steps)) if places else None
 
@@ -128,8 +130,8 @@ def _pack(places: NDArray[np.uint32], steps: Words) -> torch.Tensor:
     sign = steps >> (8 * steps.itemsize - 1)  # wraps like the hardware does: unsigned arithmetic
     raw = np.empty(len(places) * (4 + steps.itemsize), dtype=np.uint8)
     planes = raw.reshape(4 + steps.itemsize, len(places))
-    _split(gaps, planes[:4])
-    _split((steps << 1) ^ (0 - sign), planes[4:])
+    planes[:4] = gaps.view(np.uint8).reshape(-1, 4).T
+    planes[4:] = ((steps << 1) ^ (0 - sign)).view(np.uint8).reshape(-1, steps.itemsize).T
     return torch.frombuffer(bytearray(zstandard.ZstdCompressor(level=LEVEL).compress(raw.data)), dtype=torch.uint8)
 
 
@@ -161,12 +163,6 @@ def _words(tensor: torch.Tensor) -> Words:
     return tensor_bytes(tensor).view(f"u{min(tensor.element_size(), 8)}")
 
 
-def _split(words: Words, planes: NDArray[np.uint8]) -> None:
-    """Split words into one row per byte, the lowest first."""
-    for i, plane in enumerate(planes):
-        np.right_shift(words, 8 * i, out=plane, casting="unsafe")
-
-
 def _from_planes(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> Words:
     rows = planes.reshape(dtype.itemsize, -1)
     words = rows[0].astype(dtype)
@@ -176,21 +172,12 @@ def _from_planes(planes: NDArray[np.uint8], dtype: np.dtype[Any]) -> Words:
     return words
 
 
-def _is_alike(tensors: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether both have the same names, types and shapes, and 32-bit positions suffice."""
-    return tensors.keys() == base.keys() and all(
-        (tensor.dtype, tensor.shape) == (base[name].dtype, base[name].shape) and tensor.numel() < MAX_ELEMENTS
-        for name, tensor in tensors.items()
-    )
-
-
 def _sampled_share(tensors: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> float:
     """Estimate the share of changed elements from the middle SAMPLE elements of every tensor."""
-    changed = total = 0.0
+    changed, total = 0.0, sum(tensor.numel() for tensor in tensors.values())
     for name, tensor in tensors.items():
         new, old = _words(tensor), _words(base[name])
         middle = slice(max(0, len(new) - SAMPLE) // 2, (len(new) + SAMPLE) // 2)
         if len(new):
-            changed += len(new) * float(np.mean(new[middle] != old[middle]))
-            total += len(new)
-    return changed / total if total else 0.0
+            changed += len(new) / total * float(np.mean(new[middle] != old[middle]))
+    return changed

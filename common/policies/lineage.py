@@ -9,6 +9,7 @@ v6 bit for bit (training is deterministic, and the batch was the same), its pare
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import redis
@@ -45,24 +46,22 @@ def read_pointer(client: redis.Redis, keys: Keys) -> dict[str, str]:
 
 def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current: int) -> list[int]:
     """Return ages of versions seen from the current one. Raises PolicyNotFound for a version outside the lineage."""
-    known: dict[int, Version] = {}
 
+    @cache
     def node(version: int) -> Version:
-        if version not in known:
-            value = client.hget(keys.lineage, str(version))
-            if value is None:
-                raise PolicyNotFound(f"policy version {version} is not in the lineage of run {keys.run}")
-            known[version] = Version.from_wire(value)
-        return known[version]
+        value = client.hget(keys.lineage, str(version))
+        if value is None:
+            raise PolicyNotFound(f"policy version {version} is not in the lineage of run {keys.run}")
+        return Version.from_wire(value)
 
+    @cache
     def age(version: int) -> int:
         a, b = version, current
         while a != b:
             a, b = (node(a).parent, b) if a > b else (a, node(b).parent)
         return node(version).step + node(current).step - 2 * node(a).step
 
-    ages = {version: age(version) for version in set(versions)}
-    return [ages[version] for version in versions]
+    return [age(version) for version in versions]
 
 
 def abandoned_versions(client: redis.Redis, keys: Keys, *, after_step: int) -> dict[int, dict[str, int]]:

@@ -24,6 +24,7 @@ import redis
 import torch
 
 from sluice.common.config import PolicyStoreConfig
+from sluice.common.connections.secrets import secret
 from sluice.common.errors import DigestMismatch, PolicyError
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
@@ -31,7 +32,7 @@ from sluice.common.policies import delta
 from sluice.common.policies.digest import policy_digest
 from sluice.common.policies.manifest import Manifest, ManifestChain, Policy
 from sluice.common.policies.retention import Retention
-from sluice.common.policies.signing import Signer
+from sluice.common.policies.signing import RUN_KEY, Signer
 from sluice.common.policies.transports import Loaded, open_transport
 
 log = logging.getLogger("sluice.policy_store")
@@ -46,7 +47,7 @@ class PolicyReader:
         """Open the store. signer: by default with the key of the environment, if there is one."""
         self._client, self._keys = client, keys
         self._full_every = config.full_every if config.delta else 1
-        self._chain = ManifestChain(client, keys, signer or Signer.of_environment(keys.run))
+        self._chain = ManifestChain(client, keys, signer or Signer(keys.run, secret(RUN_KEY)))
         self._transport = open_transport(client, keys, config)
         self._retention = Retention(client, keys, chain=self._chain, transport=self._transport, keep=config.keep)
         self._scripts = Scripts(client, keys)

@@ -16,7 +16,6 @@ import hmac
 import secrets
 from pathlib import Path
 
-from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError, SignatureRefused
 
 RUN_KEY = "SLUICE_RUN_KEY"
@@ -34,10 +33,6 @@ class Signer:
             raise ConfigError(f"{RUN_KEY} has {len(key)} characters: use {MIN_LENGTH} random ones or more")
         self._run = run
         self._key = None if key is None else key.encode()
-
-    @classmethod
-    def of_environment(cls, run: str) -> Signer:
-        return cls(run, secret(RUN_KEY))
 
     def sign(self, manifest: bytes) -> bytes:
         """Return the manifest with its signature; unchanged without a key."""

@@ -16,7 +16,7 @@ Published tensors may not be written to.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import redis
 import torch
@@ -79,7 +79,7 @@ class PolicyStore(PolicyReader):
             num_bytes=self._transport.write(version, tensors) if is_full else 0,
             digest=policy_digest(digests),
             tensors=digests,
-            canary=[sequence.to_wire() for sequence in canary],
+            canary=[asdict(sequence) for sequence in canary],
             base=base.manifest.version if base is not None and patches is not None else -1,
             delta_bytes=0 if patches is None else self._transport.write(version, patches, "delta"),
             adapter_scale=adapter_scale,
@@ -125,9 +125,8 @@ class PolicyStore(PolicyReader):
         """Raise PolicyError where a newer trainer owns the run, or this or a newer version is served."""
         if incarnation < RunRecord(self._client, self._keys).incarnation:
             raise PolicyError("a newer trainer process owns this run; this one must stop")
-        served = self.latest_version()
-        is_same = served == version and self._client.hget(self._keys.policy, "digest") == digest.encode()
-        if served >= version and not is_same:
+        served, served_digest = self.served()
+        if served > version or (served == version and served_digest != digest):
             raise PolicyError(f"policy version {version} was not published: version {served} is served already")
 
     def announce(self, version: int, *, step: int, parent: int) -> None:

@@ -21,11 +21,7 @@ _BLOCK = 64
 
 
 def sample(
-    logits: Tensor,
-    *,
-    uniforms: Tensor,
-    temperature: Tensor | None = None,
-    truncation: dict[str, Tensor] | None = None,
+    logits: Tensor, *, uniforms: Tensor, temperature: Tensor | None = None, truncation: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverse CDF; return it and its logprob: ([n] int64, [n] float32).
 

@@ -30,11 +30,7 @@ class RunningSequence:
 def features(sampling: SamplingParams) -> list[str]:
     """Return the names of what a request asks for that costs extra."""
     is_truncated = sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
-    asked = {
-        "temperature": sampling.temperature != 1,
-        "truncation": is_truncated,
-        "stop": bool(sampling.stop),
-    }
+    asked = {"temperature": sampling.temperature != 1, "truncation": is_truncated, "stop": bool(sampling.stop)}
     return [name for name, is_asked in asked.items() if is_asked]
 
 

@@ -142,7 +142,9 @@ class Scores:
     "[G] per column that they logged with log_extra"
 
     def to_wire(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return plain data, without what was not logged."""
+        logged = {"metrics": self.metrics, "extra": self.extra}
+        return {"reward": self.reward, "by_function": self.by_function, **{n: v for n, v in logged.items() if v}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from harness import quickstart_config, sluice, tiny_folder
 from sluice.workers.rewards.trial import Trial, try_rewards
 
 FUNCTIONS = """
-import asyncio, os, sys, time
+import asyncio, os, sys, threading, time
 
 def broken(completions, **kwargs):
     return [1 / (len(text) - len(text)) for text in completions]
@@ -30,6 +30,10 @@ def sound(completions, answer, log_metric, trainer_state, **kwargs):
     assert os.environ["SLUICE_RUN_KEY"] == ""
     log_metric("progress", trainer_state.global_step / trainer_state.max_steps)
     return [float(text == right) for text, right in zip(completions, answer)]
+
+def leaves_a_thread(completions, **kwargs):
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    return [0.0 for _ in completions]
 
 def sleeps(completions, **kwargs):
     time.sleep(1000)
@@ -75,13 +79,13 @@ def test_every_function_that_fails_is_named_with_its_line(tmp_path: Path) -> Non
         assert message in text
         assert text.startswith("reward.functions: ") and "\n" not in text
     assert "the first prompt of dataset and the completions ['No.', '4']" in found[0]
-    assert problems(tmp_path, "sound") == []
+    assert problems(tmp_path, "sound", "leaves_a_thread") == []
 
 
 @for_each(
     ("name", "message"),
     [
-        ("sleeps", "sleeps gave no answer within reward.time_limit_s = 0.2 s (MINE:23)"),
+        ("sleeps", "sleeps gave no answer within reward.time_limit_s = 0.2 s (MINE:27)"),
         ("sleeps_async", "sleeps_async gave no answer within reward.time_limit_s = 0.2 s"),
         ("leaves", "leaves took its process with it, which ended with exit code 3"),
     ],

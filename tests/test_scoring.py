@@ -73,6 +73,15 @@ def spoils(prompts, completions, answers, **kwargs):
         answer.append("spoilt")
     return [float(len(prompt) + len(answer)) for prompt, answer in zip(prompts, answers)]
 
+def lazily(completions, **kwargs):
+    return (np.array([len(c)]) for c in completions)
+
+def lazily_fails(completions, **kwargs):
+    return (1 / 0 for c in completions)
+
+def rows(completions, **kwargs):
+    return [np.array([1, 2]), np.array([1, 2])]
+
 def arrays(completions, **kwargs):
     return np.array([1, 2], dtype=np.float32)
 
@@ -200,6 +209,7 @@ SCORED: list[tuple[list[str], dict[str, Any], list[float | None]]] = [
     (["never"], {}, [None, None]),  # a sample to which nothing applies is unscorable
     (["never", "only_short"], {"aggregation": "sum"}, [1.0, None]),
     (["arrays"], {}, [1.0, 2.0]),
+    (["lazily"], {}, [1.0, 4.0]),
     (["scalars"], {}, [1.5, 1.0]),
     (["by_step"], {}, [12.0, 12.0]),
 ]
@@ -284,6 +294,8 @@ def test_modules_of_the_working_directory_are_importable(rewards_py: str, monkey
         ("too_few", "too_few returned 1 rewards for 2 completions"),
         ("text", "text returned str 'good', which is neither"),
         ("not_a_number", "not_a_number returned nan"),
+        ("lazily_fails", r"lazily_fails raised ZeroDivisionError: division by zero \(.*my_rewards.py:"),
+        ("rows", "rows raised ValueError: can only convert"),
         ("infinite", "infinite returned -inf"),
         ("huge", r"huge returned 1e\+39: a reward is a float32, from -3.403e\+38 to 3.403e\+38"),
         ("huge_int", r"huge_int returned .*: a reward is a float32"),

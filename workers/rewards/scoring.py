@@ -17,7 +17,7 @@ import copy
 import resource
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from functools import cache
 from numbers import Real
@@ -62,7 +62,7 @@ def score_group(
     results = {reward.name: _call(reward, samples, group) for reward in rewards if not reward.is_async}
     # those that are not async may run an event loop of their own: ours does not run around them
     results |= _call_async([reward for reward in rewards if reward.is_async], samples, group)
-    by_function = {reward.name: _validated(reward.name, results[reward.name], len(completions)) for reward in rewards}
+    by_function = {reward.name: _validated(reward, results[reward.name], len(completions)) for reward in rewards}
     weights = [reward.weight for reward in rewards]
     totals = [_total(scores, weights, aggregation) for scores in zip(*by_function.values(), strict=True)]
     return Scores(
@@ -227,10 +227,14 @@ def _errors_of(*rewards: LoadedReward) -> Iterator[None]:
         raise RewardError(f"reward function {names} raised {type(error).__name__}: {error}{place}") from error
 
 
-def _validated(name: str, result: Any, num_completions: int) -> list[float | None]:
-    """Return one float or None per completion; arrays and tensors count as lists. Raises RewardError."""
-    values = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(values, (list, tuple)):
+def _validated(reward: LoadedReward, result: Any, num_completions: int) -> list[float | None]:
+    """Return one float or None per completion, of whatever can be iterated over in order. Raises RewardError."""
+    name = reward.name
+    with _errors_of(reward):  # a generator is the function's own code
+        values = result.tolist() if hasattr(result, "tolist") else result
+        if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, Set)):
+            values = [value.item() if hasattr(value, "item") else value for value in values]
+    if not isinstance(values, list):
         raise RewardError(
             f"reward function {name} returned {_short(result)}, expected a list of {num_completions} numbers"
         )
@@ -242,16 +246,15 @@ def _validated(name: str, result: Any, num_completions: int) -> list[float | Non
 def _number(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    plain = value.item() if hasattr(value, "item") else value
-    is_number = isinstance(plain, Real)
+    is_number = isinstance(value, Real)
     if not is_number:
         raise RewardError(f"reward function {name} returned {_short(value)}, which is neither a number nor None")
-    if not -_MAX <= plain <= _MAX:  # nan is not either; an int of any size is compared exactly
+    if not -_MAX <= value <= _MAX:  # nan is not either; an int of any size is compared exactly
         raise RewardError(
             f"reward function {name} returned {_text(value)}: a reward is a float32, from -{_MAX:.4g} to {_MAX:.4g}; return "
             "None where it does not apply"
         )
-    return float(plain)
+    return float(value)
 
 
 def _short(value: Any) -> str:

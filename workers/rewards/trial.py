@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sluice.common.config import Config
@@ -79,14 +78,13 @@ def try_rewards(config: Config, trials: Sequence[Trial]) -> list[str]:
     calls = len(reward.functions) * len(trials)
     with tempfile.TemporaryFile("w+") as report, tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(report.fileno())],
+            [sys.executable, "-P", "-m", __name__, str(report.fileno()), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             env=os.environ | {RUN_KEY: "", f"{RUN_KEY}_FILE": ""},  # as reward workers, which run user code, have it
             pass_fds=(report.fileno(),),
             start_new_session=True,
-            preexec_fn=partial(die_with, os.getpid()),
         )
         try:
             process.communicate(json.dumps(given).encode(), timeout=_LOAD_S + calls * reward.time_limit_s)
@@ -143,10 +141,12 @@ def _problem(reward: LoadedReward, trial: Trial, config: RewardConfig, *, max_st
 
 
 def main() -> None:
+    report_fd, parent = map(int, sys.argv[1:])
+    die_with(parent)
     given = json.load(sys.stdin)
     config = RewardConfig.model_validate(given["reward"])
     problems: dict[str, str] = {}
-    with open(int(sys.argv.pop()), "w", buffering=1) as report:
+    with open(report_fd, "w", buffering=1) as report:
         try:
             rewards = load_reward_functions(config.functions, code_folder=given["code_folder"])
         except ConfigError as error:
@@ -167,6 +167,7 @@ def main() -> None:
                     problems[reward.name] = text
                 faulthandler.cancel_dump_traceback_later()
         print(json.dumps(list(problems.values())), file=report)
+    os._exit(0)  # a user's thread may never end
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ def preflight(config: Config) -> dict[str, object]:
         if prompt := source.first_prompt():
             trials.append(Trial.of(prompt, tokenizer, section=section))
         source.close()
-    if problems := try_rewards(config, trials):
-        raise ConfigError(" ".join(problems))
+    for problem in try_rewards(config, trials):
+        raise ConfigError(problem)
     return assets.to_wire()
 
 

@@ -15,7 +15,7 @@ import difflib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class LoadedReward:
     file: str | None
     "where it is defined"
 
-    def missing(self, columns: Iterable[str], *, has_target: bool) -> str | None:
+    def missing(self, columns: Collection[str], *, has_target: bool) -> str | None:
         """Return what is wrong where a required argument is none of a dataset's columns; None where nothing is."""
         known = _SAMPLE_ARGUMENTS if self.per_sample else TRL_ARGUMENTS | TRL_HOOKS | set(columns)
         known |= {"target"} if has_target else set()
@@ -55,7 +55,7 @@ class LoadedReward:
             return None
         if self.per_sample:
             return f"takes {', '.join(absent)}, but is called for each sample with prompt, response and target: give it a default"
-        near = difflib.get_close_matches(absent[0], known, n=1)
+        near = difflib.get_close_matches(absent[0], columns, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "rename one of them, set kwargs, or give it a default"
         return f"takes {', '.join(absent)}, but the columns are {', '.join(columns)}: {hint}"
 

@@ -2,7 +2,7 @@
 every completion, hangs or ends its process is said then, and not by a run that only loses groups.
 
     preflight  --JSON on stdin: functions, prompts-->  python -m sluice.workers.rewards.trial
-               <--report: the problems, as JSON------  or, over the time limit, what it was calling and its stack
+               <--report, lines of JSON: calls, problems; or, over the time limit, its stack
 
 Nothing here imports torch or transformers.
 """
@@ -101,22 +101,22 @@ def try_rewards(config: Config, trials: Sequence[Trial]) -> list[str]:
 
 
 def _problems(report: str, output: str, *, ended: str, time_limit_s: float) -> list[str]:
-    """Read the report: a line of JSON for each call, and then the problems; or a stack, of a call that was over its time."""
-    lines = report.splitlines()
-    if lines and lines[-1].startswith("["):
-        problems: list[str] = json.loads(lines[-1])
+    """Read the report: lines of JSON, each a call or a problem; the last may be missing, or the stack of a call over its time."""
+    lines = [json.loads(line) for line in report.splitlines() if line.startswith("{")]
+    problems: list[str] = [line["problem"] for line in lines if "problem" in line]
+    if lines and "done" in lines[-1]:
         return problems
-    calls = [json.loads(line) for line in lines if line.startswith("{")]
+    calls = [line for line in lines if "name" in line]
     if not calls:
         last = (output.strip().splitlines() or ["it printed nothing"])[-1]
         return [f"reward.functions: the process that imports them {ended}: {last}"]
     name, file = calls[-1]["name"], calls[-1]["file"]
-    if "Timeout (" in report:
+    if re.search(r"^Timeout \(", report, re.MULTILINE):
         places = [f" ({path}:{line})" for path, line in _FRAME.findall(report) if path == file]
         what = f"gave no answer within reward.time_limit_s = {time_limit_s:g} s{places[0] if places else ''}"
     else:
         what = f"took its process with it, which {ended}"
-    return [_told(f"reward function {name} {what}", calls[-1])]
+    return [*problems, _told(f"reward function {name} {what}", calls[-1])]
 
 
 def _told(text: str, call: dict[str, Any]) -> str:
@@ -145,15 +145,16 @@ def main() -> None:
     die_with(parent)
     given = json.load(sys.stdin)
     config = RewardConfig.model_validate(given["reward"])
-    problems: dict[str, str] = {}
     with open(report_fd, "w", buffering=1) as report:
         try:
             rewards = load_reward_functions(config.functions, code_folder=given["code_folder"])
         except ConfigError as error:
-            rewards, problems = [], {"": str(error)}
+            rewards = []
+            print(json.dumps({"problem": str(error)}), file=report)
         limit_memory(config.memory_limit_mib)
+        failed: set[str] = set()
         for trial in (Trial(**trial) for trial in given["trials"]):
-            for reward in (each for each in rewards if each.name not in problems):
+            for reward in (each for each in rewards if each.name not in failed):
                 call = {
                     "name": reward.name,
                     "file": reward.file,
@@ -164,9 +165,10 @@ def main() -> None:
                 # a thread of the C library's, which needs not the interpreter
                 faulthandler.dump_traceback_later(config.time_limit_s, exit=True, file=report)
                 if text := _problem(reward, trial, config, max_steps=given["max_steps"]):
-                    problems[reward.name] = text
+                    failed.add(reward.name)
+                    print(json.dumps({"problem": text}), file=report)
                 faulthandler.cancel_dump_traceback_later()
-        print(json.dumps(list(problems.values())), file=report)
+        print(json.dumps({"done": True}), file=report)
     os._exit(0)  # a user's thread may never end
 
 

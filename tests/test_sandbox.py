@@ -97,6 +97,8 @@ def test_programs_are_judged_by_what_they_print() -> None:
             for text in (
                 "```python3\nprint(6)\n```",
                 "```Python\nprint(6)\n```",
+                "```python:main.py\nprint(6)\n```",
+                "```python\nprint(6)\n```\n```python-repl\n>>> 7\n```\n```pycon\n>>> 7\n```",
                 "``` py title=x\nprint(6)\n```",
                 "~~~python\nprint(6)\n~~~",
                 "````python\nprint(6)\n````",

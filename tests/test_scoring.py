@@ -123,6 +123,7 @@ def logs(completions, log_metric, log_extra, trainer_state, **kwargs):
     log_metric("mean_length", np.float32(sum(map(len, completions)) / len(completions)))
     log_extra("length", [len(text) for text in completions])
     log_extra("object", [object, 2**70])
+    log_extra("odd", [float("nan"), "\\ud800"])
     return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
 
 async def logs_async(completions, log_metric, log_extra, **kwargs):
@@ -338,7 +339,12 @@ def test_what_functions_log_is_part_of_the_scores(rewards_py: str) -> None:
     scores = score("logs", "logs_async", file=rewards_py)
     assert scores.by_function["logs"] == [0.25, 0.25]
     assert scores.metrics == {"mean_length": (2.5, 3)}
-    assert scores.extra == {"length": [1, 4], "object": ["<class 'object'>", str(2**70)], "kind": ["short", "short"]}
+    assert scores.extra == {
+        "length": [1, 4],
+        "object": ["<class 'object'>", str(2**70)],
+        "odd": ["nan", "?"],
+        "kind": ["short", "short"],
+    }
     assert Scores(**decode(encode(scores.to_wire()))).extra == scores.extra
 
 

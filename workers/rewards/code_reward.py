@@ -15,7 +15,7 @@ from sluice.workers.sandbox import LEVELS, MAX_PROCESSES, Isolation, Outcome, Sa
 _BLOCK = r"(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n`]*\n(.*?)"
 _CLOSED = (re.compile(_BLOCK + r"^[ \t]*\1", re.DOTALL | re.MULTILINE), re.compile(_BLOCK + r"\1", re.DOTALL))
 """A fenced block with its end on a line of its own, and one that ends anywhere."""
-_PYTHON = re.compile(r"(?:python|py|pypy)[\d.]*", re.IGNORECASE)
+_PYTHON = re.compile(r"(?:python|py|pypy)[\d.]*(?![\w-])", re.IGNORECASE)
 log = logging.getLogger("sluice.reward")
 
 
@@ -112,7 +112,7 @@ def code_of(text: str) -> str | None:
     """Return the last fenced block that is marked as Python, or else has no mark; None where there is none."""
     text = text.replace("\r\n", "\n")
     blocks = next(filter(None, (pattern.findall(text) for pattern in _CLOSED)), [])
-    marked = [code for _, mark, code in blocks if _PYTHON.fullmatch(mark.strip("{.}"))]
+    marked = [code for _, mark, code in blocks if _PYTHON.match(mark.strip("{.}"))]
     found = marked or [code for _, mark, code in blocks if not mark]
     return textwrap.dedent(found[-1]) if found else None
 

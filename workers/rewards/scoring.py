@@ -117,10 +117,11 @@ class _Logs:
 
 
 def _loggable(value: Any) -> Any:
-    """Return a value that can be stored: a number, or text."""
+    """Return a value that msgpack and JSON can express: a number, or text."""
     plain = value.item() if hasattr(value, "item") else value
-    is_stored = plain is None or isinstance(plain, (bool, float)) or (isinstance(plain, int) and abs(plain) < 2**63)
-    return plain if is_stored else str(plain)
+    if plain is None or (isinstance(plain, (bool, int, float)) and -(2**63) <= plain < 2**63):
+        return plain
+    return str(plain).encode(errors="replace").decode()
 
 
 def _total(scores: tuple[float | None, ...], weights: list[float], aggregation: str) -> float | None:

@@ -69,7 +69,7 @@ def test_every_function_that_fails_is_named_with_its_line(tmp_path: Path) -> Non
         found,
         [
             f"reward function broken raised ZeroDivisionError: division by zero ({tmp_path / 'mine.py'}:5)",
-            "needs takes answers, but the columns are answer: did you mean 'answer'? (dataset.path)",
+            "reward function needs takes answers, but the columns are answer: did you mean 'answer'? (dataset.path)",
             f"reward function indexes raised IndexError: list index out of range ({tmp_path / 'mine.py'}:11)",
             "reward function huge returned 1e+39: a reward is a float32",
             "reward function allocates raised MemoryError",

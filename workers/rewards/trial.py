@@ -131,7 +131,7 @@ def _problem(reward: LoadedReward, trial: Trial, config: RewardConfig, *, max_st
     call = asdict(trial)
     section = call.pop("section")
     if text := reward.missing(trial.columns, has_target=trial.target is not None):
-        return f"reward.functions: {reward.name} {text} ({section}.path)"
+        return f"reward.functions: reward function {reward.name} {text} ({section}.path)"
     state = {"global_step": 0, "max_steps": max_steps}
     try:
         score_group([reward], aggregation=config.aggregation, trainer_state=state, **call)

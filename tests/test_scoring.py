@@ -321,7 +321,7 @@ def test_an_error_names_the_line_of_the_users_file(rewards_py: str) -> None:
 def test_a_sum_beyond_float32_is_an_error_as_well(rewards_py: str) -> None:
     again = RewardFunction(function=f"{rewards_py}:nearly_huge", name="again")
     assert score("nearly_huge", file=rewards_py).reward == [3e38, 1.0]
-    with pytest.raises(RewardError, match=r"all together returned 6e\+38"):
+    with pytest.raises(RewardError, match=r"the reward functions together returned 6e\+38"):
         score("nearly_huge", again, file=rewards_py, aggregation="sum")
 
 

@@ -66,7 +66,7 @@ def score_group(
     weights = [reward.weight for reward in rewards]
     totals = [_total(scores, weights, aggregation) for scores in zip(*by_function.values(), strict=True)]
     return Scores(
-        reward=[_number("all together", total) for total in totals],
+        reward=[_number("the reward functions together", total) for total in totals],
         by_function=by_function,
         metrics=logs.metrics,
         extra=logs.checked_extra(len(completions)),
@@ -241,18 +241,18 @@ def _validated(reward: LoadedReward, result: Any, num_completions: int) -> list[
         )
     if len(values) != num_completions:
         raise RewardError(f"reward function {name} returned {len(values)} rewards for {num_completions} completions")
-    return [_number(name, value) for value in values]
+    return [_number(f"reward function {name}", value) for value in values]
 
 
-def _number(name: str, value: Any) -> float | None:
+def _number(who: str, value: Any) -> float | None:
     if value is None:
         return None
     is_number = isinstance(value, Real)
     if not is_number:
-        raise RewardError(f"reward function {name} returned {_short(value)}, which is neither a number nor None")
+        raise RewardError(f"{who} returned {_short(value)}, which is neither a number nor None")
     if not -_MAX <= value <= _MAX:  # nan is not either; an int of any size is compared exactly
         raise RewardError(
-            f"reward function {name} returned {_text(value)}: a reward is a float32, from -{_MAX:.4g} to {_MAX:.4g}; return "
+            f"{who} returned {_text(value)}: a reward is a float32, from -{_MAX:.4g} to {_MAX:.4g}; return "
             "None where it does not apply"
         )
     return float(value)

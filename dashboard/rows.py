@@ -6,8 +6,8 @@ import math
 from datetime import datetime
 from typing import Any
 
+from sluice.common.monitoring.printable import printable
 from sluice.common.pipeline import QUEUES, ROLES
-from sluice.common.printable import printable
 
 Rows = list[dict[str, Any]]
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sluice.common.ledger.ledger import Counters
+from sluice.common.monitoring.printable import printable
 from sluice.common.operations.control import describe_paused
-from sluice.common.printable import printable
 from sluice.dashboard.rows import Rows, cell_text, columns_of, ledger_rows, process_rows, queue_rows, stalled_text
 
 _LEAST_IN_LEDGER = "refused", "resent", "retried"

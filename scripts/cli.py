@@ -11,7 +11,7 @@ import click
 import redis
 
 from sluice.common.errors import SluiceError
-from sluice.common.printable import escape_log_records, printable
+from sluice.common.monitoring.printable import escape_log_records, printable
 from sluice.scripts.commands.control import drain, evaluate, pause, resume, set_
 from sluice.scripts.commands.convert import export, replay
 from sluice.scripts.commands.data import data

@@ -21,7 +21,7 @@ from harness import ROOT, environment
 from sluice.common.keys import Keys
 from sluice.common.monitoring.heartbeats import send_heartbeat
 from sluice.common.monitoring.metric_stream import write_samples
-from sluice.common.printable import escape_log_records, printable
+from sluice.common.monitoring.printable import escape_log_records, printable
 from sluice.common.run import RunRecord, create_run
 from sluice.common.serialization import encode
 from sluice.common.types import SamplingParams, Task

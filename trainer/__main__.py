@@ -17,8 +17,8 @@ from types import FrameType
 
 from sluice.common.connections.client import connect, give_up_after, persistence_warning, run_name
 from sluice.common.errors import ConfigError, ConnectionFailed, DiskFull, Diverged, Hopeless
+from sluice.common.monitoring.printable import escape_log_records, printable
 from sluice.common.parent import die_with, stop_signals
-from sluice.common.printable import escape_log_records, printable
 from sluice.common.run import RunRecord, open_run
 
 STOP_WITHOUT_REDIS_S = 30.0

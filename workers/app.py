@@ -29,8 +29,8 @@ from celery.utils.nodenames import default_nodename, host_format
 from sluice.common.connections.broker import make_app
 from sluice.common.connections.client import run_name
 from sluice.common.errors import ConfigError, ConnectionFailed
+from sluice.common.monitoring.printable import escape_log_records, printable
 from sluice.common.pipeline import QUEUES, STAGES, stage_on
-from sluice.common.printable import escape_log_records, printable
 from sluice.workers.context import Context, CooperativePool
 
 

@@ -17,9 +17,9 @@ from sluice.common.connections import sentinel
 from sluice.common.connections.client import connect, persistence_warning, without_password
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import SluiceError
+from sluice.common.monitoring.printable import printable
 from sluice.common.paths import with_absolute_paths
 from sluice.common.policies.signing import RUN_KEY
-from sluice.common.printable import printable
 from sluice.scripts.launcher.redis_server import find_server
 from sluice.scripts.options import Overrides, UserPath, example
 

@@ -7,8 +7,8 @@ import sys
 
 import click
 
+from sluice.common.monitoring.printable import printable
 from sluice.common.pipeline import QUEUES
-from sluice.common.printable import printable
 from sluice.scripts.launcher.forked import imports_without_threads
 from sluice.scripts.launcher.roles import PYTHON, trainer_command
 from sluice.scripts.options import ConfigFile, Overrides, Resume, example

@@ -15,10 +15,10 @@ from rich.progress import Progress as Bar
 from sluice.common.monitoring.diagnosis import explain
 from sluice.common.monitoring.losses import read_losses
 from sluice.common.monitoring.metric_stream import last_entry, read_metrics
+from sluice.common.monitoring.printable import printable
 from sluice.common.monitoring.queues import read_queues
 from sluice.common.operations.control import effective
 from sluice.common.pipeline import QUEUES
-from sluice.common.printable import printable
 from sluice.common.run import Run
 from sluice.dashboard.terminal import PrintableConsole
 

@@ -148,7 +148,9 @@ class Context:
                 return
             except Exception as error:  # the task boundary: every error of a stage is counted, never lost
                 log.warning("%s of group %s failed on attempt %d: %r", stage, group_id, claim.attempt, error)
-                detail = f"{error!r} at {raised_at(error)}\n{traceback.format_exc(limit=-8)}"
+                what, place = repr(error), raised_at(error)
+                what += "" if place in what else f" at {place}"  # a reward's error names its place itself
+                detail = f"{what}\n{traceback.format_exc(limit=-8)}"
                 reason = "undecodable" if isinstance(error, SerializationError) else type(error).__name__
                 if self.ledger.fail(claim, reason=reason, detail=detail):
                     send_stage(self.app, group_id, stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -180,7 +181,7 @@ def test_a_reward_that_always_raises_is_named_and_ends_the_run(tmp_path: Path) -
     assert "the run only loses groups and has ended: " in error and "(trainer.max_lost_batches = 4)" in error
     for line in (named, error):
         assert "reward function late raised ZeroDivisionError: division by zero" in line and line.count(place) == 1
-        assert "sluice dead loses --show t" in line
+        assert re.search(r"`sluice (dead loses --show t\d+|trace t\d+ loses)`", line)
     shown = sluice("status", "loses", cwd=tmp_path).stdout
     assert "loses: failed" in shown and "the run only loses groups and has ended" in " ".join(shown.split())
 

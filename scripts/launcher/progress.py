@@ -110,12 +110,14 @@ class Progress(Display):
             return
         cause = explain(self._client, self._run) if waited_s > STALLED_AFTER_S or not self._has_begun else None
         is_starting = cause is not None and cause.kind == "starting"
-        losing = None if is_starting else read_losses(self._client, self._run).alarm(self._run.config)
+        losses = read_losses(self._client, self._run)
+        losing = None if is_starting else losses.alarm(self._run.config)
+        kind = "losing groups" if losses.num_lost else "losing attempts"
         text = f"losing groups: {losing}" if losing else cause.text if cause else ""
-        is_news = cause.text != self._said if is_starting and cause else losing is not None and self._said != "losing"
+        is_news = cause.text != self._said if is_starting and cause else losing is not None and self._said != kind
         if not text or not (is_news or (said_s > STALLED_AFTER_S and (losing or waited_s > STALLED_AFTER_S))):
             return
-        self._reported_at, self._said = now, "losing" if losing else text
+        self._reported_at, self._said = now, kind if losing else text
         waiting = f"no step for {waited_s:.0f} s" if self._has_begun else f"starting, {waited_s:.0f} s so far"
         self.say(text if losing else f"{waiting}: {text}")
 

@@ -85,11 +85,10 @@ def test_groups_wait_for_a_base_policy_that_is_away_and_lose_no_attempt(make_fle
     base.rename(base.with_suffix(".away"))
     group_ids = fleet.admit(3, until="rollout")
     with fleet.sound("reference"):
-        alarms = lambda: [
-            beat.get("alarm") for beat in read_heartbeats(fleet.ledger.client, fleet.ledger.keys).values()
-        ]  # noqa: E731
-        fleet.tick_until(lambda: any(map(bool, alarms())), timeout=30, what="the worker to say what it waits for")
-        assert "waits for the base policy: " in alarms()[0]
+        heartbeats = lambda: read_heartbeats(fleet.ledger.client, fleet.ledger.keys).values()  # noqa: E731
+        alarm = lambda: next((beat["alarm"] for beat in heartbeats()), "")  # noqa: E731
+        fleet.tick_until(alarm, timeout=30, what="the worker to say what it waits for")
+        assert alarm().startswith("waits for the base policy: ")
         assert not any(fleet.has([group_id], "by:reference") for group_id in group_ids)
         base.with_suffix(".away").rename(base)
         fleet.tick_until(lambda: fleet.has(group_ids, "reference"), timeout=30, what="all groups to be scored")

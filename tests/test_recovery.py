@@ -15,11 +15,13 @@ import redis
 from builders import make_config, push_group, save_tiny_qwen
 
 from sluice.common.connections.client import connect
-from sluice.common.errors import ConfigError
+from sluice.common.errors import ConfigError, PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger, read_counters
 from sluice.common.models.assets import read_assets
 from sluice.common.monitoring.heartbeats import read_heartbeats
+from sluice.common.policies.digest import weights_digest
+from sluice.common.policies.reader import PolicyReader
 from sluice.common.run import Run, create_run
 from sluice.trainer.checkpoint import checkpoint_steps
 from sluice.trainer.distributed.ranks import Ranks
@@ -108,6 +110,30 @@ def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, r
     assert (second.outcome, second.position.step, second.position.version) == ("finished", 4, 6)
     assert_trained(client, run, [1, 2, 3, 3, 4])
     assert checkpoint_steps(Path(run.folder) / "checkpoints")[-1] == 4
+
+
+def test_a_base_policy_that_was_lost_is_written_again_when_a_reader_asks(
+    client: redis.Redis, run: Run, redis_url: str
+) -> None:
+    with groups_arriving(run, redis_url):
+        trainer = Trainer(client, run)
+        reader = PolicyReader(client, run.keys, run.config.policy_store)
+        digests = []
+
+        def lose(version: int) -> None:
+            if version == 2 and not digests:
+                trainer.publisher.wait()
+                digests.append(reader.manifest(0).digest)
+                for path in Path(run.config.policy_store.path or "").rglob("policy-00000000.safetensors"):
+                    path.unlink()
+                with pytest.raises(PolicyNotFound):
+                    reader.fetch(0)
+
+        before_sampling(trainer, lose)
+        trainer.train(Ranks())
+        trainer.close()
+    assert weights_digest(reader.fetch(0)[1]) == digests[0]
+    assert_trained(client, run, [1, 2, 3, 4])
 
 
 def test_a_redis_that_came_back_older_is_told_what_was_trained(client: redis.Redis, run: Run, redis_url: str) -> None:

@@ -343,6 +343,23 @@ def test_a_group_of_an_evaluation_that_redis_has_lost_is_a_dead_letter_of_it(cli
     assert ledger.recover() == []
     assert evaluation.result(client, keys, HELDOUT, version=0).num_dead == 1
     assert ledger.counters("eval").dead == {"lost": 1}
+    assert ledger.requeue("e0.heldout.0g") == [], "its prompt is nowhere"
+    assert ledger.discard(["e0.heldout.0g"]) == 1
+    assert_consistent(client, keys)
+
+
+def test_a_requeued_group_whose_results_could_not_be_decoded_is_generated_again(client, keys):
+    ledger = started_ledger(client, keys)
+    buffer = buffer_of(ledger)
+    damaged, sound = push_group(ledger), push_group(ledger)
+    client.hset(keys.group(damaged), "reward", b"x" * len(reward_payload()))
+    assert buffer.sample(0, step=1).groups is None
+    assert ledger.counters().dead == {"undecodable": 1}
+    assert ledger.requeue(damaged) == ["rollout"]
+    assert_consistent(client, keys)
+    ledger.store(damaged, "rollout", rollout_payload(), version=0)
+    ledger.store(damaged, "reward", reward_payload())
+    assert {group.group_id for group in buffer.sample(0, step=1).groups} == {damaged, sound}
 
 
 def test_a_requeued_group_gets_fresh_attempts_for_what_it_lacks(client, keys):

@@ -137,8 +137,7 @@ def dead(
     with opened_run(name) as (client, opened, url):
         ledger = Ledger(client, opened.keys, opened.config, worker="sluice dead")
         if requeue:
-            sent = _chosen(client, opened, requeue)
-            _requeue(ledger, opened, sent, url=url)
+            sent = _requeue(ledger, opened, _chosen(client, opened, requeue), url=url)
             click.echo(f"sent again: {', '.join(sent) or 'none'}")
             return
         if discard:
@@ -166,8 +165,11 @@ def _chosen(client: redis.Redis, run: Run, names: Sequence[str]) -> list[str]:
     return [name for name in found if name in names or "all" in names]
 
 
-def _requeue(ledger: Ledger, run: Run, groups: Sequence[str], *, url: str) -> None:
+def _requeue(ledger: Ledger, run: Run, groups: Sequence[str], *, url: str) -> list[str]:
+    """Give groups fresh attempts; return those sent."""
     app = make_app(run.name, url=os.environ.get("SLUICE_BROKER_URL") or url)
-    for group in groups:
-        for stage in ledger.requeue(group):
+    sent = {group: ledger.requeue(group) for group in groups}
+    for group, stages in sent.items():
+        for stage in stages:
             send_stage(app, group, stage)
+    return [group for group, stages in sent.items() if stages]

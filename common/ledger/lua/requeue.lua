@@ -1,7 +1,7 @@
 -- Requeue a dead-lettered group: fresh attempts for the stages whose results it lacks; one that lacks none (its results could
 -- not be decoded) is generated again.
 -- ARGV: group, queued_ms, plan (begin_stages)
--- Returns the stages to send; none when the group is not dead.
+-- Returns the stages to send; none when the group is not dead, or has lost its prompt for good.
 -- Forget all results of a group but its prompt, and make pending what follows. Returns the stages to send.
 local function generate_again(group, plan, deadline)
   local g, freed = key('g:' .. group), 0
@@ -23,6 +23,9 @@ local g = key('g:' .. group)
 if redis.call('ZSCORE', key('dead'), group) == false then return {} end
 
 local kind, reason = redis.call('HGET', g, 'kind'), redis.call('HGET', g, 'dead_reason')
+-- Without its prompt a training group is prepared again from its cursor; one of an evaluation has nothing to begin with.
+if kind == 'eval' and redis.call('HEXISTS', g, 'task') == 0 then return {} end
+if kind == 'train' then redis.call('HSETNX', g, 'cursor', string.sub(group, 2)) end
 redis.call('ZREM', key('dead'), group)
 redis.call('DECRBY', key('dead_bytes'), letter_bytes(group))
 redis.call('INCRBY', key('bytes'), redis.call('HGET', g, 'bytes') or '0')

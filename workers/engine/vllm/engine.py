@@ -138,6 +138,7 @@ class VllmEngine(Engine):
         self._swap()
         self._admit()
         if not self._core.is_busy:
+            self._num_tokens = []
             self._wait_for_news()
             return
         # One step samples a token of every running sequence, and prefills admitted ones and scores.

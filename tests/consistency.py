@@ -60,7 +60,7 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     total = sum(len(held[g].get(stage.encode(), b"")) for g in live for stage in PARTS)
     assert total == int(client.get(keys.payload_bytes) or 0)
     letters = sum(1024 + int(held[g].get(b"bytes", 0)) + len(held[g][b"dead_detail"]) for g in dead)
-    assert letters == int(client.get(keys.root + "dead_bytes") or 0)
+    assert letters == int(client.get(keys.dead_bytes) or 0)
     for group in groups:
         assert sum(len(held[group].get(p.encode(), b"")) for p in PARTS) == int(held[group].get(b"bytes", 0))
     by_place = dict.fromkeys(in_stream, "ready") | {group: "leased" for _, _, group in leased}

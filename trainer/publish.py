@@ -102,7 +102,7 @@ class Publisher:
         """Write again what a reader could not verify and asked for: the newest version in full, or the base that was lost."""
         if self._running is not None and not self._running.done():
             return
-        if self._client.get(self._run.keys.full_requested) == b"0":
+        if self.store.pop_base_request():
             self._restore_base()
         elif self.store.is_full_requested():
             self._retry_while_disk_full(self.store.republish_full)
@@ -124,7 +124,6 @@ class Publisher:
             except (ConfigError, PolicyError) as error:
                 self._is_base_lost = True
                 log.error("the base policy is lost, and cannot be written again: %s", error)
-        self._client.delete(self._run.keys.full_requested)
 
     def metrics(self) -> dict[str, float]:
         """Return seconds of the newest publication, and what a reader with the previous version downloads: bytes, and share."""

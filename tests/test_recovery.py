@@ -7,12 +7,14 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from builders import make_config, push_group, save_tiny_qwen
+from harness import wait_for
 
 from sluice.common.connections.client import connect
 from sluice.common.errors import ConfigError, PolicyNotFound
@@ -115,24 +117,32 @@ def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, r
 def test_a_base_policy_that_was_lost_is_written_again_when_a_reader_asks(
     client: redis.Redis, run: Run, redis_url: str
 ) -> None:
-    with groups_arriving(run, redis_url):
-        trainer = Trainer(client, run)
-        reader = PolicyReader(client, run.keys, run.config.policy_store)
-        digests = []
+    trainer, reader = Trainer(client, run), PolicyReader(client, run.keys, run.config.policy_store)
+    has_trained = threading.Event()
 
-        def lose(version: int) -> None:
-            if version == 2 and not digests:
-                trainer.publisher.wait()
-                digests.append(reader.manifest(0).digest)
-                for path in Path(run.config.policy_store.path or "").rglob("policy-00000000.safetensors"):
-                    path.unlink()
-                with pytest.raises(PolicyNotFound):
-                    reader.fetch(0)
+    def is_readable() -> bool:
+        with contextlib.suppress(PolicyNotFound):
+            return weights_digest(reader.fetch(0)[1]) == reader.manifest(0).digest
+        return False
 
-        before_sampling(trainer, lose)
+    def lose_the_base() -> None:
+        try:
+            wait_for(is_readable, timeout=30, what="the base policy")
+            for path in Path(run.config.policy_store.path or "").rglob("policy-00000000.safetensors"):
+                path.unlink()
+            assert not is_readable()
+            wait_for(is_readable, timeout=30, what="the trainer to write it again")
+            with groups_arriving(run, redis_url):
+                has_trained.wait(60)
+        finally:
+            trainer.stopping = True
+
+    with ThreadPoolExecutor(1) as pool:
+        reads = pool.submit(lose_the_base)
         trainer.train(Ranks())
-        trainer.close()
-    assert weights_digest(reader.fetch(0)[1]) == digests[0]
+        has_trained.set()
+        reads.result()
+    trainer.close()
     assert_trained(client, run, [1, 2, 3, 4])
 
 

@@ -25,18 +25,25 @@ from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.policies.digest import weights_digest
 from sluice.common.policies.reader import PolicyReader
 from sluice.common.run import Run, create_run
-from sluice.trainer.checkpoint import checkpoint_steps
+from sluice.trainer.checkpoint import newest_checkpoint
 from sluice.trainer.distributed.ranks import Ranks
 from sluice.trainer.loop import Trainer
 
 
 @pytest.fixture
-def run(client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(
+    client: redis.Redis,
+    keys: Keys,
+    redis_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Run:
     monkeypatch.setenv("SLUICE_REDIS_URL", redis_url)
     config = make_config(
         model={"path": str(save_tiny_qwen(tmp_path / "model"))},
         trainer={"num_steps": 4, "device": "cpu", "loss": {"kl_beta": 0.0}},
-        checkpoint={"every_steps": 2},
+        checkpoint={"every_steps": getattr(request, "param", 2)},
         policy_store={"path": str(tmp_path / "policies")},
     )
     assets = read_assets(config.model.path).to_wire()
@@ -85,7 +92,10 @@ def before_sampling(trainer: Trainer, do: Callable[[int], object]) -> None:
     trainer.buffer.sample = sample_after  # type: ignore[method-assign]
 
 
-def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, run: Run, redis_url: str) -> None:
+@pytest.mark.parametrize(("run", "saved_step"), [(2, 2), (4, 0)], indirect=["run"], ids=["checkpoint", "none yet"])
+def test_a_trainer_resumes_where_the_newest_checkpoint_is_and_trains_on_the_same_groups(
+    client: redis.Redis, run: Run, redis_url: str, saved_step: int
+) -> None:
     class Died(Exception):
         pass
 
@@ -103,15 +113,20 @@ def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, r
         with pytest.raises(Died):
             first.train(Ranks())
         first.close()
-        assert (first.position.step, first.position.saved_step, first.position.version) == (3, 2, 3)
+        assert (first.position.step, first.position.saved_step, first.position.version) == (3, saved_step, 3)
+        held = [client.lrange(run.keys.batch(step), 0, -1) for step in range(saved_step + 1, 5)]
         heartbeats = read_heartbeats(client, run.keys)
         assert not [name for name in heartbeats if name.startswith("trainer")], "it has signed off"
         second = Trainer(client, run)
         second.train(Ranks())
         second.close()
-    assert (second.outcome, second.position.step, second.position.version) == ("finished", 4, 6)
-    assert_trained(client, run, [1, 2, 3, 3, 4])
-    assert checkpoint_steps(Path(run.folder) / "checkpoints")[-1] == 4
+    assert (second.outcome, second.position.step, second.position.version) == ("finished", 4, 8 - saved_step)
+    assert_trained(client, run, [1, 2, 3, *range(saved_step + 1, 5)])
+    newest = newest_checkpoint(Path(run.folder) / "checkpoints")
+    assert newest is not None and newest.state.step == 4
+    groups = [line.decode().rpartition("|")[2] for lines in held for line in lines]
+    assert sorted(newest.state.trained_groups) == sorted(groups)
+    assert read_counters(client, run.keys).dropped == {}, "a step made again makes the same policy: nothing is stale"
 
 
 def test_a_base_policy_that_was_lost_is_written_again_when_a_reader_asks(

@@ -44,7 +44,6 @@ def test_a_trainer_killed_at_any_point_goes_on_and_trains_every_group_once(
             with trainer(tmp_path, env, kill_at=place) as process:
                 assert process.wait(180) == -9, f"{place} was never reached"
             assert counters_of(env).holds
-            assert counters_of(env).dropped == {}, "a step made again makes the same policy: nothing grows stale"
         assert len(metrics_of(run_folder)) > 0 and max(m["step"] for m in metrics_of(run_folder)) < steps
         with trainer(tmp_path, env) as process:
             assert process.wait(240) == 0

@@ -37,10 +37,13 @@ K, WINDOW = 2, 8
 
 
 def die(ledger: Ledger, *, detail: str = "RewardError('boom') at rewards.py:5\nTraceback") -> str:
-    """Admit a group whose reward always fails."""
+    """Admit a group whose reward fails at its only attempt."""
     group = push_group(ledger, until="rollout")
-    while claim := ledger.claim(group, "reward", fields=()):
-        ledger.fail(claim, reason="RewardError", detail=detail)
+    claim = ledger.claim(group, "reward", fields=())
+    assert claim
+    ledger.config = make_config(lease={"max_attempts": 1})
+    ledger.fail(claim, reason="RewardError", detail=detail)
+    ledger.config = make_config()
     return group
 
 
@@ -51,16 +54,16 @@ def losses_of(ledger: Ledger) -> Losses:
 
 def test_groups_that_die_in_a_row_are_counted_named_and_end_the_run(client: redis.Redis, keys: Keys) -> None:
     ledger, config = started_ledger(client, keys), make_config()
-    for group in (push_group(ledger, until="rollout"), push_group(ledger, until="rollout")):
+    failing_groups = [push_group(ledger, until="rollout") for _ in range(4)]
+    for group in failing_groups:
         assert losses_of(ledger).stall(config) is None
-        for _ in range(2):
-            claim = ledger.claim(group, "reward", fields=())
-            assert claim and ledger.fail(claim, reason="RewardError", detail="RewardError('boom') at rewards.py:5")
+        claim = ledger.claim(group, "reward", fields=())
+        assert claim and ledger.fail(claim, reason="RewardError", detail="RewardError('boom') at rewards.py:5")
     failing = losses_of(ledger).stall(config)
     assert failing and failing.startswith(
-        "4 attempts failed, and no group was completed meanwhile. The last one, t1: Rew"
+        "4 attempts failed, and no group was completed meanwhile. The last one, t3: Rew"
     )
-    ledger.drop(["t0", "t1"], reason="bad_row")
+    ledger.drop(failing_groups, reason="bad_row")
     client.delete(keys.ends, keys.lost)
     die(ledger)
     assert losses_of(ledger).alarm(config) is None, "one of a batch is not a run that loses"

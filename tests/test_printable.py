@@ -109,15 +109,18 @@ def test_prompts_completions_and_errors_are_shown_escaped(
     )
     ledger.store(group, "task", encode(task.to_wire()))
     ledger.store(group, "rollout", encode({"completions": [{"text": HOSTILE}] * 2}), version=0)
-    while claim := ledger.claim(group, "reward", fields=()):
-        ledger.fail(claim, reason="RewardError", detail=f"{HOSTILE} at x.py:1\nTraceback {HOSTILE}")
+    ledger.config = make_config(lease={"max_attempts": 1})
+    claim = ledger.claim(group, "reward", fields=())
+    assert claim
+    ledger.fail(claim, reason="RewardError", detail=f"{HOSTILE} at x.py:1\nTraceback {HOSTILE}")
     completion = {"reward": 1.0, "rewards": {}, "advantage": 0.5, "tokens": 3, "finish_reason": "stop", "text": HOSTILE}
     sample = {"step": 1, "group": "t9", "version": 0, "prompt": HOSTILE, "target": HOSTILE, "completions": [completion]}
     write_samples(client, keys, [sample], kept=10)
     for _ in range(4):
         other = push_group(ledger, until="rollout")
-        while claim := ledger.claim(other, "reward", fields=()):
-            ledger.fail(claim, reason="RewardError", detail=HOSTILE)
+        claim = ledger.claim(other, "reward", fields=())
+        assert claim
+        ledger.fail(claim, reason="RewardError", detail=HOSTILE)
     send_heartbeat(client, keys, "reward@host:1", {"role": "reward", "alarm": HOSTILE})
     shows = [["samples"], ["dead"], ["dead", "--show", group], ["trace", group], ["trace", HOSTILE], ["status"]]
     data = [[words[0], "--json"] for words in (shows[0], shows[1], shows[-1])]

@@ -33,6 +33,7 @@ from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.dashboard.auth import LOOPBACK, free_port, page_url
 from sluice.scripts.launcher.fork_server import ForkServer
+from sluice.scripts.launcher.model_check import check_model
 from sluice.scripts.launcher.processes import interrupted_by_signals
 from sluice.scripts.launcher.progress import Progress
 from sluice.scripts.launcher.redis_server import DataInUse, EmbeddedServer, start_server
@@ -65,6 +66,7 @@ def preflight(config: Config) -> dict[str, object]:
 
         check_functions(config.trainer)
     assets = read_assets(config.model.path, revision=config.model.revision)
+    check_model(config, assets)
     tokenizer = assets.tokenizer()
     sections = {"dataset": config.dataset}
     sections |= {f"evaluation.datasets[{e.name}].dataset": e.dataset for e in config.evaluation.datasets}

@@ -28,8 +28,15 @@ def check_model(config: Config, assets: ModelAssets) -> None:
             "through an encoder, which nothing here runs. Use a decoder-only causal language model"
         )
     torch.set_num_threads(1)  # the copy is small: threads would wait for each other, the longer the busier the machine
-    with explained(config.model.path):
-        model = tiny_model(assets)
+    try:
+        with explained(config.model.path):
+            model = tiny_model(assets)
+    except ConfigError as error:
+        if "text_config" not in assets.config:
+            raise
+        raise ConfigError(
+            f"{error} It is a multimodal model: use its text-only release, or save its language model alone"
+        ) from None
     if model is None:
         log.info("%s has no small copy: the roles check the model when they load it", config.model.path)
         return

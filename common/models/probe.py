@@ -31,12 +31,14 @@ _NO_POSITIONS = ("hidden", "intermediate", "ffn", "inner", "vocab", "head", "lay
 """Parts of the names of config numbers that are widths, counts and ids."""
 _MARGIN = 4
 _MAX_BOUNDS = 8
+_ROUNDED = 16
+"""An engine's rows attend to a multiple of this (`kv_cache.POSITION_STEP`): a window that no row reaches may still cut them."""
 
 
 def probe_lengths(config: Any, *, longest: int) -> list[int]:
     """Return the lengths of rows to try, in tokens, longest first: none over `longest`, each bound in the config crossed."""
     numbers = set(_numbers(config.get_text_config().to_dict()))
-    bounds = sorted(number for number in numbers if COMPARED < number < longest)[-_MAX_BOUNDS:]
+    bounds = sorted(number for number in numbers if COMPARED < number < longest + _ROUNDED)[-_MAX_BOUNDS:]
     wanted = [COMPARED + 1, 3 * COMPARED, *(bound + _MARGIN for bound in bounds)]
     return sorted({min(length, longest) for length in wanted}, reverse=True)
 

@@ -24,27 +24,31 @@ log = logging.getLogger(__name__)
 def tiny_model(assets: ModelAssets) -> PreTrainedModel | None:
     """Build it on the CPU in float32, in eval mode; none where the architecture allows no copy small enough.
 
-    Raises ConfigError for a model that is no causal language model.
+    Raises what transformers raises for a model that is no causal language model, or that cannot run.
     """
     config = AutoConfig.for_model(**assets.config)
-    _plan(config)
     for keep_heads, keep_experts in product((False, True), repeat=2):
         smaller = copy.deepcopy(config)
         try:
             for part in (smaller, *(getattr(smaller, name, None) for name in smaller.sub_configs)):
                 if isinstance(part, PreTrainedConfig):
                     _shrink(part, keep_heads=keep_heads, keep_experts=keep_experts)
-            if sum(parameter.numel() for parameter in _plan(smaller).parameters()) > MAX_PARAMETERS:
-                continue
-            model = AutoModelForCausalLM.from_config(smaller, dtype=torch.float32).eval()
-            _fill(model)
-            with torch.no_grad():
-                model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+            if (model := _running(smaller)) is not None:
+                return model
         except Exception as error:  # widths that must fit each other in ways of their own
             log.debug("no small copy of %s: %s", config.model_type, error)
-            continue
-        return model
-    return None
+    return _running(config)
+
+
+def _running(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """Build a model and run it once; none where it is too large."""
+    if sum(parameter.numel() for parameter in _plan(config).parameters()) > MAX_PARAMETERS:
+        return None
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    _fill(model)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    return model
 
 
 def _plan(config: PreTrainedConfig) -> PreTrainedModel:

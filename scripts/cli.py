@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from itertools import chain
-from typing import Any, TextIO, cast
+from typing import NoReturn, TextIO, cast
 
 import click
 import redis
@@ -54,12 +54,12 @@ for _command in chain.from_iterable(SECTIONS.values()):
     cli.add_command(_command)
 
 
-def main(argv: list[str] | None = None) -> Any:
+def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point. What is wrong outside of Sluice is one paragraph and exit code 2; Ctrl-C ends with 130."""
     os.umask(0o077)  # prompts, completions, weights and the password are of no other user's concern
     sys.stderr = cast(TextIO, Unread(sys.stderr))
     try:
-        return cli.main(args=argv, prog_name="sluice", standalone_mode=False)
+        sys.exit(cli.main(args=argv, prog_name="sluice", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -76,4 +76,4 @@ def main(argv: list[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

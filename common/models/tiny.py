@@ -59,10 +59,11 @@ def _plan(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _shrink(config: Any, *, keep_heads: bool, keep_experts: bool) -> None:
     given = config.to_dict()
-    get = lambda name: getattr(config, name, None)  # noqa: E731  # by attribute_map
-    heads, width, kv_heads = get("num_attention_heads"), get("hidden_size"), get("num_key_value_heads")
+    heads, width, kv_heads = (
+        _get(config, name) for name in ("num_attention_heads", "hidden_size", "num_key_value_heads")
+    )
     if isinstance(heads, int) and isinstance(width, int):
-        head_dim = get("head_dim") or width // heads
+        head_dim = _get(config, "head_dim") or width // heads
         if not keep_heads:
             head_dim = min(head_dim, 16)
             _set(config, "head_dim", head_dim)
@@ -85,7 +86,7 @@ def _shrink(config: Any, *, keep_heads: bool, keep_experts: bool) -> None:
 
 def _num_layers(config: Any) -> int | None:
     """Return the fewest layers, from the first on, that show every kind of layer."""
-    number = getattr(config, "num_hidden_layers", None)
+    number = _get(config, "num_hidden_layers")
     if not isinstance(number, int):
         return None
     kinds = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) == number]
@@ -93,8 +94,15 @@ def _num_layers(config: Any) -> int | None:
     return min(number, max([_MAX_LAYERS, *needed]))
 
 
+def _get(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)  # by the config's attribute_map
+    except Exception:  # transformers raises for one that differs from layer to layer
+        return None
+
+
 def _set(config: Any, name: str, value: Any) -> None:
-    if value is not None and getattr(config, name, None) is not None:
+    if value is not None and _get(config, name) is not None:
         with suppress(AttributeError):  # a property, which follows from the others
             setattr(config, name, value)
 

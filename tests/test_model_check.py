@@ -72,14 +72,14 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "a local window that only the batch exceeds": (t.GPTNeoConfig(**GPT_NEO, window_size=SEQ_LEN), "no window"),
     "a local window": (t.GPTNeoConfig(**GPT_NEO, window_size=16), "no window"),
     "a sliding window": (t.Gemma3TextConfig(**WIDE, head_dim=16, sliding_window=16), "no window"),
-    "few learned positions": (t.GPT2Config(**GPT, n_positions=64), "set trainer.seq_len"),
+    "few learned positions": (t.GPT2Config(**GPT, n_positions=64), "cannot run sequences of 68 tokens"),
     "ALiBi": (t.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2), "keys and values"),
     "recurrent": (t.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2), "keys and values"),
     "convolutions": (t.Lfm2Config(**WIDE, layer_types=["conv", "full_attention"]), "keys and values"),
     "not causal": (t.BertConfig(**WIDE), "exactly"),
     "encoder-decoder": (t.T5Config(d_model=32, d_ff=64, num_layers=2, vocab_size=VOCABULARY), "is an encoder-decoder"),
     "decoder of an encoder-decoder": (t.BartConfig(vocab_size=VOCABULARY, d_model=32), "is an encoder-decoder"),
-    "multimodal": (t.Qwen2VLConfig(), "is a multimodal model"),
+    "multimodal": (t.Qwen2VLConfig(), "is multimodal .qwen2_vl."),
 }
 
 

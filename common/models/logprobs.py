@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sluice.common.errors import ConfigError
 from sluice.common.models.packing import causal_lm, is_packed, pack, plan_batches
-from sluice.common.models.probe import COMPARED, draw_ids, excess, fresh_logprobs, one_line, probe_lengths
+from sluice.common.models.probe import COMPARED, check_length, draw_ids, excess, fresh_logprobs, one_line, probe_lengths
 from sluice.common.models.truncation import Truncation
 
 RECOMPUTE_ELEMENTS = 2**26
@@ -228,7 +228,7 @@ def check_scoring(model: Any, *, longest: int, bound: float) -> None:
     model: in eval mode, with its weights, on its device, not sharded yet. bound: in nats (`probe.excess`).
     """
     model = causal_lm(model)
-    name, lengths = f"model.path: {type(model).__name__}", probe_lengths(model.config, longest=longest)
+    name, lengths = type(model).__name__, probe_lengths(model.config, longest=longest)
     rows = [draw_ids(model, length, seed=i) for i, length in enumerate(lengths)]
     counts = [min(COMPARED, length - 1) for length in lengths]
     try:
@@ -238,17 +238,15 @@ def check_scoring(model: Any, *, longest: int, bound: float) -> None:
         prompt_lengths = torch.tensor(lengths, device=padded.device) - completion_lengths
         logprobs, _ = completion_logprobs(model, padded, prompt_lengths, completion_lengths)
     except Exception as error:  # any exception of an unusual model
-        raise ConfigError(
-            f"{name} cannot run sequences of {lengths[0]} tokens ({one_line(error)}): lower trainer.seq_len to what it takes, or "
-            "use another causal language model"
-        ) from error
+        check_length(model, lengths[0])
+        raise ConfigError(f"{name} cannot run a padded batch ({one_line(error)}): use another model") from error
     found = [row[:count] for row, count in zip(logprobs, counts, strict=True)]
     if differs := excess(found, expected, dtype=next(model.parameters()).dtype, bound=bound):
         raise ConfigError(
             f"{name} does not compute a sequence of a padded batch as it computes it alone: logprobs of rows of "
             f"{', '.join(map(str, lengths))} tokens differ by {differs:.2g} nats. It reads what follows a token, or depends on "
-            "the other rows (rope scaled by the longest one, noise): use another causal language model, or lower "
-            "trainer.seq_len below the length from which it does so"
+            "the other rows (rope scaled by the longest one, noise): use another model, or lower trainer.seq_len below the "
+            "length from which it does so"
         )
 
 

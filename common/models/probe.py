@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sluice.common.errors import ConfigError
+
 COMPARED = 8
 """Last tokens of a row that are compared."""
 EXACT = 1e-4
@@ -68,6 +70,17 @@ def fresh_logprobs(model: Any, ids: Tensor, *, count: int) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, ids[-count:, None]).squeeze(-1)
 
 
+def check_length(model: Any, length: int) -> None:
+    """Check that the model runs sequences of so many tokens at all. Raises ConfigError."""
+    try:
+        fresh_logprobs(model, draw_ids(model, length, seed=0), count=1)
+    except Exception as error:  # any exception of an unusual model
+        raise ConfigError(
+            f"{type(model).__name__} cannot run sequences of {length} tokens ({one_line(error)}): set trainer.seq_len (and "
+            "rollout.max_model_len) to what it has positions for, or use another model"
+        ) from error
+
+
 def excess(found: Sequence[Tensor], expected: Sequence[Tensor], *, dtype: torch.dtype, bound: float) -> float | None:
     """Return by how many nats two lists of logprobs differ at most; none where that is rounding.
 
@@ -77,7 +90,7 @@ def excess(found: Sequence[Tensor], expected: Sequence[Tensor], *, dtype: torch.
     largest = float(torch.cat(rows).max())
     if dtype in (torch.float16, torch.bfloat16):
         return None if all(float(row.mean()) <= _HALF for row in rows) else largest
-    spread = float(torch.cat([row.float().cpu() for row in expected]).std())
+    spread = float(torch.cat([row.float().cpu() for row in expected]).std(correction=0))
     return None if largest <= bound * min(1.0, max(0.05, spread)) else largest
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sluice.common.errors import ConfigError
-from sluice.common.models.probe import COMPARED, draw_ids, excess, fresh_logprobs, one_line, probe_lengths
+from sluice.common.models.probe import COMPARED, check_length, draw_ids, excess, fresh_logprobs, one_line, probe_lengths
 from sluice.common.types import Completion, SamplingParams
 from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.serving import SequenceGroup
 from sluice.workers.engine.torch.running_batch import RunningBatch
 
 _ADVICE = (
-    "Use another model, set trainer.seq_len (or rollout.max_model_len) below its window, original or learned length, or use "
+    "Use another model, set trainer.seq_len (or rollout.max_model_len) below its window or original length, or use "
     "rollout.engine=vllm"
 )
 
@@ -29,7 +29,7 @@ def check_decoding(model: PreTrainedModel, *, max_model_len: int, bound: float) 
 
     model: in eval mode, with any finite weights, on its device. bound: in nats (`common.models.probe.excess`).
     """
-    name = f"model.path: the torch engine cannot serve {type(model).__name__}"
+    name = f"the torch engine cannot serve {type(model).__name__}"
     try:
         completions = _decode(model, max_model_len=max_model_len)
         found = [torch.from_numpy(completion.rollout_logprobs) for _, completion in completions]
@@ -40,9 +40,9 @@ def check_decoding(model: PreTrainedModel, *, max_model_len: int, bound: float) 
             for prompt, one in completions
         ]
     except Exception as error:  # any exception of an unusual model
+        check_length(model, probe_lengths(model.config, longest=max_model_len)[0])
         raise ConfigError(
-            f"{name} for {max_model_len} tokens ({one_line(error)}): it needs a decoder whose whole state is the keys and values "
-            f"of every token. {_ADVICE}"
+            f"{name} ({one_line(error)}): it needs a decoder whose whole state is the keys and values of every token. {_ADVICE}"
         ) from error
     if differs := excess(found, expected, dtype=model.dtype, bound=bound):
         raise ConfigError(

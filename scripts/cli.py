@@ -13,6 +13,7 @@ import redis
 from sluice.common.errors import SluiceError
 from sluice.scripts.commands.control import drain, evaluate, pause, resume, set_
 from sluice.scripts.commands.convert import export, replay
+from sluice.scripts.commands.data import data
 from sluice.scripts.commands.doctor import doctor
 from sluice.scripts.commands.look import dead, ledger, samples, status, trace
 from sluice.scripts.commands.plan import plan
@@ -23,7 +24,7 @@ from sluice.scripts.commands.sft import sft
 from sluice.scripts.options import Unread
 
 SECTIONS = {
-    "Run": (run, sft, create, worker, train, plan, doctor),
+    "Run": (run, sft, create, worker, train, plan, data, doctor),
     "Look": (status, dashboard, ledger, samples, dead, trace, metrics, runs),
     "Operate": (pause, resume, drain, set_, evaluate),
     "Convert": (export, replay),

@@ -24,8 +24,7 @@ from sluice.common.models.causal_lm import named_weights
 from sluice.common.models.logprobs import _plain_head
 from sluice.common.models.probe import LOADED, probe_lengths
 from sluice.common.types import SamplingParams
-from sluice.scripts.launcher.launch import preflight
-from sluice.scripts.launcher.model_check import check_model
+from sluice.scripts.launcher.preflight import check_model, preflight
 from sluice.trainer.trained_policy import TrainedPolicy
 from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.torch.engine import TorchEngine
@@ -79,7 +78,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "not causal": (t.BertConfig(**WIDE), "exactly"),
     "encoder-decoder": (t.T5Config(d_model=32, d_ff=64, num_layers=2, vocab_size=VOCABULARY), "is an encoder-decoder"),
     "decoder of an encoder-decoder": (t.BartConfig(vocab_size=VOCABULARY, d_model=32), "is an encoder-decoder"),
-    "multimodal": (t.Qwen2VLConfig(), "is multimodal .qwen2_vl."),
+    "multimodal": (t.Qwen2VLConfig(), "qwen2_vl as a causal language model; it is multimodal"),
 }
 
 

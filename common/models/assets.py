@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sluice.common.errors import ConfigError
+from sluice.common.paths import HUB_ID, cache_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,14 +59,15 @@ def read_assets(path: str, *, revision: str | None = None) -> ModelAssets:
         config = AutoConfig.from_pretrained(path, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         generation = _generation_config(path, revision=revision)
-    text_config = config.get_text_config()
+        text_config = config.get_text_config()
+        vocab_size = int(text_config.vocab_size)
     ends = generation.get("eos_token_id", getattr(text_config, "eos_token_id", None))
     eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if not eos:
         raise ConfigError(
             f"model.path = {path!r} has no end-of-sequence token: set eos_token_id in its generation_config.json"
         )
-    _check_tokens(path, tokenizer, eos, vocab_size=text_config.vocab_size)
+    _check_tokens(path, tokenizer, eos, vocab_size=vocab_size)
     with tempfile.TemporaryDirectory(prefix="sluice-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name.startswith(_TOKENIZER_FILES)}
@@ -98,7 +100,7 @@ def _check_tokens(path: str, tokenizer: PreTrainedTokenizerBase, eos: Set[Any], 
             f"model.path = {path!r}: eos_token_id {wrong} is not in the vocabulary of {vocab_size}; correct its "
             "generation_config.json, config.json or tokenizer"
         )
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda found: found[1])
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda found: found[1], default=("", -1))
     if largest >= vocab_size:
         raise ConfigError(
             f"model.path = {path!r}: its tokenizer has tokens up to id {largest} ({token!r}), its embedding {vocab_size} rows. "
@@ -115,6 +117,10 @@ def _check_tokens(path: str, tokenizer: PreTrainedTokenizerBase, eos: Set[Any], 
 @contextmanager
 def explained(path: str) -> Iterator[None]:
     """Turn an error while reading a model folder into a ConfigError of one paragraph."""
+    if not Path(path).exists() and not HUB_ID.fullmatch(path):
+        raise ConfigError(
+            f"model.path = {path!r}: there is no such folder (relative paths start at {Path.cwd()}), nor is it a hub id"
+        )
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"model.path = {path!r} is not a model folder: it holds no config.json")
     try:
@@ -123,4 +129,7 @@ def explained(path: str) -> Iterator[None]:
         raise
     except Exception as error:  # whatever an unusual or broken folder makes transformers raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ConfigError(f"model.path = {path!r} cannot be loaded as a causal LM with a tokenizer: {reason}") from None
+        hint = f" ({problem})" if (problem := cache_problem()) else ""
+        raise ConfigError(
+            f"model.path = {path!r} cannot be loaded as a causal LM with a tokenizer: {reason}{hint}"
+        ) from None

@@ -47,10 +47,15 @@ def load_reward_functions(functions: Sequence[RewardFunction], *, code_folder: s
     """
     add_code_folder(code_folder)
     rewards = [_load(function) for function in functions]
+    refuse_equal_names(rewards)
+    return rewards
+
+
+def refuse_equal_names(rewards: Sequence[LoadedReward]) -> None:
+    """Raise ConfigError where two functions have the same name."""
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
         raise ConfigError(f"reward.functions: names must differ, got {', '.join(names)}: set `name` on the equal ones")
-    return rewards
 
 
 def _load(entry: RewardFunction) -> LoadedReward:

@@ -57,6 +57,10 @@ class PromptSource(PromptReader[DatasetConfig]):
             columns={name: self.value(row, name, where) for name in row if name != self._config.prompt_column},
         )
 
+    def first_prompt(self) -> Prompt | None:
+        """Return the first prompt that is not too long; None where the first 64 are. Raises ConfigError."""
+        return next((each for each in map(self.prompt_at, range(64)) if isinstance(each, Prompt)), None)
+
     def _target(self, row: dict[str, Any], where: str) -> str:
         """Return the target's text; of a number or a list, its JSON."""
         value = self.cell(row, "target_column", where)

@@ -21,6 +21,7 @@ from sluice.trainer.trackers import check_trackers
 if TYPE_CHECKING:  # imported where they are used: `sluice run` forks before their libraries are loaded
     from sluice.common.models.assets import ModelAssets
     from sluice.workers.rewards.loading import LoadedReward
+    from sluice.workers.rewards.trial import Trial
 
 Check = Callable[[], None]
 log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class Preflight:
         self.assets: ModelAssets | None = None
         self._config = config
         self._rewards: list[LoadedReward] = []
+        self._trials: list[Trial] = []
 
     def checks(self) -> Iterator[Check]:
         """Yield every check, in order; each raises ConfigError."""
@@ -121,6 +123,7 @@ class Preflight:
         sections = {"dataset": config.dataset}
         sections |= {f"evaluation.datasets[{e.name}].dataset": e.dataset for e in config.evaluation.datasets}
         yield from (partial(self._dataset, section, dataset) for section, dataset in sections.items())
+        yield self._trial
 
     def _reward(self, entry: RewardFunction) -> None:
         from sluice.workers.rewards.loading import load_reward_functions
@@ -158,9 +161,18 @@ class Preflight:
 
     def _dataset(self, section: str, dataset: DatasetConfig) -> None:
         from sluice.workers.prompt_source import PromptSource
+        from sluice.workers.rewards.trial import Trial
 
         tokenizer = self.assets.tokenizer() if self.assets else None
         with closing(PromptSource(dataset, tokenizer, seed=self._config.seed, section=section)) as source:
             source.check_columns()
-            if tokenizer:
-                source.prompt_at(0)
+            if tokenizer and (prompt := source.first_prompt()):
+                self._trials.append(Trial.of(prompt, tokenizer, section=section))
+
+    def _trial(self) -> None:
+        """Call every reward function once, where all of them and a prompt could be loaded."""
+        from sluice.workers.rewards.trial import try_rewards
+
+        is_complete = self._trials and len(self._rewards) == len(self._config.reward.functions)
+        if is_complete and (found := try_rewards(self._config, self._trials)):
+            raise ConfigError("\n".join(found))

@@ -274,7 +274,7 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
     assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         cli.main(["sft", "job.yaml", "--resume"])
     said = capsys.readouterr().err
     assert f"from step {stopped_at} on" in said

@@ -31,6 +31,8 @@ _HALF = 0.3
 """Mean over a row in half precision, where rounding alone reaches 0.1 at a token."""
 _NO_POSITIONS = ("hidden", "intermediate", "ffn", "inner", "vocab", "head", "layer", "rank", "dim", "token_i", "expert")
 """Parts of the names of config numbers that are widths, counts and ids."""
+DRAWS = (0, 100)
+"""Seeds of the rows. A second draw decides: where a router's choice is a tie, rounding alone can change one token."""
 _MARGIN = 4
 _MAX_BOUNDS = 8
 _ROUNDED = 16

@@ -57,6 +57,7 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
         worker_hijack_root_logger=True,
         worker_redirect_stdouts=False,
         worker_send_task_events=False,
+        worker_enable_remote_control=False,  # metrics.remote_control: workers/app.py
         broker_transport_options={
             "global_keyprefix": Keys(run).celery_prefix,
             "visibility_timeout": 3600,

@@ -127,10 +127,11 @@ WRONG_HEADERS: dict[str, list[Any]] = {
     "ignore_result": [5, "x", [], {}],
     "stamps": [5, "x", [1], {"a": {}}],
     "sent_at": ["soon", [], {}, float("inf")],
-    **dict.fromkeys(
-        ["callbacks", "errbacks", "chain", "chord", "delivery_info", "called_directly", "utc"], [5, [], {}]
-    ),
-    **dict.fromkeys(["reply_to", "correlation_id", "hostname", "headers", "get", "compression"], [5, "x", {}]),
+    **{
+        key: [5, [], {}]
+        for key in ["callbacks", "errbacks", "chain", "chord", "delivery_info", "called_directly", "utc"]
+    },
+    **{key: [5, "x", {}] for key in ["reply_to", "correlation_id", "hostname", "headers", "get", "compression"]},
 }
 FOREIGN += [message(**{f"headers__{name}": v}) for name, values in WRONG_HEADERS.items() for v in values]
 

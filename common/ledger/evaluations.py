@@ -33,6 +33,7 @@ import redis
 from sluice.common.config import EvalDataset
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
+from sluice.common.policies.lineage import read_version
 from sluice.common.run import Run
 from sluice.common.serialization import decode, encode
 
@@ -236,8 +237,8 @@ def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
         finished = dataset and result(client, run.keys, dataset, version=version)
         if not finished:
             continue
-        line = client.hget(run.keys.lineage, str(version))
-        entry = {"dataset": name, "version": version, "step": int(line.split(b":")[1]) if line else None}
+        line = read_version(client, run.keys, version)
+        entry = {"dataset": name, "version": version, "step": line and line.step}
         metrics = {name: value if math.isfinite(value) else None for name, value in finished.metrics().items()}
         counts = {name: getattr(finished, name) for name in ("num_prompts", "num_dead", "num_asked")}
         found.append({**entry, **metrics, **counts})

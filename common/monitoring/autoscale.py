@@ -39,7 +39,7 @@ from sluice.common.config.operations import AutoscaleConfig
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_pending
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
+from sluice.common.monitoring.heartbeats import is_readable, is_silent, read_heartbeats
 from sluice.common.monitoring.queues import read_queues
 from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
 from sluice.common.run import Run, RunRecord
@@ -214,7 +214,7 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}
     busy: dict[str, list[float]] = {queue: [] for queue in QUEUES}
     for name, stats in read_heartbeats(client, run.keys).items():
-        if stats["role"] in done and not is_silent(stats):
+        if stats["role"] in done and is_readable(stats) and not is_silent(stats):
             done[stats["role"]][name] = int(stats.get("done", 0))
             busy[stats["role"]].append(1.0 - stats.get("idle_fraction", 0.0))
     return {

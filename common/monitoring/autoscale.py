@@ -25,6 +25,7 @@ and goes within cooldown_s changes nothing. All state is in the hash: another da
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import redis
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from sluice.common.config import Config
 from sluice.common.config.operations import AutoscaleConfig
@@ -43,6 +44,8 @@ from sluice.common.monitoring.heartbeats import is_readable, is_silent, read_hea
 from sluice.common.monitoring.queues import read_queues
 from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
 from sluice.common.run import Run, RunRecord
+
+log = logging.getLogger("sluice.autoscale")
 
 TOLERANCE = 0.1
 """Of the HPA: a load within this share of what the present number of workers is for changes nothing."""
@@ -226,8 +229,17 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
 
 
 def read_scales(client: redis.Redis, keys: Keys) -> dict[str, Scale]:
-    """Return queue -> its state in hash `autoscale`; empty before the first tick of a dataset worker."""
-    return {queue.decode(): Scale.model_validate_json(text) for queue, text in client.hgetall(keys.autoscale).items()}
+    """Return queue -> its state in hash `autoscale`; empty before the first tick of a dataset worker.
+
+    One that cannot be read is ignored, and logged: the next tick begins it anew.
+    """
+    found = {}
+    for queue, text in client.hgetall(keys.autoscale).items():
+        try:
+            found[queue.decode(errors="replace")] = Scale.model_validate_json(text)
+        except ValidationError as error:
+            log.warning("the load of queue %r cannot be read, and is ignored: %s", queue, error.errors()[0]["msg"])
+    return found
 
 
 def update(client: redis.Redis, run: Run) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import redis
@@ -29,6 +29,12 @@ _POINTER = {
     b"published_at": re.compile(rb"[0-9]{1,18}(\.[0-9]{1,40})?"),
     b"digest": re.compile(rb"[!-~]{0,128}"),
 }
+
+
+@lru_cache(maxsize=1000)
+def _say_ignored(where: str, reason: str) -> None:
+    """Log once what is ignored: readers come back at every step."""
+    log.warning("%s holds what cannot be read, and is ignored: %s", where, reason)
 
 
 class Version(NamedTuple):
@@ -58,7 +64,7 @@ def read_versions(found: Iterable[bytes], *, where: str) -> set[int]:
         try:
             versions.add(decode_int(text))
         except SerializationError as error:
-            log.warning("%s names a policy version that cannot be read, and is ignored: %s", where, error)
+            _say_ignored(where, str(error))
     return versions
 
 
@@ -69,7 +75,7 @@ def read_lineage(client: redis.Redis, keys: Keys) -> dict[int, Version]:
         try:
             found[decode_int(version)] = Version.from_wire(decode_int(version), value)
         except SerializationError as error:
-            log.warning("an entry of the lineage of run %s cannot be read, and is ignored: %s", keys.run, error)
+            _say_ignored(keys.lineage, str(error))
     return found
 
 
@@ -93,7 +99,7 @@ def read_version(client: redis.Redis, keys: Keys, version: int) -> Version | Non
     try:
         return None if value is None else Version.from_wire(version, value)
     except SerializationError as error:
-        log.warning("an entry of the lineage of run %s cannot be read, and is ignored: %s", keys.run, error)
+        _say_ignored(keys.lineage, str(error))
         return None
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import redis
 import torch
-from pydantic import Field, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
 
 from sluice.common.errors import DigestMismatch, PolicyError, PolicyNotFound, SerializationError
 from sluice.common.keys import Keys
@@ -27,6 +27,7 @@ _Count = Annotated[int, Field(strict=True, ge=0)]
 _Scale = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The description of one policy version."""

@@ -65,6 +65,7 @@ class DirectoryTransport:
         self._folder, self._is_private = folder, is_private
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "weights") -> int:
+        self._check()  # before: nothing is made behind a link; and after, for what another user made meanwhile
         if self._is_private:
             self._folder.parent.mkdir(exist_ok=True, mode=0o700)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -181,10 +182,14 @@ def store_folder(config: PolicyStoreConfig, run: str) -> Path:
     """Return the folder of a run's directory transport. Raises ConfigError where another user could write to it."""
     if config.path:
         return Path(config.path) / run
-    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-    folder = base / f"sluice-{os.getuid()}" / run
+    folder = everyones_folder() / f"sluice-{os.getuid()}" / run
     check_private(folder)
     return folder
+
+
+def everyones_folder() -> Path:
+    """Return the folder of all users in which policies are kept without `policy_store.path`: in memory, where there is one."""
+    return Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 
 
 def check_private(folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import socket
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
@@ -36,20 +36,27 @@ def check_token(host: str, token: str | None) -> None:
         )
 
 
-def free_port(host: str, port: int) -> int:
-    """Return the port, or any free one for 0. Raises ConfigError when it is in use."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"--port {port} on {host}: {error.strerror}; choose another one, or 0") from None
-        return int(probe.getsockname()[1])
+def listen(host: str, port: int) -> tuple[int, int]:
+    """Listen on the port, or on any free one for 0; return the socket's file descriptor and the port.
+
+    Nobody else gets the port from then on, and the kernel keeps who asks for the page until it is served. Raises ConfigError
+    where the port is in use.
+    """
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise ConfigError(f"--port {port} on {host}: {error.strerror}; choose another one, or 0") from None
+    made.listen()
+    port = made.getsockname()[1]
+    return made.detach(), port
 
 
-def page_url(host: str, port: int) -> str:
+def page_url(host: str, port: int, **query: str) -> str:
     """Return the address of the dashboard."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"?{urlencode(query)}" if query else "")
 
 
 class AuthMiddleware:

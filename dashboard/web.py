@@ -10,7 +10,6 @@ A page is drawn once; then it updates what has changed, once a second. All asset
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -48,27 +47,16 @@ _TABLES: dict[str, Callable[[Snapshot], rows.Rows]] = {
 
 
 def serve(
-    client: redis.Redis, names: tuple[str, ...], *, host: str, port: int, token: str | None, started: Callable[[], None]
+    client: redis.Redis, names: tuple[str, ...], *, host: str, port: int, listening: int, token: str | None
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM. `started` is called when pages can be requested."""
-
-    async def call_when_listening() -> None:
-        while True:  # startup handlers run before the server listens
-            try:
-                _, writer = await asyncio.open_connection(host, port)
-            except OSError:
-                await asyncio.sleep(0.02)
-                continue
-            writer.close()
-            return started()
-
+    """Serve on the file descriptor of a listening socket until Ctrl-C or SIGTERM."""
     readers = Readers(client, names)
     app.add_middleware(AuthMiddleware, token=token)
-    app.on_startup(call_when_listening)
     _pages(readers)
     ui.run(
         host=host,
         port=port,
+        fd=listening,
         title="Sluice",
         favicon="🌊",
         dark=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from itertools import chain
 from typing import Any, TextIO, cast
@@ -55,6 +56,7 @@ for _command in chain.from_iterable(SECTIONS.values()):
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point. What is wrong outside of Sluice is one paragraph and exit code 2; Ctrl-C ends with 130."""
+    os.umask(0o077)  # prompts, completions, weights and the password are of no other user's concern
     sys.stderr = cast(TextIO, Unread(sys.stderr))
     try:
         return cli.main(args=argv, prog_name="sluice", standalone_mode=False)

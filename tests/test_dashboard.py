@@ -49,7 +49,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
     config = quickstart_config(folder, tiny=tiny_folder(), evaluation__datasets=[], dashboard={"port": 0}, **steps)
     with running_sluice("run", str(config), "--name", RUN, cwd=folder) as process:
         page = _address_in(folder / "output.log")
-        assert page.endswith(f"/?run={RUN}")
+        assert re.search(rf"/\?token=\S{{16,}}&run={RUN}$", page), "others on this machine have no token"
+        assert answer_of(page.partition("?")[0]).status_code == 401, "it is asked for from the first moment"
         wait_for(lambda: _is_served(page), timeout=60, what="the run's own dashboard")
         assert page in sluice("status", RUN, cwd=folder).stdout, "sluice status says where it is"
         assert process.wait(280) == 0, (folder / "output.log").read_text()
@@ -61,7 +62,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
 
 def _is_served(page: str) -> bool:
     try:
-        return f'run="{RUN}"' in answer_of(page.partition("?")[0] + "metrics").text
+        token = page.partition("token=")[2].partition("&")[0]
+        return f'run="{RUN}"' in answer_of(page.partition("?")[0] + "metrics", Authorization=f"Bearer {token}").text
     except httpx.TransportError:
         return False
 

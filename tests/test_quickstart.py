@@ -128,7 +128,7 @@ def test_trainer_and_sampler_agree_and_the_reference_is_in_the_loss(finished: Fi
 def test_what_was_published_is_signed_with_the_key_of_the_run_folder(finished: Finished) -> None:
     run = finished.run
     key = (run / "run.key").read_text().strip()
-    assert (run / "run.key").stat().st_mode & 0o077 == 0
+    assert not [path for path in (run, *run.rglob("*")) if path.stat().st_mode & 0o077], "no other user reads it"
     with reading_server(run / "redis") as url, closing(connect(url)) as client:
         sealed = client.hgetall(Keys(run.name).manifests)
     assert len(sealed) >= 2
@@ -150,6 +150,7 @@ def test_commands_read_the_ended_run(finished: Finished) -> None:
 def test_the_export_loads_in_transformers_and_answers(finished: Finished) -> None:
     exported = finished.folder / "exported"
     finished.sluice("export", str(finished.run), str(exported))
+    assert {path.stat().st_mode & 0o777 for path in exported.iterdir()} == {0o644}, "it is made to be handed on"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     chat = [{"role": "user", "content": "What is 47+38?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -82,9 +82,10 @@ def test_a_trainer_of_one_rank_waits_for_no_others_and_divergence_ends_the_run_a
         supervisor.poll()
 
 
-def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [2, 0])
+def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path, code: int) -> None:
     said: list[str] = []
-    fails = Role(name="dashboard", argv=[sys.executable, "-c", "import sys; sys.exit(2)"])
+    fails = Role(name="dashboard", argv=[sys.executable, "-c", f"import sys; sys.exit({code})"])
     program = "import time; time.sleep(60)"
     supervisor, trainer, process = supervising(tmp_path, program, extra=[fails], say=said.append)
 
@@ -92,10 +93,14 @@ def test_what_a_run_can_do_without_is_given_up_with_a_word(tmp_path: Path) -> No
         assert supervisor.poll()
         for child in supervisor._children:
             child.start_at = 0.0  # its pauses are not what is tested
-        return bool(said)
+        return len(said) == 5
 
     wait_for(is_given_up, timeout=20, what="the message")
-    assert said == [f"dashboard died 5 times and is not started again (its log: {tmp_path / 'logs' / 'dashboard.log'})"]
+    waits = [0.5, 1.0, 2.0, 4.0] if code else [0.0] * 4
+    assert said[:4] == [f"dashboard ended with exit code {code}; it is started again in {wait_s} s" for wait_s in waits]
+    assert (
+        said[4] == f"dashboard died 5 times and is not started again (its log: {tmp_path / 'logs' / 'dashboard.log'})"
+    )
     assert supervisor._children == [trainer]
     assert process.poll() is None
     supervisor.stop()

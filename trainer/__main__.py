@@ -26,6 +26,7 @@ STOP_WITHOUT_REDIS_S = 30.0
 
 def main() -> int:
     """Return 0: finished, drained or stopped gracefully; 2: bad input; 3: diverged; anything else: to be started again."""
+    os.umask(0o077)
     rank, is_alone = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") == "1"
     who = "" if is_alone else f" rank {rank}"
     line = f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"

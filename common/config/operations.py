@@ -44,7 +44,7 @@ class ReplicasConfig(Section):
     rollout: Replicas = 1
     """Rollout workers (one per GPU). A range begins at 1: a run without one makes no progress at all."""
     reference: Replicas = 1
-    """Reference workers; they idle when kl_beta is 0. With min 0 they are started when there is work."""
+    """Reference workers; `sluice run` starts none while kl_beta is 0. With min 0 they are started when there is work."""
     reward: Replicas = 1
     """Reward workers (CPU). With min 0 they are started when there is work."""
     eval: Replicas = 1

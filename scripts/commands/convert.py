@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +34,11 @@ def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: 
 
     if best and step is not None:
         raise ConfigError("--best and --step name two checkpoints: give one of them")
+    os.umask(0o022)  # a model is made to be handed on
     step = best_step(run_folder / "checkpoints") if best else step
     exported = export_checkpoint(run_folder, target, step=step, dtype=dtype, adapter=adapter)
+    for weights in target.glob("*.safetensors"):  # their library makes them private
+        weights.chmod(0o644)
     click.echo(f"step {exported} of {run_folder.name} is in {target}")
 
 

@@ -19,18 +19,20 @@ from sluice.scripts.options import RunName, example
 @click.argument("names", nargs=-1, metavar="[RUN]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; another one needs a token.")
 @click.option("--port", default=8265, show_default=True, help="Port; 0 = any free one.")
+@click.option("--listening", type=int, hidden=True, help="File descriptor of a socket that listens there already.")
 @click.option("--token-file", type=click.Path(dir_okay=False, path_type=Path), help="Else SLUICE_DASHBOARD_TOKEN.")
-def dashboard(names: tuple[str, ...], host: str, port: int, token_file: Path | None) -> None:
+def dashboard(names: tuple[str, ...], host: str, port: int, listening: int | None, token_file: Path | None) -> None:
     """Serve a live, read-only web page over Redis: curves, queues, workers, ledger, samples. Default: every run."""
-    from sluice.dashboard.auth import check_token, free_port, page_url
+    from sluice.dashboard.auth import check_token, listen, page_url
     from sluice.dashboard.web import serve
 
     token = _token(token_file)
     check_token(host, token)
     with opened_run(names[0] if names else None) as (client, _, _):
-        port = free_port(host, port)
-        greeting = f"dashboard at {page_url(host, port)}"
-        serve(client, names, host=host, port=port, token=token, started=lambda: click.echo(greeting, err=True))
+        if listening is None:
+            listening, port = listen(host, port)
+        click.echo(f"dashboard at {page_url(host, port)}", err=True)
+        serve(client, names, host=host, port=port, listening=listening, token=token)
 
 
 def _token(file: Path | None) -> str | None:

@@ -7,6 +7,8 @@ preflight (nothing is started or stored yet: every bad input ends here, exit cod
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
 import sys
 import threading
@@ -15,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import quote
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -31,13 +32,13 @@ from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.operations.control import cancel_drain, default_who
 from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, RunRecord, create_run, open_run
-from sluice.dashboard.auth import LOOPBACK, free_port, page_url
+from sluice.dashboard.auth import LOOPBACK, listen, page_url
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.processes import interrupted_by_signals
 from sluice.scripts.launcher.progress import Progress
 from sluice.scripts.launcher.redis_server import DataInUse, EmbeddedServer, start_server
 from sluice.scripts.launcher.roles import Role, check_gpus, dashboard_role
-from sluice.scripts.launcher.run_folder import default_name, newest_run, run_folder, with_absolute_paths, write_config
+from sluice.scripts.launcher.run_folder import new_folder, newest_run, run_folder, with_absolute_paths, write_config
 from sluice.scripts.launcher.scaling import Scaler
 from sluice.scripts.launcher.summary import write_summary
 from sluice.scripts.launcher.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
@@ -79,9 +80,9 @@ def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
     """Store a new run in the Redis of SLUICE_REDIS_URL, for roles started one by one."""
     config = with_absolute_paths(load_config(config_path, overrides))
     client = connect()
-    name = name or default_name(config_path)
-    folder = run_folder(config, name)
-    run = create_run(client, name, config, assets=preflight(config), folder=str(folder), may_exist=True)
+    assets = preflight(config)
+    folder = run_folder(config, name) if name else new_folder(config, config_path)
+    run = create_run(client, folder.name, config, assets=assets, folder=str(folder), may_exist=True)
     write_config(run)
     return run
 
@@ -103,14 +104,15 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         check_trackers(config.metrics)
         check_gpus(config)
         assets = None if resume is not None else preflight(config)
-        name = name or default_name(config_path)
-        folder = run_folder(config, name)
+        folder = run_folder(config, name) if name else new_folder(config, config_path)
+        name = folder.name
         if resume is not None and not folder.is_dir():
             raise ConfigError(f"--resume {name}: there is no run folder {folder}")
         with interrupted_by_signals() as interrupted, _redis_for(folder) as (url, server):
             client = connect(url, retry=Retry(ExponentialBackoff(), 1))  # the supervisor must not wait for Redis
             if assets is None:
                 run = open_run(client, name)
+                preflight(run.config)  # what it names may have changed since
                 cancel_drain(client, run, who=default_who())
             else:
                 run = create_run(client, name, config, assets=assets, folder=str(folder))
@@ -137,7 +139,7 @@ def _drive(
 ) -> int:
     """Start every role and watch until the trainer has finished."""
     folder, record, progress = Path(run.folder), RunRecord(client, run.keys), Progress(client, run)
-    pages, address = _dashboard(run)
+    pages, link = _dashboard(run)
     supervisor = Supervisor(
         run.config,
         run=run.name,
@@ -153,9 +155,9 @@ def _drive(
     scaler = Scaler(client, run, supervisor, say=progress.say)
     started = time.monotonic()
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
-    if address:
-        record.set_dashboard(address)
-        progress.say(f"dashboard at {address}")
+    if link:
+        record.set_dashboard(link)
+        progress.say(f"dashboard at {link}")
     try:
         supervisor.start()
         with progress:
@@ -188,15 +190,21 @@ def _drive(
     return 0 if holds else 1
 
 
-def _dashboard(run: Run) -> tuple[list[Role], str | None]:
-    """Return the web page's role and its address; on a free port if the configured one is in use."""
+def _dashboard(run: Run) -> tuple[list[Role], str]:
+    """Return the web page's role and the link to it; on a free port if the configured one is in use.
+
+    Other people on this machine reach it too, so it asks for a token: a user's own, or one that is in the link.
+    """
     if not run.config.dashboard.enabled:
-        return [], None
+        return [], ""
     try:
-        port = free_port(LOOPBACK, run.config.dashboard.port)
+        listening, port = listen(LOOPBACK, run.config.dashboard.port)
     except ConfigError:
-        port = free_port(LOOPBACK, 0)
-    return [dashboard_role(port)], f"{page_url(LOOPBACK, port)}?run={quote(run.name)}"
+        listening, port = listen(LOOPBACK, 0)
+    own = os.environ.get("SLUICE_DASHBOARD_TOKEN")
+    token = own or secrets.token_urlsafe(16)
+    link = page_url(LOOPBACK, port, **({} if own else {"token": token}), run=run.name)
+    return [dashboard_role(listening=listening, port=port, token=token)], link
 
 
 def _trainer_is_alive(client: redis.Redis, run: Run) -> bool:

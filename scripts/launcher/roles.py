@@ -33,6 +33,8 @@ class Role:
     "added to the environment of all roles of the run"
     is_forked: bool = False
     "it may be forked from a process that has imported torch; a role that must not load torch may not"
+    pass_fds: tuple[int, ...] = ()
+    "file descriptors that it inherits"
 
 
 def planned_workers(config: Config, *, at_most: bool = False) -> list[tuple[str, int]]:
@@ -45,7 +47,7 @@ def planned_workers(config: Config, *, at_most: bool = False) -> list[tuple[str,
 
 def worker_bounds(config: Config) -> dict[str, tuple[int, int]]:
     """Return the argument of `-Q` -> (min, max) processes on this machine."""
-    bounds = {queue: config.replicas.bounds(queue) for queue in QUEUES}
+    bounds = {queue: config.replicas.bounds(queue) if stage_on(queue).is_needed(config) else (0, 0) for queue in QUEUES}
     if not config.evaluation.datasets:
         bounds["eval"] = (0, 0)
     elif bounds["eval"] == (0, 0):
@@ -86,9 +88,10 @@ def key_environment(role: Role, key_file: Path | None) -> dict[str, str]:
     return {f"{RUN_KEY}_FILE": str(key_file)} if key_file else {}
 
 
-def dashboard_role(port: int) -> Role:
-    """Make the role of the web page over the run, and the others on its Redis."""
-    return Role(name="dashboard", argv=[*PYTHON, "-m", "sluice.scripts.cli", "dashboard", "--port", str(port)])
+def dashboard_role(*, listening: int, port: int, token: str) -> Role:
+    """Make the role of the web page over the run, and the others on its Redis, on a socket that listens already."""
+    argv = [*PYTHON, "-m", "sluice.scripts.cli", "dashboard", "--port", str(port), "--listening", str(listening)]
+    return Role(name="dashboard", argv=argv, env={"SLUICE_DASHBOARD_TOKEN": token}, pass_fds=(listening,))
 
 
 def trainer_gpus(config: Config) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import datetime
@@ -38,6 +39,17 @@ def newest_run(config: Config, *, prefix: str) -> str:
 
 def run_folder(config: Config, name: str) -> Path:
     return Path(config.output_dir).resolve() / name
+
+
+def new_folder(config: Config, config_path: str) -> Path:
+    """Make a folder for a run without a name: the config's name and the time, of which no two get the same."""
+    while True:
+        folder = run_folder(config, default_name(config_path))
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            time.sleep(0.1)
 
 
 def existing_folder(name: str | None) -> Path:

@@ -4,8 +4,8 @@
     a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
     while Redis is unavailable nothing is started, so a role that died of that dies once
     one that the run can do without (the dashboard) is not restarted then, and the user is told
-    exit 0 is not a crash (another process sent SIGTERM): the role is started again at once; of the trainer at its last step, or
-    of a drain, it ends the run gracefully; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
+    exit 0 (another process sent SIGTERM) counts as one, but the role is started again at once; of the trainer at its last step,
+    or of a drain, it ends the run gracefully; exit 2 (bad input) at the first start ends it with the reason, exit 3 (diverged)
     ends it always
     scale() starts workers of a queue or drains them: SIGUSR2, after autoscale.drain_s SIGTERM, STOP_S later SIGKILL. The exit
     of a drained worker is neither a crash nor a restart
@@ -64,6 +64,7 @@ class Child:
     env: dict[str, str]
     log: Path
     is_forked: bool = False
+    pass_fds: tuple[int, ...] = ()
     process: Process | None = None
     crashes: list[float] = field(default_factory=list)
     start_at: float = 0.0
@@ -123,7 +124,8 @@ class Supervisor:
     def _child(self, role: Role, **state: Any) -> Child:
         env = self._env | role.env | key_environment(role, self._key_file)
         log = self._logs / f"{role.name}.log"
-        return Child(name=role.name, argv=role.argv, env=env, log=log, is_forked=role.is_forked, **state)
+        state |= {"is_forked": role.is_forked, "pass_fds": role.pass_fds}
+        return Child(name=role.name, argv=role.argv, env=env, log=log, **state)
 
     def start(self) -> None:
         # those that are not forked first: they need not wait for the fork server's imports
@@ -131,8 +133,10 @@ class Supervisor:
             self._start(child)
 
     def _start(self, child: Child) -> None:
-        start = self._fork_server.start if self._fork_server and child.is_forked else spawn
-        child.process = start(child.argv, log=child.log, env=child.env)
+        if self._fork_server and child.is_forked:
+            child.process = self._fork_server.start(child.argv, log=child.log, env=child.env)
+        else:
+            child.process = spawn(child.argv, log=child.log, env=child.env, pass_fds=child.pass_fds)
 
     def poll(self) -> bool:
         """Reap and restart. True while the trainer has not finished. Raises RunFailed."""
@@ -161,8 +165,6 @@ class Supervisor:
             raise RunFailed(f"{child.name} refused its input:\n{_tail(child.log)}")
         if code == Diverged.EXIT_CODE and child is self._trainer:
             raise RunFailed(f"training has diverged:\n{_tail(child.log)}")
-        if code == 0:
-            return
         now = time.monotonic()
         child.crashes = [t for t in child.crashes if now - t < CRASH_WINDOW_S] + [now]
         if len(child.crashes) >= MAX_CRASHES:
@@ -173,7 +175,10 @@ class Supervisor:
                 return
             within = f"within {CRASH_WINDOW_S:.0f} s (last exit code {code})"
             raise RunFailed(f"{died} {within}; its log {child.log} ends:\n{_tail(child.log)}")
-        child.start_at = now + 0.5 * 2 ** (len(child.crashes) - 1)
+        wait_s = 0.5 * 2 ** (len(child.crashes) - 1) if code else 0.0
+        child.start_at = now + wait_s
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self._say(f"{child.name} {how}; it is started again in {wait_s:.1f} s")
 
     def num_workers(self, queue: str) -> int:
         """Count the workers of a queue, including those loading or about to be restarted, without those that drain."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,7 +34,6 @@ import redis
 from sluice.common.config import EvalDataset
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.policies.lineage import read_version
 from sluice.common.run import Run
 from sluice.common.serialization import decode, encode
 
@@ -237,8 +237,8 @@ def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
         finished = dataset and result(client, run.keys, dataset, version=version)
         if not finished:
             continue
-        line = read_version(client, run.keys, version)
-        entry = {"dataset": name, "version": version, "step": line and line.step}
+        line = re.match(rb"-?[0-9]+:([0-9]{1,18})", client.hget(run.keys.lineage, str(version)) or b"")
+        entry = {"dataset": name, "version": version, "step": int(line[1]) if line else None}
         metrics = {name: value if math.isfinite(value) else None for name, value in finished.metrics().items()}
         counts = {name: getattr(finished, name) for name in ("num_prompts", "num_dead", "num_asked")}
         found.append({**entry, **metrics, **counts})

@@ -93,24 +93,18 @@ def read_pointer(client: redis.Redis, keys: Keys) -> dict[str, str]:
     return found | ({"unreadable": ", ".join(unreadable)} if unreadable else {})
 
 
-def read_version(client: redis.Redis, keys: Keys, version: int) -> Version | None:
-    """Return the entry of a version; None where there is none that can be read."""
-    value = client.hget(keys.lineage, str(version))
-    try:
-        return None if value is None else Version.from_wire(version, value)
-    except SerializationError as error:
-        _say_ignored(keys.lineage, str(error))
-        return None
-
-
 def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current: int) -> list[int]:
     """Return ages of versions seen from the current one. Raises PolicyNotFound for a version outside the lineage."""
 
     @cache
     def node(version: int) -> Version:
-        if (found := read_version(client, keys, version)) is None:
-            raise PolicyNotFound(f"policy version {version} is not in the lineage of run {keys.run}")
-        return found
+        value = client.hget(keys.lineage, str(version))
+        try:
+            if value is not None:
+                return Version.from_wire(version, value)
+        except SerializationError as error:
+            _say_ignored(keys.lineage, str(error))
+        raise PolicyNotFound(f"policy version {version} is not in the lineage of run {keys.run}")
 
     @cache
     def age(version: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -13,6 +12,7 @@ import click
 import redis
 
 from sluice.common.connections.broker import make_app, send
+from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError, SluiceError
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.monitoring.diagnosis import diagnose
@@ -131,7 +131,7 @@ def _evaluate_newest(client: redis.Redis, run: Run, *, url: str, timeout_s: floa
     version = int(newest)
     for dataset in run.config.evaluation.datasets:
         evaluation.request(client, run.keys, dataset, version=version)
-    send(make_app(run.name, url=os.environ.get("SLUICE_BROKER_URL") or url), "dataset.evaluate", "dataset")
+    send(make_app(run.name, url=secret("SLUICE_BROKER_URL") or url), "dataset.evaluate", "dataset")
     deadline = time.monotonic() + timeout_s
     for dataset in run.config.evaluation.datasets:
         while evaluation.result(client, run.keys, dataset, version=version) is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import redis
 from rich.live import Live
 
 from sluice.common.connections.broker import make_app, send_stage
+from sluice.common.connections.secrets import secret
 from sluice.common.ledger.ledger import Ledger, read_counters
 from sluice.common.run import Run
 from sluice.dashboard.dead_letters import read_dead_letters, render_dead
@@ -145,7 +145,7 @@ def _requeue(client: redis.Redis, run: Run, groups: Sequence[str], *, url: str) 
     letters = [read_dead_letters(client, run.keys, group=None if name == "all" else name) for name in groups]
     chosen = [letter["group"] for found in letters for letter in found]
     ledger = Ledger(client, run.keys, run.config, worker="requeue")
-    app = make_app(run.name, url=os.environ.get("SLUICE_BROKER_URL") or url)
+    app = make_app(run.name, url=secret("SLUICE_BROKER_URL") or url)
     for group in chosen:
         for stage in ledger.requeue(group):
             send_stage(app, group, stage)

@@ -111,7 +111,7 @@ def test_a_manifest_of_a_deleted_run_is_not_that_of_another_of_the_same_name(
     create_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
     client.hset(keys.manifests, "0", signed)
     client.hset(keys.policy, mapping=pointer)
-    with pytest.raises(SignatureRefused, match="not signed with this process'"):
+    with pytest.raises(SignatureRefused, match="version 0 is signed for another run of this name"):
         make(KEY).fetch(0)
     with pytest.raises(SignatureRefused, match="does not confirm"):
         make(KEY).check_confirmed(*make(KEY).served())

@@ -51,6 +51,8 @@ class Manifest:
     "version that the delta applies to; -1 = there are full weights only"
     delta_bytes: _Count = 0
     "of the delta as stored"
+    run_created_us: _Count = 0
+    "microseconds since the epoch: tells the run from another one of its name"
     adapter_scale: _Scale | None = None
     "of a LoRA adapter on version 0, which the tensors then are (`common/models/lora.py`)"
 
@@ -66,6 +68,7 @@ class Manifest:
             raise DigestMismatch(f"the manifest of policy version {version} is damaged: {reason}") from None
         except SerializationError as error:
             raise DigestMismatch(f"the manifest of policy version {version} is damaged: {error}") from None
+        signer.check_run(manifest.run_created_us, version=version)
         if manifest.version != version:
             raise DigestMismatch(f"the manifest of policy version {version} is that of version {manifest.version}")
         if max(manifest.base, manifest.parent) >= version:  # every chain ends: versions only grow

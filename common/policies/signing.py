@@ -5,12 +5,13 @@ policies (rollout, eval, reference). `sluice run` makes one per run; roles start
 It is never in Redis. Without a key nothing is signed and nothing refused.
 
     signed manifest = b"SL+" | MAC of "manifest", manifest | manifest as encoded
-    confirmation    = seconds of Redis' clock : MAC of "pointer", version, digest, seconds, in hex
-    MAC             = HMAC-SHA256 (RFC 2104) over the run's name, when it was created, and these, with 0 between
+    confirmation    = seconds of Redis' clock : MAC of "pointer", when the run was created:version:seconds, digest, in hex
+    MAC             = HMAC-SHA256 (RFC 2104) over the run's name and these, with 0 between
 
-The manifest names its version, and the digest of every tensor, so nothing else of a policy needs a signature. It stays valid, so
-that who can write to Redis could move the pointer back: a worker that starts serves the version that the pointer names only while
-the trainer confirms it, every CONFIRM_S. A running one never goes back.
+The manifest names its version, the digest of every tensor, and when the run was created, so nothing else of a policy needs a
+signature, and that of a deleted run is not valid in another one of its name. Within a run it stays valid, so that who can write to
+Redis could move the pointer back: a worker that starts serves the version that the pointer names only while the trainer confirms
+it, every CONFIRM_S. A running one never goes back.
 """
 
 from __future__ import annotations
@@ -34,19 +35,27 @@ _HEAD = len(_MARK) + hashlib.sha256().digest_size
 class Signer:
     """Signs and verifies for one run."""
 
-    def __init__(self, run: str, key: str | None, *, created_at: str = "") -> None:
+    def __init__(self, run: str, key: str | None, *, created_us: int | None = None) -> None:
         """Take a run's key, or none. Raises ConfigError for a key that is too short.
 
-        created_at: tells the run from another one of the same name and key.
+        created_us: when the run was created, which tells it from another one of its name; none = any.
         """
         if key is not None and len(key) < MIN_LENGTH:
             raise ConfigError(f"{RUN_KEY} has {len(key)} characters: use {MIN_LENGTH} random ones or more")
-        self._run, self._created_at = run, created_at
+        self._run, self.created_us = run, created_us
         self._key = None if key is None else key.encode()
 
     def of_run(self, created_at: str) -> Signer:
-        """Return the signer of the run of this name that was created then."""
-        return Signer(self._run, None if self._key is None else self._key.decode(), created_at=created_at)
+        """Return the signer of the run of this name that was created then: seconds, as its record says."""
+        created_us = round(float(created_at) * 1e6) if created_at else 0
+        return Signer(self._run, None if self._key is None else self._key.decode(), created_us=created_us)
+
+    def check_run(self, created_us: int, *, version: int) -> None:
+        """Check, if there is a key, when the run of a manifest was created. Raises SignatureRefused."""
+        if self._key is not None and self.created_us not in (None, created_us):
+            raise SignatureRefused(
+                f"policy version {version} is signed for another run of this name: it was published before this run was created"
+            )
 
     def sign(self, manifest: bytes) -> bytes:
         """Return the manifest with its signature; unchanged without a key."""
@@ -90,12 +99,13 @@ class Signer:
             )
 
     def _confirmation(self, version: int, digest: str, at_s: int) -> bytes:
-        return self._mac(b"pointer", b"%d" % version, digest.encode(), b"%d" % at_s).hex().encode()
+        return (
+            self._mac(b"pointer", b"%d:%d:%d" % (self.created_us or 0, version, at_s), digest.encode()).hex().encode()
+        )
 
     def _mac(self, what: bytes, *parts: bytes) -> bytes:
         assert self._key is not None
-        run = self._run.encode(), self._created_at.encode()
-        return hmac.digest(self._key, b"\0".join([b"sluice " + what, *run, *parts]), "sha256")
+        return hmac.digest(self._key, b"\0".join([b"sluice " + what, self._run.encode(), *parts]), "sha256")
 
 
 def unsigned_bytes(signed: bytes) -> bytes:

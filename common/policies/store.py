@@ -82,6 +82,7 @@ class PolicyStore(PolicyReader):
             step=step,
             incarnation=incarnation,
             parent=parent,
+            run_created_us=self._signer.created_us or 0,
             num_bytes=self._transport.write(version, tensors) if is_full else 0,
             digest=policy_digest(digests),
             tensors=digests,

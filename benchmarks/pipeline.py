@@ -37,11 +37,11 @@ from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.ledger.scripts import Scripts
+from sluice.common.paths import with_absolute_paths
 from sluice.common.run import create_run
 from sluice.common.serialization import encode
-from sluice.scripts.launcher.launch import preflight
+from sluice.scripts.launcher.preflight import preflight
 from sluice.scripts.launcher.redis_server import start_server
-from sluice.scripts.launcher.run_folder import with_absolute_paths
 from sluice.scripts.prepare_tiny import prepare
 from tests.builders import (
     file_groups,

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import operator
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,7 @@ def add_code_folder(folder: str | None) -> None:
 def absolute_function_path(path: str, *, folder: Path) -> str:
     """Make a path independent of where it is read: files, relative to `folder` or to the working directory, become absolute."""
     file, colon, attribute = path.rpartition(":")
+    file = os.path.expanduser(file)
     found = next((base / file for base in (folder, Path()) if colon and (base / file).is_file()), None)
     return f"{found.resolve()}:{attribute}" if found else path
 
@@ -82,7 +84,7 @@ def _is_ours(name: str) -> bool:
 
 def _import_file(source: str, where: str) -> ModuleType:
     """Return the module of a file, loaded once per process."""
-    file = Path(source).expanduser().resolve()
+    file = Path(os.path.expanduser(source)).resolve()
     if not file.is_file():
         raise ConfigError(
             f"{where}: there is no file {file}: relative paths start where the process runs, {Path.cwd()}"

@@ -1,7 +1,8 @@
-"""Wire format: msgpack with one extension type for arrays and a schema version in front. No pickle anywhere.
+"""Wire format: msgpack with extension types for arrays and large integers, and a schema version in front. No pickle anywhere.
 
     b"SL" | schema version (1 byte) | msgpack body
     array = ExtType(1, msgpack([dtype, shape, raw little-endian bytes]))
+    int over 64 bits = ExtType(2, little-endian two's complement)
 
 Bounds on what is decoded: `MAX_BYTES` per message (except among a trainer's ranks, which know the size beforehand),
 containers at most 1024 deep (msgpack's own bound) and never declared longer than their message, and numeric dtypes only, so
@@ -25,14 +26,16 @@ MAX_BYTES = 128 * 1024 * 1024
 """A group of 64 completions of 128k tokens has 67 MB; decoded, no value takes more than about 64 times its bytes."""
 MAX_JSON_BYTES = 1024 * 1024
 _HEADER = b"SL" + bytes([SCHEMA_VERSION])
-_ARRAY = 1
+_ARRAY, _LARGE_INT = 1, 2
+_MAX_INT_BYTES = 1786
+"""4300 digits: Python reads and prints no longer ones."""
 _DTYPES = frozenset(["|b1", "|u1", "|i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", "<u8", "<i8", "<f8"])
 
 
 def encode(value: Any) -> bytes:
-    """Encode a value made of None, bool, int, float, str, bytes, list, tuple, dict with str keys, and numeric arrays."""
+    """Encode a value of None, bool, int, float, str, bytes, list, tuple, dict with str keys, and numeric arrays."""
     try:
-        return _HEADER + msgpack.packb(value, default=_encode_array, use_bin_type=True)
+        return _HEADER + msgpack.packb(value, default=_encode_other, use_bin_type=True)
     except (TypeError, ValueError, OverflowError) as error:
         raise SerializationError(f"cannot encode a {type(value).__name__}: {error}") from error
 
@@ -53,7 +56,7 @@ def decode(data: bytes, *, max_bytes: int | None = MAX_BYTES) -> Any:
     try:
         # timestamp=1: msgpack's own extension type never reaches ext_hook; as a float it is at least a plain number
         return msgpack.unpackb(
-            memoryview(data)[3:], ext_hook=_decode_array, raw=False, strict_map_key=True, timestamp=1
+            memoryview(data)[3:], ext_hook=_decode_extension, raw=False, strict_map_key=True, timestamp=1
         )
     except SerializationError:
         raise
@@ -78,7 +81,11 @@ def decode_json(data: bytes) -> Any:
         raise SerializationError(f"damaged JSON of {len(data)} bytes: {error}") from None
 
 
-def _encode_array(value: Any) -> Any:
+def _encode_other(value: Any) -> Any:
+    if isinstance(value, int):
+        return msgpack.ExtType(
+            _LARGE_INT, value.to_bytes(min(value.bit_length() // 8 + 1, _MAX_INT_BYTES), "little", signed=True)
+        )
     if isinstance(value, np.generic):
         return value.item()
     if not isinstance(value, np.ndarray):
@@ -89,7 +96,9 @@ def _encode_array(value: Any) -> Any:
     return msgpack.ExtType(_ARRAY, msgpack.packb([array.dtype.str, value.shape, array.tobytes()]))
 
 
-def _decode_array(code: int, data: bytes) -> Any:
+def _decode_extension(code: int, data: bytes) -> Any:
+    if code == _LARGE_INT and len(data) <= _MAX_INT_BYTES:
+        return int.from_bytes(data, "little", signed=True)
     if code != _ARRAY:
         raise SerializationError(f"unknown extension type {code}")
     dtype, shape, raw = msgpack.unpackb(data, raw=False)

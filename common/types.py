@@ -136,9 +136,15 @@ class Scores:
     "[G] total; None = unscorable (every function returned None)"
     by_function: dict[str, list[float | None]] = field(default_factory=dict)
     "[G] per reward function"
+    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+    "sum and number of what the functions logged with log_metric, by its name"
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    "[G] per column that they logged with log_extra"
 
     def to_wire(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return plain data, without what was not logged."""
+        logged = {"metrics": self.metrics, "extra": self.extra}
+        return {"reward": self.reward, "by_function": self.by_function, **{n: v for n, v in logged.items() if v}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +156,8 @@ class Episode:
     rewards: dict[str, float | None]
     ref_logprobs: NDArray[np.float32] | None
     "[T] or none when kl_beta is 0"
+    extra: dict[str, Any] = field(default_factory=dict)
+    "what reward functions logged beside it, by column"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +175,8 @@ class Group:
     "stage -> seconds since the epoch, on Redis' clock"
     sampling: SamplingParams | None = None
     "what it was sampled with, which may change during a run; none = what the run was created with (older records)"
+    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+    "Scores.metrics"
 
     @classmethod
     def from_results(
@@ -182,6 +192,7 @@ class Group:
                 reward=reward["reward"][i],
                 rewards={name: values[i] for name, values in reward["by_function"].items()},
                 ref_logprobs=None if reference is None else reference[i],
+                extra={name: values[i] for name, values in reward.get("extra", {}).items()},
             )
             for i, completion in enumerate(completions)
         ]
@@ -194,6 +205,7 @@ class Group:
             episodes=episodes,
             timestamps=timestamps,
             sampling=SamplingParams.from_wire(task["sampling"]),
+            metrics={n: (float(total), max(1, int(k))) for n, (total, k) in reward.get("metrics", {}).items()},
         )
 
     def to_wire(self) -> dict[str, Any]:

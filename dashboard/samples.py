@@ -24,6 +24,11 @@ def read_samples(client: redis.Redis, keys: Keys, *, count: int, step: int | Non
     ][:count]
 
 
+def by_function(completion: dict[str, Any]) -> dict[str, Any]:
+    """Return the rewards of a completion by function, and what the functions logged beside them."""
+    return {**completion["rewards"], **completion.get("extra", {})}
+
+
 def render_sample(sample: dict[str, Any]) -> RenderableType:
     """Render one group as a table."""
     head = Text(
@@ -34,7 +39,7 @@ def render_sample(sample: dict[str, Any]) -> RenderableType:
         {
             "reward": str(completion["reward"]),
             "advantage": f"{completion['advantage']:+.3f}",
-            "by function": " ".join(f"{name}={score}" for name, score in completion["rewards"].items()),
+            "by function": " ".join(f"{name}={value}" for name, value in by_function(completion).items()),
             "tokens": completion["tokens"],
             "end": completion["finish_reason"],
             "completion": completion["text"],

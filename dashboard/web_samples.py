@@ -16,6 +16,7 @@ from tokenizers.decoders import DecodeStream
 from sluice.common.errors import ConfigError
 from sluice.dashboard.html import alarms_html, table_html
 from sluice.dashboard.rows import assignment_rows, stage_rows
+from sluice.dashboard.samples import by_function
 from sluice.dashboard.snapshots import Reader
 from sluice.dashboard.trace import heading_of, read_trace, reasons_of
 
@@ -116,9 +117,9 @@ def sample_html(sample: dict[str, Any], *, run: str, shade: str, tokenizer: Toke
 
 def _completion(c: dict[str, Any], *, shade: str, tokenizer: Tokenizer | None, versions: list[int]) -> str:
     reward = "unscored" if c["reward"] is None else f"{c['reward']:.3f}"
-    by_function = "".join(f"<span>{escape(name)} {score}</span>" for name, score in c["rewards"].items())
+    scores = "".join(f"<span>{escape(name)} {escape(str(value))}</span>" for name, value in by_function(c).items())
     stats = (
-        f'<div class="stats"><span>reward <b>{reward}</b></span>{by_function}<span>advantage {c["advantage"]:+.3f}</span>'
+        f'<div class="stats"><span>reward <b>{reward}</b></span>{scores}<span>advantage {c["advantage"]:+.3f}</span>'
         f"<span>{c['tokens']} tokens</span><span>{escape(c['finish_reason'])}</span></div>"
     )
     text = escape(c["text"])

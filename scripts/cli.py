@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from itertools import chain
-from typing import Any, TextIO, cast
+from typing import NoReturn, TextIO, cast
 
 import click
 import redis
@@ -13,6 +13,7 @@ import redis
 from sluice.common.errors import SluiceError
 from sluice.scripts.commands.control import drain, evaluate, pause, resume, set_
 from sluice.scripts.commands.convert import export, replay
+from sluice.scripts.commands.data import data
 from sluice.scripts.commands.doctor import doctor
 from sluice.scripts.commands.look import dead, ledger, samples, status, trace
 from sluice.scripts.commands.plan import plan
@@ -23,7 +24,7 @@ from sluice.scripts.commands.sft import sft
 from sluice.scripts.options import Unread
 
 SECTIONS = {
-    "Run": (run, sft, create, worker, train, plan, doctor),
+    "Run": (run, sft, create, worker, train, plan, data, doctor),
     "Look": (status, dashboard, ledger, samples, dead, trace, metrics, runs),
     "Operate": (pause, resume, drain, set_, evaluate),
     "Convert": (export, replay),
@@ -54,12 +55,12 @@ for _command in chain.from_iterable(SECTIONS.values()):
     cli.add_command(_command)
 
 
-def main(argv: list[str] | None = None) -> Any:
+def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point. What is wrong outside of Sluice is one paragraph and exit code 2; Ctrl-C ends with 130."""
     os.umask(0o077)  # prompts, completions, weights and the password are of no other user's concern
     sys.stderr = cast(TextIO, Unread(sys.stderr))
     try:
-        return cli.main(args=argv, prog_name="sluice", standalone_mode=False)
+        sys.exit(cli.main(args=argv, prog_name="sluice", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -76,4 +77,4 @@ def main(argv: list[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

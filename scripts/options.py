@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
 
+from sluice.common.paths import expanded
+
+
+class UserPath(click.Path):
+    """A path of which `~` is replaced also where the shell does not do it: in `--option=~/file`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(str(expanded(value)), param, ctx)
+
+
 RunName = click.argument("name", required=False, metavar="[RUN]")
 Json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 Overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-ConfigFile = click.argument("config", type=click.Path())
+ConfigFile = click.argument("config", type=UserPath())
 Resume = click.option(
     "--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Resume a run; default: the newest of this config."
 )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-import sys
-from typing import Any
+from typing import NoReturn
 
 
-def main() -> Any:
+def main() -> NoReturn:
     """Import and run `sluice.scripts.cli`."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:  # not where it is ignored, as in `nohup sluice ... &`
@@ -15,8 +14,8 @@ def main() -> Any:
     from sluice.scripts import cli
 
     signal.signal(signal.SIGINT, handler)
-    return cli.main()
+    cli.main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -147,5 +147,5 @@ def test_doctor_examines_a_config(tmp_path: Path) -> None:
     assert "config, model, datasets and reward functions load" in good.stdout
     config.write_text(config.read_text().replace("temperature: 1.0", "temprature: 1.0"))
     bad = sluice("doctor", str(config), cwd=tmp_path)
-    assert bad.returncode == 1
+    assert bad.returncode == 2
     assert "did you mean 'temperature'?" in bad.stdout

@@ -11,12 +11,19 @@ from builders import for_each, make_config, minimal, refusal
 from pydantic import ValidationError
 
 from sluice.common.config import Config
-from sluice.common.config.file import load_config, parse_config
-from sluice.common.config.trainer import LossConfig
+from sluice.common.config.file import examine, load_config, parse_config
+from sluice.common.config.trainer import LossConfig, TrainerConfig
 from sluice.common.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(ROOT.glob("config/*.yaml"))
+MINIMAL = """
+model: {path: m}
+dataset: {path: d, max_req_tokens: 8}
+sampling: {group_size: 2, max_res_tokens: 8}
+reward: {functions: [{function: sluice.workers.rewards.MathReward}]}
+trainer: {seq_len: 16}
+"""
 
 
 def test_shipped_configs_are_found():
@@ -205,6 +212,192 @@ def test_missing_keys_and_what_is_not_a_mapping_are_named():
     assert "must be a mapping of sections, found list" in refusal(text="[1]")
     assert "must be a mapping of sections, found NoneType" in refusal(text="")
     assert "x.yaml is not valid YAML" in refusal(text="a: [")
+
+
+@for_each(
+    ("text", "message"),
+    [
+        ("trainer: {seq_len: 16}\nmodel: {path: m}\ntrainer:\n  num_steps: 3\n", "'trainer' is on lines 1 and 3"),
+        ("trainer:\n  num_steps: 1\n  num_steps: 1\n", "'num_steps' is on lines 2 and 3"),
+        ("trainer: {loss: {kl_beta: 1, kl_beta: 2}}", "'kl_beta' is on line 1, twice"),
+        (
+            "reward:\n  functions:\n    - function: f\n      kwargs:\n        a: 1\n        'a': 2\n",
+            "'a' is on lines 5 and 6",
+        ),
+    ],
+)
+def test_a_key_that_is_written_twice_is_refused_with_both_lines(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(text, source="x.yaml")
+
+
+def test_an_anchor_may_be_merged_and_its_keys_replaced():
+    config = parse_config(MINIMAL + "checkpoint: &c {every_steps: 5, keep: 3}\nlease: {}\n")
+    merged = parse_config(MINIMAL + "checkpoint: {<<: &c {every_steps: 5, keep: 9}, keep: 3}\n")
+    assert merged.checkpoint == config.checkpoint
+    with pytest.raises(ConfigError, match=r"an alias \(\*\) stands within what it names"):
+        parse_config("trainer: &a [*a]\n")
+
+
+def test_a_section_without_keys_is_its_defaults():
+    text = MINIMAL.replace("trainer: {seq_len: 16}", "trainer:\n#  num_steps: 3\n").replace("max_req_tokens: 8", "")
+    assert parse_config(text).trainer == TrainerConfig()
+    assert parse_config(text, overrides=["trainer.loss.kl_beta=0.5", "lease="]).trainer.loss.kl_beta == 0.5
+    assert parse_config(text + "  lora:\n").trainer.lora is None  # off: not the defaults of a section that is on
+    assert "missing key 'model'" in refusal(text=text.replace("model: {path: m}", "model:"))
+    empty = "evaluation:\n  datasets:\ncheckpoint: ~\nlease: {running_s: }\nseed:\n"
+    assert parse_config(MINIMAL + empty) == parse_config(MINIMAL)
+    empty = MINIMAL.replace("function: sluice", "kwargs: , function: sluice")
+    assert parse_config(empty) == parse_config(MINIMAL)
+    assert "seed = None" in refusal("seed=null")  # a null that is written is none
+
+
+@for_each(
+    ("key", "written", "meant"),
+    [
+        ("trainer.packing", "off", "off"),
+        ("dataset.split", "no", "no"),
+        ("dataset.name", "1.0", "1.0"),
+        ("dataset.name", "true", "true"),
+        ("dataset.revision", "0123456", "0123456"),
+        ("dataset.revision", "1e5", "1e5"),
+        ("dataset.target_column", "2024-01-15", "2024-01-15"),
+        ("dataset.target_column", "null", None),
+        ("dataset.target_column", "'null'", "null"),
+        ("sampling.stop", "[no, 12:30, 1_0, ' x']", ("no", "12:30", "1_0", " x")),
+        ("dataset.shuffle", "off", False),
+        ("dataset.streaming", "Yes", True),
+        ("rollout.enforce_eager", "true", True),
+        ("trainer.learning_rate", "1e-5", 1e-5),
+        ("trainer.num_steps", "1_000", 1000),
+        ("trainer.lora", "~", None),
+        (
+            "reward.functions",
+            "[{function: f.g, kwargs: {a: off, b: 1e-5, c: 2024-01-15, d: false, e: '1e-5', f: 12:30, g: '08', h: 1.5, i: ~}}]",
+            {
+                "a": "off",
+                "b": 1e-5,
+                "c": "2024-01-15",
+                "d": False,
+                "e": "1e-5",
+                "f": "12:30",
+                "g": "08",
+                "h": 1.5,
+                "i": None,
+            },
+        ),
+    ],
+)
+def test_a_value_is_read_as_its_key_means_it(key, written, meant):
+    """In the file, in an override, and in the resolved config that a run stores."""
+    data = yaml.safe_load(MINIMAL)
+    section, _, name = key.partition(".")
+    data.setdefault(section, {})[name] = "@"
+    in_file = yaml.safe_dump(data).replace("'@'", written)
+    for config in (parse_config(in_file), parse_config(MINIMAL, overrides=[f"{key}={written}"])):
+        for read in (config, parse_config(config.to_yaml())):
+            value = getattr(getattr(read, section), name)
+            value = value[0].kwargs if name == "functions" else value
+            assert repr(value) == repr(meant)
+    assert yaml.safe_load(config.to_yaml()) == config.model_dump(mode="json")  # what other readers of YAML see
+
+
+@for_each(
+    ("override", "meant"),
+    [
+        ("dataset.target_delimiter=#### ", "#### "),
+        ("dataset.target_delimiter=' # '", " # "),
+        ("dataset.system_prompt=Answer: in one word # please", "Answer: in one word # please"),
+        ("dataset.target_column=", None),
+    ],
+)
+def test_an_override_of_a_text_is_the_text_as_it_stands(override, meant):
+    key = override.partition("=")[0].split(".")[1]
+    assert getattr(parse_config(MINIMAL, overrides=[override]).dataset, key) == meant
+
+
+@for_each(
+    "written",
+    [
+        "[sluice.workers.rewards.MathReward]",
+        "sluice.workers.rewards.MathReward",
+        "{function: sluice.workers.rewards.MathReward}",
+    ],
+)
+def test_a_plain_string_is_a_reward_function(written):
+    config = parse_config(MINIMAL, overrides=[f"reward.functions={written}"])
+    assert config == parse_config(MINIMAL) == parse_config(config.to_yaml())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (MINIMAL.encode("utf-16"), r"x\.yaml is not UTF-8 \(.*\): save it as UTF-8"),
+        (MINIMAL.encode("utf-16-le"), r"x\.yaml is not valid YAML: unacceptable character #x0000"),
+        (b"dataset: {path: caf\xe9}", r"x\.yaml is not UTF-8"),
+        (b"\xff", "is not UTF-8"),
+        (b"a: [" * 3000, "is not valid YAML: maximum recursion depth"),
+        (b"a: !!timestamp 2024-99-99", "is not valid YAML: month must be in"),
+        (
+            b"a: 'x\nb: 2\n",
+            "is not valid YAML: line 3, column 1: found unexpected end of stream while scanning a quoted",
+        ),
+    ],
+)
+def test_a_file_that_is_no_yaml_gives_one_paragraph(tmp_path, content, message):
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(tmp_path / "x.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_and_a_home_folder_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text(MINIMAL, encoding="utf-8-sig")
+    assert load_config("~/x.yaml").model == parse_config(MINIMAL).model
+
+
+def test_every_mistake_of_a_config_is_found_at_once(tmp_path):
+    (tmp_path / "x.yaml").write_text(MINIMAL)
+    overrides = [
+        "trainer.lerning_rate=3",
+        "seed=-1",
+        "sampling.group_size=1",
+        "sampling.temperature=0",
+        "trainer.seq_len=2",
+    ]
+    config, problems = examine(Config, tmp_path / "x.yaml", overrides)
+    assert config is not None and config.dataset.path == "d"
+    for found in (
+        "lerning_rate'; did you mean",
+        "seed = -1",
+        "group_size=1 gives",
+        "temperature=0 makes",
+        "seq_len = 2",
+    ):
+        assert sum(found in problem for problem in problems) == 1, found
+    config, problems = examine(Config, tmp_path / "x.yaml", ["model.path=3.0", "reward.aggregation=max", "dataset={}"])
+    assert config is None
+    assert [p.partition(":")[0] for p in problems] == ["missing key 'dataset.path'", "reward.aggregation = 'max'"]
+    overrides = [
+        "trainer.lora={target_modules: [[a], b]}",
+        "trainer.preset=grop",
+        "trainer.betas=[1]",
+        "sampling.stop=[{}]",
+    ]
+    config, problems = examine(Config, tmp_path / "x.yaml", overrides)
+    assert config is not None and config.trainer.lora is not None
+    for found in (
+        "did you mean 'grpo'",
+        "trainer.lora.target_modules",
+        "missing key 'trainer.betas.1'",
+        "sampling.stop.0 = {}",
+    ):
+        assert any(found in problem for problem in problems), found
+    message = refusal("trainer.seq_lenn=16", "dataset.max_req_tokens=4000")
+    assert message == "x.yaml: unknown key 'trainer.seq_lenn'; did you mean 'seq_len'?", (
+        "a run's error guesses no further"
+    )
 
 
 def test_an_unreadable_file_is_named(tmp_path):

@@ -213,7 +213,7 @@ def test_a_redis_that_is_full_or_away_is_a_cause_and_no_exception(
     found = now.cause()
     assert found.kind == "redis_full"
     assert "of maxmemory" in found.text
-    assert found in now.alarms()
+    wait_for(lambda: "redis_full" in [alarm.kind for alarm in now.alarms()], timeout=10, what="an alarm as well")
     own_redis.process.kill()
     own_redis.process.wait()
     assert now.cause().kind == "redis_unreachable"

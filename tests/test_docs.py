@@ -76,8 +76,8 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 PLACEHOLDERS = ("key", "trainer.lerning_rate")
 """`key=value`, and what the README shows an error with."""
-NO_METRICS = ("call", "heldout", "sluice")
-"""What else has a slash in the trainer's code: keys of the ranks' store, a set of the evaluation, a thread."""
+NO_METRICS = ("call", "extra", "heldout", "sluice")
+"""What else has a slash in the trainer's code: keys of the ranks' store, columns of a table, a set of an evaluation, a thread."""
 ALL_KEYS = {*keys_of(Config), *keys_of(SftConfig), "trainer.preset"}
 
 

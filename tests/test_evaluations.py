@@ -32,7 +32,7 @@ from sluice.common.ledger.scripts import Scripts
 from sluice.common.run import create_run
 from sluice.common.serialization import decode, encode
 from sluice.dashboard.evaluations import describe, list_evaluations
-from sluice.scripts.launcher.launch import preflight
+from sluice.scripts.launcher.preflight import preflight
 from sluice.workers.context import Context
 from sluice.workers.reward import RewardRole
 from sluice.workers.rewards.answers import read_answer

@@ -18,8 +18,9 @@ from sluice.common.config import Config, RewardFunction
 from sluice.common.config.file import load_config
 from sluice.common.errors import ConfigError, PolicyNotFound
 from sluice.common.keys import Keys
+from sluice.common.paths import with_absolute_paths
 from sluice.common.policies.store import PolicyStore
-from sluice.scripts.launcher.launch import preflight, with_absolute_paths
+from sluice.scripts.launcher.preflight import preflight
 from sluice.trainer.distributed.parallel import open_policy
 from sluice.trainer.step import train_on
 from sluice.workers.rewards.loading import load_reward_functions

@@ -130,5 +130,9 @@ def test_a_server_that_is_killed_hangs_or_is_interrupted_ends_with_its_roles_and
 
 def test_roles_that_must_not_load_torch_are_not_forked() -> None:
     config = make_config()
-    roles = [*(worker_role(config, queue, 0) for queue in QUEUES), trainer_role(config), dashboard_role(0)]
+    roles = [
+        *(worker_role(config, queue, 0) for queue in QUEUES),
+        trainer_role(config),
+        dashboard_role(listening=3, port=1, token=""),
+    ]
     assert {role.name for role in roles if not role.is_forked} == {"reward-0", "dashboard"}

@@ -16,7 +16,13 @@ from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.run import create_run
 
 REWARD = """
-import os, signal, sys, time
+import asyncio, os, signal, sys, time
+
+async def patient(completions, target, **kwargs):
+    if target[0] == "awaits":
+        await asyncio.sleep(1000)
+    await asyncio.sleep(0)
+    return [1.0 for _ in completions]
 
 def wild(prompts, completions, target, **kwargs):
     kind = target[0]
@@ -42,6 +48,7 @@ def wild(prompts, completions, target, **kwargs):
 """
 EXPECTED = {
     "sleeps": ("RewardError", "SoftTimeLimitExceeded"),
+    "awaits": ("RewardError", "reward function patient raised SoftTimeLimitExceeded"),
     "sleeps on": ("TimeLimitExceeded", "gave no answer within its time limit and was killed"),
     "raises": ("RewardError", "the grader is broken"),
     "leaves": ("WorkerLostError", "the scoring process exited"),
@@ -61,7 +68,7 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
     (tmp_path / "wild.py").write_text(REWARD)
     config = make_config(
         reward={
-            "functions": [{"function": f"{tmp_path / 'wild.py'}:wild"}],
+            "functions": [{"function": f"{tmp_path / 'wild.py'}:{name}"} for name in ("wild", "patient")],
             "time_limit_s": 3.2,  # killed 2 s later; Celery looks for dead children every 5 s at least
             "memory_limit_mib": 512,
             "concurrency": 3,

@@ -25,11 +25,14 @@ from harness import (
 from sluice.common.connections.client import connect
 from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.run import open_run
+from sluice.dashboard.samples import read_samples
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 BROKEN_FOR_SOME = """
-def grade(prompts, completions, target, **kwargs):
-    if target[0].endswith("1"):
+def grade(prompts, completions, target, log_metric, log_extra, trainer_state, **kwargs):
+    log_metric("characters", sum(map(len, completions)) / len(completions))
+    log_extra("left", [trainer_state.max_steps - trainer_state.global_step] * len(completions))
+    if target[0].endswith("1") and len(completions) > 2:  # not in the trial before the run
         raise RuntimeError("the grader is broken")
     return [float(f"<answer>{t}</answer>" in c) for c, t in zip(completions, target)]
 """
@@ -86,6 +89,10 @@ def test_workers_come_go_and_die_and_every_group_is_trained_once(tmp_path: Path,
     assert (counters.in_flight, counters.trained) == (0, steps * 8)
     assert {*counters.dead} == {"RewardError"}, "of 240 and more sums some end in 1; no death of a worker costs a group"
     assert_trained_once(folder, steps)
+    assert all(line["characters"] > 0 for line in metrics_of(folder) if "reward/mean" in line), "what rewards log"
+    with contextlib.closing(connect(redis_url)) as client:
+        (sample,) = read_samples(client, open_run(client, "roles").keys, count=1)
+    assert {c["extra"]["left"] for c in sample["completions"]} == {steps - sample["version"]}
 
 
 def test_a_worker_with_wrong_options_says_what_to_pass(tmp_path: Path, redis_url: str) -> None:

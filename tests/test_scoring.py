@@ -12,6 +12,7 @@ from builders import for_each
 
 from sluice.common.config import RewardFunction
 from sluice.common.errors import ConfigError, RewardError
+from sluice.common.serialization import decode, encode
 from sluice.common.types import Scores
 from sluice.workers.rewards.scoring import load_reward_functions, score_group
 
@@ -72,6 +73,15 @@ def spoils(prompts, completions, answers, **kwargs):
         answer.append("spoilt")
     return [float(len(prompt) + len(answer)) for prompt, answer in zip(prompts, answers)]
 
+def lazily(completions, **kwargs):
+    return (np.array([len(c)]) for c in completions)
+
+def lazily_fails(completions, **kwargs):
+    return (1 / 0 for c in completions)
+
+def rows(completions, **kwargs):
+    return [np.array([1, 2]), np.array([1, 2])]
+
 def arrays(completions, **kwargs):
     return np.array([1, 2], dtype=np.float32)
 
@@ -90,6 +100,49 @@ def fails(prompt, response, target):
 async def fails_async(completions, **kwargs):
     raise ZeroDivisionError("no denominator")
 
+# One client, semaphore or task for all groups, as a function that calls a service has it.
+LIMIT = asyncio.Semaphore(2)
+served = []
+
+async def limited(completions, **kwargs):
+    async def one(text):
+        async with LIMIT:
+            await asyncio.sleep(0.001)
+            return float(len(text))
+    served.append(asyncio.get_running_loop())
+    return await asyncio.gather(*map(one, completions))
+
+async def first_of_two_fails(prompt, response, target):
+    if response == "4":
+        raise ZeroDivisionError("no denominator")
+    async with LIMIT:
+        await asyncio.sleep(1000)
+
+# TRL's newer hooks, and annealing.
+def logs(completions, log_metric, log_extra, trainer_state, **kwargs):
+    log_metric("mean_length", np.float32(sum(map(len, completions)) / len(completions)))
+    log_extra("length", [len(text) for text in completions])
+    log_extra("object", [object, 2**70])
+    log_extra("odd", [float("nan"), "\\ud800"])
+    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
+
+async def logs_async(completions, log_metric, log_extra, **kwargs):
+    for text in completions:
+        log_metric("mean_length", 0)
+        log_extra("kind", ["short"])
+    return [0.0 for _ in completions]
+
+def logs_too_few(completions, log_extra, **kwargs):
+    log_extra("length", [1])
+    return [0.0 for _ in completions]
+
+def logs_an_evaluation(completions, log_metric, **kwargs):
+    log_metric("eval/heldout/version", 1)
+    return [0.0 for _ in completions]
+
+def huge(completions, **kwargs): return [1e39, 1.0]
+def huge_int(completions, **kwargs): return [10**5000, 1.0]
+def nearly_huge(completions, **kwargs): return [3e38, 1.0]
 def too_few(completions, **kwargs): return [1.0]
 def text(completions, **kwargs): return ["good", 1.0]
 def not_a_number(completions, **kwargs): return [float("nan"), 1.0]
@@ -126,7 +179,7 @@ def score(*functions: str | RewardFunction, file: str = "", aggregation: Any = "
         "completion_ids": [[7], [8, 9]],
         "target": "4",
         "columns": {"ground_truth": "4", "level": 3},
-        "trainer_state": {"global_step": 12},
+        "trainer_state": {"global_step": 12, "max_steps": 48},
     }
     return score_group(load_reward_functions(entries), aggregation=aggregation, **{**defaults, **group})
 
@@ -157,6 +210,7 @@ SCORED: list[tuple[list[str], dict[str, Any], list[float | None]]] = [
     (["never"], {}, [None, None]),  # a sample to which nothing applies is unscorable
     (["never", "only_short"], {"aggregation": "sum"}, [1.0, None]),
     (["arrays"], {}, [1.0, 2.0]),
+    (["lazily"], {}, [1.0, 4.0]),
     (["scalars"], {}, [1.5, 1.0]),
     (["by_step"], {}, [12.0, 12.0]),
 ]
@@ -176,6 +230,7 @@ def test_trl_functions_get_columns_as_lists(rewards_py: str) -> None:
     score("records", file=rewards_py, columns={"level": 3, "answer": "so it is #### 4", "prompt": "not a column"})
     seen = globals_of(rewards_py)["seen"]
     assert seen.pop("trainer_state").global_step == 12
+    assert callable(seen.pop("log_metric")) and callable(seen.pop("log_extra"))
     assert seen == {
         "prompts": ["2 + 2?"] * 2,
         "completions": ["4", "five"],
@@ -240,7 +295,13 @@ def test_modules_of_the_working_directory_are_importable(rewards_py: str, monkey
         ("too_few", "too_few returned 1 rewards for 2 completions"),
         ("text", "text returned str 'good', which is neither"),
         ("not_a_number", "not_a_number returned nan"),
+        ("lazily_fails", r"lazily_fails raised ZeroDivisionError: division by zero \(.*my_rewards.py:"),
+        ("rows", "rows raised ValueError: can only convert"),
         ("infinite", "infinite returned -inf"),
+        ("huge", r"huge returned 1e\+39: a reward is a float32, from -3.403e\+38 to 3.403e\+38"),
+        ("huge_int", r"huge_int returned .*: a reward is a float32"),
+        ("logs_too_few", r"log_extra\('length', ...\) was given 1 values for 2 completions"),
+        ("logs_an_evaluation", r"raised ValueError: log_metric\('eval/heldout/version'"),
         ("a_number", "a_number returned float 1.0, expected a list of 2"),
         ("spoils", r"spoils raised TypeError.*'answers'"),  # a column that the dataset lacks
     ],
@@ -249,6 +310,64 @@ def test_a_failing_function_is_an_error_and_never_a_score(rewards_py: str, name:
     with pytest.raises(RewardError, match=message) as caught:
         score("strict", name, file=rewards_py)
     assert ("raised" in message) == isinstance(caught.value.__cause__, Exception)
+
+
+def test_an_error_names_the_line_of_the_users_file(rewards_py: str) -> None:
+    line = FUNCTIONS.splitlines().index("async def fails_async(completions, **kwargs):") + 2
+    with pytest.raises(RewardError, match=rf"no denominator \(.*{rewards_py}:{line}\)"):
+        score("fails_async", file=rewards_py)
+
+
+def test_a_sum_beyond_float32_is_an_error_as_well(rewards_py: str) -> None:
+    again = RewardFunction(function=f"{rewards_py}:nearly_huge", name="again")
+    assert score("nearly_huge", file=rewards_py).reward == [3e38, 1.0]
+    with pytest.raises(RewardError, match=r"the reward functions together returned 6e\+38"):
+        score("nearly_huge", again, file=rewards_py, aggregation="sum")
+
+
+def test_all_groups_of_a_process_share_one_event_loop(rewards_py: str) -> None:
+    many = {"completions": ["x" * n for n in range(8)], "completion_ids": [[1]] * 8}
+    for _ in range(3):  # a semaphore that has waited belongs to its loop
+        assert score("limited", file=rewards_py, **many).reward == [float(n) for n in range(8)]
+        score("runs_its_own_loop", file=rewards_py)
+        with pytest.raises(RewardError, match="no denominator"):
+            score("first_of_two_fails", file=rewards_py, completions=["4", "5", "6", "7"], completion_ids=[[1]] * 4)
+    assert len(set(globals_of(rewards_py)["served"])) == 1
+
+
+def test_what_functions_log_is_part_of_the_scores(rewards_py: str) -> None:
+    scores = score("logs", "logs_async", file=rewards_py)
+    assert scores.by_function["logs"] == [0.25, 0.25]
+    assert scores.metrics == {"mean_length": (2.5, 3)}
+    assert scores.extra == {
+        "length": [1, 4],
+        "object": ["<class 'object'>", str(2**70)],
+        "odd": ["nan", "?"],
+        "kind": ["short", "short"],
+    }
+    assert Scores(**decode(encode(scores.to_wire()))).extra == scores.extra
+
+
+@for_each(
+    ("function", "columns", "message"),
+    [
+        (
+            "matches_ground_truth",
+            ["ground_truths"],
+            "takes ground_truth, but the columns are ground_truths: did you mean",
+        ),
+        ("strict", [], None),
+        ("logs", [], None),
+        ("async_per_sample", [], None),
+        ("spoils", ["x"], "takes answers, but the columns are x: rename one of them"),
+    ],
+)
+def test_a_column_that_a_function_needs_and_the_dataset_lacks_is_named(
+    rewards_py: str, function: str, columns: list[str], message: str | None
+) -> None:
+    (reward,) = load_reward_functions([RewardFunction(function=f"{rewards_py}:{function}")])
+    found = reward.missing(columns, has_target=True)
+    assert found is None if message is None else message in str(found)
 
 
 @for_each(

@@ -30,7 +30,8 @@ DTYPES = ["?", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8"]
 PLAIN = (
     st.none()
     | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
+    | st.integers(-(10**80), 10**80)
+    | st.sampled_from([2**63, 2**64, -(2**63) - 1, 2**71 - 1, 2**71, -(2**71), 10**4300 - 1])
     | st.floats()
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     | st.binary(max_size=20)
@@ -95,7 +96,7 @@ def test_numpy_scalars_become_plain_numbers_and_tuples_lists():
     assert_same(decode(encode(value)), {"a": 0.5, "b": 3, "c": [1, [2]], "d": True})
 
 
-NO_WIRE_FORM = [object(), {1, 2}, 1 + 2j, 2**64, "\ud800", np.array([object()]), np.array(["text"]), np.array([1j])]
+NO_WIRE_FORM = [object(), {1, 2}, 1 + 2j, 10**4400, "\ud800", np.array([object()]), np.array(["text"]), np.array([1j])]
 NO_WIRE_FORM += [np.array(["2026-01-01"], "datetime64[D]"), np.zeros(1, [("a", "i4")]), np.longdouble(1)]
 
 
@@ -127,6 +128,10 @@ def test_values_nested_without_end_are_refused():
         (b"SL\x01\x81\x01\x02", "damaged"),
         (b"SL\x01" + b"\x91" * 100_000 + b"\xc0", "damaged"),
         (b"SL\x01" + msgpack.packb(msgpack.ExtType(7, b"x")), "unknown extension type 7"),
+        (
+            b"SL\x01" + msgpack.packb(msgpack.ExtType(2, bytes(2000))),
+            "unknown extension type 2",
+        ),  # could not be printed
         (b"SL\x01" + msgpack.packb(msgpack.ExtType(1, b"x")), "damaged"),
     ],
 )

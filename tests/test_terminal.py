@@ -6,7 +6,6 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,9 +53,10 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_ctrl_c_before_anything_has_started_says_nothing(tmp_path: Path, config: Path) -> None:
-    for wait_s in (0.15, 0.4, 1.5):
+    for library in ("pydantic_core", "libtorch_python"):  # the imports of the command, and of what it forks
         terminal = Terminal(*SLUICE, "run", str(config), cwd=tmp_path)
-        time.sleep(wait_s)
+        maps = Path(f"/proc/{terminal.pid}/maps")
+        wait_for(lambda maps=maps, library=library: library in maps.read_text(), timeout=60, what=library)  # type: ignore[misc]
         terminal.press_ctrl_c()
         assert terminal.exit_code() == 130
         assert "Traceback" not in terminal._read()

@@ -37,6 +37,7 @@ class CompletionsTable:
 
         rows = [row for group, values in zip(groups, advantages, strict=True) for row in _rows(step, group, values)]
         types = {name: "int64" if name in _INTEGERS else "string" if name in _TEXTS else "float64" for name in rows[0]}
+        types |= {name: "string" for row in rows for name in row if name.startswith("extra/")}
         schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in types.items()])
         path = self._folder / f"step-{step:06d}.parquet"
         temporary = path.with_suffix(".tmp")
@@ -78,6 +79,7 @@ def _rows(step: int, group: Group, advantages: list[float]) -> list[dict[str, An
                 "num_tokens": len(completion.token_ids),
                 "generated_at": group.timestamps.get("rollout"),
                 **{f"reward/{name}": score for name, score in episode.rewards.items()},
+                **{f"extra/{name}": str(value) for name, value in episode.extra.items()},
             }
         )
     return rows

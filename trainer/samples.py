@@ -85,6 +85,7 @@ def _sample(
                 "policy_versions": episode.completion.policy_versions,
                 "reward": episode.reward,
                 "rewards": episode.rewards,
+                "extra": episode.extra,
                 "advantage": advantage,
                 "finish_reason": episode.completion.finish_reason,
                 "tokens": len(episode.completion.token_ids),

@@ -74,8 +74,10 @@ class Reporter:
         """Report one step. Evaluations in it are marked last: after a kill before that, the next trainer reports them."""
         if dropped := sum(tracker.dropped for tracker in self._trackers):
             metrics = metrics | {"trackers/dropped": float(dropped)}
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         line: dict[str, float] = {"step": step, "version": version, "time": time.time()}
+        # a reward function may log any name
+        metrics = {name: value for name, value in metrics.items() if name not in line}
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         write_metrics(self._client, self._run.keys, line | metrics, max_length=self._run.config.metrics.stream_length)
         append_line(self._path, line | finite)
         for tracker in self._trackers:
@@ -130,11 +132,11 @@ def _last_logged(path: Path) -> tuple[int, int]:
 
 
 def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
-    """Return rewards, lengths and ages of one batch."""
+    """Return rewards, lengths and ages of one batch, and the means of what reward functions logged."""
     episodes = [episode for group in groups for episode in group.episodes]
     rewards = [e.reward for e in episodes if e.reward is not None]
     lengths = [len(e.completion.token_ids) for e in episodes]
-    metrics = {
+    metrics = _logged_means(groups) | {
         "reward/mean": fmean(rewards) if rewards else math.nan,
         "reward/std": pstdev(rewards) if rewards else math.nan,
         "frac_reward_zero_std": fmean(not has_reward_variance(e.reward for e in g.episodes) for g in groups),
@@ -154,6 +156,14 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
     for age, count in Counter(ages).items():
         metrics[f"policy_age/{age}"] = count
     return metrics
+
+
+def _logged_means(groups: list[Group]) -> dict[str, float]:
+    logged: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for group in groups:
+        for name, sums in group.metrics.items():
+            logged[name].append(sums)
+    return {name: sum(s for s, _ in sums) / sum(n for _, n in sums) for name, sums in logged.items()}
 
 
 def token_age(client: redis.Redis, keys: Keys, groups: list[Group], *, current: int) -> float:

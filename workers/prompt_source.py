@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sluice.common.config import DatasetConfig
-from sluice.common.data.prompt_reader import PromptReader, plain
+from sluice.common.data.prompt_reader import PromptReader
 from sluice.common.errors import ConfigError
 
 
@@ -54,13 +54,17 @@ class PromptSource(PromptReader[DatasetConfig]):
             prompt_ids=np.asarray(prompt_ids, dtype=np.int32),
             prompt=prompt,
             target=None if self._config.target_column is None else self._target(row, where),
-            columns={name: plain(value) for name, value in row.items() if name != self._config.prompt_column},
+            columns={name: self.value(row, name, where) for name in row if name != self._config.prompt_column},
         )
+
+    def first_prompt(self) -> Prompt | None:
+        """Return the first prompt that is not too long; None where the first 64 are. Raises ConfigError."""
+        return next((each for each in map(self.prompt_at, range(64)) if isinstance(each, Prompt)), None)
 
     def _target(self, row: dict[str, Any], where: str) -> str:
         """Return the target's text; of a number or a list, its JSON."""
         value = self.cell(row, "target_column", where)
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         delimiter = self._config.target_delimiter
         if delimiter is None:
             return text

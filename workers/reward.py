@@ -10,7 +10,6 @@ import contextlib
 import logging
 import multiprocessing
 import re
-import resource
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from sluice.common.serialization import decode, encode
 from sluice.common.types import has_reward_variance
 from sluice.workers.context import Context, Result
 from sluice.workers.rewards.answers import evaluation_fields
-from sluice.workers.rewards.scoring import LoadedReward, load_reward_functions, score_group
+from sluice.workers.rewards.scoring import LoadedReward, limit_memory, load_reward_functions, score_group
 
 log = logging.getLogger("sluice.reward")
 
@@ -119,12 +118,7 @@ class RewardRole:
         """Set up a new child: its own connections, its own name in claims, and its memory limit."""
         self.context = Context.open(app, role)
         self._shared_stats.join()
-        limit_mib = self.context.run.config.reward.memory_limit_mib
-        if limit_mib is not None:
-            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-            limit = limit_mib << 20
-            if hard == resource.RLIM_INFINITY or limit < hard:  # else the machine's own limit is tighter
-                resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        limit_memory(self.context.run.config.reward.memory_limit_mib)
         with contextlib.suppress(OSError):  # where supported, the kernel kills this child before any other process
             Path("/proc/self/oom_score_adj").write_text("1000")
 
@@ -166,7 +160,10 @@ class RewardRole:
             completion_ids=[c["token_ids"].tolist() for c in completions],
             target=task["target"],
             columns=task["columns"],
-            trainer_state={"global_step": int(claim.fields["version"] or 0)},
+            trainer_state={
+                "global_step": int(claim.fields["version"] or 0),
+                "max_steps": self.context.run.config.trainer.num_steps,
+            },
         )
         payload = scores.to_wire()
         if evaluation := claim.fields["eval"]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from sluice.common.config import Config
 from sluice.common.config.presets import apply_preset
+from sluice.common.config.schema import INSPECTION
 from sluice.common.config.sft import SftConfig
+from sluice.common.config.yaml_text import Scalar, as_meant, load_yaml
 from sluice.common.errors import ConfigError, did_you_mean
+from sluice.common.paths import expanded
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
@@ -31,11 +36,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def load_as(kind: type[AnyConfig], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyConfig:
     """Do the same as `parse_as`, from a file."""
+    return parse_as(kind, read_text(path), overrides=overrides, source=str(path), folder=expanded(path).parent)
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a config file. Raises ConfigError."""
     try:
-        text = Path(path).read_text()
+        return expanded(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from None
-    return parse_as(kind, text, overrides=overrides, source=str(path), folder=Path(path).parent)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
 
 
 def parse_as(
@@ -50,40 +61,101 @@ def parse_as(
 
     folder: that of the file, which is the `code_folder` of a run unless it names another.
     """
+    data, problems = _data_of(kind, text, overrides, source, folder)
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{source} must be a mapping of sections, found {type(data).__name__}")
+        config = kind.model_validate(data)
+    except ValidationError as error:
+        problems += [_explain(each, kind) for each in error.errors()]
+    if problems:
+        raise ConfigError(f"{source}: " + "; ".join(problems))
+    return config
+
+
+def examine(
+    kind: type[AnyConfig], path: str | Path, overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[AnyConfig | None, list[str]]:
+    """Do the same as `load_as`, but return every problem, and a config without the keys that are wrong if there is one.
+
+    Raises ConfigError where the file is not YAML.
+    """
+    data, found = _data_of(kind, read_text(path), overrides, str(path), expanded(path).parent)
+    problems = dict.fromkeys(found)
+    removed: set[tuple[Any, ...]] = set()
+    context = None
+    while True:
+        try:
+            return kind.model_validate(data, context=context), list(problems)
+        except ValidationError as error:
+            errors = [e for e in error.errors() if e["loc"] not in removed]  # of these the removal is to blame
+        problems |= dict.fromkeys(_explain(e, kind) for e in errors)
+        places = {_key_at(data, e["loc"]) for e in errors} - {()}
+        if not places and (context is INSPECTION or any(e["loc"] for e in errors)):
+            return None, list(problems)
+        context = None if places else INSPECTION  # what is left to refuse is how the sections fit
+        for *parents, key in places:
+            with suppress(KeyError):  # gone with its section
+                del functools.reduce(operator.getitem, parents, data)[key]
+        removed |= places
+
+
+def _data_of(
+    kind: type[BaseModel], text: str, overrides: list[str] | tuple[str, ...], source: str, folder: Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what a file and overrides say, preset and code folder applied; and what is wrong with the preset."""
+    data = _read(text, source)
     for override in overrides:
         _apply_override(data, override)
     try:
-        if kind is Config:
+        data = as_meant(data, kind)
+    except RecursionError:
+        raise ConfigError(f"{source}: an alias (*) stands within what it names, without end") from None
+    problems = []
+    if kind is Config:
+        try:
             apply_preset(data)
-            if folder is not None:
-                data["code_folder"] = str((folder / str(data.get("code_folder") or ".")).resolve())
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        except ConfigError as error:
+            problems.append(str(error))
+        if folder is not None:
+            data["code_folder"] = str((folder / expanded(str(data.get("code_folder") or "."))).resolve())
+    return data, problems
+
+
+def _key_at(data: Any, location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the path of the innermost key of the data that a validation error is about; () of none."""
+    path: tuple[Any, ...] = ()
+    for i, part in enumerate(location, 1):
+        if isinstance(data, dict) and part in data:
+            path = location[:i]
+        elif not (isinstance(data, list) and part in range(len(data))):
+            break
+        data = data[part]
+    return path
+
+
+def _read(text: str, source: str) -> dict[str, Any]:
     try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(e, kind) for e in error.errors())) from None
+        data = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} must be a mapping of sections, found {type(as_meant(data)).__name__}")
+    return data
 
 
 def read_run_config(run_folder: Path) -> Config:
     """Return the config that a run folder holds. Raises ConfigError."""
-    return load_config(_config_file(run_folder))
+    return load_config(config_file(run_folder))
 
 
 def read_training_config(run_folder: Path) -> Config | SftConfig:
     """Do the same as `read_run_config`, also for a folder that `sluice sft` made. Raises ConfigError."""
-    path = _config_file(run_folder)
-    is_run = "reward" in yaml.safe_load(path.read_text())
+    path = config_file(run_folder)
+    is_run = "reward" in _read(read_text(path), str(path))
     return load_as(Config, path) if is_run else load_as(SftConfig, path)
 
 
-def _config_file(run_folder: Path) -> Path:
+def config_file(run_folder: Path) -> Path:
+    """Return the file of a run folder's config. Raises ConfigError where there is none."""
     path = run_folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_folder} is not a run folder: it holds no config.yaml")
@@ -96,14 +168,21 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
     *sections, last = key.strip().split(".")
     for section in sections:
-        child = data.setdefault(section, {})
+        child = data.get(section)
+        if isinstance(child, Scalar) and child.value is None:  # every key of the section is a comment
+            child = None
+        child = data[section] = {} if child is None else child
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {section} is not a section (a list is set as a whole, as YAML)")
         data = child
     try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        parsed = load_yaml(value)
+    except ValueError as error:
         raise ConfigError(f"override {override!r}: {error}") from None
+    if isinstance(parsed, Scalar):
+        parsed = parsed.value
+    is_quoted = value.lstrip().startswith(("'", '"'))
+    data[last] = parsed if is_quoted else Scalar(parsed, value)  # of text, also blanks and # are part
 
 
 _RENAMED = {"is_weight": "importance_sampling", "is_low": "importance_min", "is_high": "importance_max"}

@@ -7,18 +7,23 @@ Derived values are properties. Importing this module loads neither torch nor tra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sluice.common.config.evaluation import EvalScores
 from sluice.common.config.operations import AutoscaleConfig, DashboardConfig, MetricsConfig, ReplicasConfig
 from sluice.common.config.trainer import DType, Section, TrainerConfig
+from sluice.common.config.yaml_text import dump_yaml
+from sluice.common.paths import PathKind
+
+INSPECTION = {"purpose": "inspection"}
+"""Validation context in which a config is made although its sections do not fit together: to look for its other mistakes."""
 
 
 class ModelConfig(Section):
-    path: str
+    path: Annotated[str, PathKind.SOURCE]
     """Hub id (`Qwen/Qwen3-1.7B`) or folder with config.json, weights and tokenizer."""
     revision: str | None = None
     """Hub revision; none = the hub's default branch."""
@@ -27,8 +32,8 @@ class ModelConfig(Section):
 class PromptConfig(Section):
     """A dataset and its prompts: what RL and supervised training read alike."""
 
-    path: str
-    """Hub id (`openai/gsm8k`), or a local .jsonl, .json, .parquet file or folder of them."""
+    path: Annotated[str, PathKind.SOURCE]
+    """Hub id (`openai/gsm8k`), or a local .jsonl, .json, .csv, .tsv, .parquet, .arrow file or folder of them."""
     name: str | None = None
     """Hub configuration name (`main` of gsm8k)."""
     revision: str | None = None
@@ -117,7 +122,7 @@ class ReferenceConfig(Section):
 
 
 class RewardFunction(Section):
-    function: str
+    function: Annotated[str, PathKind.FUNCTION]
     """Dotted path (`sluice.workers.rewards.MathReward`, `mypkg.rewards:brevity`) or file (`rewards.py:brevity`)."""
     name: str | None = None
     """Name in metrics; none = the function's or class' own name."""
@@ -126,10 +131,15 @@ class RewardFunction(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of a class, which is called once; of a function, with every call."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_its_path(cls, value: Any) -> Any:
+        return {"function": value} if isinstance(value, str) else value
+
 
 class RewardConfig(Section):
     functions: tuple[RewardFunction, ...] = Field(min_length=1)
-    """One or more reward functions."""
+    """One or more reward functions; a plain string is the path of one."""
     aggregation: Literal["mean", "sum"] = "mean"
     """`mean`: unweighted mean of those that apply (the tutorial's rule); `sum`: weighted sum."""
     time_limit_s: float = Field(default=10.0, gt=0)
@@ -138,6 +148,11 @@ class RewardConfig(Section):
     """Processes per reward worker."""
     memory_limit_mib: int | None = Field(default=4096, ge=128)
     """MiB that a scoring process may allocate (RLIMIT_DATA); none = no limit."""
+
+    @field_validator("functions", mode="before")
+    @classmethod
+    def _may_be_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, dict)) else value
 
     @model_validator(mode="after")
     def _weights_have_an_effect(self) -> RewardConfig:
@@ -172,7 +187,7 @@ class CheckpointConfig(Section):
 class PolicyStoreConfig(Section):
     transport: Literal["directory", "redis"] = "directory"
     """`directory`: safetensors under `path`, which trainer and workers share. `redis`: chunks in Redis, where they cannot."""
-    path: str | None = None
+    path: Annotated[str | None, PathKind.FOLDER] = None
     """Folder of the directory transport; none = /dev/shm/sluice-<user id> (this machine only)."""
     keep: int = Field(default=4, ge=2)
     """Newest versions kept; the base version, versions that an evaluation needs, and the bases of deltas stay as well."""
@@ -216,9 +231,9 @@ class Config(Section):
 
     seed: int = Field(default=0, ge=0)
     """Seed of the permutation, of sampling noise and of initialisation."""
-    output_dir: str = "runs"
+    output_dir: Annotated[str, PathKind.FOLDER] = "runs"
     """Run folders are made under it."""
-    code_folder: str | None = None
+    code_folder: Annotated[str | None, PathKind.FOLDER] = None
     """Where functions named by a dotted path (`reward.functions`, `trainer.loss.loss`) are found, if they are not installed;
     none = the folder of the config file."""
     model: ModelConfig
@@ -272,7 +287,13 @@ class Config(Section):
         return self.trainer.max_refill * self.groups_per_step
 
     @model_validator(mode="after")
-    def _fits(self) -> Config:
+    def _fits(self, info: ValidationInfo) -> Config:
+        problems = [*self._over_limits(), *self._without_effect(), *self._unfit_evaluation()]
+        if problems and info.context is not INSPECTION:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _over_limits(self) -> Iterator[str]:
         max_res_tokens, overlong = self.sampling.max_res_tokens, self.trainer.overlong_penalty
         longest = "dataset.max_req_tokens + sampling.max_res_tokens", self.dataset.max_req_tokens + max_res_tokens
         shortest = "sampling.min_tokens", self.sampling.min_tokens
@@ -284,38 +305,34 @@ class Config(Section):
             (buffer, "sampling.max_res_tokens", max_res_tokens, ": every completion would be penalised"),
         ):
             if limit is not None and value > limit:
-                raise ValueError(f"{name} = {value} exceeds {bound} = {limit}{hint}")
+                yield f"{name} = {value} exceeds {bound} = {limit}{hint}"
+
+    def _without_effect(self) -> Iterator[str]:
         if self.sampling.group_size == 1:
-            raise ValueError(
+            yield (
                 "sampling.group_size=1 gives every completion an advantage of 0, so nothing would be learned: "
                 "use 2 or more (8 is usual)"
             )
         if self.sampling.temperature == 0:
-            raise ValueError(
-                "sampling.temperature=0 makes all completions of a group equal, so nothing would be learned: use 1.0"
-            )
+            yield "sampling.temperature=0 makes all completions of a group equal, so nothing would be learned: use 1.0"
+
+    def _unfit_evaluation(self) -> Iterator[str]:
         if endless := [e.name for e in self.evaluation.datasets if e.dataset.streaming and e.num_prompts is None]:
-            raise ValueError(f"evaluation.datasets {endless}: a streaming set needs num_prompts")
+            yield f"evaluation.datasets {endless}: a streaming set needs num_prompts"
         names = [e.name for e in self.evaluation.datasets]
         if len(set(names)) != len(names):
-            raise ValueError(f"evaluation.datasets: names must differ, got {names}")
-        return self
-
-    @model_validator(mode="after")
-    def _best_is_evaluated(self) -> Config:
+            yield f"evaluation.datasets: names must differ, got {names}"
         best = self.checkpoint.keep_best
         known = [f"{e.name}/{score}" for e in self.evaluation.datasets for score in e.scores]
         if best is not None and best not in known:
-            raise ValueError(
-                f"checkpoint.keep_best = {best!r} is not a score of evaluation.datasets: use one of {', '.join(known) or 'none'}"
-            )
-        if best is not None and self.evaluation.every_steps == 0:
-            raise ValueError(
+            choice = ", ".join(known) or "none"
+            yield f"checkpoint.keep_best = {best!r} is not a score of evaluation.datasets: use one of {choice}"
+        elif best is not None and self.evaluation.every_steps == 0:
+            yield (
                 f"checkpoint.keep_best = {best!r} has nothing to compare with evaluation.every_steps=0: set how often "
                 "to evaluate"
             )
-        return self
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML, with every default."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump_yaml(self.model_dump(mode="json"))

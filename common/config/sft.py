@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import yaml
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from sluice.common.config import ModelConfig, PromptConfig
 from sluice.common.config.trainer import Section, TrainerConfig
+from sluice.common.config.yaml_text import dump_yaml
+from sluice.common.paths import PathKind
 
 RL_ONLY = (
     "num_iterations", "advantage", "filter_zero_variance", "max_refill", "loss", "objective", "mask_truncated",
@@ -48,7 +51,7 @@ class SftConfig(Section):
 
     seed: int = Field(default=0, ge=0)
     """Seed of the order of the examples, and of dropout."""
-    output_dir: str = "runs"
+    output_dir: Annotated[str, PathKind.FOLDER] = "runs"
     """Run folders are made under it."""
     model: ModelConfig
     """The model to begin with."""
@@ -84,4 +87,4 @@ class SftConfig(Section):
     def to_yaml(self) -> str:
         """Return the resolved config as YAML, with every default."""
         data = self.model_dump(mode="json", exclude={"trainer": set(RL_ONLY)})
-        return yaml.safe_dump(data, sort_keys=False)
+        return dump_yaml(data)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from sluice.common.errors import did_you_mean
 from sluice.common.loading import is_function_path
+from sluice.common.paths import PathKind
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -33,8 +34,10 @@ def _known_or_path(known: tuple[str, ...], name: object) -> object:
     return name
 
 
-Loss = Annotated[LossName | str, BeforeValidator(partial(_known_or_path, get_args(LossName)))]
-Advantage = Annotated[AdvantageName | str, BeforeValidator(partial(_known_or_path, get_args(AdvantageName)))]
+Loss = Annotated[LossName | str, PathKind.FUNCTION, BeforeValidator(partial(_known_or_path, get_args(LossName)))]
+Advantage = Annotated[
+    AdvantageName | str, PathKind.FUNCTION, BeforeValidator(partial(_known_or_path, get_args(AdvantageName)))
+]
 
 
 class LossConfig(Section):
@@ -170,7 +173,7 @@ class TrainerConfig(Section):
     trained, with advantage 0, until the batch is sampled."""
     loss: LossConfig = LossConfig()
     """Policy loss."""
-    objective: str | None = None
+    objective: Annotated[str | None, PathKind.FUNCTION] = None
     """A function of your own in place of the whole policy loss, aggregation and KL included; none = the policy loss."""
     mask_truncated: bool = False
     """Keep completions that ran into max_res_tokens out of the loss; their rewards still count for the group's baseline."""

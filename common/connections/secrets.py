@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from sluice.common.errors import ConfigError
+from sluice.common.paths import expanded
 
 
 def secret(name: str) -> str | None:
@@ -20,7 +20,7 @@ def secret(name: str) -> str | None:
     if not file:
         return value or None
     try:
-        content = Path(file).read_text().strip()
+        content = expanded(file).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(f"{name}_FILE={file} cannot be read: {reason}") from None

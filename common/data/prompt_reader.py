@@ -1,10 +1,11 @@
 """Dataset rows by cursor, their cells as JSON values, and prompts as token ids: what RL and supervised training read alike.
 
-Images, audio, video and binary columns are left out; dates and decimals become text.
+Columns of images, audio, video and bytes are left out, and the log names them; dates and decimals become text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sluice.common.config import PromptConfig
@@ -16,19 +17,30 @@ if TYPE_CHECKING:
 
 AnyPromptConfig = TypeVar("AnyPromptConfig", bound=PromptConfig)
 
+MAX_DEPTH = 100
+"""Of lists and objects in a cell: msgpack and JSON have bounds of their own, some hundred more."""
+
 
 class PromptReader(Generic[AnyPromptConfig]):
     """Rows by cursor, and their cells. Not thread-safe."""
 
     def __init__(
-        self, config: AnyPromptConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, section: str = "dataset"
+        self, config: AnyPromptConfig, tokenizer: PreTrainedTokenizerBase | None, *, seed: int, section: str = "dataset"
     ) -> None:
-        """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty."""
+        """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty.
+
+        tokenizer: none = rows and cells only.
+        """
         self._config = config
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
         self._section = section
         self._source = f"{section}.path = {config.path!r}"
         self._rows = open_rows(config, seed=seed, section=section)
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """Columns that no row has here, since they hold images, audio or bytes."""
+        return self._rows.left_out
 
     @property
     def num_rows(self) -> int | None:
@@ -47,17 +59,43 @@ class PromptReader(Generic[AnyPromptConfig]):
         """Return the row that the cursor names, and its location in words."""
         return self._rows.row_at(cursor)
 
+    def check_columns(self) -> None:
+        """Check that the first row has every column that the config names. Raises ConfigError, which names all it lacks."""
+        row, where = self.row_at(0)
+        problems = []
+        for key in type(self._config).model_fields:
+            if key.endswith("_column") and getattr(self._config, key) is not None:
+                try:
+                    self.cell(row, key, where)
+                except ConfigError as error:
+                    problems.append(str(error))
+        if problems:
+            raise ConfigError("; ".join(problems))
+
     def cell(self, row: dict[str, Any], key: str, where: str) -> Any:
         """Return the value of the column that the config key names; never None. Raises ConfigError."""
         column = getattr(self._config, key)
+        if column in self.left_out:
+            raise ConfigError(
+                f"{self._section}.{key} = {column!r}: in {self._source} it is images, audio or bytes, not text"
+            )
         if column not in row:
             hint = did_you_mean(column, row) or f"set {self._section}.{key} to one of them"
             raise ConfigError(
-                f"{self._section}.{key} = {column!r}: {self._source} has the columns {', '.join(row)}; {hint}"
+                f"{self._section}.{key} = {column!r}: {self._source}, {where}, has the columns {', '.join(row)}; {hint}"
             )
         if row[column] is None:
             raise ConfigError(f"{self._source}, {where}: column {column!r} ({key}) is null; fill in or remove that row")
-        return plain(row[column])
+        return self.value(row, column, where)
+
+    def value(self, row: dict[str, Any], column: str, where: str) -> Any:
+        """Return the value of a column in the types of JSON. Raises ConfigError where it has none in them."""
+        try:
+            return _plain(row[column])
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{self._source}, {where}: column {column!r}: {error}; correct or remove that row"
+            ) from None
 
     def prompt_ids(self, prompt: Any, where: str) -> list[int]:
         """Return token ids of a prompt: by the chat template where it is wanted and exists, as plain text otherwise."""
@@ -103,12 +141,19 @@ class PromptReader(Generic[AnyPromptConfig]):
         return prompt
 
 
-def plain(value: Any) -> Any:
-    """Return the value in the types of JSON and msgpack."""
-    if value is None or isinstance(value, (str, bool, int, float)):
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Return the value in the types of JSON and msgpack. Raises ValueError."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair, which JSON can spell, is in no text that a tokenizer or Redis takes
+        return value
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {_plain(str(key)): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, (bytes, bytearray)):
+        raise ValueError("bytes have no form in JSON")
     return str(value)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sluice.common.errors import ConfigError
+from sluice.common.paths import HUB_ID, cache_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,10 +78,17 @@ def read_assets(path: str, *, revision: str | None = None) -> ModelAssets:
 @contextmanager
 def explained(path: str) -> Iterator[None]:
     """Turn an error while reading a model folder into a ConfigError of one paragraph."""
+    if not Path(path).exists() and not HUB_ID.fullmatch(path):
+        raise ConfigError(
+            f"model.path = {path!r}: there is no such folder (relative paths start at {Path.cwd()}), nor is it a hub id"
+        )
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"model.path = {path!r} is not a model folder: it holds no config.json")
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ConfigError(f"model.path = {path!r} cannot be loaded as a causal LM with a tokenizer: {reason}") from None
+        hint = f" ({problem})" if (problem := cache_problem()) else ""
+        raise ConfigError(
+            f"model.path = {path!r} cannot be loaded as a causal LM with a tokenizer: {reason}{hint}"
+        ) from None

@@ -9,7 +9,7 @@ It is never in Redis. Without a key nothing is signed and nothing refused.
     MAC             = HMAC-SHA256 (RFC 2104) over the run's name and these, with 0 between
 
 The manifest names its version, the digest of every tensor, and when the run was created, so nothing else of a policy needs a
-signature, and that of a deleted run is not valid in another one of its name. Within a run it stays valid, so that who can write to
+signature, and that of a deleted run is not valid in another one of its name. Within a run it stays valid, so who can write to
 Redis could move the pointer back: a worker that starts serves the version that the pointer names only while the trainer confirms
 it, every CONFIRM_S. A running one never goes back.
 """

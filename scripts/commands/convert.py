@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import click
 
 from sluice.common.errors import ConfigError
-from sluice.scripts.options import Json, example
+from sluice.scripts.options import Json, UserPath, example
 
 if TYPE_CHECKING:
     from sluice.trainer.replay import ReplayedStep
 
-RunFolder = click.argument("run_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+RunFolder = click.argument("run_folder", type=UserPath(exists=True, file_okay=False, path_type=Path))
 
 
 @click.command(epilog=example("sluice export runs/gsm8k exported --best --dtype bfloat16"))
 @RunFolder
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=UserPath(path_type=Path))
 @click.option("--step", type=int, help="Checkpoint to export; default: the newest.")
 @click.option("--best", is_flag=True, help="The checkpoint that is best by checkpoint.keep_best.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)

@@ -11,14 +11,16 @@ from typing import NamedTuple
 import click
 import psutil
 
-from sluice.common.config.file import load_config
+from sluice.common.config import Config
+from sluice.common.config.file import examine
 from sluice.common.connections import sentinel
 from sluice.common.connections.client import connect, eviction_problem, persistence_warning, without_password
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import SluiceError
+from sluice.common.paths import with_absolute_paths
 from sluice.common.policies.signing import RUN_KEY
 from sluice.scripts.launcher.redis_server import find_server
-from sluice.scripts.options import example
+from sluice.scripts.options import Overrides, UserPath, example
 
 
 class Finding(NamedTuple):
@@ -29,13 +31,14 @@ class Finding(NamedTuple):
 
 
 @click.command(epilog=example("sluice doctor config/quickstart.yaml"))
-@click.argument("config", required=False, type=click.Path())
-def doctor(config: str | None) -> None:
-    """Check this machine, Redis and (if given) a config; say what to do about each finding. Exit code 1 on a problem."""
-    findings = [*_machine(), *examine_redis(), *(_config(config) if config else [])]
+@click.argument("config", required=False, type=UserPath())
+@Overrides
+def doctor(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Check this machine, Redis and (if given) a config; say what to do about each problem. Exit code 2 if there is one."""
+    findings = [*_machine(), *examine_redis(), *(_config(config, list(overrides)) if config else [])]
     for finding in findings:
         click.echo(f"{finding.level:8} {finding.text}")
-    sys.exit(1 if any(finding.level == "problem" for finding in findings) else 0)
+    sys.exit(2 if any(finding.level == "problem" for finding in findings) else 0)
 
 
 def _machine() -> list[Finding]:
@@ -83,15 +86,15 @@ def examine_redis() -> list[Finding]:
     return findings
 
 
-def _config(path: str) -> list[Finding]:
-    from sluice.scripts.launcher.launch import preflight
-    from sluice.scripts.launcher.run_folder import with_absolute_paths
-    from sluice.trainer.trackers import check_trackers
+def _config(path: str, overrides: list[str]) -> list[Finding]:
+    from sluice.scripts.launcher.preflight import problems
 
     try:
-        config = with_absolute_paths(load_config(path))
-        preflight(config)
-        check_trackers(config.metrics)
+        config, wrong = examine(Config, path, overrides)
+        found = [f"{path}: {problem}" for problem in wrong]
+        if config is not None:
+            found += problems(with_absolute_paths(config))
     except SluiceError as error:
-        return [Finding("problem", str(error))]
-    return [Finding("ok", f"{path}: config, model, datasets and reward functions load")]
+        found = [str(error)]
+    ok = Finding("ok", f"{path}: config, model, datasets and reward functions load")
+    return [Finding("problem", problem) for problem in found] or [ok]

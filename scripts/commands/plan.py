@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from sluice.common.config import Config
 from sluice.common.config.file import load_config
+from sluice.common.paths import expanded
 from sluice.common.pipeline import FIRST, stage_on, stages_for
 from sluice.scripts.launcher.roles import assigned_gpus, check_gpus, trainer_gpus, worker_bounds
 from sluice.scripts.options import ConfigFile, Json, Overrides, example
@@ -42,7 +42,7 @@ def make_plan(config: Config, path: str, overrides: tuple[str, ...] = ()) -> dic
     check_trackers(config.metrics)
     roles = [_worker(config, queue, *bounds) for queue, bounds in worker_bounds(config).items()]
     roles = [role for role in [*roles, _trainer(config)] if role["max"]]
-    files = list(Path(config.model.path).glob("*.safetensors"))  # none for a hub id
+    files = list(expanded(config.model.path).glob("*.safetensors"))  # none for a hub id
     return {
         "model": config.model.path,
         "weights_mib": round(sum(file.stat().st_size for file in files) / 2**20, 1) if files else None,

@@ -41,7 +41,7 @@ from sluice.dashboard.dead_letters import read_dead_letters
 from sluice.dashboard.evaluations import list_evaluations
 from sluice.scripts.launcher.redis_server import DataInUse, running_url, take_lock
 from sluice.scripts.launcher.run_folder import existing_folder, opened_run
-from sluice.scripts.options import Json, console, example
+from sluice.scripts.options import Json, UserPath, console, example
 
 _SHOWN = (
     "step",
@@ -100,7 +100,7 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
 
 @runs.command(epilog=example("sluice runs archive first first.tar"))
 @click.argument("name", metavar="RUN")
-@click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
+@click.argument("file", required=False, type=UserPath(path_type=Path), metavar="[FILE]")
 def archive(name: str, file: Path | None) -> None:
     """Write metrics, samples, evaluations, ledger, events and change log of a run as a tar of JSON; default: RUN.tar."""
     with opened_run(name) as (client, opened, _):

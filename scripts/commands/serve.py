@@ -12,7 +12,7 @@ import redis
 from sluice.common.errors import ConfigError
 from sluice.common.run import Run, list_runs, open_run
 from sluice.scripts.launcher.run_folder import opened_run
-from sluice.scripts.options import RunName, example
+from sluice.scripts.options import RunName, UserPath, example
 
 
 @click.command(epilog=example("sluice dashboard --port 8265"))
@@ -20,7 +20,7 @@ from sluice.scripts.options import RunName, example
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; another one needs a token.")
 @click.option("--port", default=8265, show_default=True, help="Port; 0 = any free one.")
 @click.option("--listening", type=int, hidden=True, help="File descriptor of a socket that listens there already.")
-@click.option("--token-file", type=click.Path(dir_okay=False, path_type=Path), help="Else SLUICE_DASHBOARD_TOKEN.")
+@click.option("--token-file", type=UserPath(dir_okay=False, path_type=Path), help="Else SLUICE_DASHBOARD_TOKEN.")
 def dashboard(names: tuple[str, ...], host: str, port: int, listening: int | None, token_file: Path | None) -> None:
     """Serve a live, read-only web page over Redis: curves, queues, workers, ledger, samples. Default: every run."""
     from sluice.dashboard.auth import check_token, listen, page_url

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import click
 
-from sluice.common.config.file import load_as
+from sluice.common.config.file import config_file, load_as
 from sluice.common.config.sft import SftConfig
 from sluice.common.errors import ConfigError
+from sluice.common.paths import with_absolute_paths
 from sluice.scripts.launcher.processes import interrupted_by_signals
 from sluice.scripts.launcher.progress import Display
-from sluice.scripts.launcher.run_folder import default_name, resolve_paths
+from sluice.scripts.launcher.run_folder import default_name, newest_run
 from sluice.scripts.options import ConfigFile, Overrides, Resume, example
 
 
@@ -57,20 +58,9 @@ def _old(config_path: str, overrides: list[str], resume: str) -> tuple[SftConfig
     """Read the config in the run's folder; the config file only says where run folders are."""
     if overrides or "=" in resume:
         raise ConfigError("--resume uses the config in the run's folder: give no key=value with it")
-    base = Path(load_as(SftConfig, config_path).output_dir).resolve()
-    pattern = resume or f"sft-{Path(config_path).stem}-*"
-    newest = max(base.glob(f"{pattern}/config.yaml"), key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        raise ConfigError(f"--resume: there is no {pattern} in {base}")
-    return load_as(SftConfig, newest), newest.parent
-
-
-def with_absolute_paths(config: SftConfig) -> SftConfig:
-    """Make local paths absolute, so that the run can be resumed from any folder."""
-    data = config.model_dump(exclude_unset=True)
-    resolve_paths([data["model"], data["dataset"], *([data["held_out"]["dataset"]] if config.held_out else [])])
-    data["output_dir"] = str(Path(config.output_dir).resolve())
-    return SftConfig.model_validate(data)
+    config = with_absolute_paths(load_as(SftConfig, config_path))
+    folder = Path(config.output_dir) / (resume or newest_run(config, prefix=f"sft-{Path(config_path).stem}"))
+    return load_as(SftConfig, config_file(folder)), folder
 
 
 class _Shown(Display):

@@ -15,65 +15,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from sluice.common.config import Config
 from sluice.common.config.file import load_config
-from sluice.common.config.trainer import PEFT_MISSING
 from sluice.common.connections.client import connect, refuse_eviction
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.operations.control import cancel_drain, default_who
+from sluice.common.paths import with_absolute_paths
 from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.dashboard.auth import LOOPBACK, listen, page_url
 from sluice.scripts.launcher.fork_server import ForkServer
+from sluice.scripts.launcher.preflight import machine_checks, preflight
 from sluice.scripts.launcher.processes import interrupted_by_signals
 from sluice.scripts.launcher.progress import Progress
 from sluice.scripts.launcher.redis_server import DataInUse, EmbeddedServer, start_server
-from sluice.scripts.launcher.roles import Role, check_gpus, dashboard_role
-from sluice.scripts.launcher.run_folder import new_folder, newest_run, run_folder, with_absolute_paths, write_config
+from sluice.scripts.launcher.roles import Role, dashboard_role
+from sluice.scripts.launcher.run_folder import new_folder, newest_run, run_folder, write_config
 from sluice.scripts.launcher.scaling import Scaler
 from sluice.scripts.launcher.summary import write_summary
 from sluice.scripts.launcher.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
-from sluice.trainer.trackers import check_trackers
 
 POLL_S = 0.1
 KEY_FILE = "run.key"
-
-
-def preflight(config: Config) -> dict[str, object]:
-    """Check everything that a run will need; return the model's assets. Raises ConfigError."""
-    from sluice.common.models.assets import read_assets
-    from sluice.workers.prompt_source import PromptSource
-    from sluice.workers.rewards.loading import load_reward_functions
-
-    rewards = [reward.name for reward in load_reward_functions(config.reward.functions, code_folder=config.code_folder)]
-    for judged in config.evaluation.datasets:
-        if judged.function not in (None, *rewards):
-            raise ConfigError(
-                f"evaluation.datasets[{judged.name}].function = {judged.function!r} is not a reward function of this run: use "
-                f"one of {', '.join(rewards)}"
-            )
-    if config.trainer.has_user_functions:
-        from sluice.trainer.objective import check_functions  # torch loads here
-
-        check_functions(config.trainer)
-    assets = read_assets(config.model.path, revision=config.model.revision)
-    tokenizer = assets.tokenizer()
-    sections = {"dataset": config.dataset}
-    sections |= {f"evaluation.datasets[{e.name}].dataset": e.dataset for e in config.evaluation.datasets}
-    for section, dataset in sections.items():
-        source = PromptSource(dataset, tokenizer, seed=config.seed, section=section)
-        source.prompt_at(0)
-        source.close()
-    return assets.to_wire()
 
 
 def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
@@ -90,8 +60,6 @@ def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
 
 def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, resume: str | None) -> int:
     """Do what `sluice run` does; return the exit code."""
-    from sluice.workers.engine import check_engine
-
     config = with_absolute_paths(load_config(config_path, overrides))
     if resume is not None:
         if overrides or "=" in resume:
@@ -99,11 +67,8 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         name = resume or newest_run(config, prefix=Path(config_path).stem)
     # roles are forked where the kernel ends them with their parent
     with ForkServer(is_fork=threading.active_count() == 1) if sys.platform == "linux" else nullcontext() as fork_server:
-        check_engine(config.rollout.engine)  # here the workers run in this environment; with `create` they need not
-        if config.trainer.lora and find_spec("peft") is None:
-            raise ConfigError(PEFT_MISSING)
-        check_trackers(config.metrics)
-        check_gpus(config)
+        for check in machine_checks(config):  # here the roles run on this machine; with `create` they need not
+            check()
         assets = None if resume is not None else preflight(config)
         folder = run_folder(config, name) if name else new_folder(config, config_path)
         name = folder.name

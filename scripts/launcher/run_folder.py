@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import redis
 
 from sluice.common.config import Config
+from sluice.common.config.sft import SftConfig
 from sluice.common.connections.client import connect, give_up_after
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
-from sluice.common.loading import absolute_function_path
 from sluice.common.run import Run, list_runs, open_run
 from sluice.scripts.launcher.redis_server import reading_server
 
@@ -28,13 +28,14 @@ def default_name(config_path: str) -> str:
     return f"{Path(config_path).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def newest_run(config: Config, *, prefix: str) -> str:
+def newest_run(config: Config | SftConfig, *, prefix: str) -> str:
     """Return the name of the newest run of a config. Raises ConfigError."""
-    files = Path(config.output_dir).glob(f"{prefix}-*/config.yaml")
-    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}")
-    return newest.parent.name
+    # as `default_name` makes them: those of another config may begin with the same words
+    made = re.compile(re.escape(prefix) + r"-\d{8}-\d{6}")
+    folders = [path for path in Path(config.output_dir).glob("*/config.yaml") if made.fullmatch(path.parent.name)]
+    if not folders:
+        raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}; one of another name: --resume RUN")
+    return max(folders, key=lambda path: path.stat().st_mtime).parent.name
 
 
 def run_folder(config: Config, name: str) -> Path:
@@ -93,26 +94,3 @@ def write_config(run: Run) -> None:
     folder = Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(run.config.to_yaml())
-
-
-def resolve_paths(sections: Iterable[dict[str, Any]]) -> None:
-    """Make the `path` of each section absolute where it is one of this machine; hub ids stay as they are."""
-    for section in sections:
-        if Path(section["path"]).exists():
-            section["path"] = str(Path(section["path"]).resolve())
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """Make local paths absolute, so that roles started in any folder find them."""
-    data = config.model_dump()
-    resolve_paths([data["model"], data["dataset"], *(e["dataset"] for e in data["evaluation"]["datasets"])])
-    trainer, folder = data["trainer"], Path(config.code_folder or ".")
-    for section, key in (
-        *((function, "function") for function in data["reward"]["functions"]),
-        *((trainer["loss"], "loss"), (trainer, "advantage"), (trainer, "objective")),
-    ):
-        section[key] = section[key] and absolute_function_path(section[key], folder=folder)
-    data["output_dir"] = str(Path(data["output_dir"]).resolve())
-    if data["policy_store"]["path"]:
-        data["policy_store"]["path"] = str(Path(data["policy_store"]["path"]).resolve())
-    return Config.model_validate(data)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from secrets import token_hex
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from sluice.common.errors import ConfigError
-from sluice.workers.sandbox import LEVELS, Isolation, available, run_python
+from sluice.workers.memory_group import group_folder
+from sluice.workers.sandbox import LEVELS, MAX_PROCESSES, Isolation, Outcome, SandboxError, available, run_python
 
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
-_ASSERTS = """
-for _i, _test in enumerate({tests!r}):
-    try:
-        exec(_test, globals())
-    except BaseException:
-        continue
-    print("\\n{nonce}", _i)
-"""
+_BLOCK = r"(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n`]*\n(.*?)"
+_CLOSED = (re.compile(_BLOCK + r"^[ \t]*\1", re.DOTALL | re.MULTILINE), re.compile(_BLOCK + r"\1", re.DOTALL))
+"""A fenced block with its end on a line of its own, and one that ends anywhere."""
+_PYTHON = re.compile(r"(?:python|py|pypy)[\d.]*(?![\w-])", re.IGNORECASE)
+log = logging.getLogger("sluice.reward")
 
 
 class CodeReward:
-    """Share of a problem's tests that the completion's last code block passes; 0.0 without a block.
+    """Share of a problem's tests that the completion's last block of Python passes; 0.0 without a block.
 
     Columns of the dataset, either: `test_list` (MBPP): statements that raise where the code is wrong; or `inputs` and
-    `outputs` (APPS, TACO): what the program reads, and what it must print, compared outside of it, stripped.
+    `outputs` (APPS, TACO): what the program reads, and what it must print, compared outside of it line by line, without the
+    blanks at their ends.
     None where a row has neither.
     """
 
@@ -48,6 +48,16 @@ class CodeReward:
                 f"CodeReward: isolation = {isolation!r}, but this machine offers {self._level!r}: install bubblewrap and allow "
                 "user namespaces, score in a container that has them, or lower isolation (docs/untrusted_code.md)"
             )
+        try:
+            run_python("", timeout_s=timeout_s, memory_mib=memory_mib, isolation=self._level)
+        except SandboxError as error:
+            raise ConfigError(f"CodeReward: with memory_mib = {memory_mib} no program can run: {error}") from None
+        if group_folder() is None:
+            log.warning(
+                "CodeReward: memory is bounded for each process of a program (%d MiB), not for all of them (up to %d), as this "
+                "user may make no control group: bound the memory of the reward worker's container (docs/untrusted_code.md)",
+                *(memory_mib, MAX_PROCESSES),
+            )
         self._timeout_s, self._memory_mib, self._all = timeout_s, memory_mib, all_or_nothing
 
     def __call__(
@@ -60,41 +70,57 @@ class CodeReward:
     ) -> list[float | None]:
         scores: list[float | None] = []
         for i, completion in enumerate(completions):
-            code = code_of(completion if isinstance(completion, str) else completion[-1]["content"])
-            if test_list is not None and test_list[i]:
-                passed = self._asserted(code, list(test_list[i]))
-            elif inputs is not None and outputs is not None and outputs[i]:
-                passed = self._printed(code, list(inputs[i]), list(outputs[i]))
-            else:
+            asserts = test_list[i] if test_list is not None else None
+            given, wanted = (inputs[i], outputs[i]) if inputs is not None and outputs is not None else (None, None)
+            if not asserts and not (given and wanted):
                 scores.append(None)
                 continue
+            code = code_of(completion if isinstance(completion, str) else completion[-1]["content"])
+            if code is None:
+                passed = [False]
+            elif asserts:
+                passed = self._asserted(code, list(asserts))
+            else:
+                passed = self._printed(code, list(given or ()), list(wanted or ()))
             share = sum(passed) / len(passed)
             scores.append(float(share == 1.0) if self._all else share)
         return scores
 
-    def _asserted(self, code: str | None, tests: list[str]) -> list[bool]:
-        """Run the code, then each test, once; a word that the code cannot know beforehand marks those passed."""
-        nonce = token_hex(16)
-        printed = self._run(f"{code}\n{_ASSERTS.format(tests=tests, nonce=nonce)}") if code is not None else ""
-        return [f"{nonce} {i}" in printed.splitlines() for i in range(len(tests))]
+    def _asserted(self, code: str, tests: list[str]) -> list[bool]:
+        found = self._run(code, tests=tests)
+        return [i in found.passed and not found.timed_out for i in range(len(tests))]
 
-    def _printed(self, code: str | None, inputs: list[str], outputs: list[str]) -> list[bool]:
-        if code is None:
-            return [False] * len(outputs)
-        return [
-            self._run(code, stdin=given).strip() == wanted.strip()
-            for given, wanted in zip(inputs, outputs, strict=True)
-        ]
+    def _printed(self, code: str, inputs: list[Any], outputs: list[Any]) -> list[bool]:
+        passed = []
+        for given, wanted in zip(inputs, outputs, strict=True):
+            found = self._run(code, stdin=_text(given))
+            passed.append(not found.timed_out and _lines(found.output) == _lines(_text(wanted)))
+        return passed
 
-    def _run(self, program: str, *, stdin: str = "") -> str:
-        """Return what the program printed; nothing where it ran out of time."""
-        found = run_python(
-            program, stdin=stdin, timeout_s=self._timeout_s, memory_mib=self._memory_mib, isolation=self._level
+    def _run(self, code: str, *, stdin: str = "", tests: Sequence[str] = ()) -> Outcome:
+        return run_python(
+            code,
+            tests=tests,
+            stdin=stdin,
+            timeout_s=self._timeout_s,
+            memory_mib=self._memory_mib,
+            isolation=self._level,
         )
-        return "" if found.timed_out else found.output
 
 
 def code_of(text: str) -> str | None:
-    """Return the last fenced block; None where there is none."""
-    blocks = _BLOCK.findall(text)
-    return blocks[-1] if blocks else None
+    """Return the last fenced block that is marked as Python, or else has no mark; None where there is none."""
+    text = text.replace("\r\n", "\n")
+    blocks = next(filter(None, (pattern.findall(text) for pattern in _CLOSED)), [])
+    marked = [code for _, mark, code in blocks if _PYTHON.match(mark.strip("{.}"))]
+    found = marked or [code for _, mark, code in blocks if not mark]
+    return textwrap.dedent(found[-1]) if found else None
+
+
+def _text(value: Any) -> str:
+    """Return what a test reads or expects: some datasets have a list of lines."""
+    return "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().split("\n")]

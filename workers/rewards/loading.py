@@ -3,16 +3,19 @@
 Two kinds of callables, told apart by the names of their parameters:
 
     per sample   fn(prompt, response, target) -> float | None
-    TRL          fn(prompts, completions, completion_ids, <each column as a list>, trainer_state) -> list[float | None]
+    TRL          fn(prompts, completions, completion_ids, <each column as a list>, trainer_state, log_metric, log_extra)
+                   -> list[float | None]
 
 Either may be `async def`. Nothing here imports torch or transformers.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,8 @@ from sluice.common.errors import ConfigError
 from sluice.common.loading import add_code_folder, find_function
 
 TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+TRL_HOOKS = frozenset({"trainer_state", "log_metric", "log_extra"})
+_SAMPLE_ARGUMENTS = frozenset({"prompt", "response", "target"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +42,22 @@ class LoadedReward:
     is_async: bool
     accepts: frozenset[str] | None
     "names of the arguments it takes; none = any (**kwargs)"
+    requires: frozenset[str]
+    "names of those without a default"
+    file: str | None
+    "where it is defined"
+
+    def missing(self, columns: Collection[str], *, has_target: bool) -> str | None:
+        """Return what is wrong where a required argument is none of a dataset's columns; None where nothing is."""
+        known = _SAMPLE_ARGUMENTS if self.per_sample else TRL_ARGUMENTS | TRL_HOOKS | set(columns)
+        known |= {"target"} if has_target else set()
+        if not (absent := sorted(self.requires - known)):
+            return None
+        if self.per_sample:
+            return f"takes {', '.join(absent)}, but is called for each sample with prompt, response and target: give it a default"
+        near = difflib.get_close_matches(absent[0], columns, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "rename one of them, set kwargs, or give it a default"
+        return f"takes {', '.join(absent)}, but the columns are {', '.join(columns)}: {hint}"
 
 
 def load_reward_functions(functions: Sequence[RewardFunction], *, code_folder: str | None = None) -> list[LoadedReward]:
@@ -47,10 +68,15 @@ def load_reward_functions(functions: Sequence[RewardFunction], *, code_folder: s
     """
     add_code_folder(code_folder)
     rewards = [_load(function) for function in functions]
+    refuse_equal_names(rewards)
+    return rewards
+
+
+def refuse_equal_names(rewards: Sequence[LoadedReward]) -> None:
+    """Raise ConfigError where two functions have the same name."""
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
         raise ConfigError(f"reward.functions: names must differ, got {', '.join(names)}: set `name` on the equal ones")
-    return rewards
 
 
 def _load(entry: RewardFunction) -> LoadedReward:
@@ -78,6 +104,12 @@ def _load(entry: RewardFunction) -> LoadedReward:
         per_sample=per_sample,
         is_async=_is_async(found),
         accepts=None if takes_any else frozenset(parameters),
+        requires=frozenset(
+            name
+            for name, p in parameters.items()
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ),
+        file=getattr(sys.modules.get(getattr(found, "__module__", "")), "__file__", None),
     )
 
 

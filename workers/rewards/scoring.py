@@ -2,30 +2,40 @@
 
 A TRL function (`workers/rewards/loading.py` distinguishes the two kinds) gets the arguments that it names, or all of them where
 it takes **kwargs; lists have one entry per completion. A conversational prompt (a list of messages) makes each
-completion `[{"role": "assistant", "content": text}]`, as in TRL. Async functions of a group are awaited together.
+completion `[{"role": "assistant", "content": text}]`, as in TRL. Async functions of a group are awaited together, all groups of
+a process in one event loop: a client or a semaphore may live as long as the process.
 
-`None` = this function does not apply to this sample. Any other value that is not a finite number, and any exception, is a
+`None` = this function does not apply to this sample. Any other value that is not a finite float32, and any exception, is a
 RewardError: an infrastructure failure, never a score of 0. Nothing here imports torch or transformers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import resource
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
+from functools import cache
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
+
 from sluice.common.errors import RewardError
 from sluice.common.types import Scores
-from sluice.workers.rewards.loading import TRL_ARGUMENTS, LoadedReward, load_reward_functions
+from sluice.workers.rewards.loading import TRL_ARGUMENTS, TRL_HOOKS, LoadedReward, load_reward_functions
 
 __all__ = ["LoadedReward", "load_reward_functions", "score_group"]
 
-_NOT_COLUMNS = TRL_ARGUMENTS | {"prompt", "completion", "trainer_state"}
+_NOT_COLUMNS = TRL_ARGUMENTS | TRL_HOOKS | {"prompt", "completion"}
+_OTHER_LINES = ("eval/", "stall/")
+"""Metrics by which a run continues, or which are no step's."""
+_MAX = float(np.finfo(np.float32).max)
 
 
 def score_group(
@@ -46,16 +56,72 @@ def score_group(
     attributes. Raises RewardError.
     """
     samples = [{"prompt": prompt, "response": text, "target": target} for text in completions]
-    group = _trl_arguments(prompt, completions, completion_ids, target, columns)
-    group["trainer_state"] = SimpleNamespace(**trainer_state)
+    logs = _Logs()
+    hooks = {"trainer_state": SimpleNamespace(**trainer_state), **logs.hooks()}
+    group = _trl_arguments(prompt, completions, completion_ids, target, columns) | hooks
     results = {reward.name: _call(reward, samples, group) for reward in rewards if not reward.is_async}
-    if pending := [reward for reward in rewards if reward.is_async]:
-        # One event loop for all of them, and none around the synchronous ones, which may run their own.
-        results |= asyncio.run(_call_together(pending, samples, group))
-    by_function = {reward.name: _validated(reward.name, results[reward.name], len(completions)) for reward in rewards}
+    # those that are not async may run an event loop of their own: ours does not run around them
+    results |= _call_async([reward for reward in rewards if reward.is_async], samples, group)
+    by_function = {reward.name: _validated(reward, results[reward.name], len(completions)) for reward in rewards}
     weights = [reward.weight for reward in rewards]
     totals = [_total(scores, weights, aggregation) for scores in zip(*by_function.values(), strict=True)]
-    return Scores(reward=totals, by_function=by_function)
+    return Scores(
+        reward=[_number("the reward functions together", total) for total in totals],
+        by_function=by_function,
+        metrics=logs.metrics,
+        extra=logs.checked_extra(len(completions)),
+    )
+
+
+def limit_memory(limit_mib: int | None) -> None:
+    """Bound what this process may allocate (reward.memory_limit_mib)."""
+    if limit_mib is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = limit_mib << 20
+        if hard == resource.RLIM_INFINITY or limit < hard:  # else the machine's own limit is tighter
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+class _Logs:
+    """What the functions of one group log, as TRL's trainers take it."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, tuple[float, int]] = {}
+        self._extra: dict[str, list[Any]] = defaultdict(list)
+
+    def hooks(self) -> dict[str, Callable[[str, Any], None]]:
+        """Return log_metric(name, value) and log_extra(column, values), as functions: `_call` copies what is an object."""
+
+        def log_metric(name: str, value: Any) -> None:
+            if str(name).startswith(_OTHER_LINES):
+                raise ValueError(
+                    f"log_metric({name!r}, ...): names that begin with {' or '.join(_OTHER_LINES)} are taken"
+                )
+            total, count = self.metrics.get(str(name), (0.0, 0))
+            self.metrics[str(name)] = (total + float(value), count + 1)
+
+        def log_extra(column: str, values: Any) -> None:
+            self._extra[str(column)].extend(map(_loggable, values))
+
+        return {"log_metric": log_metric, "log_extra": log_extra}
+
+    def checked_extra(self, num_completions: int) -> dict[str, list[Any]]:
+        """Return the values of each column, one per completion. Raises RewardError."""
+        for column, values in self._extra.items():
+            if len(values) != num_completions:
+                raise RewardError(
+                    f"log_extra({column!r}, ...) was given {len(values)} values for {num_completions} completions: give one "
+                    "for each, and use another name in another function"
+                )
+        return dict(self._extra)
+
+
+def _loggable(value: Any) -> Any:
+    """Return a value that msgpack and JSON can express: a number, or text."""
+    plain = value.item() if hasattr(value, "item") else value
+    if plain is None or (isinstance(plain, (bool, int, float)) and -(2**63) <= plain < 2**63):
+        return plain
+    return str(plain).encode(errors="replace").decode()
 
 
 def _total(scores: tuple[float | None, ...], weights: list[float], aggregation: str) -> float | None:
@@ -84,7 +150,7 @@ def _trl_arguments(
 
 
 def _call(reward: LoadedReward, samples: list[dict[str, Any]], group: dict[str, Any]) -> Any:
-    """Return the function's raw result for the group; an awaitable, or one per sample, where the function is async."""
+    """Return the function's raw result for the group; a coroutine, or one per sample, where the function is async."""
     fixed = getattr(reward.function, "keywords", {})  # configured kwargs override columns of the same name
 
     def accepted(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -101,49 +167,104 @@ def _call(reward: LoadedReward, samples: list[dict[str, Any]], group: dict[str, 
         return reward.function(**accepted(group))
 
 
-async def _call_together(
-    rewards: list[LoadedReward], samples: list[dict[str, Any]], group: dict[str, Any]
-) -> dict[str, Any]:
-    async def result_of(reward: LoadedReward) -> Any:
-        awaitable = _call(reward, samples, group)
-        with _errors_of(reward):
-            return list(await asyncio.gather(*awaitable)) if reward.per_sample else await awaitable
+def _call_async(rewards: list[LoadedReward], samples: list[dict[str, Any]], group: dict[str, Any]) -> dict[str, Any]:
+    """Return the raw results of async functions, which run together. What is left of them when one fails is cancelled."""
+    if not rewards:
+        return {}
 
-    results = await asyncio.gather(*map(result_of, rewards))
-    return {reward.name: result for reward, result in zip(rewards, results, strict=True)}
+    async def awaited(reward: LoadedReward, call: Coroutine[Any, Any, Any]) -> Any:
+        with _errors_of(reward):
+            return await call
+
+    async def together() -> dict[str, Any]:
+        tasks: dict[str, list[asyncio.Task[Any]]] = {}
+        try:
+            async with asyncio.TaskGroup() as running:
+                for reward in rewards:
+                    called = _call(reward, samples, group)
+                    calls = called if reward.per_sample else [called]
+                    tasks[reward.name] = [running.create_task(awaited(reward, call)) for call in calls]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from failed.exceptions[0].__cause__
+        results = {name: [task.result() for task in of_function] for name, of_function in tasks.items()}
+        return {
+            reward.name: results[reward.name] if reward.per_sample else results[reward.name][0] for reward in rewards
+        }
+
+    loop = _event_loop()
+    task = loop.create_task(together())
+    with _errors_of(*rewards):
+        try:
+            return loop.run_until_complete(task)
+        finally:
+            if not task.done():  # the time limit came between two steps of the functions
+                task.cancel()
+                with suppress(asyncio.CancelledError, RewardError):
+                    loop.run_until_complete(task)
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return the loop of this process, made by its first group: what is bound to a loop may live as long as the process."""
+    runner = asyncio.Runner()
+    atexit.register(runner.close)
+    return runner.get_loop()
 
 
 @contextmanager
-def _errors_of(reward: LoadedReward) -> Iterator[None]:
+def _errors_of(*rewards: LoadedReward) -> Iterator[None]:
+    """Turn every error into a RewardError that names the function, and the line in its file."""
     try:
         yield
-    except Exception as error:
-        raise RewardError(f"reward function {reward.name} raised {type(error).__name__}: {error}") from error
+    except RewardError:
+        raise
+    except (Exception, asyncio.CancelledError) as error:
+        names = ", ".join(reward.name for reward in rewards)
+        files = {reward.file for reward in rewards}
+        lines = [
+            f" ({f.filename}:{f.lineno})" for f in traceback.extract_tb(error.__traceback__) if f.filename in files
+        ]
+        place = lines[-1] if lines else ""
+        raise RewardError(f"reward function {names} raised {type(error).__name__}: {error}{place}") from error
 
 
-def _validated(name: str, result: Any, num_completions: int) -> list[float | None]:
-    """Return one float or None per completion; arrays and tensors count as lists. Raises RewardError."""
-    values = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(values, (list, tuple)):
+def _validated(reward: LoadedReward, result: Any, num_completions: int) -> list[float | None]:
+    """Return one float or None per completion, of whatever can be iterated over in order. Raises RewardError."""
+    name = reward.name
+    with _errors_of(reward):  # a generator is the function's own code
+        values = result.tolist() if hasattr(result, "tolist") else result
+        if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, Set)):
+            values = [value.item() if hasattr(value, "item") else value for value in values]
+    if not isinstance(values, list):
         raise RewardError(
             f"reward function {name} returned {_short(result)}, expected a list of {num_completions} numbers"
         )
     if len(values) != num_completions:
         raise RewardError(f"reward function {name} returned {len(values)} rewards for {num_completions} completions")
-    return [_number(name, value) for value in values]
+    return [_number(f"reward function {name}", value) for value in values]
 
 
-def _number(name: str, value: Any) -> float | None:
+def _number(who: str, value: Any) -> float | None:
     if value is None:
         return None
-    plain = value.item() if hasattr(value, "item") else value
-    if not isinstance(plain, Real):
-        raise RewardError(f"reward function {name} returned {_short(value)}, which is neither a number nor None")
-    if not math.isfinite(plain):
-        raise RewardError(f"reward function {name} returned {plain}: return None where it does not apply")
-    return float(plain)
+    is_number = isinstance(value, Real)
+    if not is_number:
+        raise RewardError(f"{who} returned {_short(value)}, which is neither a number nor None")
+    if not -_MAX <= value <= _MAX:  # nan is not either; an int of any size is compared exactly
+        raise RewardError(
+            f"{who} returned {_text(value)}: a reward is a float32, from -{_MAX:.4g} to {_MAX:.4g}; return "
+            "None where it does not apply"
+        )
+    return float(value)
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+    return f"{type(value).__name__} {_text(value)}"
+
+
+def _text(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception as error:  # of an int with more than 4300 digits, or a class of the user's
+        text = f"({type(error).__name__} in its repr)"
+    return text if len(text) <= 80 else text[:77] + "..."

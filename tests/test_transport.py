@@ -133,25 +133,30 @@ WRONG_HEADERS: dict[str, list[Any]] = {
     },
     **{key: [5, "x", {}] for key in ["reply_to", "correlation_id", "hostname", "headers", "get", "compression"]},
 }
+UNACKED = [b"x", b"[]", b"{}", b"5", b"\xff", b"[" * 50_000]
 FOREIGN += [message(**{f"headers__{name}": v}) for name, values in WRONG_HEADERS.items() for v in values]
 
 
 def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, own_redis, client):
     app = make_app("tiny", url=own_redis.url)
     client.lpush(PREFIX + "rollout", *FOREIGN)
+    for tag, harm in enumerate(UNACKED):  # of a worker that died an hour ago
+        client.hset(PREFIX + "unacked", f"tag{tag}", harm)
+        client.zadd(PREFIX + "unacked_index", {f"tag{tag}": 1.0})
     client.lpush(PREFIX + "rollout", message(headers__traceparent="00-1", headers__baggage={"a": [1]}))
     send_stage(app, "t2", "rollout")
     with tiny_worker(tmp_path, own_redis.url) as process:
         wait_for(lambda: is_done(client, "t2"), timeout=30, what="the message behind the foreign elements")
         assert client.lrange("done", 0, -1) == [b"t1", b"t2"], "what a tracer adds to a message does no harm"
         log = log_of(tmp_path)
+        assert log.count("of queue `unacked` is not a message and was set aside") == len(UNACKED), log
         assert log.count("of queue `rollout` is not a message and was set aside") == len(FOREIGN)
         for words in ("b'not json'", "header timelimit", "header eta", "no task 'celery.starmap'", "takes 1 arguments"):
             assert words in log, words
         assert "Traceback" not in log and process.poll() is None
         records = [json.loads(record) for record in client.lrange(PREFIX + "rejected", 0, -1)]
         assert len(records) == MAX_REJECTED < len(FOREIGN)
-        assert {record["queue"] for record in records} == {"rollout"}
+        assert {record["queue"] for record in records} <= {"rollout", "unacked"}
         assert all(len(record["element"]) <= 4 * MAX_REJECTED_BYTES for record in records)
         assert client.llen(PREFIX + "rollout") == 0
         wait_for(lambda: client.hlen(PREFIX + "unacked") == 0, timeout=5, what="nothing to circulate")

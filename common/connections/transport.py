@@ -110,10 +110,26 @@ class _Client(kombu_redis.PrefixedStrictRedis):
         return reply
 
 
+class _QoS(kombu_redis.QoS):
+    """Messages that are worked on: kombu returns to their queue those of a worker that died."""
+
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """Return one to its queue; set aside what is not a message. kombu lets its error end the worker."""
+        try:
+            super().restore_by_tag(tag, client, leftmost)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, redis.DataError) as error:
+            with self.channel.conn_or_acquire(client) as client:
+                element = client.hget(self.unacked_key, tag) or b""
+                client.hdel(self.unacked_key, tag)
+                client.zrem(self.unacked_index_key, tag)
+            self.channel._set_aside(self.unacked_key, element, repr(error))
+
+
 class Channel(kombu_redis.Channel):
     """A channel that keeps its client until its connection pool is replaced."""
 
     connection_class = _RefusalsAreConnectionErrors
+    QoS = _QoS
     _kept: Any = None
 
     def __init__(self, connection: Any, *args: Any, **kwargs: Any) -> None:

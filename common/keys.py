@@ -96,6 +96,7 @@ class Keys:
     autoscale = _Name("autoscale")
     payload_bytes = _Name("bytes")
     dead = _Name("dead")
+    dead_bytes = _Name("dead_bytes")
     evaluations = _Name("evaluations")
     evaluation = _Family("eval")
     queue = _Family("mq")

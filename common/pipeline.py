@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["train", "eval"]
 """Of a group: it is trained on, or belongs to an evaluation."""
+KINDS: tuple[Kind, ...] = ("train", "eval")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

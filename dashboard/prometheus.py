@@ -84,7 +84,7 @@ class _Scrape(Collector):
 
 def _families() -> Iterator[tuple[Any, Read]]:
     """Yield every family, without samples, and what reads them."""
-    for outcome in ("admitted", "trained", "scored", "retried", "resent", "refused", "reconciled"):
+    for outcome in ("admitted", "trained", "scored", "retried", "interrupted", "resent", "refused", "reconciled"):
         text = f"Groups, as the ledger counts them: {outcome}."
         yield _family(CounterMetricFamily, f"groups_{outcome}", text, "set"), _counters(outcome)
     for outcome in ("dropped", "dead"):

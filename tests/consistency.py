@@ -8,12 +8,12 @@ import redis
 from builders import make_ledger
 
 from sluice.common.keys import Keys
-from sluice.common.pipeline import STAGES
+from sluice.common.pipeline import KINDS, STAGES
 
 PARTS = tuple(stage.name for stage in STAGES)
 FIXED = {
     "run", "cursor", "counts:train", "counts:eval", "totals", "live:train", "live:eval", "credit", "deadlines", "versions",
-    "batches", "want", "wake", "policy", "lineage", "events", "bytes", "dead", "evaluations",
+    "batches", "want", "wake", "policy", "lineage", "events", "bytes", "dead", "dead_bytes", "evaluations",
     "settled", "ahead", "filtered", "settings", "controls", "autoscale",
 }  # fmt: skip
 
@@ -57,8 +57,10 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
     groups = {name[2:] for name in names if name.startswith("g:")}
     assert groups == live | dead
     held = {group: client.hgetall(keys.group(group)) for group in groups}
-    total = sum(len(h.get(stage.encode(), b"")) for h in held.values() for stage in PARTS)
+    total = sum(len(held[g].get(stage.encode(), b"")) for g in live for stage in PARTS)
     assert total == int(client.get(keys.payload_bytes) or 0)
+    letters = sum(1024 + int(held[g].get(b"bytes", 0)) + len(held[g][b"dead_detail"]) for g in dead)
+    assert letters == int(client.get(keys.dead_bytes) or 0)
     for group in groups:
         assert sum(len(held[group].get(p.encode(), b"")) for p in PARTS) == int(held[group].get(b"bytes", 0))
     by_place = dict.fromkeys(in_stream, "ready") | {group: "leased" for _, _, group in leased}
@@ -72,4 +74,5 @@ def assert_consistent(client: redis.Redis, keys: Keys) -> None:
         counters = make_ledger(client, keys).counters(kind)
         assert counters.holds, counters
         assert counters.in_flight == len(members[kind])
-    assert sum(sum(make_ledger(client, keys).counters(k).dead.values()) for k in ("train", "eval")) == len(dead)
+    both = [make_ledger(client, keys).counters(kind) for kind in KINDS]
+    assert sum(sum(counters.dead.values()) - counters.discarded for counters in both) == len(dead)

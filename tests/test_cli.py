@@ -11,9 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
-from click.testing import CliRunner
+from builders import make_config, publish_policy, push_group
+from click.testing import CliRunner, Result
 from harness import every_command, fork_server, quickstart_config, sluice, tiny_folder
 
+from sluice.common.keys import Keys
+from sluice.common.ledger.ledger import Ledger
+from sluice.common.run import create_run
 from sluice.scripts import cli
 from sluice.scripts.launcher.redis_server import start_server
 
@@ -149,3 +153,38 @@ def test_doctor_examines_a_config(tmp_path: Path) -> None:
     bad = sluice("doctor", str(config), cwd=tmp_path)
     assert bad.returncode == 2
     assert "did you mean 'temperature'?" in bad.stdout
+
+
+def test_dead_letters_are_shown_discarded_and_requeued(
+    client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path
+) -> None:
+    config = make_config(lease={"max_attempts": 1}, replay_buffer={"batch_size": 4})
+    create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    publish_policy(client, keys, 0)
+    ledger = Ledger(client, keys, config)
+    for _ in range(3):
+        claim = ledger.claim(push_group(ledger, until="task"), "rollout", fields=())
+        assert claim is not None
+        ledger.fail(claim, reason="EngineError", detail="it broke")
+
+    def dead(*arguments: str) -> Result:
+        return CliRunner().invoke(cli.cli, ["dead", keys.run, *arguments], env={"SLUICE_REDIS_URL": redis_url})
+
+    def letters() -> list[str]:
+        return [letter["group"] for letter in json.loads(dead("--json").stdout)["dead"]]
+
+    assert sorted(letters()) == ["t0", "t1", "t2"]
+    assert "it broke" in dead("--show", "t1").stdout
+    assert dead("--discard", "t1").stdout == "discarded: 1\n"
+    assert sorted(letters()) == ["t0", "t2"]
+    assert dead("--requeue", "t0").stdout == "sent again: t0\n"
+    for option in ("--show", "--discard", "--requeue"):
+        assert "group t1 is not a dead letter of this run" in str(dead(option, "t1").exception)
+    assert dead("--requeue", "all", "--discard", "all").exit_code == 2
+    assert dead("--discard", "all").stdout == "discarded: 1\n"
+    last = dead()
+    assert (last.stdout, letters()) == ("", [])
+    assert last.stderr == (
+        "no dead letters\n2 others were discarded: on request, or beyond replay_buffer.max_dead_bytes\n"
+    )
+    assert (ledger.counters().dead, ledger.counters().in_flight) == ({"EngineError": 2}, 1)

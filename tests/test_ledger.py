@@ -222,6 +222,7 @@ def test_a_failing_part_is_retried_then_dead_with_reason_and_payload(client, key
         assert claim.attempt == attempt
         reports = [ledger.fail(claim, reason="RewardError", detail="boom") for _ in range(3)]
         assert reports == [True, False, False], "one attempt, however often it is reported"
+        end_wait(ledger, group_id, "reward")
     assert ledger.fail(ledger.claim(group_id, "reward", fields=()), reason="RewardError", detail="last boom") is False
     counters = ledger.counters()
     assert (counters.dead, counters.retried, counters.in_flight) == ({"RewardError": 1}, 2, 0)
@@ -235,10 +236,130 @@ def test_a_failing_part_is_retried_then_dead_with_reason_and_payload(client, key
     assert_consistent(client, keys)
 
 
+def end_wait(ledger, group_id, stage):
+    """As if the wait before the next attempt, or the lease, were over: the reaper sends the stage again."""
+    ledger.client.zadd(ledger.keys.deadlines, {f"{group_id}|{stage}": 1})
+    return ledger.reap()
+
+
 def kill_group(ledger, group_id, stage):
     """Fail a stage until the group is dead."""
     while ledger.fail(ledger.claim(group_id, stage, fields=()), reason="RewardError", detail="boom"):
-        pass
+        end_wait(ledger, group_id, stage)
+
+
+def test_a_part_that_failed_waits_half_a_second_then_two_then_eight(client, keys):
+    ledger = started_ledger(client, keys, lease={"max_attempts": 5})
+    group_id = push_group(ledger, until="rollout")
+    for wait_ms in (500, 2000, 8000, 8000):
+        assert ledger.fail(ledger.claim(group_id, "reward", fields=()), reason="RewardError", detail="boom")
+        assert wait_ms - 300 < deadline_in(ledger, group_id, "reward") <= wait_ms
+        assert ledger.claim(group_id, "reward", fields=()) is None, "a message that is still in the queue ends no wait"
+        assert end_wait(ledger, group_id, "reward") == [(group_id, "reward", "train")]
+    counters = ledger.counters()
+    assert (counters.retried, counters.resent, counters.dead) == (4, 0, {})
+    assert ledger.claim(group_id, "reward", fields=()).attempt == 5
+
+
+@pytest.mark.parametrize("taken_over", ["reaped", "claimed"])
+def test_a_claim_lost_after_progress_spends_no_attempt_and_has_a_bound_of_its_own(client, keys, taken_over):
+    lease = {"max_attempts": 2, "max_interruptions": 6}
+    ledger = started_ledger(client, keys, lease=lease)
+    group_id, poison = push_group(ledger, until="task"), push_group(ledger, until="task")
+
+    def lose(group_id, *, progress):
+        claim = ledger.claim(group_id, "rollout", fields=())
+        assert ledger.renew([claim], progress={group_id: progress}) == []
+        if taken_over == "reaped":
+            return end_wait(ledger, group_id, "rollout")
+        client.zadd(keys.deadlines, {f"{group_id}|rollout": 1})
+        return [claim]
+
+    assert lose(group_id, progress=0) and not ledger.is_last_chance("t99", "rollout")
+    for number in range(1, 6):
+        if taken_over == "reaped":
+            assert ledger.is_last_chance(group_id, "rollout") == (number == 1), "it can run: it runs beside others"
+        assert lose(group_id, progress=number)
+    if taken_over == "claimed":
+        assert ledger.claim(group_id, "rollout", fields=()).attempt == 1
+    assert (ledger.counters().interrupted, ledger.counters().retried, ledger.counters().dead) == (5, 1, {})
+    if taken_over == "reaped":
+        assert ledger.is_last_chance(group_id, "rollout")
+        assert lose(group_id, progress=9) == []
+        assert lose(poison, progress=0) and lose(poison, progress=0) == []
+        assert ledger.counters().dead == {"interrupted": 1, "lease_expired": 1}
+        assert b"like 5 claims before it" in client.hget(keys.group(group_id), "dead_detail")
+        assert ledger.requeue(group_id) == ["rollout"] and not ledger.is_last_chance(group_id, "rollout")
+    assert_consistent(client, keys)
+
+
+def test_dead_letters_hold_no_room_of_others_and_the_oldest_are_discarded(client, keys):
+    room = {"batch_size": 100, "max_bytes": 60_000, "max_dead_bytes": 100_000}
+    ledger = started_ledger(client, keys, replay_buffer=room, lease={"max_attempts": 1})
+    for _ in range(10):  # of 20 kB each, as long as groups in flight have room
+        group_id = admit_one(ledger)
+        ledger.store(group_id, "task", b"x" * 20_000)
+        kill_group(ledger, group_id, "rollout")
+        assert_consistent(client, keys)
+    letters = [f"t{number}" for number in range(6, 10)]
+    assert sorted(group.decode() for group in client.zrange(keys.dead, 0, -1)) == letters
+    assert (ledger.counters().dead, ledger.counters().discarded) == ({"RewardError": 10}, 6)
+    assert ledger.requeue("t0") == [] and ledger.requeue("t6") == ["rollout"]
+    assert int(client.get(keys.payload_bytes)) == 20_000
+    assert ledger.discard(["t7", "t8", "t0"]) == 2 and ledger.discard(["t7"]) == 0
+    assert client.zrange(keys.dead, 0, -1) == [b"t9"] and ledger.counters().discarded == 8
+    assert_consistent(client, keys)
+
+
+def test_groups_that_nothing_leads_to_any_more_are_found_and_continued(client, keys):
+    ledger = started_ledger(client, keys, replay_buffer={"batch_size": 8})
+    buffer = buffer_of(ledger)
+    leased = [push_group(ledger), push_group(ledger)]
+    assert [group.group_id for group in buffer.sample(0, step=1).groups] == leased
+    publish_policy(client, keys, 1)
+    ready = [push_group(ledger, version=version) for version in (0, 1)]
+    undated, scored, gone = (push_group(ledger, until=stage) for stage in ("task", "rollout", "rollout"))
+    assert ledger.recover() == []
+    client.delete(keys.stream(0), keys.group(gone))
+    client.xgroup_destroy(keys.stream(1), "trainer")
+    client.zrem(keys.deadlines, f"{undated}|rollout", f"{gone}|reward")
+    assert buffer.sample(1, step=2).available == 0, "a version without its stream has no groups"
+    assert sorted(ledger.recover()) == [(undated, "rollout"), (gone, "task")]
+    assert ledger.recover() == []
+    assert ledger.counters().recovered == 4
+    assert ledger.claim(gone, "task", fields=("cursor",)).fields == {"cursor": gone[1:].encode()}
+    assert [group.group_id for group in buffer.sample(1, step=2).groups] == ready, "their results were not lost"
+    assert buffer.acknowledge(2) == 4
+    assert ledger.store(scored, "reward", reward_payload()) == []
+    assert (ledger.counters().in_flight, ledger.counters().holds) == (3, True)
+
+
+def test_a_group_of_an_evaluation_that_redis_has_lost_is_a_dead_letter_of_it(client, keys):
+    ledger = started_ledger(client, keys)
+    evaluation.request(client, keys, HELDOUT, version=0)
+    ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks=eval_tasks(0, 1, modes="g"))
+    client.delete(keys.group("e0.heldout.0g"))
+    client.zrem(keys.deadlines, "e0.heldout.0g|rollout")
+    assert ledger.recover() == []
+    assert evaluation.result(client, keys, HELDOUT, version=0).num_dead == 1
+    assert ledger.counters("eval").dead == {"lost": 1}
+    assert ledger.requeue("e0.heldout.0g") == [], "its prompt is nowhere"
+    assert ledger.discard(["e0.heldout.0g"]) == 1
+    assert client.get(keys.dead_bytes) == b"0" and ledger.counters("eval").holds
+
+
+def test_a_requeued_group_whose_results_could_not_be_decoded_is_generated_again(client, keys):
+    ledger = started_ledger(client, keys)
+    buffer = buffer_of(ledger)
+    damaged, sound = push_group(ledger), push_group(ledger)
+    client.hset(keys.group(damaged), "reward", b"x" * len(reward_payload()))
+    assert buffer.sample(0, step=1).groups is None
+    assert ledger.counters().dead == {"undecodable": 1}
+    assert ledger.requeue(damaged) == ["rollout"]
+    assert_consistent(client, keys)
+    ledger.store(damaged, "rollout", rollout_payload(), version=0)
+    ledger.store(damaged, "reward", reward_payload())
+    assert {group.group_id for group in buffer.sample(0, step=1).groups} == {damaged, sound}
 
 
 def test_a_requeued_group_gets_fresh_attempts_for_what_it_lacks(client, keys):

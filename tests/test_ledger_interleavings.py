@@ -15,18 +15,24 @@ from consistency import assert_consistent
 
 from sluice.common.connections.client import connect
 from sluice.common.ledger import evaluations as evaluation
+from sluice.common.ledger import ledger as ledger_module
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 
 pytestmark = pytest.mark.usefixtures("server_flavours")
 
 
-LEASES = {"running_s": 0.01, "queued_s": 0.02, "max_attempts": 2}
+LEASES = {"running_s": 0.01, "queued_s": 0.02, "max_attempts": 2, "max_interruptions": 2}
 WORKER_ACTIONS = {
     "admit": 8, "claim": 26, "finish": 24, "fail": 2, "release": 2, "abandon": 2, "renew": 3, "late": 3, "reap": 8,
-    "drop": 0.3, "evaluate": 0.7,
+    "recover": 1, "drop": 0.3, "requeue": 0.2, "discard": 0.2, "evaluate": 0.7,
 }  # fmt: skip
 TRAINER_ACTIONS = {"take": 4, "take_again": 2, "publish": 4, "acknowledge": 2, "roll_back": 0.2}
 """Action -> how often, among the others."""
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    monkeypatch.setattr(ledger_module, "RETRY_WAITS_S", (0.002, 0.004))
 
 
 class Actors:
@@ -41,7 +47,7 @@ class Actors:
         self.draw = random.Random(seed)
         filtering = {"filter_zero_variance": True, "max_refill": self.MAX_FILTERED // self.K}
         sections = {"lease": LEASES, "trainer": {"loss": {"kl_beta": 0.1}, **filtering}}
-        batch = {"batch_size": self.K, "max_policy_age": self.AGE}
+        batch = {"batch_size": self.K, "max_policy_age": self.AGE, "max_dead_bytes": 30_000}
         self.ledger = make_ledger(client, keys, worker=f"seed{seed}", replay_buffer=batch, **sections)
         self.buffer = ReplayBuffer(self.ledger, groups_per_step=self.K, max_policy_age=self.AGE)
         self.messages: list[tuple[str, str]] = []
@@ -100,8 +106,8 @@ class Actors:
             self.old_claims.append(claim)
 
     def fail(self):
-        if (claim := self.pick(self.claims)) and self.ledger.fail(claim, reason=self.draw.choice("ab"), detail="d"):
-            self.messages.append((claim.group_id, claim.stage))
+        if claim := self.pick(self.claims):
+            self.ledger.fail(claim, reason=self.draw.choice("ab"), detail="d")
 
     def release(self):
         if (claim := self.pick(self.claims)) and self.ledger.release(claim):
@@ -112,7 +118,8 @@ class Actors:
             self.old_claims.append(claim)
 
     def renew(self):
-        self.ledger.renew(self.claims[:5] + self.old_claims[-2:])
+        claims = self.claims[:5] + self.old_claims[-2:]
+        self.ledger.renew(claims, progress={claim.group_id: self.draw.choice([0, 9]) for claim in claims})
 
     def late(self):
         """A worker that lost its lease long ago reports."""
@@ -127,6 +134,17 @@ class Actors:
 
     def reap(self):
         self.messages += [(group_id, stage) for group_id, stage, _ in self.ledger.reap(self.draw.choice([1, 200]))]
+
+    def recover(self):
+        assert self.ledger.recover() == [], "nothing is lost here"
+
+    def requeue(self):
+        if dead := self.client.zrange(self.keys.dead, 0, 0):
+            group_id = dead[0].decode()
+            self.messages += [(group_id, stage) for stage in self.ledger.requeue(group_id)]
+
+    def discard(self):
+        self.ledger.discard(self.client.zrange(self.keys.dead, 0, 0) or ["t0"])
 
     def drop(self):
         live = [g.decode() for g in self.client.srandmember(self.keys.live("train"), 1)]
@@ -227,15 +245,16 @@ def check_places(actors):
     places = [set(actors.trained), actors.dropped, actors.filtered, live, dead]
     for a, b in itertools.combinations(places, 2):
         assert not a & b
-    stale = everyone - set().union(*places)
     counters = actors.ledger.counters()
+    assert counters.recovered == 0
+    stale = everyone - set().union(*places)  # and those discarded
     assert counters.admitted == len(everyone)
     assert counters.trained == len(actors.trained)
-    assert len(stale) == counters.dropped.get("stale", 0) == actors.num_evicted
+    assert len(stale) - counters.discarded == counters.dropped.get("stale", 0) == actors.num_evicted
     assert len(actors.filtered) == counters.dropped["zero_variance"]
-    assert sum(counters.dropped.values()) == len(stale) + len(actors.dropped) + len(actors.filtered)
+    assert sum(counters.dropped.values()) == actors.num_evicted + len(actors.dropped) + len(actors.filtered)
     assert counters.in_flight == len(live)
-    assert sum(counters.dead.values()) == len(dead)
+    assert sum(counters.dead.values()) == len(dead) + counters.discarded
 
 
 def test_the_identity_holds_after_each_of_5000_random_transitions(client, keys):
@@ -253,7 +272,7 @@ def test_the_identity_holds_after_each_of_5000_random_transitions(client, keys):
     check_places(actors)
     assert set(done) == set(WORKER_ACTIONS | TRAINER_ACTIONS)
     counters = actors.ledger.counters()
-    names = "trained", "dead", "retried", "resent", "refused", "kept_for_bound"
+    names = "trained", "dead", "discarded", "retried", "interrupted", "resent", "refused", "kept_for_bound"
     reached = [getattr(counters, name) for name in names]
     assert all(reached) and "zero_variance" in counters.dropped, f"some transition never happened: {counters}"
     evaluated = actors.ledger.counters("eval")

@@ -61,6 +61,7 @@ def test_at_maxmemory_payloads_are_refused_whole_and_all_else_goes_on(client: re
         lambda: ledger.store(working, "rollout", rollout_payload(), version=0),
         lambda: ledger.claim(working, "rollout", fields=()),
         lambda: ledger.reap(),
+        lambda: ledger.recover(),
         lambda: ledger.admit(1),
         lambda: ledger.admit_eval("0.heldout", dataset="heldout", version=0, tasks={"e0.heldout.0g": b"task"}),
     ):

@@ -12,6 +12,7 @@ from harness import wait_for
 from test_policy_store import damage
 
 import sluice.workers.policy_updates
+import sluice.workers.rollout
 from sluice.common.errors import EngineError
 from sluice.common.models.causal_lm import load_pretrained, load_weights, named_weights
 from sluice.common.models.logprobs import score_sequences
@@ -53,6 +54,20 @@ def test_damaged_weights_are_refused_and_reported_while_the_old_version_serves(
     assert served.versions() == {0}, "the old one serves"
     served.publish(2)
     served.until_serves(2)
+
+
+def test_no_training_group_is_claimed_before_a_policy_is_served(
+    serve_fleet: Callable[..., ServedFleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve_fleet()
+    [group_id] = served.fleet.admit(1)
+    monkeypatch.setattr(sluice.workers.rollout, "FIRST_POLICY_WAIT_S", 0.1)
+    served.role.generate(group_id)
+    assert not served.client.hexists(served.keys.group(group_id), "n:rollout")
+    served.role.start()
+    served.until_serves(0)
+    served.role.generate(group_id)
+    assert served.fleet.has([group_id], "rollout") and served.fleet.field(group_id, "n:rollout") == "1"
 
 
 def test_a_late_worker_stages_the_newest_version_first(

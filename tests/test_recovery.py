@@ -7,32 +7,43 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from builders import make_config, push_group, save_tiny_qwen
+from harness import wait_for
 
 from sluice.common.connections.client import connect
-from sluice.common.errors import ConfigError
+from sluice.common.errors import ConfigError, PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger, read_counters
 from sluice.common.models.assets import read_assets
 from sluice.common.monitoring.heartbeats import read_heartbeats
+from sluice.common.policies.digest import weights_digest
+from sluice.common.policies.reader import PolicyReader
 from sluice.common.run import Run, create_run
-from sluice.trainer.checkpoint import checkpoint_steps
+from sluice.trainer.checkpoint import newest_checkpoint
 from sluice.trainer.distributed.ranks import Ranks
 from sluice.trainer.loop import Trainer
 
 
 @pytest.fixture
-def run(client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(
+    client: redis.Redis,
+    keys: Keys,
+    redis_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Run:
     monkeypatch.setenv("SLUICE_REDIS_URL", redis_url)
     config = make_config(
         model={"path": str(save_tiny_qwen(tmp_path / "model"))},
         trainer={"num_steps": 4, "device": "cpu", "loss": {"kl_beta": 0.0}},
-        checkpoint={"every_steps": 2},
+        checkpoint={"every_steps": getattr(request, "param", 2)},
         policy_store={"path": str(tmp_path / "policies")},
     )
     assets = read_assets(config.model.path).to_wire()
@@ -81,7 +92,10 @@ def before_sampling(trainer: Trainer, do: Callable[[int], object]) -> None:
     trainer.buffer.sample = sample_after  # type: ignore[method-assign]
 
 
-def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, run: Run, redis_url: str) -> None:
+@pytest.mark.parametrize(("run", "saved_step"), [(2, 2), (4, 0)], indirect=["run"], ids=["checkpoint", "none yet"])
+def test_a_trainer_resumes_where_the_newest_checkpoint_is_and_trains_on_the_same_groups(
+    client: redis.Redis, run: Run, redis_url: str, saved_step: int
+) -> None:
     class Died(Exception):
         pass
 
@@ -99,15 +113,52 @@ def test_a_trainer_resumes_where_the_newest_checkpoint_is(client: redis.Redis, r
         with pytest.raises(Died):
             first.train(Ranks())
         first.close()
-        assert (first.position.step, first.position.saved_step, first.position.version) == (3, 2, 3)
+        assert (first.position.step, first.position.saved_step, first.position.version) == (3, saved_step, 3)
+        held = [client.lrange(run.keys.batch(step), 0, -1) for step in range(saved_step + 1, 5)]
         heartbeats = read_heartbeats(client, run.keys)
         assert not [name for name in heartbeats if name.startswith("trainer")], "it has signed off"
         second = Trainer(client, run)
         second.train(Ranks())
         second.close()
-    assert (second.outcome, second.position.step, second.position.version) == ("finished", 4, 6)
-    assert_trained(client, run, [1, 2, 3, 3, 4])
-    assert checkpoint_steps(Path(run.folder) / "checkpoints")[-1] == 4
+    assert (second.outcome, second.position.step, second.position.version) == ("finished", 4, 8 - saved_step)
+    assert_trained(client, run, [1, 2, 3, *range(saved_step + 1, 5)])
+    newest = newest_checkpoint(Path(run.folder) / "checkpoints")
+    assert newest is not None and newest.state.step == 4
+    groups = [line.decode().rpartition("|")[2] for lines in held for line in lines]
+    assert sorted(newest.state.trained_groups) == sorted(groups)
+    assert read_counters(client, run.keys).dropped == {}, "a step made again makes the same policy: nothing is stale"
+
+
+def test_a_base_policy_that_was_lost_is_written_again_when_a_reader_asks(
+    client: redis.Redis, run: Run, redis_url: str
+) -> None:
+    trainer, reader = Trainer(client, run), PolicyReader(client, run.keys, run.config.policy_store)
+    has_trained = threading.Event()
+
+    def is_readable() -> bool:
+        with contextlib.suppress(PolicyNotFound):
+            return weights_digest(reader.fetch(0)[1]) == reader.manifest(0).digest
+        return False
+
+    def lose_the_base() -> None:
+        try:
+            wait_for(is_readable, timeout=30, what="the base policy")
+            for path in Path(run.config.policy_store.path or "").rglob("policy-00000000.safetensors"):
+                path.unlink()
+            assert not is_readable()
+            wait_for(is_readable, timeout=30, what="the trainer to write it again")
+            with groups_arriving(run, redis_url):
+                has_trained.wait(60)
+        finally:
+            trainer.stopping = True
+
+    with ThreadPoolExecutor(1) as pool:
+        reads = pool.submit(lose_the_base)
+        trainer.train(Ranks())
+        has_trained.set()
+        reads.result()
+    trainer.close()
+    assert_trained(client, run, [1, 2, 3, 4])
 
 
 def test_a_redis_that_came_back_older_is_told_what_was_trained(client: redis.Redis, run: Run, redis_url: str) -> None:

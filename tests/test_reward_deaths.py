@@ -93,6 +93,8 @@ def test_a_reward_that_takes_its_process_down_is_a_dead_letter_and_never_a_score
 
         def is_settled() -> bool:
             told.append(stats())
+            for group_id, stage, _ in ledger.reap():
+                send_stage(app, group_id, stage)
             counters = ledger.counters()
             return sum(counters.dead.values()) == len(EXPECTED) and client.xlen(keys.stream(0)) == 4
 

@@ -85,18 +85,18 @@ def test_every_function_that_fails_is_named_with_its_line(tmp_path: Path) -> Non
 @for_each(
     ("name", "message"),
     [
-        ("sleeps", "sleeps gave no answer within reward.time_limit_s = 0.2 s (MINE:27)"),
-        ("sleeps_async", "sleeps_async gave no answer within reward.time_limit_s = 0.2 s"),
+        ("sleeps", "sleeps gave no answer within reward.time_limit_s = 1 s (MINE:27)"),
+        ("sleeps_async", "sleeps_async gave no answer within reward.time_limit_s = 1 s"),
         ("leaves", "leaves took its process with it, which ended with exit code 3"),
     ],
 )
 def test_a_function_that_never_returns_is_named(tmp_path: Path, name: str, message: str) -> None:
-    first, found = problems(tmp_path, "broken", name, time_limit_s=0.2)
+    first, found = problems(tmp_path, "broken", name, time_limit_s=1.0)
     assert "broken raised ZeroDivisionError" in first
     assert message.replace("MINE", str(tmp_path / "mine.py")) in found
 
 
-def test_a_run_whose_reward_fails_is_refused_before_it_starts(tmp_path: Path) -> None:
+def test_a_run_whose_reward_fails_is_refused_before_it_starts_and_doctor_lists_all(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     functions = [{"function": f"{tmp_path / 'mine.py'}:broken"}]
     config = quickstart_config(tmp_path, tiny=tiny_folder(), reward__functions=functions, evaluation__datasets=[])
@@ -104,3 +104,9 @@ def test_a_run_whose_reward_fails_is_refused_before_it_starts(tmp_path: Path) ->
     assert done.returncode == 2
     assert f"ZeroDivisionError: division by zero ({tmp_path / 'mine.py'}:5)" in done.stderr
     assert not (tmp_path / "runs").exists()
+    functions += [{"function": f"{tmp_path / 'mine.py'}:needs"}]
+    config = quickstart_config(tmp_path, tiny=tiny_folder(), reward__functions=functions, evaluation__datasets=[])
+    done = sluice("doctor", str(config), cwd=tmp_path)
+    assert done.returncode == 2
+    problems = [line for line in done.stdout.splitlines() if line.startswith("problem ")]
+    assert [name in line for name, line in zip(("broken raised", "needs takes"), problems, strict=True)] == [True, True]

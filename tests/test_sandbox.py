@@ -149,18 +149,21 @@ def test_what_a_program_leaves_is_no_failure_of_the_sandbox() -> None:
 @for_each("level", HERE)
 def test_memory_is_bounded_for_all_processes_together(level: Isolation) -> None:
     program = """
-import os, time
+import os, select, time
+reads, writes = os.pipe()
 for _ in range(4):
     if os.fork() == 0:
         held = bytearray(os.urandom(1)) * (64 << 20)
         os.write(1, b"held\\n")
-        time.sleep(0.5)
-        os._exit(0)
-for _ in range(4):
-    os.wait()
+        os.write(writes, b"x")
+        time.sleep(60)
+count = 0
+while count < 4 and os.waitpid(-1, os.WNOHANG) == (0, 0):
+    if select.select([reads], [], [], 0.01)[0]:
+        count += len(os.read(reads, 4))
 """
-    assert run_python(program, timeout_s=5, memory_mib=1024, isolation=level).output == "held\n" * 4
-    assert run_python(program, timeout_s=5, memory_mib=160, isolation=level).output.count("held") < 4
+    assert run_python(program, timeout_s=15, memory_mib=1024, isolation=level).output == "held\n" * 4
+    assert run_python(program, timeout_s=15, memory_mib=160, isolation=level).output.count("held") < 4
 
 
 @for_each("level", [level for level in HERE if level != "limits"])

@@ -274,8 +274,10 @@ def test_the_command_trains_stops_at_sigterm_resumes_and_leaves_a_model(
     assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped_at:08d}"
 
     monkeypatch.chdir(tmp_path)
-    assert not cli.main(["sft", "job.yaml", "--resume"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sft", "job.yaml", "--resume"])
     said = capsys.readouterr().err
+    assert ended.value.code == 0, said
     assert f"from step {stopped_at} on" in said
     assert "step 60/60  loss " in said and "held out " in said
     assert [line["step"] for line in lines_of(run)] == list(range(1, 61))

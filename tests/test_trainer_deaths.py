@@ -20,6 +20,7 @@ OPTIMIZE, BUFFER = (
 WRITE = "sluice.common.policies.transports:DirectoryTransport.write"
 COLLECT = "sluice.common.policies.retention:Retention.collect_garbage"
 KILLS = [
+    (COLLECT, "before", 3),  # two steps are published, and no checkpoint is written
     (OPTIMIZE, "after", 2),  # between optimizer step and publication
     (f"{BUFFER}.sample", "after", 3),  # a batch is dealt out, nothing else happened
     (WRITE, "after", 3),  # tensors written, the pointer not moved
@@ -87,9 +88,10 @@ def test_ten_steps_are_five_a_kill_and_five_bit_for_bit(tmp_path: Path, own_redi
                 assert found is not None and found.state.step == 5
             with trainer(folder, env) as process:
                 assert process.wait(180) == 0
-        assert counters_of(env).to_dict() | {"retried": 0, "resent": 0, "refused": 0} == {
+        assert counters_of(env).to_dict() | {"retried": 0, "interrupted": 0, "resent": 0, "refused": 0} == {
             "admitted": 40, "trained": 40, "scored": 0, "dropped": {}, "dead": {}, "in_flight": 0,
-            "retried": 0, "resent": 0, "refused": 0, "reconciled": 0, "kept_for_bound": 0, "holds": True,
+            "retried": 0, "interrupted": 0, "resent": 0, "refused": 0, "reconciled": 0, "recovered": 0, "discarded": 0,
+            "kept_for_bound": 0, "holds": True,
         }  # fmt: skip
         results[name] = checkpoint_at(folder / "runs" / name / "checkpoints", 10)
     straight, killed = results["straight"], results["killed"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from fleet import LEASE_S, Fleet
 from harness import wait_for
@@ -56,6 +57,43 @@ def test_a_poison_prompt_dies_alone_and_takes_no_innocent_with_it(make_fleet: Ca
     assert "rollout held by" in fleet.field(poison, "dead_detail")
     assert max(int(fleet.field(group_id, "n:rollout")) for group_id in others) == 2, "somebody was beside it"
     assert counters.holds
+
+
+def test_a_group_whose_workers_are_preempted_after_progress_is_healthy_and_runs_beside_others(
+    make_fleet: Callable[..., Fleet],
+) -> None:
+    fleet = make_fleet(lease={"running_s": LEASE_S, "queued_s": 2.0, "max_attempts": 2})
+    group_ids = fleet.admit(3)
+    slow = "from sluice.workers.engine.torch.engine import TorchEngine\nstep = TorchEngine._step\n"
+    slow += "TorchEngine._step = lambda self: (time.sleep(0.3), step(self))"
+    for number in range(1, 3):
+        with fleet.odd("rollout", patch=slow) as preempted:
+            made = lambda: fleet.has(group_ids, "p:rollout")  # noqa: E731
+            fleet.tick_until(made, timeout=30, what="all three to have made progress at the same time")
+            preempted.kill()
+        lost = lambda: fleet.ledger.counters().interrupted == 3 * number  # noqa: B023, E731
+        fleet.tick_until(lost, timeout=20, what="the leases of a killed worker to end")
+    with fleet.sound("rollout"):
+        fleet.tick_until(lambda: fleet.has(group_ids, "rollout"), timeout=30, what="another worker to do its groups")
+    counters = fleet.ledger.counters()
+    assert (counters.retried, counters.dead, counters.holds) == (0, {}, True)
+
+
+def test_groups_wait_for_a_base_policy_that_is_away_and_lose_no_attempt(make_fleet: Callable[..., Fleet]) -> None:
+    fleet = make_fleet(trainer={"loss": {"kl_beta": 0.1}}, policy_store={"delta": False})
+    [base] = Path(fleet.config.policy_store.path).glob("**/*.safetensors")
+    base.rename(base.with_suffix(".away"))
+    group_ids = fleet.admit(3, until="rollout")
+    with fleet.sound("reference"):
+        heartbeats = lambda: read_heartbeats(fleet.ledger.client, fleet.ledger.keys).values()  # noqa: E731
+        alarm = lambda: next((beat["alarm"] for beat in heartbeats()), "")  # noqa: E731
+        fleet.tick_until(alarm, timeout=30, what="the worker to say what it waits for")
+        assert alarm().startswith("waits for the base policy: ")
+        assert not any(fleet.has([group_id], "by:reference") for group_id in group_ids)
+        base.with_suffix(".away").rename(base)
+        fleet.tick_until(lambda: fleet.has(group_ids, "reference"), timeout=30, what="all groups to be scored")
+    counters = fleet.ledger.counters()
+    assert (counters.retried, counters.dead, counters.holds) == (0, {}, True)
 
 
 def test_a_stopped_worker_is_taken_over_and_its_late_results_are_refused(make_fleet: Callable[..., Fleet]) -> None:

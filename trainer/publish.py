@@ -8,21 +8,27 @@ One publication at a time: a new one waits for the previous one, and raises its 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import redis
+import torch
 from celery import Celery
 from torch import Tensor
 
 from sluice.common.config import EvalDataset
 from sluice.common.connections.broker import send
+from sluice.common.errors import ConfigError, PolicyError
 from sluice.common.ledger import evaluations as evaluation
+from sluice.common.models.causal_lm import load_pretrained, named_weights
 from sluice.common.policies.canary import CanarySequence
 from sluice.common.policies.store import PolicyStore
 from sluice.common.run import Run
 from sluice.trainer.heartbeat import DiskRetry
+
+log = logging.getLogger("sluice.trainer")
 
 
 class Publisher:
@@ -45,6 +51,7 @@ class Publisher:
         self._metrics = {"time/publish": 0.0}
         self.published = -1
         "newest version that this process has published"
+        self._is_base_lost = False
         self.digest = ""
         "its digest"
 
@@ -92,9 +99,31 @@ class Publisher:
         self.store.announce_again(incarnation=self._incarnation)
 
     def republish_full(self) -> None:
-        """Write the newest version in full where a reader could not verify its delta and asked for it."""
-        if (self._running is None or self._running.done()) and self.store.is_full_requested():
+        """Write again what a reader could not verify and asked for: the newest version in full, or the base that was lost."""
+        if self._running is not None and not self._running.done():
+            return
+        if self.store.pop_base_request():
+            self._restore_base()
+        elif self.store.is_full_requested():
             self._retry_while_disk_full(self.store.republish_full)
+
+    def _restore_base(self) -> None:
+        """Write version 0 again, from the model of the config; where that is another one now, say so once."""
+        if not self._is_base_lost:
+            config = self._run.config
+            try:
+                model = load_pretrained(config.model.path, revision=config.model.revision)
+                model.requires_grad_(False)
+                dtype = getattr(torch, config.rollout.dtype)
+                weights = named_weights(model).items()
+                base = {
+                    name: weight.to(dtype if weight.is_floating_point() else weight.dtype) for name, weight in weights
+                }
+                self._retry_while_disk_full(lambda: self.store.restore(0, base))
+                log.warning("the base policy was lost, and is written again")
+            except (ConfigError, PolicyError) as error:
+                self._is_base_lost = True
+                log.error("the base policy is lost, and cannot be written again: %s", error)
 
     def metrics(self) -> dict[str, float]:
         """Return seconds of the newest publication, and what a reader with the previous version downloads: bytes, and share."""

@@ -127,6 +127,7 @@ class Recovery:
             self._publisher.store.restore(0, policy.snapshot(sampling_dtype, full=True))
         found = newest_checkpoint(self._checkpoints)
         if found is None:
+            # Batches sampled so far have their manifests, and are trained again from the base model on.
             self._buffer.roll_back(0)
             position.version = newest  # -1 on a fresh run: the base model becomes version 0, and 0 has no parent
             parent = min(newest, 0)
@@ -144,8 +145,8 @@ class Recovery:
             log.info("resumed at step %d from %s", position.step, found.path)
 
             # The weights are those of the checkpoint's version, under a number that no process has ever used.
-            self._abandoned = abandoned_versions(self._client, self._run.keys, after_step=position.step)
             parent, position.version = found.state.version, max(newest, found.state.version, last_reported)
+        self._abandoned = abandoned_versions(self._client, self._run.keys, after_step=position.step)
         self._audit.forget_after(position.step)
         return parent
 

@@ -3,18 +3,19 @@
     message --> claim --refused--> nothing (done, or another worker holds it)
                   |
                  work --EngineClosed--> released: sent again, no attempt spent
-                  |   --other error---> failed: sent again, or dead-lettered with the traceback
+                  |   --other error---> failed: sent again by the reaper, or dead-lettered with the traceback
                  store --refused-----> nothing (another attempt was faster)
                   |
                  messages for the next stages
 
 Before each heartbeat the leases of running stages are renewed, up to one lease after the last progress; a process without
-progress for two leases (an endless loop in a kernel, a hung device) ends itself, so that it stops claiming groups.
+progress for two leases (an endless loop in a kernel, a hung device) ends itself, so that it stops claiming groups. What a stage
+has made travels with the renewal, and its first progress at once: a claim that is lost after it spends no attempt.
 
 SIGUSR2 = SIGTERM with more time: no new messages, and running stages may finish for autoscale.drain_s. A later SIGTERM ends that.
 
-A stage on its last attempt runs exclusively in its process: a poison prompt that kills the process then takes no other stage
-with it, and a stage that only ran beside a poison prompt gets an attempt that no other stage can spoil.
+A stage whose group would die with its claim runs exclusively in its process: a poison prompt that kills the process then takes
+no other stage with it, and a stage that only ran beside a poison prompt gets an attempt that no other stage can spoil.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -46,6 +48,8 @@ log = logging.getLogger("sluice.worker")
 
 HUNG_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h."""
+FIRST_PROGRESS_S = 0.1
+"""How soon the first progress of a stage is in the ledger: a worker that is killed later than that costs it no attempt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +79,8 @@ class Context:
     process: str
     progress_age_s: Callable[[], float] = lambda: 0.0
     "seconds since the engine last made progress: leases end one lease after it, the process after two"
+    progress: Callable[[], Mapping[str, int]] | None = None
+    "group -> tokens generated, or turns made, of what runs; none = its stages make no progress that could be told"
     stats: Callable[[], dict[str, Any]] = dict
     "what this process adds to its heartbeat"
     busy_s: Callable[[], float] = lambda: 0.0
@@ -85,7 +91,10 @@ class Context:
     _heartbeat_at: float = field(default_factory=time.monotonic)
     _heartbeat_busy_s: float = 0.0
     _claims: dict[str, Claim] = field(default_factory=dict)
+    _reported: set[str] = field(default_factory=set)
+    "holders of claims whose progress is in the ledger"
     _lock: ExecutionLock = field(default_factory=ExecutionLock)
+    _is_closed: threading.Event = field(default_factory=threading.Event)
     _was_hung: bool = False
     _is_draining: ClassVar[bool] = False
 
@@ -121,20 +130,17 @@ class Context:
         fields: tuple[str, ...],
         lease_s: float | None = None,
     ) -> None:
-        """Run one stage of one group, beside others unless this is its last attempt."""
+        """Run one stage of one group, beside others unless this is its last chance."""
         claim = partial(self.ledger.claim, group_id, stage, fields=fields, lease_s=lease_s)
         with self._lock.held(exclusive=False) as acquired:
-            is_last = self._is_last_attempt(group_id, stage)
+            # before the claim: one that waits would be lost if its process were killed
+            is_last = self.ledger.is_last_chance(group_id, stage)
             if acquired and not is_last:
                 self._work_on(claim(), work)
         if is_last:
             with self._lock.held(exclusive=True) as acquired:
                 if acquired:
                     self._work_on(claim(), work)
-
-    def _is_last_attempt(self, group_id: str, stage: str) -> bool:
-        """Check before the claim: a claim that waits would spend the attempt if its process were killed."""
-        return self.ledger.attempts(group_id, stage) + 1 >= self.run.config.lease.max_attempts > 1
 
     def _work_on(self, claim: Claim | None, work: Callable[[Claim], Result]) -> None:
         if claim is None:
@@ -151,8 +157,7 @@ class Context:
                 log.warning("%s of group %s failed on attempt %d: %r", stage, group_id, claim.attempt, error)
                 detail = f"{error!r}\n{traceback.format_exc(limit=-8)}"
                 reason = "undecodable" if isinstance(error, SerializationError) else type(error).__name__
-                if self.ledger.fail(claim, reason=reason, detail=detail):
-                    send_stage(self.app, group_id, stage)
+                self.ledger.fail(claim, reason=reason, detail=detail)
                 return
             # may wait for Redis; the lease is renewed meanwhile
             following = self.ledger.store(group_id, stage, **asdict(result))
@@ -169,6 +174,7 @@ class Context:
             yield
         finally:
             del self._claims[claim.holder]
+            self._reported.discard(claim.holder)
 
     def start_heartbeat(self) -> None:
         """Begin to renew leases and to send heartbeats."""
@@ -181,14 +187,36 @@ class Context:
             period_s=min(HEARTBEAT_S, self.run.config.lease.running_s / 3),
         )
         self._heartbeat.start()
+        if self.progress is not None:
+            threading.Thread(target=self._report_first_progress, name="first progress", daemon=True).start()
+
+    def _report_first_progress(self) -> None:
+        while not self._is_closed.wait(FIRST_PROGRESS_S):
+            claims = [claim for claim in list(self._claims.values()) if claim.holder not in self._reported]
+            try:
+                if claims and (made := self._progress()):
+                    self._renew([claim for claim in claims if made.get(claim.group_id)], made)
+            except redis.RedisError:
+                continue  # the heartbeat thread says it
+
+    def _progress(self) -> Mapping[str, int]:
+        return self.progress() if self.progress is not None else {}
+
+    def _renew(self, claims: list[Claim], made: Mapping[str, int]) -> set[str]:
+        """Renew leases, up to one lease after the last progress of the process; return those that are lost."""
+        left_s = self.run.config.lease.running_s - self.progress_age_s()
+        if left_s <= 0:
+            return set()
+        lost = set(self.urgent.renew(claims, lease_s=left_s, progress=made))
+        self._reported |= {
+            claim.holder for claim in claims if made.get(claim.group_id) and claim.holder in self._claims
+        }
+        return lost
 
     def _keep_leases(self) -> None:
         self._end_if_hung()
-        left_s = self.run.config.lease.running_s - self.progress_age_s()
-        if left_s <= 0:
-            return
         claims = list(self._claims.values())
-        lost = set(self.urgent.renew(claims, lease_s=left_s))
+        lost = self._renew(claims, self._progress())
         for claim in claims:
             # a stage whose result was stored meanwhile has no lease any more either
             if f"{claim.group_id}|{claim.stage}" in lost and claim.holder in self._claims:
@@ -225,6 +253,7 @@ class Context:
 
     def close(self) -> None:
         """Stop the heartbeat thread and the connection gracefully."""
+        self._is_closed.set()
         give_up_after(self.client, 2.0)
         if self._heartbeat is not None:
             self._heartbeat.close()

@@ -208,6 +208,9 @@ class DatasetRole:
         if now >= self._reap_from:
             for group_id, stage, _ in self.context.ledger.reap():
                 send_stage(self.context.app, group_id, stage)
+            for group_id, stage in self.context.ledger.recover():
+                log.warning("group %s is continued at %s: Redis had lost what led to it", group_id, stage)
+                send_stage(self.context.app, group_id, stage)
         self.fill()
         self.evaluate()
         autoscale.update(self.context.client, self.context.run)

@@ -21,7 +21,6 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Celery, signals
 from celery.utils.log import current_process_index
 
-from sluice.common.connections.broker import send_stage
 from sluice.common.ledger.ledger import Claim
 from sluice.common.pipeline import stage_on
 from sluice.common.serialization import decode, encode
@@ -135,8 +134,7 @@ class RewardRole:
             if not holder.startswith(context.process.rpartition(":")[0] + ":"):
                 return  # it died before it claimed the stage, or the stage was reassigned
             claim = Claim(group_id=group_id, stage="reward", holder=holder, attempt=0, fields={})
-            if ledger.fail(claim, reason=type(exception).__name__, detail=what):
-                send_stage(context.app, group_id, "reward")
+            ledger.fail(claim, reason=type(exception).__name__, detail=what)
         except redis.RedisError as error:
             log.warning("group %s is scored again when its lease ends: %s", group_id, error)
 

@@ -171,7 +171,9 @@ class ReplayBufferConfig(Section):
     max_resample_count: int | None = Field(default=0, ge=0)
     """How many more times a group may be trained; none = no limit until it is too old."""
     max_bytes: int = Field(default=4 * 1024**3, ge=1)
-    """Admission stops while the run's groups hold more bytes of Redis memory than this."""
+    """Admission stops while the groups in flight hold more bytes of Redis memory than this."""
+    max_dead_bytes: int = Field(default=256 * 1024**2, ge=0)
+    """Dead letters keep what they hold in at most this many bytes besides; beyond it the oldest are discarded, and counted."""
 
 
 class CheckpointConfig(Section):
@@ -221,7 +223,9 @@ class LeaseConfig(Section):
     queued_s: float = Field(default=10.0, gt=0)
     """A sent stage that no worker has claimed is sent again after this many seconds, doubling each time."""
     max_attempts: int = Field(default=3, ge=1)
-    """Claims of one stage before the group is dead-lettered."""
+    """Attempts at one stage before the group is dead-lettered: claims that failed, or were lost before they made any progress."""
+    max_interruptions: int = Field(default=20, ge=1)
+    """Claims of one stage that may be lost after they made progress (their workers were pre-empted), before the same."""
     shutdown_grace_s: float = Field(default=5.0, ge=0)
     """SIGTERM: what cannot finish within this many seconds is returned to the queue."""
 

@@ -2,7 +2,8 @@
 
      admitted --task--> rollout --> reward, reference --> ready --> leased --> trained
         |                                                  |
-        |  any stage: lease expired or failed -> resent; after max_attempts -> dead(reason)
+        |  any stage: lease expired or failed -> resent; after max_attempts -> dead(reason);
+        |  lease expired after progress -> resent, no attempt spent; after max_interruptions -> dead(interrupted)
         +--> dropped(prompt_too_long, bad_row)             +--> dropped(stale)
    reward: equal rewards, where trainer.filter_zero_variance is on --> dropped(zero_variance)
 
@@ -24,7 +25,7 @@ only time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,7 +34,11 @@ import redis
 from sluice.common.config import Config
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.pipeline import EVALUATED, FIRST, Kind, kind_of, plan_for
+from sluice.common.pipeline import EVALUATED, FIRST, KINDS, Kind, kind_of, plan_for
+
+RETRY_WAITS_S = (0.5, 2.0, 8.0)
+"""How long a stage that failed waits before its second attempt, its third, and every later one: what it needs may be away for
+a moment, and attempts that fail at once would all be spent in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,10 +76,16 @@ class Counters:
     dropped: dict[str, int] = field(default_factory=dict)
     dead: dict[str, int] = field(default_factory=dict)
     retried: int = 0
+    interrupted: int = 0
+    "claims that were lost after they had made progress: no attempt is spent"
     resent: int = 0
     refused: int = 0
     reconciled: int = 0
     "groups whose sampling Redis had lost, settled by the checkpoint that names them"
+    recovered: int = 0
+    "groups to which no key of Redis led any more, found and continued"
+    discarded: int = 0
+    "dead letters that were removed: by the cap on their bytes, or by `sluice dead --discard`"
     kept_for_bound: int = 0
     "groups of equal rewards that were not dropped, so that the trainer does not starve"
 
@@ -101,6 +112,7 @@ class Ledger:
         "may be replaced by one with other settings in force"
         self._worker = worker
         self._claims = itertools.count()
+        self._scanned: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self.scripts = Scripts(client, keys)
 
     def admit(self, max_count: int) -> Admission:
@@ -133,12 +145,17 @@ class Ledger:
         values = dict(zip(fields, reply[2:], strict=True))
         return Claim(group_id=group_id, stage=stage, holder=holder, attempt=int(reply[1]), fields=values)
 
-    def renew(self, claims: list[Claim], *, lease_s: float | None = None) -> list[str]:
-        """Let leases end `lease_s` from now. Returns the "group|stage" that were reassigned in the meantime."""
+    def renew(
+        self, claims: list[Claim], *, lease_s: float | None = None, progress: Mapping[str, int] | None = None
+    ) -> list[str]:
+        """Let leases end `lease_s` from now. Returns the "group|stage" that were reassigned in the meantime.
+
+        progress: group -> tokens generated, or turns made, since it was claimed; if such a claim is lost, no attempt is spent.
+        """
         if not claims:
             return []
-        lease_s = lease_s or self.config.lease.running_s
-        flat = itertools.chain.from_iterable((c.group_id, c.stage, c.holder) for c in claims)
+        lease_s, made = lease_s or self.config.lease.running_s, progress or {}
+        flat = itertools.chain.from_iterable((c.group_id, c.stage, c.holder, made.get(c.group_id, 0)) for c in claims)
         return [lost.decode() for lost in self.scripts("renew", _ms(lease_s), *flat)]
 
     def store(
@@ -170,20 +187,24 @@ class Ledger:
         return None if client is not None else stored_stages(reply)
 
     def fail(self, claim: Claim, *, reason: str, detail: str) -> bool:
-        """Spend an attempt of a stage that failed. True: send it again; False: it is dead-lettered or was reassigned."""
-        return self._fail_or_release("failed", claim, reason, detail)
+        """Spend an attempt of a stage that failed. True: the reaper sends it again after a wait of RETRY_WAITS_S; False: it is
+        dead-lettered or was reassigned."""
+        return self._fail_or_release("failed", claim, reason, detail) == b"waits"
 
     def release(self, claim: Claim) -> bool:
         """Release a stage without spending an attempt (shutdown). True: send it again."""
-        return self._fail_or_release("released", claim, "released", "")
+        return self._fail_or_release("released", claim, "released", "") == b"again"
 
-    def _fail_or_release(self, mode: str, claim: Claim, reason: str, detail: str) -> bool:
-        held, limits = (claim.group_id, claim.stage, claim.holder), (self.config.lease.max_attempts, self._queued_ms)
-        return bool(self.scripts("fail_or_release", mode, *held, reason, detail[:4000], *limits) == b"again")
+    def _fail_or_release(self, mode: str, claim: Claim, reason: str, detail: str) -> Any:
+        held = claim.group_id, claim.stage, claim.holder
+        limits = self.config.lease.max_attempts, self._queued_ms, self._max_dead_bytes
+        return self.scripts("fail_or_release", mode, *held, reason, detail[:4000], *limits, *map(_ms, RETRY_WAITS_S))
 
-    def attempts(self, group_id: str, stage: str) -> int:
-        """Return the attempts that a stage has spent."""
-        return int(self.client.hget(self.keys.group(group_id), f"n:{stage}") or 0)
+    def is_last_chance(self, group_id: str, stage: str) -> bool:
+        """Return whether the group dies if the next claim of a stage is lost, and an earlier one was."""
+        spent = self.client.hmget(self.keys.group(group_id), [f"n:{stage}", f"i:{stage}"])
+        bounds = self.config.lease.max_attempts, self.config.lease.max_interruptions
+        return any(1 < bound <= int(count or 0) + 1 for count, bound in zip(spent, bounds, strict=True))
 
     def holder(self, group_id: str, stage: str) -> str:
         """Return the holder of a running stage; "" = none."""
@@ -194,13 +215,31 @@ class Ledger:
         return bool(self.client.set(self.keys.tick, self._worker, nx=True, px=round(lasts_s * 1000)))
 
     def reap(self, max_count: int = 200) -> list[tuple[str, str, Kind]]:
-        """Spend attempts of expired leases. Returns overdue stages to send again: (group, stage, kind)."""
-        reply = self.scripts("reap", self.config.lease.max_attempts, self._queued_ms, max_count)
-        return _rows(reply, 3)
+        """Reassign what expired leases held. Returns overdue stages to send again: (group, stage, kind)."""
+        lease = self.config.lease
+        bounds = lease.max_attempts, lease.max_interruptions
+        return _rows(self.scripts("reap", *bounds, self._queued_ms, self._max_dead_bytes, max_count), 3)
+
+    def recover(self) -> list[tuple[str, str]]:
+        """Find groups in flight that nothing would ever move, since the key that led to them is gone; a few hundred a call.
+
+        Returns the stages to send: (group, stage).
+        """
+        found: list[tuple[str, str]] = []
+        for kind in KINDS:
+            self._scanned[kind], group_ids = self.client.sscan(self.keys.live(kind), self._scanned[kind], count=200)
+            if group_ids:
+                limits = self._queued_ms, self._max_dead_bytes
+                found += _rows(self.scripts("recover", kind, plan_for(self.config, kind), *limits, *group_ids), 2)
+        return found
 
     def drop(self, group_ids: list[str], *, reason: str) -> int:
         """Settle training groups that will never be trained."""
         return int(self.scripts("drop", reason, *group_ids)) if group_ids else 0
+
+    def discard(self, group_ids: Sequence[str]) -> int:
+        """Remove dead letters and what they hold; their groups stay counted as dead. Returns the number removed."""
+        return int(self.scripts("discard", *group_ids))
 
     def requeue(self, group_id: str) -> list[str]:
         """Give a dead-lettered group fresh attempts. Returns the stages to send; none when it is not dead."""
@@ -210,6 +249,10 @@ class Ledger:
     def counters(self, kind: Kind = "train") -> Counters:
         """Return an atomic snapshot of the counters and the in-flight set."""
         return read_counters(self.client, self.keys, kind)
+
+    @property
+    def _max_dead_bytes(self) -> int:
+        return self.config.replay_buffer.max_dead_bytes
 
     @property
     def _queued_ms(self) -> int:

@@ -123,7 +123,8 @@ class ReplayBuffer:
         for group_id, detail in damaged.items():
             log.error("group %s is dead-lettered (undecodable): %s", group_id, detail)
             pairs += [group_id, detail[:4000]]
-        self._ledger.scripts("dead_letter", step, process_name("trainer"), *pairs)
+        limit = self._ledger.config.replay_buffer.max_dead_bytes
+        self._ledger.scripts("dead_letter", step, process_name("trainer"), limit, *pairs)
 
     def _read(self, group_ids: list[str]) -> tuple[list[Group], dict[str, str]]:
         """Return the groups, and the error of each that cannot be decoded."""

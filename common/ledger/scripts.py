@@ -15,7 +15,7 @@ from redis.commands.core import Script
 
 from sluice.common.keys import Keys
 
-_WAITS_WHEN_FULL = frozenset(["admit", "admit_eval", "claim", "reap", "requeue", "store"])
+_WAITS_WHEN_FULL = frozenset(["admit", "admit_eval", "claim", "reap", "recover", "requeue", "store"])
 """Refused entirely while Redis is at maxmemory: what stores payloads, and what begins work or judges its deadlines.
 Every other script works then too, or memory would never be freed."""
 

@@ -131,6 +131,13 @@ class PolicyStore(PolicyReader):
             return False
         return self._client.get(self._keys.full_requested) == b"%d" % self._held.manifest.version
 
+    def pop_base_request(self) -> bool:
+        """Return whether a reader could not verify version 0; it asks again as long as it cannot."""
+        is_requested = self._client.get(self._keys.full_requested) == b"0"
+        if is_requested:
+            self._client.delete(self._keys.full_requested)
+        return is_requested
+
     def republish_full(self) -> None:
         """Write the last version of this process in full, beside any delta of it. Raises DiskFull."""
         assert self._held is not None

@@ -1,4 +1,4 @@
-"""`sluice status`, `ledger`, `samples`, `trace` and `dead`: what Redis holds of a run; dead letters may be put back."""
+"""`sluice status`, `ledger`, `samples`, `trace`, `dead`: what Redis holds of a run; dead letters are requeued or discarded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from rich.live import Live
 
 from sluice.common.connections.broker import make_app, send_stage
 from sluice.common.connections.secrets import secret
-from sluice.common.ledger.ledger import Ledger, read_counters
+from sluice.common.ledger.ledger import Ledger, read_counters, read_dead
+from sluice.common.pipeline import KINDS
 from sluice.common.run import Run
-from sluice.dashboard.dead_letters import read_dead_letters, render_dead
+from sluice.dashboard.dead_letters import not_dead, read_dead_letters, render_dead
 from sluice.dashboard.run_state import collect_status
 from sluice.dashboard.samples import read_samples, render_sample
 from sluice.dashboard.terminal import ledger_text, render
@@ -81,8 +82,10 @@ def ledger(name: str | None, as_json: bool) -> None:
         for counters in all_counters:
             click.echo(f"{counters.kind:5}  {ledger_text(counters)}")
             reconciled = f", reconciled {counters.reconciled}" if counters.reconciled else ""
-            refused = f"late results refused {counters.refused}{reconciled}"
-            click.echo(f"       retried {counters.retried}, sent again {counters.resent}, {refused}")
+            recovered = f", recovered {counters.recovered}" if counters.recovered else ""
+            refused = f"late results refused {counters.refused}{reconciled}{recovered}"
+            retried = f"retried {counters.retried}, interrupted {counters.interrupted}"
+            click.echo(f"       {retried}, sent again {counters.resent}, {refused}")
     sys.exit(0 if holds else 1)
 
 
@@ -119,34 +122,54 @@ def trace(group: str, name: str | None, as_json: bool) -> None:
         console().print(render_trace(found))
 
 
-@click.command(epilog=example("sluice dead --show t17", "sluice dead --requeue all"))
+@click.command(epilog=example("sluice dead --show t17", "sluice dead --requeue all", "sluice dead --discard t17"))
 @RunName
 @click.option("--show", "group", metavar="GROUP", help="One dead letter with traceback and completions.")
 @click.option("--requeue", multiple=True, metavar="GROUP|all", help="Give it fresh attempts; may be repeated.")
+@click.option("--discard", multiple=True, metavar="GROUP|all", help="Remove it and what it holds; may be repeated.")
 @Json
-def dead(name: str | None, group: str | None, requeue: tuple[str, ...], as_json: bool) -> None:
-    """Show dead-lettered groups with reason, worker and traceback; requeue them on request."""
+def dead(
+    name: str | None, group: str | None, requeue: tuple[str, ...], discard: tuple[str, ...], as_json: bool
+) -> None:
+    """Show dead-lettered groups with reason, worker and traceback; requeue or discard them on request."""
+    if requeue and discard:
+        raise click.UsageError("--requeue gives groups fresh attempts, --discard removes them: give one of the two")
     with opened_run(name) as (client, opened, url):
+        ledger = Ledger(client, opened.keys, opened.config, worker="sluice dead")
         if requeue:
-            sent = _requeue(client, opened, requeue, url=url)
+            sent = _requeue(ledger, opened, _chosen(client, opened, requeue), url=url)
             click.echo(f"sent again: {', '.join(sent) or 'none'}")
             return
+        if discard:
+            click.echo(f"discarded: {ledger.discard(_chosen(client, opened, discard))}")
+            return
         letters = read_dead_letters(client, opened.keys, group=group)
+        discarded = sum(ledger.counters(kind).discarded for kind in KINDS)
     if as_json:
-        click.echo(json.dumps({"dead": letters}))
-    elif letters:
+        click.echo(json.dumps({"dead": letters, "discarded": discarded}))
+        return
+    if letters:
         console().print(render_dead(letters))
     else:
         click.echo("no dead letters", err=True)
+    if discarded:
+        click.echo(f"{discarded} others were discarded: on request, or beyond replay_buffer.max_dead_bytes", err=True)
 
 
-def _requeue(client: redis.Redis, run: Run, groups: Sequence[str], *, url: str) -> list[str]:
-    """Requeue the named groups, or all; return those sent. Raises ConfigError for one that is not dead."""
-    letters = [read_dead_letters(client, run.keys, group=None if name == "all" else name) for name in groups]
-    chosen = [letter["group"] for found in letters for letter in found]
-    ledger = Ledger(client, run.keys, run.config, worker="requeue")
+def _chosen(client: redis.Redis, run: Run, names: Sequence[str]) -> list[str]:
+    """Return the named dead letters, or all of them. Raises ConfigError for one that is not dead."""
+    found = read_dead(client, run.keys)
+    for name in names:
+        if name != "all" and name not in found:
+            raise not_dead(name)
+    return [name for name in found if name in names or "all" in names]
+
+
+def _requeue(ledger: Ledger, run: Run, groups: Sequence[str], *, url: str) -> list[str]:
+    """Give groups fresh attempts; return those sent."""
     app = make_app(run.name, url=secret("SLUICE_BROKER_URL") or url)
-    for group in chosen:
-        for stage in ledger.requeue(group):
+    sent = {group: ledger.requeue(group) for group in groups}
+    for group, stages in sent.items():
+        for stage in stages:
             send_stage(app, group, stage)
-    return chosen
+    return [group for group, stages in sent.items() if stages]

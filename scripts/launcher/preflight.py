@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from sluice.common.config import Config, DatasetConfig, RewardFunction
@@ -47,7 +48,7 @@ def machine_checks(config: Config) -> Iterator[Check]:
 def problems(config: Config) -> list[str]:
     """Return all that is wrong with a config, and with this machine for it."""
     found: list[str] = []
-    for check in (*machine_checks(config), *Preflight(config).checks()):
+    for check in chain(machine_checks(config), Preflight(config).checks()):  # the last follow from those before
         try:
             check()
         except SluiceError as error:
@@ -79,7 +80,7 @@ class Preflight:
         sections = {"dataset": config.dataset}
         sections |= {f"evaluation.datasets[{e.name}].dataset": e.dataset for e in config.evaluation.datasets}
         yield from (partial(self._dataset, section, dataset) for section, dataset in sections.items())
-        yield self._trial
+        yield from (partial(_refuse, problem) for problem in self._reward_problems())
 
     def _reward(self, entry: RewardFunction) -> None:
         from sluice.workers.rewards.loading import load_reward_functions
@@ -121,10 +122,13 @@ class Preflight:
             if tokenizer and (prompt := source.first_prompt()):
                 self._trials.append(Trial.of(prompt, tokenizer, section=section))
 
-    def _trial(self) -> None:
+    def _reward_problems(self) -> list[str]:
         """Call every reward function once, where all of them and a prompt could be loaded."""
         from sluice.workers.rewards.trial import try_rewards
 
         is_complete = self._trials and len(self._rewards) == len(self._config.reward.functions)
-        if is_complete and (found := try_rewards(self._config, self._trials)):
-            raise ConfigError("\n".join(found))
+        return try_rewards(self._config, self._trials) if is_complete else []
+
+
+def _refuse(problem: str) -> None:
+    raise ConfigError(problem)

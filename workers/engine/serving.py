@@ -15,7 +15,8 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -147,6 +148,15 @@ class Engine(ABC):
                     group.fail(EngineClosed, "it was cancelled")
             self._wake()
 
+    def progress(self) -> dict[str, int]:
+        """Return group -> tokens generated so far, of the groups that run."""
+        made: Counter[str] = Counter()
+        for group, num_tokens in self._running_tokens():
+            made[group.request.group_id] += num_tokens
+        for group in list(self._running):
+            made[group.request.group_id] += sum(len(c.token_ids) for c in list(group.completions.values()))
+        return dict(made)
+
     def stats(self) -> EngineStats:
         """Return counters since the engine started, for heartbeats and metrics."""
         return EngineStats(
@@ -172,6 +182,10 @@ class Engine(ABC):
 
     @abstractmethod
     def _count_sequences(self) -> int: ...
+
+    @abstractmethod
+    def _running_tokens(self) -> Iterable[tuple[SequenceGroup, int]]:
+        """Return the tokens of each running sequence; called beside the engine thread, so it may be a step behind."""
 
     @abstractmethod
     def _load(self, tensors: Mapping[str, torch.Tensor]) -> str | None:

@@ -11,6 +11,7 @@ local holder = redis.call('HGET', g, 'by:' .. stage)
 local now = now_ms()
 if holder and holder ~= me and tonumber(deadline) > now then return { 0, 'held_by ' .. holder } end
 
+if holder and holder ~= me and holder ~= 'retry' then lose_claim(group, redis.call('HGET', g, 'kind'), stage) end
 -- the same claim again means that its reply was lost: it spends no second attempt
 local attempt = holder == me and tonumber(redis.call('HGET', g, 'n:' .. stage)) or redis.call('HINCRBY', g, 'n:' .. stage, 1)
 redis.call('HSET', g, 'by:' .. stage, me, 't:' .. stage .. '_started', now_s())

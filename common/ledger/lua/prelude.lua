@@ -7,15 +7,17 @@
 --   controls           stream   capped; the change log of operators: at, who, step, key, old, new
 --   cursor             string   next dataset cursor
 --   ahead              set      settled groups beyond the cursor (Redis lost their admission, see acknowledge)
---   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, refused, resent, reconciled,
---                               kept_for_bound; kind = train | eval
+--   counts:<kind>      hash     admitted, trained, scored, dropped:<reason>, dead:<reason>, retried, interrupted, refused, resent,
+--                               reconciled, recovered, discarded, kept_for_bound; kind = train | eval
 --   settled            hash     trainer step -> groups that its acknowledgement settled as trained
 --   totals             hash     generated_tokens, of every stored rollout
 --   live:<kind>        set      groups admitted and not yet settled: the ledger's in_flight
 --   credit             set      training groups that hold an admission credit
---   g:<group>          hash     kind, stage, cursor, min_version, pinned, version, samples, bytes, eval,
---                               <stage>: its result, and per stage of common/pipeline.py n:<stage> attempts, by:<stage> holder,
---                               w:<stage> who finished it, s:<stage> times resent, t:<stage> and t:<stage>_started seconds
+--   g:<group>          hash     kind, stage, cursor, min_version, pinned, version, entry (in its stream), samples, bytes, eval,
+--                               <stage>: its result, and per stage of common/pipeline.py n:<stage> attempts, by:<stage> holder
+--                               (`retry` while it waits to be tried again), p:<stage> progress of its running claim,
+--                               i:<stage> claims lost after progress, w:<stage> who finished it, s:<stage> times resent,
+--                               t:<stage> and t:<stage>_started seconds
 --   pending:<group>    set      pending stages of a group; added and removed together with their deadlines
 --   deadlines          zset     "<group>|<stage>" -> ms: lease or resend deadline of every pending stage
 --   stream:<version>   stream   groups ready for training, by the oldest version of their tokens; consumer group `trainer`
@@ -39,8 +41,9 @@
 --   metrics            stream   capped; one entry per trainer step: metric -> number
 --   samples            stream   capped; sample: a trained group, for display
 --   autoscale          hash     queue -> JSON {desired, have, min, max, reason, at, since, ...} (common/monitoring/autoscale.py)
---   bytes              string   payload bytes held by groups
---   dead               zset     dead-lettered groups -> ms; their hash is kept
+--   bytes              string   payload bytes held by groups in flight
+--   dead               zset     dead-lettered groups -> ms; their hash is kept until they are discarded
+--   dead_bytes         string   bytes held by dead letters
 --   evaluations        hash     id -> version: evaluations requested and not finished; their versions are kept
 --   eval:<id>          hash     one evaluation: dataset, version, total, done; admitted:<group>, and result:<group> or
 --                               dead:<group>; once finished, summary instead of admitted: and result: (fold_eval.lua);
@@ -149,24 +152,71 @@ local function settle(group, kind, outcome)
   return 1
 end
 
--- As settle, but the payload is kept for `sluice dead`.
-local function dead_letter(group, kind, reason, detail, worker)
+-- Bytes of a dead letter: its payload, its traceback, and about what the rest of its record takes.
+local function letter_bytes(group)
+  local g = key('g:' .. group)
+  return 1024 + tonumber(redis.call('HGET', g, 'bytes') or '0') + redis.call('HSTRLEN', g, 'dead_detail')
+end
+
+-- Remove a dead letter; its group stays counted as dead. Returns the number of letters removed.
+local function discard(group)
+  if redis.call('ZREM', key('dead'), group) == 0 then return 0 end
+  redis.call('DECRBY', key('dead_bytes'), letter_bytes(group))
+  redis.call('HINCRBY', key('counts:' .. (redis.call('HGET', key('g:' .. group), 'kind') or 'train')), 'discarded', 1)
+  redis.call('UNLINK', key('g:' .. group))
+  return 1
+end
+
+-- As settle, but the payload is kept for `sluice dead`: no more of it than max_dead_bytes, besides the newest letter.
+local function dead_letter(group, kind, reason, detail, worker, max_dead_bytes)
   if redis.call('SREM', key('live:' .. kind), group) == 0 then return 0 end
+  local g = key('g:' .. group)
   redis.call('HINCRBY', key('counts:' .. kind), 'dead:' .. reason, 1)
   forget_work(group)
+  redis.call('DECRBY', key('bytes'), redis.call('HGET', g, 'bytes') or '0')
   redis.call('ZADD', key('dead'), now_ms(), group)
-  redis.call('HSET', key('g:' .. group), 'stage', 'dead', 'dead_reason', reason, 'dead_detail', detail, 'dead_worker', worker)
+  redis.call('HSET', g, 'kind', kind, 'stage', 'dead', 'dead_reason', reason, 'dead_detail', detail, 'dead_worker', worker)
   redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'dead', 'group', group, 'reason', reason)
-  local id = redis.call('HGET', key('g:' .. group), 'eval')
+  local id = redis.call('HGET', g, 'eval')
   if id then record_evaluated(id, 'dead:' .. group, reason) end
+
+  local held = redis.call('INCRBY', key('dead_bytes'), letter_bytes(group))
+  while held > tonumber(max_dead_bytes) do
+    local oldest = redis.call('ZRANGE', key('dead'), 0, 0)[1]
+    if oldest == group then break end
+    discard(oldest)
+    held = tonumber(redis.call('GET', key('dead_bytes')))
+  end
   return 1
+end
+
+-- The holder of a stage has lost it. A claim that made progress has spent no attempt, and the group has shown that it can run:
+-- its attempts start again.
+local function lose_claim(group, kind, stage)
+  local g = key('g:' .. group)
+  if redis.call('HDEL', g, 'p:' .. stage) == 1 then
+    redis.call('HSET', g, 'n:' .. stage, 0)
+    redis.call('HINCRBY', g, 'i:' .. stage, 1)
+    redis.call('HINCRBY', key('counts:' .. kind), 'interrupted', 1)
+  else
+    redis.call('HINCRBY', key('counts:' .. kind), 'retried', 1)
+  end
+  redis.call('HDEL', g, 'by:' .. stage)
+end
+
+-- Whether a version's stream is there, with its consumer group. What is left of a damaged one is removed: `recover` finds its
+-- groups. Batches that were sampled from it stay: their manifests name their groups.
+local function has_stream(version)
+  if not redis.pcall('XPENDING', key('stream:' .. version), 'trainer').err then return true end
+  redis.call('DEL', key('stream:' .. version))
+  redis.call('ZREM', key('versions'), version)
+  return false
 end
 
 -- Number of groups in a version's stream that no batch holds.
 local function unread(version)
-  local stream = key('stream:' .. version)
-  if redis.call('EXISTS', stream) == 0 then return 0 end
-  return redis.call('XLEN', stream) - redis.call('XPENDING', stream, 'trainer')[1]
+  if not has_stream(version) then return 0 end
+  return redis.call('XLEN', key('stream:' .. version)) - redis.call('XPENDING', key('stream:' .. version), 'trainer')[1]
 end
 
 local function num_unread()
@@ -177,12 +227,11 @@ end
 
 local function file_as_ready(group, version)
   local stream = key('stream:' .. version)
-  if redis.call('EXISTS', stream) == 0 then
+  if not has_stream(version) then
     redis.call('XGROUP', 'CREATE', stream, 'trainer', '0', 'MKSTREAM')
     redis.call('ZADD', key('versions'), version, version)
   end
-  redis.call('XADD', stream, '*', 'group', group)
-  redis.call('HSET', key('g:' .. group), 'stage', 'ready')
+  redis.call('HSET', key('g:' .. group), 'stage', 'ready', 'entry', redis.call('XADD', stream, '*', 'group', group))
 end
 
 local function discard_if_empty(version)
@@ -227,10 +276,8 @@ end
 -- Remove the unread entry of a ready group.
 local function remove_from_buffer(group)
   if redis.call('HGET', key('g:' .. group), 'stage') ~= 'ready' then return end
-  local version = redis.call('HGET', key('g:' .. group), 'version')
-  for _, entry in ipairs(redis.call('XRANGE', key('stream:' .. version), '-', '+')) do
-    if entry[2][2] == group then redis.call('XDEL', key('stream:' .. version), entry[1]) end
-  end
+  local version, entry = unpack(redis.call('HMGET', key('g:' .. group), 'version', 'entry'))
+  redis.call('XDEL', key('stream:' .. version), entry)
   discard_if_empty(version)
 end
 

@@ -34,7 +34,9 @@ if is_too_old then dissolve_from(step) end
 
 -- Only unread entries are read, so no group of an earlier batch is evicted: it stays with its manifest.
 for _, version in ipairs(redis.call('ZRANGE', key('versions'), 0, -1)) do
-  if is_stale(version) then
+  if not has_stream(version) then
+    -- its groups are found by `recover`
+  elseif is_stale(version) then
     local entries = read_entries(version, 1000)
     while #entries > 0 do
       for _, entry in ipairs(entries) do

@@ -28,7 +28,7 @@ remove_pending(group, stage)
 redis.call('HSET', g, stage, payload, 't:' .. stage, now_s())
 local holder = redis.call('HGET', g, 'by:' .. stage)
 if holder then redis.call('HSET', g, 'w:' .. stage, holder) end
-redis.call('HDEL', g, 'by:' .. stage)
+redis.call('HDEL', g, 'by:' .. stage, 'p:' .. stage)
 redis.call('HINCRBY', g, 'bytes', #payload)
 redis.call('INCRBY', key('bytes'), #payload)
 if version ~= '' then

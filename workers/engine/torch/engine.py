@@ -111,6 +111,9 @@ class TorchEngine(Engine):
     def _count_sequences(self) -> int:
         return len(self._batch.sequences)
 
+    def _running_tokens(self) -> list[tuple[SequenceGroup, int]]:
+        return self._batch.num_tokens()
+
     # The engine thread.
 
     @torch.inference_mode()

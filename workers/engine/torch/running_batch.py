@@ -79,6 +79,11 @@ class RunningBatch:
         """Tokens that the longest running sequence may reach."""
         return max((sequence.group.max_length for sequence in self.sequences), default=0)
 
+    def num_tokens(self) -> list[tuple[SequenceGroup, int]]:
+        """Return the tokens of each running sequence so far."""
+        steps = self._num_steps
+        return [(row.group, max(0, row.offset + steps - row.group.prompt_length)) for row in self.sequences]
+
     def admit(self, groups: Sequence[SequenceGroup], *, version: int) -> None:
         """Prefill each prompt once and start its sequences; `version` samples their first token."""
         # New rows follow the active ones; those of one group are neighbours and share its prompt.

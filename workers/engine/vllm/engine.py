@@ -73,6 +73,8 @@ class VllmEngine(Engine):
         self._has_nan = False
         "the served policy has left NaN in the cache"
         self._sequences: dict[str, _RunningSequence] = {}
+        self._num_tokens: list[tuple[SequenceGroup, int]] = []
+        "of each of them, after the last step"
         self._scored: dict[str, tuple[Scoring, int]] = {}
         self._is_dead = False
         started: Future[VllmCore] = Future()
@@ -105,6 +107,9 @@ class VllmEngine(Engine):
     def _count_sequences(self) -> int:
         return len(self._sequences)
 
+    def _running_tokens(self) -> list[tuple[SequenceGroup, int]]:
+        return self._num_tokens
+
     # The engine thread.
 
     def _run(self, config: Config, assets: ModelAssets, started: Future[VllmCore]) -> None:
@@ -133,6 +138,7 @@ class VllmEngine(Engine):
         self._swap()
         self._admit()
         if not self._core.is_busy:
+            self._num_tokens = []
             self._wait_for_news()
             return
         # One step samples a token of every running sequence, and prefills admitted ones and scores.
@@ -142,7 +148,8 @@ class VllmEngine(Engine):
                 self._take_score(finished)
             else:
                 self._take_completion(finished)
-        self._generated_tokens = self._finished_tokens + sum(map(self._core.num_tokens, self._sequences))
+        self._num_tokens = [(one.group, self._core.num_tokens(name)) for name, one in self._sequences.items()]
+        self._generated_tokens = self._finished_tokens + sum(num_tokens for _, num_tokens in self._num_tokens)
         self._busy_s += time.monotonic() - started
 
     def _drop_cancelled(self) -> None:

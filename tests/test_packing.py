@@ -32,7 +32,7 @@ from sluice.common.models.packing import (
 )
 from sluice.trainer.micro_batches import MicroBatch
 from sluice.trainer.objective import objective_of
-from sluice.trainer.trained_policy import TrainedPolicy
+from sluice.trainer.trained_policy import TrainedPolicy, _checkpoint_layers
 
 RAGGED = ((3, 7), (1, 4), (6, 1), (2, 0), (1, 0), (4, 6), (5, 9))
 MIXTURE = {"num_local_experts": 2, "num_experts_per_tok": 1}
@@ -42,7 +42,7 @@ RECURRENT = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_
 def both(model_class=Qwen3ForCausalLM, **changes):
     """The same model twice: padded, and packed."""
     padded, packed = (tiny_model(model_class, **changes) for _ in range(2))
-    assert enable_packing(packed) is None
+    assert enable_packing(packed, longest=64) is None
     assert (is_packed(padded), is_packed(packed)) == (False, True)
     return padded, packed
 
@@ -91,12 +91,12 @@ def test_in_float64_packed_and_padded_differ_by_rounding_alone():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_checkpointed_layers_are_packed_again_in_the_backward_pass(autocast):
     kept, recomputed = both()[1], both()[1]
-    recomputed.activation_checkpointing_enable()
+    _checkpoint_layers(recomputed)
     batch = pad_sequences(*sequences(*RAGGED))
     calls = []
     recomputed.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        expected, found = scored(kept.train(), batch), scored(recomputed.train(), batch)
+        expected, found = scored(kept, batch), scored(recomputed, batch)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     assert len(calls) == 2  # forward, and again in backward
     assert len(set(calls)) == 1
@@ -194,7 +194,7 @@ def test_a_model_that_asks_for_more_stays_padded_and_as_it_was(model_class, chan
     with torch.no_grad():
         before, _ = completion_logprobs(model, *batch)
         implementation = model.config._attn_implementation
-        assert reason in enable_packing(model)
+        assert reason in enable_packing(model, longest=64)
         assert not is_packed(model)
         assert model.config._attn_implementation == implementation
         assert torch.equal(completion_logprobs(model, *batch)[0], before)
@@ -218,7 +218,7 @@ def test_a_model_inside_peft_is_packed():
         for _ in range(2)
     )
     packed.load_state_dict(padded.state_dict())
-    assert enable_packing(packed) is None
+    assert enable_packing(packed, longest=64) is None
     assert is_packed(packed)
     batch = pad_sequences(*sequences(*RAGGED))
     found, expected, bare = (completion_logprobs(m, *batch)[0] for m in (packed, padded, tiny_model()))

@@ -25,7 +25,7 @@ from served import (
 )
 
 import sluice.workers.engine.torch.split_batch
-from sluice.common.errors import EngineError
+from sluice.common.errors import ConfigError, EngineError
 from sluice.common.models.causal_lm import load_weights
 from sluice.workers.engine.torch.engine import TorchEngine
 from sluice.workers.engine.torch.kv_cache import bytes_per_token
@@ -177,7 +177,7 @@ def test_prompts_of_very_different_lengths_keep_their_own_keys_and_values(
 
 def test_what_the_engine_cannot_do_is_refused() -> None:
     model = build_model(use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    with pytest.raises(ValueError, match="full-attention"):
+    with pytest.raises(ConfigError, match="full attention over all tokens"):
         TorchEngine(model, eos_token_ids=EOS, max_sequences=4, max_model_len=64)
     engine = TorchEngine(build_model(), eos_token_ids=EOS, max_sequences=4, max_model_len=64)
     with pytest.raises(EngineError, match="stop texts need a tokenizer"):

@@ -144,10 +144,9 @@ class SftTrainer:
     def held_out_loss(self) -> float:
         """Return the mean NLL of the held-out completion tokens, in nats."""
         sequences = [(example.prompt_ids, example.token_ids) for example in self._held_out]
-        model, config = self.policy.model.eval(), self.config.trainer
+        config = self.config.trainer
         with autocast(self.policy.device, config.autocast):
-            scored = score_sequences(model, sequences, max_batch_tokens=config.microbatch_tokens)
-        model.train()
+            scored = score_sequences(self.policy.model, sequences, max_batch_tokens=config.microbatch_tokens)
         total = sum(float(logprobs.sum(dtype=np.float64)) for logprobs in scored)
         return -total / sum(len(tokens) for _, tokens in sequences)
 

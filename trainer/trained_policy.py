@@ -10,6 +10,7 @@ Legend: B = sequences, T = completion tokens.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -22,13 +23,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sluice.common.config import Config, SamplingConfig
 from sluice.common.config.trainer import TrainerConfig
-from sluice.common.errors import DigestMismatch, DiskFull, Diverged
+from sluice.common.errors import ConfigError, DigestMismatch, DiskFull, Diverged
 from sluice.common.models.causal_lm import named_weights
-from sluice.common.models.logprobs import pad_sequences
+from sluice.common.models.logprobs import check_scoring, pad_sequences
 from sluice.common.models.packing import enable_packing
+from sluice.common.models.probe import LOADED
 from sluice.common.policies.canary import CanarySequence
 from sluice.trainer.adapter import Adapter
 from sluice.trainer.checkpoint import SavedTensors, write_tensors
@@ -78,13 +82,14 @@ class TrainedPolicy:
         self._ranks = ranks or Ranks()
         self.device = self._ranks.device(config.device)
         self.adapter = Adapter(model, config.lora) if config.lora else None
-        self.model = _without_dropout(model).to(dtype=torch.float32).train()
+        # No noise by whatever name (dropout, jitter, skipped layers): a logprob is that of the distribution sampled from.
+        self.model = model.to(dtype=torch.float32).eval()
         if not is_sharded(self._ranks, parallel=config.parallel, device=self.device):
             self.model.to(self.device)
-        self.is_packed = config.packing == "auto" and _packs(self.model, compute=config.autocast)
+        check_scoring(self.model, longest=config.seq_len, bound=LOADED)
+        self.is_packed = config.packing == "auto" and _packs(self.model, config)
         if config.gradient_checkpointing:
-            enable = getattr(self.model, "activation_checkpointing_enable", None)  # its name from transformers 5.24 on
-            (enable or self.model.gradient_checkpointing_enable)()
+            _checkpoint_layers(self.model)
         self._scorer = Scorer(self.model, autocast=config.autocast, sampling=sampling, end_token_ids=end_token_ids)
         self._trained = distributed(
             self._scorer,
@@ -220,13 +225,11 @@ class TrainedPolicy:
         """
         padded = pad_sequences([prompt for prompt, _ in sequences], [tokens for _, tokens in sequences])
         tensors = [tensor.to(self.device) for tensor in padded]
-        self.model.eval()
         rows = self._scorer(*tensors, for_loss=False)[0].float().cpu().numpy()
         base_rows = None
         if self.adapter is not None:
             with self.adapter.disabled():
                 base_rows = self._scorer(*tensors, for_loss=False)[0].float().cpu().numpy()
-        self.model.train()
         release(self._scorer)
         return [
             CanarySequence(
@@ -326,19 +329,20 @@ class TrainedPolicy:
         }
 
 
-def _without_dropout(model: Any) -> Any:
-    """Disable dropout: logprobs are those of the sampled distribution, and a step does not depend on its split."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
-            setattr(module, name, 0.0)
-    return model
+def _checkpoint_layers(model: torch.nn.Module) -> None:
+    """Recompute every layer in the backward pass; transformers' own switch acts in train mode only. Raises ConfigError."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"trainer.gradient_checkpointing: {type(model).__name__} has no layers for it; set it to false"
+        )
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def _packs(model: Any, *, compute: str) -> bool:
-    with autocast(next(model.parameters()).device, compute):
-        reason = enable_packing(model)
+def _packs(model: Any, config: TrainerConfig) -> bool:
+    with autocast(next(model.parameters()).device, config.autocast):
+        reason = enable_packing(model, longest=config.seq_len)
     if reason:
         log.warning("micro-batches are padded: %s", reason)
     return reason is None

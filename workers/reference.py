@@ -109,7 +109,7 @@ class ReferenceRole:
         assets = ModelAssets.from_wire(self.context.run.assets)
         model = build_model(assets, dtype=config.reference.dtype, device=config.reference.device)
         load_weights(model, tensors)
-        if reason := enable_packing(model):
+        if reason := enable_packing(model, longest=config.trainer.seq_len):
             log.warning("batches are padded: %s", reason)
         return ReferenceModel(
             model, end_token_ids=assets.eos_token_ids, max_batch_tokens=config.reference.max_batch_tokens

@@ -50,7 +50,7 @@ class SftConfig(Section):
     """One supervised training."""
 
     seed: int = Field(default=0, ge=0)
-    """Seed of the order of the examples, and of dropout."""
+    """Seed of the order of the examples."""
     output_dir: Annotated[str, PathKind.FOLDER] = "runs"
     """Run folders are made under it."""
     model: ModelConfig

@@ -102,7 +102,7 @@ class PromptReader(Generic[AnyPromptConfig]):
         system = self._config.system_prompt
         templated = self._config.chat_template and bool(self._tokenizer.chat_template)
         if isinstance(prompt, str) and not templated:
-            ids = self._tokenizer(prompt if system is None else f"{system}\n\n{prompt}")["input_ids"]
+            ids = self._text_ids(prompt if system is None else f"{system}\n\n{prompt}")
         else:
             messages = self._messages(prompt, where, templated=templated)
             try:
@@ -115,6 +115,15 @@ class PromptReader(Generic[AnyPromptConfig]):
         if not ids:
             raise ConfigError(f"{self._source}, {where}: the prompt is empty; fill in or remove that row")
         return ids
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Tokenize without what some tokenizers put behind a text (an end token): a completion continues the prompt."""
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        bare: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ends = [
+            start + len(bare) for start in range(len(ids) - len(bare) + 1) if ids[start : start + len(bare)] == bare
+        ]
+        return ids[: ends[0]] if bare and ends else ids
 
     def _messages(self, prompt: Any, where: str, *, templated: bool) -> list[dict[str, Any]]:
         system = self._config.system_prompt

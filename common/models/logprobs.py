@@ -22,24 +22,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from sluice.common.errors import ConfigError
 from sluice.common.models.packing import causal_lm, is_packed, pack, plan_batches
+from sluice.common.models.probe import (
+    COMPARED,
+    DRAWS,
+    check_length,
+    draw_ids,
+    excess,
+    fresh_logprobs,
+    one_line,
+    probe_lengths,
+)
 from sluice.common.models.truncation import Truncation
 
 RECOMPUTE_ELEMENTS = 2**26
 """Logits computed at once (256 MiB in float32); with more, the backward pass recomputes chunk by chunk."""
 
 UNTRUNCATED = Truncation()
-
-_AFTER_HEAD = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-    "unpadded_vocab_size",
-)
-"""Config attributes by which transformers models (Gemma, Cohere, Granite, ...) change logits after the head."""
+_HEAD_IS_PLAIN = "_sluice_head_is_plain"
+"""Attribute of a model: what `_plain_head` has found."""
 
 
 def pad_sequences(
@@ -216,8 +218,71 @@ def _truncated(logits: Tensor, targets: Tensor, truncation: Truncation, is_early
 
 
 def _plain_head(model: Any) -> torch.nn.Linear | None:
-    """Return the output head where logits are exactly its output; none = use the model's own full forward."""
+    """Return the output head where logits are exactly its output; none = use the model's own full forward.
+
+    Found once per model, by running it.
+    """
     head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    changes = [value for name in _AFTER_HEAD if (value := getattr(config, name, None)) not in (None, 1.0)]
-    return head if type(head) is torch.nn.Linear and model.base_model is not model and not changes else None
+    if type(head) is not torch.nn.Linear or model.base_model is model:
+        return None
+    if not hasattr(model, _HEAD_IS_PLAIN):
+        setattr(model, _HEAD_IS_PLAIN, _head_is_plain(model, head))
+    return head if getattr(model, _HEAD_IS_PLAIN) else None
+
+
+@torch.no_grad()
+def check_scoring(model: Any, *, longest: int, bound: float) -> None:
+    """Check that the rows of a padded batch are scored as each alone, in sequences of up to `longest` tokens. Raises ConfigError.
+
+    model: in eval mode, with its weights, on its device, not sharded yet. bound: in nats (`probe.excess`).
+    """
+    model = causal_lm(model)
+    name, lengths = type(model).__name__, probe_lengths(model.config, longest=longest)
+    counts = [min(COMPARED, length - 1) for length in lengths]
+    try:
+        for seed in DRAWS:
+            rows = [draw_ids(model, length, seed=i) for i, length in enumerate(lengths, start=seed)]
+            expected = [fresh_logprobs(model, row, count=count) for row, count in zip(rows, counts, strict=True)]
+            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            completion_lengths = torch.tensor(counts, device=padded.device)
+            prompt_lengths = torch.tensor(lengths, device=padded.device) - completion_lengths
+            logprobs, _ = completion_logprobs(model, padded, prompt_lengths, completion_lengths)
+            found = [row[:count] for row, count in zip(logprobs, counts, strict=True)]
+            differs = excess(found, expected, dtype=next(model.parameters()).dtype, bound=bound)
+            if differs is None:
+                return
+    except Exception as error:  # any exception of an unusual model
+        check_length(model, lengths[0])
+        raise ConfigError(f"{name} cannot run a padded batch ({one_line(error)}): use another model") from error
+    raise ConfigError(
+        f"{name} does not compute a sequence of a padded batch as it computes it alone: logprobs of rows of "
+        f"{', '.join(map(str, lengths))} tokens differ by {differs:.2g} nats. It reads what follows a token, or depends on "
+        "the other rows (rope scaled by the longest one, noise): use another model, or lower trainer.seq_len below the "
+        "length from which it does so"
+    )
+
+
+@torch.no_grad()
+def _head_is_plain(model: Any, head: torch.nn.Linear) -> bool:
+    """Return whether the head reads the last hidden states as they are, and nothing changes what it returns.
+
+    In a pass of the whole model, random logits stand for the head's: whatever scales, caps or cuts them shows, whatever the
+    weights and the precision.
+    """
+    ids = torch.arange(4, device=head.weight.device)[None]  # [1, 4]
+    drawn = 20 * torch.randn(1, 4, head.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(head.weight)
+    read: list[Tensor] = []
+
+    def replace(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        read.append(inputs[0])
+        return drawn.to(output.dtype)
+
+    hook = head.register_forward_hook(replace)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    if len(read) != 1 or read[0].shape != hidden.shape or logits.shape != drawn.shape:
+        return False
+    return bool(logits.equal(drawn.to(logits.dtype)) and torch.allclose(read[0], hidden, rtol=1e-3, atol=1e-3))

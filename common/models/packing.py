@@ -30,11 +30,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
 
+from sluice.common.models.probe import draw_ids, probe_lengths
+
 NAME = "sluice_packed"
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "is_causal"}
 """Arguments of an attention call that have no effect here; any other one that is set is refused."""
-_PROBE_LENGTHS = (9, 6, 6, 1)
-_PROBE_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+_PROBE_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Relative differences of the outputs. Rounding stays ten times below; a sequence that sees its neighbour differs fully."""
 
 
@@ -124,38 +125,36 @@ def is_packed(model: Any) -> bool:
     return getattr(causal_lm(model).config, "_attn_implementation", None) == NAME
 
 
-def enable_packing(model: Any) -> str | None:
+def enable_packing(model: Any, *, longest: int) -> str | None:
     """Let `common.models.logprobs` run the model padding-free. Return none, or why it cannot: then the model is as before.
 
-    The model must hold its weights, on its device, and not be sharded yet: a few tokens run through it.
+    The model must be in eval mode, with its weights, on its device, and not be sharded yet: sequences of up to `longest`
+    tokens run through it.
     """
     model = causal_lm(model)
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
         return "its attention does not go through transformers' AttentionInterface"
-    before, was_training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
     try:
-        model.eval()
         with torch.no_grad():
-            _probe(model)
+            _probe(model, longest=longest)
     except Exception as error:  # any exception of an unusual model: it stays padded
         model.set_attn_implementation(before)
         return str(error) or repr(error)
-    finally:
-        model.train(was_training)
     return None
 
 
-def _probe(model: PreTrainedModel) -> None:
+def _probe(model: PreTrainedModel, *, longest: int) -> None:
     """Check that packed sequences come out as each alone. Raises CannotPackError, or what the model raises."""
     device = next(model.parameters()).device
     config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    shape = (len(_PROBE_LENGTHS), max(_PROBE_LENGTHS))
-    ids = torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
-    alone = [_output(model, input_ids=ids[i : i + 1, :n])[0] for i, n in enumerate(_PROBE_LENGTHS)]
+    lengths = [*probe_lengths(config, longest=longest), 6, 6, 1]
+    rows = [draw_ids(model, length, seed=i) for i, length in enumerate(lengths)]
+    alone = [_output(model, input_ids=row[None])[0] for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     model.set_attn_implementation(NAME)
-    _output(model, input_ids=ids)  # without a layout: shows which masks the model asks for
-    row = pack(ids, torch.tensor(_PROBE_LENGTHS, device=device))
+    _output(model, input_ids=ids[:, : min(lengths[0], 9)])  # without a layout: shows which masks the model asks for
+    row = pack(ids, torch.tensor(lengths, device=device))
     packed = _output(model, **row.inputs)[0]
     if row.layout.num_calls != config.num_hidden_layers:
         raise CannotPackError(f"{row.layout.num_calls} of its {config.num_hidden_layers} layers are plain attention")

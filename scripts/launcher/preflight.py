@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # imported where they are used: `sluice run` forks before the
     from sluice.workers.rewards.trial import Trial
 
 Check = Callable[[], None]
+log = logging.getLogger(__name__)
 
 
 def preflight(config: Config) -> dict[str, object]:
@@ -61,6 +63,47 @@ def _check_adapters(config: Config) -> None:
         raise ConfigError(PEFT_MISSING)
 
 
+def check_model(config: Config, assets: ModelAssets) -> None:
+    """Check engine and trainer on every kind of row that the run may have, on a small copy with random weights.
+
+    Raises ConfigError for a model that would be wrong in silence (common/models/probe.py).
+    """
+    from sluice.common.models.tiny import tiny_model  # torch loads here
+
+    # isort: split
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    from sluice.common.models.logprobs import check_scoring
+    from sluice.common.models.probe import EXACT, one_line
+    from sluice.workers.engine.torch.probe import check_decoding
+
+    model_type = assets.config.get("model_type")
+    torch.set_num_threads(1)  # the copy is small: threads would wait for each other, the longer the busier the machine
+    try:
+        if assets.config.get("is_encoder_decoder"):
+            raise ConfigError(
+                f"{model_type} is an encoder-decoder, and nothing here runs an encoder; use a decoder alone"
+            )
+        if type(AutoConfig.for_model(**assets.config)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            kind = "is multimodal: save its language model alone" if "text_config" in assets.config else "is none"
+            raise ConfigError(f"transformers does not load {model_type} as a causal language model; it {kind}")
+        model = tiny_model(assets)
+        if model is None:
+            log.info("%s has no small copy: the roles check the model when they load it", config.model.path)
+            return
+        if config.rollout.engine == "torch":
+            max_model_len = config.rollout.max_model_len or config.trainer.seq_len
+            check_decoding(model, max_model_len=max_model_len, bound=EXACT)
+        check_scoring(model, longest=config.trainer.seq_len, bound=EXACT)
+    except ConfigError as error:
+        raise ConfigError(f"model.path = {config.model.path!r}: {error}") from error
+    except Exception as error:  # whatever an unusual model makes transformers raise
+        raise ConfigError(
+            f"model.path = {config.model.path!r}: {model_type} cannot be built: {one_line(error)}"
+        ) from error
+
+
 class Preflight:
     """The checks of one config, and the model's assets once they are read."""
 
@@ -77,6 +120,7 @@ class Preflight:
         yield self._reward_names
         yield self._user_functions
         yield self._model
+        yield self._exactness
         sections = {"dataset": config.dataset}
         sections |= {f"evaluation.datasets[{e.name}].dataset": e.dataset for e in config.evaluation.datasets}
         yield from (partial(self._dataset, section, dataset) for section, dataset in sections.items())
@@ -111,6 +155,10 @@ class Preflight:
         from sluice.common.models.assets import read_assets
 
         self.assets = read_assets(self._config.model.path, revision=self._config.model.revision)
+
+    def _exactness(self) -> None:
+        if self.assets is not None:
+            check_model(self._config, self.assets)
 
     def _dataset(self, section: str, dataset: DatasetConfig) -> None:
         from sluice.workers.prompt_source import PromptSource

@@ -6,25 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from sluice.common.errors import EngineError
 from sluice.common.types import SamplingParams
 from sluice.workers.engine import GenerationRequest, ScoredSequence
 from sluice.workers.engine.torch.kv_cache import round_up
-
-
-def check_model(model: PreTrainedModel, *, max_model_len: int) -> None:
-    """Raise ValueError unless every layer attends to all positions and accepts the masks that the engine builds."""
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
-    if layers != {"full_attention"} or (window is not None and window < max_model_len):
-        found = f"{config.model_type} with layers {sorted(layers)} and window {window}"
-        raise ValueError(f"the torch engine serves full-attention models, found {found}")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        found = config._attn_implementation
-        raise ValueError(f"the torch engine needs attn_implementation sdpa or eager, found {found}")
 
 
 def check_request(

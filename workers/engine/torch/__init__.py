@@ -1,1 +1,1 @@
-"""The embedded engine: continuous batching over any full-attention transformers causal LM."""
+"""The embedded engine: continuous batching over any transformers causal LM that it decodes exactly."""

@@ -1,4 +1,4 @@
-"""The embedded engine: continuous batching over any full-attention transformers causal LM, on CPU or CUDA.
+"""The embedded engine: continuous batching over any transformers causal LM that `probe` finds exact, on CPU or CUDA.
 
     task threads --generate()--> pending --admit--> running --last token--> future
     any thread   --stage()-----> staged  --swap---> version
@@ -32,13 +32,15 @@ from transformers import PreTrainedModel
 from sluice.common.errors import EngineError
 from sluice.common.models.causal_lm import adopt_weights
 from sluice.common.models.logprobs import score_sequences
+from sluice.common.models.probe import LOADED
 from sluice.common.types import Completion
 from sluice.workers.engine import GenerationRequest, ScoredSequence
 from sluice.workers.engine.serving import Engine, SequenceGroup, fail
 from sluice.workers.engine.torch.kv_cache import bytes_per_token
+from sluice.workers.engine.torch.probe import check_decoding
 from sluice.workers.engine.torch.running_batch import RunningBatch
 from sluice.workers.engine.torch.scheduler import PREFILL_TOKENS, schedule
-from sluice.workers.engine.validation import check_model, check_request, check_sequences
+from sluice.workers.engine.validation import check_request, check_sequences
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ _ADMISSION_PERIOD = 4
 class TorchEngine(Engine):
     """Decodes on its own thread, with the model in this process.
 
-    model: in eval mode on its device, owned by the engine from then on; its weights may be uninitialised.
+    model: in eval mode on its device, owned by the engine from then on; its weights may be random. One that the engine does not
+    decode exactly raises ConfigError.
     max_sequences: sequences decoded together; a request with more completions runs alone.
     max_model_len: bound on prompt + max_tokens.
     in_flight: running sequences at a policy swap continue with their cache ("keep"), with one recomputed by the new policy
@@ -71,7 +74,7 @@ class TorchEngine(Engine):
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         super().__init__(in_flight=in_flight)
-        check_model(model, max_model_len=max_model_len)
+        check_decoding(model, max_model_len=max_model_len, bound=LOADED)
         self._model = model
         self._has_tokenizer = decode is not None
         self._max_positions = None if kv_cache_bytes is None else kv_cache_bytes // bytes_per_token(model)

@@ -171,7 +171,8 @@ def _by_span(held: Sequence[int], *, device: torch.device) -> list[tuple[Tensor,
 
 
 def _states(layer: Any) -> tuple[Tensor, Tensor]:
-    assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+        raise TypeError(f"{type(layer).__name__} holds another state than keys and values")
     return layer.keys, layer.values
 
 

@@ -116,6 +116,8 @@ FIRST = STAGES[0]
 EVALUATED = "reward"
 """The stage whose result an evaluation keeps."""
 QUEUES = tuple(dict.fromkeys([*(s.queue for s in STAGES), *(s.eval_queue for s in STAGES if s.eval_queue)]))
+COMMANDS = ("dataset.fill", "dataset.evaluate")
+"""Tasks of the first queue that concern no one group."""
 ROLES = (*QUEUES, "trainer")
 """Roles that send heartbeats."""
 
@@ -129,6 +131,12 @@ def stage_on(queue: str) -> Stage:
     """Return the stage that workers on a queue run, the same for queues served together (`rollout,eval`). Raises KeyError."""
     by_queue = {name: stage for stage in STAGES for name in (stage.queue, stage.eval_queue)}
     return by_queue[queue.partition(",")[0]]
+
+
+def tasks_on(queue: str) -> dict[str, int]:
+    """Return the Celery tasks that messages on a queue may name -> how many arguments, all ids, each takes."""
+    stages = {stage.celery_task: 1 for stage in STAGES if queue in (stage.queue, stage.eval_queue)}
+    return stages | (dict.fromkeys(COMMANDS, 0) if queue == FIRST.queue else {})
 
 
 def kind_of(group_id: str) -> Kind:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import msgpack
@@ -61,6 +62,13 @@ def decode(data: bytes, *, max_bytes: int | None = MAX_BYTES) -> Any:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise SerializationError(f"damaged message of {len(data)} bytes: {error}") from error
+
+
+def decode_int(text: bytes) -> int:
+    """Decode a whole number of at most 18 digits. Raises SerializationError."""
+    if not re.fullmatch(rb"-?[0-9]{1,18}", text):
+        raise SerializationError(f"{bytes(text[:40])!r} is not a whole number")
+    return int(text)
 
 
 def decode_json(data: bytes) -> Any:

@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 import redis
 from builders import for_each
-from harness import kill, wait_for
+from harness import SMALL, create_run, kill, sluice, trainer, wait_for, worker
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from test_security import serving
 
 from sluice.common.connections import outage as patience
+from sluice.common.connections.address import parse_address
+from sluice.common.connections.broker import make_app
 from sluice.common.connections.client import BLOCK_S, SOCKET_TIMEOUT_S, connect, give_up_after, outage, without_password
-from sluice.common.errors import ConnectionFailed
+from sluice.common.connections.sentinel import parse
+from sluice.common.errors import ConfigError, ConnectionFailed
 from sluice.scripts.commands.doctor import examine_redis
-from sluice.scripts.launcher.redis_server import EmbeddedServer
+from sluice.scripts.launcher.redis_server import EmbeddedServer, free_port
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +190,93 @@ def test_no_password_is_shown():
     assert without_password("redis://u:secret@h:1/0") == "redis://u:***@h:1/0"
     shown = without_password("sentinel://:secret@a:1,b:2/mymaster/0?sentinel_password=other")
     assert shown == "sentinel://:***@a:1,b:2/mymaster/0?sentinel_password=***"
+
+
+SECRET = "hunter2"
+MALFORMED = [
+    f"redis://:{SECRET}@h:x/0", f"redis://:{SECRET}", f"redis://u:{SECRET}", f"redis://{SECRET}@h", f"redis://:pa/{SECRET}@h:1/0",
+    f"redis://:pa?{SECRET}@h", f"redis://:pa#{SECRET}@h", f"redis:/:{SECRET}@h", f"u:{SECRET}@h:1", SECRET, f"http://:{SECRET}@h",
+    f"redis://:{SECRET}@h:99999/0", f"redis://:{SECRET}@h:1/{SECRET}", f"redis://:{SECRET}@[::1/0", f"redis://:{SECRET}@::1:1/0",
+    f"redis://:{SECRET} @h", f" redis://:{SECRET}@h", f"redis://:{SECRET}@h:1/0?{SECRET}", f"redis://:{SECRET}@h1,h2/0", f"unix://:{SECRET}@",
+    f"sentinel://:{SECRET}@h:x/m", f"sentinel://:{SECRET}@/m", f"sentinel://{SECRET}@h/m", f"REDIS://:{SECRET}@h", f"redis://:{SECRET}@h:1/0\n",
+]  # fmt: skip
+UNKNOWN_OPTIONS = [
+    (f"redis://:{SECRET}@h:1/0?decode_responses=true", "a redis URL takes no option, not decode_responses"),
+    (f"redis://:{SECRET}@h/?db=3", "not db: the form is redis://:password@host:6379/0"),
+    (f"redis://h:1/0?password={SECRET}", "takes no option, not password"),
+    (f"rediss://:{SECRET}@h:1/0?ssl_min_version=3", "ssl_check_hostname only, not ssl_min_version"),
+    (f"unix://:{SECRET}@/s?retry=1", "takes the option db, username, password only, not retry"),
+    (f"sentinel://:{SECRET}@h/m?sentinel_pass={SECRET}", "takes the option sentinel_password only, not sentinel_pass"),
+]
+
+
+@for_each("url", [*MALFORMED, *(url for url, _ in UNKNOWN_OPTIONS)])
+def test_a_malformed_url_is_refused_with_the_form_and_shows_no_password(url):
+    for use in (connect, lambda url: make_app("r", url=url)):
+        with pytest.raises(ConfigError, match=r"URL (has|takes)") as refused:
+            use(url)
+        assert SECRET not in str(refused.value) and refused.value.__cause__ is None
+        assert dict(UNKNOWN_OPTIONS).get(url, "") in str(refused.value)
+    assert SECRET not in without_password(url)
+
+
+def test_a_url_means_the_same_to_redis_and_to_celery():
+    for url in ("redis://[::1]:6380/3", "redis://me:p%40%2Fs@host/", "redis://:a@b@h_1.x-y:1/0"):
+        address, celery = parse_address(url), make_app("r", url=url).connection()
+        ours = redis.Redis.from_url(url).connection_pool.connection_kwargs
+        assert (
+            [(ours["host"], ours.get("port", 6379))] == list(address.hosts) == [(celery.hostname, celery.port or 6379)]
+        )
+        assert ours.get("db", 0) == address.database == int(celery.virtual_host.strip("/") or 0)
+        assert (ours.get("username"), ours.get("password")) == (address.username, address.password)
+        assert (celery.userid or None, celery.password) == (address.username, address.password)
+    found = parse_address("sentinel://[::1],[fe80::1]:2,c/m/2")
+    assert found.hosts == (("::1", 26379), ("fe80::1", 2), ("c", 26379))
+    assert parse("sentinel://[::1],c:2/m").server == "sentinel://[::1]:26379,c:2/m/0"
+    assert without_password("redis://me:@h") == "redis://me:***@h"
+
+
+def test_a_server_that_cannot_hold_a_run_is_refused_in_words(own_redis, patient, tmp_path):
+    by = own_redis.url.removesuffix("/0")
+    with pytest.raises(ConnectionFailed, match=r"has no database 99: it is the number at the end of the URL"):
+        connect(f"{by}/99")
+    patient.acl_setuser("blind", enabled=True, passwords=["+" + SECRET], commands=["+get", "+ping"], keys=["*"])
+    host = by.rpartition("@")[2]
+    with pytest.raises(
+        ConnectionFailed, match=r"Redis at redis://blind:\*\*\*@\S+ does not permit this: .*info.*users.acl"
+    ):
+        connect(f"redis://blind:{SECRET}@{host}/0")
+    patient.replicaof("127.0.0.1", "1")
+    with pytest.raises(ConnectionFailed, match=r"is a replica, which takes no writes: name its master, 127.0.0.1:1"):
+        connect(own_redis.url)
+    done = sluice("runs", "list", cwd=tmp_path, SLUICE_REDIS_URL=own_redis.url)
+    assert done.returncode == 2 and "is a replica" in done.stderr and "Traceback" not in done.stderr
+    patient.replicaof("NO", "ONE")
+
+    env = create_run(tmp_path, own_redis.url, **SMALL)
+    patient.config_set("maxmemory", "512mb")
+    patient.config_set("maxmemory-policy", "volatile-lru")
+    evicting = "error: Redis evicts keys when it reaches maxmemory (512 MiB, policy volatile-lru)"
+    done = sluice("create", str(tmp_path / "job.yaml"), "--name", "other", cwd=tmp_path, SLUICE_REDIS_URL=own_redis.url)
+    assert done.returncode == 2 and evicting in done.stderr
+    with trainer(tmp_path, env) as process:
+        assert process.wait(120) == 2
+    assert evicting in (tmp_path / "trainer.log").read_text()
+    wrong = by.replace("redis://:", f"redis://:{SECRET}") + "/0"
+    with worker("reward", cwd=tmp_path, **{**env, "SLUICE_BROKER_URL": wrong}) as process:
+        assert process.wait(120) == 2
+    said = (tmp_path / "reward.log").read_text()
+    assert "refused the password" in said and SECRET not in said
+
+
+def test_a_cluster_is_refused_in_words(tmp_path):
+    port = free_port()
+    with serving(tmp_path, f"port {port}\ncluster-enabled yes"):
+        for database in (0, 3):
+            with pytest.raises(
+                ConnectionFailed, match="is a Redis Cluster: a run needs one server, or one behind Sentinel"
+            ):
+                connect(f"redis://127.0.0.1:{port}/{database}")
 
 
 def test_doctor_warns_of_a_server_that_may_lose_groups(monkeypatch, own_redis, patient):

@@ -24,7 +24,7 @@ NUM_GROUPS = 3
 def test_flower_and_events_show_what_a_worker_does(
     client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path
 ) -> None:
-    config = make_config(trainer={"loss": {"kl_beta": 0.0}})
+    config = make_config(trainer={"loss": {"kl_beta": 0.0}}, metrics={"remote_control": True})
     create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
     publish_policy(client, keys, 0)
     env = {"SLUICE_REDIS_URL": redis_url, "SLUICE_RUN": keys.run}

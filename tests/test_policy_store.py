@@ -20,7 +20,7 @@ from builders import make_config
 from sluice.common.config import EvalDataset
 from sluice.common.connections.broker import make_app
 from sluice.common.connections.client import connect
-from sluice.common.errors import DigestMismatch, PolicyError, PolicyNotFound
+from sluice.common.errors import ConfigError, DigestMismatch, PolicyError, PolicyNotFound
 from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.policies import transports
@@ -315,6 +315,47 @@ def test_other_tensors_than_the_manifest_names_are_refused(place, store):
     place.open()._transport.write(0, {**weights(0), "extra": torch.zeros(1)})
     with pytest.raises(DigestMismatch, match="policy version 0 holds other tensors than its manifest names"):
         store.fetch(0)
+
+
+def test_a_folder_of_all_users_is_used_only_where_it_is_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(transports, "everyones_folder", lambda: tmp_path)
+    config, ours = make_config().policy_store, tmp_path / f"sluice-{os.getuid()}"
+    tensors, elsewhere = weights(1.0), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def refused(words):
+        for use in (
+            lambda: transports.store_folder(config, "r"),
+            lambda: opened.write(0, tensors),
+            lambda: opened.read(0, renew=bool),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                use()
+
+    opened = transports.open_transport(None, Keys("r"), config)
+    opened.write(0, tensors)
+    assert [path.stat().st_mode & 0o777 for path in (ours, ours / "r")] == [0o700, 0o700]
+    assert torch.equal(opened.read(0, renew=bool)[0]["w"], tensors["w"])
+    for path in (ours, ours / "r"):
+        path.chmod(0o777)
+        refused(
+            rf"{path} may be written to by others \(mode 777\). Remove it, or name another folder with policy_store.path"
+        )
+        path.chmod(0o700)
+        path.rename(elsewhere / "moved")
+        path.symlink_to(elsewhere / "moved")
+        refused(f"{path} is a link")
+        path.unlink()
+        path.write_text("")
+        refused(f"{path} is not a folder")
+        path.unlink()
+        (elsewhere / "moved").rename(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: 12345)
+        (tmp_path / "sluice-12345").mkdir(mode=0o700)
+        with pytest.raises(ConfigError, match="sluice-12345 belongs to user"):
+            transports.store_folder(config, "r")
+    assert torch.equal(opened.read(0, renew=bool)[0]["w"], tensors["w"])
 
 
 def test_missing_bytes_are_named_with_what_to_do(client, keys, in_folder):

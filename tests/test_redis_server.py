@@ -21,7 +21,7 @@ def servers(folder: Path) -> list[int]:
 
 
 def test_of_two_that_start_one_goes_on_and_one_says_so(tmp_path: Path) -> None:
-    folder = tmp_path / 'with "quotes", blanks and \\'
+    folder = tmp_path / "with \"quotes\" 'and blanks', é, \n and \\"
 
     def start() -> EmbeddedServer | DataInUse:
         try:

@@ -25,7 +25,7 @@ from sluice.scripts.commands.doctor import examine_redis
 from sluice.scripts.launcher.redis_server import EmbeddedServer, find_server, free_port, start_server
 
 SENTINEL = """
-bind 127.0.0.1
+bind 127.0.0.1 -::1
 port {port}
 dir {folder}
 sentinel monitor mymaster 127.0.0.1 {master} 1
@@ -44,8 +44,8 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        nobody = free_port()  # a sentinel that is down is passed over
-        return f"sentinel://:{self.password}@127.0.0.1:{nobody},{self.sentinel}/mymaster/0"
+        nobody, port = free_port(), self.sentinel.rpartition(":")[2]  # a sentinel that is down is passed over
+        return f"sentinel://:{self.password}@127.0.0.1:{nobody},[::1]:{port},{self.sentinel}/mymaster/0"
 
 
 def port_of(server: EmbeddedServer) -> int:

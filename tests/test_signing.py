@@ -19,10 +19,12 @@ from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError, DigestMismatch, SignatureRefused
 from sluice.common.keys import Keys
 from sluice.common.monitoring.diagnosis import alarms
+from sluice.common.policies import signing
+from sluice.common.policies import store as store_module
 from sluice.common.policies.manifest import Manifest
 from sluice.common.policies.signing import Signer, make_key, unsigned_bytes
 from sluice.common.policies.store import PolicyStore
-from sluice.common.run import open_run
+from sluice.common.run import create_run, open_run
 from sluice.common.serialization import encode
 from sluice.scripts.launcher.roles import key_environment, trainer_role, worker_role
 
@@ -96,6 +98,67 @@ def test_a_signed_manifest_is_of_one_version_and_one_run(
         make(KEY).fetch(7)
     with pytest.raises(SignatureRefused):
         Manifest.from_signed_bytes(signed, Signer("another-run", KEY), version=0)
+
+
+def test_a_manifest_of_a_deleted_run_is_not_that_of_another_of_the_same_name(
+    client: redis.Redis, keys: Keys, make: Callable[..., PolicyStore], tmp_path: Path
+) -> None:
+    create_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
+    publish(make(KEY), 0)
+    signed, pointer = client.hget(keys.manifests, "0"), client.hgetall(keys.policy)
+    assert make(KEY).fetch(0)[0].version == 0
+    client.delete(keys.run_record)
+    create_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
+    client.hset(keys.manifests, "0", signed)
+    client.hset(keys.policy, mapping=pointer)
+    with pytest.raises(SignatureRefused, match="version 0 is signed for another run of this name"):
+        make(KEY).fetch(0)
+    with pytest.raises(SignatureRefused, match="does not confirm"):
+        make(KEY).check_confirmed(*make(KEY).served())
+
+
+def test_a_worker_that_starts_serves_no_older_policy_than_the_trainer_confirms(
+    serve_fleet: Callable[..., ServedFleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_RUN_KEY", KEY)
+    served = serve_fleet()
+    client, keys = served.client, served.keys
+    served.publish(1)
+    older = client.hgetall(keys.policy)
+    served.publish(2)
+    newer = client.hgetall(keys.policy)
+    for confirmed in (newer[b"confirmed"], b"", b"x", b"1:", b"9" * 30 + b":" + b"0" * 64):
+        client.hset(keys.policy, mapping={**older, b"confirmed": confirmed})
+        with pytest.raises(
+            SignatureRefused, match="the pointer names policy version 1, which the trainer does not confirm"
+        ):
+            served.store.check_confirmed(*served.store.served())
+    served.role.start()  # as restarted after somebody has moved the pointer back
+    served.until_alarm(
+        "still serves version -1: the pointer names policy version 1, which the trainer does not confirm"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(signing, "MAX_UNCONFIRMED_S", -1.0)
+        client.hset(keys.policy, mapping=older)
+        words = "the trainer last confirmed policy version 1"
+        served.until(lambda beat: words in beat.get("alarm", ""), "a confirmation that is too old to be refused")
+        assert served.engine.version == -1
+    client.hset(keys.policy, mapping=newer)
+    served.until_serves(2)
+    client.hset(keys.policy, mapping=older)
+    served.publish(3)
+    served.until_serves(3)
+    client.hset(keys.policy, mapping=newer)
+    assert served.versions() == {3}, "a running worker never goes back"
+
+    client.hdel(keys.policy, "confirmed")
+    served.store.confirm(client)
+    assert not client.hexists(keys.policy, "confirmed"), "it is not due yet"
+    monkeypatch.setattr(store_module, "CONFIRM_S", 0.0)
+    served.store.confirm(client)
+    with pytest.raises(SignatureRefused):
+        served.store.check_confirmed(*served.store.served())
+    served.store.check_confirmed(3, served.store.manifest(3).digest)
 
 
 @for_each("signed", [b"", b"SL+", b"SL+" + b"x" * 31, b"\x00" * 40, b"SL\x01\xc1", b"SL\x01\x90"])

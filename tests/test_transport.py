@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -16,7 +18,7 @@ from kombu import Queue
 
 from sluice.common.connections.broker import make_app, send, send_stage
 from sluice.common.connections.client import connect
-from sluice.common.connections.transport import MAX_REJECTED, MAX_REJECTED_BYTES
+from sluice.common.connections.transport import MAX_MESSAGE_BYTES, MAX_REJECTED, MAX_REJECTED_BYTES
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 
 PREFIX = "sluice:{tiny}:mq:"
@@ -91,46 +93,74 @@ FOREIGN = [
     b"5",
     b"null",
     b'"text"',
-    b"[" * 100_000,
+    b"[" * 60_000,
     b'{"properties": null}',
-]
-FOREIGN += [
+    b"0" * (MAX_MESSAGE_BYTES + 1),
     message(properties__delivery_info={}),
     message(properties__delivery_tag=None),
+    message(properties__body_encoding=[]),
     message(headers=[1]),
+    message(headers={}),
     message(headers={"task": "rollout.generate"}),
-    message(headers__task=["rollout.generate"]),
+    message(headers__task="no.such.task"),
+    message(headers__task="celery.starmap"),
+    message(headers__task="reward.score"),  # of another queue
     message(body="="),  # empty
     message(body="AAAA"),  # no JSON
     message(body="NQ=="),  # 5 instead of (args, kwargs, embed)
+    *(message(body=body) for body in [None, 5, [], {}]),
+    *(message(body=b64encode(json.dumps(body).encode()).decode()) for body in [
+        [[], {}, {}], [["t1", "t2"], {}, {}], [[5], {}, {}], [{"a": 1}, {}, {}], ["t", {}, {}], [["t1"], {"x": 1}, {}],
+        [["t1"], [], 5], [["t1"], {}, {"callbacks": [{"task": "rollout.generate"}]}], [["t1"], {}, {"chord": 1}],
+    ]),
     message(**{"content-type": "application/x-python-serialize"}),
-]
-DROPPED_BY_CELERY = [
-    message(headers__task="no.such.task", properties__delivery_tag="tag0"),
-    message(headers={}, properties__delivery_tag="tag1"),
-]
+    message(**{"content-type": 5}),
+    message(**{"content-encoding": 5}),
+]  # fmt: skip
+_TEXT, _NOTHING = [5, -1.5, True, [], {"a": 1}], [5, -1, "2030-01-01T00:00:00", True, [1], {"a": 1}]
+WRONG_HEADERS: dict[str, list[Any]] = {
+    **dict.fromkeys(["task", "id", "lang", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin"], _TEXT),
+    **dict.fromkeys(["eta", "expires", "shadow", "group", "group_index", "stamped_headers"], _NOTHING),
+    "timelimit": [-1, "x", {}, [1, 1], ["x"], [None, -1]],
+    "retries": [-1, 1, "x", [], {}, None],
+    "replaced_task_nesting": [-1, "x", [], {}],
+    "ignore_result": [5, "x", [], {}],
+    "stamps": [5, "x", [1], {"a": {}}],
+    "sent_at": ["soon", [], {}, float("inf")],
+    **{
+        key: [5, [], {}]
+        for key in ["callbacks", "errbacks", "chain", "chord", "delivery_info", "called_directly", "utc"]
+    },
+    **{key: [5, "x", {}] for key in ["reply_to", "correlation_id", "hostname", "headers", "get", "compression"]},
+}
+UNACKED = [b"x", b"[]", b"{}", b"5", b"\xff", b"[" * 50_000]
+FOREIGN += [message(**{f"headers__{name}": v}) for name, values in WRONG_HEADERS.items() for v in values]
 
 
 def test_foreign_elements_are_set_aside_and_the_worker_goes_on(tmp_path, own_redis, client):
     app = make_app("tiny", url=own_redis.url)
-    client.lpush(PREFIX + "rollout", *FOREIGN, *DROPPED_BY_CELERY)
-    send_stage(app, "t1", "rollout")
+    client.lpush(PREFIX + "rollout", *FOREIGN)
+    for tag, harm in enumerate(UNACKED):  # of a worker that died an hour ago
+        client.hset(PREFIX + "unacked", f"tag{tag}", harm)
+        client.zadd(PREFIX + "unacked_index", {f"tag{tag}": 1.0})
+    client.lpush(PREFIX + "rollout", message(headers__traceparent="00-1", headers__baggage={"a": [1]}))
+    send_stage(app, "t2", "rollout")
     with tiny_worker(tmp_path, own_redis.url) as process:
-        wait_for(lambda: is_done(client, "t1"), timeout=20, what="the message behind the foreign elements")
+        wait_for(lambda: is_done(client, "t2"), timeout=30, what="the message behind the foreign elements")
+        assert client.lrange("done", 0, -1) == [b"t1", b"t2"], "what a tracer adds to a message does no harm"
+        log = log_of(tmp_path)
+        assert log.count("of queue `unacked` is not a message and was set aside") == len(UNACKED), log
+        assert log.count("of queue `rollout` is not a message and was set aside") == len(FOREIGN)
+        for words in ("b'not json'", "header timelimit", "header eta", "no task 'celery.starmap'", "takes 1 arguments"):
+            assert words in log, words
+        assert "Traceback" not in log and process.poll() is None
         records = [json.loads(record) for record in client.lrange(PREFIX + "rejected", 0, -1)]
-        assert len(records) == len(FOREIGN), log_of(tmp_path)
-        assert {record["queue"] for record in records} == {"rollout"}
+        assert len(records) == MAX_REJECTED < len(FOREIGN)
+        assert {record["queue"] for record in records} <= {"rollout", "unacked"}
         assert all(len(record["element"]) <= 4 * MAX_REJECTED_BYTES for record in records)
-        assert "an element of queue `rollout` is not a message and was set aside" in log_of(tmp_path)
-        assert "b'not json'" in log_of(tmp_path)
-        assert "Received unregistered task of type 'no.such.task'" in log_of(tmp_path)
-        client.lpush(PREFIX + "rollout", *(f"rubbish {i}" for i in range(MAX_REJECTED)))
-        send_stage(app, "t2", "rollout")
-        wait_for(lambda: is_done(client, "t2"), timeout=20, what="the message behind more of them")
-        assert client.llen(PREFIX + "rejected") == MAX_REJECTED
-        assert process.poll() is None
         assert client.llen(PREFIX + "rollout") == 0
         wait_for(lambda: client.hlen(PREFIX + "unacked") == 0, timeout=5, what="nothing to circulate")
+        assert make_app("tiny", url=own_redis.url).control.inspect(timeout=1).ping() is None, "nobody asked for it"
 
 
 TROUBLES = [

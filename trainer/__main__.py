@@ -15,7 +15,14 @@ import signal
 import sys
 from types import FrameType
 
-from sluice.common.connections.client import connect, give_up_after, persistence_warning, run_name
+from sluice.common.connections.client import (
+    check_broker,
+    connect,
+    give_up_after,
+    persistence_warning,
+    refuse_eviction,
+    run_name,
+)
 from sluice.common.errors import ConfigError, ConnectionFailed, DiskFull, Diverged, Hopeless
 from sluice.common.monitoring.printable import escape_log_records, printable
 from sluice.common.parent import die_with, stop_signals
@@ -42,6 +49,8 @@ def main() -> int:
 
             return run_follower(Ranks.join())
         client = connect()
+        refuse_eviction(client)
+        check_broker()
         run = open_run(client, run_name())
         from sluice.trainer.distributed.ranks import Ranks
         from sluice.trainer.loop import Trainer  # torch loads here, after the input was checked

@@ -37,6 +37,8 @@ class TrainerHeartbeat:
         """Start the thread. trainer: the client that the trainer itself uses. report: records a stall besides the log, with
         the step before it and its seconds."""
         self._trainer, self._run, self._report_to = trainer, run, report
+        self.confirm: Callable[[redis.Redis], None] = lambda client: None
+        "called after each heartbeat: confirms the policy pointer"
         self._stats: dict[str, Any] = {"step": 0, "version": 0}
         self.alarm = ""
         self._since: dict[str, float] = {}
@@ -51,7 +53,7 @@ class TrainerHeartbeat:
             process_name("trainer"),
             stats=lambda: self._all_stats(up_s=time.monotonic() - began),
             before=self._look_at_the_trainers_client,
-            after=self._report_stall,
+            after=self._after_heartbeat,
             on_error=self._report_unreachable,
         )
         self._thread.start()
@@ -106,6 +108,10 @@ class TrainerHeartbeat:
             self._since.pop("outage", None)
         else:
             self._since.setdefault("outage", time.monotonic())
+
+    def _after_heartbeat(self) -> None:
+        self.confirm(self._client)
+        self._report_stall()
 
     def _report_stall(self) -> None:
         self._since.pop("unreachable", None)

@@ -70,6 +70,7 @@ class Trainer:
             max_resample_count=self.config.replay_buffer.max_resample_count,
         )
         store = PolicyStore(client, run.keys, self.config.policy_store)
+        self.heartbeat.confirm = store.confirm
         self.publisher = Publisher(
             store, make_app(run.name), run, client, incarnation=incarnation, retry_while_disk_full=retry
         )

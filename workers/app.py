@@ -45,6 +45,7 @@ class QueueWorker(Worker):
             context = import_module(f"sluice.workers.{stage.module}").prepare(self.app, ",".join(queues))
         except (ConfigError, ConnectionFailed) as error:
             _refuse(str(error))
+        self.app.conf.worker_enable_remote_control = context.run.config.metrics.remote_control
         signal.signal(signal.SIGUSR2, Context.drain)
         options["pool"] = CooperativePool if stage.pool == "threads" else stage.pool
         options["concurrency"] = options.get("concurrency") or stage.concurrency(context.run.config)

@@ -37,7 +37,7 @@ from celery import Celery
 from celery.concurrency.thread import TaskPool
 
 from sluice.common.connections.broker import send, send_stage
-from sluice.common.connections.client import connect, give_up_after, run_name
+from sluice.common.connections.client import check_broker, connect, give_up_after, run_name
 from sluice.common.errors import EngineClosed, SerializationError, raised_at
 from sluice.common.ledger.ledger import Claim, Ledger
 from sluice.common.monitoring.heartbeats import HEARTBEAT_S, HeartbeatThread, connect_quickly
@@ -114,6 +114,7 @@ class Context:
     def open(cls, app: Celery, role: str) -> Context:
         """Connect and read the run. Raises ConfigError, ConnectionFailed."""
         client = connect()
+        check_broker()
         run = open_run(client, run_name())
         process = process_name(role)
         ledger = Ledger(client, run.keys, run.config, worker=process)

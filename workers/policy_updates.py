@@ -29,7 +29,7 @@ import torch
 
 from sluice.common.config import PolicyStoreConfig
 from sluice.common.connections.client import BLOCK_S
-from sluice.common.errors import EngineError, PolicyError
+from sluice.common.errors import DigestMismatch, EngineError, SluiceError
 from sluice.common.keys import Keys
 from sluice.common.models.lora import merge_adapter
 from sluice.common.monitoring.metric_stream import last_entry, wait_for_event
@@ -67,7 +67,10 @@ class ServedPolicy:
         self._store = PolicyReader(client, keys, config)
         self._gate = _VersionGate()
         self._staging = threading.Lock()
-        self._staged = -1, ""
+        self._staged = -1
+        "the version that the engine was given last"
+        self._newest = -1, ""
+        "the newest that it was given which is not pinned, as the pointer named it"
         self._unchecked: Manifest | None = None
         self._checking = threading.Lock()
         self._stop = threading.Event()
@@ -81,7 +84,7 @@ class ServedPolicy:
         """Keep the engine on this version while inside. Raises PolicyError."""
         with self._gate.at(version):
             with self._staging:
-                if self._staged[0] != version:
+                if self._staged != version:
                     self._stage(version)
             yield
             self._check()
@@ -122,37 +125,52 @@ class ServedPolicy:
         self._stop.set()
 
     def _follow(self) -> None:
-        seen = last_entry(self._client, self._keys, "events")
+        seen, trouble = "", ""
         while not self._stop.is_set():
             try:
+                seen = seen or last_entry(self._client, self._keys, "events")
                 self._stage_newest()
                 self._check()
+                if self.alarm == trouble:
+                    self.alarm = trouble = ""
                 is_restless = self._unchecked is not None or self._gate.is_held
                 block_s = _SOON_S if is_restless else BLOCK_S
                 seen = wait_for_event(self._client, self._keys, after=seen, timeout_s=block_s)
-            except (PolicyError, redis.RedisError, OSError) as error:
-                self.alarm = f"still serves version {self._engine.version}: {error}"
-                log.error("%s", self.alarm)
+            except (
+                Exception
+            ) as error:  # whatever is in Redis: without this thread the worker would serve this version for ever
+                trouble = f"still serves version {self._engine.version}: {_in_words(error)}"
+                if trouble != self.alarm:
+                    log.error("%s", trouble, exc_info=not isinstance(error, (SluiceError, redis.RedisError, OSError)))
+                self.alarm = trouble
                 self._stop.wait(1.0)
 
     def _stage_newest(self) -> None:
-        version, digest = self._store.served()
+        pointer = version, digest = self._store.served()
         with self._staging:
-            # the same number can be another policy: Redis has lost the publication of the first one
-            is_newer = version > self._staged[0] or (version == self._staged[0] and digest != self._staged[1])
-            if is_newer and not self._gate.is_held:
-                self._stage(version)
-                self.alarm = ""
+            is_staged = pointer == self._newest and self._staged == version
+            # an older one: Redis has lost a publication, or was made to
+            if is_staged or version < max(self._newest[0], 0) or self._gate.is_held:
+                return
+            # Versions only grow, so a signed one that is newer is the trainer's. The first one of this process may be old, and
+            # where Redis has lost a publication the same number may be another policy: these the trainer must confirm.
+            if pointer != self._newest and not version > self._newest[0] >= 0:
+                self._store.check_confirmed(version, digest)
+            self._stage(version, digest=digest)
+            self._newest = pointer
+            self.alarm = ""
 
-    def _stage(self, version: int) -> None:
+    def _stage(self, version: int, *, digest: str = "") -> None:
         manifest, tensors = self._store.fetch(version)
+        if digest not in ("", manifest.digest):
+            raise DigestMismatch(f"the pointer names policy version {version} with another digest than its manifest")
         if manifest.adapter_scale is not None:
             if self._base is None:
                 # a reader of its own: `stats` reports the last fetch of the other
                 _, self._base = PolicyReader(self._client, self._keys, self._config).fetch(0)
             tensors = merge_adapter(self._base, tensors, scale=manifest.adapter_scale)
         self._engine.stage(version, manifest.digest, tensors)
-        self._staged = version, manifest.digest
+        self._staged = version
         self._unchecked, self.mismatch, self.adapter_share = manifest, None, None
 
     def _check(self) -> None:
@@ -174,7 +192,7 @@ class ServedPolicy:
             return True
         if self._engine.version != manifest.version:
             return False
-        canary = [CanarySequence(**wire) for wire in manifest.canary]
+        canary = [CanarySequence.from_wire(wire) for wire in manifest.canary]
         try:
             version, logprobs = self._engine.score([(s.prompt_ids, s.token_ids) for s in canary])
         except EngineError as error:
@@ -185,6 +203,10 @@ class ServedPolicy:
             self.mismatch = mean_difference([s.logprobs for s in canary], logprobs) if canary else None
             self.adapter_share = adapter_share(canary, logprobs)
         return True
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, (SluiceError, redis.RedisError, OSError)) else repr(error)[:300]
 
 
 class _VersionGate:

@@ -107,3 +107,5 @@ class MetricsConfig(Section):
     """Also report to Trackio (extra `sluice-rl[trackio]`): in the run folder, or where TRACKIO_DIR or TRACKIO_SPACE_ID says."""
     project: str = Field(default="sluice", min_length=1)
     """Project of the run at Weights & Biases and Trackio."""
+    remote_control: bool = False
+    """Workers obey Celery's remote control, which Flower needs. Whoever may publish on the broker can then stop them."""

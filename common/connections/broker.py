@@ -12,7 +12,7 @@ import logging
 import time
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
 import redis
@@ -21,7 +21,7 @@ from kombu import Queue
 from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
 
-from sluice.common.connections import sentinel
+from sluice.common.connections.address import Address, parse_address
 from sluice.common.connections.client import broker_url
 from sluice.common.keys import Keys
 from sluice.common.pipeline import QUEUES, kind_of, stage_of
@@ -57,6 +57,7 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
         worker_hijack_root_logger=True,
         worker_redirect_stdouts=False,
         worker_send_task_events=False,
+        worker_enable_remote_control=False,  # metrics.remote_control: workers/app.py
         broker_transport_options={
             "global_keyprefix": Keys(run).celery_prefix,
             "visibility_timeout": 3600,
@@ -77,30 +78,26 @@ def make_app(run: str, *, url: str | None = None) -> Celery:
 
 
 def _broker(url: str) -> tuple[str, str, dict[str, str]]:
-    """Return Celery's broker URL, transport and transport options for one of our URLs."""
-    if url.startswith("unix://"):  # redis-py's form of it; ours so that one URL serves both
+    """Return Celery's broker URL, transport and transport options for one of our URLs. Raises ConfigError."""
+    address = parse_address(url)
+    if address.scheme == "unix":  # redis-py's form of it; ours so that one URL serves both
         # a socket's URL needs a name before its plus
         TRANSPORT_ALIASES["sluice"] = "sluice.common.connections.transport:Transport"
-        return f"sluice+{_socket_url(url)}", "sluice", {}
-    if not sentinel.is_sentinel(url):
+        return f"sluice+{_socket_url(address)}", "sluice", {}
+    if address.scheme != "sentinel":
         return url, "sluice.common.connections.transport:Transport", {}
-    address = sentinel.parse(url)
-    host, port = address.sentinels[0]  # display only: the transport asks the sentinels of its option
     return (
-        f"sentinel://{host}:{port}/{address.database}",
+        f"sentinel://{address.shown.rpartition('@')[2].partition(',')[0].partition('/')[0]}/{address.database}",
         "sluice.common.connections.transport:SentinelTransport",
         {"sentinel_url": url},
     )
 
 
-def _socket_url(url: str) -> str:
-    """Convert `unix://user:password@/path?db=0`, or with `&password=`, to kombu's form."""
-    parts = urlsplit(url)
-    query = dict(parse_qsl(parts.query))
-    user = quote(query["username"], safe="") if "username" in query else parts.username or ""
-    password = quote(query["password"], safe="") if "password" in query else parts.password or ""
+def _socket_url(address: Address) -> str:
+    """Return kombu's form of a socket's URL."""
+    user, password = (quote(text or "", safe="") for text in (address.username, address.password))
     who = f"{user}:{password}@" if user or password else ""
-    return f"socket://{who}{parts.path}?virtual_host={query.get('db', '0')}"
+    return f"socket://{who}{quote(address.name)}?virtual_host={address.database}"
 
 
 def send_stage(app: Celery, group_id: str, name: str) -> None:

@@ -12,10 +12,8 @@ requested again on a new connection.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -23,7 +21,8 @@ from redis.client import Pipeline
 from redis.retry import Retry
 
 from sluice.common.connections import sentinel
-from sluice.common.connections.outage import OutageRetry
+from sluice.common.connections.address import Address, parse_address
+from sluice.common.connections.outage import OutageRetry, not_permitted
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError, ConnectionFailed
 
@@ -31,6 +30,7 @@ SOCKET_TIMEOUT_S = 5.0
 BLOCK_S = 2.0
 """Longest blocking read: shorter than the socket time-out, or every idle wait would look like a dead server."""
 _OLDEST_SERVER = (6, 2)
+_CLUSTER = "is a Redis Cluster: a run needs one server, or one behind Sentinel"
 
 
 def redis_url() -> str:
@@ -58,12 +58,10 @@ def run_name() -> str:
 
 def without_password(url: str) -> str:
     """Return the URL as it may be logged."""
-    parts = urlsplit(url)
-    parts = parts._replace(query=re.sub(r"(password=)[^&]*", r"\1***", parts.query))
-    if parts.password is not None:
-        host = parts.netloc.rpartition("@")[2]
-        parts = parts._replace(netloc=f"{parts.username or ''}:***@{host}")
-    return urlunsplit(parts)
+    try:
+        return parse_address(url).shown
+    except ConfigError:
+        return "the URL given"
 
 
 class Client(redis.Redis):
@@ -90,7 +88,7 @@ class _Pipeline(Pipeline):
 
 def connect(url: str | None = None, **options: Any) -> redis.Redis:
     """Return a checked client. Replies are bytes, RESP2. Raises ConfigError, and ConnectionFailed when the server is
-    unreachable, refuses the password or is too old.
+    unreachable, refuses the password, is too old, a replica, or a cluster.
 
     Its commands wait for a server that is unavailable or refuses writes, at most OUTAGE_S, unless `retry` says otherwise.
     """
@@ -101,7 +99,7 @@ def connect(url: str | None = None, **options: Any) -> redis.Redis:
         "socket_keepalive": True,
         "health_check_interval": 5,
         "protocol": 2,
-        "retry": OutageRetry(without_password(url)),
+        "retry": OutageRetry(parse_address(url).shown),
     }
     if url.startswith("unix://"):
         del settings["socket_keepalive"], settings["socket_connect_timeout"]
@@ -115,10 +113,7 @@ def _open(url: str, **options: Any) -> redis.Redis:
         manager = address.manager(connection_class=sentinel.MasterConnection, **options)
         master: redis.Redis = manager.master_for(address.master, redis_class=Client)
         return master
-    try:
-        return Client.from_url(url, **options)
-    except ValueError as error:
-        raise ConfigError(f"{without_password(url)!r} is not a Redis URL: {error}") from None
+    return Client.from_url(url, **options)
 
 
 def outage(client: redis.Redis) -> str | None:
@@ -144,22 +139,68 @@ def persistence_warning(client: redis.Redis) -> str | None:
     )
 
 
+def check_broker() -> None:
+    """Check the server of Celery's messages, where it is another one. Raises ConfigError, ConnectionFailed."""
+    if url := secret("SLUICE_BROKER_URL"):
+        connect(url).close()
+
+
+def eviction_problem(client: redis.Redis) -> str | None:
+    """Return one sentence where the server drops keys when it is full; None where it refuses writes, as a run needs."""
+    info = client.info("memory")
+    maxmemory, policy = int(info.get("maxmemory", 0)), info.get("maxmemory_policy", "noeviction")
+    if not maxmemory or policy == "noeviction":
+        return None
+    return (
+        f"Redis evicts keys when it reaches maxmemory ({maxmemory / 2**20:.0f} MiB, policy {policy}): groups would be lost "
+        "without a trace. Set maxmemory-policy noeviction"
+    )
+
+
+def refuse_eviction(client: redis.Redis) -> None:
+    """Raise ConfigError where the server drops keys when it is full: for what begins a run or trains."""
+    if problem := eviction_problem(client):
+        raise ConfigError(problem)
+
+
 def _check_server(url: str, settings: dict[str, Any]) -> None:
+    address = parse_address(url)
     if sentinel.is_sentinel(url):
         sentinel.parse(url).master_address()
     probe = _open(url, **{**settings, "retry": Retry(ExponentialBackoff(), 1)})
     try:
-        version = str(probe.info("server")["redis_version"])
+        info = probe.info()
     except redis.AuthenticationError:
         raise ConnectionFailed(
-            f"Redis at {without_password(url)} refused the password: check the URL's user and password"
+            f"Redis at {address.shown} refused the password: check the URL's user and password"
         ) from None
-    except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+    except redis.ResponseError as error:
+        raise ConnectionFailed(f"Redis at {address.shown} {_refusal(error, address)}") from None
+    except (redis.RedisError, OSError) as error:
         raise ConnectionFailed(
-            f"cannot reach Redis at {without_password(url)} ({str(error).rstrip('.')}). "
+            f"cannot reach Redis at {address.shown} ({str(error).rstrip('.')}). "
             "Start it, or set SLUICE_REDIS_URL to the server to use"
         ) from None
     finally:
         probe.close()
+    version = str(info["redis_version"])
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_SERVER:
-        raise ConnectionFailed(f"Redis at {without_password(url)} is version {version}; Sluice needs 6.2 or newer")
+        raise ConnectionFailed(f"Redis at {address.shown} is version {version}; Sluice needs 6.2 or newer")
+    if info.get("redis_mode") == "cluster":
+        raise ConnectionFailed(f"Redis at {address.shown} {_CLUSTER}")
+    if info.get("role") == "slave" and not sentinel.is_sentinel(url):  # the sentinels say when there is a master again
+        master = f"{info.get('master_host', '?')}:{info.get('master_port', '?')}"
+        raise ConnectionFailed(
+            f"Redis at {address.shown} is a replica, which takes no writes: name its master, {master}, or their Sentinel"
+        )
+
+
+def _refusal(error: redis.ResponseError, address: Address) -> str:
+    """Return what a server that answers refuses, as a predicate."""
+    if words := not_permitted(error):
+        return words
+    if "cluster" in str(error):
+        return _CLUSTER
+    if "DB index" in str(error):
+        return f"has no database {address.database}: it is the number at the end of the URL; most servers have 0 to 15"
+    return f"refuses every command: {error}"

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelManagedConnection
 
-from sluice.common.errors import ConfigError, ConnectionFailed
+from sluice.common.connections.address import parse_address
+from sluice.common.errors import ConnectionFailed
 
 SCHEME = "sentinel"
 _ANSWER_S = 2.0
 """A sentinel that does not answer for this long is skipped for the next."""
-_FORM = "sentinel://:password@host1:26379,host2:26379/mymaster/0"
 
 
 class MasterConnection(SentinelManagedConnection):
@@ -57,7 +56,7 @@ class SentinelAddress:
     @property
     def server(self) -> str:
         """Its name in messages: without passwords."""
-        hosts = ",".join(f"{host}:{port}" for host, port in self.sentinels)
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.sentinels)
         return f"{SCHEME}://{hosts}/{self.master}/{self.database}"
 
     def manager(self, **options: Any) -> Sentinel:
@@ -101,26 +100,14 @@ class SentinelAddress:
 
 def parse(url: str) -> SentinelAddress:
     """Parse a sentinel URL. Raises ConfigError when it is not of the form above."""
-    parts = urlsplit(url)
-    hosts = [part for part in parts.netloc.rpartition("@")[2].split(",") if part]
-    try:
-        sentinels = tuple((host, int(port or 26379)) for host, _, port in (part.partition(":") for part in hosts))
-        master, _, database = parts.path.strip("/").partition("/")
-        number = int(database or 0)
-    except ValueError as error:
-        raise ConfigError(f"a sentinel URL has the form {_FORM}: {error}") from None
-    if not sentinels or not master:
-        raise ConfigError(f"a sentinel URL names sentinels and a master: {_FORM}")
-    options = parse_qs(parts.query)
-    if unknown := set(options) - {"sentinel_password"}:
-        raise ConfigError(f"a sentinel URL takes the option sentinel_password only, not {', '.join(sorted(unknown))}")
+    address = parse_address(url)
     return SentinelAddress(
-        sentinels=sentinels,
-        master=unquote(master),
-        database=number,
-        username=unquote(parts.username) if parts.username else None,
-        password=unquote(parts.password) if parts.password else None,
-        sentinel_password=options.get("sentinel_password", [None])[0],
+        sentinels=address.hosts,
+        master=address.name,
+        database=address.database,
+        username=address.username,
+        password=address.password,
+        sentinel_password=address.options.get("sentinel_password"),
     )
 
 

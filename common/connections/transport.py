@@ -1,7 +1,8 @@
 """Kombu's Redis transport, so that a broker in trouble or a foreign element in a queue costs time and never a worker.
 
-* An element that is not a message is moved to `<prefix>rejected` (the newest 100, 4 KiB of each) and logged, and
-  consuming continues. kombu lets the decoding error end the worker, one worker per element.
+* An element that is not a message as `send` writes it is moved to `<prefix>rejected` (the newest 100, 4 KiB of each) and logged,
+  and consuming continues. kombu lets the error of decoding one end the worker, and Celery what a header of another type
+  causes, one worker per element; some leave a worker that lives and consumes nothing.
 * A broker that refuses writes (out of memory, disk full, demoted) is a lost connection: Celery reconnects and keeps the tasks
   that it holds instead of ending. Every command waits BROKER_WAIT_S for it first, which paces the reconnections; what the event
   loop waits for (BRPOP, subscriptions) fails at once.
@@ -20,16 +21,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import redis
-from kombu.exceptions import KombuError
+from celery.app.task import Context as TaskContext
 from kombu.transport import redis as kombu_redis
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from sluice.common.connections.outage import OutageRetry, RefusesWrites, refusal
 from sluice.common.connections.sentinel import MasterConnection, parse
+from sluice.common.pipeline import QUEUES, tasks_on
 
 log = logging.getLogger("sluice.broker")
 
@@ -38,6 +41,42 @@ BROKER_WAIT_S = 5.0
 _CONTENT = {"application/x-msgpack", "application/json"}
 MAX_REJECTED = 100
 MAX_REJECTED_BYTES = 4096
+MAX_MESSAGE_BYTES = 64 * 1024
+"""A message holds the id of a group, and is a hundredth of this."""
+
+
+class _Headers(BaseModel):
+    """Celery's headers as `send` has them written: no time limit, no later delivery, no other task that follows.
+
+    Others are left to whoever adds them (traces), unless Celery or kombu would act on them.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    task: str
+    id: str
+    sent_at: FiniteFloat | None = None
+    lang: str | None = None
+    root_id: str | None = None
+    parent_id: str | None = None
+    argsrepr: str | None = None
+    kwargsrepr: str | None = None
+    origin: str | None = None
+    ignore_result: bool | None = None
+    retries: Literal[0] = 0
+    replaced_task_nesting: Literal[0] = 0
+    timelimit: list[None] | None = None
+    stamps: dict[str, None] | None = None
+    stamped_headers: None = None
+    shadow: None = None
+    eta: None = None
+    expires: None = None
+    group: None = None
+    group_index: None = None
+
+    def check(self) -> None:
+        """Raise TypeError for a header that would override what Celery knows of a task."""
+        if acted_on := sorted({*(self.model_extra or ())} & {*dir(TaskContext), "compression"}):
+            raise TypeError(f"header {acted_on[0]} is not ours")
 
 
 class _RefusalsAreConnectionErrors(redis.Connection):
@@ -71,10 +110,26 @@ class _Client(kombu_redis.PrefixedStrictRedis):
         return reply
 
 
+class _QoS(kombu_redis.QoS):
+    """Messages that are worked on: kombu returns to their queue those of a worker that died."""
+
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """Return one to its queue; set aside what is not a message. kombu lets its error end the worker."""
+        try:
+            super().restore_by_tag(tag, client, leftmost)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, redis.DataError) as error:
+            with self.channel.conn_or_acquire(client) as client:
+                element = client.hget(self.unacked_key, tag) or b""
+                client.hdel(self.unacked_key, tag)
+                client.zrem(self.unacked_index_key, tag)
+            self.channel._set_aside(self.unacked_key, element, repr(error))
+
+
 class Channel(kombu_redis.Channel):
     """A channel that keeps its client until its connection pool is replaced."""
 
     connection_class = _RefusalsAreConnectionErrors
+    QoS = _QoS
     _kept: Any = None
 
     def __init__(self, connection: Any, *args: Any, **kwargs: Any) -> None:
@@ -110,30 +165,50 @@ class Channel(kombu_redis.Channel):
 
     def _examine(self, key: bytes, element: bytes) -> bool:
         """Return whether an element of a queue is a message that Celery survives; any other is set aside."""
+        queue = key.decode().split(self.sep)[0]
         try:
-            payload = json.loads(element)
-            message = self.Message(payload, channel=self, accept=_CONTENT)
-            task = message.headers.get("task", "")
-            delivery = message.delivery_info
-            texts = [message.delivery_tag, delivery["exchange"], delivery["routing_key"], task]
-            if task:
-                texts.append(message.headers["id"])
-                args, kwargs, _ = message.decode()  # pickle is refused here, before it is read
-                if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
-                    raise TypeError("the body is not (args, kwargs, options)")
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError("a name or an id is not text")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, KombuError) as error:
-            self._set_aside(key.decode().split(self.sep)[0], element, error)
-            return False
-        return True
+            self._check(queue, element)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False, include_input=False)[0]
+            self._set_aside(queue, element, f"header {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}")
+        except Exception as error:  # of json, kombu and its codecs: none may end the worker
+            self._set_aside(queue, element, repr(error))
+        else:
+            return True
+        return False
 
-    def _set_aside(self, queue: str, element: bytes, error: Exception) -> None:
-        log.error("an element of queue `%s` is not a message and was set aside (%r): %r", queue, error, element[:100])
+    def _check(self, queue: str, element: bytes) -> None:
+        if len(element) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"{len(element)} bytes")
+        message = self.Message(json.loads(element), channel=self, accept=_CONTENT)
+        delivery = message.delivery_info
+        if not all(
+            isinstance(text, str) for text in (message.delivery_tag, delivery["exchange"], delivery["routing_key"])
+        ):
+            raise TypeError("a name or a tag is not text")
+        if queue not in QUEUES:  # the reply to a command of remote control
+            return
+        headers = _Headers.model_validate(message.headers)
+        headers.check()
+        tasks = tasks_on(queue)
+        if headers.task not in tasks:
+            raise LookupError(f"queue {queue} has no task {headers.task!r}")
+        args, kwargs, embedded = message.decode()  # pickle is refused here, before it is read
+        if (
+            not isinstance(args, list)
+            or len(args) != tasks[headers.task]
+            or not all(isinstance(arg, str) for arg in args)
+        ):
+            raise TypeError(f"{headers.task} takes {tasks[headers.task]} arguments, all text")
+        if kwargs or any(embedded.values()):
+            raise TypeError("the body holds more than the arguments")
+
+    def _set_aside(self, queue: str, element: bytes, reason: str) -> None:
+        log.error("an element of queue `%s` is not a message and was set aside (%s): %r", queue, reason, element[:100])
         record = {
             "queue": queue,
             "at": time.time(),
-            "error": repr(error),
+            "error": reason[:MAX_REJECTED_BYTES],
             "element": element[:MAX_REJECTED_BYTES].decode(errors="backslashreplace"),
         }
         plain = redis.Redis(connection_pool=self.pool)

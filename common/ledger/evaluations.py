@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -247,8 +248,8 @@ def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
         finished = dataset and result(client, run.keys, dataset, version=version)
         if not finished:
             continue
-        line = client.hget(run.keys.lineage, str(version))
-        entry = {"dataset": name, "version": version, "step": int(line.split(b":")[1]) if line else None}
+        line = re.match(rb"-?[0-9]+:([0-9]{1,18})", client.hget(run.keys.lineage, str(version)) or b"")
+        entry = {"dataset": name, "version": version, "step": int(line[1]) if line else None}
         metrics = {name: value if math.isfinite(value) else None for name, value in finished.metrics().items()}
         counts = {name: getattr(finished, name) for name in ("num_prompts", "num_dead", "num_asked")}
         found.append({**entry, **metrics, **counts})

@@ -25,6 +25,7 @@ and goes within cooldown_s changes nothing. All state is in the hash: another da
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -32,17 +33,19 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import redis
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from sluice.common.config import Config
 from sluice.common.config.operations import AutoscaleConfig
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_pending
 from sluice.common.ledger.scripts import Scripts
-from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
+from sluice.common.monitoring.heartbeats import is_readable, is_silent, read_heartbeats
 from sluice.common.monitoring.queues import read_queues
 from sluice.common.pipeline import QUEUES, kind_of, stage_of, stage_on
 from sluice.common.run import Run, RunRecord
+
+log = logging.getLogger("sluice.autoscale")
 
 TOLERANCE = 0.1
 """Of the HPA: a load within this share of what the present number of workers is for changes nothing."""
@@ -214,7 +217,7 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
     done: dict[str, dict[str, int]] = {queue: {} for queue in QUEUES}
     busy: dict[str, list[float]] = {queue: [] for queue in QUEUES}
     for name, stats in read_heartbeats(client, run.keys).items():
-        if stats["role"] in done and not is_silent(stats):
+        if stats["role"] in done and is_readable(stats) and not is_silent(stats):
             done[stats["role"]][name] = int(stats.get("done", 0))
             busy[stats["role"]].append(1.0 - stats.get("idle_fraction", 0.0))
     return {
@@ -226,8 +229,17 @@ def read_loads(client: redis.Redis, run: Run) -> dict[str, Load]:
 
 
 def read_scales(client: redis.Redis, keys: Keys) -> dict[str, Scale]:
-    """Return queue -> its state in hash `autoscale`; empty before the first tick of a dataset worker."""
-    return {queue.decode(): Scale.model_validate_json(text) for queue, text in client.hgetall(keys.autoscale).items()}
+    """Return queue -> its state in hash `autoscale`; empty before the first tick of a dataset worker.
+
+    One that cannot be read is ignored, and logged: the next tick begins it anew.
+    """
+    found = {}
+    for queue, text in client.hgetall(keys.autoscale).items():
+        try:
+            found[queue.decode(errors="replace")] = Scale.model_validate_json(text)
+        except ValidationError as error:
+            log.warning("the load of queue %r cannot be read, and is ignored: %s", queue, error.errors()[0]["msg"])
+    return found
 
 
 def update(client: redis.Redis, run: Run) -> None:

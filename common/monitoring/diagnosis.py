@@ -31,15 +31,16 @@ from typing import Any
 
 import redis
 
-from sluice.common.errors import ConnectionFailed
+from sluice.common.errors import ConnectionFailed, SerializationError
 from sluice.common.ledger.ledger import read_counters
-from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
+from sluice.common.monitoring.heartbeats import is_readable, is_silent, read_heartbeats
 from sluice.common.monitoring.losses import read_losses
 from sluice.common.monitoring.metric_stream import last_metrics
 from sluice.common.monitoring.queues import Queue, broker_client, read_queues
 from sluice.common.operations.control import describe_paused
 from sluice.common.pipeline import stages_for
 from sluice.common.policies.canary import is_adapter_missing, mismatch_bound
+from sluice.common.policies.lineage import read_pointer
 from sluice.common.policies.signing import unsigned_bytes
 from sluice.common.run import Run, RunRecord
 from sluice.common.serialization import decode
@@ -136,7 +137,7 @@ def _first_cause(client: redis.Redis, run: Run) -> Cause:
     needed = tuple(stage.queue for stage in stages_for(run.config))
     if held := _paused(client, run):
         return held
-    heartbeats = read_heartbeats(client, run.keys)
+    heartbeats = {name: stats for name, stats in read_heartbeats(client, run.keys).items() if is_readable(stats)}
     queues = read_queues(client, run, needed)
     serving = {stats["role"] for stats in heartbeats.values()}
     on_path = {name: stats for name, stats in heartbeats.items() if stats["role"] in (*needed, "trainer")}
@@ -183,17 +184,20 @@ def _reported(heartbeats: Heartbeats) -> list[Cause]:
 
 def _not_picked_up(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> list[Cause]:
     """Check that a live rollout worker serves the newest policy, or that it was published recently."""
-    version, published_at = client.hmget(run.keys.policy, ["version", "published_at"])
-    if version is None or published_at is None:
+    pointer = read_pointer(client, run.keys)
+    if "unreadable" in pointer:
+        return [Cause("alarm", f"the policy pointer in Redis cannot be read: {pointer['unreadable']}")]
+    if not {"version", "published_at"} <= pointer.keys():
         return []
+    version = int(pointer["version"])
     seconds, microseconds = client.time()
-    out_s = seconds + microseconds / 1e6 - float(published_at)
+    out_s = seconds + microseconds / 1e6 - float(pointer["published_at"])
     live = [s for s in heartbeats.values() if s["role"] == "rollout" and not is_silent(s)]
     served = [stats["version"] for stats in live if "version" in stats]
-    if out_s <= run.config.policy_store.pickup_alarm_s or max(served, default=-1) >= int(version):
+    if out_s <= run.config.policy_store.pickup_alarm_s or max(served, default=-1) >= version:
         return []
     serving = f"the newest that one serves is {max(served)}" if served else "none is there"
-    text = f"no rollout worker has picked up policy version {int(version)}, published {out_s:.0f} s ago: {serving}"
+    text = f"no rollout worker has picked up policy version {version}, published {out_s:.0f} s ago: {serving}"
     return [Cause("not_picked_up", text)]
 
 
@@ -201,10 +205,18 @@ def _other_digests(client: redis.Redis, run: Run, heartbeats: Heartbeats) -> lis
     """Check that workers serve the weights that the manifest of their version names."""
     found = []
     for name, stats in heartbeats.items():
-        if not stats.get("digest"):
+        if not stats.get("digest") or "version" not in stats:
             continue
         wire = client.hget(run.keys.manifests, str(stats["version"]))
-        if wire is not None and not decode(unsigned_bytes(wire))["digest"].startswith(stats["digest"]):
+        if wire is None:
+            continue
+        try:
+            published = str(decode(unsigned_bytes(wire))["digest"])
+        except (SerializationError, LookupError, TypeError) as error:
+            text = f"the manifest of policy version {stats['version']} in Redis cannot be read: {error}"
+            found.append(Cause("alarm", text[:300]))
+            continue
+        if not published.startswith(stats["digest"]):
             text = (
                 f"{name} serves policy version {stats['version']} with digest {stats['digest']}, not the published one"
             )
@@ -218,7 +230,7 @@ def _mismatched(run: Run, heartbeats: Heartbeats) -> list[Cause]:
     found = [
         Cause(
             "sampler_mismatch",
-            f"{name} serves policy version {stats['version']}, but its logprobs are {stats[key]:.3g} nats from {what} "
+            f"{name} serves policy version {stats.get('version', '?')}, but its logprobs are {stats[key]:.3g} nats from {what} "
             f"(bound {bound:g}): it samples from another policy",
         )
         for name, stats in heartbeats.items()
@@ -229,8 +241,9 @@ def _mismatched(run: Run, heartbeats: Heartbeats) -> list[Cause]:
         if stats.get("adapter_share") and is_adapter_missing(*stats["adapter_share"]):
             share, error = stats["adapter_share"]
             text = (
-                f"{name} serves policy version {stats['version']}, but on the canary it shows {share:.2f} +- {error:.2f} of "
-                f"the LoRA adapter's effect: it samples from the base, or {run.config.rollout.dtype} rounds the adapter away"
+                f"{name} serves policy version {stats.get('version', '?')}, but on the canary it shows {share:.2f} +- "
+                f"{error:.2f} of the LoRA adapter's effect: it samples from the base, or {run.config.rollout.dtype} rounds the "
+                "adapter away"
             )
             found.append(Cause("sampler_mismatch", text))
     return found

@@ -10,9 +10,10 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import redis
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -26,9 +27,6 @@ log = logging.getLogger("sluice.heartbeat")
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TTL_S = 15
-_NUMBERS = (
-    "idle_fraction", "up_s", "waiting_s", "done", "running", "version", "tokens_per_s", "mismatch", "cache_mismatch",
-)  # fmt: skip
 SILENT_AFTER_S = 4.0
 """Three heartbeats missed: dead, stopped or cut off."""
 
@@ -36,6 +34,37 @@ SILENT_AFTER_S = 4.0
 def connect_quickly(url: str | None = None) -> redis.Redis:
     """Return a connection that fails within seconds, for heartbeats and event loops, which must not hang in a command."""
     return connect(url, retry=Retry(NoBackoff(), 1), socket_timeout=3.0)
+
+
+_Text = Annotated[str, Field(max_length=1000)]
+_Number = Annotated[FiniteFloat, Field(ge=-1e15, le=1e15)]
+_Count = Annotated[int, Field(ge=-1, le=10**15)]
+
+
+class _Stats(BaseModel):
+    """Types of the stats that others compute with or show; whatever a stage adds is its own."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    role: _Text
+    alarm: _Text = ""
+    host: _Text = ""
+    device: _Text = ""
+    digest: _Text = ""
+    stopped_by: _Text = ""
+    doing: _Text = ""
+    pid: _Count = 0
+    up_s: _Number = 0.0
+    idle_fraction: _Number = 0.0
+    waiting_s: _Number = 0.0
+    tokens_per_s: _Number = 0.0
+    step: _Count = 0
+    version: _Count = 0
+    running: _Count = 0
+    done: _Count = 0
+    evaluates: bool = False
+    mismatch: _Number | None = None
+    cache_mismatch: _Number | None = None
+    adapter_share: Annotated[list[_Number], Field(min_length=2, max_length=2)] | None = None
 
 
 class HeartbeatThread:
@@ -86,6 +115,8 @@ class HeartbeatThread:
                 self._after()
             except redis.RedisError as error:
                 self._on_error(error)
+            except Exception:  # without this thread a process that works counts as dead
+                log.exception("no heartbeat")
             self._closed.wait(self._period_s)
 
 
@@ -95,16 +126,20 @@ def send_heartbeat(client: redis.Redis, keys: Keys, process: str, stats: Mapping
 
 
 def read_heartbeats(client: redis.Redis, keys: Keys) -> dict[str, dict[str, Any]]:
-    """Return process -> stats of the heartbeats that have not expired; `silent_s` is the age of the last one."""
+    """Return process -> stats of the heartbeats that have not expired; `silent_s` is the age of the last one.
+
+    Of a record that cannot be read there is its role, by its name, and an alarm: `is_readable` is false.
+    """
     with client.pipeline(transaction=False) as pipe:
         pipe.time()
         pipe.zrange(keys.processes, 0, -1, withscores=True)
         (seconds, microseconds), stamped = pipe.execute()
-    values = client.mget([keys.process(name.decode()) for name, _ in stamped]) if stamped else []
+    names = [name.decode(errors="backslashreplace") for name, _ in stamped]
+    values = client.mget([keys.process(name) for name in names]) if names else []
     now = seconds + microseconds / 1e6
     return {
-        name.decode(): {**_stats(name.decode(), value), "silent_s": round(max(0.0, now - at_ms / 1000), 1)}
-        for (name, at_ms), value in zip(stamped, values, strict=True)
+        name: {**_stats(name, value), "silent_s": round(min(max(0.0, now - at_ms / 1000), 1e9), 1)}
+        for name, at_ms, value in zip(names, (at_ms for _, at_ms in stamped), values, strict=True)
         if value is not None
     }
 
@@ -113,12 +148,23 @@ def _stats(process: str, value: bytes) -> dict[str, Any]:
     """Decode the stats of a process; of an invalid record return only an alarm, so that it does not harm its readers."""
     try:
         stats = decode_json(value)
-        wrong = [key for key in _NUMBERS if not isinstance(stats.get(key), int | float | None)]
-        if wrong or not isinstance(stats["role"], str):
-            raise SerializationError(f"{', '.join(wrong) or 'role'} has another type")
-    except (SerializationError, AttributeError, KeyError, TypeError) as error:
-        return {"role": process.partition("@")[0], "alarm": f"its heartbeat cannot be read: {error}"[:300]}
-    return dict(stats)
+        _Stats.model_validate(stats)
+        return dict(stats)
+    except SerializationError as error:
+        reason = str(error)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+    return {
+        "role": process.partition("@")[0],
+        "alarm": f"its heartbeat cannot be read: {reason}"[:300],
+        "unreadable": True,
+    }
+
+
+def is_readable(stats: Mapping[str, Any]) -> bool:
+    """Return whether a record of `read_heartbeats` tells what its process does."""
+    return "unreadable" not in stats
 
 
 def is_silent(stats: Mapping[str, Any]) -> bool:

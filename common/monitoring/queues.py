@@ -6,12 +6,12 @@ A queue is a Redis list: messages are pushed at its head and popped from its tai
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
 
 import redis
 
+from sluice.common.connections.secrets import secret
 from sluice.common.monitoring.heartbeats import connect_quickly
 from sluice.common.run import Run
 from sluice.common.serialization import decode_json
@@ -28,7 +28,7 @@ class Queue:
 
 def broker_client(client: redis.Redis) -> redis.Redis:
     """Return a client of the server that holds Celery's queues: SLUICE_BROKER_URL's, else `client`, the data server's."""
-    url = os.environ.get("SLUICE_BROKER_URL")
+    url = secret("SLUICE_BROKER_URL")
     return _connect_once(url) if url else client
 
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sluice.common.errors import SerializationError
 from sluice.common.types import Group
 
 NUM_SEQUENCES = 2
@@ -42,6 +44,22 @@ class CanarySequence:
     "[T], at temperature 1"
     base_logprobs: NDArray[np.float32] | None = None
     "[T], of the base weights of a LoRA adapter; none = the version is not an adapter"
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> CanarySequence:
+        """Decode. Raises SerializationError for what is not a sequence."""
+        try:
+            found = cls(**wire)
+            rows = [found.token_ids, found.logprobs, *([] if found.base_logprobs is None else [found.base_logprobs])]
+            dtypes = [found.prompt_ids.dtype, *(row.dtype for row in rows)]
+            shapes = {row.shape for row in rows}
+        except (TypeError, AttributeError) as error:
+            raise SerializationError(f"its canary: {error}") from None
+        if [str(dtype) for dtype in dtypes[:4]] != ["int32", "int32", "float32", "float32"][: len(dtypes)]:
+            raise SerializationError(f"its canary holds {', '.join(map(str, dtypes))}")
+        if found.prompt_ids.ndim != 1 or shapes != {(len(found.token_ids),)}:
+            raise SerializationError("the rows of its canary differ in length")
+        return found
 
 
 def choose_sequences(groups: Sequence[Group]) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:

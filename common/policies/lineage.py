@@ -9,13 +9,32 @@ v6 bit for bit (training is deterministic, and the batch was the same), its pare
 
 from __future__ import annotations
 
-from functools import cache
+import logging
+import re
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import redis
 
-from sluice.common.errors import PolicyNotFound
+from sluice.common.errors import PolicyNotFound, SerializationError
 from sluice.common.keys import Keys
+from sluice.common.serialization import decode_int
+
+log = logging.getLogger("sluice.policy_store")
+
+_NUMBER = re.compile(rb"-?[0-9]{1,18}")
+_POINTER = {
+    **dict.fromkeys([b"version", b"step", b"incarnation", b"bytes"], _NUMBER),
+    b"published_at": re.compile(rb"[0-9]{1,18}(\.[0-9]{1,40})?"),
+    b"digest": re.compile(rb"[!-~]{0,128}"),
+}
+
+
+@lru_cache(maxsize=1000)
+def _say_ignored(where: str, reason: str) -> None:
+    """Log once what is ignored: readers come back at every step."""
+    log.warning("%s holds what cannot be read, and is ignored: %s", where, reason)
 
 
 class Version(NamedTuple):
@@ -29,19 +48,49 @@ class Version(NamedTuple):
     "once it is published"
 
     @classmethod
-    def from_wire(cls, value: bytes) -> Version:
-        parent, step, *digest = value.decode().split(":")
-        return cls(int(parent), int(step), *digest)
+    def from_wire(cls, version: int, value: bytes) -> Version:
+        """Decode the entry of a version. Raises SerializationError, also for a parent that is not older."""
+        parent, step, *digest = value.split(b":")[:3] + [b""] * (1 - value.count(b":"))
+        found = cls(decode_int(parent), decode_int(step), *(text.decode(errors="replace") for text in digest))
+        if found.parent >= version:
+            raise SerializationError(f"policy version {version} has parent {found.parent}, which is not older")
+        return found
+
+
+def read_versions(found: Iterable[bytes], *, where: str) -> set[int]:
+    """Return the policy versions that Redis names in a place; what is not a number is ignored, and logged."""
+    versions = set()
+    for text in found:
+        try:
+            versions.add(decode_int(text))
+        except SerializationError as error:
+            _say_ignored(where, str(error))
+    return versions
 
 
 def read_lineage(client: redis.Redis, keys: Keys) -> dict[int, Version]:
-    """Return every version that was announced or published."""
-    return {int(version): Version.from_wire(value) for version, value in client.hgetall(keys.lineage).items()}
+    """Return every version that was announced or published; an entry that cannot be read is ignored, and logged."""
+    found = {}
+    for version, value in client.hgetall(keys.lineage).items():
+        try:
+            found[decode_int(version)] = Version.from_wire(decode_int(version), value)
+        except SerializationError as error:
+            _say_ignored(keys.lineage, str(error))
+    return found
 
 
 def read_pointer(client: redis.Redis, keys: Keys) -> dict[str, str]:
-    """Return the served version, digest, step, incarnation, bytes, published_at; empty before the first publication."""
-    return {name.decode(): value.decode() for name, value in client.hgetall(keys.policy).items()}
+    """Return the served version, digest, step, incarnation, bytes, published_at; empty before the first publication.
+
+    Of fields that cannot be read only `unreadable` is there, which names them.
+    """
+    found, unreadable = {}, []
+    for name, value in client.hgetall(keys.policy).items():
+        if (form := _POINTER.get(name)) and form.fullmatch(value):
+            found[name.decode()] = value.decode()
+        elif form:
+            unreadable.append(f"{name.decode()} {value[:40]!r}")
+    return found | ({"unreadable": ", ".join(unreadable)} if unreadable else {})
 
 
 def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current: int) -> list[int]:
@@ -50,9 +99,12 @@ def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current
     @cache
     def node(version: int) -> Version:
         value = client.hget(keys.lineage, str(version))
-        if value is None:
-            raise PolicyNotFound(f"policy version {version} is not in the lineage of run {keys.run}")
-        return Version.from_wire(value)
+        try:
+            if value is not None:
+                return Version.from_wire(version, value)
+        except SerializationError as error:
+            _say_ignored(keys.lineage, str(error))
+        raise PolicyNotFound(f"policy version {version} is not in the lineage of run {keys.run}")
 
     @cache
     def age(version: int) -> int:

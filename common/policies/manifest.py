@@ -9,53 +9,73 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import redis
 import torch
+from pydantic import ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
 
 from sluice.common.errors import DigestMismatch, PolicyError, PolicyNotFound, SerializationError
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
+from sluice.common.policies.canary import CanarySequence
+from sluice.common.policies.lineage import read_versions
 from sluice.common.policies.signing import Signer
 from sluice.common.serialization import decode, encode
 
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_Scale = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The description of one policy version."""
 
-    version: int
-    step: int
+    version: _Count
+    step: _Count
     "trainer step that made it; 0 is the base model"
-    incarnation: int
+    incarnation: StrictInt
     "of the trainer process, growing by one with each start"
-    parent: int
+    parent: StrictInt
     "version it was trained from; -1 for the base model"
-    num_bytes: int
+    num_bytes: _Count
     "of the full weights as stored; 0 = there is a delta only"
-    digest: str
+    digest: StrictStr
     "sha256 over names and digests of all tensors"
-    tensors: dict[str, str]
+    tensors: dict[StrictStr, StrictStr]
     "name -> xxh3-128"
     canary: list[dict[str, Any]] = field(default_factory=list)
     "CanarySequence each: what a sampler that serves this version must reproduce"
-    base: int = -1
+    base: StrictInt = -1
     "version that the delta applies to; -1 = there are full weights only"
-    delta_bytes: int = 0
+    delta_bytes: _Count = 0
     "of the delta as stored"
-    adapter_scale: float | None = None
+    run_created_us: _Count = 0
+    "microseconds since the epoch: tells the run from another one of its name"
+    adapter_scale: _Scale | None = None
     "of a LoRA adapter on version 0, which the tensors then are (`common/models/lora.py`)"
 
     @classmethod
     def from_signed_bytes(cls, signed: bytes, signer: Signer, *, version: int) -> Manifest:
         """Decode the manifest that Redis holds under a version. Raises SignatureRefused, DigestMismatch."""
         try:
-            manifest = cls(**decode(signer.verify(signed, version=version)))
-        except (SerializationError, TypeError) as error:
+            manifest = _MANIFEST.validate_python(decode(signer.verify(signed, version=version)))
+            for wire in manifest.canary:
+                CanarySequence.from_wire(wire)
+        except ValidationError as error:
+            reason = "; ".join(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()[:3])
+            raise DigestMismatch(f"the manifest of policy version {version} is damaged: {reason}") from None
+        except SerializationError as error:
             raise DigestMismatch(f"the manifest of policy version {version} is damaged: {error}") from None
+        signer.check_run(manifest.run_created_us, version=version)
         if manifest.version != version:
             raise DigestMismatch(f"the manifest of policy version {version} is that of version {manifest.version}")
+        if max(manifest.base, manifest.parent) >= version:  # every chain ends: versions only grow
+            raise DigestMismatch(
+                f"the manifest of policy version {version} names base {manifest.base} and parent {manifest.parent}, which "
+                "are not older"
+            )
         return manifest
 
     def to_signed_bytes(self, signer: Signer) -> bytes:
@@ -71,6 +91,9 @@ class Manifest:
     def payload_bytes(self) -> int:
         """Bytes that a reader downloads that holds the previous version."""
         return self.num_bytes if self.base < 0 else self.delta_bytes
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +132,7 @@ class ManifestChain:
 
     def versions(self) -> list[int]:
         """Return the versions that have a manifest, ascending."""
-        return sorted(int(version) for version in self._client.hkeys(self._keys.manifests))
+        return sorted(read_versions(self._client.hkeys(self._keys.manifests), where=self._keys.manifests))
 
     def base_chain(self, version: int) -> list[int]:
         """Return the versions that this one depends on, down to a full one."""

@@ -30,10 +30,12 @@ from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.policies import delta
 from sluice.common.policies.digest import policy_digest
+from sluice.common.policies.lineage import read_pointer
 from sluice.common.policies.manifest import Manifest, ManifestChain, Policy
 from sluice.common.policies.retention import Retention
 from sluice.common.policies.signing import RUN_KEY, Signer
 from sluice.common.policies.transports import Loaded, open_transport
+from sluice.common.run import RunRecord
 
 log = logging.getLogger("sluice.policy_store")
 
@@ -47,7 +49,9 @@ class PolicyReader:
         """Open the store. signer: by default with the key of the environment, if there is one."""
         self._client, self._keys = client, keys
         self._full_every = config.full_every if config.delta else 1
-        self._chain = ManifestChain(client, keys, signer or Signer(keys.run, secret(RUN_KEY)))
+        signer = signer or Signer(keys.run, secret(RUN_KEY))
+        self._signer = signer.of_run(RunRecord(client, keys).created_at)
+        self._chain = ManifestChain(client, keys, self._signer)
         self._transport = open_transport(client, keys, config)
         self._retention = Retention(client, keys, chain=self._chain, transport=self._transport, keep=config.keep)
         self._scripts = Scripts(client, keys)
@@ -61,9 +65,16 @@ class PolicyReader:
         return self.served()[0]
 
     def served(self) -> tuple[int, str]:
-        """Return version and digest that the pointer names; (-1, "") before the first publication."""
-        version, digest = self._client.hmget(self._keys.policy, ["version", "digest"])
-        return (-1, "") if version is None else (int(version), (digest or b"").decode())
+        """Return version and digest that the pointer names; (-1, "") before the first publication. Raises PolicyError."""
+        pointer = read_pointer(self._client, self._keys)
+        if "unreadable" in pointer:
+            raise PolicyError(f"the policy pointer cannot be read: {pointer['unreadable']}")
+        return int(pointer.get("version", -1)), pointer.get("digest", "")
+
+    def check_confirmed(self, version: int, digest: str) -> None:
+        """Check that the trainer has confirmed this pointer a moment ago, where the run has a key. Raises SignatureRefused."""
+        confirmation = self._client.hget(self._keys.policy, "confirmed") or b""
+        self._signer.check_confirmed(version, digest, confirmation, now_s=self._client.time()[0])
 
     def manifest(self, version: int) -> Manifest:
         """Read a manifest. Raises PolicyNotFound, SignatureRefused, DigestMismatch."""

@@ -16,6 +16,7 @@ import redis
 
 from sluice.common.keys import Keys
 from sluice.common.ledger.scripts import Scripts
+from sluice.common.policies.lineage import read_versions
 from sluice.common.policies.manifest import ManifestChain
 from sluice.common.policies.transports import Transport
 from sluice.common.run import process_name
@@ -59,7 +60,8 @@ class Retention:
         seconds, microseconds = self._client.time()
         now_ms = seconds * 1000 + microseconds // 1000
         self._client.zremrangebyscore(self._keys.readers, "-inf", now_ms)
-        return {int(entry.partition(b"|")[0]) for entry in self._client.zrange(self._keys.readers, 0, -1)}
+        entries = self._client.zrange(self._keys.readers, 0, -1)
+        return read_versions((entry.partition(b"|")[0] for entry in entries), where=self._keys.readers)
 
     def sweep(self, *, before: int) -> None:
         """Free what no manifest names, once per process, before its first write.
@@ -74,7 +76,8 @@ class Retention:
     def collect_garbage(self) -> None:
         """Free the tensors, then the manifest, of every version that is not needed."""
         stored = self._chain.versions()
-        needed = {0, *(int(v) for v in self._client.hvals(self._keys.evaluations)), *self._read_versions()}
+        evaluated = read_versions(self._client.hvals(self._keys.evaluations), where=self._keys.evaluations)
+        needed = {0} | evaluated | self._read_versions()
         needed |= {*stored[-self._keep :]}
         needed |= {base for version in needed.intersection(stored) for base in self._chain.base_chain(version)}
         for version in stored:

@@ -15,6 +15,8 @@ Published tensors may not be written to.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 
@@ -24,12 +26,13 @@ import torch
 from sluice.common.config import PolicyStoreConfig
 from sluice.common.errors import DigestMismatch, PolicyError
 from sluice.common.keys import Keys
+from sluice.common.ledger.scripts import Scripts
 from sluice.common.policies import delta
 from sluice.common.policies.canary import CanarySequence
 from sluice.common.policies.digest import policy_digest, tensor_digest, weights_digest
 from sluice.common.policies.manifest import Manifest, Policy
 from sluice.common.policies.reader import PolicyReader
-from sluice.common.policies.signing import Signer
+from sluice.common.policies.signing import CONFIRM_S, Signer
 from sluice.common.run import RunRecord
 
 
@@ -42,6 +45,9 @@ class PolicyStore(PolicyReader):
         super().__init__(client, keys, config, signer=signer)
         self._announced: dict[int, str] = {}
         self._republished = -1
+        self._served: tuple[int, str] | None = None
+        "version and digest that this process has published last"
+        self._confirmed_at = -math.inf
 
     def publish(
         self,
@@ -76,6 +82,7 @@ class PolicyStore(PolicyReader):
             step=step,
             incarnation=incarnation,
             parent=parent,
+            run_created_us=self._signer.created_us or 0,
             num_bytes=self._transport.write(version, tensors) if is_full else 0,
             digest=policy_digest(digests),
             tensors=digests,
@@ -89,10 +96,22 @@ class PolicyStore(PolicyReader):
         moved = self._scripts("publish", version, parent, step, incarnation, manifest.digest, num_bytes)
         if moved != 1:
             self._refuse_outdated(version, manifest.digest, incarnation=incarnation)
+        self._served, self._confirmed_at = (version, manifest.digest), -math.inf
+        self.confirm(self._client)
         if self._full_every > 1:
             self._held = Policy(manifest=manifest, tensors=tensors)
         self._retention.collect_garbage()
         return manifest
+
+    def confirm(self, client: redis.Redis) -> None:
+        """Confirm what this process has published last, for workers that start; due again every CONFIRM_S."""
+        now = time.monotonic()
+        if self._served is None or now - self._confirmed_at < CONFIRM_S:
+            return
+        version, digest = self._served
+        if confirmation := self._signer.confirm(version, digest, now_s=client.time()[0]):
+            Scripts(client, self._keys)("write_record", "HSET", self._keys.policy, "confirmed", confirmation)
+        self._confirmed_at = now
 
     def _base_for(self, version: int) -> tuple[Policy | None, int]:
         """Return the base for a delta of this version, and the length of its chain; (None, 0) = there is none."""

@@ -13,8 +13,10 @@ line in `open_transport` (docs/extending.md).
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -25,10 +27,14 @@ import torch
 
 from sluice.common.config import PolicyStoreConfig
 from sluice.common.disk import needing_room
-from sluice.common.errors import DigestMismatch, PolicyNotFound
+from sluice.common.errors import ConfigError, DigestMismatch, PolicyNotFound, SerializationError
 from sluice.common.keys import Keys
+from sluice.common.policies.lineage import read_versions
+from sluice.common.serialization import decode_int
 
 CHUNK_BYTES = 2 * 1024 * 1024
+_UNLINKED = 256
+"""Chunks deleted per command."""
 
 Kind = Literal["weights", "delta"]
 Loaded = tuple[dict[str, torch.Tensor], int]
@@ -54,11 +60,16 @@ class Transport(Protocol):
 class DirectoryTransport:
     """One safetensors file per version and kind in a folder that trainer and workers share."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, is_private: bool = False) -> None:
+        """Use a folder. is_private: it is in a folder of all users, so that its owner is checked before each use."""
+        self._folder, self._is_private = folder, is_private
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "weights") -> int:
+        self._check()  # before: nothing is made behind a link; and after, for what another user made meanwhile
+        if self._is_private:
+            self._folder.parent.mkdir(exist_ok=True, mode=0o700)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._check()
         path = self._path(version, kind)
         for leftover in self._folder.glob(f"{path.stem}.tmp*"):  # of a trainer killed while it wrote this version
             leftover.unlink(missing_ok=True)
@@ -73,6 +84,7 @@ class DirectoryTransport:
         return path.stat().st_size
 
     def read(self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]) -> Loaded:
+        self._check()
         path = self._path(version, kind)
         try:
             # mapped; a file that is deleted or replaced meanwhile stays readable
@@ -93,6 +105,10 @@ class DirectoryTransport:
         versions = {int(path.stem.rpartition("-")[2]) for path in self._folder.glob(f"*-{'[0-9]' * 8}.*")}
         for version in filter(is_garbage, versions):
             self.delete(version)
+
+    def _check(self) -> None:
+        if self._is_private:
+            check_private(self._folder)
 
     def _path(self, version: int, kind: Kind) -> Path:
         return self._folder / f"{'policy' if kind == 'weights' else kind}-{version:08d}.safetensors"
@@ -116,17 +132,21 @@ class RedisTransport:
         return len(data)
 
     def read(self, version: int, kind: Kind = "weights", *, renew: Callable[[], None]) -> Loaded:
-        size = self._client.get(self._keys.tensors(kind, version))
-        if size is None:
+        written = self._client.get(self._keys.tensors(kind, version))
+        if written is None:
             raise PolicyNotFound(f"policy version {version} is not in Redis: it was removed, or never written")
-        data = bytearray(int(size))
-        for i, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+        try:
+            size = decode_int(written)
+        except SerializationError as error:
+            raise DigestMismatch(f"the size of policy version {version} in Redis cannot be read: {error}") from None
+        data = bytearray()  # grows with what is there: a wrong size takes no memory
+        for i, start in enumerate(range(0, size, CHUNK_BYTES)):
             chunk = self._client.get(self._keys.tensors(kind, version, i))
             if chunk is None:
                 raise PolicyNotFound(f"policy version {version}: chunk {i} is missing in Redis")
-            if len(chunk) != min(CHUNK_BYTES, len(data) - start):
+            if len(chunk) != min(CHUNK_BYTES, size - start):
                 raise DigestMismatch(f"policy version {version}: chunk {i} in Redis has {len(chunk)} bytes")
-            data[start : start + len(chunk)] = chunk
+            data += chunk
             renew()
         try:
             return safetensors.torch.load(bytes(data)), len(data)
@@ -135,30 +155,60 @@ class RedisTransport:
 
     def delete(self, version: int) -> None:
         for kind in get_args(Kind):
-            size = self._client.get(self._keys.tensors(kind, version))
-            if size is not None:
-                chunks = [self._keys.tensors(kind, version, i) for i in range(-(-int(size) // CHUNK_BYTES))]
-                self._client.unlink(self._keys.tensors(kind, version), *chunks)
+            for start in count(step=_UNLINKED):  # what is there, whatever the size says; the size goes last
+                chunks = [self._keys.tensors(kind, version, i) for i in range(start, start + _UNLINKED)]
+                if self._client.unlink(*chunks) < _UNLINKED:
+                    break
+            self._client.unlink(self._keys.tensors(kind, version))
 
     def sweep(self, is_garbage: Callable[[int], bool]) -> None:
         """Free versions by one scan over all keys of the server."""
         for kind in get_args(Kind):
             root = self._keys.tensors(kind, "")
             for key in self._client.scan_iter(match=root + "*", count=10_000):
-                if is_garbage(int(key.decode().removeprefix(root).partition(":")[0])):
+                named = read_versions([key.removeprefix(root.encode()).partition(b":")[0]], where=repr(key))
+                if any(map(is_garbage, named)):
                     self._client.unlink(key)
 
 
 def open_transport(client: redis.Redis, keys: Keys, config: PolicyStoreConfig) -> Transport:
-    """Return the transport of a run's policies."""
+    """Return the transport of a run's policies. Raises ConfigError for a folder that another user could write to."""
     if config.transport == "redis":
         return RedisTransport(client, keys)
-    return DirectoryTransport(store_folder(config, keys.run))
+    return DirectoryTransport(store_folder(config, keys.run), is_private=not config.path)
 
 
 def store_folder(config: PolicyStoreConfig, run: str) -> Path:
-    """Return the folder of a run's directory transport."""
+    """Return the folder of a run's directory transport. Raises ConfigError where another user could write to it."""
     if config.path:
         return Path(config.path) / run
-    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-    return base / f"sluice-{os.getuid()}" / run
+    folder = everyones_folder() / f"sluice-{os.getuid()}" / run
+    check_private(folder)
+    return folder
+
+
+def everyones_folder() -> Path:
+    """Return the folder of all users in which policies are kept without `policy_store.path`: in memory, where there is one."""
+    return Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+
+
+def check_private(folder: Path) -> None:
+    """Check that what exists of `<folder of all users>/<ours>/<run>` is ours alone, and no link. Raises ConfigError."""
+    for path in (folder.parent, folder):
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(found.st_mode):
+            wrong = "is a link"
+        elif not stat.S_ISDIR(found.st_mode):
+            wrong = "is not a folder"
+        elif found.st_uid != os.getuid():
+            wrong = f"belongs to user {found.st_uid}"
+        elif found.st_mode & 0o022:
+            wrong = f"may be written to by others (mode {stat.S_IMODE(found.st_mode):o})"
+        else:
+            continue
+        raise ConfigError(
+            f"policies cannot be kept in {folder}: {path} {wrong}. Remove it, or name another folder with policy_store.path"
+        )

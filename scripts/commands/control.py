@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -13,10 +12,11 @@ import click
 import redis
 
 from sluice.common.connections.broker import make_app, send
+from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError, SluiceError
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.monitoring.diagnosis import diagnose
-from sluice.common.monitoring.heartbeats import read_heartbeats
+from sluice.common.monitoring.heartbeats import is_readable, read_heartbeats
 from sluice.common.operations import control
 from sluice.common.pipeline import stages_for
 from sluice.common.policies.lineage import read_pointer
@@ -119,7 +119,7 @@ def _evaluate_newest(client: redis.Redis, run: Run, *, url: str, timeout_s: floa
     """Evaluate the newest version on every configured set; return it. Raises ConfigError, and SluiceError on a time-out."""
     if not run.config.evaluation.datasets:
         raise ConfigError(f"run {run.name} has no evaluation.datasets in its config")
-    heartbeats = read_heartbeats(client, run.keys).values()
+    heartbeats = [stats for stats in read_heartbeats(client, run.keys).values() if is_readable(stats)]
     roles = {stats["role"] for stats in heartbeats} | {"eval" for stats in heartbeats if stats.get("evaluates")}
     if missing := {stage.queue_for("eval") for stage in stages_for(run.config, "eval")} - roles:
         raise ConfigError(
@@ -131,7 +131,7 @@ def _evaluate_newest(client: redis.Redis, run: Run, *, url: str, timeout_s: floa
     version = int(newest)
     for dataset in run.config.evaluation.datasets:
         evaluation.request(client, run.keys, dataset, version=version)
-    send(make_app(run.name, url=os.environ.get("SLUICE_BROKER_URL") or url), "dataset.evaluate", "dataset")
+    send(make_app(run.name, url=secret("SLUICE_BROKER_URL") or url), "dataset.evaluate", "dataset")
     deadline = time.monotonic() + timeout_s
     for dataset in run.config.evaluation.datasets:
         while evaluation.result(client, run.keys, dataset, version=version) is None:

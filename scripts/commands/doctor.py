@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import psutil
@@ -14,7 +14,7 @@ import psutil
 from sluice.common.config import Config
 from sluice.common.config.file import examine
 from sluice.common.connections import sentinel
-from sluice.common.connections.client import connect, persistence_warning, without_password
+from sluice.common.connections.client import connect, eviction_problem, persistence_warning, without_password
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import SluiceError
 from sluice.common.monitoring.printable import printable
@@ -79,25 +79,12 @@ def examine_redis() -> list[Finding]:
         findings.append(Finding("note", unsigned))
     if warning := persistence_warning(client):
         findings.append(Finding("warning", warning))
-    if info.get("maxmemory"):
-        findings.append(_memory_bound(info))
+    if problem := eviction_problem(client):
+        findings.append(Finding("problem", problem))
+    elif info.get("maxmemory"):
+        bound = f"Redis refuses writes when it reaches maxmemory ({info['maxmemory'] / 2**20:.0f} MiB): every role pauses until "
+        findings.append(Finding("note", f"{bound}there is room; replay_buffer.max_bytes stops admission before"))
     return findings
-
-
-def _memory_bound(info: dict[str, Any]) -> Finding:
-    policy = info.get("maxmemory_policy", "noeviction")
-    bound = f"{info['maxmemory'] / 2**20:.0f} MiB"
-    if policy == "noeviction":
-        return Finding(
-            "note",
-            f"Redis refuses writes when it reaches maxmemory ({bound}): every role pauses until there is room; "
-            "replay_buffer.max_bytes stops admission before",
-        )
-    return Finding(
-        "problem",
-        f"Redis evicts keys when it reaches maxmemory ({bound}, policy {policy}): groups would be lost without a trace. "
-        "Set maxmemory-policy noeviction",
-    )
 
 
 def _config(path: str, overrides: list[str]) -> list[Finding]:

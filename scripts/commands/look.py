@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import redis
 from rich.live import Live
 
 from sluice.common.connections.broker import make_app, send_stage
+from sluice.common.connections.secrets import secret
 from sluice.common.ledger.ledger import Ledger, read_counters, read_dead
 from sluice.common.pipeline import KINDS
 from sluice.common.run import Run
@@ -166,7 +166,7 @@ def _chosen(client: redis.Redis, run: Run, names: Sequence[str]) -> list[str]:
 
 def _requeue(ledger: Ledger, run: Run, groups: Sequence[str], *, url: str) -> list[str]:
     """Give groups fresh attempts; return those sent."""
-    app = make_app(run.name, url=os.environ.get("SLUICE_BROKER_URL") or url)
+    app = make_app(run.name, url=secret("SLUICE_BROKER_URL") or url)
     sent = {group: ledger.requeue(group) for group in groups}
     for group, stages in sent.items():
         for stage in stages:

@@ -22,7 +22,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from sluice.common.config.file import load_config
-from sluice.common.connections.client import connect
+from sluice.common.connections.client import connect, refuse_eviction
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
@@ -50,6 +50,7 @@ def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
     """Store a new run in the Redis of SLUICE_REDIS_URL, for roles started one by one."""
     config = with_absolute_paths(load_config(config_path, overrides))
     client = connect()
+    refuse_eviction(client)
     assets = preflight(config)
     folder = run_folder(config, name) if name else new_folder(config, config_path)
     run = create_run(client, folder.name, config, assets=assets, folder=str(folder), may_exist=True)
@@ -75,6 +76,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
             raise ConfigError(f"--resume {name}: there is no run folder {folder}")
         with interrupted_by_signals() as interrupted, _redis_for(folder) as (url, server):
             client = connect(url, retry=Retry(ExponentialBackoff(), 1))  # the supervisor must not wait for Redis
+            refuse_eviction(client)
             if assets is None:
                 run = open_run(client, name)
                 preflight(run.config)  # what it names may have changed since

@@ -101,7 +101,7 @@ def start_server(folder: Path, *, is_announced: bool = True) -> EmbeddedServer:
         address.unlink(missing_ok=True)
         port, password = free_port(), secrets.token_urlsafe(24)
         url = f"redis://:{password}@127.0.0.1:{port}/0"
-        quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
+        quoted = re.sub(r'[\x00-\x1f"\\]', lambda found: f"\\x{ord(found[0]):02x}", str(folder))
         config = _CONFIG.format(port=port, password=password, folder=quoted)
         process = _spawn(folder, config, lock)
         _await_ready(url, process, folder)
@@ -135,7 +135,7 @@ def _spawn(folder: Path, config: str, lock: int) -> subprocess.Popen[bytes]:
     """Start a server whose config, which holds the password, is in no file and no command line."""
     given, ours = os.pipe()
     try:
-        os.write(ours, config.encode())
+        os.write(ours, os.fsencode(config))
         os.close(ours)
         log, argv = folder / "redis.out", [find_server(), "-"]
         return spawn(argv, log=log, env={}, at_parents_death=signal.SIGTERM, stdin=given, pass_fds=(lock,))

@@ -35,7 +35,8 @@
 --   processes          zset     process -> ms of its last heartbeat
 --   process:<process>  string   its stats, with a time to live
 --   tick               string   the dataset worker that ticks, for a second
---   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at
+--   policy             hash     the pointer: version, digest, step, incarnation, bytes, published_at; confirmed: the trainer's
+--                               signature of version and digest, renewed (common/policies/signing.py)
 --   manifests          hash     version -> its manifest, signed where the run has a key
 --   weights:<version>  string   size of a version's weights on the Redis transport; chunks at weights:<version>:<i>
 --   delta:<version>    string   the same for its delta on an earlier version
@@ -90,6 +91,7 @@ local function policy_age(v, cur)
     local value = redis.call('HGET', key('lineage'), version)
     if not value then return nil end
     local parent, step = string.match(value, '^(%-?%d+):(%d+)')
+    if not parent or tonumber(parent) >= tonumber(version) then return nil end
     return { version = tonumber(version), parent = tonumber(parent), step = tonumber(step) }
   end
   local from, to = node(v), node(cur)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 from typing import NoReturn
+
+from sluice.common.parent import ended_by_ctrl_c
 
 
 def main() -> NoReturn:
     """Import and run `sluice.scripts.cli`."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # not where it is ignored, as in `nohup sluice ... &`
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from sluice.scripts import cli
+    with ended_by_ctrl_c():
+        from sluice.scripts import cli
 
-    signal.signal(signal.SIGINT, handler)
     cli.main()
 
 

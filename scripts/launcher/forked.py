@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from sluice.common.parent import die_with
+from sluice.common.parent import die_with, ended_by_ctrl_c
 
 _WITHOUT_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _DEFAULTS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -40,7 +40,8 @@ def imports_without_threads() -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update({**_DEFAULTS, **before, **_WITHOUT_THREADS})
     try:
-        yield
+        with ended_by_ctrl_c():
+            yield
     finally:
         for name in {**_DEFAULTS, **_WITHOUT_THREADS}:
             if name in before:

@@ -90,7 +90,7 @@ def test_a_run_whose_gradients_are_no_longer_finite_ends_with_the_reason(tmp_pat
     settings = {"evaluation__datasets": [], "trainer__learning_rate": 1e30, "trainer__warmup_steps": 0, **SMALL}
     config = quickstart_config(tmp_path, tiny=tiny_folder(), replicas={"trainer": 2}, **settings)
     with running_sluice("run", str(config), "trainer.num_iterations=12", cwd=tmp_path) as process:
-        assert process.wait(240) == 1
+        assert process.wait(240) == 3
     output = (tmp_path / "output.log").read_text()
     assert "training has diverged" in output and "Lower trainer.learning_rate" in output
     assert "step 1: the gradients of 10 optimizer steps in a row were not finite" in output

@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,11 @@ class Terminal:
             self.said += os.read(self._ours, 1 << 16).decode(errors="replace")
         return self.said
 
+    def has_loaded(self, library: str) -> bool:
+        """Whether the command, and not this process that it is a fork of at first, has mapped a library."""
+        process = Path(f"/proc/{self.pid}")
+        return b"\0sluice\0" in (process / "cmdline").read_bytes() and library in (process / "maps").read_text()
+
     def press_ctrl_c(self) -> None:
         os.write(self._ours, b"\x03")
 
@@ -55,8 +61,7 @@ def config(tmp_path: Path) -> Path:
 def test_ctrl_c_before_anything_has_started_says_nothing(tmp_path: Path, config: Path) -> None:
     for library in ("pydantic_core", "libtorch_python"):  # the imports of the command, and of what it forks
         terminal = Terminal(*SLUICE, "run", str(config), cwd=tmp_path)
-        maps = Path(f"/proc/{terminal.pid}/maps")
-        wait_for(lambda maps=maps, library=library: library in maps.read_text(), timeout=60, what=library)  # type: ignore[misc]
+        wait_for(partial(terminal.has_loaded, library), timeout=60, what=library)
         terminal.press_ctrl_c()
         assert terminal.exit_code() == 130
         assert "Traceback" not in terminal._read()

@@ -48,7 +48,7 @@ def fenced(code: str) -> str:
         ("import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\ndef double(x): return None", 0.0),
         ("import builtins\nbuiltins.BaseException = ValueError\ndef double(x): return None", 0.0),
         ("print('x' * 1_000_000)\nimport sys\nsys.stdout.close()\ndef double(x): return 2 * x", 1.0),
-        ("import os\nos.closerange(0, 64)\ndef double(x): return 2 * x", 0.0),
+        ("import os\nos.closerange(0, 4096)\ndef double(x): return 2 * x", 1.0),
         ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: pass", 0.0),
     ],
 )

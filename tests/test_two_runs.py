@@ -45,6 +45,7 @@ def train(folder: Path, url: str, seeds: dict[str, int]) -> dict[str, dict[int, 
             assert [m["step"] for m in metrics_of(own / "runs" / name)] == list(range(1, STEPS + 1))
     digests = {}
     for name in seeds:
+        # whole: there is one checkpoint, and a run whose only one is damaged resumes from the base model
         lineage = [value.decode().split(":") for value in client.hvals(Keys(name).lineage)]
         digests[name] = {int(step): digest for _, step, digest in lineage}
         assert sorted(digests[name]) == list(range(STEPS + 1))

@@ -119,8 +119,8 @@ class Recovery:
 
     def _trim_lineage(self) -> None:
         """Forget versions that are too old for any group, seen from each of the newest checkpoints; those that were evaluated or
-        have a checkpoint stay."""
-        steps = checkpoint_steps(self._checkpoints)
+        have a checkpoint stay. The base model is a checkpoint too: where no other loads, a run resumes from it."""
+        steps = [0, *checkpoint_steps(self._checkpoints)]
         oldest = steps[-self._run.config.checkpoint.keep :][0] - self._buffer.max_policy_age
         lineage = read_lineage(self._client, self._run.keys)
         old = {version for version, made in lineage.items() if made.step < oldest and made.step not in steps}

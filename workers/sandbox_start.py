@@ -7,15 +7,17 @@ is nothing: the descriptors are closed or useless, `__main__` is empty, the file
 from __future__ import annotations
 
 
-def start(source_fd: int, report: int) -> None:
+def start(source_fd: int, report: int, marks_fd: int) -> None:
     """Run what the file `source_fd` holds: a dict with program, tests, nonce, max_processes, may_connect, in the
     interpreter's own format (marshal), which needs no import.
 
-    Write `started` to `report` before the program runs, and after it "nonce number" for each test that passes. Everything
-    that reports is bound before the program runs, which may replace any builtin.
+    Write `started` to `report` before the program runs, and after it, for each test that passes, the nonce at that test's place
+    in the file `marks_fd`: in memory, as the program may close any descriptor. Everything that marks is bound before the program
+    runs, which may replace any builtin.
     """
     import builtins
     import marshal
+    import mmap
     import os
     import resource
     import sys
@@ -27,21 +29,24 @@ def start(source_fd: int, report: int) -> None:
         resource.setrlimit(resource.RLIMIT_NPROC, (given["max_processes"],) * 2)
     if not given["may_connect"]:
         deny_sockets()
-    nonce, run, write, failures, parse = given["nonce"], exec, os.write, BaseException, compile
-    tests = [(f"{nonce} {i}\n".encode(), test) for i, test in enumerate(given["tests"])]
+    nonce, run, failures, parse = given["nonce"], exec, BaseException, compile
+    marks = mmap.mmap(marks_fd, 0)
+    os.close(marks_fd)
+    tests = [(i * len(nonce), (i + 1) * len(nonce), test) for i, test in enumerate(given["tests"])]
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as `site` has them, which is not loaded
     main = sys.modules["__main__"].__dict__
     for name in set(main) - {"__name__", "__builtins__", "__doc__"}:
         del main[name]
-    write(report, b"started\n")
+    os.write(report, b"started\n")
+    os.close(report)
     # each is compiled alone: nothing of this file's own __future__ applies, and theirs may stand first
     run(parse(given["program"], "<program>", "exec", dont_inherit=True), main)
-    for mark, test in tests:
+    for begin, end, test in tests:
         try:
             run(parse(test, "<test>", "exec", dont_inherit=True), main)
         except failures:
             continue
-        write(report, mark)
+        marks[begin:end] = nonce
 
 
 def deny_sockets() -> None:

@@ -55,16 +55,14 @@ def run(
 
 @contextlib.contextmanager
 def groups_arriving(run: Run, redis_url: str) -> Iterator[None]:
-    """Groups of the newest version, whenever there is a credit for one."""
-    client, stop = connect(redis_url), threading.Event()
-    ledger = Ledger(client, run.keys, run.config)
+    """Groups of the version they are admitted at, the oldest that a worker may sample them from, whenever there is a credit."""
+    ledger, stop = Ledger(connect(redis_url), run.keys, run.config), threading.Event()
 
     def feed() -> None:
         while not stop.wait(0.005):
-            version = client.hget(run.keys.policy, "version")
-            with contextlib.suppress(AssertionError):  # no credit
-                if version is not None:
-                    push_group(ledger, version=int(version))
+            admission = ledger.admit(1)
+            for cursor in admission.cursors:
+                push_group(ledger, version=admission.policy_version, group_id=f"t{cursor}")
 
     thread = threading.Thread(target=feed)
     thread.start()

@@ -234,6 +234,11 @@ EXACT: dict[str, tuple[str, str | bytes, list[Any]]] = {
         '{"prompt": "be", "target": "1", "n": ["\\ud83d\\ude00"]}\n{"prompt": "be", "target": "1", "n": ["\\ud83d"]}\n',
         [("1", ["\U0001f600"]), "row 1: column 'n': 'utf-8' codec can't encode .*; correct or remove that row"],
     ),
+    "half a pair in a column's name": (
+        "a.jsonl",
+        '{"prompt": "be", "target": "1", "n\\ud83d": 1}\n',
+        [r"row 0: column 'n.ud83d': 'utf-8' codec can't encode"],
+    ),
     "too deep": (
         "a.jsonl",
         '{"prompt": "be", "target": "1", "n": ' + "[" * 300 + "]" * 300 + "}\n",
@@ -310,7 +315,11 @@ def test_any_json_is_read_as_json_reads_it_and_any_csv_as_text(rows: list[dict[s
         ),
         ("a.jsonl", '{"prompt": "be"}\n["be"]\n', "line 2: a row is an object with a key per column, not a list"),
         ("a.jsonl", b'{"prompt": "be"}\n{"prompt": "\xe9"}\n', r"line 2: not UTF-8 \(.*\): save the file as UTF-8"),
-        ("a.jsonl", '{"prompt": "be"}\n{"prompt": ' + "1" * 5000 + "}\n", "line 2: not JSON: Exceeds the limit"),
+        (
+            "a.jsonl",
+            '{"prompt": "be"}\n{"prompt": ' + "1" * 5000 + "}\n",
+            "line 2: an integer has more than 4300 digits",
+        ),
         ("a.json", '[{"prompt": "be"},\n {"prompt" "be"}]', "line 2, column 12: not JSON: Expecting ':' delimiter"),
         (
             "a.json",

@@ -94,6 +94,12 @@ def by_step(completions, trainer_state, **kwargs):
 def scaled(prompt, response, target, scale=1.0):
     return scale
 
+def exits(prompt, response, target):
+    raise SystemExit(0)
+
+async def exits_async(completions, **kwargs):
+    raise SystemExit(0)
+
 def fails(prompt, response, target):
     raise ZeroDivisionError("no denominator")
 
@@ -291,6 +297,8 @@ def test_modules_of_the_working_directory_are_importable(rewards_py: str, monkey
     ("name", "message"),
     [
         ("fails", "fails raised ZeroDivisionError: no denominator"),
+        ("exits", r"exits raised SystemExit: 0 \(.*my_rewards.py:"),
+        ("exits_async", r"exits_async raised SystemExit: 0 \(.*my_rewards.py:"),
         ("fails_async", "fails_async raised ZeroDivisionError: no denominator"),
         ("too_few", "too_few returned 1 rewards for 2 completions"),
         ("text", "text returned str 'good', which is neither"),
@@ -309,7 +317,7 @@ def test_modules_of_the_working_directory_are_importable(rewards_py: str, monkey
 def test_a_failing_function_is_an_error_and_never_a_score(rewards_py: str, name: str, message: str) -> None:
     with pytest.raises(RewardError, match=message) as caught:
         score("strict", name, file=rewards_py)
-    assert ("raised" in message) == isinstance(caught.value.__cause__, Exception)
+    assert ("raised" in message) == isinstance(caught.value.__cause__, (Exception, SystemExit))
 
 
 def test_an_error_names_the_line_of_the_users_file(rewards_py: str) -> None:

@@ -91,6 +91,7 @@ class PromptReader(Generic[AnyPromptConfig]):
     def value(self, row: dict[str, Any], column: str, where: str) -> Any:
         """Return the value of a column in the types of JSON. Raises ConfigError where it has none in them."""
         try:
+            _plain(column)
             return _plain(row[column])
         except (ValueError, RecursionError) as error:
             raise ConfigError(

@@ -94,12 +94,13 @@ class TextFile:
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            place, reason = f"line {first_line + error.lineno - 1}, column {error.colno}", error.msg
-        except (ValueError, RecursionError) as error:  # a number of over 4300 digits, or nested too deep
-            reason = str(error)
-        raise ConfigError(
-            f"{self._where}, {place}: not JSON: {reason}; write one object per line, or one array of objects"
-        )
+            place = f"line {first_line + error.lineno - 1}, column {error.colno}"
+            reason = f"not JSON: {error.msg}; write one object per line, or one array of objects"
+        except ValueError:
+            reason = "an integer has more than 4300 digits; write it as text"
+        except RecursionError:
+            reason = "nested too deep; write fewer levels"
+        raise ConfigError(f"{self._where}, {place}: {reason}")
 
     def _object(self, value: Any, place: str) -> Row:
         if isinstance(value, dict):
@@ -151,7 +152,8 @@ class TextFile:
             cells: list[str] = next(reader)
         except csv.Error as error:
             raise ConfigError(
-                f"{self._where}, {place}: not CSV: {error}; put a cell with quotes in quotes, and double those"
+                f"{self._where}, {place}: not CSV: {error}; end lines with LF or CRLF, put a cell with quotes in quotes, and "
+                "double those"
             ) from None
         self._decoded("".join(cells).encode(errors="surrogateescape"), place)
         if self._header and len(cells) > len(self._header):

@@ -218,7 +218,7 @@ def _errors_of(*rewards: LoadedReward) -> Iterator[None]:
         yield
     except RewardError:
         raise
-    except (Exception, asyncio.CancelledError) as error:
+    except (Exception, asyncio.CancelledError, SystemExit) as error:  # also `exit()`, whatever the code
         names = ", ".join(reward.name for reward in rewards)
         files = {reward.file for reward in rewards}
         lines = [

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from fleet import ServedFleet
-from harness import SMALL, create_run, metrics_of, sluice, trainer
+from harness import SMALL, create_run, metrics_of, sluice, trainer, wait_for
 from harness import workers as worker_per_queue
 from served import assert_close, request
 
 from sluice.common.config import Config
 from sluice.common.connections.client import connect
+from sluice.common.keys import Keys
 from sluice.common.models.causal_lm import load_pretrained
 from sluice.common.models.logprobs import score_sequences
 from sluice.common.monitoring.diagnosis import alarms
+from sluice.common.monitoring.heartbeats import read_heartbeats
 from sluice.common.policies.canary import mismatch_bound, random_sequences
 from sluice.common.policies.manifest import Manifest
 from sluice.common.run import open_run
@@ -123,6 +127,13 @@ def test_an_adapter_that_does_not_fit_is_reported_while_the_version_before_serve
     served.until_serves(3)
 
 
+def served_share(url: str) -> float | None:
+    """How much of the adapter's effect the rollout worker of the run `roles` serves, once it has measured it."""
+    with closing(connect(url)) as client:
+        beats = read_heartbeats(client, Keys("roles"))
+    return next((stats["adapter_share"][0] for stats in beats.values() if stats.get("adapter_share")), None)
+
+
 def test_a_run_with_an_adapter_is_on_policy_throughout_and_survives_its_trainers_death(
     tmp_path: Path, own_redis: EmbeddedServer
 ) -> None:
@@ -143,13 +154,15 @@ def test_a_run_with_an_adapter_is_on_policy_throughout_and_survives_its_trainers
             assert process.wait(180) == -9
         with trainer(tmp_path, env) as process:
             assert process.wait(180) == 0
+        share = wait_for(
+            partial(served_share, own_redis.url), timeout=30, what="the last version's canary to be scored"
+        )
+        assert share == pytest.approx(1.0, abs=0.01)
     run_folder = tmp_path / "runs" / "roles"
     records = metrics_of(run_folder)
     assert records[-1]["step"] == steps
     for metrics in records:
         assert abs(metrics["off_policy/ratio_max"] - 1) < 1e-3 and abs(metrics["off_policy/ratio_mean"] - 1) < 1e-4
-    shares = [metrics["off_policy/adapter_share"] for metrics in records if "off_policy/adapter_share" in metrics]
-    assert shares and shares[-1] == pytest.approx(1.0, abs=0.01)
     newest = run_folder / "checkpoints" / f"step-{steps:08d}"
     assert {metrics["policy/payload_bytes"] for metrics in records[1:]} == {  # the first tells of version 0
         (newest / "model.safetensors").stat().st_size

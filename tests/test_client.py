@@ -271,7 +271,8 @@ def test_a_server_that_cannot_hold_a_run_is_refused_in_words(own_redis, patient,
 
 def test_a_cluster_is_refused_in_words(tmp_path):
     port = free_port()
-    with serving(tmp_path, f"port {port}\ncluster-enabled yes"):
+    bus = f"cluster-port {free_port()}"  # by default the port + 10000, which may be none
+    with serving(tmp_path, f"port {port}\ncluster-enabled yes\n{bus}"):
         for database in (0, 3):
             with pytest.raises(
                 ConnectionFailed, match="is a Redis Cluster: a run needs one server, or one behind Sentinel"

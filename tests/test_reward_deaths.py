@@ -52,7 +52,7 @@ EXPECTED = {
     "sleeps on": ("TimeLimitExceeded", "gave no answer within its time limit and was killed"),
     "raises": ("RewardError", "the grader is broken"),
     "leaves": ("WorkerLostError", "the scoring process exited"),
-    "exits": ("WorkerLostError", "the scoring process exited"),
+    "exits": ("RewardError", "raised SystemExit: 4"),
     "killed": ("WorkerLostError", "the scoring process was killed by signal 9"),
     "allocates": ("RewardError", "MemoryError"),
 }

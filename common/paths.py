@@ -1,6 +1,6 @@
 """Paths that a user writes: `~` in any of them, absolute where they are stored, and the home and cache folders behind them.
 
-The keys of a config that hold one are marked: `path: Annotated[str, HUB]`.
+The keys of a config that hold one are marked: `path: Annotated[str, PathKind.SOURCE]`.
 """
 
 from __future__ import annotations

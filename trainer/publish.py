@@ -22,7 +22,7 @@ from sluice.common.config import EvalDataset
 from sluice.common.connections.broker import send
 from sluice.common.errors import ConfigError, PolicyError
 from sluice.common.ledger import evaluations as evaluation
-from sluice.common.models.causal_lm import load_pretrained, named_weights
+from sluice.common.models.causal_lm import kept_dtype, load_pretrained, named_weights
 from sluice.common.policies.canary import CanarySequence
 from sluice.common.policies.store import PolicyStore
 from sluice.common.run import Run
@@ -115,10 +115,7 @@ class Publisher:
                 model = load_pretrained(config.model.path, revision=config.model.revision)
                 model.requires_grad_(False)
                 dtype = getattr(torch, config.rollout.dtype)
-                weights = named_weights(model).items()
-                base = {
-                    name: weight.to(dtype if weight.is_floating_point() else weight.dtype) for name, weight in weights
-                }
+                base = {name: weight.to(kept_dtype(weight, dtype)) for name, weight in named_weights(model).items()}
                 self._retry_while_disk_full(lambda: self.store.restore(0, base))
                 log.warning("the base policy was lost, and is written again")
             except (ConfigError, PolicyError) as error:

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sluice.common.config import Config, SamplingConfig
 from sluice.common.config.trainer import TrainerConfig
 from sluice.common.errors import ConfigError, DigestMismatch, DiskFull, Diverged
-from sluice.common.models.causal_lm import named_weights
+from sluice.common.models.causal_lm import kept_dtype, named_weights
 from sluice.common.models.logprobs import check_scoring, pad_sequences
 from sluice.common.models.packing import enable_packing
 from sluice.common.models.probe import LOADED
@@ -254,10 +254,10 @@ class TrainedPolicy:
             dtype = dtype if full else torch.float32
         copies = {}
         for name, weight in weights.items():
-            kept_dtype = dtype if weight.is_floating_point() else weight.dtype
-            weight = gathered(weight, kept_dtype)
+            kept = kept_dtype(weight, dtype)
+            weight = gathered(weight, kept)
             if self._ranks.rank == 0:
-                copies[name] = _on_cpu(weight.detach(), kept_dtype)
+                copies[name] = _on_cpu(weight.detach(), kept)
         return copies
 
     @torch.no_grad()

@@ -30,6 +30,11 @@ def load_pretrained(path: str, *, revision: str | None = None) -> PreTrainedMode
         return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32)
 
 
+def kept_dtype(weight: torch.Tensor, precision: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a policy version of this sampling precision holds a weight: counts stay as they are."""
+    return precision if weight.is_floating_point() else weight.dtype
+
+
 def named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Map name to parameter or persistent buffer, tied ones once: the tensors of a policy version."""
     weights: dict[str, torch.Tensor] = dict(model.named_parameters())

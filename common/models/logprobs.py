@@ -24,16 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sluice.common.errors import ConfigError
 from sluice.common.models.packing import causal_lm, is_packed, pack, plan_batches
-from sluice.common.models.probe import (
-    COMPARED,
-    DRAWS,
-    check_length,
-    draw_ids,
-    excess,
-    fresh_logprobs,
-    one_line,
-    probe_lengths,
-)
+from sluice.common.models.probe import COMPARED, difference, draw_ids, fresh_logprobs, probe_lengths
 from sluice.common.models.truncation import Truncation
 
 RECOMPUTE_ELEMENTS = 2**26
@@ -234,32 +225,30 @@ def _plain_head(model: Any) -> torch.nn.Linear | None:
 def check_scoring(model: Any, *, longest: int, bound: float) -> None:
     """Check that the rows of a padded batch are scored as each alone, in sequences of up to `longest` tokens. Raises ConfigError.
 
-    model: in eval mode, with its weights, on its device, not sharded yet. bound: in nats (`probe.excess`).
+    model: in eval mode, with its weights, on its device, not sharded yet. bound: in nats (`probe.difference`).
     """
     model = causal_lm(model)
     name, lengths = type(model).__name__, probe_lengths(model.config, longest=longest)
     counts = [min(COMPARED, length - 1) for length in lengths]
-    try:
-        for seed in DRAWS:
-            rows = [draw_ids(model, length, seed=i) for i, length in enumerate(lengths, start=seed)]
-            expected = [fresh_logprobs(model, row, count=count) for row, count in zip(rows, counts, strict=True)]
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            completion_lengths = torch.tensor(counts, device=padded.device)
-            prompt_lengths = torch.tensor(lengths, device=padded.device) - completion_lengths
-            logprobs, _ = completion_logprobs(model, padded, prompt_lengths, completion_lengths)
-            found = [row[:count] for row, count in zip(logprobs, counts, strict=True)]
-            differs = excess(found, expected, dtype=next(model.parameters()).dtype, bound=bound)
-            if differs is None:
-                return
-    except Exception as error:  # any exception of an unusual model
-        check_length(model, lengths[0])
-        raise ConfigError(f"{name} cannot run a padded batch ({one_line(error)}): use another model") from error
-    raise ConfigError(
-        f"{name} does not compute a sequence of a padded batch as it computes it alone: logprobs of rows of "
-        f"{', '.join(map(str, lengths))} tokens differ by {differs:.2g} nats. It reads what follows a token, or depends on "
-        "the other rows (rope scaled by the longest one, noise): use another model, or lower trainer.seq_len below the "
-        "length from which it does so"
-    )
+
+    def scored(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        rows = [draw_ids(model, length, seed=i) for i, length in enumerate(lengths, start=seed)]
+        expected = [fresh_logprobs(model, row, count=count) for row, count in zip(rows, counts, strict=True)]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        completion_lengths = torch.tensor(counts, device=padded.device)
+        prompt_lengths = torch.tensor(lengths, device=padded.device) - completion_lengths
+        logprobs, _ = completion_logprobs(model, padded, prompt_lengths, completion_lengths)
+        return [row[:count] for row, count in zip(logprobs, counts, strict=True)], expected
+
+    refused = f"{name} cannot run a padded batch"
+    differs = difference(model, scored, longest=longest, bound=bound, refused=refused, advice="use another model")
+    if differs is not None:
+        raise ConfigError(
+            f"{name} does not compute a sequence of a padded batch as it computes it alone: logprobs of rows of "
+            f"{', '.join(map(str, lengths))} tokens differ by {differs:.2g} nats. It reads what follows a token, or depends on "
+            "the other rows (rope scaled by the longest one, noise): use another model, or lower trainer.seq_len below the "
+            "length from which it does so"
+        )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ number of learned positions. What depends on anything else (noise, the other row
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def fresh_logprobs(model: Any, ids: Tensor, *, count: int) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, ids[-count:, None]).squeeze(-1)
 
 
-def check_length(model: Any, length: int) -> None:
+def _check_length(model: Any, length: int) -> None:
     """Check that the model runs sequences of so many tokens at all. Raises ConfigError."""
     try:
         fresh_logprobs(model, draw_ids(model, length, seed=0), count=1)
@@ -83,7 +83,34 @@ def check_length(model: Any, length: int) -> None:
         ) from error
 
 
-def excess(found: Sequence[Tensor], expected: Sequence[Tensor], *, dtype: torch.dtype, bound: float) -> float | None:
+def difference(
+    model: Any,
+    compute: Callable[[int], tuple[Sequence[Tensor], Sequence[Tensor]]],
+    *,
+    longest: int,
+    bound: float,
+    refused: str,
+    advice: str,
+) -> float | None:
+    """Return by how many nats what is computed differs in every draw; none where it is rounding in one of them.
+
+    compute: seed of a draw -> logprobs found, and those of fresh passes. bound: as of `_excess`. Raises ConfigError, which says
+    `refused` and `advice`, where the model cannot run the rows.
+    """
+    differs: float | None = None
+    try:
+        for seed in DRAWS:
+            found, expected = compute(seed)
+            differs = _excess(found, expected, dtype=next(model.parameters()).dtype, bound=bound)
+            if differs is None:
+                break
+    except Exception as error:  # any exception of an unusual model
+        _check_length(model, probe_lengths(model.config, longest=longest)[0])
+        raise ConfigError(f"{refused} ({one_line(error)}): {advice}") from error
+    return differs
+
+
+def _excess(found: Sequence[Tensor], expected: Sequence[Tensor], *, dtype: torch.dtype, bound: float) -> float | None:
     """Return by how many nats two lists of logprobs differ at most; none where that is rounding.
 
     bound: for float32, in nats; where all tokens are nearly equally likely, a share of what distinguishes them.

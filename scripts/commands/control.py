@@ -23,7 +23,7 @@ from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run
 from sluice.dashboard.evaluations import describe, list_evaluations
 from sluice.scripts.launcher.run_folder import opened_run
-from sluice.scripts.options import Json, RunName, example
+from sluice.scripts.options import Json, RunName, echo_json, example
 
 Who = click.option("--who", envvar="SLUICE_WHO", help="Who gives the command, for the change log; default: user@host.")
 
@@ -82,7 +82,7 @@ def set_(arguments: tuple[str, ...], who: str | None, as_json: bool) -> None:
         "change_log": [fields for _, fields in control_state.change_log],
     }
     if as_json:
-        click.echo(json.dumps(state))
+        echo_json(state)
     elif assignments:
         changed = ", ".join(f"{key}={value}" for key, value in sorted(control_state.settings.items()))
         click.echo(f"{opened.name}: {changed}")
@@ -110,7 +110,7 @@ def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool)
         version = None if only_list else _evaluate_newest(client, opened, url=url, timeout_s=timeout_s)
         results = [e for e in list_evaluations(client, opened) if version in (None, e["version"])]
     if as_json:
-        click.echo(json.dumps({"evaluations": results}))
+        echo_json({"evaluations": results})
     for result in () if as_json else results:
         click.echo(describe(result))
 

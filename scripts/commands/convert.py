@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sluice.common.errors import ConfigError
-from sluice.scripts.options import Json, UserPath, example
+from sluice.scripts.options import Json, UserPath, echo_json, example
 
 if TYPE_CHECKING:
     from sluice.trainer.replay import ReplayedStep
@@ -59,7 +58,7 @@ def replay(run_folder: Path, step: int | None, as_json: bool) -> None:
             click.echo(_line(replayed))
     agrees = all(replayed.agrees for replayed in steps)
     if as_json:
-        click.echo(json.dumps({"steps": [asdict(replayed) for replayed in steps], "agrees": agrees}))
+        echo_json({"steps": [asdict(replayed) for replayed in steps], "agrees": agrees})
     else:
         same = sum(replayed.began_with_same_weights for replayed in steps)
         verdict = "agree to 1e-6" if agrees else "DIFFER"

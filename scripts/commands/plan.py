@@ -6,7 +6,6 @@ tokenizer and rewards are not checked: `sluice doctor CONFIG` does that.
 
 from __future__ import annotations
 
-import json
 import shlex
 from typing import Any
 
@@ -19,7 +18,7 @@ from sluice.common.config.file import load_config
 from sluice.common.paths import expanded
 from sluice.common.pipeline import FIRST, stage_on, stages_for
 from sluice.scripts.launcher.roles import assigned_gpus, check_gpus, trainer_gpus, worker_bounds
-from sluice.scripts.options import ConfigFile, Json, Overrides, example
+from sluice.scripts.options import ConfigFile, Json, Overrides, echo_json, example
 from sluice.trainer.trackers import check_trackers
 
 
@@ -31,7 +30,7 @@ def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what `sluice run` would start on this machine, and the commands for several. Starts nothing."""
     found = make_plan(load_config(config, list(overrides)), config, overrides)
     if as_json:
-        click.echo(json.dumps(found))
+        echo_json(found)
     else:
         render_plan(found)
 

@@ -41,7 +41,7 @@ from sluice.dashboard.dead_letters import read_dead_letters
 from sluice.dashboard.evaluations import list_evaluations
 from sluice.scripts.launcher.redis_server import DataInUse, running_url, take_lock
 from sluice.scripts.launcher.run_folder import existing_folder, opened_run
-from sluice.scripts.options import Json, UserPath, console, example
+from sluice.scripts.options import Json, UserPath, console, echo_json, example
 
 _SHOWN = (
     "step",
@@ -93,7 +93,7 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         configs = {key: {name: column["config"].get(key) for name, column in columns.items()} for key in differing}
         rest = {key: {name: _finite(c[key]) for name, c in columns.items()} for key in ("metrics", "evaluations")}
-        click.echo(json.dumps({"runs": list(names), "config": configs, **rest}))
+        echo_json({"runs": list(names), "config": configs, **rest})
         return
     _print_columns(columns, differing)
 
@@ -139,7 +139,7 @@ def _list(as_json: bool) -> None:
     on_redis = secret("SLUICE_REDIS_URL") is not None
     found = list(read_runs(connect()) if on_redis else _folders())
     if as_json:
-        click.echo(json.dumps({"runs": found}))
+        echo_json({"runs": found})
         return
     for line in found:
         click.echo(_line(line))

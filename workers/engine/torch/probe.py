@@ -11,16 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sluice.common.errors import ConfigError
-from sluice.common.models.probe import (
-    COMPARED,
-    DRAWS,
-    check_length,
-    draw_ids,
-    excess,
-    fresh_logprobs,
-    one_line,
-    probe_lengths,
-)
+from sluice.common.models.probe import COMPARED, difference, draw_ids, fresh_logprobs, probe_lengths
 from sluice.common.types import Completion, SamplingParams
 from sluice.workers.engine import GenerationRequest
 from sluice.workers.engine.serving import SequenceGroup
@@ -36,31 +27,28 @@ _ADVICE = (
 def check_decoding(model: PreTrainedModel, *, max_model_len: int, bound: float) -> None:
     """Check that prefill and decoding give every token the logprob of a fresh forward pass. Raises ConfigError.
 
-    model: in eval mode, with any finite weights, on its device. bound: in nats (`common.models.probe.excess`).
+    model: in eval mode, with any finite weights, on its device. bound: in nats (`common.models.probe.difference`).
     """
     name = f"the torch engine cannot serve {type(model).__name__}"
-    try:
-        for seed in DRAWS:
-            completions = _decode(model, max_model_len=max_model_len, seed=seed)
-            found = [torch.from_numpy(completion.rollout_logprobs) for _, completion in completions]
-            expected = [
-                fresh_logprobs(
-                    model, torch.cat([prompt, torch.from_numpy(one.token_ids).to(prompt)]), count=len(one.token_ids)
-                )
-                for prompt, one in completions
-            ]
-            differs = excess(found, expected, dtype=model.dtype, bound=bound)
-            if differs is None:
-                return
-    except Exception as error:  # any exception of an unusual model
-        check_length(model, probe_lengths(model.config, longest=max_model_len)[0])
+
+    def decoded(seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        completions = _decode(model, max_model_len=max_model_len, seed=seed)
+        found = [torch.from_numpy(completion.rollout_logprobs) for _, completion in completions]
+        expected = [
+            fresh_logprobs(
+                model, torch.cat([prompt, torch.from_numpy(one.token_ids).to(prompt)]), count=len(one.token_ids)
+            )
+            for prompt, one in completions
+        ]
+        return found, expected
+
+    needs = f"it needs a decoder whose whole state is the keys and values of every token. {_ADVICE}"
+    differs = difference(model, decoded, longest=max_model_len, bound=bound, refused=name, advice=needs)
+    if differs is not None:
         raise ConfigError(
-            f"{name} ({one_line(error)}): it needs a decoder whose whole state is the keys and values of every token. {_ADVICE}"
-        ) from error
-    raise ConfigError(
-        f"{name} exactly: logprobs differ from those of each sequence alone by {differs:.2g} nats. It needs full attention "
-        f"over all tokens (no window), with positions that do not depend on the batch or its mask. {_ADVICE}"
-    )
+            f"{name} exactly: logprobs differ from those of each sequence alone by {differs:.2g} nats. It needs full attention "
+            f"over all tokens (no window), with positions that do not depend on the batch or its mask. {_ADVICE}"
+        )
 
 
 def _decode(model: PreTrainedModel, *, max_model_len: int, seed: int) -> list[tuple[Tensor, Completion]]:

@@ -31,7 +31,7 @@ from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.run import create_run
 from sluice.common.serialization import decode, encode
-from sluice.dashboard.evaluations import describe, list_evaluations
+from sluice.dashboard.evaluations import describe
 from sluice.scripts.launcher.preflight import preflight
 from sluice.workers.context import Context
 from sluice.workers.reward import RewardRole
@@ -133,7 +133,7 @@ def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> No
     assert evaluation.unreported(client, run) == {("sums", 0)}
     evaluation.mark_reported(client, run.keys, dataset="sums", version=0)
     assert evaluation.unreported(client, run) == set()
-    (entry,) = list_evaluations(client, run)
+    (entry,) = evaluation.read_all(client, run)
     stderr = {name: entry.pop(name) for name in list(entry) if name.endswith("_stderr")}
     expected = {
         "dataset": "sums",
@@ -242,7 +242,7 @@ def test_a_prompt_of_which_one_group_died_is_counted_once(client: redis.Redis, k
     config = make_config(evaluation={"datasets": [PLAIN.model_dump(exclude_unset=True)]})
     run = create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
     scored_evaluation(client, keys, num_prompts=4, dead=frozenset(["e0.heldout.1s"]))
-    (entry,) = list_evaluations(client, run)
+    (entry,) = evaluation.read_all(client, run)
     assert (entry["num_prompts"], entry["pass@1"], entry["sampled_pass@1"]) == (4, 0.5, 0.5)
     assert describe(entry).endswith("dead 1 of 4")
 

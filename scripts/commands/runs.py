@@ -28,6 +28,7 @@ from sluice.common.connections.client import connect
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError, ConnectionFailed
 from sluice.common.keys import Keys
+from sluice.common.ledger.evaluations import read_all
 from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.diagnosis import broker_client
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
@@ -38,7 +39,6 @@ from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run, RunRecord, list_runs
 from sluice.common.serialization import decode
 from sluice.dashboard.dead_letters import read_dead_letters
-from sluice.dashboard.evaluations import list_evaluations
 from sluice.scripts.launcher.redis_server import DataInUse, running_url, take_lock
 from sluice.scripts.launcher.run_folder import existing_folder, opened_run
 from sluice.scripts.options import Json, UserPath, console, echo_json, example
@@ -81,7 +81,7 @@ def compare(names: tuple[str, ...], as_json: bool) -> None:
     for name in names:
         with opened_run(name) as (client, opened, _):
             scores: dict[str, float] = {}
-            for entry in list_evaluations(client, opened):  # oldest version first
+            for entry in read_all(client, opened):  # oldest version first
                 scores |= {f"eval/{entry['dataset']}/{k}": v for k, v in entry.items() if isinstance(v, float)}
             columns[name] = {
                 "config": dict(_flat(effective(client, opened).model_dump(mode="json"))),
@@ -265,7 +265,7 @@ def _record(client: redis.Redis, run: Run) -> dict[str, Any]:
         "draining": control_state.draining,
         "policy": read_pointer(client, run.keys),
         "ledger": {kind: read_counters(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
-        "evaluations": list_evaluations(client, run),
+        "evaluations": read_all(client, run),
     }
 
 

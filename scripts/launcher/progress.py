@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from sluice.common.ledger.ledger import read_counters
+from sluice.common.ledger.replay_buffer import read_sizes
 from sluice.common.monitoring.diagnosis import explain
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.monitoring.losses import read_losses
@@ -180,8 +181,7 @@ class Progress(Display):
 
     def _first_batch(self) -> str:
         keys, size = self._run.keys, self._run.config.groups_per_step
-        versions = [int(version) for version in self._client.zrange(keys.versions, 0, -1)]
-        num_complete = sum(self._client.xlen(keys.stream(version)) for version in versions)
+        num_complete = sum(read_sizes(self._client, keys).values())
         in_flight = read_counters(self._client, keys).in_flight
         return f"the first batch has {min(num_complete, size)} of {size} groups, {in_flight - num_complete} are in progress"
 

@@ -49,7 +49,7 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompts and completions: what a packed pass costs."""
+        """Tokens of prompts and completions."""
         return int((self.prompt_lengths + self.completion_lengths).sum())
 
     @property
@@ -98,8 +98,8 @@ class _Row:
     "scalar"
 
     @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.episode.completion.token_ids)
+    def sequence(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        return self.prompt_ids, self.episode.completion.token_ids
 
 
 def build_micro_batches(
@@ -113,8 +113,8 @@ def build_micro_batches(
     """Build as few micro-batches as hold max_tokens each, with every episode of the groups once; a longer sequence goes alone.
     Rows of one micro-batch were sampled with the same parameters, which may change during a run.
 
-    packed: whether the model runs without pads, which then do not count; otherwise B * S counts. advantages: per group [G],
-    in the order of its episodes. `sluice.trainer.reward_shaping.loss_tokens` says which tokens are in the loss.
+    packed: whether the model runs without pads; the prompt of a group then counts once, otherwise B * S counts. advantages:
+    per group [G], in the order of its episodes. `sluice.trainer.reward_shaping.loss_tokens` says which tokens are in the loss.
     """
     alike: dict[SamplingParams | None, list[_Row]] = {}
     for group, group_advantages in zip(groups, advantages, strict=True):
@@ -125,7 +125,7 @@ def build_micro_batches(
     return [
         _collate([rows[i] for i in batch], sampling=sampling, mask_truncated=mask_truncated)
         for sampling, rows in alike.items()
-        for batch in plan_batches([row.length for row in rows], max_tokens=max_tokens, packed=packed)
+        for batch in plan_batches([row.sequence for row in rows], max_tokens=max_tokens, packed=packed)
     ]
 
 

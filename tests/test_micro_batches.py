@@ -62,7 +62,7 @@ def test_every_episode_is_trained_once_within_the_budget(seed, packed):
     assert all(tokens <= 40 for tokens in (once if packed else [b.num_padded_tokens for b in batches]))
     for batch in batches:  # no column is pad in every row
         assert batch.input_ids.shape[1] == int((batch.prompt_lengths + batch.completion_lengths).max())
-    assert step_normaliser(batches, aggregation="token_mean") == sum(
+    assert step_normaliser([b.loss_mask for b in batches], aggregation="token_mean") == sum(
         len(e.completion.token_ids) for g in groups for e in g.episodes
     )
 
@@ -100,9 +100,9 @@ def test_the_normaliser_counts_what_the_aggregation_divides_by():
     batches = build(
         make_group(episode_of(5), episode_of(2, finish_reason="length"), episode_of(0), unscored), max_tokens=8
     )
-    assert step_normaliser(batches, aggregation="token_mean") == 7
-    assert step_normaliser(batches, aggregation="sequence_mean") == 2
-    assert step_normaliser(batches, aggregation="fixed_horizon") == 2
+    assert step_normaliser([b.loss_mask for b in batches], aggregation="token_mean") == 7
+    assert step_normaliser([b.loss_mask for b in batches], aggregation="sequence_mean") == 2
+    assert step_normaliser([b.loss_mask for b in batches], aggregation="fixed_horizon") == 2
 
 
 def test_no_reference_is_none_and_a_batch_moves_as_a_whole():

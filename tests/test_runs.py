@@ -162,11 +162,14 @@ def test_runs_are_compared_as_curves_also_of_folders_without_a_server(tmp_path: 
         lines.append({"step": 3, "time": 1.0, "control": "trainer.learning_rate", "old": 1e-5, "new": 2e-5 + better})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text + '{"step": 5, "rew')  # torn
-    shown = sluice("runs", "compare", "a", "runs/b", "--png", "out/curves.png", cwd=tmp_path)
+    shown = sluice("runs", "compare", "a", "runs/b", "--png", "out/curves.png", "--html", "<c>.html", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "0.125 ▁▃▆█ 0.5" in shown.stdout and "0.375 ▁▃▆█ 0.75" in shown.stdout
     assert "curves: out/curves.png" in shown.stdout
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "<c>.html").read_text()
+    assert page.startswith("<!doctype html>") and page.count("<svg") == 1 and "<script" not in page
+    assert "<td>seed</td><td>0</td><td>1</td>" in page and "0.125 ▁▃▆█ 0.5" in page
     told = json.loads(sluice("runs", "compare", "runs/a", "b", "--json", cwd=tmp_path).stdout)
     assert told["config"] == {"seed": {"a": 0, "b": 1}, "trainer.learning_rate": {"a": 2e-5, "b": 0.25002}}
     assert told["evaluations"]["b"] == {"eval/sums/pass@1": 0.75, "eval/sums/pass@1_stderr": 0.1}

@@ -6,11 +6,13 @@ a folder, or a name under runs/          config.yaml and metrics.jsonl alone: no
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,10 @@ _DRAWN = (
     ("throughput/trained_tokens_per_s", "trained tokens/s"),
 )
 """Metrics that are drawn, where a run has them, and the names of their axes."""
+_STYLE = (
+    "body{font:14px system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}svg{max-width:100%;height:auto}"
+    "td{padding:.2em 1em .2em 0;border-bottom:1px solid #ddd;overflow-wrap:anywhere}"
+)
 Curve = list[tuple[int, float]]
 """(step, value), ascending."""
 
@@ -109,13 +115,20 @@ class Compared:
         return list(dict.fromkeys(name.removeprefix("eval/").removesuffix("/pass@1") for name in found))
 
 
-@click.command(epilog=example("sluice runs compare first second", "sluice runs compare runs/a runs/b --png curves.png"))
+@click.command(
+    epilog=example(
+        "sluice runs compare first second", "sluice runs compare runs/a runs/b --png curves.png --html curves.html"
+    )
+)
 @click.argument("names", nargs=-1, required=True, metavar="RUN RUN...")
 @click.option(
     "--png", type=UserPath(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the curves into a file."
 )
+@click.option(
+    "--html", type=UserPath(dir_okay=False, path_type=Path), metavar="FILE", help="All of it as a page without scripts."
+)
 @Json
-def compare(names: tuple[str, ...], png: Path | None, as_json: bool) -> None:
+def compare(names: tuple[str, ...], png: Path | None, html: Path | None, as_json: bool) -> None:
     """Show where configs differ, the last metrics and evaluations, and the curves, side by side; runs or their folders."""
     shown = [Path(name).name for name in names]
     labels = [short if shown.count(short) == 1 else name for short, name in zip(shown, names, strict=True)]
@@ -123,7 +136,9 @@ def compare(names: tuple[str, ...], png: Path | None, as_json: bool) -> None:
     keys = dict.fromkeys(key for run in runs.values() for key in run.config)
     differing = [key for key in keys if len({repr(run.config.get(key)) for run in runs.values()}) > 1]
     if png:
-        draw(runs, png)
+        _write(png, draw(runs, "png"))
+    if html:
+        _write(html, page(runs, differing, draw(runs, "svg")))
     if as_json:
         configs = {key: {name: run.config.get(key) for name, run in runs.items()} for key in differing}
         metrics = {name: finite(run.last_metrics()) for name, run in runs.items()}
@@ -131,8 +146,8 @@ def compare(names: tuple[str, ...], png: Path | None, as_json: bool) -> None:
         echo_json({"runs": list(runs), "config": configs, "metrics": metrics, "evaluations": scores})
         return
     _print(runs, differing)
-    if png:
-        click.echo(f"curves: {png}")
+    for file in filter(None, (png, html)):
+        click.echo(f"curves: {file}")
 
 
 def read_run(name: str) -> Compared:
@@ -161,8 +176,13 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(text)
 
 
-def draw(runs: dict[str, Compared], path: Path) -> None:
-    """Draw a chart per metric and evaluation set, a colour per run. Raises ConfigError where there is nothing to draw."""
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+
+
+def draw(runs: dict[str, Compared], form: str) -> bytes:
+    """Draw a chart per metric and evaluation set, a colour per run, as png or svg. Raises ConfigError where there is no step."""
     from matplotlib.figure import Figure
 
     charts: list[tuple[str, dict[str, Curve], bool]] = []
@@ -191,14 +211,39 @@ def draw(runs: dict[str, Compared], path: Path) -> None:
     for axis in list(axes):  # an odd number of charts
         axis.set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(runs)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=form, dpi=110)
+    return drawn.getvalue()
+
+
+def page(runs: dict[str, Compared], differing: list[str], curves: bytes) -> bytes:
+    """Make a page of the curves and the tables, complete in one file."""
+    title = escape(", ".join(runs))
+    body = [f"<h1>{title}</h1>", "<svg" + curves.decode().partition("<svg")[2]]
+    for heading, rows in _tables(runs, differing).items():
+        cells = [["", *runs], *rows]
+        lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+        body.append(f"<h2>{heading}</h2><table>{lines}</table>")
+    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
+    return f"{head}<body>{''.join(body)}</body></html>\n".encode()
 
 
 def _print(runs: dict[str, Compared], differing: list[str]) -> None:
     terminal = console()
+    for title, rows in _tables(runs, differing).items():
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for name in runs:
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        terminal.print(table)
+
+
+def _tables(runs: dict[str, Compared], differing: list[str]) -> dict[str, list[list[str]]]:
+    """Return title -> rows, each a name and a cell per run."""
     scores = dict.fromkeys(key for run in runs.values() for key in run.scores())
-    rows = {
+    return {
         "config, where it differs": [
             [key, *(_cell(run.config.get(key)) for run in runs.values())] for key in differing
         ],
@@ -206,14 +251,6 @@ def _print(runs: dict[str, Compared], differing: list[str]) -> None:
         "last evaluations": [[key, *(_cell(run.scores().get(key)) for run in runs.values())] for key in scores],
         "curves": [[label, *(_bars(run.curve(metric)) for run in runs.values())] for metric, label in _DRAWN],
     }
-    for title, cells in rows.items():
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
-        for name in runs:
-            table.add_column(name, overflow="fold")
-        for row in cells:
-            table.add_row(*row)
-        terminal.print(table)
 
 
 def _bars(points: Curve) -> str:

@@ -162,7 +162,8 @@ def _drive(
         record.set_status("stopped")
     holds = _summarize(client, run, progress, supervisor, wall_s=time.monotonic() - started)
     if was_interrupted or record.status == "drained":
-        progress.say(f"resume with: sluice run {config_path} --resume {run.name}")
+        ended = "stopped" if was_interrupted else "drained"
+        progress.say(f"{ended}; resume with: sluice run {config_path} --resume {run.name}")
     if was_interrupted:
         return 130
     return 0 if holds else 1

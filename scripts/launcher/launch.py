@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import redis
@@ -26,6 +27,7 @@ from sluice.common.connections.client import connect, refuse_eviction
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
+from sluice.common.monitoring.metric_stream import write_event
 from sluice.common.operations.control import cancel_drain, default_who
 from sluice.common.paths import with_absolute_paths
 from sluice.common.policies.signing import RUN_KEY, make_key
@@ -117,6 +119,7 @@ def _drive(
         trainer_is_alive=lambda: _trainer_is_alive(client, run),
         extra=pages,
         say=progress.say,
+        write_event=partial(write_event, client, run.keys),
         key_file=folder / KEY_FILE if secret(RUN_KEY) is None and (folder / KEY_FILE).exists() else None,
         fork_server=fork_server,
     )

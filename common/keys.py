@@ -92,6 +92,7 @@ class Keys:
     manifests = _Name("manifests")
     full_requested = _Name("full_requested")
     lineage = _Name("lineage")
+    publications = _Name("publications")
     events = _Name("events")
     metrics = _Name("metrics")
     samples = _Name("samples")

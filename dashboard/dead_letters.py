@@ -20,12 +20,14 @@ def not_dead(group: str) -> ConfigError:
     return ConfigError(f"group {group} is not a dead letter of this run: `sluice dead` lists them")
 
 
-def read_dead_letters(client: redis.Redis, keys: Keys, *, group: str | None = None) -> list[dict[str, Any]]:
-    """Return dead letters, newest first; only that of `group` where given. Raises ConfigError when it is not dead."""
+def read_dead_letters(
+    client: redis.Redis, keys: Keys, *, group: str | None = None, count: int | None = None
+) -> list[dict[str, Any]]:
+    """Return dead letters, newest first, at most `count`; only that of `group` where given. Raises ConfigError."""
     names = read_dead(client, keys)
     if group is not None and group not in names:
         raise not_dead(group)
-    chosen = names if group is None else {group: names[group]}
+    chosen = dict(list(names.items())[:count]) if group is None else {group: names[group]}
     rows = read_fields(client, keys, list(chosen), _FIELDS)
     return [_letter(name, chosen[name], row) for name, row in zip(chosen, rows, strict=True)]
 

@@ -40,6 +40,6 @@ def table_html(rows: Rows) -> str:
 
 
 def _cell(name: str, value: Any, number: str) -> str:
-    kind = "text" if name in ("note", "why", "change", "dropped", "dead", "detail", "held by") else ""
-    kind += " bad" if value == "BROKEN" or name == "note" else ""
+    kind = "text" if name in ("note", "why", "what", "dropped", "dead", "detail", "held by") else ""
+    kind += " bad" if value in ("BROKEN", "killed", "ended") or name == "note" else ""
     return f"<td{number or f' class={kind!r}'}>{escape(cell_text(name, value))}</td>"

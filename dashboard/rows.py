@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from datetime import datetime
 from typing import Any
 
@@ -34,6 +35,7 @@ def ledger_rows(status: dict[str, Any]) -> Rows:
     return [
         {
             "set": kind,
+            "identity": "holds" if counters["holds"] else "BROKEN",
             "admitted": counters["admitted"],
             "settled": f"{settled} {counters[settled]:,}",
             "dropped": _reasons(counters["dropped"]),
@@ -42,7 +44,6 @@ def ledger_rows(status: dict[str, Any]) -> Rows:
             "retried": counters["retried"],
             "resent": counters["resent"],
             "refused": counters["refused"],
-            "identity": "holds" if counters["holds"] else "BROKEN",
         }
         for kind, counters in status["ledger"].items()
         for settled in ["scored" if kind == "eval" else "trained"]
@@ -92,17 +93,33 @@ def queue_rows(status: dict[str, Any]) -> Rows:
     ]
 
 
-def change_rows(changes: list[dict[str, str]]) -> Rows:
-    """Return one row per change in the change log."""
+def event_rows(events: list[dict[str, str]]) -> Rows:
+    """Return one row per event, newest first."""
     return [
         {
-            "at": f"{datetime.fromtimestamp(float(change['at'])):%m-%d %H:%M:%S}",
-            "step": change["step"],
-            "who": change["who"],
-            "change": f"{change['key']}: {change['old']} → {change['new']}",
+            "at": f"{datetime.fromtimestamp(float(event['at'])):%m-%d %H:%M:%S}",
+            "step": event["step"],
+            "event": event["event"],
+            "what": event_text(event),
         }
-        for change in changes
+        for event in reversed(events)
     ]
+
+
+def event_text(event: dict[str, str]) -> str:
+    """Say what happened."""
+    known = defaultdict(lambda: "?", event)
+    match event["event"]:
+        case "killed" | "ended":
+            return f"{known['process']} {known['how']}"
+        case "restarted":
+            return f"{known['process']} was started again"
+        case "setting":
+            return f"{known['key']}: {known['old']} → {known['new']}, by {known['who']}"
+        case "scaled":
+            return f"{known['queue']} workers {known['from']} → {known['to']}: {known['reason']}"
+        case _:
+            return f"of step {event['step']}"
 
 
 def stage_rows(trace: dict[str, Any]) -> Rows:

@@ -1,8 +1,13 @@
-"""The web dashboard: pages over Redis, read-only, live. `sluice dashboard` starts it, and `sluice run` beside a run.
+"""The dashboard's web server: pages over Redis and run folders, read-only, live.
+
+`sluice dashboard` starts it, and `sluice run` beside a run.
 
     /                 one run, or several side by side: ?run=a&run=b
     /samples?run=a    groups that were trained on, with their completions
     /trace?run=a&group=t7
+    /dead?run=a       dead-lettered groups
+    /config?run=a     the config in force
+    /logs?run=a&log=trainer
     /metrics          the same snapshot for Prometheus
 
 A page is drawn once; then it updates what has changed, once a second. All assets come from the installed package.
@@ -10,26 +15,25 @@ A page is drawn once; then it updates what has changed, once a second. All asset
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlencode
 
 import redis
 from fastapi import Request, Response
-from nicegui import app, run, ui
+from nicegui import app, ui
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sluice.common.errors import SluiceError
-from sluice.dashboard import overview, rows
 from sluice.dashboard.auth import AuthMiddleware
-from sluice.dashboard.html import alarms_html, table_html, tiles_html
+from sluice.dashboard.html import alarms_html
 from sluice.dashboard.prometheus import exposition
-from sluice.dashboard.snapshots import Readers, Snapshot
-from sluice.dashboard.web_samples import samples_page, trace_page
+from sluice.dashboard.snapshots import Reader, Readers
+from sluice.dashboard.web_files import config_page, dead_page, logs_page
+from sluice.dashboard.web_overview import overview_page
+from sluice.dashboard.web_samples import samples_page
+from sluice.dashboard.web_trace import trace_page
 
-STYLE = Path(__file__).parent / "style.css"
-REFRESH_S = 1.0
+STYLE, SCRIPT = Path(__file__).parent / "style.css", Path(__file__).parent / "page.js"
 DARK = """
 (() => { const kept = localStorage.getItem("sluice-dark");
   const dark = kept === null ? matchMedia("(prefers-color-scheme: dark)").matches : kept === "true";
@@ -38,19 +42,18 @@ DARK = """
 TOGGLE = """
 (() => { Quasar.Dark.toggle(); localStorage.setItem("sluice-dark", Quasar.Dark.isActive); })()
 """
-_TABLES: dict[str, Callable[[Snapshot], rows.Rows]] = {
-    "queues": lambda snapshot: rows.queue_rows(snapshot.status),
-    "ledger": lambda snapshot: rows.ledger_rows(snapshot.status),
-    "processes": lambda snapshot: rows.process_rows(snapshot.status),
-    "changes": lambda snapshot: rows.change_rows(snapshot.change_log),
+PAGES: dict[str, Callable[[Reader, Request], Awaitable[None]]] = {
+    "samples": samples_page,
+    "trace": trace_page,
+    "dead": dead_page,
+    "config": config_page,
+    "logs": logs_page,
 }
+"""Pages of one run; its name is in the title and in the bar on top."""
 
 
-def serve(
-    client: redis.Redis, names: tuple[str, ...], *, host: str, port: int, listening: int, token: str | None
-) -> None:
+def serve(readers: Readers, *, host: str, port: int, listening: int, token: str | None) -> None:
     """Serve on the file descriptor of a listening socket until Ctrl-C or SIGTERM."""
-    readers = Readers(client, names)
     app.add_middleware(AuthMiddleware, token=token)
     _pages(readers)
     ui.run(
@@ -72,29 +75,28 @@ def serve(
 def _pages(readers: Readers) -> None:
     @ui.page("/")
     async def index(request: Request) -> None:
-        await _overview(readers, request.query_params.getlist("run"))
+        if names := _frame(readers, request.query_params.getlist("run"), page=""):
+            await overview_page(readers, names, request)
 
-    @ui.page("/samples")
-    async def samples(request: Request) -> None:
-        name = _frame(readers, [request.query_params.get("run", "")], page="/samples")
-        if name:
-            await samples_page(readers.of(name[0]))
-
-    @ui.page("/trace")
-    async def trace(request: Request) -> None:
-        name = _frame(readers, [request.query_params.get("run", "")], page="/trace")
-        if name:
-            await trace_page(readers.of(name[0]), request.query_params.get("group", ""))
+    for name, draw in PAGES.items():
+        _page(readers, name, draw)
 
     @app.get("/metrics")
     def metrics() -> Response:
-        runs = [readers.of(name).run for name in readers.names()]
-        return Response(exposition(readers.client, runs), media_type=CONTENT_TYPE_LATEST)
+        return Response(exposition(readers.client, readers.served()), media_type=CONTENT_TYPE_LATEST)
+
+
+def _page(readers: Readers, name: str, draw: Callable[[Reader, Request], Awaitable[None]]) -> None:
+    @ui.page(f"/{name}")
+    async def page(request: Request) -> None:
+        if shown := _frame(readers, [request.query_params.get("run", "")], page=name):
+            await draw(readers.of(shown[0]), request)
 
 
 def _frame(readers: Readers, asked: list[str], *, page: str) -> list[str]:
     """Draw the bar on top. Returns the runs that the page shows, none where there is no such run."""
     ui.add_css(STYLE)
+    ui.add_body_html(f"<script>{SCRIPT.read_text()}</script>")
     ui.run_javascript(DARK)
     try:
         known = readers.names()
@@ -103,104 +105,29 @@ def _frame(readers: Readers, asked: list[str], *, page: str) -> list[str]:
         return []
     shown = [name for name in asked if name in known] or known[:1]
     missing = [name for name in asked if name and name not in known]
+    ui.page_title(" · ".join([*([page] if page else []), *(shown if not missing else []), "Sluice"]))
     with ui.element("div").classes("bar"):
         ui.html("<b>Sluice</b>", sanitize=False)
-        several = page == "/"
+        several = not page
         ui.select(
             known,
             multiple=several,
             value=shown if several else (shown[0] if shown else None),
             on_change=lambda e: ui.navigate.to(_address(page, e.value if several else [e.value])),
         ).props('dense options-dense borderless aria-label="runs"')
-        first = shown[:1]
-        for text, target in (("overview", "/"), ("samples", "/samples")):
-            ui.link(text, _address(target, first if target != "/" or page != "/" else shown))
+        with ui.element("nav"):
+            for target in ("", *(name for name in PAGES if name != "trace")):
+                link = ui.link(target or "overview", _address(target, shown[:1] if target or page else shown))
+                link.classes("here" if target == page else "")
         ui.element("div").classes("grow")
         ui.button(icon="contrast", on_click=lambda: ui.run_javascript(TOGGLE)).props(
             'flat dense round size=sm aria-label="light or dark"'
         )
     if missing or not shown:
-        wrong = [f"there is no run {name!r} here" for name in missing] or ["there is no run on this Redis yet"]
+        wrong = [f"there is no run {name!r} here" for name in missing] or ["there is no run here yet"]
         ui.html(alarms_html(wrong), sanitize=False).classes("page")
     return [] if missing else shown
 
 
 def _address(page: str, names: list[str]) -> str:
-    return page + ("?" + "&".join(f"run={name}" for name in names) if names else "")
-
-
-async def _overview(readers: Readers, asked: list[str]) -> None:
-    names = _frame(readers, asked, page="/")
-    if not names:
-        return
-    with ui.element("div").classes("page"):
-        page = _Overview(names)
-
-    async def refresh() -> None:
-        try:
-            found = {name: await run.io_bound(readers.of(name).read) for name in names}
-            page.show({name: snapshot for name, snapshot in found.items() if snapshot})  # none: the server is ending
-        except (redis.RedisError, SluiceError) as error:
-            page.trouble(f"what is shown is old: {error}")
-
-    await refresh()
-    ui.timer(REFRESH_S, refresh)
-
-
-class _Overview:
-    """The elements of the page, and what they showed last."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
-        self._trouble = ui.html("", sanitize=False)
-        self._heads = {}
-        for name in names:
-            with ui.element("div").classes("card"):
-                self._heads[name] = ui.html("", sanitize=False)
-        self._charts: list[tuple[Any, overview.Series, list[str]]] = []
-        with ui.element("div").classes("charts"):
-            for options, series in overview.CHARTS[:2]:
-                self._add(options, series, names)
-            for name in names:
-                for options, series in overview.PER_RUN:
-                    self._add(options, series, [name])
-            for options, series in overview.CHARTS[2:]:
-                self._add(options, series, names)
-        self._tables = {}
-        for name in names:
-            with ui.element("div").classes("tables"):
-                for title in _TABLES:
-                    with ui.element("div").classes("card wide" if title in ("processes", "changes") else "card"):
-                        shown = title if len(names) == 1 else f"{name}: {title}"
-                        ui.html(f"<h2>{shown}</h2>", sanitize=False)
-                        self._tables[name, title] = ui.html("", sanitize=False).classes("scroll")
-
-    def _add(self, options: dict[str, Any], series: overview.Series, names: list[str]) -> None:
-        own = deepcopy(options)
-        if names != self._names:
-            own["title"]["text"] += f" ({names[0]})"
-        with ui.element("div").classes("card"):
-            self._charts.append((ui.echart(own), series, names))
-
-    def show(self, snapshots: dict[str, Snapshot]) -> None:
-        """Update every element to these snapshots; unchanged content is not sent."""
-        self.trouble("")
-        for name, snapshot in snapshots.items():
-            head = tiles_html(name, snapshot.status, overview.tiles(snapshot))
-            _put(self._heads[name], head)
-            for title, table in _TABLES.items():
-                _put(self._tables[name, title], table_html(table(snapshot)))
-        for element, series, names in self._charts:
-            chosen = {name: snapshots[name] for name in names}
-            drawn = overview.draw(series, chosen) if all(snapshot.steps for snapshot in chosen.values()) else []
-            if element.options["series"] != drawn:
-                element.options["series"] = drawn
-                element.update()
-
-    def trouble(self, text: str) -> None:
-        _put(self._trouble, alarms_html([text]) if text else "")
-
-
-def _put(element: Any, content: str) -> None:
-    if element.content != content:
-        element.set_content(content)
+    return f"/{page}" + ("?" + urlencode([("run", name) for name in names]) if names else "")

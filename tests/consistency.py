@@ -13,7 +13,7 @@ from sluice.common.pipeline import KINDS, STAGES
 PARTS = tuple(stage.name for stage in STAGES)
 FIXED = {
     "run", "cursor", "counts:train", "counts:eval", "totals", "live:train", "live:eval", "credit", "deadlines", "versions",
-    "batches", "want", "wake", "policy", "lineage", "events", "bytes", "dead", "dead_bytes", "evaluations",
+    "batches", "want", "wake", "policy", "lineage", "publications", "events", "bytes", "dead", "dead_bytes", "evaluations",
     "settled", "ahead", "filtered", "settings", "controls", "autoscale", "ends", "lost",
 }  # fmt: skip
 

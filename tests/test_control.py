@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,6 +22,7 @@ from sluice.common.keys import RUNS, Keys
 from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.monitoring.diagnosis import diagnose
+from sluice.common.monitoring.metric_stream import read_events, write_event
 from sluice.common.operations import control
 from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.trainer.control_state import ControlReader
@@ -273,3 +275,19 @@ def test_the_trainer_reads_what_holds_again_each_time(client: redis.Redis, run: 
     assert reader.config == run.config
     assert reader.metrics() == {"setting/replay_buffer.max_policy_age": 1.0}, "a curve goes back with its setting"
     assert reader.state.draining is None
+
+
+def test_events_are_stamped_with_the_step_and_a_retry_adds_none(client: redis.Redis, run: Run) -> None:
+    for _ in range(2):
+        write_event(client, run.keys, "killed", process="rollout-0", how="was killed by SIGKILL")
+    write_event(client, run.keys, "restarted", process="rollout-0")
+    control.pause(client, run, who="ada")
+    events = [event for _, event in read_events(client, run.keys)]
+    assert all(abs(float(event.pop("at")) - time.time()) < 60 for event in events)
+    assert events == [
+        {"event": "killed", "step": "0", "process": "rollout-0", "how": "was killed by SIGKILL"},
+        {"event": "restarted", "step": "0", "process": "rollout-0"},
+        {"event": "setting", "step": "0", "who": "ada", "key": "paused", "old": "false", "new": "true"},
+    ]
+    newest, _ = read_events(client, run.keys)[-1]
+    assert read_events(client, run.keys, after=newest) == []

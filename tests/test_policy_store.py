@@ -274,8 +274,8 @@ def test_a_roll_back_goes_on_under_a_new_version_whose_parent_is_the_checkpoints
     assert lineage == {"0": "-1:0", "1": "0:1", "2": "1:2", "3": "1:1"}
     assert store.manifest(store.latest_version()) == manifest
     assert (manifest.parent, manifest.incarnation) == (1, 2)
-    events = [fields for _, fields in client.xrange(keys.events)]
-    assert events == [{b"event": b"policy", b"version": b"%d" % version} for version in range(4)]
+    publications = [fields for _, fields in client.xrange(keys.publications)]
+    assert publications == [{b"version": b"%d" % version} for version in range(4)]
 
 
 # Damage

@@ -193,7 +193,7 @@ def test_after_the_acknowledgement_nothing_of_a_group_is_left_in_redis(client, k
         "totals",
         "policy",
         "lineage",
-        "events",
+        "publications",
         "bytes",
         "run",
         "settled",

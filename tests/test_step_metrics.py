@@ -20,7 +20,7 @@ from sluice.common.types import Group
 from sluice.dashboard.samples import read_samples
 from sluice.trainer.control_state import ControlReader
 from sluice.trainer.samples import Samples
-from sluice.trainer.step_metrics import Reporter, append_line, batch_metrics, token_age
+from sluice.trainer.step_metrics import REWARD_BINS, Reporter, append_line, batch_metrics, token_age
 
 
 def group(rewards: list[float | None], *, tokens: int = 4, version: int = 3) -> Group:
@@ -47,6 +47,10 @@ def test_batch_metrics_by_hand() -> None:
     assert metrics["staleness/in_queue"] == pytest.approx(0.5)
     assert (metrics["policy_age/0"], metrics["policy_age/1"]) == (1, 2)
     assert metrics["num_tokens"] == 32
+    bins = [metrics[f"reward_histogram/{i}"] for i in range(REWARD_BINS)]
+    assert (bins, metrics["reward_histogram/low"], metrics["reward_histogram/high"]) == ([2] + [0] * 8 + [3], 0, 1)
+    same = batch_metrics([group([0.5, 0.5])], ages=[0])
+    assert (same["reward_histogram/0"], same["reward_histogram/high"]) == (2, 0.5)
 
 
 def test_the_age_of_tokens_is_weighed_by_their_number(client: redis.Redis, keys: Keys) -> None:

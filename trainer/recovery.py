@@ -25,6 +25,7 @@ from sluice.common.errors import ConfigError, PolicyError, PolicyNotFound, State
 from sluice.common.ledger.evaluations import evaluated, named, pending
 from sluice.common.ledger.ledger import read_cursor, restore_cursor
 from sluice.common.ledger.replay_buffer import ReplayBuffer
+from sluice.common.monitoring.metric_stream import write_event
 from sluice.common.policies.digest import weights_digest
 from sluice.common.policies.lineage import abandoned_versions, equal_versions, policy_ages, read_lineage
 from sluice.common.run import Run, RunRecord
@@ -116,6 +117,7 @@ class Recovery:
         trained = list(dict.fromkeys(state.trained_groups + state.recent_groups))
         self._buffer.acknowledge(position.step, trained=trained)
         self._trim_lineage()
+        write_event(self._client, self._run.keys, "checkpoint")
 
     def _trim_lineage(self) -> None:
         """Forget versions that are too old for any group, seen from each of the newest checkpoints; those that were evaluated or

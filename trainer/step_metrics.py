@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -42,6 +42,7 @@ log = logging.getLogger("sluice.trainer")
 MAX_BYTES = 64 << 20
 MAX_PARTS = 9
 """Bounds of metrics.jsonl: some 300,000 steps, then the oldest part goes. TensorBoard, W&B and Trackio keep all."""
+REWARD_BINS = 10
 _REPORTED = re.compile(rb'\{"step": (\d+), "version": (\d+)')
 """Beginning of the line of a step."""
 
@@ -145,26 +146,47 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
     episodes = [episode for group in groups for episode in group.episodes]
     rewards = [e.reward for e in episodes if e.reward is not None]
     lengths = [len(e.completion.token_ids) for e in episodes]
-    metrics = _logged_means(groups) | {
-        "reward/mean": fmean(rewards) if rewards else math.nan,
-        "reward/std": pstdev(rewards) if rewards else math.nan,
-        "frac_reward_zero_std": fmean(not has_reward_variance(e.reward for e in g.episodes) for g in groups),
-        "completions/mean_length": fmean(lengths),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": fmean(e.completion.finish_reason == "length" for e in episodes),
-        "staleness/mean": fmean(ages),
-        "staleness/max": max(ages),
-        "staleness/in_queue": fmean(g.timestamps.get("leased", 0.0) - g.timestamps.get("ready", 0.0) for g in groups),
-        "num_episodes": len(episodes),
-        "num_tokens": sum(lengths),
-    }
+    metrics = (
+        _logged_means(groups)
+        | reward_histogram(rewards)
+        | {
+            "reward/mean": fmean(rewards) if rewards else math.nan,
+            "reward/std": pstdev(rewards) if rewards else math.nan,
+            "frac_reward_zero_std": fmean(not has_reward_variance(e.reward for e in g.episodes) for g in groups),
+            "completions/mean_length": fmean(lengths),
+            "completions/min_length": min(lengths),
+            "completions/max_length": max(lengths),
+            "completions/clipped_ratio": fmean(e.completion.finish_reason == "length" for e in episodes),
+            "staleness/mean": fmean(ages),
+            "staleness/max": max(ages),
+            "staleness/in_queue": fmean(
+                g.timestamps.get("leased", 0.0) - g.timestamps.get("ready", 0.0) for g in groups
+            ),
+            "num_episodes": len(episodes),
+            "num_tokens": sum(lengths),
+        }
+    )
     for name in episodes[0].rewards:
         scores = [s for e in episodes if (s := e.rewards[name]) is not None]
         metrics[f"reward/{name}/mean"] = fmean(scores) if scores else math.nan
     for age, count in Counter(ages).items():
         metrics[f"policy_age/{age}"] = count
     return metrics
+
+
+def reward_histogram(rewards: Sequence[float]) -> dict[str, float]:
+    """Return the ends of the rewards of a batch, and how many are in each of REWARD_BINS equal parts between them.
+
+    >>> reward_histogram([0.0, 0.0, 1.0])["reward_histogram/9"]
+    1.0
+    """
+    low, high = min(rewards, default=math.nan), max(rewards, default=math.nan)
+    if not math.isfinite(high - low):
+        return {}
+    width = (high - low) / REWARD_BINS or 1.0
+    counts = Counter(min(int((reward - low) / width), REWARD_BINS - 1) for reward in rewards)
+    bins = {f"reward_histogram/{i}": float(counts[i]) for i in range(REWARD_BINS)}
+    return {"reward_histogram/low": low, "reward_histogram/high": high, **bins}
 
 
 def _logged_means(groups: list[Group]) -> dict[str, float]:

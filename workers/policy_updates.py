@@ -32,7 +32,7 @@ from sluice.common.connections.client import BLOCK_S
 from sluice.common.errors import DigestMismatch, EngineError, SluiceError
 from sluice.common.keys import Keys
 from sluice.common.models.lora import merge_adapter
-from sluice.common.monitoring.metric_stream import last_entry, wait_for_event
+from sluice.common.monitoring.metric_stream import last_entry, wait_for_publication
 from sluice.common.policies.canary import CanarySequence, adapter_share, mean_difference
 from sluice.common.policies.manifest import Manifest
 from sluice.common.policies.reader import PolicyReader
@@ -128,7 +128,7 @@ class ServedPolicy:
         seen, trouble, num_failed = "", "", 0
         while not self._stop.is_set():
             try:
-                seen = seen or last_entry(self._client, self._keys, "events")
+                seen = seen or last_entry(self._client, self._keys, "publications")
                 self._stage_newest()
                 self._check()
                 num_failed = 0
@@ -136,7 +136,7 @@ class ServedPolicy:
                     self.alarm = trouble = ""
                 is_restless = self._unchecked is not None or self._gate.is_held
                 block_s = _SOON_S if is_restless else BLOCK_S
-                seen = wait_for_event(self._client, self._keys, after=seen, timeout_s=block_s)
+                seen = wait_for_publication(self._client, self._keys, after=seen, timeout_s=block_s)
             except (
                 Exception
             ) as error:  # whatever is in Redis: without this thread the worker would serve this version for ever

@@ -1,4 +1,4 @@
-"""Capped Redis streams of a run: metrics, one entry per trainer step; samples; events.
+"""Capped Redis streams of a run: metrics, one entry per trainer step; samples; publications; events.
 
 Metric names are those of TRL, verl and torchforge (docs/algorithms.md lists them with formulas).
 """
@@ -6,6 +6,7 @@ Metric names are those of TRL, verl and torchforge (docs/algorithms.md lists the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import redis
@@ -38,8 +39,8 @@ def newest_metrics(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[
     return [_floats(fields) for _, fields in reversed(client.xrevrange(keys.metrics, count=count))]
 
 
-def last_entry(client: redis.Redis, keys: Keys, stream: ArchivedStream) -> str:
-    """Return the id of the newest entry, for `after` of read_metrics and wait_for_event."""
+def last_entry(client: redis.Redis, keys: Keys, stream: ArchivedStream | Literal["publications"]) -> str:
+    """Return the id of the newest entry, for `after` of read_metrics and wait_for_publication."""
     entries = client.xrevrange(getattr(keys, stream), count=1)
     return entries[0][0].decode() if entries else "0"
 
@@ -65,14 +66,24 @@ def newest_samples(client: redis.Redis, keys: Keys, *, count: int | None = None)
 
 
 def write_event(client: redis.Redis, keys: Keys, event: str, **fields: Any) -> None:
-    """Append an event for processes that wait for one. Works while Redis is full, too."""
-    items = [item for pair in {"event": event, **fields}.items() for item in pair]
-    Scripts(client, keys)("write_record", "XADD", keys.events, "MAXLEN", "~", 1000, "*", *items)
+    """Append what happened to the run as a whole, at its newest published step. Works while Redis is full, too."""
+    Scripts(client, keys)("write_event", event, *chain.from_iterable(fields.items()))
 
 
-def wait_for_event(client: redis.Redis, keys: Keys, *, after: str, timeout_s: float) -> str:
-    """Block until there are newer events, at most `timeout_s`. Returns the id of the newest, or `after`."""
-    reply = client.xread({keys.events: after}, block=int(timeout_s * 1000), count=100)
+def read_events(client: redis.Redis, keys: Keys, *, after: str = "0") -> list[tuple[str, dict[str, str]]]:
+    """Return (entry id, event) of the events after an entry id, oldest first; `at` is in seconds since the epoch."""
+    entries = client.xrange(keys.events, min=f"({after}")
+    return [(entry.decode(), _event(entry.decode(), fields)) for entry, fields in entries]
+
+
+def _event(entry: str, fields: Mapping[bytes, bytes]) -> dict[str, str]:
+    at_ms = int(entry.partition("-")[0])
+    return {"at": f"{at_ms / 1000:.3f}", **{name.decode(): value.decode() for name, value in fields.items()}}
+
+
+def wait_for_publication(client: redis.Redis, keys: Keys, *, after: str, timeout_s: float) -> str:
+    """Block until a policy is published, at most `timeout_s`. Returns the newest entry id, or `after`."""
+    reply = client.xread({keys.publications: after}, block=int(timeout_s * 1000), count=100)
     return reply[0][1][-1][0].decode() if reply else after
 
 

@@ -80,11 +80,6 @@ def read_control_state(client: redis.Redis, keys: Keys, *, after: str = "0") -> 
     return ControlState(settings=settings, paused=paused, draining=draining, change_log=log)
 
 
-def read_change_log(client: redis.Redis, keys: Keys, *, count: int) -> list[dict[str, str]]:
-    """Return the newest changes, newest first."""
-    return [_text(fields) for _, fields in client.xrevrange(keys.controls, count=count)]
-
-
 def read_settings(client: redis.Redis, keys: Keys) -> dict[str, str]:
     """Return key of the config -> JSON, where it differs from the stored config."""
     return _text(client.hgetall(keys.settings))

@@ -11,7 +11,7 @@ import redis
 
 from sluice.common.errors import ConfigError
 from sluice.common.run import Run, list_runs, open_run
-from sluice.scripts.launcher.run_folder import opened_run
+from sluice.scripts.launcher.run_folder import RunFolders, opened_run
 from sluice.scripts.options import RunName, UserPath, example
 
 
@@ -24,6 +24,7 @@ from sluice.scripts.options import RunName, UserPath, example
 def dashboard(names: tuple[str, ...], host: str, port: int, listening: int | None, token_file: Path | None) -> None:
     """Serve a live, read-only web page over Redis: curves, queues, workers, ledger, samples. Default: every run."""
     from sluice.dashboard.auth import check_token, listen, page_url
+    from sluice.dashboard.snapshots import Readers
     from sluice.dashboard.web import serve
 
     token = _token(token_file)
@@ -32,7 +33,8 @@ def dashboard(names: tuple[str, ...], host: str, port: int, listening: int | Non
         if listening is None:
             listening, port = listen(host, port)
         click.echo(f"dashboard at {page_url(host, port)}", err=True)
-        serve(client, names, host=host, port=port, listening=listening, token=token)
+        readers = Readers(client, names, RunFolders(Path("runs")))
+        serve(readers, host=host, port=port, listening=listening, token=token)
 
 
 def _token(file: Path | None) -> str | None:

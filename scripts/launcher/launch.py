@@ -29,6 +29,7 @@ from sluice.common.connections.client import connect, refuse_eviction
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
+from sluice.common.monitoring.metric_stream import write_event
 from sluice.common.operations.control import cancel_drain, default_who, effective
 from sluice.common.paths import with_absolute_paths
 from sluice.common.policies.signing import RUN_KEY, make_key
@@ -124,6 +125,7 @@ def _drive(
         is_working=partial(_is_working, client, run),
         extra=pages,
         say=progress.say,
+        write_event=partial(write_event, client, run.keys),
         key_file=folder / KEY_FILE if secret(RUN_KEY) is None and (folder / KEY_FILE).exists() else None,
         fork_server=fork_server,
     )

@@ -18,7 +18,7 @@ from sluice.common.connections.client import connect, give_up_after
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.run import Run, list_runs, open_run
-from sluice.scripts.launcher.redis_server import reading_server
+from sluice.scripts.launcher.redis_server import reading_server, running_url
 
 READER_WAIT_S = 5.0
 """How long a command that only reads waits for a Redis that becomes unavailable meanwhile."""
@@ -87,6 +87,34 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
                 raise ConfigError("there is no run on this Redis yet: `sluice run CONFIG` makes one")
             name = max(runs, key=lambda run: runs[run])
         yield client, open_run(client, name), url
+
+
+class RunFolders:
+    """The run folders of a directory, for the dashboard (its `Folders`): each with a Redis of its own, or with files only."""
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+
+    def created(self) -> dict[str, float]:
+        """Return name -> seconds since the epoch, of folders that `sluice run` has made."""
+        return {path.parent.name: path.stat().st_mtime for path in self._base.glob("*/config.yaml")}
+
+    def path(self, name: str) -> Path:
+        return self._base / name
+
+    def is_live(self, name: str) -> bool:
+        """Return whether the Redis of a folder serves a run now."""
+        return (self._base / name / "redis").is_dir() and running_url(self._base / name / "redis") is not None
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[tuple[redis.Redis, Run]]:
+        """Open a run on its own Redis; of an ended run, one that serves while the context is open. Raises ConfigError."""
+        folder = self._base / name
+        if not (folder / "redis").is_dir():
+            raise ConfigError(f"{folder} holds no Redis: of this run only the files are left")
+        with reading_server(folder / "redis") as url, closing(connect(url)) as client:
+            give_up_after(client, READER_WAIT_S)
+            yield client, open_run(client, name)
 
 
 def write_config(run: Run) -> None:

@@ -108,6 +108,7 @@ class Supervisor:
         is_working: Callable[[str, int, float], bool] = lambda role, pid, age_s: False,
         extra: Iterable[Role] = (),
         say: Callable[[str], None] = print,
+        write_event: Callable[..., None] = lambda event, **fields: None,
         key_file: Path | None = None,
         fork_server: ForkServer | None = None,
     ) -> None:
@@ -116,11 +117,12 @@ class Supervisor:
         `trainer_is_alive`: whether the trainer sent a heartbeat in the last seconds; false while Redis is unavailable.
         `is_working`: whether a process that was started `age_s` seconds ago has loaded, by its role and pid; while Redis is
         unavailable it may raise ConnectionError. `extra`: roles that the run can do without; `say` reports when one is
-        abandoned. `key_file`: the run's key, where the environment has none (common/policies/signing.py). `fork_server` starts
-        the roles that may be forked; without it they are processes like the others.
+        abandoned. `write_event` records deaths and restarts (metric_stream.write_event); what it raises, `poll` raises.
+        `key_file`: the run's key, where the environment has none (common/policies/signing.py). `fork_server` starts the roles
+        that may be forked; without it they are processes like the others.
         """
         self._fork_server = fork_server
-        self._say, self._key_file = say, key_file
+        self._say, self._write_event, self._key_file = say, write_event, key_file
         self._status, self._trainer_is_alive, self._is_working = status, trainer_is_alive, is_working
         env = {"SLUICE_REDIS_URL": url, "SLUICE_REDIS_URL_FILE": "", "SLUICE_RUN": run}
         env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -173,6 +175,7 @@ class Supervisor:
             if child in self._children and time.monotonic() >= child.start_at:
                 self._start(child)
                 child.num_restarts += 1
+                self._write_event("restarted", process=child.name)
         self._report_returned()
         return True
 
@@ -219,6 +222,7 @@ class Supervisor:
         child.start_at = now + wait_s
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         self._say(f"{child.name} {how}; it is started again in {wait_s:.1f} s")
+        self._write_event("killed" if code < 0 else "ended", process=child.name, how=how)
 
     def num_workers(self, queue: str) -> int:
         """Count the workers of a queue, including those loading or about to be restarted, without those that drain."""

@@ -24,6 +24,7 @@ for i = first, #ARGV, 6 do
     if value == '' then redis.call('HDEL', place, field) else redis.call('HSET', place, field, value) end
     redis.call('XADD', key('controls'), 'MAXLEN', '~', '1000', '*', 'at', now_s(), 'who', who, 'step', step,
       'key', ARGV[i + 3], 'old', ARGV[i + 4], 'new', ARGV[i + 5])
+    add_event('setting', 'who', who, 'key', ARGV[i + 3], 'old', ARGV[i + 4], 'new', ARGV[i + 5])
     changed = changed + 1
   end
 end

@@ -42,7 +42,9 @@
 --   delta:<version>    string   the same for its delta on an earlier version
 --   full_requested     string   the version that a reader last failed to verify
 --   lineage            hash     version -> "<parent>:<trainer step>", once published "<parent>:<trainer step>:<digest>"
---   events             stream   capped; policy published, dead letters, scaled (queue, from, to, reason), ...
+--   publications       stream   capped; version: of a policy that was published; wakes the workers that load it
+--   events             stream   capped; what happened to the run as a whole: event, step, and by event: killed | ended (process,
+--                               how), restarted (process), checkpoint, setting (who, key, old, new), scaled (queue, from, to, reason)
 --   metrics            stream   capped; one entry per trainer step: metric -> number
 --   samples            stream   capped; sample: a trained group, for display
 --   autoscale          hash     queue -> JSON {desired, have, min, max, reason, at, since, ...} (common/monitoring/autoscale.py)
@@ -81,6 +83,12 @@ end
 local function now_s()
   local t = redis.call('TIME')
   return string.format('%d.%06d', t[1], t[2])
+end
+
+-- Append an event at the trainer step that is published.
+local function add_event(event, ...)
+  local step = redis.call('HGET', key('policy'), 'step') or '0'
+  redis.call('XADD', key('events'), 'MAXLEN', '~', '2000', '*', 'event', event, 'step', step, ...)
 end
 
 local function member(group, stage) return group .. '|' .. stage end
@@ -195,7 +203,6 @@ local function dead_letter(group, kind, reason, detail, worker, max_dead_bytes)
   redis.call('DECRBY', key('bytes'), redis.call('HGET', g, 'bytes') or '0')
   redis.call('ZADD', key('dead'), now_ms(), group)
   redis.call('HSET', g, 'kind', kind, 'stage', 'dead', 'dead_reason', reason, 'dead_detail', detail, 'dead_worker', worker)
-  redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'dead', 'group', group, 'reason', reason)
   local id = redis.call('HGET', g, 'eval')
   if id then record_evaluated(id, 'dead:' .. group, reason) end
   if kind == 'train' then note_end(reason, reason == 'undecodable' and 'undecodable' or 'dead', detail, group) end

@@ -11,7 +11,7 @@ redis.call('HSET', key('lineage'), version, parent .. ':' .. step .. ':' .. ARGV
 redis.call('HSET', key('policy'), 'version', version, 'step', step, 'incarnation', ARGV[4], 'digest', ARGV[5], 'bytes', ARGV[6],
   'published_at', now_s())
 redis.call('DEL', key('lost')) -- a step was made
-redis.call('XADD', key('events'), 'MAXLEN', '~', '1000', '*', 'event', 'policy', 'version', version)
+redis.call('XADD', key('publications'), 'MAXLEN', '~', '100', '*', 'version', version)
 for _, sampled in ipairs(redis.call('ZRANGE', key('batches'), 0, -1)) do
   local command = tonumber(sampled) <= tonumber(step) and 'SREM' or 'SADD'
   for _, line in ipairs(batch_lines(sampled)) do redis.call(command, key('credit'), line.group) end

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -299,7 +299,3 @@ def literal(value: Any) -> str | None:
         braces = "{" + inside + "}" if items else "()"
         return braces if type(value) is set and items else f"{type(value).__name__}({braces})"
     return None
-
-
-Reward = Callable[..., Any] | str | Mapping[str, Any]
-"""What `rewards` may hold: a function or class, a path or short name, or an entry of `reward.functions` with either."""

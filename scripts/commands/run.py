@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from sluice.common.errors import RunFailed
 from sluice.common.monitoring.printable import printable
 from sluice.common.pipeline import QUEUES
 from sluice.scripts.launcher.forked import imports_without_threads
@@ -26,7 +27,6 @@ def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str |
     """Run all on this machine: Redis if none is given, one worker per queue and replica, the trainer, live progress."""
     with imports_without_threads():  # this process forks
         from sluice.scripts.launcher.launch import run_to_the_end
-        from sluice.scripts.launcher.supervisor import RunFailed
 
     try:
         sys.exit(run_to_the_end(config, list(overrides), name=name, resume=resume))

@@ -138,8 +138,10 @@ def _by_inspect(function: types.FunctionType) -> Statement:
 def _of_class(made: type, namespace: Mapping[str, Any]) -> Statement:
     methods = [getattr(method, "__func__", method) for method in vars(made).values()]
     codes = [method.__code__ for method in methods if isinstance(method, types.FunctionType)]
-    written = [code for code in codes if not code.co_filename.startswith("<string>")]  # a dataclass' own are not
-    for unit in units(namespace):
+    found = list(units(namespace))
+    # those that a decorator added (dataclass) were written elsewhere
+    written = [code for code in codes if code.co_filename in {unit.filename for unit in found}]
+    for unit in found:
         for node, name in reversed(list(_named(unit.tree))):
             if isinstance(node, ast.ClassDef) and name == made.__name__ and all(map(unit.has_code, written)):
                 return unit.statement(node, name)

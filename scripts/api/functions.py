@@ -104,8 +104,8 @@ def folder_of(module: str) -> frozenset[str]:
     """Return the folder from which a module is imported, if the roles do not look there by themselves."""
     root = sys.modules.get(module.partition(".")[0])
     file = getattr(root, "__file__", None)
-    if not file:
-        return frozenset()  # built in, or a folder without __init__.py
+    if not file or root is sys.modules["sluice"]:
+        return frozenset()  # built in, or a folder without __init__.py; or ours
     path = Path(file).resolve()
     folder = str(path.parent.parent if path.name == "__init__.py" else path.parent)
     known = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}

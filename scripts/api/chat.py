@@ -14,10 +14,19 @@ from sluice.common.config.file import read_training_config
 from sluice.common.errors import ConfigError
 from sluice.common.models.assets import read_assets
 from sluice.common.models.causal_lm import resolve_device
+from sluice.common.monitoring.printable import printable
+from sluice.scripts.api.export import without_bars
 from sluice.trainer.checkpoint import checkpoint_at
 from sluice.trainer.export import trained_model
 
 Message = Mapping[str, str]
+
+
+class _PrintableStreamer(TextStreamer):
+    """Prints what a model writes, but no control characters: those would act on the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(printable(text), flush=True, end="\n" if stream_end else "")
 
 
 class Chat:
@@ -32,7 +41,8 @@ class Chat:
         self.loaded_step = checkpoint.state.step
         assets = read_assets(config.model.path, revision=config.model.revision)
         self._tokenizer: Any = assets.tokenizer()
-        model: Any = trained_model(config, checkpoint)
+        with without_bars():
+            model: Any = trained_model(config, checkpoint)
         self._model = model.to(resolve_device(device)).eval()
         self._ends = list(assets.eos_token_ids)
         self._dataset = config.dataset
@@ -69,7 +79,7 @@ class Chat:
 
     def streamer(self) -> TextStreamer:
         """Return what prints an answer to standard output while it is made."""
-        return TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return _PrintableStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def _text(self, prompt: str | Sequence[Message]) -> str:
         """Return the text before the answer, as training has it (common/data/prompt_reader.py)."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,26 @@ def export_model(
     from sluice.trainer.export import export_checkpoint  # torch loads here
 
     before = set(target.iterdir()) if target.is_dir() else set()
-    exported = export_checkpoint(run_folder, target, step=step, dtype=dtype, adapter=adapter)
+    with without_bars():
+        exported = export_checkpoint(run_folder, target, step=step, dtype=dtype, adapter=adapter)
     target.chmod(0o755)  # a model is made to be handed on
     for path in set(target.iterdir()) - before:
         path.chmod(0o644)
     return exported
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let transformers load and write models without its progress bars."""
+    from transformers.utils import logging
+
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def check_login(repo: str) -> None:

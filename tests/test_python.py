@@ -134,7 +134,8 @@ def test_ctrl_c_ends_the_run_in_order_and_it_can_be_resumed(tmp_path: Path) -> N
     assert done >= 2 and list((folder / "checkpoints").glob(f"step-*{done}"))
     text = "import sluice\nrun = sluice.start(resume='runs/mine')\n"
     text += f"run.set({{'trainer.num_steps': {done + 100}}})\n"
-    text += "run.pause(); print(run.status()['paused'] is not None); run.resume()\nrun.stop()\nprint(sluice.load('runs/mine').status()['status'])"
+    text += "run.pause()\nprint(run.status()['paused'] is not None)\nrun.resume()\nrun.stop()\n"
+    text += "print(sluice.load('runs/mine').status()['status'])"
     with running(script(tmp_path, text), cwd=tmp_path, log=tmp_path / "output.log") as process:
         assert process.wait(100) == 0, output(tmp_path)
     assert "True" in output(tmp_path) and output(tmp_path).splitlines()[-1] == "stopped"
@@ -233,7 +234,7 @@ def test_a_notebooks_interrupt_ends_the_run_in_order_and_the_next_cells_have_it(
 
 
 def test_killing_the_notebooks_process_leaves_no_process_behind(tmp_path: Path, kernel: Kernel) -> None:
-    manager, client = kernel
+    _, client = kernel
     executed(client, REWARD)
     shown = executed(
         client, f"import os\nrun = sluice.start(steps=100000, rewards=[right], **{arguments(tmp_path)!r})\nos.getpid()"

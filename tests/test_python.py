@@ -27,6 +27,7 @@ from harness import (
     tiny_folder,
     wait_for,
 )
+from hub import hub
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
@@ -273,7 +274,7 @@ def test_the_notebook_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.Monke
     ]
 
 
-def test_commands_read_a_run_of_python_and_chat_answers_line_by_line(tmp_path: Path) -> None:
+def test_commands_read_a_run_of_python_chat_answers_line_by_line_and_export_uploads(tmp_path: Path) -> None:
     text = REWARD + f"sluice.train(steps=2, rewards=right, name='mine', **{arguments(tmp_path)!r})"
     with running(script(tmp_path, text), cwd=tmp_path, log=tmp_path / "output.log") as process:
         assert process.wait(100) == 0, output(tmp_path)
@@ -294,3 +295,30 @@ def test_commands_read_a_run_of_python_and_chat_answers_line_by_line(tmp_path: P
     assert len(answers) >= 2 and "<think>" in answers[0], answers
     refused = sluice("chat", "runs/mine", "--checkpoint", "best", cwd=tmp_path)
     assert refused.returncode == 2 and "names no best checkpoint" in refused.stderr
+    pushed("runs/mine", cwd=tmp_path)
+
+
+def pushed(run: str, *, cwd: Path) -> None:
+    """Check `sluice export --push-to-hub` on a hub that takes a model, one that refuses it, and none."""
+
+    def push(**env: str) -> tuple[int, str]:
+        argv = [sys.executable, "-P", "-m", "sluice.scripts.cli", "export", run, "--push-to-hub", "me/model"]
+        log = cwd / f"push-{len(list(cwd.glob('push-*')))}.log"
+        with running(
+            argv, cwd=cwd, log=log, PYTHONPATH=str(ROOT), HF_HOME=str(cwd / "hf"), HF_HUB_OFFLINE="0", **env
+        ) as process:
+            return process.wait(100), log.read_text()
+
+    with hub() as server:
+        code, said = push(HF_ENDPOINT=server.url, HF_TOKEN="hf_token")
+        assert code == 0 and f"is at {server.url}/me/model" in said, said
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= server.files.keys()
+    assert server.created == [{"name": "model", "organization": "me", "visibility": "private"}]
+    assert b"Step 2 of the run `mine`" in server.files["README.md"]
+    with hub(refuses=True) as server:
+        code, said = push(HF_ENDPOINT=server.url, HF_TOKEN="hf_token")
+    assert code == 2 and "error: upload to me/model: 403 Forbidden" in said and "Traceback" not in said, said
+    code, said = push(HF_ENDPOINT="http://127.0.0.1:1", HF_TOKEN="hf_token")
+    assert code == 2 and "error: upload to me/model: " in said and "Traceback" not in said, said
+    code, said = push(HF_TOKEN="")
+    assert code == 2 and "no token of the Hugging Face Hub" in said

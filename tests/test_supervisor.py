@@ -25,11 +25,11 @@ from harness import (
 )
 
 from sluice.common.config import Config
-from sluice.common.errors import ConfigError, RunFailed
+from sluice.common.errors import ConfigError
 from sluice.scripts.launcher.processes import Process
 from sluice.scripts.launcher.redis_server import EmbeddedServer
 from sluice.scripts.launcher.roles import Role, assigned_gpus, check_gpus, planned_workers
-from sluice.scripts.launcher.supervisor import Child, Supervisor
+from sluice.scripts.launcher.supervisor import Child, RunFailed, Supervisor
 
 UNLICENSED = """
 import os, sys

@@ -7,7 +7,6 @@ import sys
 
 import click
 
-from sluice.common.errors import RunFailed
 from sluice.common.monitoring.printable import printable
 from sluice.common.parent import ended_by_ctrl_c
 from sluice.common.pipeline import QUEUES
@@ -29,6 +28,7 @@ def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str |
     with ended_by_ctrl_c():  # until something has started, which `run_to_the_end` then ends in order
         with imports_without_threads():  # this process forks
             from sluice.scripts.launcher.launch import run_to_the_end
+            from sluice.scripts.launcher.supervisor import RunFailed
 
         try:
             sys.exit(run_to_the_end(config, list(overrides), name=name, resume=resume))

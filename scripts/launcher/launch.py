@@ -24,7 +24,7 @@ from redis.retry import Retry
 from sluice.common.config.file import load_config
 from sluice.common.connections.client import connect, refuse_eviction
 from sluice.common.connections.secrets import secret
-from sluice.common.errors import ConfigError, RunFailed
+from sluice.common.errors import ConfigError
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.operations.control import cancel_drain, default_who
 from sluice.common.paths import with_absolute_paths
@@ -40,7 +40,7 @@ from sluice.scripts.launcher.roles import Role, dashboard_role
 from sluice.scripts.launcher.run_folder import new_folder, newest_run, run_folder, write_config
 from sluice.scripts.launcher.scaling import Scaler
 from sluice.scripts.launcher.summary import write_summary
-from sluice.scripts.launcher.supervisor import TRAINER_STOP_S, Supervisor
+from sluice.scripts.launcher.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
 
 POLL_S = 0.1
 KEY_FILE = "run.key"

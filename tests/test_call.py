@@ -121,6 +121,11 @@ def test_what_is_wrong_is_one_paragraph() -> None:
             "splits train",
             "dataset['train']",
         ),
+        (
+            refusal(settings={"evaluation": {"datasets": [{"dataset": {"path": object()}}]}}),
+            "evaluation.datasets: an object of type object",
+        ),
+        (refusal(settings={"code_folder": print}), "code_folder: print is not written in Python"),
         (refusal(rewards=[print]), "rewards[0]: print is not written in Python"),
         (refusal(config="nowhere.yaml"), "cannot read config file nowhere.yaml"),
     ):
@@ -161,6 +166,17 @@ def test_rows_without_a_target_have_none_where_functions_alone_score_them() -> N
     assert load_config(by_name / "run.yaml").dataset.target_column == "target"  # and preflight says that there is none
     named = made(settings={"dataset": rows}, dataset__target_column="answer")
     assert load_config(named / "run.yaml").dataset.target_column == "answer"
+
+
+def test_any_key_may_hold_a_function_or_a_number_of_numpy() -> None:
+    config = Call(
+        model="m",
+        dataset=ROWS,
+        rewards="a.b",
+        settings={"trainer__loss__loss": MathReward, "trainer__num_steps": np.int64(5)},
+    ).config
+    assert config.trainer.loss.loss == "sluice.workers.rewards.math_reward:MathReward"
+    assert config.trainer.num_steps == 5
 
 
 def test_entries_keep_their_keys_and_two_runs_of_a_name_are_refused() -> None:

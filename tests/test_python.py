@@ -32,6 +32,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
+from sluice import load
 from sluice.common.config.file import load_config
 
 SMALL = {
@@ -286,6 +287,7 @@ def test_commands_read_a_run_of_python_chat_answers_line_by_line_and_export_uplo
         load_config(tmp_path / "runs" / "mine" / "run.yaml").to_yaml()
         == (tmp_path / "runs" / "mine" / "config.yaml").read_text()
     )
+    assert load(tmp_path / "runs" / "mine").wait().status()["status"] == "finished"
     lines = tmp_path / "lines.txt"
     lines.write_text("What is 47+38?\n\nWhat is 12+13?\n")
     command = f"{sys.executable} -P -m sluice.scripts.cli chat runs/mine --max-tokens 40 < lines.txt"

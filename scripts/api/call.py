@@ -53,15 +53,18 @@ class Call:
             if key in self._settings:
                 raise ConfigError(f"sluice.train: {key} is given twice: leave one of the two out")
             self._settings[key] = value
+        self._functions = {
+            key: find_reward(value, where=key) for key, value in self._settings.items() if callable(value)
+        }
         self._add_what_follows()
         self.config = self._resolved(Path("."))
 
     def _add_what_follows(self) -> None:
         """Say where imported functions are found, and that rows without a target have none where only functions score them."""
-        folders = frozenset[str]().union(*(found.folders for _, found in self._rewards if found))
+        folders = frozenset[str]().union(*(found.folders for found in self._all_found()))
         if len(folders) > 1:
             raise ConfigError(
-                f"rewards: their functions are imported from {', '.join(sorted(folders))}, and a run has one folder of code: "
+                f"sluice.train: its functions are imported from {', '.join(sorted(folders))}, and a run has one folder of code: "
                 "put them into one, or install them"
             )
         if folders:
@@ -70,6 +73,9 @@ class Call:
         has_target = not isinstance(self._rows, GivenRows) or "target" in self._rows.columns
         if self._config_path is None and is_scored_by_functions and not has_target:
             self._settings.setdefault("dataset.target_column", None)
+
+    def _all_found(self) -> list[FoundReward]:
+        return [*self._functions.values(), *(found for _, found in self._rewards if found)]
 
     def make_folder(self, name: str | None) -> Path:
         """Make the run folder and write what is in it; return it. Raises ConfigError."""
@@ -86,8 +92,8 @@ class Call:
         folder.chmod(0o700)
         if isinstance(self._rows, GivenRows):
             self._rows.write(folder / self._rows.file)
-        for _, found in self._rewards:
-            for file, text in found.files.items() if found else ():
+        for found in self._all_found():
+            for file, text in found.files.items():
                 (folder / file).write_text(text)
         (folder / "run.yaml").write_text(self._resolved(folder).to_yaml())
         for path in folder.iterdir():
@@ -96,15 +102,14 @@ class Call:
 
     def _resolved(self, folder: Path) -> Config:
         """Return the config with the files of this call in a folder. Raises ConfigError."""
-        settings = dict(self._settings)
+        settings = self._settings | {key: found.path_in(folder) for key, found in self._functions.items()}
         if self._rows is not None:
             settings["dataset.path"] = self._rows if isinstance(self._rows, str) else str(folder / self._rows.file)
         if self._rewards:
             settings["reward.functions"] = [
-                entry | ({"function": str(folder / found.path) if found.files else found.path} if found else {})
-                for entry, found in self._rewards
+                entry | ({"function": found.path_in(folder)} if found else {}) for entry, found in self._rewards
             ]
-        overrides = [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in settings.items()]
+        overrides = [f"{key}={_yaml(key, value)}" for key, value in settings.items()]
         if self._config_path is not None:
             return with_absolute_paths(load_config(self._config_path, overrides))
         overrides += [] if "code_folder" in settings else [f"code_folder={json.dumps(str(Path.cwd()))}"]
@@ -124,6 +129,21 @@ def _found(rewards: Reward | Sequence[Reward]) -> Iterator[tuple[dict[str, Any],
         if getattr(function, "__name__", "") == "<lambda>":
             entry.setdefault("name", found.path.rpartition(":")[2])
         yield entry, found
+
+
+def _yaml(key: str, value: Any) -> str:
+    """Return a value as text that YAML reads as the same. Raises ConfigError."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, PathLike):
+            return str(value)
+        if hasattr(value, "tolist"):  # a number of numpy
+            return value.tolist()
+        raise ConfigError(
+            f"{key}: an object of type {type(value).__name__} is no value of a config; give text, numbers and lists"
+        )
+
+    return json.dumps(value, ensure_ascii=False, default=plain)
 
 
 def dotted(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -44,6 +44,10 @@ class FoundReward:
     folders: frozenset[str] = frozenset()
     "of the user's modules that it imports"
 
+    def path_in(self, folder: Path) -> str:
+        """Return the path for a config, where the files are in a folder."""
+        return str(folder / self.path) if self.files else self.path
+
 
 def find_reward(reward: object, *, where: str) -> FoundReward:
     """Return where the roles find a function or class. `where` begins the errors. Raises ConfigError for what cannot travel."""

@@ -38,7 +38,7 @@ class RunProcess:
         self._argv = [*PYTHON, "-m", f"{__package__}.child", str(os.getpid()), "run", *arguments]
         self._begin = self.log.stat().st_size if self.log.exists() else 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._num_told = 0
+        self._told = self._begin
         self._refused: OSError | None = None
         self._has_started = threading.Event()
         self._owner = os.getpid()
@@ -88,28 +88,27 @@ class RunProcess:
         if self.is_alive:
             self._process.send_signal(number)
 
-    def said(self) -> list[str]:
-        """Return all lines so far of this start."""
-        with self.log.open("rb") as file:
-            is_cut = os.fstat(file.fileno()).st_size < self._begin
-            file.seek(0 if is_cut else self._begin)
-            text = file.read().decode(errors="replace")
-        return text[: text.rfind("\n") + 1].splitlines()  # the last line may be half written
-
     def news(self) -> list[str]:
         """Return the lines since the last call, up to an error, which `check` raises."""
-        lines = self.said()
-        new = lines[self._num_told :]
-        self._num_told = len(lines)
-        errors = (number for number, line in enumerate(new) if line.startswith(_ERROR))
-        return new[: next(errors, None)]
+        lines, self._told = self._lines(self._told)
+        errors = (number for number, line in enumerate(lines) if line.startswith(_ERROR))
+        return lines[: next(errors, None)]
+
+    def _lines(self, start: int) -> tuple[list[str], int]:
+        """Return the complete lines from a byte on, and the byte after them."""
+        with self.log.open("rb") as file:
+            start = min(start, os.fstat(file.fileno()).st_size)  # the supervisor cuts long logs
+            file.seek(start)
+            text = file.read()
+        complete = text[: text.rfind(b"\n") + 1]
+        return complete.decode(errors="replace").splitlines(), start + len(complete)
 
     def check(self, *, name: str) -> None:
         """Raise what the command line would end with: ConfigError for bad input, RunFailed for a run that has failed."""
         code = self.poll()
         if code in (None, 0, 130, -signal.SIGINT):  # before it has anything to end in order it just ends
             return
-        lines = self.said()
+        lines, _ = self._lines(self._begin)
         begins = next((number for number, line in enumerate(lines) if line.startswith(_ERROR)), None)
         if begins is not None:
             text = "\n".join(lines[begins:]).removeprefix(_ERROR)

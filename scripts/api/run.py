@@ -19,6 +19,7 @@ import redis
 from sluice.common.config.file import config_file, load_config
 from sluice.common.errors import RunFailed, SluiceError
 from sluice.common.ledger.ledger import read_counters
+from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.operations import control
 from sluice.common.paths import expanded
 from sluice.common.run import Run as OpenedRun
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from sluice.scripts.api.chat import Chat
 
 POLL_S = 0.2
-GONE_S = 5.0
-"""How long no process may hold the Redis of a run that others drive, until it counts as ended."""
+GONE_S = 60.0
+"""How long no process of a run on a common Redis may send a heartbeat, until it counts as ended."""
 START_S = 3600.0
 """How long a run may take until it has checked everything: a model may have to be downloaded."""
 HAS_ENDED = ("finished", "drained", "stopped", "failed")
@@ -54,6 +55,7 @@ class Run:
         self.name = folder.name
         self._process = process
         self._chat: Chat | None = None
+        self._alive_at = 0.0
         if process:
             _ours.add(self)
 
@@ -71,6 +73,7 @@ class Run:
         checkpoint. A second one ends it at once. Where a person types the run is then returned, in a script KeyboardInterrupt is
         raised.
         """
+        self._alive_at = time.monotonic()
         num_interrupts, deadline = 0, None if timeout_s is None else time.monotonic() + timeout_s
         with self._followed() as follower:
             while self._is_in_progress():
@@ -125,19 +128,14 @@ class Run:
     def _is_in_progress(self) -> bool:
         if self._process:
             return self._process.is_alive
-        with self._opened() as (client, run):
-            is_running = RunRecord(client, run.keys).status not in HAS_ENDED
-        return is_running and self._is_held()
-
-    def _is_held(self) -> bool:
-        """Return whether a process has the run's own Redis, or would wait for a common one."""
         data = self.folder / "redis"
-        deadline = time.monotonic() + GONE_S
-        while data.is_dir() and running_url(data) is None:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(POLL_S)
-        return True
+        if data.is_dir() and running_url(data) is None:  # its supervisor would hold it
+            return False
+        with self._opened() as (client, run):
+            status = RunRecord(client, run.keys).status
+            if data.is_dir() or any(not is_silent(stats) for stats in read_heartbeats(client, run.keys).values()):
+                self._alive_at = time.monotonic()
+        return status not in HAS_ENDED and time.monotonic() - self._alive_at < GONE_S
 
     def _check(self) -> None:
         """Raise what the run has ended with, if that was no success."""

@@ -104,10 +104,11 @@ class NotebookDisplay:
         """Draw the rewards so far, from the lowest to the highest."""
         if len(self._rewards) < 2:
             return ""
-        low, high = min(self._rewards), max(self._rewards)
+        drawn = self._rewards[:: 1 + len(self._rewards) // _WIDTH]
+        low, high = min(drawn), max(drawn)
         scale = _HEIGHT / ((high - low) or 1.0)
-        every = _WIDTH / (len(self._rewards) - 1)
-        points = " ".join(f"{i * every:.1f},{_HEIGHT - (r - low) * scale:.1f}" for i, r in enumerate(self._rewards))
+        every = _WIDTH / (len(drawn) - 1)
+        points = " ".join(f"{i * every:.1f},{_HEIGHT - (r - low) * scale:.1f}" for i, r in enumerate(drawn))
         return (
             f'<svg viewBox="-2 -2 {_WIDTH + 4} {_HEIGHT + 4}" width="{_WIDTH}" height="{_HEIGHT}" role="img" '
             f'aria-label="reward from {low:.3f} to {high:.3f}"><polyline points="{points}" fill="none" stroke="#2a78d6" '

@@ -1,6 +1,6 @@
 """Sluice: asynchronous RL post-training for language models on Celery and Redis.
 
-    run = sluice.train(model="Qwen/Qwen3-0.6B", dataset=rows, rewards=[score, "math"], steps=100)     # docs/tutorials/python.ipynb
+    run = sluice.train(model="Qwen/Qwen3-0.6B", dataset=rows, rewards=[score, "math"], steps=100)  # docs/tutorials/python.ipynb
 
 Every module is imported as `sluice.<layer>.<module>`. The layers lie as folders beside this one, which links to them.
 `celery -A sluice` finds the Celery app here, as `app`.

@@ -152,20 +152,31 @@ def with_gradient(
     """Return the groups and advantages [G] of the episodes that change the gradient, and the others' share of the normaliser.
 
     An episode changes nothing where none of its tokens is in the loss; and, where the loss is a multiple of the advantage, where
-    that is 0.
+    that is 0. If none changes anything the shortest stays, so that every step has the metrics that need logprobs.
     """
     if config.skip_zero_gradient == "off" or config.objective is not None or is_function_path(config.loss.loss):
         return groups, advantages, 0
+    masks = [[loss_tokens(e, mask_truncated=config.mask_truncated) for e in group.episodes] for group in groups]
     needs_advantage = is_zero_without_advantage(config.loss)
-    kept_groups, kept_advantages, left_out = [], [], []
-    for group, values in zip(groups, advantages, strict=True):
-        masks = [loss_tokens(episode, mask_truncated=config.mask_truncated) for episode in group.episodes]
-        kept = [i for i, mask in enumerate(masks) if mask.any() and not (needs_advantage and values[i] == 0)]
-        left_out += [mask for i, mask in enumerate(masks) if i not in kept]
-        if kept:
-            kept_groups.append(replace(group, episodes=[group.episodes[i] for i in kept]))
-            kept_advantages.append(values[kept])
-    return kept_groups, kept_advantages, step_normaliser(left_out, aggregation=config.loss.aggregation)
+    kept = [
+        [i for i, mask in enumerate(own) if mask.any() and not (needs_advantage and values[i] == 0)]
+        for own, values in zip(masks, advantages, strict=True)
+    ]
+    if not any(kept):
+        sizes = [
+            (not m.any(), len(groups[g].prompt_ids) + len(m), g, i)
+            for g, own in enumerate(masks)
+            for i, m in enumerate(own)
+        ]
+        *_, g, i = min(sizes)
+        kept[g] = [i]
+    left_out = [mask for own, of in zip(masks, kept, strict=True) for i, mask in enumerate(own) if i not in of]
+    some = [g for g, of in enumerate(kept) if of]
+    return (
+        [replace(groups[g], episodes=[groups[g].episodes[i] for i in kept[g]]) for g in some],
+        [advantages[g][kept[g]] for g in some],
+        step_normaliser(left_out, aggregation=config.loss.aggregation),
+    )
 
 
 def find_logprobs(

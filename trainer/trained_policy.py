@@ -127,9 +127,9 @@ class TrainedPolicy:
     def optimize(self, micro_batches: list[MicroBatch], *, step: int, left_out: int = 0) -> dict[str, float]:
         """Make `num_iterations` optimizer steps on one batch (`step` counts batches from 1); return the metrics of the last.
 
-        micro_batches: this rank's, as many as on every other; without any, the gradient is 0. Gradients do not depend on the
-        split into micro-batches and ranks. left_out: what sequences without a gradient, which are in no micro-batch, add to the
-        normaliser. From the second iteration on, `decoupled` losses take the logprobs of the first as the proximal policy's.
+        micro_batches: this rank's, as many as on every other. Gradients do not depend on the split into micro-batches and ranks.
+        left_out: what sequences without a gradient, which are in no micro-batch, add to the normaliser. From the second iteration
+        on, `decoupled` losses take the logprobs of the first as those of the proximal policy.
         """
         # The step's normaliser is known before the first backward pass, over all ranks: gradients add up to those of one batch.
         batches = [batch.to(self.device) for batch in micro_batches]
@@ -160,10 +160,6 @@ class TrainedPolicy:
             if iteration == 0:
                 self._first_pass = [(batch, found) for batch, (found, _) in zip(micro_batches, scored, strict=True)]
                 prox = [found for found, _ in scored] if self.config.num_iterations > 1 else prox
-
-            if not batches:  # the optimizer's momentum and decay act all the same
-                for parameter in self.model.parameters():
-                    parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
             # The norm is that of all ranks, so either all step or all skip.
             began = time.monotonic()
@@ -197,8 +193,6 @@ class TrainedPolicy:
 
     def _combined(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         """Combine the step's metrics over all ranks."""
-        if not parts:
-            return dict.fromkeys(("loss/policy", "loss/kl", "loss/num_tokens"), 0.0)
         own = {name: float(value) for name, value in combine_metrics(parts).items()}
         if self._ranks.size == 1:
             return own
@@ -207,8 +201,6 @@ class TrainedPolicy:
 
     def _padding_share(self, batches: list[MicroBatch]) -> float:
         """Return the padding share over all ranks."""
-        if not batches:
-            return 0.0
         own = [padding_share(batches, packed=self.is_packed), sum(batch.num_padded_tokens for batch in batches)]
         every = self._ranks.gather(own)
         return float(sum(share * tokens for share, tokens in every) / sum(tokens for _, tokens in every))

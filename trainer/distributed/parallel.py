@@ -200,8 +200,8 @@ def shard_by_tokens(
     together up to a rank's equal share of the tokens. A rank without an episode gets the shortest one without its reward, which
     leaves it out of the loss. Deterministic.
     """
-    if num_ranks == 1 or not groups:
-        return [(groups, advantages)] * num_ranks
+    if num_ranks == 1:
+        return [(groups, advantages)]
     prompts = [len(group.prompt_ids) for group in groups]
     completions = [[len(episode.completion.token_ids) for episode in group.episodes] for group in groups]
     lengths = [(prompts[g] + tokens, g, e) for g, own in enumerate(completions) for e, tokens in enumerate(own)]
@@ -234,8 +234,6 @@ def shard_by_tokens(
 
 def pad_micro_batches(batches: list[MicroBatch], *, count: int) -> list[MicroBatch]:
     """Pad to `count` passes, as many as the other ranks make, with copies of the smallest one without a loss token."""
-    if not count:
-        return []
     smallest = min(batches, key=lambda batch: batch.num_tokens)
     idle = replace(smallest, loss_mask=torch.zeros_like(smallest.loss_mask))
     return [*batches, *[idle] * (count - len(batches))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from sluice.scripts.launcher.progress import Display
 EVERY_S = 0.5
 """How often a notebook's page changes at most."""
 LINES_SHOWN = 40
+_LINK = re.compile(r"https?://\S+")
 _WIDTH, _HEIGHT = 480, 80
 
 
@@ -93,7 +95,9 @@ class NotebookDisplay:
             self._handle.update(self)
 
     def _repr_html_(self) -> str:
-        said = html.escape("\n".join(self._lines[-LINES_SHOWN:]))
+        said = _LINK.sub(
+            r'<a href="\g<0>" target="_blank">\g<0></a>', html.escape("\n".join(self._lines[-LINES_SHOWN:]))
+        )
         return (
             f'<div><progress value="{self._step}" max="{self._total}"></progress> '
             f"step {self._step}/{self._total}&ensp;{html.escape(self._text)}</div>{self._curve()}"

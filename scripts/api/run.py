@@ -47,11 +47,15 @@ HAS_ENDED = ("finished", "drained", "stopped", "failed")
 
 
 class Run:
-    """A run: in progress, where this program started it or another did, or ended."""
+    """A run, in progress or ended: what `train`, `start` and `load` return."""
+
+    folder: Path
+    "absolute path of the run folder"
+    name: str
+    "the folder's name, and the run's in Redis"
 
     def __init__(self, folder: Path, *, process: RunProcess | None = None) -> None:
         self.folder = folder
-        "absolute path of the run folder"
         self.name = folder.name
         self._process = process
         self._chat: Chat | None = None
@@ -95,7 +99,7 @@ class Run:
             raise KeyboardInterrupt
         return self
 
-    def wait_for_start(self) -> None:
+    def _wait_for_start(self) -> None:
         """Wait until everything is checked, and the run can be asked. Raises what it refuses, SluiceError on a time-out."""
         deadline = time.monotonic() + START_S
         with self._followed() as follower:
@@ -157,8 +161,9 @@ class Run:
             )
 
     def stop(self) -> Run:
-        """End the run in order and wait for that: the trainer finishes its step and writes a checkpoint; `resume` continues it.
+        """End the run in order and wait for that: the trainer finishes its step and writes a checkpoint.
 
+        `sluice.train(resume=run.folder)` continues it.
         A run that another program drives is drained: what is in flight is trained first.
         """
         if not self._process:

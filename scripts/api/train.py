@@ -57,7 +57,7 @@ def start(
     It ends with the program that started it, whatever ends that; `wait` shows its progress. Arguments and errors: `train`.
     """
     run = _launched(name, resume, settings, model, dataset, rewards, steps, group_size, config)
-    run.wait_for_start()
+    run._wait_for_start()
     return run
 
 

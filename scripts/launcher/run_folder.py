@@ -73,11 +73,12 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
 
     A run may be named by its folder, as `export` and `replay` do.
     """
+    path = Path(name) if name and (Path(name) / "redis").is_dir() else None
     name = (name and Path(name).name) or os.environ.get("SLUICE_RUN")
     if given := secret("SLUICE_REDIS_URL"):
         server: AbstractContextManager[str] = nullcontext(given)
     else:
-        folder = existing_folder(name)
+        folder = path or existing_folder(name)
         name, server = folder.name, reading_server(folder / "redis")
     with server as url, closing(connect(url)) as client:
         give_up_after(client, READER_WAIT_S)

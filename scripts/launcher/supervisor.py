@@ -33,7 +33,7 @@ from typing import Any
 
 from sluice.common.config import Config
 from sluice.common.disk import cut
-from sluice.common.errors import Hopeless
+from sluice.common.errors import Hopeless, RunFailed
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.processes import Process, signal_group, spawn
 from sluice.scripts.launcher.roles import (
@@ -54,14 +54,6 @@ MAX_LOG_BYTES = 16 << 20
 LOGS_EVERY_S = 10.0
 POLL_S = 0.2
 """How often a trainer that ends is polled."""
-
-
-class RunFailed(Exception):
-    """A role cannot be kept alive, or training cannot continue; the message holds the tail of its log, or the reason."""
-
-    def __init__(self, message: str, *, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass(kw_only=True)

@@ -24,8 +24,8 @@ def die_with(parent: int, *, number: int = signal.SIGKILL) -> None:
 def ended_by_ctrl_c() -> Iterator[None]:
     """Let Ctrl-C end the process at once and without a word, while there is nothing to end in order.
 
-    For imports: a library may swallow the KeyboardInterrupt that is raised amid them. Where Ctrl-C has another meaning (a
-    handler of ours, `nohup sluice ... &`) it keeps it.
+    For imports and checks: a library may swallow the KeyboardInterrupt that is raised amid them, and so does any `__del__`.
+    Where Ctrl-C has another meaning (a handler of ours, `nohup sluice ... &`) it keeps it.
     """
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default:

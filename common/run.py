@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ class RunRecord:
     def held(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Return (paused, draining), each {who, at: seconds since the epoch} of the operator who ordered it, or None."""
         paused, draining = self._client.hmget(self._key, ["paused", "draining"])
-        return json.loads(paused) if paused else None, json.loads(draining) if draining else None
+        return _order(paused), _order(draining)
 
     def create(self, config: str, assets: bytes, folder: str) -> bool:
         """Write the record. Returns False, and writes nothing, where the name is in use."""
@@ -104,6 +105,16 @@ class RunRecord:
     def read_assets(self) -> bytes | None:
         found: bytes | None = self._client.hget(self._key, "assets")
         return found
+
+
+def _order(raw: bytes | None) -> dict[str, Any] | None:
+    """Return an operator's order. What cannot be read is one all the same: the scripts of the ledger obey any text."""
+    if not raw:
+        return None
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        order = json.loads(raw)
+        return {"who": str(order["who"]), "at": float(order["at"])}
+    return {"who": "unreadable", "at": 0.0}
 
 
 def list_runs(client: redis.Redis) -> dict[str, float]:

@@ -72,6 +72,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
         text = str(error)
     except (redis.ConnectionError, redis.TimeoutError) as error:
         text = f"Redis became unavailable: {error}"
+    except (
+        redis.ResponseError
+    ) as error:  # out of memory, a key that another program has written, a right that is missing
+        text = f"Redis refused: {error}"
     except OSError as error:  # a full disk, a folder without the right to write, no more processes or open files
         text = f"{error.filename}: {error.strerror}" if error.filename else f"the system refused: {error}"
     click.echo(f"error: {printable(text)}", err=True)

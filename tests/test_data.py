@@ -107,6 +107,9 @@ def test_what_data_cannot_read_at_all_is_an_error(config: Path, monkeypatch: pyt
         ("model.path=~/no", "there is no such folder"),
     ):
         assert message in str(shown("data", str(config), override).exception)
+    none_usable = shown("data", str(config), "-n", "2", "dataset.max_req_tokens=1")
+    assert none_usable.stdout.count("tokens, more than") + none_usable.stdout.count("is null") == 2
+    assert "none of the first 2 rows can be used" in str(none_usable.exception)
 
 
 def test_doctor_lists_every_problem_and_exits_2(config: Path) -> None:

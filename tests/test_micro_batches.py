@@ -33,9 +33,9 @@ def random_groups(seed, *, num_groups=5):
     return [
         make_group(
             *(episode_of(int(t)) for t in draw.integers(0, 12, 4)),
-            prompt_ids=np.full(int(draw.integers(1, 9)), 50, np.int32),
+            prompt_ids=np.full(int(draw.integers(1, 9)), 50 + i, np.int32),
         )
-        for _ in range(num_groups)
+        for i in range(num_groups)
     ]
 
 
@@ -57,21 +57,23 @@ def test_every_episode_is_trained_once_within_the_budget(seed, packed):
     groups = random_groups(seed)
     batches = build(*groups, max_tokens=40, packed=packed)
     assert sorted(a for b in batches for a in b.advantages.tolist()) == list(range(20))
-    assert all((b.num_tokens if packed else b.num_padded_tokens) <= 40 for b in batches)
+    prompts = [{(int(p), int(ids[0])) for p, ids in zip(b.prompt_lengths, b.input_ids, strict=True)} for b in batches]
+    once = [sum(p for p, _ in own) + int(b.completion_lengths.sum()) for own, b in zip(prompts, batches, strict=True)]
+    assert all(tokens <= 40 for tokens in (once if packed else [b.num_padded_tokens for b in batches]))
     for batch in batches:  # no column is pad in every row
         assert batch.input_ids.shape[1] == int((batch.prompt_lengths + batch.completion_lengths).max())
-    assert step_normaliser(batches, aggregation="token_mean") == sum(
+    assert step_normaliser([b.loss_mask for b in batches], aggregation="token_mean") == sum(
         len(e.completion.token_ids) for g in groups for e in g.episodes
     )
 
 
 def test_micro_batches_are_few_equally_full_and_longest_first():
     # total lengths 9, 4, 4, 3, 3 under 12: three at least when pads count, [9], [4, 4], [3, 3] instead of [4, 4, 3], [3];
-    # two when they do not (23 tokens), and no split of the order is more even than 9 + 4 and 4 + 3 + 3 under 13
+    # where the prompt of 3 counts once, all are 3 + 8
     group = make_group(*(episode_of(t) for t in (1, 0, 6, 1, 0)))
     assert [tuple(b.input_ids.shape) for b in build(group, max_tokens=12)] == [(1, 9), (2, 4), (2, 3)]
-    assert [b.num_tokens for b in build(group, max_tokens=12, packed=True)] == [9, 8, 6]
-    assert [b.num_tokens for b in build(group, max_tokens=14, packed=True)] == [13, 10]
+    shapes = [[tuple(b.input_ids.shape) for b in build(group, max_tokens=n, packed=True)] for n in (11, 10, 8)]
+    assert shapes == [[(5, 9)], [(1, 9), (4, 4)], [(1, 9), (4, 4)]]
 
 
 @for_each("packed", [False, True])
@@ -98,9 +100,9 @@ def test_the_normaliser_counts_what_the_aggregation_divides_by():
     batches = build(
         make_group(episode_of(5), episode_of(2, finish_reason="length"), episode_of(0), unscored), max_tokens=8
     )
-    assert step_normaliser(batches, aggregation="token_mean") == 7
-    assert step_normaliser(batches, aggregation="sequence_mean") == 2
-    assert step_normaliser(batches, aggregation="fixed_horizon") == 2
+    assert step_normaliser([b.loss_mask for b in batches], aggregation="token_mean") == 7
+    assert step_normaliser([b.loss_mask for b in batches], aggregation="sequence_mean") == 2
+    assert step_normaliser([b.loss_mask for b in batches], aggregation="fixed_horizon") == 2
 
 
 def test_no_reference_is_none_and_a_batch_moves_as_a_whole():

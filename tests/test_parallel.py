@@ -147,7 +147,8 @@ def test_two_ranks_make_the_steps_of_one(
     moved = [float((weight - before[name]).abs().max()) for name, weight in alone.snapshot(torch.float32).items()]
     assert max(moved) > 0.01, "the steps are too small to show a wrong gradient"
     assert ("max_grad_norm" in settings) == (expected[0]["grad_norm"] > config.trainer.max_grad_norm)
-    of_last = [(group.prompt_ids, e.completion.token_ids) for group in make_groups(2) for e in group.episodes]
+    scored = [(group, e) for group in make_groups(2) for e in group.episodes if e.reward is not None]
+    of_last = [(group.prompt_ids, e.completion.token_ids) for group, e in scored]
     (a, *_), (b, *_) = (policy.score(of_last) for policy in (alone, together))
     np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
     for ours, theirs in zip(*(policy.logprobs_of(of_last) for policy in (alone, together)), strict=True):
@@ -262,10 +263,14 @@ def test_every_episode_goes_to_one_rank_with_its_advantage(num_ranks: int) -> No
         ]
 
     groups, advantages = make_groups(7, num_groups=6, group_size=5), [torch.arange(5.0) + 10 * g for g in range(6)]
-    dealt = [rows(*shard) for shard in shard_by_tokens(groups, advantages, num_ranks=num_ranks)]
-    assert sorted(row for own in dealt for row in own) == sorted(rows(groups, advantages))
-    loads = [sum(num_tokens for _, _, num_tokens in own) for own in dealt]
-    assert max(loads) - min(loads) <= 27, "no rank is further from another than the longest sequence"
+    for packed in (False, True):
+        shards = shard_by_tokens(groups, advantages, num_ranks=num_ranks, packed=packed)
+        dealt = [rows(*shard) for shard in shards]
+        assert sorted(row for own in dealt for row in own) == sorted(rows(groups, advantages))
+        again = [sum(len(g.prompt_ids) * (len(g.episodes) - 1) for g in own) if packed else 0 for own, _ in shards]
+        loads = [sum(num for _, _, num in own) - less for own, less in zip(dealt, again, strict=True)]
+        assert max(loads) - min(loads) <= 27, "no rank is further from another than the longest sequence"
+    assert sum(len(own) for own, _ in shards) <= 6 + 2 * num_ranks, "groups stay together as far as the balance allows"
 
 
 def test_a_rank_with_fewer_micro_batches_gets_passes_without_a_loss_token() -> None:
@@ -287,6 +292,46 @@ def test_a_step_of_fewer_sequences_than_ranks_is_that_of_one(two_ranks: Ranks, m
     for policy in (alone, together):
         policy.optimize(group, advantages, step=1)
     assert_same_weights(together, alone)
+
+
+LOSSES: list[dict[str, Any]] = [
+    {"loss": {"loss": "grpo", "aggregation": "sequence_mean"}},
+    {"loss": {"loss": "gspo", "aggregation": "fixed_horizon", "horizon": 20}},
+    {"loss": {"loss": "cispo", "off_policy": "decoupled", "importance_max": 5.0}, "num_iterations": 2},
+    {"loss": {"loss": "sapo"}, "packing": "off"},
+    {"loss": {"loss": "reinforce"}, "lora": {"rank": 2}},
+    {"loss": {"loss": "dppo"}},
+    {"mask_truncated": True},
+]
+
+
+def test_what_has_no_gradient_is_not_computed_and_the_step_is_the_same(two_ranks: Ranks, model_folder: Path) -> None:
+    ran: list[int] = []
+    for settings in LOSSES:
+        off, auto = (opened(config_of(model_folder, skip_zero_gradient=s, **settings)) for s in ("off", "auto"))
+        spread = opened(config_of(model_folder, **settings), two_ranks)
+        for policy in (off, auto):
+            layer = policy._policy.model.get_submodule("model.layers.0" if "lora" not in settings else "base_model")
+            layer.register_forward_hook(lambda *_: ran.append(1))
+        for step, shares in enumerate(
+            ((1.0, 0.0), (0.0, 0.0), (0.0, 1.0)), start=1
+        ):  # the second has no gradient at all
+            groups = make_groups(step)
+            advantages = [torch.tensor([2.0, -1.0, 0.0]) * share for share in (*shares, 0.0)]
+            counts, found = [], []
+            for policy in (off, auto, spread):
+                ran.clear()
+                found.append(policy.optimize(groups, advantages, step=step))
+                counts.append(len(ran))
+            assert found[0]["loss/policy"] == pytest.approx(found[1]["loss/policy"], abs=1e-6)
+            assert found[1]["loss/policy"] == pytest.approx(found[2]["loss/policy"], abs=1e-6)
+            if settings != {"loss": {"loss": "dppo"}}:
+                assert counts[1] < counts[0] and (step != 2 or counts[1] == settings.get("num_iterations", 1)), settings
+                assert found[1]["loss/left_out_ratio"] >= 2 / 3
+            else:
+                assert found[1]["loss/left_out_ratio"] == pytest.approx(1 / 9), "the completion without a reward"
+        assert_same_weights(auto, off)
+        assert_same_weights(spread, off)
 
 
 def test_ranks_of_a_run_that_diverged_still_hear_rank_0(two_ranks: Ranks, model_folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import sys
@@ -93,7 +94,8 @@ def test_a_run_whose_gradients_are_no_longer_finite_ends_with_the_reason(tmp_pat
         assert process.wait(240) == 3
     output = (tmp_path / "output.log").read_text()
     assert "training has diverged" in output and "Lower trainer.learning_rate" in output
-    assert "step 1: the gradients of 10 optimizer steps in a row were not finite" in output
+    # a batch of equal rewards has no gradient: then it is the next one
+    assert re.search(r"step \d+: the gradients of 10 optimizer steps in a row were not finite", output)
     assert "Traceback" not in output
 
 

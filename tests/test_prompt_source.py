@@ -6,6 +6,7 @@ import csv
 import datetime
 import gzip
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -313,7 +314,8 @@ def test_any_json_is_read_as_json_reads_it_and_any_csv_as_text(rows: list[dict[s
             '{"prompt": "be"}\n\n{"prompt": be}\n',
             "a.jsonl, line 3, column 12: not JSON: Expecting value; write",
         ),
-        ("a.jsonl", '{"prompt": "be"}\n["be"]\n', "line 2: a row is an object with a key per column, not a list"),
+        ("a.jsonl", '{"prompt": "be"}\n["be"]\n', "line 2: a row is an object with a key per column, this is an array"),
+        ("a.jsonl", '{"prompt": "be"}\nnull\n', "line 2: a row is an object with a key per column, this is null"),
         ("a.jsonl", b'{"prompt": "be"}\n{"prompt": "\xe9"}\n', r"line 2: not UTF-8 \(.*\): save the file as UTF-8"),
         (
             "a.jsonl",
@@ -506,6 +508,9 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path, streaming: b
         wrong.prompt_at(0)
     with pytest.raises(ConfigError, match=r"target_column = 'target'.* set dataset\.target_column to one of them"):
         absent.prompt_at(0)
+    (tmp_path / "data.csv").write_text("prompt;target\nhello;1\n")
+    with pytest.raises(ConfigError, match=r"columns prompt;target; the cells of a \.csv are separated by commas"):
+        source(str(tmp_path / "data.csv"), streaming=streaming).prompt_at(0)
     config = DatasetConfig(path=path, prompt_column="x")
     with pytest.raises(ConfigError, match=r"evaluation\.datasets\.0\.dataset\.prompt_column = 'x'"):
         PromptSource(config, tokenizer(), seed=0, section="evaluation.datasets.0.dataset").prompt_at(0)
@@ -545,6 +550,9 @@ def test_a_dataset_without_rows_is_refused(tmp_path: Path, streaming: bool, kind
         ("nowhere.jsonl", {}, r"dataset\.path = 'nowhere.jsonl': no such file or folder"),
         ("/no/such/folder", {}, "no such file or folder .*, nor is it a hub id"),
         ("notes.txt", {}, "is a file of unknown kind: use one of .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
+        ("pipe.jsonl", {}, "is neither a file nor a folder"),
+        ("map.parquet", {}, r"Arrow type map<.* \(remove the column of that type, or write it as text\)"),
+        ("twice.parquet", {}, "two columns have the same name: rename one"),
         ("empty", {}, "cannot be read: .*doesn't contain any data files"),
         ("data.jsonl", {"split": "test"}, "cannot be read: Unknown split"),
         ("data.jsonl", {"split": "test", "streaming": True}, "Bad split 'test': a stream's split is one of train"),
@@ -561,6 +569,10 @@ def test_what_cannot_be_opened_says_why(
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "broken.jsonl").write_text("{not json\n")
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    text, pairs = pa.array(["x"]), pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int32()))
+    pq.write_table(pa.table({"prompt": text, "pairs": pairs}), tmp_path / "map.parquet")
+    pq.write_table(pa.Table.from_arrays([text, text], names=["prompt", "prompt"]), tmp_path / "twice.parquet")
     jsonl(tmp_path, rows())
     with pytest.raises(ConfigError, match=message) as caught:
         source(path, **config).prompt_at(0)

@@ -61,7 +61,7 @@ def test_a_step_trains_on_penalised_rewards_and_without_truncated_completions():
     group = make_group(episode_of(90), episode_of(10), episode_of(20, finish_reason="length"))
     lowered = {"mask_truncated": True, "overlong_penalty": {"buffer_tokens": 20}}
     for trainer, advantages, num_tokens in (({}, [0.0, 0.0, 0.0], 120), (lowered, [-1 / 3, 1 / 6, 1 / 6], 100)):
-        config = masking(advantage="none", **trainer)
+        config = masking(advantage="none", skip_zero_gradient="off", **trainer)
         policy = ParallelPolicy(TrainedPolicy.of_run(tiny_qwen(vocab_size=100), config))
         metrics, (found,) = train_on(policy, [group], config, step=1)
         assert found.tolist() == pytest.approx(advantages)

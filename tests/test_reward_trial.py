@@ -11,7 +11,7 @@ from harness import quickstart_config, sluice, tiny_folder
 from sluice.workers.rewards.trial import Trial, try_rewards
 
 FUNCTIONS = """
-import asyncio, os, sys, threading, time
+import asyncio, multiprocessing, os, subprocess, sys, threading, time
 
 def broken(completions, **kwargs):
     return [1 / (len(text) - len(text)) for text in completions]
@@ -41,6 +41,13 @@ def sleeps(completions, **kwargs):
 async def sleeps_async(completions, **kwargs):
     await asyncio.sleep(1000)
 
+def pools(completions, **kwargs):
+    with multiprocessing.Pool(1) as pool:
+        return pool.map(len, completions)
+
+def runs_a_program(completions, **kwargs):
+    return [float(subprocess.run(["echo", "1"], capture_output=True).stdout) for _ in completions]
+
 def leaves(completions, **kwargs):
     os._exit(3)
 
@@ -64,7 +71,7 @@ def problems(folder: Path, *names: str, **reward: Any) -> list[str]:
 
 
 def test_every_function_that_fails_is_named_with_its_line(tmp_path: Path) -> None:
-    found = problems(tmp_path, "broken", "needs", "sound", "indexes", "huge", "allocates")
+    found = problems(tmp_path, "broken", "needs", "sound", "indexes", "huge", "pools", "runs_a_program", "allocates")
     for text, message in zip(
         found,
         [
@@ -72,6 +79,7 @@ def test_every_function_that_fails_is_named_with_its_line(tmp_path: Path) -> Non
             "reward function needs takes answers, but the columns are answer: did you mean 'answer'? (dataset.path)",
             f"reward function indexes raised IndexError: list index out of range ({tmp_path / 'mine.py'}:11)",
             "reward function huge returned 1e+39: a reward is a float32",
+            "reward function pools raised AssertionError: daemonic processes are not allowed to have children",
             "reward function allocates raised MemoryError",
         ],
         strict=True,

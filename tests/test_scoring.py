@@ -18,6 +18,8 @@ from sluice.workers.rewards.scoring import load_reward_functions, score_group
 
 FUNCTIONS = """
 import asyncio
+from decimal import Decimal
+from fractions import Fraction
 import numpy as np
 
 # Three functions as TRL's documentation writes them, unmodified.
@@ -146,6 +148,17 @@ def logs_an_evaluation(completions, log_metric, **kwargs):
     log_metric("eval/heldout/version", 1)
     return [0.0 for _ in completions]
 
+def logs_a_line(completions, log_metric, **kwargs):
+    log_metric("length\\x1b[2J\\n", 1)
+    return [0.0 for _ in completions]
+
+def logs_a_hidden_column(completions, log_extra, **kwargs):
+    log_extra("", [1, 2])
+    return [0.0 for _ in completions]
+
+def exact(completions, **kwargs): return [Fraction(1, 4), Decimal("0.5")]
+def signals(completions, **kwargs): return [Decimal("sNaN"), 1.0]
+def by_position(completions, /, **kwargs): return [0.0 for _ in completions]
 def huge(completions, **kwargs): return [1e39, 1.0]
 def huge_int(completions, **kwargs): return [10**5000, 1.0]
 def nearly_huge(completions, **kwargs): return [3e38, 1.0]
@@ -156,6 +169,9 @@ def infinite(completions, **kwargs): return [1.0, float("-inf")]
 def a_number(completions, **kwargs): return 1.0
 def foreign(a, b): return 0.0
 constant = 3
+
+class Uncallable:
+    pass
 
 class Brevity:
     def __init__(self, limit):
@@ -218,6 +234,7 @@ SCORED: list[tuple[list[str], dict[str, Any], list[float | None]]] = [
     (["arrays"], {}, [1.0, 2.0]),
     (["lazily"], {}, [1.0, 4.0]),
     (["scalars"], {}, [1.5, 1.0]),
+    (["exact"], {}, [0.25, 0.5]),
     (["by_step"], {}, [12.0, 12.0]),
 ]
 
@@ -309,6 +326,12 @@ def test_modules_of_the_working_directory_are_importable(rewards_py: str, monkey
         ("huge", r"huge returned 1e\+39: a reward is a float32, from -3.403e\+38 to 3.403e\+38"),
         ("huge_int", r"huge_int returned .*: a reward is a float32"),
         ("logs_too_few", r"log_extra\('length', ...\) was given 1 values for 2 completions"),
+        (
+            "logs_a_line",
+            r"raised ValueError: log_metric\('length\\x1b\[2J\\n', ...\): a name is 1 to 200 printable characters in one line",
+        ),
+        ("logs_a_hidden_column", r"raised ValueError: log_extra\('', ...\): a name is"),
+        ("signals", r"signals returned Decimal\('sNaN'\): a reward is a float32"),
         ("logs_an_evaluation", r"raised ValueError: log_metric\('eval/heldout/version'"),
         ("a_number", "a_number returned float 1.0, expected a list of 2"),
         ("spoils", r"spoils raised TypeError.*'answers'"),  # a column that the dataset lacks
@@ -388,6 +411,8 @@ def test_a_column_that_a_function_needs_and_the_dataset_lacks_is_named(
         ("broken.py:f", "importing broken.py failed with SyntaxError"),
         ("my_rewards.py:constant", "is of type int, not callable"),
         ("my_rewards.py:foreign", r"takes \(a, b\): name its parameters"),
+        ("my_rewards.py:by_position", "takes parameters by position only.* remove the `/`"),
+        ("my_rewards.py:Uncallable", r"its instances cannot be called: define __call__\(self, completions"),
         ("my_rewards.py:Brevity", "cannot be set up with kwargs {}: TypeError.*'limit'"),
         ("MathReward", "names no function"),
         ("my_rewards.py:", "names no function"),

@@ -205,3 +205,13 @@ def test_the_policy_thread_survives_what_it_cannot_read_and_says_so(
 
     harm("the size of policy version", publish_without_size)
     harm("division by zero", publish_what_breaks_the_engine)
+
+
+def test_an_operators_order_that_cannot_be_read_is_obeyed_and_shown(
+    client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    run = create_run(client, keys.run, make_config(), assets={}, folder=str(tmp_path))
+    for wrong in NOT_JSON[1:]:  # an empty text is no order
+        client.hset(keys.run_record, "paused", wrong)
+        assert RunRecord(client, keys).held() == ({"who": "unreadable", "at": 0.0}, None)
+    assert "paused by unreadable" in str(diagnose(client, run))

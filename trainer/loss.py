@@ -243,6 +243,11 @@ _LOSSES: dict[str, LossFunction] = {
 }
 
 
+def is_zero_without_advantage(config: LossConfig) -> bool:
+    """Return whether a sequence whose advantage is 0 has a loss and a gradient of 0: no other term reaches it."""
+    return config.kl_beta == 0 and config.loss in _LOSSES.keys() - {"dppo"}
+
+
 @functools.cache
 def _loss_function(name: str) -> LossFunction:
     """Return the formula that `trainer.loss.loss` names. Raises ConfigError where it is a path without a function."""

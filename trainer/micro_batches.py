@@ -17,9 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sluice.common.config.trainer import TrainerConfig
+from sluice.common.loading import is_function_path
 from sluice.common.models.logprobs import pad_sequences
 from sluice.common.models.packing import plan_batches
 from sluice.common.types import Episode, Group, SamplingParams
+from sluice.trainer.loss import is_zero_without_advantage
 from sluice.trainer.reward_shaping import loss_tokens
 
 Sequences = list[tuple[NDArray[np.int32], NDArray[np.int32]]]
@@ -49,7 +52,7 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompts and completions: what a packed pass costs."""
+        """Tokens of prompts and completions."""
         return int((self.prompt_lengths + self.completion_lengths).sum())
 
     @property
@@ -98,8 +101,8 @@ class _Row:
     "scalar"
 
     @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.episode.completion.token_ids)
+    def sequence(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        return self.prompt_ids, self.episode.completion.token_ids
 
 
 def build_micro_batches(
@@ -113,8 +116,8 @@ def build_micro_batches(
     """Build as few micro-batches as hold max_tokens each, with every episode of the groups once; a longer sequence goes alone.
     Rows of one micro-batch were sampled with the same parameters, which may change during a run.
 
-    packed: whether the model runs without pads, which then do not count; otherwise B * S counts. advantages: per group [G],
-    in the order of its episodes. `sluice.trainer.reward_shaping.loss_tokens` says which tokens are in the loss.
+    packed: whether the model runs without pads; the prompt of a group then counts once, otherwise B * S counts. advantages:
+    per group [G], in the order of its episodes. `sluice.trainer.reward_shaping.loss_tokens` says which tokens are in the loss.
     """
     alike: dict[SamplingParams | None, list[_Row]] = {}
     for group, group_advantages in zip(groups, advantages, strict=True):
@@ -125,7 +128,7 @@ def build_micro_batches(
     return [
         _collate([rows[i] for i in batch], sampling=sampling, mask_truncated=mask_truncated)
         for sampling, rows in alike.items()
-        for batch in plan_batches([row.length for row in rows], max_tokens=max_tokens, packed=packed)
+        for batch in plan_batches([row.sequence for row in rows], max_tokens=max_tokens, packed=packed)
     ]
 
 
@@ -135,13 +138,45 @@ def padding_share(micro_batches: Iterable[MicroBatch], *, packed: bool) -> float
     return 0.0 if packed else 1.0 - sum(real for real, _ in counts) / sum(padded for _, padded in counts)
 
 
-def step_normaliser(micro_batches: Iterable[MicroBatch], *, aggregation: str) -> int:
-    """Count `num_tokens` of `policy_loss` for a step of these micro-batches; over ranks the counts add up.
+def step_normaliser(masks: Iterable[Tensor | NDArray[np.bool_]], *, aggregation: str) -> int:
+    """Count `num_tokens` of `policy_loss` for a step with these loss masks, [B, T] or [T]; over ranks the counts add up.
 
     Tokens in the loss, or else sequences with at least one, before any off-policy masking.
     """
-    masks = (batch.loss_mask if aggregation == "token_mean" else batch.loss_mask.any(-1) for batch in micro_batches)
-    return sum(int(mask.sum()) for mask in masks)
+    return sum(int((mask if aggregation == "token_mean" else mask.any(-1)).sum()) for mask in masks)
+
+
+def with_gradient(
+    groups: list[Group], advantages: list[Tensor], config: TrainerConfig
+) -> tuple[list[Group], list[Tensor], int]:
+    """Return the groups and advantages [G] of the episodes that change the gradient, and the others' share of the normaliser.
+
+    An episode changes nothing where none of its tokens is in the loss; and, where the loss is a multiple of the advantage, where
+    that is 0. If none changes anything the shortest stays, so that every step has the metrics that need logprobs.
+    """
+    if config.skip_zero_gradient == "off" or config.objective is not None or is_function_path(config.loss.loss):
+        return groups, advantages, 0
+    masks = [[loss_tokens(e, mask_truncated=config.mask_truncated) for e in group.episodes] for group in groups]
+    needs_advantage = is_zero_without_advantage(config.loss)
+    kept = [
+        [i for i, mask in enumerate(own) if mask.any() and not (needs_advantage and values[i] == 0)]
+        for own, values in zip(masks, advantages, strict=True)
+    ]
+    if not any(kept):
+        sizes = [
+            (not m.any(), len(groups[g].prompt_ids) + len(m), g, i)
+            for g, own in enumerate(masks)
+            for i, m in enumerate(own)
+        ]
+        *_, g, i = min(sizes)
+        kept[g] = [i]
+    left_out = [mask for own, of in zip(masks, kept, strict=True) for i, mask in enumerate(own) if i not in of]
+    some = [g for g, of in enumerate(kept) if of]
+    return (
+        [replace(groups[g], episodes=[groups[g].episodes[i] for i in kept[g]]) for g in some],
+        [advantages[g][kept[g]] for g in some],
+        step_normaliser(left_out, aggregation=config.loss.aggregation),
+    )
 
 
 def find_logprobs(

@@ -124,15 +124,17 @@ class TrainedPolicy:
         """Use this config's learning rate, schedule, clipping and policy loss from the next `optimize` on; for runs."""
         self.config, self._objective = config, objective_of(config)
 
-    def optimize(self, micro_batches: list[MicroBatch], *, step: int) -> dict[str, float]:
+    def optimize(self, micro_batches: list[MicroBatch], *, step: int, left_out: int = 0) -> dict[str, float]:
         """Make `num_iterations` optimizer steps on one batch (`step` counts batches from 1); return the metrics of the last.
 
-        micro_batches: this rank's, as many as on every other. Gradients do not depend on the split into micro-batches and
-        ranks. From the second iteration on, `decoupled` losses take the logprobs of the first as those of the proximal policy.
+        micro_batches: this rank's, as many as on every other. Gradients do not depend on the split into micro-batches and ranks.
+        left_out: what sequences without a gradient, which are in no micro-batch, add to the normaliser. From the second iteration
+        on, `decoupled` losses take the logprobs of the first as those of the proximal policy.
         """
         # The step's normaliser is known before the first backward pass, over all ranks: gradients add up to those of one batch.
         batches = [batch.to(self.device) for batch in micro_batches]
-        normaliser = sum(self._ranks.gather(step_normaliser(batches, aggregation=self.config.loss.aggregation)))
+        masks, aggregation = [batch.loss_mask for batch in batches], self.config.loss.aggregation
+        normaliser = left_out + sum(self._ranks.gather(step_normaliser(masks, aggregation=aggregation)))
         learning_rate = self.config.learning_rate * schedule_factor(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

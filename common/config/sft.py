@@ -12,8 +12,8 @@ from sluice.common.config.yaml_text import dump_yaml
 from sluice.common.paths import PathKind
 
 RL_ONLY = (
-    "num_iterations", "advantage", "filter_zero_variance", "max_refill", "loss", "objective", "mask_truncated",
-    "overlong_penalty", "parallel", "stall_report_s", "max_lost_batches", "max_dropped_epochs",
+    "num_iterations", "advantage", "filter_zero_variance", "max_refill", "skip_zero_gradient", "loss", "objective",
+    "mask_truncated", "overlong_penalty", "parallel", "stall_report_s", "max_lost_batches", "max_dropped_epochs",
 )  # fmt: skip
 """Keys of `trainer` that have no effect here, in one process and without rewards; setting one is refused."""
 

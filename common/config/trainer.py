@@ -171,6 +171,9 @@ class TrainerConfig(Section):
     max_refill: int = Field(default=_MAX_REFILL, ge=1)
     """filter_zero_variance only: batches' worth of groups that may be dropped for one batch; after that such groups are
     trained, with advantage 0, until the batch is sampled."""
+    skip_zero_gradient: Literal["auto", "off"] = "auto"
+    """Leave sequences without a gradient (advantage 0 and no KL, or no token in the loss) out of forward and backward pass; the
+    step is the same. Not with a loss or objective of your own, nor, where the advantage is 0, with `dppo`."""
     loss: LossConfig = LossConfig()
     """Policy loss."""
     objective: Annotated[str | None, PathKind.FUNCTION] = None

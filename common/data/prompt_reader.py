@@ -81,6 +81,8 @@ class PromptReader(Generic[AnyPromptConfig]):
             )
         if column not in row:
             hint = did_you_mean(column, row) or f"set {self._section}.{key} to one of them"
+            if len(row) == 1 and set(";\t|") & set(next(iter(row))):
+                hint = "the cells of a .csv are separated by commas, those of a .tsv by tabs"
             raise ConfigError(
                 f"{self._section}.{key} = {column!r}: {self._source}, {where}, has the columns {', '.join(row)}; {hint}"
             )

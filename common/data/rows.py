@@ -42,12 +42,21 @@ _TEXT = ("json", "csv")
 """Files without types of their own: the readers of datasets would infer some."""
 # What datasets 5.2 reports for a Parquet file without rows.
 _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")
+_ADVICE = {
+    "dtype equivalent": "remove the column of that type, or write it as text",
+    " times in schema": "two columns have the same name: rename one",
+    "FieldRef.Name(": "two columns have the same name: rename one",
+}
+"""What to do, by a part of what datasets and pyarrow say."""
 _log = logging.getLogger(__name__)
 
 
 def open_rows(config: PromptConfig, *, seed: int, section: str) -> Table | Stream:
     """Open the configured dataset; errors name the config `section`. Raises ConfigError: not found, unreadable, empty."""
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(
+        logging.CRITICAL
+    )  # what it logs of a failure is in the exception, and so in our message
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it calls S3 also for local files
     source = f"{section}.path = {config.path!r}"
     rows = _load(config, source)
@@ -217,6 +226,8 @@ def _local_files(config: PromptConfig, local: Path, source: str) -> dict[str, li
         folder = local / config.name if config.name and (local / config.name).is_dir() else local
         base = glob.escape(str(folder.resolve()))
         return dict(DataFilesDict.from_patterns(get_data_patterns(base), base_path=base))
+    if local.exists() and not local.is_dir():
+        raise ConfigError(f"{source} is neither a file nor a folder: copy what it gives into a file")
     if not local.exists() and (local.suffix in _BUILDERS or not HUB_ID.fullmatch(config.path)):
         raise ConfigError(
             f"{source}: no such file or folder (relative paths start at {Path.cwd()}), nor is it a hub id"
@@ -282,7 +293,8 @@ def _unreadable(source: str, error: Exception) -> ConfigError:
     reason = short_reason(error)
     if isinstance(error, StopIteration) or any(sign in reason for sign in _NO_ROWS):
         return _empty(source)
-    hint = cache_problem() or "check path, name, revision and split"
+    known = (advice for sign, advice in _ADVICE.items() if sign in reason)
+    hint = cache_problem() or next(known, "check path, name, revision and split")
     return ConfigError(f"{source} cannot be read: {reason} ({hint})")
 
 

@@ -28,6 +28,7 @@ Located = tuple[int, bytes, Row | ConfigError]
 """Where a row begins, its bytes, and the row; of an element of a JSON array its index, and no bytes."""
 
 _BOM = b"\xef\xbb\xbf"
+_KINDS = {list: "an array", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
 csv.field_size_limit(sys.maxsize)  # the default refuses a cell over 128 kB
 
 
@@ -106,7 +107,7 @@ class TextFile:
         if isinstance(value, dict):
             return value
         raise ConfigError(
-            f"{self._where}, {place}: a row is an object with a key per column, not a {type(value).__name__}"
+            f"{self._where}, {place}: a row is an object with a key per column, this is {_KINDS[type(value)]}"
         )
 
     def _decoded(self, raw: bytes, place: str) -> str:

@@ -1,10 +1,10 @@
 """Logprobs of completions under a causal LM: one forward pass over right-padded or packed rows, the output head in chunks.
 
-Batches are padded on the right. A model that `enable_packing` has accepted runs their tokens without the padding
-(`common.models.packing`). Any other runs the padded rows and gets no attention mask: in a causal model a token never attends
-to what follows it, so padding is invisible to every real token (tests prove it for values and gradients) and the fast
-unmasked attention runs. Logits are computed only for positions that predict a completion token, a chunk at a time, in
-float32: [B, S, V] is never held. The trainer calls this with gradients, the reference role without.
+Batches are padded on the right. A model that `enable_packing` has accepted runs their tokens without the padding, and a prompt
+that several rows have once (`common.models.packing`). Any other runs the padded rows and gets no attention mask: in a causal
+model a token never attends to what follows it, so padding is invisible to every real token (tests prove it for values and
+gradients) and the fast unmasked attention runs. Logits are computed only for positions that predict a completion token, a chunk
+at a time, in float32: [B, S, V] is never held. The trainer calls this with gradients, the reference role without.
 
 Legend: B = sequences, P = prompt tokens, T = completion tokens, S = P + T padded, N = completion tokens of all rows,
 D = width of the hidden state, V = vocabulary.
@@ -62,13 +62,12 @@ def score_sequences(
 ) -> list[NDArray[np.float32]]:
     """Return logprobs float32 [T] of each (prompt_ids [P], token_ids [T]), in the order given.
 
-    Computed in batches of similar length, at most `max_batch_tokens` tokens each (padding counts where the model is not
-    packed); a longer sequence is a batch of its own.
+    Computed in batches of at most `max_batch_tokens` tokens each (a prompt counts once; where the model is not packed, padding
+    and every prompt count); a longer sequence is a batch of its own.
     """
     device = next(model.parameters()).device
-    lengths = [len(prompt) + len(tokens) for prompt, tokens in sequences]
     scored: list[Any] = [None] * len(sequences)
-    for batch in plan_batches(lengths, max_tokens=max_batch_tokens, packed=is_packed(model)):
+    for batch in plan_batches(sequences, max_tokens=max_batch_tokens, packed=is_packed(model)):
         tensors = pad_sequences([sequences[i][0] for i in batch], [sequences[i][1] for i in batch])
         logprobs, _ = completion_logprobs(
             model, *(x.to(device) for x in tensors), temperature=temperature, truncation=truncation
@@ -111,8 +110,9 @@ def completion_logprobs(
     given, places = {"input_ids": input_ids}, (rows, positions - 1)
     if is_packed(model):
         ends = (prompt_lengths + completion_lengths).to(device) - 1  # the last token predicts nothing
-        packed = pack(input_ids, ends.where(completion_lengths.to(device) > 0, 1))
-        given, places = packed.inputs, (torch.zeros_like(rows), packed.starts[rows] + positions - 1)
+        ends = ends.where(completion_lengths.to(device) > 0, 1)
+        packed = pack(input_ids, prompt_lengths.to(device).minimum(ends), ends)
+        given, places = packed.inputs, (torch.zeros_like(rows), packed.place(rows, positions - 1))
     # Hidden states [N, D] where the head can be applied here, chunk by chunk; else the model's own logits [N, V].
     head = _plain_head(model)
     if head is None:

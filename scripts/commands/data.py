@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -13,10 +12,9 @@ import click
 from sluice.common.config import Config
 from sluice.common.config.file import load_config
 from sluice.common.errors import ConfigError
+from sluice.common.monitoring.printable import printable
 from sluice.common.paths import with_absolute_paths
 from sluice.scripts.options import ConfigFile, Overrides, echo_json, example
-
-_UNPRINTABLE = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @click.command(epilog=example("sluice data config/quickstart.yaml", "sluice data my_run.yaml -n 100 --json"))
@@ -26,12 +24,16 @@ _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt and line.")
 def data(config: str, overrides: tuple[str, ...], number: int, as_json: bool) -> None:
     """Show the first prompts as training will see them: text, token ids, target, columns, or what is wrong with the row."""
+    is_any_usable = False
     for row in read_prompts(with_absolute_paths(load_config(config, list(overrides))), number):
+        is_any_usable |= "error" not in row
         if as_json:
             row.pop("text", None)
             echo_json(row)
         else:
             click.echo(_lines(row))
+    if not is_any_usable:
+        raise ConfigError(f"{config}: none of the first {number} rows can be used: correct the first, then look again")
 
 
 def read_prompts(config: Config, number: int) -> Iterator[dict[str, Any]]:
@@ -71,4 +73,4 @@ def _lines(row: dict[str, Any]) -> str:
 
 def _printable(value: Any) -> str:
     """Return a value as JSON in one line, with every character escaped that a terminal could obey."""
-    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+    return printable(json.dumps(value, ensure_ascii=False))

@@ -8,6 +8,7 @@ import sys
 import click
 
 from sluice.common.monitoring.printable import printable
+from sluice.common.parent import ended_by_ctrl_c
 from sluice.common.pipeline import QUEUES
 from sluice.scripts.launcher.forked import imports_without_threads
 from sluice.scripts.launcher.roles import PYTHON, trainer_command
@@ -24,15 +25,16 @@ QUICKSTART = "sluice run config/quickstart.yaml"
 @Resume
 def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
     """Run all on this machine: Redis if none is given, one worker per queue and replica, the trainer, live progress."""
-    with imports_without_threads():  # this process forks
-        from sluice.scripts.launcher.launch import run_to_the_end
-        from sluice.scripts.launcher.supervisor import RunFailed
+    with ended_by_ctrl_c():  # until something has started, which `run_to_the_end` then ends in order
+        with imports_without_threads():  # this process forks
+            from sluice.scripts.launcher.launch import run_to_the_end
+            from sluice.scripts.launcher.supervisor import RunFailed
 
-    try:
-        sys.exit(run_to_the_end(config, list(overrides), name=name, resume=resume))
-    except RunFailed as error:
-        click.echo(f"error: {printable(str(error))}", err=True)
-        sys.exit(error.exit_code)
+        try:
+            sys.exit(run_to_the_end(config, list(overrides), name=name, resume=resume))
+        except RunFailed as error:
+            click.echo(f"error: {printable(str(error))}", err=True)
+            sys.exit(error.exit_code)
 
 
 @click.command(

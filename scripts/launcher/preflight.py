@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from sluice.common.config import Config, DatasetConfig, RewardFunction
 from sluice.common.config.trainer import PEFT_MISSING
 from sluice.common.errors import ConfigError, SluiceError
+from sluice.common.parent import ended_by_ctrl_c
 from sluice.scripts.launcher.roles import check_gpus
 from sluice.trainer.trackers import check_trackers
 
@@ -31,8 +32,9 @@ log = logging.getLogger(__name__)
 def preflight(config: Config) -> dict[str, object]:
     """Check everything that a run will need; return the model's assets. Raises ConfigError."""
     found = Preflight(config)
-    for check in found.checks():
-        check()
+    with ended_by_ctrl_c():
+        for check in found.checks():
+            check()
     assert found.assets is not None
     return found.assets.to_wire()
 

@@ -38,7 +38,7 @@ from sluice.common.parent import stop_signals
 from sluice.common.policies.canary import CanarySequence
 from sluice.common.types import Group
 from sluice.trainer.distributed.ranks import COLLECTIVE_TIMEOUT_S, Ranks
-from sluice.trainer.micro_batches import MicroBatch, Sequences, build_micro_batches
+from sluice.trainer.micro_batches import MicroBatch, Sequences, build_micro_batches, with_gradient
 from sluice.trainer.objective import check_functions
 from sluice.trainer.trained_policy import TrainedPolicy
 
@@ -67,15 +67,19 @@ class ParallelPolicy:
     def optimize(self, groups: list[Group], advantages: list[Tensor], *, step: int) -> dict[str, float]:
         """Optimize, each rank on the micro-batches of its shard (`shard_by_tokens`); return the metrics of all.
 
-        advantages: [G] per group.
+        advantages: [G] per group. What has no gradient goes to no rank (`with_gradient`).
         """
         config, packed = self._policy.config, self._policy.is_packed
+        num_episodes = sum(len(group.episodes) for group in groups)
+        groups, advantages, left_out = with_gradient(groups, advantages, config)
         how: dict[str, Any] = {"max_tokens": config.microbatch_tokens, "mask_truncated": config.mask_truncated}
-        shards = shard_by_tokens(groups, advantages, num_ranks=self._ranks.size)
+        shards = shard_by_tokens(groups, advantages, num_ranks=self._ranks.size, packed=packed)
         batches = [build_micro_batches(*shard, packed=packed, **how) for shard in shards]
         own, *others = (pad_micro_batches(each, count=max(map(len, batches))) for each in batches)
-        with _told(self._ranks, "optimize", [[batches] for batches in others], step=step):
-            return self._policy.optimize(own, step=step)
+        with _told(self._ranks, "optimize", [[batches] for batches in others], step=step, left_out=left_out):
+            metrics = self._policy.optimize(own, step=step, left_out=left_out)
+        num_left_out = num_episodes - sum(len(group.episodes) for group in groups)
+        return metrics | {"loss/left_out_ratio": num_left_out / num_episodes}
 
     def configure(self, config: TrainerConfig) -> None:
         """Configure all ranks, if anything changes."""
@@ -187,24 +191,33 @@ def _explained(call: str, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def shard_by_tokens(groups: list[Group], advantages: list[Tensor], *, num_ranks: int) -> list[Shard]:
+def shard_by_tokens(
+    groups: list[Group], advantages: list[Tensor], *, num_ranks: int, packed: bool = False
+) -> list[Shard]:
     """Assign every episode to one rank, real tokens balanced: the longest first, each to the rank with the fewest so far.
 
-    advantages: per group [G]. A rank without an episode gets the shortest one without its reward, which leaves it out of the
-    loss. Deterministic.
+    advantages: per group [G]. packed: the prompt of a group then counts once on each rank that has some of it, and a group stays
+    together up to a rank's equal share of the tokens. A rank without an episode gets the shortest one without its reward, which
+    leaves it out of the loss. Deterministic.
     """
     if num_ranks == 1:
         return [(groups, advantages)]
-    lengths = [
-        (len(group.prompt_ids) + len(episode.completion.token_ids), g, e)
-        for g, group in enumerate(groups)
-        for e, episode in enumerate(group.episodes)
-    ]
+    prompts = [len(group.prompt_ids) for group in groups]
+    completions = [[len(episode.completion.token_ids) for episode in group.episodes] for group in groups]
+    lengths = [(prompts[g] + tokens, g, e) for g, own in enumerate(completions) for e, tokens in enumerate(own)]
+    order = sorted(lengths, key=lambda found: -found[0])
+    if packed:
+        order.sort(key=lambda found: -(prompts[found[1]] + sum(completions[found[1]])))
+    equal_share = sum(prompts + [sum(own) for own in completions]) / num_ranks
     loads = [0] * num_ranks
     mine: list[dict[int, list[int]]] = [{} for _ in range(num_ranks)]
-    for length, g, e in sorted(lengths, key=lambda found: -found[0]):
-        rank = loads.index(min(loads))
-        loads[rank] += length
+    for length, g, e in order:
+        after = [
+            load + (completions[g][e] if packed and g in own else length) for load, own in zip(loads, mine, strict=True)
+        ]
+        home = [rank for rank, load in enumerate(after) if packed and g in mine[rank] and load <= equal_share]
+        rank = home[0] if home else after.index(min(after))
+        loads[rank] = after[rank]
         mine[rank].setdefault(g, []).append(e)
     _, g, e = min(lengths)
     idle = [replace(groups[g], episodes=[replace(groups[g].episodes[e], reward=None)])], [torch.zeros(1)]

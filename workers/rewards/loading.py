@@ -85,11 +85,15 @@ def _load(entry: RewardFunction) -> LoadedReward:
     name = entry.name or str(getattr(found, "__name__", type(found).__name__))
     try:
         function = found(**entry.kwargs) if isinstance(found, type) else functools.partial(found, **entry.kwargs)
+        if not callable(function):
+            raise TypeError("its instances cannot be called: define __call__(self, completions, **kwargs)")
         parameters = inspect.signature(function).parameters
     except Exception as error:  # a class' __init__ may raise anything
         raise ConfigError(
             f"{where} cannot be set up with kwargs {entry.kwargs}: {type(error).__name__}: {error}"
         ) from error
+    if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters.values()):
+        raise ConfigError(f"{where} takes parameters by position only: arguments are given by name, so remove the `/`")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     per_sample = "response" in parameters and not TRL_ARGUMENTS & parameters.keys()
     if not per_sample and not takes_any and not TRL_ARGUMENTS & parameters.keys():

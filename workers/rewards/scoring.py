@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import atexit
 import copy
+import math
 import resource
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from functools import cache
-from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ __all__ = ["LoadedReward", "load_reward_functions", "score_group"]
 _NOT_COLUMNS = TRL_ARGUMENTS | TRL_HOOKS | {"prompt", "completion"}
 _OTHER_LINES = ("eval/", "stall/")
 """Metrics by which a run continues, or which are no step's."""
+_MAX_NAME = 200
 _MAX = float(np.finfo(np.float32).max)
 
 
@@ -93,15 +94,16 @@ class _Logs:
         """Return log_metric(name, value) and log_extra(column, values), as functions: `_call` copies what is an object."""
 
         def log_metric(name: str, value: Any) -> None:
-            if str(name).startswith(_OTHER_LINES):
+            name = _checked_name("log_metric", name)
+            if name.startswith(_OTHER_LINES):
                 raise ValueError(
                     f"log_metric({name!r}, ...): names that begin with {' or '.join(_OTHER_LINES)} are taken"
                 )
-            total, count = self.metrics.get(str(name), (0.0, 0))
-            self.metrics[str(name)] = (total + float(value), count + 1)
+            total, count = self.metrics.get(name, (0.0, 0))
+            self.metrics[name] = (total + float(value), count + 1)
 
         def log_extra(column: str, values: Any) -> None:
-            self._extra[str(column)].extend(map(_loggable, values))
+            self._extra[_checked_name("log_extra", column)].extend(map(_loggable, values))
 
         return {"log_metric": log_metric, "log_extra": log_extra}
 
@@ -114,6 +116,14 @@ class _Logs:
                     "for each, and use another name in another function"
                 )
         return dict(self._extra)
+
+
+def _checked_name(hook: str, name: object) -> str:
+    """Return the name as trackers, Prometheus and a terminal can show it. Raises ValueError."""
+    text = str(name)
+    if not text.isprintable() or not 0 < len(text) <= _MAX_NAME:
+        raise ValueError(f"{hook}({_text(name)}, ...): a name is 1 to {_MAX_NAME} printable characters in one line")
+    return text
 
 
 def _loggable(value: Any) -> Any:
@@ -247,15 +257,18 @@ def _validated(reward: LoadedReward, result: Any, num_completions: int) -> list[
 def _number(who: str, value: Any) -> float | None:
     if value is None:
         return None
-    is_number = isinstance(value, Real)
-    if not is_number:
+    if not hasattr(value, "__float__"):  # ints, fractions, decimals; not text
         raise RewardError(f"{who} returned {_short(value)}, which is neither a number nor None")
-    if not -_MAX <= value <= _MAX:  # nan is not either; an int of any size is compared exactly
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):  # of an int or a decimal; a signalling nan
+        number = math.nan
+    if not -_MAX <= number <= _MAX:  # nan is not either
         raise RewardError(
             f"{who} returned {_text(value)}: a reward is a float32, from -{_MAX:.4g} to {_MAX:.4g}; return "
             "None where it does not apply"
         )
-    return float(value)
+    return number
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -143,6 +144,7 @@ def _problem(reward: LoadedReward, trial: Trial, config: RewardConfig, *, max_st
 def main() -> None:
     report_fd, parent = map(int, sys.argv[1:])
     die_with(parent)
+    multiprocessing.current_process().daemon = True  # as prefork children are: they may not have any of their own
     given = json.load(sys.stdin)
     config = RewardConfig.model_validate(given["reward"])
     with open(report_fd, "w", buffering=1) as report:

@@ -46,6 +46,8 @@ COMING = {
     "thinking",
     "code",
     "--push-to-hub",
+    "--png",
+    "--checkpoint",
     "--model",
     "--data",
     "--reward",

@@ -152,7 +152,7 @@ def _logarithmic(axes: Axes, ticks: list[int], *, both: bool = False) -> None:
     axes.grid()
 
 
-PLOTS: dict[str, Callable[[Any], Figure]] = {"staleness": staleness, "pipeline": pipeline}
+PLOTS: dict[str, Callable[[Any], Figure]] = {"staleness": staleness, "chaos": chaos, "pipeline": pipeline}
 """Result in benchmarks/results -> what draws it."""
 
 

@@ -1,4 +1,4 @@
-"""The worked examples of docs/extending.md and custom_loss.md, for real; where a user's code is found, and what it never displaces."""
+"""The worked examples of extending.md and custom_loss.md, for real; where a user's code is found, and what it never displaces."""
 
 from __future__ import annotations
 

@@ -88,8 +88,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+RUNNABLE = [path for path in PAGES if any(map(is_command_of_ours, "".join(blocks(path, "bash")).splitlines()))]
+
+
 @pytest.mark.slow
-@for_each("path", [path for path in PAGES if any(map(is_command_of_ours, "".join(blocks(path, "bash")).splitlines()))])
+@pytest.mark.parametrize("path", RUNNABLE, ids=name_of)
 def test_blocks_run(path: Path, finished: Path, tmp_path: Path) -> None:
     """In a copy of the folder, one after the other, without the lines that other tests run."""
     folder = tmp_path / "home"

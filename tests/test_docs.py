@@ -46,7 +46,6 @@ COMING = {
     "thinking",
     "code",
     "--push-to-hub",
-    "--png",
     "--checkpoint",
     "--model",
     "--data",

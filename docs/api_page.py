@@ -60,8 +60,8 @@ def _class(name: str, found: type) -> Iterator[str]:
     fields = _fields(found)
     if fields:
         yield from ("", "| | |", "|---|---|", *(f"| `{field}` | {_cell(text)} |" for field, text in fields.items()))
-    for method, made in inspect.getmembers_static(found):
-        if method.startswith("_") or method in fields or not inspect.getdoc(made):
+    for method, made in sorted(vars(found).items()):
+        if method.startswith("_") or method in fields or not (callable(made) or isinstance(made, property)):
             continue
         shown = f".{method}" if isinstance(made, property) else _signature(f".{method}", getattr(found, method))
         yield from ("", _code(shown), "", _text(made))

@@ -40,13 +40,10 @@ NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n *$")
 COMING = {
     "quickstart",
     "init",
-    "chat",
     "prompt_template",
     "math",
     "thinking",
     "code",
-    "--push-to-hub",
-    "--checkpoint",
     "--model",
     "--data",
     "--reward",

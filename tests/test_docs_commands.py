@@ -80,7 +80,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         tiny=tiny_folder(700),
         trainer={"num_steps": 3},
-        evaluation={"every_steps": 0, "datasets": [{"name": "heldout", "dataset": heldout, "num_prompts": 8}]},
+        evaluation={"every_steps": 2, "datasets": [{"name": "heldout", "dataset": heldout, "num_prompts": 8}]},
         checkpoint={"every_steps": 1, "keep_best": "heldout/pass@1"},
     )
     done = sluice("run", str(config), "--name", "my-run", cwd=folder)

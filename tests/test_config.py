@@ -207,6 +207,25 @@ def test_choices_of_a_loss_that_fit_together_are_accepted_and_others_refused(set
         LossConfig(**data)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("trainer.learning_rate", ".inf", "finite"),
+        ("trainer.learning_rate", "1e400", "finite"),
+        ("trainer.num_steps", "9" * 30, "is beyond 64 bits"),
+        ("replay_buffer.batch_size", "9" * 30, "is beyond 64 bits"),
+        ("trainer.seq_len", "9" * 20, "is beyond 64 bits"),
+        *(
+            ("evaluation.datasets", f'[{{name: "{name}", dataset: {{path: x.jsonl}}}}]', "should match pattern")
+            for name in ("a/b", "a b", "a\\nb", "", "h" * 101)
+        ),
+    ],
+)
+def test_numbers_and_names_that_fail_only_later_are_refused(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(MINIMAL, overrides=[f"{key}={value}"])
+
+
 def test_missing_keys_and_what_is_not_a_mapping_are_named():
     assert "missing key 'model'; missing key 'dataset'; missing key 'reward'" in refusal(text="{}")
     assert "must be a mapping of sections, found list" in refusal(text="[1]")

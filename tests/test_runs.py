@@ -211,6 +211,9 @@ def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(t
         create_run(client, "x", config, assets={}, folder=str(folder))
         client.close()
         assert sluice("runs", cwd=tmp_path).stdout.startswith("x  running  step 0  0 processes  0.")
+        for named, cwd in ((".", folder), (f"../{tmp_path.name}/runs/x/", tmp_path), (str(folder), Path("/"))):
+            shown = sluice("ledger", named, cwd=cwd)
+            assert shown.returncode == 0, shown.stderr
         for is_silent in (False, True):  # one that loads its data, or has no connection free, is silent too
             server.process.send_signal(signal.SIGSTOP if is_silent else signal.SIGCONT)
             refused = sluice("runs", "delete", "x", "--yes", cwd=tmp_path)

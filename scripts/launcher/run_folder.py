@@ -59,18 +59,18 @@ def existing_folder(name: str | None) -> Path:
     base = Path("runs")
     if name:
         for folder in (base / name, expanded(name)):
-            if (folder / "redis").is_dir():
+            if (folder / "redis" / "lock").is_file():  # each server of ours has made one
                 return folder.resolve()
         raise ConfigError(
             f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in? With "
             "another output_dir: give the path of the run's folder, or set SLUICE_REDIS_URL"
         )
-    newest = max(base.glob("*/redis"), key=lambda path: path.stat().st_ctime, default=None)
+    newest = max(base.glob("*/redis/lock"), key=lambda path: path.stat().st_ctime, default=None)
     if newest is None:
         raise ConfigError(
-            "there is no run here: set SLUICE_REDIS_URL, change to the folder that holds runs/, or give the path of a run's folder"
+            "there is no run here: set SLUICE_REDIS_URL, change to the folder that holds runs/, or give a run's folder"
         )
-    return newest.parent.resolve()
+    return newest.parent.parent.resolve()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from builders import for_each
+from builders import for_each, make_config
 from harness import only_run, quickstart_config, running_sluice, sluice, tiny_folder, wait_for
 
 from sluice.common.connections.client import connect
@@ -23,9 +23,13 @@ from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.heartbeats import send_heartbeat
 from sluice.common.monitoring.metric_stream import last_metrics, write_event, write_metrics
 from sluice.common.serialization import decode, encode
-from sluice.dashboard.charts import COLOURS, colour_of, smoothed
+from sluice.dashboard.charts import COLOURS, colour_of, draw, smoothed
+from sluice.dashboard.overview import SECTIONS
+from sluice.dashboard.rows import event_text
+from sluice.dashboard.snapshots import Readers
 from sluice.dashboard.web_samples import distinct, fits, ordered, read_filters, written_filters
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
+from sluice.scripts.launcher.run_folder import RunFolders
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -382,3 +386,22 @@ def test_samples_are_searched_sorted_and_equal_completions_are_one() -> None:
     chosen = read_filters(asked)
     assert written_filters(chosen) == {"search": "five", "low": "0.2", "sort": "high"}
     assert fits(low, chosen) and not fits(high, chosen)
+
+
+def test_of_a_folder_without_redis_the_files_are_shown(redis_url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(make_config().to_yaml())
+    line = {"version": 1, "time": 1.0, "reward/mean": 0.25, "eval/held/pass@1": 0.5, "eval/held/pass@1_stderr": 0.1}
+    changed = {"step": 1, "time": 2.0, "control": "paused", "who": "ada", "old": False, "new": True, "entry": "1-0"}
+    lines = [{"step": 1, **line, "eval/held/version": 0.0}, {"step": 2, **line, "eval/held/version": 1.0}, changed]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines) + '{"step": 3, "rew')
+    readers = Readers(connect(redis_url), ("old",), RunFolders(tmp_path / "runs"))
+    assert readers.names() == ["old"]
+    snapshot = readers.of("old").read()
+    assert (snapshot.has_redis, snapshot.status["step"], [s["step"] for s in snapshot.steps]) == (False, 2, [1, 2])
+    assert event_text(snapshot.events[0]) == "paused: False → True, by ada"
+    drawn = {c.title: draw(c, {"old": snapshot}, markers=["settings"]) for charts in SECTIONS.values() for c in charts}
+    assert [series["type"] for series in drawn["Evaluation"]] == ["line", "custom", "line"]
+    assert drawn["Reward"][-1]["markLine"]["data"][0]["xAxis"] == 1
+    assert drawn["Entropy"] == []

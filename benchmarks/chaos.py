@@ -19,6 +19,7 @@ not hold in memory, and which process has which role is asked of the run (heartb
 * dead: dead letters; every group here is healthy, whatever its workers go through, at the default `lease.max_attempts`
 * trained twice: group ids that occur more than once in the checkpoints' `trained_groups` of the surviving lineage
 * recovery: seconds from a kill to the next step of the trainer
+* timeline: seconds from the first step to each step and each signal (benchmarks/plots.py draws it)
 """
 
 from __future__ import annotations
@@ -245,7 +246,12 @@ def judge(run: Path, kills: list[dict[str, Any]]) -> dict[str, Any]:
     moments = [line["time"] for line in steps]
     recoveries = [min((t - kill["at"] for t in moments if t > kill["at"]), default=0.0) for kill in kills]
     ledger = summary["ledger"]
+    began = moments[0] if moments else 0.0
     return {
+        "timeline": {
+            "steps": [[round(line["time"] - began, 1), line["step"]] for line in steps],
+            "signals": [[round(kill["at"] - began, 1), kill["role"], kill["signal"]] for kill in kills],
+        },
         "signals": len(kills),
         "signals_by_role": collections.Counter(f"{kill['role']} {kill['signal']}" for kill in kills),
         "correlated_faults": collections.Counter(kill["fault"] for kill in kills if "fault" in kill),

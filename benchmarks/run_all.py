@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other, and the tables of docs/benchmarks.md from what is recorded in benchmarks/results.
+"""All benchmarks, one after the other, and tables and plots of docs/benchmarks.md from what is recorded in benchmarks/results.
 
     python benchmarks/run_all.py                      hours; the machine must have nothing else to do
     python benchmarks/run_all.py chaos pipeline       only these
@@ -24,7 +24,7 @@ from benchmarks.shared.report import RESULTS, ROOT
 from benchmarks.shared.tables import fill
 
 HERE = Path(__file__).resolve()
-NAMES = sorted(path.stem for path in HERE.parent.glob("*.py") if path != HERE and path.stem != "__init__")
+NAMES = sorted({path.stem for path in HERE.parent.glob("*.py")} - {"__init__", "plots", HERE.stem})
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"default all: {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that they work, records nothing")
-    parser.add_argument("--only-tables", action="store_true", help="write the page again")
+    parser.add_argument("--only-tables", action="store_true", help="write the page and its plots again")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.names) - set(NAMES):
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}: there are {', '.join(NAMES)}")
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             failed.append(name)
     if not arguments.quick:
         PAGE.write_text(filled_page())
+        subprocess.run([sys.executable, str(HERE.with_name("plots.py"))], check=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -1,6 +1,7 @@
-"""A full disk as an error that a caller can wait out, and files that stay bounded for as long as a run lives.
+"""A full disk as an error that a caller can wait out, files that are replaced as a whole, and files that stay bounded for as
+long as a run lives.
 
-Over its size such a file becomes `NAME.1`, that one `NAME.2`, and so on.
+Over its size a bounded file becomes `NAME.1`, that one `NAME.2`, and so on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,23 @@ def needing_room(folder: Path, *, what: str) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free / 2**20
         raise DiskFull(f"the disk is full: no room for {what} in {folder} ({free:.1f} MiB free)") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file durably, completely or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    fsync(temporary)
+    temporary.rename(path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def rotated(path: Path) -> list[Path]:

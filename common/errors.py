@@ -15,6 +15,7 @@ SluiceError
   Hopeless               training ends, and a restart would not change why (exit code 3)
     Diverged             the gradients of many steps in a row are not finite
     OnlyLosing           every group of a whole window was lost, and no step was made
+  RunFailed              a run has ended before its last step; the message holds the reason, or the end of a role's log
   RewardError            a reward function raised, ran out of time or returned nonsense: infrastructure, never a score
 """
 
@@ -91,6 +92,14 @@ class Diverged(Hopeless):
 
 class OnlyLosing(Hopeless):
     """Every group of a whole window was lost, and no step was made."""
+
+
+class RunFailed(SluiceError):
+    """A role cannot be kept alive, or training cannot continue."""
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class RewardError(SluiceError):

@@ -37,14 +37,23 @@ def read_trace(client: redis.Redis, keys: Keys, group: str) -> dict[str, Any]:
             if name in stats:
                 trace[name] = stats[name].decode(errors="replace")
         return trace
+    kept = []
     for sample in newest_samples(client, keys):
         if sample["group"] == group:
             trace = _trace(group, "trained", sample.get("timestamps", {}), sample.get("work", {}))
             return trace | {"stage": "trained", "version": sample["version"], "step": sample["step"]}
+        kept.append(sample["group"])
     raise ConfigError(
-        f"group {group!r} is not in flight, not a dead letter, and not among the trained groups that are kept (the first of each "
-        "step): `sluice samples` and `sluice dead` list those"
+        f"group {group!r} is not in flight, not a dead letter, and not among the trained groups that are kept, the first of each "
+        f"step (the newest: {', '.join(kept[:5]) or 'none yet'}); `sluice samples` and `sluice dead` list them"
     )
+
+
+def newest_group(client: redis.Redis, keys: Keys) -> str:
+    """Return a trained group of the newest step. Raises ConfigError where none is kept."""
+    for sample in newest_samples(client, keys, count=1):
+        return str(sample["group"])
+    raise ConfigError("no trained group is kept yet: name one in flight, e.g. `sluice trace t0`")
 
 
 def _trace(group: str, where: str, times: dict[str, float], work: dict[str, str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Sphinx extension: reference pages made from the code, so that they cannot fall behind it.
 
 A page says `<!-- generated: configuration -->`, and the Markdown that the function of that name returns takes its place
-when the site is built: configuration, sft, presets, commands, stages, redis_keys.
+when the site is built: configuration, sft, presets, commands, api, stages, redis_keys.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 import click
 import yaml
+from api_page import api
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
@@ -157,7 +158,7 @@ def presets() -> str:
 
 
 def commands() -> str:
-    """Every command with its arguments and options."""
+    """Every command with its arguments, options and example."""
     parts = []
     for path, command in walk(cli, "sluice"):
         if path == "sluice":
@@ -168,7 +169,14 @@ def commands() -> str:
         helps = [p.get_help_record(context) for p in command.params]
         rows = [f"| `{_cell(option)}` | {_cell(_sentence(text))} |" for option, text in filter(None, helps) if text]
         parts += ["| option | |", "|---|---|", *rows, ""] if rows else []
+        parts += [f"```bash\n{example_of(command)}\n```", ""] if command.epilog else []
     return "\n".join(parts)
+
+
+def example_of(command: click.Command) -> str:
+    """What the help shows below `Example:`."""
+    _, _, lines = (command.epilog or "").partition("Example:")
+    return "\n".join(line.strip() for line in lines.splitlines() if line.strip("\b \n"))
 
 
 def walk(command: click.Command, path: str) -> list[tuple[str, click.Command]]:
@@ -206,7 +214,7 @@ def _plain(text: str) -> str:
     return _cell(text).replace("<", "&lt;")
 
 
-PAGES = {page.__name__: page for page in (configuration, sft, presets, commands, stages, redis_keys)}
+PAGES = {page.__name__: page for page in (configuration, sft, presets, commands, api, stages, redis_keys)}
 
 
 def insert(app: Sphinx, docname: str, content: list[str]) -> None:

@@ -12,6 +12,7 @@ import redis
 
 from sluice.common.errors import SluiceError
 from sluice.common.monitoring.printable import escape_log_records, printable
+from sluice.scripts.commands.chat import chat
 from sluice.scripts.commands.control import drain, evaluate, pause, resume, set_
 from sluice.scripts.commands.convert import export, replay
 from sluice.scripts.commands.data import data
@@ -28,7 +29,7 @@ SECTIONS = {
     "Run": (run, sft, create, worker, train, plan, data, doctor),
     "Look": (status, dashboard, ledger, samples, dead, trace, metrics, runs),
     "Operate": (pause, resume, drain, set_, evaluate),
-    "Convert": (export, replay),
+    "Use": (chat, export, replay),
 }
 
 

@@ -1,6 +1,6 @@
 """Run a module as `python -m` does, and SIGKILL the process at an exact place.
 
-python tests/kill_at.py sluice.trainer.checkpoint:_fsync before 2 sluice.trainer       # before the second call of _fsync
+python tests/kill_at.py sluice.trainer.checkpoint:fsync before 2 sluice.trainer        # before the second call of fsync
 python tests/kill_at.py sluice.trainer.trained_policy:TrainedPolicy.optimize after 3 sluice.trainer
 """
 

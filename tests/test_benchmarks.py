@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT, environment
 
+from benchmarks import plots
 from benchmarks.probe.sitecustomize import TARGETS
 from benchmarks.run_all import NAMES, PAGE, filled_page
 from benchmarks.shared.report import RESULTS
@@ -50,6 +51,19 @@ def test_the_page_shows_the_recorded_results() -> None:
     for path in RESULTS.glob("*.json"):
         report = json.loads(path.read_text())
         assert (report["benchmark"], report["quick"]) == (path.stem, False)
+
+
+def test_plots_are_drawn_for_light_and_dark_and_those_of_the_page_show_the_recorded_results(tmp_path: Path) -> None:
+    plots.main(["--quick", "--out", str(tmp_path)])
+    for name in plots.PLOTS:
+        drawn = (tmp_path / f"benchmark-{name}.svg").read_text()
+        assert all(f"var(--{variable})" in drawn for variable in ("ground", "ink"))
+        assert "@media(prefers-color-scheme:dark)" in drawn
+        source = f"<!-- {name}.json {plots.digest_of(name)} -->"
+        assert source in drawn
+        shown = plots.IMAGES / f"benchmark-{name}.svg"
+        assert source in shown.read_text(), "python benchmarks/plots.py draws it again"
+        assert f"images/{shown.name}" in PAGE.read_text()
 
 
 @pytest.mark.slow

@@ -227,11 +227,14 @@ def test_progress_says_what_is_loading_that_groups_are_lost_and_that_no_trainer_
         return capsys.readouterr().err
 
     now.beat("dataset")
-    assert "starting, 0 s so far: loading: rollout, reward, trainer\n" in said()
+    assert "starting, 0 s so far: 1 of 4 processes ready, loading: rollout, reward, trainer\n" in said()
     assert said() == "", "once"
     now.client.hset(now.keys.run_record, "status", "running")
+    now.beat("trainer", doing="loading the model")
+    assert said().endswith("loading: rollout, reward, trainer; the trainer is loading the model\n")
     now.staff()
-    now.beat("trainer", waiting_s=1.0)
+    now.beat("trainer", doing="", waiting_s=1.0)
+    assert said().endswith("all processes are ready; the first batch has 0 of 2 groups, 0 are in progress\n")
     now.ledger.drop([admit_one(now.ledger), admit_one(now.ledger)], reason="bad_row", detail="row 3: \x1b[2J")
     expected = (
         f"2 of the last 2 groups were lost. The last one, t1: bad_row: row 3: \\x1b[2J (`sluice ledger {now.run.name}`"
@@ -239,8 +242,39 @@ def test_progress_says_what_is_loading_that_groups_are_lost_and_that_no_trainer_
     assert f"losing groups: {expected}" in said()
     assert now.cause().kind == "losing_groups" and "losing_groups" in {alarm.kind for alarm in now.alarms()}
     now.client.delete(now.keys.ends, now.keys.process("trainer@host:1"))
+    assert "starting, 0 s so far: 3 of 4 processes ready, loading: trainer\n" in said()
+    now.beat("trainer", doing="", waiting_s=0.0)
+    step = {"reward/mean": 0.5, "staleness/mean": 1.0, "throughput/trained_tokens_per_s": 9.0, "admission/credits": 1}
+    now.step(3, **step)
     monkeypatch.setattr("sluice.scripts.launcher.progress.STALLED_AFTER_S", 0.0)
-    assert "starting, 0 s so far: no trainer is running" in said()
+    lines = (said() + said()).splitlines()
+    assert lines[0].startswith("step 3/")
+    assert lines[1] == "step 4 has taken 0 s so far: the trainer is training on a batch"
+    now.client.delete(now.keys.process("trainer@host:1"))
+    assert said() == "no step for 0 s: no trainer is running\n"
+    progress.say_unreachable(redis.ConnectionError("refused"))
+    assert said().startswith(
+        "Redis is unreachable, every role waits for it: refused\nRedis is reachable again, after 0.0 s\n"
+    )
+
+
+def test_progress_has_a_line_per_evaluation(
+    client: redis.Redis, keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = [
+        {"name": name, "dataset": {"path": "x"}, "num_samples": samples} for name, samples in (("a", 0), ("b", 1))
+    ]
+    run = create_run(client, keys.run, make_config(evaluation={"datasets": datasets}), assets={}, folder=str(tmp_path))
+    progress = Progress(client, run)
+    scores = {"a/pass@1": 0.5, "a/pass@1_stderr": 0.1, "a/of@users": 7.0, "b/pass@1": 1.0, "b/sampled_pass@1": 0.25}
+    line = {"step": 3, "eval/a/version": 2, "eval/b/version": 2, **{f"eval/{name}": v for name, v in scores.items()}}
+    write_metrics(client, keys, line, max_length=10)
+    progress.update()
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [
+        "eval a, policy version 2: pass@1 0.500 ± 0.100",
+        "eval b, policy version 2: pass@1 1.000  sampled_pass@1 0.250",
+    ]
 
 
 def test_a_redis_that_is_full_or_away_is_a_cause_and_no_exception(

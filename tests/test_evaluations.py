@@ -31,8 +31,10 @@ from sluice.common.ledger.ledger import Ledger
 from sluice.common.ledger.scripts import Scripts
 from sluice.common.run import create_run
 from sluice.common.serialization import decode, encode
-from sluice.dashboard.evaluations import describe, list_evaluations
+from sluice.dashboard.evaluations import describe
 from sluice.scripts.launcher.preflight import preflight
+from sluice.trainer.control_state import ControlReader
+from sluice.trainer.evaluations import Evaluations
 from sluice.workers.context import Context
 from sluice.workers.reward import RewardRole
 from sluice.workers.rewards.answers import read_answer
@@ -133,7 +135,7 @@ def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> No
     assert evaluation.unreported(client, run) == {("sums", 0)}
     evaluation.mark_reported(client, run.keys, dataset="sums", version=0)
     assert evaluation.unreported(client, run) == set()
-    (entry,) = list_evaluations(client, run)
+    (entry,) = evaluation.read_all(client, run)
     stderr = {name: entry.pop(name) for name in list(entry) if name.endswith("_stderr")}
     expected = {
         "dataset": "sums",
@@ -146,6 +148,7 @@ def test_a_result_is_made_of_what_the_reward_role_stored(role: RewardRole) -> No
         "maj@4": (1 + 0.5 + 0) / 3,  # two to one, one to one, no votes
         "mean_length": (3 + 8 + 4) / 3,
         "clipped_ratio": 1 / 3,
+        "logged": {},
         "num_prompts": 3,
         "num_dead": 1,  # the fourth prompt is in no mean
         "num_asked": 4,
@@ -242,9 +245,68 @@ def test_a_prompt_of_which_one_group_died_is_counted_once(client: redis.Redis, k
     config = make_config(evaluation={"datasets": [PLAIN.model_dump(exclude_unset=True)]})
     run = create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
     scored_evaluation(client, keys, num_prompts=4, dead=frozenset(["e0.heldout.1s"]))
-    (entry,) = list_evaluations(client, run)
+    (entry,) = evaluation.read_all(client, run)
     assert (entry["num_prompts"], entry["pass@1"], entry["sampled_pass@1"]) == (4, 0.5, 0.5)
     assert describe(entry).endswith("dead 1 of 4")
+
+
+LOGGING = """
+def logged(completions, log_metric, **kwargs):
+    log_metric("characters", sum(map(len, completions)) / len(completions))
+    log_metric("pass@1", 77.0)
+    log_metric("version", 77.0)
+    return [1.0] * len(completions)
+"""
+
+
+def test_what_a_reward_logs_in_an_evaluation_is_a_metric_of_the_set(
+    client: redis.Redis, keys: Keys, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over the greedy completions, before and after the groups are folded into a summary; it displaces no score."""
+    monkeypatch.setenv("SLUICE_REDIS_URL", redis_url)
+    monkeypatch.setenv("SLUICE_RUN", keys.run)
+    (tmp_path / "rewards.py").write_text(LOGGING)
+    functions = [{"function": f"{tmp_path / 'rewards.py'}:logged"}]
+    dataset = {"name": "sums", "dataset": {"path": "x"}, "num_samples": 2}
+    config = make_config(reward={"functions": functions}, evaluation={"datasets": [dataset]})
+    run = create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    publish_policy(client, keys, 0)
+    context = Context.open(make_app(keys.run, url=redis_url), "reward")
+    role = RewardRole(context, load_reward_functions(config.reward.functions))
+    ledger = make_ledger(client, keys)
+    evaluation.request(client, keys, config.evaluation.datasets[0], version=0)
+    texts = {"0g": ["four"], "1g": ["eleven char"], "0s": ["", ""], "1s": ["", ""]}
+    tasks = {f"e0.sums.{name}": task_payload(name) for name in texts}
+    ledger.admit_eval("0.sums", dataset="sums", version=0, tasks=tasks)
+    for name, completed in texts.items():
+        ledger.store(f"e0.sums.{name}", "rollout", completions(*completed), version=0)
+        role.score(f"e0.sums.{name}")
+    seen = Evaluations(client, run, ControlReader(client, run), retry_while_disk_full=lambda write: write())
+    for _ in range(2):  # the second time from the summary
+        (entry,) = evaluation.read_all(client, run)
+        assert entry["logged"] == {"characters": (4 + 11) / 2, "pass@1": 77.0, "version": 77.0}
+        assert (entry["pass@1"], entry["version"]) == (1.0, 0)
+        assert describe(entry).endswith("characters 7.5  pass@1 77  version 77")
+    metrics = seen.metrics()
+    shown = ("characters", "pass@1", "version", "mean_length")
+    assert [metrics[f"eval/sums/{name}"] for name in shown] == [7.5, 1.0, 0.0, 3.0]
+
+
+def test_a_policy_that_is_published_again_is_not_evaluated_again(
+    client: redis.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    config = make_config(evaluation={"datasets": [{"dataset": {"path": "x"}}], "every_steps": 5})
+    run = create_run(client, keys.run, config, assets={}, folder=str(tmp_path))
+    for version, parent, step, digest in ((0, -1, 0, "a"), (1, 0, 5, "b"), (2, 1, 5, "b"), (3, 2, 5, "c")):
+        client.hset(keys.lineage, str(version), f"{parent}:{step}:{digest}")
+    seen = Evaluations(client, run, ControlReader(client, run), retry_while_disk_full=lambda write: write())
+    datasets = run.config.evaluation.datasets
+    assert seen.begin(5, 1, same_as=None) == datasets
+    evaluation.request(client, keys, datasets[0], version=1)
+    assert seen.begin(5, 3, same_as=1) == seen.begin(5, 3, same_as=2) == (), "2 is 1, under another version"
+    assert seen.begin(5, 4, same_as=3) == datasets, "3 was made at the same step, and differs"
+    assert seen.begin(6, 5, same_as=None) == (), "not due"
+    assert seen.unreported == {("heldout", 1), ("heldout", 4)}
 
 
 def test_a_training_group_carries_its_scores_only(role: RewardRole) -> None:

@@ -1,4 +1,4 @@
-"""The worked examples of docs/extending.md, for real; and a user's code: where it is found, and what it never displaces."""
+"""The worked examples of extending.md and custom_loss.md, for real; where a user's code is found, and what it never displaces."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from sluice.trainer.distributed.parallel import open_policy
 from sluice.trainer.step import train_on
 from sluice.workers.rewards.loading import load_reward_functions
 
-PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = [DOCS / "extending.md", DOCS / "tutorials" / "custom_loss.md"]
 REWARDS = {"functions": [{"function": "sluice.workers.rewards.MathReward"}]}
 
 
 def write_example(name: str, folder: Path) -> Path:
-    """A file of the page, written out."""
-    (text,) = re.findall(rf"^```python\n(# {name}\n.*?)^```$", PAGE.read_text(), re.M | re.S)
+    """A file of the pages, written out."""
+    pages = "".join(page.read_text() for page in PAGES)
+    (text,) = re.findall(rf"^```python\n(# {name}\n.*?)^```$", pages, re.M | re.S)
     (folder / name).write_text(text)
     return folder / name
 
@@ -143,7 +145,7 @@ print(sys.modules["trainer"].__file__, common.__file__)
 print(redis.__version__, types.FunctionType.__name__)
 """
     argv = [sys.executable, "-c", program, str(path)]  # `python -c`, as `python -m`, puts the present folder first
-    shown = subprocess.run(argv, cwd=PAGE.parent.parent, capture_output=True, text=True, check=True).stdout.splitlines()
+    shown = subprocess.run(argv, cwd=DOCS.parent, capture_output=True, text=True, check=True).stdout.splitlines()
     assert shown[:2] == ["[]", f"{tmp_path / 'trainer.py'} {tmp_path / 'common.py'}"]
     assert shown[2].endswith("function")
 

@@ -87,6 +87,10 @@ def test_killed_workers_redis_and_fork_server_are_started_again_and_nothing_is_l
         assert process.wait(240) == 0
     said = (tmp_path / "output.log").read_text()
     assert "the embedded Redis ended unexpectedly (exit code -9): starting it again" in said
+    assert "the embedded Redis works again, after " in said
+    for role in ("rollout-0", "reward-0", "trainer"):
+        assert f"{role} was killed by SIGKILL; it is started again in 0.5 s" in said
+        assert f"{role} works again, " in said
     restarts = finished(only_run(tmp_path), steps)["restarts"]
     assert restarts == {"reward-0": 1, "rollout-0": 2, "dataset-0": 1, "reference-0": 1, "trainer": 1}
     assert_trained_once(only_run(tmp_path), steps)

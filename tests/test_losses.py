@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -185,6 +186,10 @@ def test_a_reward_that_always_raises_is_named_and_ends_the_run(tmp_path: Path) -
     for line in (named, error):
         assert "reward function late raised ZeroDivisionError: division by zero" in line and line.count(place) == 1
         assert re.search(r"`sluice (dead loses --show t\d+|trace t\d+ loses)`", line)
+    folder = tmp_path / "runs" / "loses"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["ended"]) == ("failed", error.removeprefix("error: "))
+    assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
     shown = sluice("status", "loses", cwd=tmp_path).stdout
     assert "loses: failed" in shown and "the run only loses groups and has ended" in " ".join(shown.split())
 
@@ -207,8 +212,11 @@ def test_a_run_whose_prompts_are_all_too_long_fails_role_by_role(tmp_path: Path,
             assert "prompt_too_long: prompt " in record.failure and "dataset.max_req_tokens = 2" in record.failure
             wait_for(lambda: stopped_by(client, run) == "failed", timeout=10, what="admission to end")
             assert counters_of(env).dropped["prompt_too_long"] - dropped < dropped
+            summary = json.loads((tmp_path / "runs" / name / "summary.json").read_text())
+            assert (summary["status"], summary["ended"]) == ("failed", record.failure)
     log = (tmp_path / "trainer.log").read_text()
     assert f"error: {record.failure}" in log
+    assert (tmp_path / "runs" / name / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
 def stopped_by(client: redis.Redis, run: Run) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -68,6 +69,17 @@ def test_no_training_group_is_claimed_before_a_policy_is_served(
     served.until_serves(0)
     served.role.generate(group_id)
     assert served.fleet.has([group_id], "rollout") and served.fleet.field(group_id, "n:rollout") == "1"
+
+
+def test_a_worker_that_is_told_to_stop_waits_for_no_first_policy(serve_fleet: Callable[..., ServedFleet]) -> None:
+    served = serve_fleet()
+    [group_id] = served.fleet.admit(1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(served.role.generate, group_id)
+        assert not waiting.done()
+        served.role.stop_soon()
+        waiting.result(20)  # of the 600 s
+    assert not served.client.hexists(served.keys.group(group_id), "n:rollout")
 
 
 def test_a_late_worker_stages_the_newest_version_first(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.evaluations import read_best
+from sluice.common.policies.lineage import read_lineage
 from sluice.common.policies.manifest import Manifest
 from sluice.common.policies.signing import Signer
 from sluice.scripts.cli import cli
@@ -76,6 +78,10 @@ def test_held_out_accuracy_rises_and_what_is_printed_and_drawn_says_so(finished:
     assert summary["eval_before"] < 0.5  # an imperfect start, or nothing is shown
     assert summary["eval_after"] > 0.85
     assert summary["reward_last"] > summary["reward_first"]
+    assert finished.output.startswith("loading torch, transformers and Celery, once for all roles\n")
+    assert f"  sluice chat {finished.run.relative_to(finished.folder)} " in finished.output
+    start = re.split(r"^step \d", finished.output, maxsplit=1, flags=re.MULTILINE)[0]
+    assert "loading: " in start and not re.search("stall|still serves|no step|workers on", start), "nothing failed"
     for expected in ("held-out greedy accuracy", "reward", "policy age", "tokens", "in_flight 0: holds"):
         assert expected in finished.output
     assert (finished.run / "reward.png").read_bytes().startswith(b"\x89PNG")
@@ -179,3 +185,20 @@ def test_trackers_and_completions_show_every_step(finished: Finished) -> None:
     assert list(table.groupby("step").group_id.nunique()) == [GROUPS_PER_STEP] * STEPS
     assert table.groupby("step").reward.mean().to_dict() == pytest.approx(means)
     assert table.completion.str.contains("<answer>").mean() > 0.5
+
+
+def test_a_run_resumed_after_its_last_step_shows_that_step_and_neither_publishes_nor_evaluates_again(
+    finished: Finished,
+) -> None:
+    before = metrics_lines(finished.run)
+    done = sluice(
+        "run", str(finished.folder / "job.yaml"), "--resume", finished.run.name, cwd=finished.folder, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"step {STEPS} of {STEPS}: every step is trained already" in done.stderr
+    assert f"{finished.run.name}: {STEPS} steps in " in done.stderr
+    summary = json.loads((finished.run / "summary.json").read_text())
+    assert summary["evaluations"] == finished.summary["evaluations"]
+    assert metrics_lines(finished.run) == before
+    with reading_server(finished.run / "redis") as url, closing(connect(url)) as client:
+        assert max(read_lineage(client, Keys(finished.run.name))) == STEPS

@@ -25,6 +25,7 @@ from sluice.common.operations import control
 from sluice.common.operations.storage import run_keys
 from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.common.serialization import encode
+from sluice.scripts.commands.compare import read_run
 from sluice.scripts.commands.runs import archive_run, delete_run, read_runs
 from sluice.scripts.launcher.redis_server import start_server
 
@@ -148,6 +149,38 @@ def test_runs_are_listed_with_what_they_hold_and_compared_side_by_side(runs: Run
     assert "trainer.learning_rate" in shown and "3e-06" in shown
 
 
+def test_runs_are_compared_as_curves_also_of_folders_without_a_server(tmp_path: Path) -> None:
+    for name, better in (("a", 0.0), ("b", 0.25)):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(make_config(seed=int(4 * better)).to_yaml())
+        lines = [
+            {"step": step, "version": step, "reward/mean": step / 8 + better, "entropy": 1.0}
+            for step in (1, 2, 2, 3, 4)
+        ]
+        lines[3] |= {"eval/sums/version": 2, "eval/sums/pass@1": 0.5 + better, "eval/sums/pass@1_stderr": 0.1}
+        lines.append({"step": 3, "time": 1.0, "control": "trainer.learning_rate", "old": 1e-5, "new": 2e-5 + better})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text + '{"step": 5, "rew')  # torn
+    shown = sluice("runs", "compare", "a", "runs/b", "--png", "out/curves.png", "--html", "<c>.html", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "0.125 ▁▃▆█ 0.5" in shown.stdout and "0.375 ▁▃▆█ 0.75" in shown.stdout
+    assert "curves: out/curves.png" in shown.stdout
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "<c>.html").read_text()
+    assert page.startswith("<!doctype html>") and page.count("<svg") == 1 and "<script" not in page
+    assert "<td>seed</td><td>0</td><td>1</td>" in page and "0.125 ▁▃▆█ 0.5" in page
+    told = json.loads(sluice("runs", "compare", "runs/a", "b", "--json", cwd=tmp_path).stdout)
+    assert told["config"] == {"seed": {"a": 0, "b": 1}, "trainer.learning_rate": {"a": 2e-5, "b": 0.25002}}
+    assert told["evaluations"]["b"] == {"eval/sums/pass@1": 0.75, "eval/sums/pass@1_stderr": 0.1}
+    assert told["metrics"]["a"]["step"] == 4
+    run = read_run(str(tmp_path / "runs" / "a"))
+    assert run.curve("reward/mean") == [(1, 0.125), (2, 0.25), (3, 0.375), (4, 0.5)]
+    assert run.evaluated("sums", "pass@1") == [(2, 0.5)], "at the step of its policy, not of its report"
+    refused = sluice("runs", "compare", "a", "c", cwd=tmp_path)
+    assert refused.returncode == 2 and "c is neither a run folder nor the name of one" in refused.stderr
+
+
 def test_an_archive_holds_what_the_run_has_told(runs: Runs) -> None:
     client, run, file = runs.client, runs.make(), runs.folder / "archives" / "run.tar"
     archive_run(client, run, file)
@@ -178,6 +211,9 @@ def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(t
         create_run(client, "x", config, assets={}, folder=str(folder))
         client.close()
         assert sluice("runs", cwd=tmp_path).stdout.startswith("x  running  step 0  0 processes  0.")
+        for named, cwd in ((".", folder), (f"../{tmp_path.name}/runs/x/", tmp_path), (str(folder), Path("/"))):
+            shown = sluice("ledger", named, cwd=cwd)
+            assert shown.returncode == 0, shown.stderr
         for is_silent in (False, True):  # one that loads its data, or has no connection free, is silent too
             server.process.send_signal(signal.SIGSTOP if is_silent else signal.SIGCONT)
             refused = sluice("runs", "delete", "x", "--yes", cwd=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -82,6 +83,30 @@ def test_a_trainer_of_one_rank_waits_for_no_others_and_divergence_ends_the_run_a
     with pytest.raises(RunFailed, match=r"^diverged, 0 1$") as caught:
         supervisor.poll()
     assert caught.value.exit_code == 3
+
+
+def test_a_killed_role_and_that_it_works_again_are_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    asked: list[tuple[str, int]] = []
+
+    def is_working(role: str, pid: int, age_s: float) -> bool:
+        asked.append((role, pid))
+        assert 0 <= age_s < 60
+        return len(asked) > 2  # it takes a while
+
+    program = "import time; time.sleep(60)"
+    supervisor, trainer, process = supervising(tmp_path, program, say=said.append, is_working=is_working)
+    supervisor.poll()
+    assert said == asked == [], "a role that never ended is no news"
+    process.kill()
+    process.wait(10)
+    wait_for(lambda: supervisor.poll() and len(said) == 2, timeout=20, what="both messages")
+    for _ in range(3):
+        supervisor.poll()
+    assert trainer.process is not None and set(asked) == {("trainer", trainer.process.pid)}
+    supervisor.stop()
+    assert said[0] == "trainer was killed by SIGKILL; it is started again in 0.5 s"
+    assert re.fullmatch(r"trainer works again, \d+\.\d s after it ended", said[1]) and len(said) == 2
 
 
 def test_logs_are_bounded_while_their_processes_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

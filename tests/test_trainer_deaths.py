@@ -26,7 +26,7 @@ KILLS = [
     (WRITE, "after", 3),  # tensors written, the pointer not moved
     (COLLECT, "before", 3),  # the pointer moved, nobody told
     ("sluice.trainer.checkpoint:save_file", "after", 1),  # weights written, no optimizer state
-    ("sluice.trainer.checkpoint:_fsync", "before", 5),  # everything in place but the `latest` pointer
+    ("sluice.trainer.checkpoint:replace_text", "before", 1),  # everything in place but the `latest` pointer
     (f"{BUFFER}.acknowledge", "before", 2),  # between checkpoint and acknowledgement
     (f"{BUFFER}.acknowledge", "after", 2),
 ]

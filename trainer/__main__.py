@@ -75,6 +75,7 @@ def main() -> int:
     RunRecord(client, run.keys).set_status("running")
     try:
         trainer.train(ranks)
+        trainer.end(trainer.outcome)
     except ConfigError as error:  # a model that does not load, a run that Redis has lost
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -82,14 +83,13 @@ def main() -> int:
         trainer.policy.close()
         text = printable(f"training has diverged: {error}" if isinstance(error, Diverged) else str(error))
         print(f"error: {text}", file=sys.stderr)
-        RunRecord(client, run.keys).set_status("failed", failure=text)
+        trainer.end("failed", failure=text)
         return error.EXIT_CODE
     except DiskFull as error:
         print(f"error: stopped without a checkpoint of step {trainer.position.step}: {error}", file=sys.stderr)
         return 1
     finally:
         trainer.close()
-    RunRecord(client, run.keys).set_status(trainer.outcome)
     return 0
 
 

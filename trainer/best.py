@@ -20,14 +20,14 @@ from pathlib import Path
 
 import redis
 
-from sluice.common.disk import needing_room
+from sluice.common.disk import needing_room, replace_text
 from sluice.common.errors import ConfigError
 from sluice.common.keys import Keys
 from sluice.common.ledger import evaluations as evaluation
 from sluice.common.ledger.evaluations import Best, read_best
-from sluice.common.policies.lineage import read_lineage
+from sluice.common.policies.lineage import equal_versions, read_lineage
 from sluice.common.run import Run
-from sluice.trainer.checkpoint import remove_old_checkpoints, replace_text, saved_versions
+from sluice.trainer.checkpoint import remove_old_checkpoints, saved_versions
 
 log = logging.getLogger("sluice.checkpoint")
 
@@ -85,11 +85,4 @@ def settle_best(folder: Path, client: redis.Redis, run: Run) -> None:
 def _published_as(client: redis.Redis, keys: Keys, saved: dict[int, int]) -> dict[int, list[int]]:
     """Return step -> versions that were published with the weights of its checkpoint, its own included, ascending."""
     lineage = read_lineage(client, keys)
-    policies: dict[tuple[int, str], list[int]] = {}
-    for version in sorted(lineage):
-        policies.setdefault((lineage[version].step, lineage[version].digest), []).append(version)
-    found = {}
-    for step, version in saved.items():
-        own = lineage.get(version)
-        found[step] = policies[own.step, own.digest] if own and own.digest else [version]
-    return found
+    return {step: equal_versions(lineage, version) for step, version in saved.items()}

@@ -35,7 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sluice.common.disk import needing_room
+from sluice.common.disk import fsync, needing_room, replace_text
 from sluice.common.errors import ConfigError
 from sluice.trainer.adapter import check_base
 
@@ -126,7 +126,7 @@ def write_tensors(folder: Path, kind: str, tensors: dict[str, Tensor], *, rank: 
     with needing_room(folder, what=f"{path.name} of a checkpoint"):
         folder.mkdir(exist_ok=True)  # another machine may not see it yet
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        _fsync(path)
+        fsync(path)
     return {path.name: _digest(path)}
 
 
@@ -154,12 +154,12 @@ def save_checkpoint(
         state_file = temporary / "state.json"
         fields = {**asdict(state), "files": write(temporary)}
         state_file.write_text(json.dumps({**fields, "digest": _text_digest(fields)}, indent=1))
-        _fsync(state_file)
-        _fsync(temporary)
+        fsync(state_file)
+        fsync(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         replace_text(folder / "latest", final.name)
-        _fsync(folder)
+        fsync(folder)
     remove_old_checkpoints(folder, keep=keep, protected=protected)
     return final
 
@@ -248,14 +248,6 @@ def restore_random_state(state: str) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace a small file durably, completely or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _fsync(temporary)
-    temporary.rename(path)
-
-
 def _complete(folder: Path) -> dict[int, Path]:
     """Return the folders of the complete checkpoints by step, ascending."""
     complete = sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
@@ -277,11 +269,3 @@ def _text_digest(fields: dict[str, Any]) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,8 @@
 """Evaluations as the trainer sees them: which versions are evaluated, and what came of it.
 
-A version is evaluated before training, after it, and every `evaluation.every_steps`. Results come at any time, perhaps
-under a restarted trainer: what no trainer has reported yet is in Redis.
+A version is evaluated before training, after it, and every `evaluation.every_steps`; a policy once, also where it is published
+again under another version. Results come at any time, perhaps under a restarted trainer: what no trainer has reported yet is in
+Redis.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import redis
 
 from sluice.common.config import EvalDataset
 from sluice.common.ledger import evaluations as evaluation
+from sluice.common.policies.lineage import equal_versions, read_lineage
 from sluice.common.run import Run
 from sluice.trainer.best import settle_best
 from sluice.trainer.control_state import ControlReader
@@ -41,9 +43,19 @@ class Evaluations:
         """Return whether the policy of this step may turn out to be the best, which is kept as a checkpoint."""
         return self._run.config.checkpoint.keep_best is not None and self.is_due(step)
 
-    def begin(self, step: int, version: int) -> tuple[EvalDataset, ...]:
-        """Return the sets that this version, about to be published, is evaluated on; await their results from now on."""
+    def missing(self, step: int, *, same_as: int | None) -> tuple[EvalDataset, ...]:
+        """Return the sets that the policy of this step is to be evaluated on. same_as: an earlier version of the same policy;
+        those that were begun with it, or with one that is equal to it, are not made again."""
         datasets = self._run.config.evaluation.datasets if self.is_due(step) else ()
+        if not datasets or same_as is None:
+            return datasets
+        versions = equal_versions(read_lineage(self._client, self._run.keys), same_as)
+        begun = evaluation.begun(self._client, self._run.keys)
+        return tuple(d for d in datasets if not any((d.name, version) in begun for version in versions))
+
+    def begin(self, step: int, version: int, *, same_as: int | None) -> tuple[EvalDataset, ...]:
+        """Return the sets that this version, about to be published, is evaluated on; await their results from now on."""
+        datasets = self.missing(step, same_as=same_as)
         self.unreported |= {(dataset.name, version) for dataset in datasets}
         return datasets
 
@@ -58,8 +70,9 @@ class Evaluations:
             if found is None:
                 continue
             self.unreported.discard((name, version))
-            metrics[f"eval/{name}/version"] = float(version)
-            metrics |= {f"eval/{name}/{metric}": value for metric, value in found.metrics().items()}
+            # what a reward logged never takes the place of a score
+            values = {**found.logged, **found.metrics(), "version": float(version)}
+            metrics |= {f"eval/{name}/{metric}": value for metric, value in values.items()}
             log.info("evaluation of version %d on %s: pass@1 %.3f", version, name, found.scores["pass@1"])
         if metrics:
             self.settle_best()

@@ -39,7 +39,7 @@ class TrainerHeartbeat:
         self._trainer, self._run, self._report_to = trainer, run, report
         self.confirm: Callable[[redis.Redis], None] = lambda client: None
         "called after each heartbeat: confirms the policy pointer"
-        self._stats: dict[str, Any] = {"step": 0, "version": 0}
+        self._stats: dict[str, Any] = {"step": 0, "version": 0, "doing": "starting"}
         self.alarm = ""
         self._since: dict[str, float] = {}
         "start of each wait: `outage` of the trainer's client, `alarm`, `batch`; and `unreachable` for our own client"

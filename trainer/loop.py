@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import redis
 import torch
@@ -43,6 +44,7 @@ from sluice.trainer.recovery import Position, Recovery
 from sluice.trainer.samples import Samples
 from sluice.trainer.step import train_on
 from sluice.trainer.step_metrics import FlowMeter, Reporter, batch_metrics, log_step, token_age
+from sluice.trainer.summary import write_summary
 
 log = logging.getLogger("sluice.trainer")
 
@@ -132,12 +134,24 @@ class Trainer:
         self.heartbeat.tell(doing="loading the model")
         self.policy = open_policy(self.config, end_token_ids=end_token_ids, ranks=ranks)
         self.buffer.vocab_size = self.policy.vocab_size
-        self.heartbeat.tell(doing="publishing its policy")
-        self._publish(parent=self.recovery.resume(self.policy, last_reported=self.reporter.last_version))
+        parent = self.recovery.resume(self.policy, last_reported=self.reporter.last_version)
+        if self._has_work(parent):
+            self.heartbeat.tell(doing="publishing its policy")
+            self._publish(parent=parent)
+        else:
+            self.heartbeat.tell(step=self.position.step, version=self.position.version)
+            log.info("step %d is the last one, and its policy is evaluated: nothing is published", self.position.step)
         self.reporter.begin(self.position.step, self.config)
         self.samples.forget_after(self.position.step)
         self.publisher.wait()
         self.heartbeat.tell(doing="")
+
+    def _has_work(self, parent: int) -> bool:
+        """Return whether a policy equal to version `parent` has to be published: to be trained further, or evaluated."""
+        is_last = 0 < self.config.trainer.num_steps <= self.position.step
+        return not is_last or bool(
+            self.evaluations.unreported or self.evaluations.missing(self.position.step, same_as=parent)
+        )
 
     def _train_on(self, groups: list[Group]) -> dict[str, float]:
         """Make one optimizer step and publish its policy."""
@@ -218,13 +232,16 @@ class Trainer:
 
         # Training is deterministic: a step repeated after a crash may come out bit for bit the same, and what was sampled from
         # it then is no older.
-        parent = self.recovery.matching_abandoned_version(weights, otherwise=parent)
+        origin = self.recovery.matching_abandoned_version(weights, otherwise=parent)
+        is_equal = origin != parent or not groups
 
         # Snapshot and canary are of the same weights, so both come before the next step changes them.
         canary = self.policy.score(choose_sequences(groups) or random_sequences(self.policy.vocab_size))
-        evaluate = self.evaluations.begin(self.position.step, self.position.version)
+        evaluate = self.evaluations.begin(
+            self.position.step, self.position.version, same_as=origin if is_equal else None
+        )
         self.publisher.publish(
-            self.position.version, weights, step=self.position.step, parent=parent, canary=canary, evaluate=evaluate
+            self.position.version, weights, step=self.position.step, parent=origin, canary=canary, evaluate=evaluate
         )
         return digest_before
 
@@ -247,6 +264,13 @@ class Trainer:
     def outcome(self) -> str:
         """Status of a run whose trainer has ended gracefully."""
         return "stopped" if self.stopping else "drained" if self.is_drained else "finished"
+
+    def end(self, status: str, *, failure: str = "") -> None:
+        """Write the summary of the run, then its status: who sees that a run has ended finds its summary."""
+        wall_s = self.position.wall_s
+        write_summary(self.client, self.run, status=status, failure=failure, wall_s=wall_s)
+        RunRecord(self.client, self.run.keys).set_status(status, failure=failure)
+        log.info("the run has ended; its summary is %s", Path(self.run.folder) / "summary.json")
 
     def close(self) -> None:
         """Close publisher, heartbeat and trackers, in this order."""

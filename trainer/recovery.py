@@ -21,13 +21,13 @@ import redis
 import torch
 from torch import Tensor
 
-from sluice.common.errors import ConfigError, PolicyNotFound, StateLost
-from sluice.common.ledger.evaluations import evaluated
+from sluice.common.errors import ConfigError, PolicyError, PolicyNotFound, StateLost
+from sluice.common.ledger.evaluations import evaluated, named, pending
 from sluice.common.ledger.ledger import read_cursor, restore_cursor
 from sluice.common.ledger.replay_buffer import ReplayBuffer
 from sluice.common.monitoring.metric_stream import write_event
 from sluice.common.policies.digest import weights_digest
-from sluice.common.policies.lineage import abandoned_versions, policy_ages, read_lineage
+from sluice.common.policies.lineage import abandoned_versions, equal_versions, policy_ages, read_lineage
 from sluice.common.run import Run, RunRecord
 from sluice.common.types import Group
 from sluice.trainer.audit import Audit, StepRecord
@@ -159,9 +159,24 @@ class Recovery:
 
             # The weights are those of the checkpoint's version, under a number that no process has ever used.
             parent, position.version = found.state.version, max(newest, found.state.version, last_reported)
+            self._restore_evaluated(parent, policy)
         self._abandoned = abandoned_versions(self._client, self._run.keys, after_step=position.step)
         self._audit.forget_after(position.step)
         return parent
+
+    def _restore_evaluated(self, version: int, policy: ParallelPolicy) -> None:
+        """Write the policy of the checkpoint again where its evaluation is not finished and its bytes are lost: a policy is
+        evaluated once."""
+        unfinished = {number for _, number in map(named, pending(self._client, self._run.keys))}
+        if not unfinished:
+            return
+        for equal in equal_versions(read_lineage(self._client, self._run.keys), version):
+            if equal in unfinished:
+                weights = policy.snapshot(getattr(torch, self._run.config.rollout.dtype), full=equal == 0)
+                try:
+                    self._publisher.store.restore(equal, weights)
+                except PolicyError as error:
+                    log.warning("the evaluation of policy version %d may not finish: %s", equal, error)
 
     def restore_redis_state(self, policy: ParallelPolicy, lost: StateLost) -> None:
         """Settle what was trained after Redis came back with an older state. The caller then publishes the policy again.

@@ -43,6 +43,7 @@ from sluice.common.ledger.ledger import Claim, Ledger
 from sluice.common.monitoring.heartbeats import HEARTBEAT_S, HeartbeatThread, connect_quickly
 from sluice.common.run import Run, open_run, process_name
 from sluice.workers.execution_lock import ExecutionLock
+from sluice.workers.work_log import WorkLog
 
 log = logging.getLogger("sluice.worker")
 
@@ -93,10 +94,14 @@ class Context:
     _claims: dict[str, Claim] = field(default_factory=dict)
     _reported: set[str] = field(default_factory=set)
     "holders of claims whose progress is in the ledger"
+    _work_log: WorkLog = field(init=False)
     _lock: ExecutionLock = field(default_factory=ExecutionLock)
     _is_closed: threading.Event = field(default_factory=threading.Event)
     _was_hung: bool = False
     _is_draining: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self._work_log = WorkLog(self.role)
 
     @classmethod
     def drain(cls, *_: object) -> None:
@@ -242,7 +247,7 @@ class Context:
         now, busy_s = time.monotonic(), self.busy_s()
         idle = 1.0 - (busy_s - self._heartbeat_busy_s) / max(now - self._heartbeat_at, 1e-9)
         self._heartbeat_at, self._heartbeat_busy_s = now, busy_s
-        return {
+        stats = {
             "idle_fraction": round(min(1.0, max(0.0, idle)), 3),
             "role": self.role,
             "pid": int(self.process.rpartition(":")[2]),
@@ -252,6 +257,8 @@ class Context:
             "done": self.num_done,
             **self.stats(),
         }
+        self._work_log.update(stats, busy_s=busy_s)
+        return stats
 
     def close(self) -> None:
         """Stop the heartbeat thread and the connection gracefully."""

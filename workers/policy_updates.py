@@ -125,12 +125,13 @@ class ServedPolicy:
         self._stop.set()
 
     def _follow(self) -> None:
-        seen, trouble = "", ""
+        seen, trouble, num_failed = "", "", 0
         while not self._stop.is_set():
             try:
                 seen = seen or last_entry(self._client, self._keys, "publications")
                 self._stage_newest()
                 self._check()
+                num_failed = 0
                 if self.alarm == trouble:
                     self.alarm = trouble = ""
                 is_restless = self._unchecked is not None or self._gate.is_held
@@ -139,6 +140,10 @@ class ServedPolicy:
             except (
                 Exception
             ) as error:  # whatever is in Redis: without this thread the worker would serve this version for ever
+                num_failed += 1
+                if num_failed == 1:  # the pointer moves a moment before it is confirmed
+                    self._stop.wait(_SOON_S)
+                    continue
                 trouble = f"still serves version {self._engine.version}: {_in_words(error)}"
                 if trouble != self.alarm:
                     log.error("%s", trouble, exc_info=not isinstance(error, (SluiceError, redis.RedisError, OSError)))

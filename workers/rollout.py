@@ -112,9 +112,7 @@ class RolloutRole:
 
     def _serves_a_policy(self) -> bool:
         """Wait for the first policy, before the claim: a worker that dies while it loads one costs its groups no attempt."""
-        deadline = time.monotonic() + FIRST_POLICY_WAIT_S
-        while self.engine.version < 0 and time.monotonic() < deadline and not self._stopping.wait(0.02):
-            pass
+        self.engine.has_begun.wait(FIRST_POLICY_WAIT_S)
         return self.engine.version >= 0
 
     def _generate(self, claim: Claim) -> Result:
@@ -167,6 +165,7 @@ class RolloutRole:
     def stop_soon(self) -> None:
         """Return what is not finished after the grace period to the queue (SIGTERM, SIGUSR2)."""
         self._stopping.set()
+        self.engine.has_begun.set()
         timer = threading.Timer(self.context.consume_grace_period_s(), self.engine.close)
         timer.daemon = True
         timer.start()

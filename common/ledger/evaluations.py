@@ -58,9 +58,11 @@ class EvalResult:
     "of the greedy completions, in tokens"
     clipped_ratio: float
     "share of the greedy completions that max_res_tokens cut off"
+    logged: dict[str, float]
+    "means of what reward functions logged (`log_metric`) of the greedy completions"
 
     def metrics(self) -> dict[str, float]:
-        """Return everything but the names and counts, under its metric names without eval/<dataset>/."""
+        """Return scores, errors and lengths under their metric names without eval/<dataset>/."""
         found: dict[str, float] = {}
         for name, value in self.scores.items():
             found |= {name: value, f"{name}_stderr": self.stderr[name]}
@@ -124,12 +126,16 @@ def named(evaluation: str) -> tuple[str, int]:
 def unreported(client: redis.Redis, run: Run) -> set[tuple[str, int]]:
     """Return (set, version) of every evaluation whose result no trainer has reported, finished or not."""
     sets = {dataset.name for dataset in run.config.evaluation.datasets}
-    known = {named(name) for name in (*pending(client, run.keys), *_admitted(client, run.keys))}
     return {
         (name, version)
-        for name, version in known
+        for name, version in begun(client, run.keys)
         if name in sets and not client.hexists(run.keys.evaluation(evaluation_id(version, name)), "reported")
     }
+
+
+def begun(client: redis.Redis, keys: Keys) -> set[tuple[str, int]]:
+    """Return (set, version) of every evaluation that was requested, finished or not."""
+    return {named(name) for name in (*pending(client, keys), *_admitted(client, keys))}
 
 
 def evaluated(client: redis.Redis, run: Run, versions: Collection[int]) -> set[int]:
@@ -154,16 +160,19 @@ def _admitted(client: redis.Redis, keys: Keys) -> list[str]:
 
 
 class _ScoreSums:
-    """Sums over the scored groups: how often each value of a score occurred, and the greedy lengths."""
+    """Sums over the scored groups: how often each value of a score occurred; of the greedy ones, lengths and logged metrics."""
 
     def __init__(self, summary: bytes | None) -> None:
-        known: dict[str, Any] = decode(summary) if summary else {"scores": {}, "num_tokens": 0, "num_clipped": 0}
+        known: dict[str, Any] = {"scores": {}, "num_tokens": 0, "num_clipped": 0, "logged": {}}
+        known |= decode(summary) if summary else {}
         self.scores: dict[str, Counter[float]] = defaultdict(Counter)
         "of one value per prompt"
         for name, values in known["scores"].items():
             self.scores[name].update(dict(values))
         self.num_tokens: int = known["num_tokens"]
         self.num_clipped: int = known["num_clipped"]
+        self.logged: dict[str, tuple[float, int]] = {name: (total, n) for name, (total, n) in known["logged"].items()}
+        "sum and count of each metric"
 
     def add(self, dataset: EvalDataset, group: dict[str, Any], *, is_greedy: bool) -> None:
         """Add what the reward role stored for one group."""
@@ -174,6 +183,9 @@ class _ScoreSums:
             self.scores["pass@1"][float(correct[0])] += 1
             self.num_tokens += sum(group["lengths"])
             self.num_clipped += sum(group["clipped"])
+            for name, (total, count) in group.get("metrics", {}).items():
+                before = self.logged.get(name, (0.0, 0))
+                self.logged[name] = before[0] + float(total), before[1] + int(count)
             return
         for name, k in dataset.estimated.items():
             self.scores[name][pass_at_k(correct, k=k)] += 1
@@ -183,7 +195,8 @@ class _ScoreSums:
     def summary(self) -> bytes:
         """Serialize for the constructor; the size does not depend on the number of prompts."""
         scores = {name: [list(pair) for pair in counts.items()] for name, counts in self.scores.items()}
-        return encode({"scores": scores, "num_tokens": self.num_tokens, "num_clipped": self.num_clipped})
+        lengths = {"num_tokens": self.num_tokens, "num_clipped": self.num_clipped}
+        return encode({"scores": scores, **lengths, "logged": {name: list(sums) for name, sums in self.logged.items()}})
 
 
 def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: int) -> EvalResult | None:
@@ -218,6 +231,7 @@ def result(client: redis.Redis, keys: Keys, dataset: EvalDataset, *, version: in
         stderr={name: stdev(v) / math.sqrt(len(v)) if len(v) > 1 else math.nan for name, v in scored.items()},
         mean_length=sums.num_tokens / num_greedy if num_greedy else math.nan,
         clipped_ratio=sums.num_clipped / num_greedy if num_greedy else math.nan,
+        logged={name: total / max(1, count) for name, (total, count) in sums.logged.items()},
     )
 
 
@@ -241,7 +255,10 @@ def majority_vote(answers: Sequence[str | None], correct: Sequence[bool]) -> flo
 
 
 def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
-    """Return finished evaluations of a run's sets, by set and version: dataset, version, step, metrics (None for nan), counts."""
+    """Return finished evaluations of a run's sets, by set and version: dataset, version, step, metrics and `logged` (None for
+    nan), counts, and whether the best checkpoint is the evaluated one."""
+    best = read_best(Path(run.folder) / "checkpoints")
+    marked = best and (best.metric.rpartition("/")[0], best.evaluated_version)
     found = []
     for name, version in map(named, _admitted(client, run.keys)):
         dataset = next((d for d in run.config.evaluation.datasets if d.name == name), None)
@@ -249,8 +266,12 @@ def read_all(client: redis.Redis, run: Run) -> list[dict[str, Any]]:
         if not finished:
             continue
         line = re.match(rb"-?[0-9]+:([0-9]{1,18})", client.hget(run.keys.lineage, str(version)) or b"")
-        entry = {"dataset": name, "version": version, "step": int(line[1]) if line else None}
-        metrics = {name: value if math.isfinite(value) else None for name, value in finished.metrics().items()}
+        entry: dict[str, Any] = {"dataset": name, "version": version, "step": int(line[1]) if line else None}
+        entry |= {**_finite(finished.metrics()), "logged": _finite(finished.logged)}
         counts = {name: getattr(finished, name) for name in ("num_prompts", "num_dead", "num_asked")}
-        found.append({**entry, **metrics, **counts})
+        found.append({**entry, **counts, "best": (name, version) == marked})
     return sorted(found, key=lambda entry: (entry["dataset"], entry["version"]))
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -20,8 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
+import redis
+
 from sluice.common.connections.client import BLOCK_S
 from sluice.common.errors import SluiceError, StateLost
+from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import Ledger, read_fields
 from sluice.common.pipeline import STAGES, stages_for
 from sluice.common.run import process_name
@@ -111,12 +114,7 @@ class ReplayBuffer:
 
     def sizes(self) -> dict[int, int]:
         """Return policy version -> groups in its stream, leased ones included."""
-        client, keys = self._ledger.client, self._ledger.keys
-        versions = [int(v) for v in client.zrange(keys.versions, 0, -1)]
-        with client.pipeline(transaction=False) as pipe:
-            for version in versions:
-                pipe.xlen(keys.stream(version))
-            return dict(zip(versions, pipe.execute(), strict=True))
+        return read_sizes(self._ledger.client, self._ledger.keys)
 
     def _dead_letter(self, step: int, damaged: dict[str, str]) -> None:
         pairs: list[str] = []
@@ -138,6 +136,15 @@ class ReplayBuffer:
             except (SluiceError, LookupError, TypeError, ValueError, AttributeError) as error:
                 damaged[group_id] = f"{type(error).__name__}: {error}"
         return groups, damaged
+
+
+def read_sizes(client: redis.Redis, keys: Keys) -> dict[int, int]:
+    """Return policy version -> complete groups in the buffer, leased ones included."""
+    versions = [int(v) for v in client.zrange(keys.versions, 0, -1)]
+    with client.pipeline(transaction=False) as pipe:
+        for version in versions:
+            pipe.xlen(keys.stream(version))
+        return dict(zip(versions, pipe.execute(), strict=True))
 
 
 def _decode_group(row: list[bytes | None], needed: set[str], vocab_size: int) -> Group:

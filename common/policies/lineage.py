@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -114,6 +114,14 @@ def policy_ages(client: redis.Redis, keys: Keys, versions: list[int], *, current
         return node(version).step + node(current).step - 2 * node(a).step
 
     return [age(version) for version in versions]
+
+
+def equal_versions(lineage: Mapping[int, Version], version: int) -> list[int]:
+    """Return the versions that hold the policy of this one, made at the same step, itself included, ascending."""
+    own = lineage.get(version)
+    if own is None or not own.digest:
+        return [version]
+    return sorted(v for v, other in lineage.items() if (other.step, other.digest) == (own.step, own.digest))
 
 
 def abandoned_versions(client: redis.Redis, keys: Keys, *, after_step: int) -> dict[int, dict[str, int]]:

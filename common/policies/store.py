@@ -174,9 +174,8 @@ class PolicyStore(PolicyReader):
         RunRecord(self._client, self._keys).restore_incarnation(incarnation)
 
     def restore(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write the bytes of a version stored in full again if they were lost. Raises DigestMismatch for other bytes."""
+        """Write a version again, in full, if its bytes were lost. Raises DigestMismatch for other bytes, PolicyError."""
         manifest = self.manifest(version)
-        assert manifest.num_bytes, f"policy version {version} is a delta"
         try:
             with self._retention.reading(version) as renew:
                 self._load(manifest, held=None, renew=renew)
@@ -184,4 +183,6 @@ class PolicyStore(PolicyReader):
             if weights_digest(tensors) != manifest.digest:
                 text = f"policy version {version} is lost, and these weights are not it: was model.path changed?"
                 raise DigestMismatch(text) from None
-            self._transport.write(version, tensors)
+            num_bytes = self._transport.write(version, tensors)
+            if not manifest.num_bytes:  # it was a delta
+                self._chain.record(replace(manifest, num_bytes=num_bytes))

@@ -21,7 +21,7 @@ from sluice.common.operations import control
 from sluice.common.pipeline import stages_for
 from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run
-from sluice.dashboard.evaluations import describe, list_evaluations
+from sluice.dashboard.evaluations import describe
 from sluice.scripts.launcher.run_folder import opened_run
 from sluice.scripts.options import Json, RunName, echo_json, example
 
@@ -108,7 +108,7 @@ def evaluate(name: str | None, timeout_s: float, only_list: bool, as_json: bool)
     """Evaluate the newest policy of a running run on its held-out sets, beside training."""
     with opened_run(name) as (client, opened, url):
         version = None if only_list else _evaluate_newest(client, opened, url=url, timeout_s=timeout_s)
-        results = [e for e in list_evaluations(client, opened) if version in (None, e["version"])]
+        results = [e for e in evaluation.read_all(client, opened) if version in (None, e["version"])]
     if as_json:
         echo_json({"evaluations": results})
     for result in () if as_json else results:

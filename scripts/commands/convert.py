@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,26 +19,51 @@ if TYPE_CHECKING:
 RunFolder = click.argument("run_folder", type=UserPath(exists=True, file_okay=False, path_type=Path))
 
 
-@click.command(epilog=example("sluice export runs/gsm8k exported --best --dtype bfloat16"))
+@click.command(
+    epilog=example(
+        "sluice export runs/gsm8k exported --best --dtype bfloat16",
+        "sluice export runs/gsm8k --push-to-hub me/gsm8k-qwen3",
+    )
+)
 @RunFolder
-@click.argument("target", type=UserPath(path_type=Path))
+@click.argument("target", required=False, type=UserPath(path_type=Path), metavar="[TARGET]")
 @click.option("--step", type=int, help="Checkpoint to export; default: the newest.")
 @click.option("--best", is_flag=True, help="The checkpoint that is best by checkpoint.keep_best.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--adapter", is_flag=True, help="Of a run with trainer.lora: the adapter alone, as a peft folder.")
-def export(run_folder: Path, target: Path, step: int | None, best: bool, dtype: str, adapter: bool) -> None:
-    """Write a checkpoint as a Hugging Face model folder that `transformers` loads; a LoRA adapter is merged into it."""
-    from sluice.trainer.best import best_step
-    from sluice.trainer.export import export_checkpoint
+@click.option(
+    "--push-to-hub", metavar="REPO", help="Upload it to this repository of the Hugging Face Hub; a new one is private."
+)
+def export(
+    run_folder: Path,
+    target: Path | None,
+    step: int | None,
+    best: bool,
+    dtype: str,
+    adapter: bool,
+    push_to_hub: str | None,
+) -> None:
+    """Write a checkpoint as a Hugging Face model folder that `transformers` loads; a LoRA adapter is merged into it.
+
+    With --push-to-hub TARGET may be left out: the folder is then removed once it is uploaded.
+    """
+    from sluice.scripts.api.export import check_login, checkpoint_step, export_model, upload
 
     if best and step is not None:
         raise ConfigError("--best and --step name two checkpoints: give one of them")
-    os.umask(0o022)  # a model is made to be handed on
-    step = best_step(run_folder / "checkpoints") if best else step
-    exported = export_checkpoint(run_folder, target, step=step, dtype=dtype, adapter=adapter)
-    for weights in target.glob("*.safetensors"):  # their library makes them private
-        weights.chmod(0o644)
-    click.echo(f"step {exported} of {run_folder.name} is in {target}")
+    if target is None and push_to_hub is None:
+        raise ConfigError("say where the model goes: a folder, --push-to-hub REPO, or both")
+    if push_to_hub:
+        check_login(push_to_hub)
+    step = checkpoint_step(run_folder, "best") if best else step
+    with tempfile.TemporaryDirectory(prefix="sluice-export-") as temporary:
+        folder = target or Path(temporary)
+        exported = export_model(run_folder, folder, step=step, dtype=dtype, adapter=adapter)
+        if push_to_hub:
+            address = upload(folder, push_to_hub, run_folder=run_folder, step=exported)
+            click.echo(f"step {exported} of {run_folder.name} is at {address}")
+    if target:
+        click.echo(f"step {exported} of {run_folder.name} is in {target}")
 
 
 @click.command(epilog=example("sluice replay runs/gsm8k --step 100"))

@@ -19,7 +19,7 @@ from sluice.dashboard.dead_letters import not_dead, read_dead_letters, render_de
 from sluice.dashboard.run_state import collect_status
 from sluice.dashboard.samples import read_samples, render_sample
 from sluice.dashboard.terminal import ledger_text, render
-from sluice.dashboard.trace import read_trace, render_trace
+from sluice.dashboard.trace import newest_group, read_trace, render_trace
 from sluice.scripts.launcher.run_folder import opened_run
 from sluice.scripts.options import Json, RunName, console, echo_json, example
 
@@ -107,14 +107,14 @@ def samples(name: str | None, count: int, step: int | None, as_json: bool) -> No
         click.echo("no samples yet", err=True)
 
 
-@click.command(epilog=example("sluice trace t17"))
-@click.argument("group")
+@click.command(epilog=example("sluice trace", "sluice trace t0"))
+@click.argument("group", required=False)
 @RunName
 @Json
-def trace(group: str, name: str | None, as_json: bool) -> None:
-    """Show the life of one group: its stages with times, workers and attempts."""
+def trace(group: str | None, name: str | None, as_json: bool) -> None:
+    """Show the life of one group, of the newest trained one by default: its stages with times, workers and attempts."""
     with opened_run(name) as (client, opened, _):
-        found = read_trace(client, opened.keys, group)
+        found = read_trace(client, opened.keys, group or newest_group(client, opened.keys))
     if as_json:
         echo_json(found)
     else:

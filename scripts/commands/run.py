@@ -25,6 +25,7 @@ QUICKSTART = "sluice run config/quickstart.yaml"
 @Resume
 def run(config: str, overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
     """Run all on this machine: Redis if none is given, one worker per queue and replica, the trainer, live progress."""
+    click.echo("loading torch, transformers and Celery, once for all roles", err=True)
     with ended_by_ctrl_c():  # until something has started, which `run_to_the_end` then ends in order
         with imports_without_threads():  # this process forks
             from sluice.scripts.launcher.launch import run_to_the_end

@@ -20,7 +20,6 @@ from typing import Any, get_args
 
 import click
 import redis
-from rich.table import Table
 
 from sluice.common.config import Config
 from sluice.common.config.file import parse_config, read_run_config
@@ -28,32 +27,21 @@ from sluice.common.connections.client import connect
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError, ConnectionFailed
 from sluice.common.keys import Keys
+from sluice.common.ledger.evaluations import read_all
 from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.diagnosis import broker_client
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.monitoring.metric_stream import ArchivedStream, last_metrics, read_archive
-from sluice.common.operations.control import effective, read_control_state
+from sluice.common.operations.control import read_control_state
 from sluice.common.operations.storage import begin_removal, end_removal, has_keys, memory_of_runs, remove_keys
 from sluice.common.policies.lineage import read_pointer
 from sluice.common.run import Run, RunRecord, list_runs
 from sluice.common.serialization import decode
 from sluice.dashboard.dead_letters import read_dead_letters
-from sluice.dashboard.evaluations import list_evaluations
+from sluice.scripts.commands.compare import compare, finite
 from sluice.scripts.launcher.redis_server import DataInUse, running_url, take_lock
 from sluice.scripts.launcher.run_folder import existing_folder, opened_run
-from sluice.scripts.options import Json, UserPath, console, echo_json, example
-
-_SHOWN = (
-    "step",
-    "reward/mean",
-    "loss/policy",
-    "entropy",
-    "grad_norm",
-    "staleness/mean",
-    "completions/mean_length",
-    "throughput/trained_tokens_per_s",
-)
-"""Metrics that `compare` prints; --json holds all."""
+from sluice.scripts.options import Json, UserPath, echo_json, example
 
 
 @click.group(invoke_without_command=True, epilog=example("sluice runs", "sluice runs compare first second"))
@@ -72,30 +60,7 @@ def list_(as_json: bool) -> None:
     _list(as_json)
 
 
-@runs.command(epilog=example("sluice runs compare first second"))
-@click.argument("names", nargs=-1, required=True, metavar="RUN RUN...")
-@Json
-def compare(names: tuple[str, ...], as_json: bool) -> None:
-    """Show where configs differ, the last metrics and the last evaluations, side by side."""
-    columns: dict[str, dict[str, Any]] = {}
-    for name in names:
-        with opened_run(name) as (client, opened, _):
-            scores: dict[str, float] = {}
-            for entry in list_evaluations(client, opened):  # oldest version first
-                scores |= {f"eval/{entry['dataset']}/{k}": v for k, v in entry.items() if isinstance(v, float)}
-            columns[name] = {
-                "config": dict(_flat(effective(client, opened).model_dump(mode="json"))),
-                "metrics": last_metrics(client, opened.keys),
-                "evaluations": scores,
-            }
-    keys = dict.fromkeys(key for column in columns.values() for key in column["config"])
-    differing = [key for key in keys if len({repr(column["config"].get(key)) for column in columns.values()}) > 1]
-    if as_json:
-        configs = {key: {name: column["config"].get(key) for name, column in columns.items()} for key in differing}
-        rest = {key: {name: _finite(c[key]) for name, c in columns.items()} for key in ("metrics", "evaluations")}
-        echo_json({"runs": list(names), "config": configs, **rest})
-        return
-    _print_columns(columns, differing)
+runs.add_command(compare)
 
 
 @runs.command(epilog=example("sluice runs archive first first.tar"))
@@ -196,41 +161,6 @@ def _line(run: dict[str, Any]) -> str:
     return f"{run['run']}  {run['status']}  step {run['step']}{reward}  {held}{created}"
 
 
-def _print_columns(columns: dict[str, dict[str, Any]], differing: list[str]) -> None:
-    terminal = console()
-    scores = dict.fromkeys(key for column in columns.values() for key in column["evaluations"])
-    for title, key, rows in (
-        ("config, where it differs", "config", differing),
-        ("last metrics", "metrics", _SHOWN),
-        ("last evaluations", "evaluations", scores),
-    ):
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
-        for name in columns:
-            table.add_column(name, overflow="fold")
-        for row in rows:
-            table.add_row(row, *(_cell(column[key].get(row)) for column in columns.values()))
-        terminal.print(table)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Drop what JSON does not have: nan and the infinities."""
-    return {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and value of every leaf; a list is one value."""
-    for name, value in data.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def archive_run(client: redis.Redis, run: Run, file: Path) -> list[str]:
     """Write the archive, completely or not at all; return the names in it. Raises ConfigError where the file exists."""
     if file.exists():
@@ -265,7 +195,7 @@ def _record(client: redis.Redis, run: Run) -> dict[str, Any]:
         "draining": control_state.draining,
         "policy": read_pointer(client, run.keys),
         "ledger": {kind: read_counters(client, run.keys, kind).to_dict() for kind in ("train", "eval")},
-        "evaluations": list_evaluations(client, run),
+        "evaluations": read_all(client, run),
     }
 
 
@@ -277,7 +207,7 @@ def _entries(client: redis.Redis, keys: Keys, stream: ArchivedStream) -> Iterato
         else:
             texts = {name.decode(): value.decode() for name, value in fields.items()}
             is_metrics = stream == "metrics"
-            yield _finite({k: float(v) for k, v in texts.items()}) if is_metrics else {"entry": entry, **texts}
+            yield finite({k: float(v) for k, v in texts.items()}) if is_metrics else {"entry": entry, **texts}
 
 
 def _write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 preflight (nothing is started or stored yet: every bad input ends here, exit code 2)
   --> redis --> run record --> supervisor: workers, trainer --> progress until the trainer is done
-  --> summary.json, report --> everything stopped, in order
+  --> everything stopped, in order --> summary.json, report, what to do next
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
+import click
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
@@ -28,7 +30,7 @@ from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.monitoring.metric_stream import write_event
-from sluice.common.operations.control import cancel_drain, default_who
+from sluice.common.operations.control import cancel_drain, default_who, effective
 from sluice.common.paths import with_absolute_paths
 from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, RunRecord, create_run, open_run
@@ -41,7 +43,7 @@ from sluice.scripts.launcher.redis_server import DataInUse, EmbeddedServer, star
 from sluice.scripts.launcher.roles import Role, dashboard_role
 from sluice.scripts.launcher.run_folder import new_folder, newest_run, run_folder, write_config
 from sluice.scripts.launcher.scaling import Scaler
-from sluice.scripts.launcher.summary import write_summary
+from sluice.scripts.launcher.summary import end_text, next_text
 from sluice.scripts.launcher.supervisor import TRAINER_STOP_S, RunFailed, Supervisor
 
 POLL_S = 0.1
@@ -69,6 +71,7 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         name = resume or newest_run(config, prefix=Path(config_path).stem)
     # roles are forked where the kernel ends them with their parent
     with ForkServer(is_fork=threading.active_count() == 1) if sys.platform == "linux" else nullcontext() as fork_server:
+        click.echo("checking config, model, data and rewards", err=True)
         for check in machine_checks(config):  # here the roles run on this machine; with `create` they need not
             check()
         assets = None if resume is not None else preflight(config)
@@ -108,7 +111,9 @@ def _drive(
     fork_server: ForkServer | None,
 ) -> int:
     """Start every role and watch until the trainer has finished."""
-    folder, record, progress = Path(run.folder), RunRecord(client, run.keys), Progress(client, run)
+    folder, record = Path(run.folder), RunRecord(client, run.keys)
+    done = _trained_steps(folder)
+    progress = Progress(client, run, done=done)
     pages, link = _dashboard(run)
     supervisor = Supervisor(
         run.config,
@@ -117,6 +122,7 @@ def _drive(
         folder=folder,
         status=lambda: record.status,
         trainer_is_alive=lambda: _trainer_is_alive(client, run),
+        is_working=partial(_is_working, client, run),
         extra=pages,
         say=progress.say,
         write_event=partial(write_event, client, run.keys),
@@ -124,8 +130,10 @@ def _drive(
         fork_server=fork_server,
     )
     scaler = Scaler(client, run, supervisor, say=progress.say)
-    started = time.monotonic()
+    started, failure = time.monotonic(), None
     progress.say(f"run {run.name} in {folder} (logs in {folder / 'logs'})")
+    if done:
+        progress.say(_resumed_text(done, total=effective(client, run).trainer.num_steps))
     if link:
         record.set_dashboard(link)
         progress.say(f"dashboard at {link}")
@@ -136,9 +144,7 @@ def _drive(
                 time.sleep(POLL_S)
             progress.update()
     except RunFailed as error:
-        with suppress(redis.ConnectionError):
-            record.set_status("failed", failure=str(error).partition("\n")[0])
-        raise
+        failure = error
     finally:
         was_interrupted = interrupted()
         if was_interrupted:
@@ -149,16 +155,51 @@ def _drive(
         supervisor.stop()
         with suppress(redis.ConnectionError, redis.TimeoutError):
             record.set_dashboard("")
+    if failure:
+        with suppress(redis.ConnectionError, redis.TimeoutError):
+            record.set_status("failed", failure=_reason(failure))
+            _summarize(client, run, progress, supervisor, wall_s=time.monotonic() - started)
+        raise failure
     if was_interrupted:
         record.set_status("stopped")
-    holds, text = write_summary(client, run, wall_s=time.monotonic() - started, restarts=supervisor.restarts)
-    progress.say(text)
+    holds = _summarize(client, run, progress, supervisor, wall_s=time.monotonic() - started)
     if was_interrupted or record.status == "drained":
         ended = "stopped" if was_interrupted else "drained"
         progress.say(f"{ended}; resume with: sluice run {config_path} --resume {run.name}")
     if was_interrupted:
         return 130
     return 0 if holds else 1
+
+
+def _summarize(client: redis.Redis, run: Run, progress: Progress, supervisor: Supervisor, *, wall_s: float) -> bool:
+    """Write and print what came of the run, and what to do next; return whether the ledger holds."""
+    from sluice.trainer.summary import write_summary
+
+    folder, record = Path(run.folder), RunRecord(client, run.keys)
+    status, failure = record.status, record.failure
+    ended = write_summary(client, run, status=status, failure=failure, wall_s=wall_s, restarts=supervisor.restarts)
+    progress.say(end_text(ended, folder))
+    if not failure:
+        progress.say(next_text(ended.summary, folder))
+    return ended.counters.holds
+
+
+def _reason(failure: RunFailed) -> str:
+    """Return the sentence that says why a run has failed: its first line, or where that announces a log, with the log's end."""
+    first, _, rest = str(failure).partition("\n")
+    return f"{first} {rest.splitlines()[-1].removeprefix('error: ')}" if first.endswith(":") and rest else first
+
+
+def _trained_steps(folder: Path) -> int:
+    """Return the step of the newest checkpoint, from which a run is resumed; 0 where there is none."""
+    steps = [int(state.parent.name.removeprefix("step-")) for state in folder.glob("checkpoints/step-*/state.json")]
+    return max(steps, default=0)
+
+
+def _resumed_text(done: int, *, total: int) -> str:
+    if done < total:
+        return f"resuming at step {done} of {total}"
+    return f"step {done} of {total}: every step is trained already; only evaluations that are missing are made"
 
 
 def _dashboard(run: Run) -> tuple[list[Role], str]:
@@ -185,13 +226,25 @@ def _trainer_is_alive(client: redis.Redis, run: Run) -> bool:
     return False
 
 
+def _is_working(client: redis.Redis, run: Run, role: str, pid: int, age_s: float) -> bool:
+    """Return whether a role of this machine has loaded: its process, or one of its ranks, sends heartbeats that say so."""
+    ours = f"{role}@{socket.gethostname()}:"
+    for name, stats in read_heartbeats(client, run.keys).items():
+        is_new = name == f"{ours}{pid}" or (role == "trainer" and stats.get("up_s", age_s) < age_s)
+        if name.startswith(ours) and is_new and not is_silent(stats) and not stats.get("doing"):
+            return True
+    return False
+
+
 def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None, progress: Progress) -> bool:
     """Check everything once; False when the trainer has finished. While Redis is unavailable the roles wait for it."""
     if server and server.process.poll() is not None:
         progress.say(
             f"the embedded Redis ended unexpectedly (exit code {server.process.returncode}): starting it again"
         )
+        began = time.monotonic()
         server.restart()
+        progress.say(f"the embedded Redis works again, after {time.monotonic() - began:.1f} s")
     try:
         is_running = supervisor.poll()
         if is_running:
@@ -199,7 +252,7 @@ def _watch(supervisor: Supervisor, scaler: Scaler, server: EmbeddedServer | None
         progress.update()
         return is_running
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        progress.say_throttled(f"Redis is unreachable, every role waits for it: {error}")
+        progress.say_unreachable(error)
         return True
 
 

@@ -1,7 +1,8 @@
 """`sluice run`'s process tree: starts every role, restarts a dead one, ends all of them in order.
 
     redis (embedded, if no URL is given) --> workers, one process per replica --> trainer
-    a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run
+    a worker or trainer that exits is started again after 0.5, 1, 2, ... seconds; MAX_CRASHES within CRASH_WINDOW_S end the run.
+    The user is told of the exit, and when the role works again
     while Redis is unavailable nothing is started, so a role that died of that dies once
     one that the run can do without (the dashboard) is not restarted then, and the user is told
     exit 0 (another process sent SIGTERM) counts as one, but the role is started again at once; of the trainer at its last step,
@@ -32,7 +33,7 @@ from typing import Any
 
 from sluice.common.config import Config
 from sluice.common.disk import cut
-from sluice.common.errors import Hopeless
+from sluice.common.errors import Hopeless, RunFailed
 from sluice.scripts.launcher.fork_server import ForkServer
 from sluice.scripts.launcher.processes import Process, signal_group, spawn
 from sluice.scripts.launcher.roles import (
@@ -55,14 +56,6 @@ POLL_S = 0.2
 """How often a trainer that ends is polled."""
 
 
-class RunFailed(Exception):
-    """A role cannot be kept alive, or training cannot continue; the message holds the tail of its log, or the reason."""
-
-    def __init__(self, message: str, *, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 @dataclass(kw_only=True)
 class Child:
     """One supervised process."""
@@ -76,6 +69,9 @@ class Child:
     process: Process | None = None
     crashes: list[float] = field(default_factory=list)
     start_at: float = 0.0
+    ended_at: float | None = None
+    "when it exited; none once it works again"
+    started_at: float = 0.0
     num_restarts: int = 0
     is_needed: bool = True
     "false = the run continues without it"
@@ -101,6 +97,7 @@ class Supervisor:
         folder: Path,
         status: Callable[[], str],
         trainer_is_alive: Callable[[], bool],
+        is_working: Callable[[str, int, float], bool] = lambda role, pid, age_s: False,
         extra: Iterable[Role] = (),
         say: Callable[[str], None] = print,
         write_event: Callable[..., None] = lambda event, **fields: None,
@@ -110,14 +107,15 @@ class Supervisor:
         """`status` reads the run's; while Redis is unavailable it raises ConnectionError, and so does `poll` then.
 
         `trainer_is_alive`: whether the trainer sent a heartbeat in the last seconds; false while Redis is unavailable.
-        `extra`: roles that the run can do without; `say` reports when one is abandoned. `write_event` records deaths and restarts
-        (metric_stream.write_event); what it raises, `poll` raises. `key_file`: the run's key, where the
-        environment has none (common/policies/signing.py). `fork_server` starts the roles that may be forked; without it they are
-        processes like the others.
+        `is_working`: whether a process that was started `age_s` seconds ago has loaded, by its role and pid; while Redis is
+        unavailable it may raise ConnectionError. `extra`: roles that the run can do without; `say` reports when one is
+        abandoned. `write_event` records deaths and restarts (metric_stream.write_event); what it raises, `poll` raises.
+        `key_file`: the run's key, where the environment has none (common/policies/signing.py). `fork_server` starts the roles
+        that may be forked; without it they are processes like the others.
         """
         self._fork_server = fork_server
         self._say, self._write_event, self._key_file = say, write_event, key_file
-        self._status, self._trainer_is_alive = status, trainer_is_alive
+        self._status, self._trainer_is_alive, self._is_working = status, trainer_is_alive, is_working
         env = {"SLUICE_REDIS_URL": url, "SLUICE_REDIS_URL_FILE": "", "SLUICE_RUN": run}
         env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         env |= {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -144,6 +142,7 @@ class Supervisor:
             self._start(child)
 
     def _start(self, child: Child) -> None:
+        child.started_at = time.monotonic()
         if self._fork_server and child.is_forked:
             child.process = self._fork_server.start(child.argv, log=child.log, env=child.env)
         else:
@@ -169,7 +168,18 @@ class Supervisor:
                 self._start(child)
                 child.num_restarts += 1
                 self._write_event("restarted", process=child.name)
+        self._report_returned()
         return True
+
+    def _report_returned(self) -> None:
+        """Say of every role that was started again when it has loaded."""
+        for child in self._children:
+            if child.ended_at is None or child.process is None:
+                continue
+            now, role = time.monotonic(), child.queue.partition(",")[0] or child.name
+            if self._is_working(role, child.process.pid, now - child.started_at):
+                self._say(f"{child.name} works again, {now - child.ended_at:.1f} s after it ended")
+                child.ended_at = None
 
     def _bound_logs(self) -> None:
         """Rotate logs that have grown over MAX_LOG_BYTES, every LOGS_EVERY_S."""
@@ -189,6 +199,8 @@ class Supervisor:
             said = [line for line in _tail(child.log, lines=100).splitlines() if line.startswith("error: ")]
             raise RunFailed(said[-1].removeprefix("error: ") if said else _tail(child.log), exit_code=code)
         now = time.monotonic()
+        if child.is_needed and child.ended_at is None:
+            child.ended_at = now
         child.crashes = [t for t in child.crashes if now - t < CRASH_WINDOW_S] + [now]
         if len(child.crashes) >= MAX_CRASHES:
             died = f"{child.name} died {len(child.crashes)} times"

@@ -105,6 +105,8 @@ class Engine(ABC):
         "when the loop made its last pass: stops in a hung engine, moves every second in an idle one; -inf of one that is dead"
         self.refused: tuple[int, str] | None = None
         "the policy version staged last that could not be loaded, and why; none once another was"
+        self.has_begun = threading.Event()
+        "set once a policy is served, or none will be: what waits for the first one continues"
         self._in_flight = in_flight
         self._last_error: str | None = None
         self._generated_tokens = self._num_updates = 0
@@ -236,6 +238,7 @@ class Engine(ABC):
             return
         # Every later token names the new version, also in sequences that continue with keys and values of the old one.
         self.version, self.digest, self.refused = policy.version, policy.digest, None
+        self.has_begun.set()
         self._num_updates += 1
         self._continue_running()
         self._last_pause_s = time.monotonic() - started
@@ -299,6 +302,7 @@ class Engine(ABC):
         self._running = []
 
     def _release_waiting(self, why: str) -> None:
+        self.has_begun.set()
         for group in self._pending:
             group.fail(EngineClosed, why)
         for scoring in self._scoring:

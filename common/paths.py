@@ -33,9 +33,21 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
+        user = Path(path).parts[0].removeprefix("~")
+        why = f"there is no user {user}" if user else "HOME is not set and this user has no home folder"
+        raise ConfigError(f"{path}: {why}: set HOME, or write the path in full") from None
+
+
+def check_folder(key: str, path: str) -> None:
+    """Check that files can be written under a folder, which need not exist yet. Raises ConfigError."""
+    folder = expanded(path)
+    near = next(each for each in (folder, *folder.parents) if each.exists())
+    if not near.is_dir():
+        raise ConfigError(f"{key} = {path!r}: {near} is not a folder; name another")
+    if not os.access(near, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"{path}: the home folder is not known, HOME is not set and this user has none: set HOME, or write the path in full"
-        ) from None
+            f"{key} = {path!r}: {near} cannot be written by this user; name another, or change its rights"
+        )
 
 
 def with_absolute_paths(config: AnyModel, *, code_folder: Path | None = None) -> AnyModel:

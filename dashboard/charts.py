@@ -108,16 +108,14 @@ def options(chart: Chart) -> dict[str, Any]:
             "feature": {"dataZoom": {"yAxisIndex": "none", "brushStyle": {"opacity": 0.15}}},
         },
         "xAxis": {
-            "type": "value",
+            "type": "category" if chart.is_histogram else "value",
             "name": "reward" if chart.is_histogram else "step",
             "nameLocation": "middle",
             "nameGap": 19,
             "nameTextStyle": {"color": _INK, "fontSize": 11},
-            "min": "dataMin",
-            "max": "dataMax",
-            **({} if chart.is_histogram else {"minInterval": 1}),
+            **({} if chart.is_histogram else {"min": "dataMin", "max": "dataMax", "minInterval": 1}),
             "axisLine": {"lineStyle": {"color": _LINE}},
-            "axisLabel": {"color": _INK, "fontSize": 11, "hideOverlap": True, ":formatter": "sluiceShort"},
+            "axisLabel": {"color": _INK, "fontSize": 11, "hideOverlap": True, ":formatter": "v => sluiceShort(+v)"},
             "splitLine": {"show": False},
         },
         "yAxis": axes,
@@ -190,8 +188,9 @@ def _drawn(chart: Chart, curve: Curve, *, colour: str, dashes: str, smoothing: f
 
 
 def _bars(curve: Curve, colour: str) -> dict[str, Any]:
-    bars = {"type": "bar", "name": curve.name, "color": colour, "data": thinned(curve.points), "barGap": "-100%"}
-    return bars | {"barWidth": "8%", "itemStyle": {"opacity": 0.6, "borderRadius": [2, 2, 0, 0]}}
+    bars = {"type": "bar", "name": curve.name, "color": colour, "barGap": "-100%", "barCategoryGap": "8%"}
+    data = [[f"{at:.3g}", float(f"{value:.4g}")] for at, value in curve.points]
+    return bars | {"data": data, "itemStyle": {"opacity": 0.6, "borderRadius": [2, 2, 0, 0]}}
 
 
 def _markers(snapshot: Snapshot, kinds: Sequence[str]) -> dict[str, Any]:

@@ -126,8 +126,7 @@ def _log_html(folder: Path, name: str) -> str:
         text = read_log(folder, name)
     except SluiceError as error:
         return alarms_html([str(error)])
-    newest_first = "\n".join(reversed(text.splitlines()))
-    return f'<h2>{escape(name)}, newest line first</h2><pre class="log">{_shown(newest_first) or "nothing yet"}</pre>'
+    return f'<h2>{escape(name)}</h2><div class="end"><pre class="log">{_shown(text) or "nothing yet"}</pre></div>'
 
 
 def _shown(text: str) -> str:

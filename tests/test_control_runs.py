@@ -175,7 +175,7 @@ def test_a_drained_run_ends_in_good_order_and_is_gone_on_with(tmp_path: Path) ->
     assert ledger["dead"] == {}
     assert ledger["in_flight"] < 4, "fewer groups than a batch are left"
     assert json_of("status", tmp_path, {})["status"] == "drained"
-    with running_sluice("run", str(config), "--resume", folder.name, cwd=tmp_path) as process:
+    with running_sluice("run", str(config), "--resume", f"runs/{folder.name}/", cwd=tmp_path) as process:
         wait_for_step(folder, step + 2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(180) == 130

@@ -14,16 +14,22 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from builders import for_each
+from builders import for_each, make_config
 from harness import only_run, quickstart_config, running_sluice, sluice, tiny_folder, wait_for
 
 from sluice.common.connections.client import connect
 from sluice.common.keys import Keys
 from sluice.common.ledger.ledger import read_counters
 from sluice.common.monitoring.heartbeats import send_heartbeat
-from sluice.common.monitoring.metric_stream import last_metrics, write_metrics
+from sluice.common.monitoring.metric_stream import last_metrics, write_event, write_metrics
 from sluice.common.serialization import decode, encode
+from sluice.dashboard.charts import COLOURS, colour_of, draw, smoothed
+from sluice.dashboard.overview import SECTIONS
+from sluice.dashboard.rows import event_text
+from sluice.dashboard.snapshots import Readers
+from sluice.dashboard.web_samples import distinct, fits, ordered, read_filters, written_filters
 from sluice.scripts.launcher.redis_server import EmbeddedServer, start_server
+from sluice.scripts.launcher.run_folder import RunFolders
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -149,16 +155,36 @@ def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
     assert page.locator("td", has_text=f"trained {counters.trained}").count() == 1
     assert page.locator("canvas").count() >= 15
     keep(page, "overview-light")
+    assert page.title() == f"{RUN} · Sluice"
+    assert page.locator(".flow .node b").all_text_contents() == [
+        "dataset",
+        "rollout",
+        "reward",
+        "reference",
+        "buffer",
+        "trainer",
+    ]
+    assert page.locator(".page h1").all_text_contents() == ["Learning", "Off-policy", "Throughput", "Pipeline"]
+    reward_chart = int(page.locator(".nicegui-echart").first.get_attribute("id").removeprefix("c"))
     stats = {"role": "reward", "running": 1, "idle_fraction": 0.25, "alarm": "disk full"}
     send_heartbeat(client, KEYS, "reward@host:7", stats)
-    change = {"at": 0, "who": "ada@h", "step": 3, "key": "paused", "old": "false", "new": "true"}
-    entry = client.xadd(KEYS.controls, change)
+    write_event(client, KEYS, "setting", who="ada@h", key="paused", old="false", new="true")
+    write_event(client, KEYS, "killed", process="rollout-0", how="was killed by SIGKILL")
+    entries = [entry for entry, _ in client.xrevrange(KEYS.events, count=2)]
     write_metrics(client, KEYS, {**metrics, "step": 7, "reward/mean": 0.123}, max_length=100)
     wait_text(tile(page, "step"), "7 / 6")
     wait_text(tile(page, "reward"), "0.123")
     page.locator("td", has_text="reward@host:7").wait_for(timeout=20_000)
     assert page.locator("td", has_text="75%").count() == 1
-    assert page.locator("td", has_text="paused: false → true").count() == 1
+    assert page.locator("td", has_text="paused: false → true, by ada@h").count() == 1
+    assert page.locator("td", has_text="rollout-0 was killed by SIGKILL").count() == 1
+    marked = "id => getElement(id).chart.getOption().series.at(-1).markLine.data.map(line => line.label.formatter)"
+    assert page.evaluate(marked, reward_chart) == ["⚙", "✕"]
+    zoom = "{type: 'dataZoom', dataZoomIndex: 0, startValue: 2, endValue: 4}"
+    page.evaluate(f"id => getElement(id).chart.dispatchAction({zoom})", reward_chart)
+    zooms = "id => getElement(id).chart.getModel().getComponent('xAxis').axis.scale.getExtent()[0]"
+    ids = [int(i) for i in page.eval_on_selector_all(".nicegui-echart", "all => all.map(e => e.id.slice(1))")]
+    assert sum(page.evaluate(zooms, i) == 2 for i in ids) >= 15, "one zoom for all charts over steps"
     client.hincrby(KEYS.counts("train"), "admitted", 1)
     client.hset(KEYS.run_record, "status", "running")
     wait_text(tile(page, "ledger"), "BROKEN")
@@ -167,7 +193,7 @@ def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
     client.hset(KEYS.run_record, "status", "finished")
     wait_text(tile(page, "ledger"), "holds")
     page.locator(".alarm").wait_for(state="detached", timeout=20_000)
-    client.xdel(KEYS.controls, entry)
+    client.xdel(KEYS.events, *entries)
     client.delete(KEYS.process("reward@host:7"))
     client.xdel(KEYS.metrics, client.xrevrange(KEYS.metrics, count=1)[0][0])
 
@@ -177,8 +203,8 @@ def test_the_overview_shows_what_redis_holds_and_follows_it_without_a_reload(
     ("path", "width", "height", "scheme"),
     [
         (path, *size, scheme)
-        for path in ("/", "/samples", "/trace")
-        for size in ((1280, 800), (390, 844))
+        for path in ("/", "/samples", "/trace", "/dead", "/config", "/logs")
+        for size in ((1440, 900), (1280, 800), (390, 844))
         for scheme in ("light", "dark")
     ],
 )
@@ -188,7 +214,7 @@ def test_no_page_scrolls_sideways_and_the_ground_follows_the_system(
     page = open_page(path, width=width, height=height, scheme=scheme)
     page.locator(".bar").wait_for(timeout=20_000)
     page.wait_for_function(f"document.body.classList.contains('body--{scheme}')", timeout=20_000)
-    if path != "/trace":
+    if path in ("/", "/samples"):
         page.locator(".card h2").first.wait_for(timeout=20_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -210,10 +236,11 @@ def test_samples_are_text_filtered_shaded_and_lead_to_their_trace(open_page: Ope
     entry = client.xadd(KEYS.samples, {"sample": encode(hostile)})
     page = open_page(f"/samples?run={RUN}")
     page.locator(".tokens", has_text=HOSTILE).first.wait_for(timeout=20_000)
-    assert page.title() == "Sluice"
+    assert page.title() == f"samples · {RUN} · Sluice"
     assert page.locator(".card script, .card img, .card b b").count() == 0, "it is text and never markup"
     client.xdel(KEYS.samples, entry)
-    assert page.locator(".completion").count() == 1 + 4 * 4, "of the newest five groups"
+    shown = 1 + sum(len(distinct(sample["completions"])) for sample in samples[:4])
+    assert page.locator(".completion").count() == shown, "of the newest five groups"
     for sample in samples:  # the same policy in the sampler and in the trainer, but for the age of what was sampled
         for c in sample["completions"]:
             assert c["policy_logprobs"].shape == c["rollout_logprobs"].shape == (c["tokens"],)
@@ -222,8 +249,11 @@ def test_samples_are_text_filtered_shaded_and_lead_to_their_trace(open_page: Ope
     page.get_by_label("step", exact=True).fill("2")
     of_step = [sample for sample in samples if sample["step"] == 2]
     page.get_by_text(f"1–{len(of_step)} of {len(of_step)}").wait_for(timeout=20_000)
-    assert page.locator(".completion").count() == sum(len(sample["completions"]) for sample in of_step)
-    first = of_step[0]["completions"][0]
+    assert page.locator(".completion").count() == sum(len(distinct(sample["completions"])) for sample in of_step)
+    first, _ = distinct(of_step[0]["completions"])[0]
+    page.wait_for_function("location.search.includes('step=2')", timeout=20_000)
+    page.reload()
+    page.get_by_text(f"1–{len(of_step)} of {len(of_step)}").wait_for(timeout=20_000)
     assert page.locator(".tokens").first.text_content() == first["text"]
     page.locator(".q-select", has_text="shade tokens by").click()
     page.get_by_role("option", name="sampler's logprob").click()
@@ -306,7 +336,7 @@ def test_the_pages_write_nothing(server: EmbeddedServer, client: redis.Redis, tm
     with running_sluice("dashboard", "--port", "0", cwd=tmp_path, SLUICE_REDIS_URL=viewer):
         url = _address_in(tmp_path / "output.log")
         assert f'sluice_ledger_holds{{run="{RUN}",set="train"}} 1.0' in answer_of(url + "metrics").text
-        for path in ("", f"samples?run={RUN}", f"trace?run={RUN}&group=t0"):
+        for path in ("", *(f"{page}?run={RUN}&group=t0" for page in ("samples", "trace", "dead", "config", "logs"))):
             assert answer_of(url + path).status_code == 200
         log = (tmp_path / "output.log").read_text()
         assert "NOPERM" not in log and "Traceback" not in log
@@ -326,3 +356,52 @@ def test_the_trace_of_a_group_is_printed(server: EmbeddedServer, client: redis.R
     missing = sluice("trace", "t99999", cwd=tmp_path, **env)
     assert missing.returncode == 2
     assert "is not in flight, not a dead letter" in missing.stderr
+
+
+def test_a_name_has_one_colour_and_two_names_of_a_chart_never_the_same() -> None:
+    assert colour_of("rollout", {}) == colour_of("rollout", {}) == COLOURS[0]
+    taken: dict[str, str] = {}
+    assert len({colour_of(f"f{i}", taken) for i in range(len(COLOURS))}) == len(COLOURS)
+
+
+def test_smoothing_begins_at_the_first_value() -> None:
+    # weight 0.5: (0.5 * 4) / 0.5 = 4, then (0.5 * 2 + 0.5 * 0) / 0.75
+    assert smoothed([(1, 4.0), (2, 0.0)], 0.5) == [(1, 4.0), (2, pytest.approx(4 / 3))]
+
+
+def test_samples_are_searched_sorted_and_equal_completions_are_one() -> None:
+    def completion(text: str, reward: float | None) -> dict[str, Any]:
+        return {"text": text, "reward": reward, "rewards": {}, "advantage": 0.0, "finish_reason": "stop"}
+
+    def sample(step: int, *completions: dict[str, Any]) -> dict[str, Any]:
+        return {"step": step, "version": step, "prompt": "2+2", "target": "4", "completions": list(completions)}
+
+    low, high = sample(1, completion("five", 0.0), completion("FOUR", 0.5)), sample(2, *[completion("four", 1.0)] * 3)
+    unscored = sample(3, completion("four", None))
+    assert [(c["text"], count) for c, count in distinct(low["completions"])] == [("FOUR", 1), ("five", 1)]
+    assert [count for _, count in distinct(high["completions"])] == [3]
+    assert ordered([unscored, low, high], "high") == [high, low, unscored]
+    assert ordered([unscored, high, low], "low") == [low, high, unscored]
+    asked = {"search": "five", "low": "0.2", "step": "x", "sort": "high"}
+    chosen = read_filters(asked)
+    assert written_filters(chosen) == {"search": "five", "low": "0.2", "sort": "high"}
+    assert fits(low, chosen) and not fits(high, chosen)
+
+
+def test_of_a_folder_without_redis_the_files_are_shown(redis_url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(make_config().to_yaml())
+    line = {"version": 1, "time": 1.0, "reward/mean": 0.25, "eval/held/pass@1": 0.5, "eval/held/pass@1_stderr": 0.1}
+    changed = {"step": 1, "time": 2.0, "control": "paused", "who": "ada", "old": False, "new": True, "entry": "1-0"}
+    lines = [{"step": 1, **line, "eval/held/version": 0.0}, {"step": 2, **line, "eval/held/version": 1.0}, changed]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines) + '{"step": 3, "rew')
+    readers = Readers(connect(redis_url), ("old",), RunFolders(tmp_path / "runs"))
+    assert readers.names() == ["old"]
+    snapshot = readers.of("old").read()
+    assert (snapshot.has_redis, snapshot.status["step"], [s["step"] for s in snapshot.steps]) == (False, 2, [1, 2])
+    assert event_text(snapshot.events[0]) == "paused: False → True, by ada"
+    drawn = {c.title: draw(c, {"old": snapshot}, markers=["settings"]) for charts in SECTIONS.values() for c in charts}
+    assert [series["type"] for series in drawn["Evaluation"]] == ["line", "custom", "line"]
+    assert drawn["Reward"][-1]["markLine"]["data"][0]["xAxis"] == 1
+    assert drawn["Entropy"] == []

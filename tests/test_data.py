@@ -245,5 +245,14 @@ def test_a_home_or_cache_folder_that_is_missing_is_named(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.delenv("HOME")
         patch.setattr(pwd, "getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
-        with pytest.raises(ConfigError, match=r"~/data: the home folder is not known, HOME is not set .* set HOME"):
+        with pytest.raises(ConfigError, match=r"~/data: HOME is not set and this user has no home folder: set HOME"):
             expanded("~/data")
+    with pytest.raises(ConfigError, match=r"~nobody_there/data: there is no user nobody_there"):
+        expanded("~nobody_there/data")
+
+
+def test_doctor_names_folders_that_cannot_hold_files(config: Path) -> None:
+    done = shown("doctor", str(config), "policy_store.path=/dev/null", "output_dir=/dev/null/runs")
+    assert "policy_store.path = '/dev/null': /dev/null is not a folder" in done.output
+    assert "output_dir = '/dev/null/runs': /dev/null is not a folder" in done.output
+    assert done.exit_code == 2

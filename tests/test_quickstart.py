@@ -192,7 +192,7 @@ def test_a_run_resumed_after_its_last_step_shows_that_step_and_neither_publishes
 ) -> None:
     before = metrics_lines(finished.run)
     done = sluice(
-        "run", str(finished.folder / "job.yaml"), "--resume", finished.run.name, cwd=finished.folder, timeout=120
+        "run", str(finished.folder / "job.yaml"), "--resume", str(finished.run), cwd=finished.folder, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert f"step {STEPS} of {STEPS}: every step is trained already" in done.stderr

@@ -195,13 +195,16 @@ def test_an_archive_holds_what_the_run_has_told(runs: Runs) -> None:
     assert [json.loads(line)["step"] for line in texts["metrics.jsonl"].splitlines()] == [3.0]
     assert json.loads(texts["samples.jsonl"])["group"] == "t0"
     assert json.loads(texts["controls.jsonl"])["who"] == "alice"
-    assert "policy" in texts["events.jsonl"]
+    assert json.loads(texts["events.jsonl"])["key"] == "sampling.temperature"
     with pytest.raises(ConfigError, match="exists: give another file"):
         archive_run(client, run, file)
 
 
 def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "x"
+    (tmp_path / "another" / "redis").mkdir(parents=True)
+    assert "no run folder" in sluice("status", "another", cwd=tmp_path).stderr
+    assert not list((tmp_path / "another" / "redis").iterdir()), "a server writes into no other program's folder"
     server = start_server(folder / "redis")
     try:
         client = connect(server.url)
@@ -211,6 +214,9 @@ def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(t
         create_run(client, "x", config, assets={}, folder=str(folder))
         client.close()
         assert sluice("runs", cwd=tmp_path).stdout.startswith("x  running  step 0  0 processes  0.")
+        for named, cwd in ((".", folder), (f"../{tmp_path.name}/runs/x/", tmp_path), (str(folder), Path("/"))):
+            shown = sluice("ledger", named, cwd=cwd)
+            assert shown.returncode == 0, shown.stderr
         for is_silent in (False, True):  # one that loads its data, or has no connection free, is silent too
             server.process.send_signal(signal.SIGSTOP if is_silent else signal.SIGCONT)
             refused = sluice("runs", "delete", "x", "--yes", cwd=tmp_path)

@@ -175,11 +175,7 @@ def batch_metrics(groups: list[Group], ages: list[int]) -> dict[str, float]:
 
 
 def reward_histogram(rewards: Sequence[float]) -> dict[str, float]:
-    """Return the ends of the rewards of a batch, and how many are in each of REWARD_BINS equal parts between them.
-
-    >>> reward_histogram([0.0, 0.0, 1.0])["reward_histogram/9"]
-    1.0
-    """
+    """Return the ends of the rewards of a batch, and how many are in each of REWARD_BINS equal parts between them."""
     low, high = min(rewards, default=math.nan), max(rewards, default=math.nan)
     if not math.isfinite(high - low):
         return {}

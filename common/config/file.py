@@ -138,7 +138,9 @@ def _read(text: str, source: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{source} must be a mapping of sections, found {type(as_meant(data)).__name__}")
+        meant = as_meant(data)
+        found = "nothing: it is empty" if meant is None else type(meant).__name__
+        raise ConfigError(f"{source} must be a mapping of sections, found {found}")
     return data
 
 

@@ -202,7 +202,7 @@ class PolicyStoreConfig(Section):
 
 
 class EvalDataset(EvalScores):
-    name: str = "heldout"
+    name: str = Field(default="heldout", pattern=r"^[^/\x00-\x20\x7f]{1,100}$")
     """Name in metrics: eval/<name>/pass@1."""
     dataset: DatasetConfig
     """Where the prompts come from."""

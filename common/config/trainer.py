@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from sluice.common.errors import did_you_mean
 from sluice.common.loading import is_function_path
@@ -20,7 +20,17 @@ _MAX_REFILL = 10
 class Section(BaseModel):
     """A section of the config: data, frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fits_a_machine(cls, value: Any) -> Any:
+        # What tensors, Lua and Redis hold: beyond it they fail far from here.
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("is beyond 64 bits")
+        return value
 
 
 LossName = Literal["grpo", "gspo", "cispo", "sapo", "reinforce", "dppo"]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 _TAG = "tag:yaml.org,2002:"
+_MAX_VALUES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,27 @@ class Scalar:
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in its base
+    # Of the tags only these: no dates, sets or bytes, which no key holds.
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (None, f"{_TAG}str", f"{_TAG}seq", f"{_TAG}map")
+    }
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
+        try:
+            # JSON writes what is beyond 16 bits as two halves.
+            node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise yaml.MarkedYAMLError(None, None, "half a surrogate pair", node.start_mark) from None
+        if "\0" in node.value:
+            raise yaml.MarkedYAMLError(None, None, "text with a null byte", node.start_mark)
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        # Ten lines of aliases of aliases are a thousand million values.
+        if _expanded(node, {}) > _MAX_VALUES:
+            raise yaml.YAMLError(f"aliases (*) repeat it to more than {_MAX_VALUES:,} values")
+        return super().construct_document(node)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -60,6 +82,19 @@ class _Loader(yaml.SafeLoader):
         return Scalar(int(text, 0) if text[:2] in ("0o", "0x") else int(text), text)
 
 
+def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """Return how many values a node is once every alias is replaced by what it names; a cycle counts once."""
+    if node not in known:
+        known[node] = 1
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [item for pair in node.value for item in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[node] += sum(_expanded(child, known) for child in children)
+    return known[node]
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes what either version of YAML would not read as text."""
 
@@ -88,7 +123,9 @@ def load_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ValueError(where + " ".join(f"{error.problem or ''} {error.context or ''}".split())) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError("lists or mappings are nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 

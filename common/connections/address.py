@@ -80,8 +80,9 @@ def parse_address(url: str) -> Address:
         forms = ", ".join(form.example for form in _FORMS.values())
         raise ConfigError(f"a Redis URL has one of the forms {forms} (SLUICE_REDIS_URL, SLUICE_BROKER_URL)")
     malformed = ConfigError(
-        f"a {scheme} URL has the form {form.example}; write / ? # and blanks in a user or password as %2F %3F %23 %20, a "
-        "user without a password as `user:@`, and an IPv6 address in brackets (SLUICE_REDIS_URL, SLUICE_BROKER_URL)"
+        f"a {scheme} URL has the form {form.example}; write / ? # and blanks in a user or password as %2F %3F %23 %20, a user "
+        "without a password as `user:@`, an IPv6 address in brackets, and a port from 1 to 65535 (SLUICE_REDIS_URL, "
+        "SLUICE_BROKER_URL)"
     )
     if (found := re.fullmatch(form.pattern, rest, re.ASCII)) is None:
         raise malformed

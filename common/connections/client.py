@@ -176,10 +176,15 @@ def _check_server(url: str, settings: dict[str, Any]) -> None:
         ) from None
     except redis.ResponseError as error:
         raise ConnectionFailed(f"Redis at {address.shown} {_refusal(error, address)}") from None
+    except redis.InvalidResponse as error:
+        raise ConnectionFailed(
+            f"what answers at {address.shown} is not Redis ({error}); set SLUICE_REDIS_URL to the server to use"
+        ) from None
     except (redis.RedisError, OSError) as error:
+        tls = ", or to redis:// where the server has no TLS" if address.scheme == "rediss" else ""
         raise ConnectionFailed(
             f"cannot reach Redis at {address.shown} ({str(error).rstrip('.')}). "
-            "Start it, or set SLUICE_REDIS_URL to the server to use"
+            f"Start it, or set SLUICE_REDIS_URL to the server to use{tls}"
         ) from None
     finally:
         probe.close()

@@ -31,7 +31,7 @@ from sluice.common.errors import ConfigError
 from sluice.common.monitoring.heartbeats import is_silent, read_heartbeats
 from sluice.common.monitoring.metric_stream import write_event
 from sluice.common.operations.control import cancel_drain, default_who, effective
-from sluice.common.paths import with_absolute_paths
+from sluice.common.paths import expanded, with_absolute_paths
 from sluice.common.policies.signing import RUN_KEY, make_key
 from sluice.common.run import Run, RunRecord, create_run, open_run
 from sluice.dashboard.auth import LOOPBACK, listen, page_url
@@ -69,6 +69,8 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         if overrides or "=" in resume:
             raise ConfigError("--resume uses the config that is stored with the run: give no key=value with it")
         name = resume or newest_run(config, prefix=Path(config_path).stem)
+        if "/" in name and expanded(name).resolve().parent == Path(config.output_dir).resolve():
+            name = expanded(name).resolve().name
     # roles are forked where the kernel ends them with their parent
     with ForkServer(is_fork=threading.active_count() == 1) if sys.platform == "linux" else nullcontext() as fork_server:
         click.echo("checking config, model, data and rewards", err=True)

@@ -17,6 +17,7 @@ from sluice.common.config import Config, DatasetConfig, RewardFunction
 from sluice.common.config.trainer import PEFT_MISSING
 from sluice.common.errors import ConfigError, SluiceError
 from sluice.common.parent import ended_by_ctrl_c
+from sluice.common.paths import check_folder
 from sluice.scripts.launcher.roles import check_gpus
 from sluice.trainer.trackers import check_trackers
 
@@ -118,6 +119,9 @@ class Preflight:
     def checks(self) -> Iterator[Check]:
         """Yield every check, in order; each raises ConfigError."""
         config = self._config
+        yield partial(check_folder, "output_dir", config.output_dir)
+        if config.policy_store.path is not None and config.policy_store.transport == "directory":
+            yield partial(check_folder, "policy_store.path", config.policy_store.path)
         yield from (partial(self._reward, entry) for entry in config.reward.functions)
         yield self._reward_names
         yield self._user_functions

@@ -17,6 +17,7 @@ from sluice.common.config.sft import SftConfig
 from sluice.common.connections.client import connect, give_up_after
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
+from sluice.common.paths import expanded
 from sluice.common.run import Run, list_runs, open_run
 from sluice.scripts.launcher.redis_server import reading_server, running_url
 
@@ -54,17 +55,22 @@ def new_folder(config: Config, config_path: str) -> Path:
 
 
 def existing_folder(name: str | None) -> Path:
+    """Return the folder of a run, which is named by it or by its name under runs/; without one the newest. Raises ConfigError."""
     base = Path("runs")
     if name:
-        if (base / name / "redis").is_dir():
-            return base / name
+        for folder in (base / name, expanded(name)):
+            if (folder / "redis" / "lock").is_file():  # each server of ours has made one
+                return folder.resolve()
         raise ConfigError(
-            f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in?"
+            f"no run folder {base / name} with a Redis of its own: is this the folder that `sluice run` was started in? With "
+            "another output_dir: give the path of the run's folder, or set SLUICE_REDIS_URL"
         )
-    newest = max(base.glob("*/redis"), key=lambda path: path.stat().st_ctime, default=None)
+    newest = max(base.glob("*/redis/lock"), key=lambda path: path.stat().st_ctime, default=None)
     if newest is None:
-        raise ConfigError("there is no run here: set SLUICE_REDIS_URL, or change to the folder that holds runs/")
-    return newest.parent
+        raise ConfigError(
+            "there is no run here: set SLUICE_REDIS_URL, change to the folder that holds runs/, or give a run's folder"
+        )
+    return newest.parent.parent.resolve()
 
 
 @contextmanager
@@ -73,12 +79,12 @@ def opened_run(name: str | None) -> Iterator[tuple[redis.Redis, Run, str]]:
 
     A run may be named by its folder, as `export` and `replay` do.
     """
-    path = Path(name) if name and (Path(name) / "redis").is_dir() else None
-    name = (name and Path(name).name) or os.environ.get("SLUICE_RUN")
+    name = name or os.environ.get("SLUICE_RUN")
     if given := secret("SLUICE_REDIS_URL"):
         server: AbstractContextManager[str] = nullcontext(given)
+        name = name and expanded(name).absolute().name
     else:
-        folder = path or existing_folder(name)
+        folder = existing_folder(name)
         name, server = folder.name, reading_server(folder / "redis")
     with server as url, closing(connect(url)) as client:
         give_up_after(client, READER_WAIT_S)

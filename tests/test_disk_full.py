@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path, *, leave: int) -> Path:
-    """Use up a file system but for `leave` bytes."""
+    """Use up a file system but for `leave` bytes, while others write and remove files there."""
     filler = folder / "filler"
-    free = subprocess.check_output(["stat", "-f", "-c", "%a %S", folder], text=True).split()
-    filler.write_bytes(bytes(int(free[0]) * int(free[1]) - leave))
+    with filler.open("ab", buffering=0) as file, suppress(OSError):  # another was quicker
+        while (free := shutil.disk_usage(folder).free) > leave:
+            file.write(bytes(min(free - leave, 1 << 16)))
     return filler
 
 
@@ -105,6 +107,7 @@ def test_training_pauses_while_the_disk_of_its_checkpoints_is_full_and_the_one_b
             filler.unlink()
             filler = fill_after_a_checkpoint()
             wait_for(lambda: log.read_text().count("the disk is full") > 1, timeout=60, what="the trainer to notice")
+            fill(small_disk, leave=MIB)  # an older checkpoint may have been removed meanwhile
             daemon.terminate()
             assert daemon.wait(60) == 1
         assert "error: stopped without a checkpoint of step" in log.read_text()

@@ -14,8 +14,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sluice.common.config.evaluation import EvalScores
 from sluice.common.config.operations import AutoscaleConfig, DashboardConfig, MetricsConfig, ReplicasConfig
-from sluice.common.config.trainer import DType, Section, TrainerConfig
 from sluice.common.config.template import template_columns
+from sluice.common.config.trainer import DType, Section, TrainerConfig
 from sluice.common.config.yaml_text import dump_yaml
 from sluice.common.paths import PathKind
 
@@ -143,7 +143,7 @@ class ReferenceConfig(Section):
 
 class RewardFunction(Section):
     function: Annotated[str, PathKind.FUNCTION]
-    """`math`, `thinking` or `code`, which are Sluice's; a dotted path (`mypkg.rewards:brevity`) or a file (`rewards.py:brevity`)."""
+    """One of Sluice's (`math`, `thinking`, `code`), a dotted path (`mypkg.rewards:brevity`) or a file (`rewards.py:brevity`)."""
     name: str | None = None
     """Name in metrics; none = the short name (`math`), else the function's or class' own name."""
     weight: float = 1.0

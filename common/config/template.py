@@ -18,7 +18,9 @@ def template_columns(template: str) -> list[str]:
             continue
         if not name or format_spec or conversion:
             written = f"{name}{'!' * bool(conversion)}{conversion or ''}{':' * bool(format_spec)}{format_spec or ''}"
-            raise ValueError(f"{template!r}: {{{written}}} names no column; write {{column}}, and {{{{ and }}}} for braces")
+            raise ValueError(
+                f"{template!r}: {{{written}}} names no column; write {{column}}, and {{{{ and }}}} for braces"
+            )
         columns.append(name)
     if not columns:
         raise ValueError(f"{template!r} names no column, so all prompts would be the same: write {{column}}")

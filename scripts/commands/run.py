@@ -1,5 +1,5 @@
-"""`sluice run` and `create`: a new run, with all its roles on this machine or with none; `quickstart`: the first one; `worker` and
-`train`: one role of it."""
+"""`sluice run`, `quickstart` and `create`: a new run, with all its roles on this machine or with none; `worker` and `train`: one
+role of it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import NoReturn
 
 import click
 
-from sluice.common.config.file import config_name, find_config, shipped_configs
+from sluice.common.config.file import find_config, shipped_configs
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.printable import printable
-from sluice.common.paths import expanded
 from sluice.common.pipeline import QUEUES
 from sluice.scripts.launcher.forked import imports_without_threads
 from sluice.scripts.launcher.roles import PYTHON, trainer_command
@@ -40,7 +39,11 @@ TINY = Path("runs/tiny")
 @click.option("--model", metavar="MODEL", help="Short for model.path=MODEL: a hub id or a folder.")
 @click.option("--data", metavar="DATA", help="Short for dataset.path=DATA: a file, a folder or a hub id.")
 @click.option(
-    "--reward", "rewards", multiple=True, metavar="REWARD", help="rewards.py:function, or math, thinking, code; repeatable."
+    "--reward",
+    "rewards",
+    multiple=True,
+    metavar="REWARD",
+    help="rewards.py:function, or math, thinking, code; repeatable.",
 )
 @Name
 @Resume
@@ -55,10 +58,10 @@ def run(
 ) -> None:
     """Run all on this machine: Redis if none is given, one worker per queue and replica, the trainer, live progress.
 
-    CONFIG is a file, or the name of a config that is shipped. It may be left out where --model, --data and --reward say what to do.
+    CONFIG is a file, or the name of a shipped config; it may be left out where --model, --data and --reward say what to do.
     """
     if config is not None and "=" in config and not find_config(config).is_file():
-        config, overrides = None, (config, *overrides)
+        overrides, config = (config, *overrides), None
     flags = [f"{key}={value}" for key, value in (("model.path", model), ("dataset.path", data)) if value]
     flags += [f"reward.functions={json.dumps(rewards)}"] if rewards else []
     if config is None and resume is None:
@@ -81,12 +84,14 @@ def _check_flags(flags: dict[str, object], overrides: tuple[str, ...]) -> None:
         raise ConfigError(f"a run without a config file needs --model, --data and --reward: add {' and '.join(absent)}")
 
 
-@click.command(epilog=example("sluice quickstart", "sluice quickstart trainer.num_steps=20", "sluice quickstart --resume"))
+@click.command(
+    epilog=example("sluice quickstart", "sluice quickstart trainer.num_steps=20", "sluice quickstart --resume")
+)
 @Overrides
 @Name
 @Resume
 def quickstart(overrides: tuple[str, ...], name: str | None, resume: str | None) -> None:
-    """Make a tiny model that adds badly, and its task, in runs/tiny (once); then run the config `quickstart`: it learns to add."""
+    """Make a tiny model that adds badly, and its task, in runs/tiny (once); then run the shipped config `quickstart`."""
     _drive("quickstart", list(overrides), name=name, resume=resume, prepare=partial(prepare_tiny, TINY))
 
 

@@ -59,7 +59,9 @@ def _old(config_path: str, overrides: list[str], resume: str) -> tuple[SftConfig
     if overrides or "=" in resume:
         raise ConfigError("--resume uses the config in the run's folder: give no key=value with it")
     config = with_absolute_paths(load_as(SftConfig, config_path))
-    folder = Path(config.output_dir) / (resume or newest_run(config.output_dir, prefix=f"sft-{config_name(config_path)}"))
+    folder = Path(config.output_dir) / (
+        resume or newest_run(config.output_dir, prefix=f"sft-{config_name(config_path)}")
+    )
     return load_as(SftConfig, config_file(folder)), folder
 
 

@@ -173,7 +173,9 @@ def _drive(
     progress.say(text)
     if was_interrupted or record.status == "drained":
         ended = "stopped" if was_interrupted else "drained"
-        progress.say(f"{ended}; resume with: {' '.join(filter(None, ['sluice run', config_path, '--resume', run.name]))}")
+        progress.say(
+            f"{ended}; resume with: {' '.join(filter(None, ['sluice run', config_path, '--resume', run.name]))}"
+        )
     if was_interrupted:
         return 130
     return 0 if holds else 1

@@ -17,16 +17,17 @@ from sluice.scripts.commands.control import drain, evaluate, pause, resume, set_
 from sluice.scripts.commands.convert import export, replay
 from sluice.scripts.commands.data import data
 from sluice.scripts.commands.doctor import doctor
+from sluice.scripts.commands.init import init
 from sluice.scripts.commands.look import dead, ledger, samples, status, trace
 from sluice.scripts.commands.plan import plan
-from sluice.scripts.commands.run import create, run, train, worker
+from sluice.scripts.commands.run import create, quickstart, run, train, worker
 from sluice.scripts.commands.runs import runs
 from sluice.scripts.commands.serve import dashboard, metrics
 from sluice.scripts.commands.sft import sft
 from sluice.scripts.options import Unread
 
 SECTIONS = {
-    "Run": (run, sft, create, worker, train, plan, data, doctor),
+    "Run": (quickstart, init, run, sft, create, worker, train, plan, data, doctor),
     "Look": (status, dashboard, ledger, samples, dead, trace, metrics, runs),
     "Operate": (pause, resume, drain, set_, evaluate),
     "Use": (chat, export, replay),

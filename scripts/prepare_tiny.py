@@ -20,7 +20,7 @@ import json
 import random
 import shutil
 import tempfile
-import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -62,27 +62,36 @@ CHAT_TEMPLATE = (
 Pair = tuple[int, int]
 
 
-def prepare(folder: Path, *, seed: int = 0, warmup_steps: int = WARMUP_STEPS) -> None:
-    """Make the folder, unless this recipe already made it. Raises ConfigError where it holds something else."""
+def prepare(
+    folder: Path, *, seed: int = 0, warmup_steps: int = WARMUP_STEPS, say: Callable[[str], None] = print
+) -> None:
+    """Make the folder, unless this recipe already made it. Raises ConfigError where it holds something else.
+
+    say: told how far it is.
+    """
     recipe = {"recipe": RECIPE, "seed": seed, "warmup_steps": warmup_steps}
     if folder.exists():
         if not (folder / "recipe.json").is_file():
-            raise ConfigError(f"{folder} exists and was not made by prepare_tiny: name another folder, or remove it")
+            raise ConfigError(
+                f"{folder} exists and was not made by prepare_tiny: move it away, or work in another folder"
+            )
         if json.loads((folder / "recipe.json").read_text()) == recipe:
-            print(f"{folder} is ready", flush=True)
+            say(f"{folder} is there")
             return
+    say(f"making a model of 0.33 M parameters and its task in {folder}: supervised training on sums with slips, once")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
         draft = Path(made) / folder.name
-        _write(draft, seed=seed, warmup_steps=warmup_steps)
+        _write(draft, seed=seed, warmup_steps=warmup_steps, say=say)
         (draft / "recipe.json").write_text(json.dumps(recipe) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
         draft.rename(folder)
-    print(f"{folder} is ready", flush=True)
 
 
-def _write(folder: Path, *, seed: int, warmup_steps: int) -> None:
+def _write(folder: Path, *, seed: int, warmup_steps: int, say: Callable[[str], None]) -> None:
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)  # on tensors of this size a second thread costs more than it brings
     rng = random.Random(seed)
     train, heldout = operand_pairs()
     rng.shuffle(train)
@@ -93,7 +102,7 @@ def _write(folder: Path, *, seed: int, warmup_steps: int) -> None:
         build_model(tokenizer).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         rows = demonstrations(train, rng=rng, count=warmup_steps * WARMUP_BATCH)
-        _warm_up(folder, rows, num_steps=warmup_steps, seed=seed)
+        _warm_up(folder, rows, num_steps=warmup_steps, seed=seed, say=say)
     for name, pairs in (("train", train), ("heldout", heldout)):
         _write_rows(folder / f"{name}.jsonl", [{"prompt": question(a, b), "target": str(a + b)} for a, b in pairs])
 
@@ -171,7 +180,9 @@ def demonstrations(pairs: list[Pair], *, rng: random.Random, count: int) -> list
     return [{"prompt": question(a, b), "completion": demonstration(a, b, rng=rng)} for a, b in drawn]
 
 
-def _warm_up(folder: Path, rows: list[dict[str, str]], *, num_steps: int, seed: int) -> None:
+def _warm_up(
+    folder: Path, rows: list[dict[str, str]], *, num_steps: int, seed: int, say: Callable[[str], None]
+) -> None:
     """Train folder/model in place, supervised: it learns the distribution of the demonstrations, errors included."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".warm-up-") as made:
         data, run = Path(made) / "demonstrations.jsonl", Path(made) / "run"
@@ -186,13 +197,11 @@ def _warm_up(folder: Path, rows: list[dict[str, str]], *, num_steps: int, seed: 
                 "checkpoint": {"every_steps": num_steps},
             }
         )
-        started = time.process_time()
 
         def show(metrics: dict[str, float]) -> None:
             step = int(metrics["step"])
             if step % 100 == 0 or step == num_steps:
-                cpu_s = time.process_time() - started
-                print(f"warm-up {step}/{num_steps}  loss {metrics['loss']:.3f}  {cpu_s:.0f} CPU s", flush=True)
+                say(f"supervised step {step}/{num_steps}  loss {metrics['loss']:.3f}")
 
         SftTrainer(config, run).train(show)
         shutil.rmtree(folder / "model")
@@ -209,8 +218,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(1)  # on tensors of this size a second thread costs more than it brings
     prepare(args.folder, seed=args.seed)
 
 

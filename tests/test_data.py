@@ -215,10 +215,10 @@ def test_resume_takes_the_newest_run_of_that_config_and_of_no_other(tmp_path: Pa
     os.utime(tmp_path / names[1] / "config.yaml", (200, 200))
     config = make_config(output_dir=str(tmp_path))
     for stem, expected in (("job", names[1]), ("job-lora", names[2]), ("job-2", names[3])):
-        assert newest_run(config, prefix=stem) == expected
+        assert newest_run(config.output_dir, prefix=stem) == expected
     for stem in ("jo", "job-mine", "j*", "lora"):
         with pytest.raises(ConfigError, match="--resume: no run of"):
-            newest_run(config, prefix=stem)
+            newest_run(config.output_dir, prefix=stem)
 
 
 def test_a_home_or_cache_folder_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

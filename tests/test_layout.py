@@ -60,9 +60,9 @@ def test_the_walk_finds_every_layer_and_sees_imports_in_functions_and_relative_o
     assert imports_of(path) == {"sluice.workers.rows.a", "sluice.trainer.loop", "sluice.workers.engine.b"}
 
 
-def test_the_package_links_to_every_layer_and_to_nothing_else():
+def test_the_package_links_to_every_layer_and_to_the_configs_that_it_ships():
     links = {path.name: path.readlink().as_posix() for path in (ROOT / "sluice").iterdir() if path.is_symlink()}
-    assert links == {layer: f"../{layer}" for layer in LAYERS}
+    assert links == {name: f"../{name}" for name in (*LAYERS, "config")}
 
 
 def test_nothing_is_imported_by_a_name_that_may_be_a_users():

@@ -25,7 +25,18 @@ SETTINGS: dict[str, Any] = {
     "trainer__num_steps": STEPS,
     "reward__functions": [{"function": "my_rewards.half"}],
 }
-SOURCES = ("common", "dashboard", "scripts", "sluice", "trainer", "workers", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (
+    "common",
+    "config",
+    "dashboard",
+    "scripts",
+    "sluice",
+    "trainer",
+    "workers",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 ROGUE = """
 import sys
 with open({mark!r}, "a") as file:

@@ -65,9 +65,11 @@ class ExampleSource(PromptReader[ExamplesConfig]):
         self._max_tokens = max_tokens
 
     def example_at(self, cursor: int) -> Example | None:
-        """Return the example at a cursor, none where it is over `max_tokens`. Raises ConfigError, naming row and column."""
+        """Return the example at a cursor, none where it is left out or over `max_tokens`. Raises ConfigError, naming the row."""
         row, where = self.row_at(cursor)
-        prompt = self.cell(row, "prompt_column", where)
+        if row is None:
+            return None
+        prompt = self.prompt(row, where)
         if self._config.completion_column is None:
             prompt, completion = self._split(prompt, where)
         else:

@@ -21,7 +21,7 @@ import redis
 import xxhash
 from celery import Celery, signals
 
-from sluice.common.config import EvalDataset
+from sluice.common.config import DatasetConfig, EvalDataset
 from sluice.common.connections.broker import send_stage
 from sluice.common.errors import ConfigError
 from sluice.common.ledger import evaluations
@@ -34,7 +34,7 @@ from sluice.common.pipeline import FIRST, stage_on
 from sluice.common.serialization import encode
 from sluice.common.types import SamplingParams, Task
 from sluice.workers.context import Context
-from sluice.workers.prompt_source import Prompt, PromptSource, TooLong
+from sluice.workers.prompt_source import LeftOut, Prompt, PromptSource, TooLong
 
 log = logging.getLogger("sluice.dataset")
 
@@ -68,7 +68,7 @@ class DatasetRole:
         self.context = context
         self._config = context.run.config
         self._tokenizer = ModelAssets.from_wire(context.run.assets).tokenizer()
-        self._source = PromptSource(self._config.dataset, self._tokenizer, seed=self._config.seed)
+        self._source = self._open(self._config.dataset, seed=self._config.seed)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         context.stats = lambda: {"stopped_by": self._stopped_by}
@@ -76,6 +76,9 @@ class DatasetRole:
         self._busy_s = 0.0
         self._ticked_at = self._reap_from = 0.0
         context.busy_s = lambda: self._busy_s
+
+    def _open(self, dataset: DatasetConfig, *, seed: int, section: str = "dataset") -> PromptSource:
+        return PromptSource(dataset, self._tokenizer, seed=seed, section=section, code_folder=self._config.code_folder)
 
     def start(self) -> None:
         self.context.start_heartbeat()
@@ -179,7 +182,7 @@ class DatasetRole:
 
     def _evaluation_tasks(self, evaluation: str, dataset: EvalDataset) -> dict[str, bytes]:
         ordered, section = dataset.dataset.model_copy(update={"shuffle": False}), f"evaluation.datasets[{dataset.name}]"
-        source = PromptSource(ordered, self._tokenizer, seed=0, section=f"{section}.dataset")
+        source = self._open(ordered, seed=0, section=f"{section}.dataset")
         count = min(source.num_rows or dataset.num_prompts or 0, dataset.num_prompts or 10**9)
         s = self._config.sampling
         greedy = SamplingParams(n=1, max_tokens=s.max_res_tokens, temperature=0.0, min_tokens=s.min_tokens, stop=s.stop)
@@ -240,6 +243,8 @@ def _prompt_or_loss(source: PromptSource, cursor: int) -> Prompt | Loss:
     except ConfigError as error:
         log.error("prompt %d cannot be used: %s", cursor, error)
         return Loss("bad_row", str(error))
+    if isinstance(prompt, LeftOut):
+        return Loss("left_out", f"dataset.function leaves out prompt {cursor}")
     if isinstance(prompt, TooLong):
         limit = source.max_req_tokens
         detail = f"prompt {cursor} has {prompt.num_tokens:,} tokens, over dataset.max_req_tokens = {limit:,}"

@@ -6,7 +6,6 @@ as JSON values.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sluice.common.config import DatasetConfig
-from sluice.common.data.prompt_reader import PromptReader
+from sluice.common.data.prompt_reader import LOOKED_AT, PromptReader, as_text
 from sluice.common.errors import ConfigError
 
 
@@ -29,7 +28,7 @@ class Prompt:
     target: str | None
     "what the answer is compared with; none where no target column is configured"
     columns: dict[str, Any]
-    "all columns but the prompt's, including the target's in full; JSON values"
+    "all columns but the prompt's, including the target's in full and those of a template; JSON values"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +39,13 @@ class TooLong:
     num_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """A row that dataset.function leaves out: to be skipped and counted."""
+
+    cursor: int
+
+
 class PromptSource(PromptReader[DatasetConfig]):
     """Prompts by cursor. Not thread-safe. Opening it and reading prompt 0 finds every mistake in the config."""
 
@@ -48,10 +54,13 @@ class PromptSource(PromptReader[DatasetConfig]):
         """Bound on the tokens of a prompt."""
         return self._config.max_req_tokens
 
-    def prompt_at(self, cursor: int) -> Prompt | TooLong:
+    def prompt_at(self, cursor: int) -> Prompt | TooLong | LeftOut:
         """Return the prompt that the cursor names. Raises ConfigError, naming row and column, where the row is not valid."""
         row, where = self.row_at(cursor)
-        prompt = self.cell(row, "prompt_column", where)
+        if row is None:
+            return LeftOut(cursor=cursor)
+        prompt = self.prompt(row, where)
+        used = self._config.prompt_column if self._config.prompt_template is None else None
         prompt_ids = self.prompt_ids(prompt, where)
         if len(prompt_ids) > self._config.max_req_tokens:
             return TooLong(cursor=cursor, num_tokens=len(prompt_ids))
@@ -59,17 +68,16 @@ class PromptSource(PromptReader[DatasetConfig]):
             prompt_ids=np.asarray(prompt_ids, dtype=np.int32),
             prompt=prompt,
             target=None if self._config.target_column is None else self._target(row, where),
-            columns={name: self.value(row, name, where) for name in row if name != self._config.prompt_column},
+            columns={name: self.value(row, name, where) for name in row if name != used},
         )
 
     def first_prompt(self) -> Prompt | None:
-        """Return the first prompt that is not too long; None where the first 64 are. Raises ConfigError."""
-        return next((each for each in map(self.prompt_at, range(64)) if isinstance(each, Prompt)), None)
+        """Return the first prompt that is not skipped; None where the first 64 are. Raises ConfigError."""
+        return next((each for each in map(self.prompt_at, range(LOOKED_AT)) if isinstance(each, Prompt)), None)
 
     def _target(self, row: dict[str, Any], where: str) -> str:
         """Return the target's text; of a number or a list, its JSON."""
-        value = self.cell(row, "target_column", where)
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = as_text(self.cell(row, "target_column", where))
         delimiter = self._config.target_delimiter
         if delimiter is None:
             return text

@@ -1,12 +1,17 @@
-"""A config from a YAML file and `dotted.key=value` overrides, with errors that name the nearest key."""
+"""A config from a YAML file and `dotted.key=value` overrides, with errors that name the nearest key.
+
+The file is named by its path, or by its name where it is shipped with Sluice (`quickstart`); without one the overrides are all.
+"""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import operator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,6 +24,28 @@ from sluice.common.errors import ConfigError, did_you_mean
 from sluice.common.paths import expanded
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+SHIPPED = Path(__file__).parents[2] / "config"
+"""Configs inside the package; of a checkout the folder `config`, which holds other files as well."""
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the configs that are shipped."""
+    files = [*SHIPPED.glob("*.yaml"), *SHIPPED.glob("sft/*.yaml")]
+    return sorted(file.relative_to(SHIPPED).with_suffix("").as_posix() for file in files)
+
+
+def _is_shipped(path: str | Path) -> bool:
+    return str(path) in shipped_configs() and not expanded(path).is_file()
+
+
+def find_config(path: str | Path) -> Path:
+    """Return the file of a config: a path, or the name of a shipped one. It need not exist."""
+    return SHIPPED / f"{path}.yaml" if _is_shipped(path) else expanded(path)
+
+
+def config_name(path: str | Path | None) -> str:
+    """Return what the runs of a config are called by default; `run` where there is no file."""
+    return "run" if path is None else find_config(path).stem
 
 
 def parse_config(text: str, *, overrides: list[str] | tuple[str, ...] = (), source: str = "config") -> Config:
@@ -29,22 +56,31 @@ def parse_config(text: str, *, overrides: list[str] | tuple[str, ...] = (), sour
     return parse_as(Config, text, overrides=overrides, source=source)
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Return a run's config from a YAML file. Raises ConfigError."""
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Return a run's config from a YAML file, or from the overrides alone. Raises ConfigError."""
     return load_as(Config, path, overrides)
 
 
-def load_as(kind: type[AnyConfig], path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyConfig:
-    """Do the same as `parse_as`, from a file."""
-    return parse_as(kind, read_text(path), overrides=overrides, source=str(path), folder=expanded(path).parent)
+def load_as(kind: type[AnyConfig], path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> AnyConfig:
+    """Do the same as `parse_as`, from a file, or from the overrides alone."""
+    if path is None:
+        return parse_as(kind, "{}", overrides=overrides, source="command line", folder=Path())
+    return parse_as(kind, read_text(path), overrides=overrides, source=str(path), folder=_code_folder(path))
+
+
+def _code_folder(path: str | Path) -> Path:
+    """Return where the functions of a config are: beside a user's file; a shipped one has none, so in the working directory."""
+    return Path() if _is_shipped(path) else expanded(path).parent
 
 
 def read_text(path: str | Path) -> str:
     """Return the text of a config file. Raises ConfigError."""
     try:
-        return expanded(path).read_bytes().decode("utf-8-sig")
+        return find_config(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from None
+        shipped = shipped_configs()
+        hint = did_you_mean(Path(path).stem, shipped) or f"those that are shipped are {', '.join(shipped)}"
+        raise ConfigError(f"cannot read config file {path}: {error.strerror or error}; {hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
 
@@ -78,7 +114,7 @@ def examine(
 
     Raises ConfigError where the file is not YAML.
     """
-    data, found = _data_of(kind, read_text(path), overrides, str(path), expanded(path).parent)
+    data, found = _data_of(kind, read_text(path), overrides, str(path), _code_folder(path))
     problems = dict.fromkeys(found)
     removed: set[tuple[Any, ...]] = set()
     context = None
@@ -179,8 +215,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         data = child
     try:
         parsed = load_yaml(value)
-    except ValueError as error:
-        raise ConfigError(f"override {override!r}: {error}") from None
+    except ValueError as error:  # of a key that holds text no YAML is needed
+        parsed = ConfigError(f"override {override!r}: {error}")
     if isinstance(parsed, Scalar):
         parsed = parsed.value
     is_quoted = value.lstrip().startswith(("'", '"'))
@@ -197,14 +233,36 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1], kind)
         known += ["preset"] if kind is Config and error["loc"][:-1] == ("trainer",) else []
-        key = str(error["loc"][-1])
-        hint = did_you_mean(_RENAMED.get(key, key), known) or f"known keys: {', '.join(sorted(known))}"
-        return f"unknown key {where!r}; {hint}"
+        return f"unknown key {where!r}; {_nearest(error['loc'], known, kind)}"
     if error["type"] == "missing":
         return f"missing key {where!r}"
     if error["type"] == "value_error":
         return f"{where + ': ' if where else ''}{error['ctx']['error']}"
     return f"{where} = {error['input']!r}: {error['msg']}"
+
+
+def _nearest(location: tuple[Any, ...], known: list[str], kind: type[BaseModel]) -> str:
+    """Name the key that is meant: the same in another section, else the most similar of this one, or of all at the top."""
+    key = _RENAMED.get(str(location[-1]), str(location[-1]))
+    every = list(_dotted_keys(kind))
+    elsewhere = [name for name in every if name.rpartition(".")[2] == key]
+    if elsewhere and key not in known:
+        return f"did you mean {', '.join(map(repr, elsewhere[:-1]))}{' or ' * (len(elsewhere) > 1)}{elsewhere[-1]!r}?"
+    names = {name.rpartition(".")[2]: name for name in reversed(every)} if len(location) == 1 else {}
+    near = difflib.get_close_matches(key, [*known, *names], n=1, cutoff=0.5)
+    if not near:
+        return f"known keys: {', '.join(sorted(known))}"
+    return f"did you mean {near[0] if near[0] in known else names[near[0]]!r}?"
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every key that an override can set by itself; of sections in lists there are none."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        is_list = get_origin(field.annotation) is tuple
+        for inner in () if is_list else (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _dotted_keys(inner, f"{prefix}{name}.")
 
 
 def _fields_at(location: tuple[Any, ...], kind: type[BaseModel]) -> list[str]:

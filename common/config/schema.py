@@ -8,12 +8,13 @@ Derived values are properties. Importing this module loads neither torch nor tra
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sluice.common.config.evaluation import EvalScores
 from sluice.common.config.operations import AutoscaleConfig, DashboardConfig, MetricsConfig, ReplicasConfig
+from sluice.common.config.template import template_columns
 from sluice.common.config.trainer import DType, Section, TrainerConfig
 from sluice.common.config.yaml_text import dump_yaml
 from sluice.common.paths import PathKind
@@ -46,12 +47,31 @@ class PromptConfig(Section):
     """Seeded permutation per epoch; off = file order."""
     shuffle_buffer: int = Field(default=1000, ge=1)
     """Window of a streaming shuffle, in rows."""
+    function: Annotated[str | None, PathKind.FUNCTION] = None
+    """Function that makes another row of a row, or None to leave it out (`my_data.py:format`); called where rows are read."""
     prompt_column: str = "prompt"
     """Column with the question: text, or a list of chat messages."""
+    prompt_template: str | None = None
+    """The prompt as text with columns in braces (`"Reverse: {word}"`; `{{` is a brace), instead of prompt_column."""
     system_prompt: str | None = None
     """Put before every text prompt."""
     chat_template: bool = True
     """Apply the tokenizer's chat template to the prompt; off = plain text."""
+
+    @field_validator("prompt_template", mode="before")
+    @classmethod
+    def _names_columns(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            raise ValueError("put it in quotes: YAML reads what begins with { as a mapping")
+        if isinstance(value, str):
+            template_columns(value)
+        return value
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> Self:
+        if self.prompt_template is not None and self.prompt_column != type(self).model_fields["prompt_column"].default:
+            raise ValueError("prompt_column has no effect with prompt_template: remove one of them")
+        return self
 
 
 class DatasetConfig(PromptConfig):
@@ -123,9 +143,9 @@ class ReferenceConfig(Section):
 
 class RewardFunction(Section):
     function: Annotated[str, PathKind.FUNCTION]
-    """Dotted path (`sluice.workers.rewards.MathReward`, `mypkg.rewards:brevity`) or file (`rewards.py:brevity`)."""
+    """One of Sluice's (`math`, `thinking`, `code`), a dotted path (`mypkg.rewards:brevity`) or a file (`rewards.py:brevity`)."""
     name: str | None = None
-    """Name in metrics; none = the function's or class' own name."""
+    """Name in metrics; none = the short name (`math`), else the function's or class' own name."""
     weight: float = 1.0
     """Weight in a `sum`; refused with `mean`, where it would have no effect."""
     kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -23,6 +23,12 @@ class ExamplesConfig(PromptConfig):
     """Column with what is learned: text, or a list of one assistant message. None = `prompt_column` holds full
     conversations, of which the last turn, the assistant's, is learned."""
 
+    @model_validator(mode="after")
+    def _has_a_completion(self) -> ExamplesConfig:
+        if self.completion_column is None and self.prompt_template is not None:
+            raise ValueError("prompt_template has no effect on full conversations: set completion_column, or remove it")
+        return self
+
 
 class HeldOutConfig(Section):
     dataset: ExamplesConfig

@@ -25,6 +25,7 @@ class Scalar:
     """What stands without quotes, and what YAML reads it as."""
 
     value: Any
+    "a ValueError where the text is no YAML"
     text: str
 
 
@@ -146,6 +147,8 @@ def as_meant(value: Any, annotation: Any = Any) -> Any:
             return None
         is_list = isinstance(value.value, list) and tuple in kinds
         is_text = str in kinds and not kinds & {bool, int, float, Any} and not is_list
+        if isinstance(value.value, ValueError) and (tuple in kinds or not is_text):
+            raise value.value
         return value.text if is_text else as_meant(value.value, annotation)
     if isinstance(value, list):
         return [as_meant(item, annotation) for item in value]

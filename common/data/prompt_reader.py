@@ -1,16 +1,22 @@
 """Dataset rows by cursor, their cells as JSON values, and prompts as token ids: what RL and supervised training read alike.
 
+    row of the dataset -- dataset.function --> row, or left out -- prompt_column or prompt_template --> prompt --> token ids
+
 Columns of images, audio, video and bytes are left out, and the log names them; dates and decimals become text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sluice.common.config import PromptConfig
+from sluice.common.config.template import fill_template, template_columns
 from sluice.common.data.rows import open_rows, short_reason
-from sluice.common.errors import ConfigError, did_you_mean
+from sluice.common.data.text_files import Row
+from sluice.common.errors import ConfigError, did_you_mean, raised_at
+from sluice.common.loading import add_code_folder, find_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,22 +25,34 @@ AnyPromptConfig = TypeVar("AnyPromptConfig", bound=PromptConfig)
 
 MAX_DEPTH = 100
 """Of lists and objects in a cell: msgpack and JSON have bounds of their own, some hundred more."""
+LOOKED_AT = 64
+"""Rows among which a first one is looked for that is not left out, before anything starts."""
 
 
 class PromptReader(Generic[AnyPromptConfig]):
     """Rows by cursor, and their cells. Not thread-safe."""
 
     def __init__(
-        self, config: AnyPromptConfig, tokenizer: PreTrainedTokenizerBase | None, *, seed: int, section: str = "dataset"
+        self,
+        config: AnyPromptConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        seed: int,
+        section: str = "dataset",
+        code_folder: str | None = None,
     ) -> None:
         """`section` is the config section that errors name. Raises ConfigError: not found, unreadable, empty.
 
-        tokenizer: none = rows and cells only.
+        tokenizer: none = rows and cells only. code_folder: where a dotted path of dataset.function is found.
         """
         self._config = config
         self._tokenizer: Any = tokenizer
         self._section = section
         self._source = f"{section}.path = {config.path!r}"
+        self._function: Callable[[Row], Any] | None = None
+        if config.function is not None:
+            add_code_folder(code_folder)
+            self._function = find_function(config.function, where=f"{section}.function")
         self._rows = open_rows(config, seed=seed, section=section)
 
     @property
@@ -55,26 +73,68 @@ class PromptReader(Generic[AnyPromptConfig]):
         """Release a stream's open file: a Parquet stream still open at interpreter exit prints a traceback."""
         self._rows.close()
 
-    def row_at(self, cursor: int) -> tuple[dict[str, Any], str]:
-        """Return the row that the cursor names, and its location in words."""
-        return self._rows.row_at(cursor)
+    def row_at(self, cursor: int) -> tuple[Row | None, str]:
+        """Return the row that the cursor names, none where dataset.function leaves it out, and its location in words."""
+        row, where = self._rows.row_at(cursor)
+        return (row if self._function is None else self._made_of(row, where)), where
+
+    def _made_of(self, row: Row, where: str) -> Row | None:
+        """Call the user's function. Raises ConfigError where it raises, or returns no row."""
+        assert self._function is not None
+        what = f"{self._section}.function = {self._config.function!r}"
+        try:
+            made = self._function(dict(row))
+        except Exception as error:  # user code
+            place = f" at {found}" if (found := raised_at(error)) else ""
+            raise ConfigError(
+                f"{what} raised {type(error).__name__}: {short_reason(error)}{place}, for {where} of {self._source}"
+            ) from error
+        if made is None or isinstance(made, dict):
+            return made
+        raise ConfigError(
+            f"{what} returned {type(made).__name__} for {where} of {self._source}: return the row as a dictionary, or None to "
+            "leave it out"
+        )
 
     def check_columns(self) -> None:
         """Check that the first row has every column that the config names. Raises ConfigError, which names all it lacks."""
-        row, where = self.row_at(0)
+        row, where = next((found for found in map(self.row_at, range(LOOKED_AT)) if found[0] is not None), (None, ""))
+        if row is None:
+            return
         problems = []
-        for key in type(self._config).model_fields:
-            if key.endswith("_column") and getattr(self._config, key) is not None:
-                try:
-                    self.cell(row, key, where)
-                except ConfigError as error:
-                    problems.append(str(error))
+        for key, column in self._columns():
+            try:
+                self.cell(row, key, where, column=column)
+            except ConfigError as error:
+                problems.append(str(error))
         if problems:
             raise ConfigError("; ".join(problems))
 
-    def cell(self, row: dict[str, Any], key: str, where: str) -> Any:
-        """Return the value of the column that the config key names; never None. Raises ConfigError."""
-        column = getattr(self._config, key)
+    def _columns(self) -> list[tuple[str, str]]:
+        """Return the columns that must be there, each with the config key that names it."""
+        config, template = self._config, self._config.prompt_template
+        keys = [
+            key for key in type(config).model_fields if key.endswith("_column") and getattr(config, key) is not None
+        ]
+        if template is None:
+            return [(key, getattr(config, key)) for key in keys]
+        named = [("prompt_template", column) for column in template_columns(template)]
+        return [*named, *((key, getattr(config, key)) for key in keys if key != "prompt_column")]
+
+    def prompt(self, row: Row, where: str) -> Any:
+        """Return the prompt of a row: its column, or the template filled with its columns. Raises ConfigError."""
+        template, key = self._config.prompt_template, "prompt_template"
+        if template is None:
+            return self.cell(row, "prompt_column", where)
+        cells = {name: self.cell(row, key, where, column=name) for name in template_columns(template)}
+        return fill_template(template, {name: as_text(value) for name, value in cells.items()})
+
+    def cell(self, row: Row, key: str, where: str, *, column: str | None = None) -> Any:
+        """Return the value of the column that the config key names; never None. Raises ConfigError.
+
+        column: one of several that the key names.
+        """
+        column = column or getattr(self._config, key)
         if column in self.left_out:
             raise ConfigError(
                 f"{self._section}.{key} = {column!r}: in {self._source} it is images, audio or bytes, not text"
@@ -90,7 +150,7 @@ class PromptReader(Generic[AnyPromptConfig]):
             raise ConfigError(f"{self._source}, {where}: column {column!r} ({key}) is null; fill in or remove that row")
         return self.value(row, column, where)
 
-    def value(self, row: dict[str, Any], column: str, where: str) -> Any:
+    def value(self, row: Row, column: str, where: str) -> Any:
         """Return the value of a column in the types of JSON. Raises ConfigError where it has none in them."""
         try:
             _plain(column)
@@ -151,6 +211,11 @@ class PromptReader(Generic[AnyPromptConfig]):
                 f"messages of {self._source} and remove the key"
             )
         return prompt
+
+
+def as_text(value: Any) -> str:
+    """Return the text of a cell; of a number, a list or an object its JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

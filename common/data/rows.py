@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from sluice.common.config import PromptConfig
 from sluice.common.data.text_files import Row, TextFile, TextStream, TextTable
 from sluice.common.errors import ConfigError
+from sluice.common.hub import hub_problem, near_path
 from sluice.common.paths import HUB_ID, cache_problem, expanded
 
 _BUILDERS = {
@@ -230,8 +231,10 @@ def _local_files(config: PromptConfig, local: Path, source: str) -> dict[str, li
         raise ConfigError(f"{source} is neither a file nor a folder: copy what it gives into a file")
     if not local.exists() and (local.suffix in _BUILDERS or not HUB_ID.fullmatch(config.path)):
         raise ConfigError(
-            f"{source}: no such file or folder (relative paths start at {Path.cwd()}), nor is it a hub id"
+            f"{source}: no such file or folder (relative paths start at {Path.cwd()}), nor is it a hub id{near_path(config.path)}"
         )
+    if not local.exists() and (problem := hub_problem(config.path, kind="dataset", revision=config.revision)):
+        raise ConfigError(f"{source}: {problem}")
     return {}
 
 

@@ -4,7 +4,7 @@
         |                                                  |
         |  any stage: lease expired or failed -> resent; after max_attempts -> dead(reason);
         |  lease expired after progress -> resent, no attempt spent; after max_interruptions -> dead(interrupted)
-        +--> dropped(prompt_too_long, bad_row)             +--> dropped(stale)
+        +--> dropped(prompt_too_long, bad_row, left_out)   +--> dropped(stale)
    reward: equal rewards, where trainer.filter_zero_variance is on --> dropped(zero_variance)
 
 A group trained after the newest readable checkpoint counts as dropped(rolled_back).

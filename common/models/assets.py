@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sluice.common.errors import ConfigError
+from sluice.common.hub import hub_problem, near_path
 from sluice.common.paths import HUB_ID, cache_problem
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def read_assets(path: str, *, revision: str | None = None) -> ModelAssets:
     from transformers import AutoConfig, AutoTokenizer
 
     with explained(path):
+        if not Path(path).exists() and (problem := hub_problem(path, kind="model", revision=revision)):
+            raise ConfigError(f"model.path = {path!r}: {problem}")
         config = AutoConfig.from_pretrained(path, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         generation = _generation_config(path, revision=revision)
@@ -119,7 +122,8 @@ def explained(path: str) -> Iterator[None]:
     """Turn an error while reading a model folder into a ConfigError of one paragraph."""
     if not Path(path).exists() and not HUB_ID.fullmatch(path):
         raise ConfigError(
-            f"model.path = {path!r}: there is no such folder (relative paths start at {Path.cwd()}), nor is it a hub id"
+            f"model.path = {path!r}: there is no such folder (relative paths start at {Path.cwd()}), nor is it a hub "
+            f"id{near_path(path)}"
         )
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"model.path = {path!r} is not a model folder: it holds no config.json")

@@ -6,7 +6,8 @@
     a row cannot be used   reason  --> list `ends`; dropped + 1, until the next row that can be used
     a step is published            --> `lost` is removed
 
-Stale groups and groups of equal rewards are not lost: they were generated and scored, and have causes of their own.
+Stale groups and groups of equal rewards are not lost: they were generated and scored, and have causes of their own. Nor are rows
+that the user's function leaves out, but they count as rows that cannot be used: where all are, nothing will ever be trained.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ class Losses:
 
     def _text(self) -> str:
         if not self.num_lost:
-            return f"{self.num_failed} attempts failed, and no group was completed meanwhile. {self._last()}"
+            failed = f"{self.num_failed} attempts failed"
+            what = failed if self.num_failed else f"{self.num_dropped:,} rows in a row were left out"
+            return f"{what}, and no group was completed meanwhile. {self._last()}"
         return f"{self.num_lost} of the last {self.num_ended} groups were lost. {self._last()}"
 
     def _last(self) -> str:

@@ -17,7 +17,7 @@ from sluice.common.paths import with_absolute_paths
 from sluice.scripts.options import ConfigFile, Overrides, echo_json, example
 
 
-@click.command(epilog=example("sluice data config/quickstart.yaml", "sluice data my_run.yaml -n 100 --json"))
+@click.command(epilog=example("sluice data quickstart", "sluice data my_run.yaml -n 100 --json"))
 @ConfigFile
 @Overrides
 @click.option("-n", "number", type=click.IntRange(min=1), default=5, show_default=True, help="Prompts to show.")
@@ -39,15 +39,22 @@ def data(config: str, overrides: tuple[str, ...], number: int, as_json: bool) ->
 def read_prompts(config: Config, number: int) -> Iterator[dict[str, Any]]:
     """Yield a dictionary per cursor; of a row that training will skip, its `error`. Raises ConfigError: nothing can be read."""
     from sluice.common.models.assets import read_assets
-    from sluice.workers.prompt_source import PromptSource, TooLong
+    from sluice.workers.prompt_source import LeftOut, PromptSource, TooLong
 
     tokenizer = read_assets(config.model.path, revision=config.model.revision).tokenizer()
-    with closing(PromptSource(config.dataset, tokenizer, seed=config.seed)) as source:
+    opened = PromptSource(config.dataset, tokenizer, seed=config.seed, code_folder=config.code_folder)
+    with closing(opened) as source:
         for cursor in range(number):
             try:
                 found = source.prompt_at(cursor)
             except ConfigError as error:
                 yield {"cursor": cursor, "error": str(error)}
+                continue
+            if isinstance(found, LeftOut):
+                yield {
+                    "cursor": cursor,
+                    "error": f"{config.dataset.function} leaves it out: it will be skipped and counted",
+                }
                 continue
             if isinstance(found, TooLong):
                 bound = config.dataset.max_req_tokens

@@ -31,7 +31,7 @@ class Finding(NamedTuple):
     text: str
 
 
-@click.command(epilog=example("sluice doctor config/quickstart.yaml"))
+@click.command(epilog=example("sluice doctor quickstart"))
 @click.argument("config", required=False, type=UserPath())
 @Overrides
 def doctor(config: str | None, overrides: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from sluice.scripts.options import ConfigFile, Json, Overrides, echo_json, examp
 from sluice.trainer.trackers import check_trackers
 
 
-@click.command(epilog=example("sluice plan config/quickstart.yaml replicas.rollout=2"))
+@click.command(epilog=example("sluice plan quickstart replicas.rollout=2"))
 @ConfigFile
 @Overrides
 @Json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from sluice.common.config.file import config_file, load_as
+from sluice.common.config.file import config_file, config_name, load_as
 from sluice.common.config.sft import SftConfig
 from sluice.common.errors import ConfigError
 from sluice.common.paths import with_absolute_paths
@@ -18,7 +18,7 @@ from sluice.scripts.launcher.run_folder import default_name, newest_run
 from sluice.scripts.options import ConfigFile, Overrides, Resume, example
 
 
-@click.command(epilog=example("sluice sft config/sft_gsm8k.yaml trainer.num_steps=100"))
+@click.command(epilog=example("sluice sft sft/sums num_epochs=1"))
 @ConfigFile
 @Overrides
 @click.option("--name", help="Name of the run's folder; default: the config's name and the time.")
@@ -59,7 +59,9 @@ def _old(config_path: str, overrides: list[str], resume: str) -> tuple[SftConfig
     if overrides or "=" in resume:
         raise ConfigError("--resume uses the config in the run's folder: give no key=value with it")
     config = with_absolute_paths(load_as(SftConfig, config_path))
-    folder = Path(config.output_dir) / (resume or newest_run(config, prefix=f"sft-{Path(config_path).stem}"))
+    folder = Path(config.output_dir) / (
+        resume or newest_run(config.output_dir, prefix=f"sft-{config_name(config_path)}")
+    )
     return load_as(SftConfig, config_file(folder)), folder
 
 

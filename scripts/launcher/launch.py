@@ -24,7 +24,8 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from sluice.common.config.file import load_config
+from sluice.common.config import Config
+from sluice.common.config.file import config_name, load_config, read_run_config
 from sluice.common.connections.client import connect, refuse_eviction
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
@@ -62,13 +63,23 @@ def create(config_path: str, overrides: list[str], *, name: str | None) -> Run:
     return run
 
 
-def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, resume: str | None) -> int:
-    """Do what `sluice run` does; return the exit code."""
-    config = with_absolute_paths(load_config(config_path, overrides))
+def run_to_the_end(
+    config_path: str | None,
+    overrides: list[str],
+    *,
+    name: str | None,
+    resume: str | None,
+    prepare: Callable[[], None] | None = None,
+) -> int:
+    """Do what `sluice run` does; return the exit code.
+
+    config_path: none = the overrides are the config. prepare: makes what the config names, before it is checked.
+    """
+    if resume is not None and (overrides or "=" in resume):
+        raise ConfigError("--resume uses the config that is stored with the run: give no key=value with it")
+    config = with_absolute_paths(_config(config_path, overrides, resume))
     if resume is not None:
-        if overrides or "=" in resume:
-            raise ConfigError("--resume uses the config that is stored with the run: give no key=value with it")
-        name = resume or newest_run(config, prefix=Path(config_path).stem)
+        name = resume or newest_run(config.output_dir, prefix=config_name(config_path))
         if "/" in name and expanded(name).resolve().parent == Path(config.output_dir).resolve():
             name = expanded(name).resolve().name
     # roles are forked where the kernel ends them with their parent
@@ -76,6 +87,8 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
         click.echo("checking config, model, data and rewards", err=True)
         for check in machine_checks(config):  # here the roles run on this machine; with `create` they need not
             check()
+        if prepare:
+            prepare()
         assets = None if resume is not None else preflight(config)
         folder = run_folder(config, name) if name else new_folder(config, config_path)
         name = folder.name
@@ -103,13 +116,21 @@ def run_to_the_end(config_path: str, overrides: list[str], *, name: str | None, 
             return code
 
 
+def _config(config_path: str | None, overrides: list[str], resume: str | None) -> Config:
+    """Read a config; of a run that is resumed and had no file, the one in its folder under runs/."""
+    if config_path is not None or resume is None:
+        return load_config(config_path, overrides)
+    runs = Config.model_fields["output_dir"].default
+    return read_run_config(Path(runs) / (resume or newest_run(runs, prefix=config_name(None))))
+
+
 def _drive(
     client: redis.Redis,
     run: Run,
     url: str,
     server: EmbeddedServer | None,
     interrupted: Callable[[], bool],
-    config_path: str,
+    config_path: str | None,
     fork_server: ForkServer | None,
 ) -> int:
     """Start every role and watch until the trainer has finished."""
@@ -167,7 +188,9 @@ def _drive(
     holds = _summarize(client, run, progress, supervisor, wall_s=time.monotonic() - started)
     if was_interrupted or record.status == "drained":
         ended = "stopped" if was_interrupted else "drained"
-        progress.say(f"{ended}; resume with: sluice run {config_path} --resume {run.name}")
+        progress.say(
+            f"{ended}; resume with: {' '.join(filter(None, ['sluice run', config_path, '--resume', run.name]))}"
+        )
     if was_interrupted:
         return 130
     return 0 if holds else 1

@@ -171,7 +171,9 @@ class Preflight:
         from sluice.workers.rewards.trial import Trial
 
         tokenizer = self.assets.tokenizer() if self.assets else None
-        with closing(PromptSource(dataset, tokenizer, seed=self._config.seed, section=section)) as source:
+        code_folder = self._config.code_folder
+        source = PromptSource(dataset, tokenizer, seed=self._config.seed, section=section, code_folder=code_folder)
+        with closing(source):
             source.check_columns()
             if tokenizer and (prompt := source.first_prompt()):
                 self._trials.append(Trial.of(prompt, tokenizer, section=section))

@@ -13,7 +13,7 @@ from pathlib import Path
 import redis
 
 from sluice.common.config import Config
-from sluice.common.config.sft import SftConfig
+from sluice.common.config.file import config_name
 from sluice.common.connections.client import connect, give_up_after
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
@@ -25,17 +25,17 @@ READER_WAIT_S = 5.0
 """How long a command that only reads waits for a Redis that becomes unavailable meanwhile."""
 
 
-def default_name(config_path: str) -> str:
-    return f"{Path(config_path).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+def default_name(config_path: str | None) -> str:
+    return f"{config_name(config_path)}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def newest_run(config: Config | SftConfig, *, prefix: str) -> str:
-    """Return the name of the newest run of a config. Raises ConfigError."""
+def newest_run(output_dir: str, *, prefix: str) -> str:
+    """Return the name of the newest run of a config, whose name is the prefix. Raises ConfigError."""
     # as `default_name` makes them: those of another config may begin with the same words
     made = re.compile(re.escape(prefix) + r"-\d{8}-\d{6}")
-    folders = [path for path in Path(config.output_dir).glob("*/config.yaml") if made.fullmatch(path.parent.name)]
+    folders = [path for path in Path(output_dir).glob("*/config.yaml") if made.fullmatch(path.parent.name)]
     if not folders:
-        raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}; one of another name: --resume RUN")
+        raise ConfigError(f"--resume: no run of {prefix} in {output_dir}; one of another name: --resume RUN")
     return max(folders, key=lambda path: path.stat().st_mtime).parent.name
 
 
@@ -43,7 +43,7 @@ def run_folder(config: Config, name: str) -> Path:
     return Path(config.output_dir).resolve() / name
 
 
-def new_folder(config: Config, config_path: str) -> Path:
+def new_folder(config: Config, config_path: str | None) -> Path:
     """Make a folder for a run without a name: the config's name and the time, of which no two get the same."""
     while True:
         folder = run_folder(config, default_name(config_path))

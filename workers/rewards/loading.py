@@ -1,4 +1,4 @@
-"""Reward functions by name (`common/loading.py`), as callables.
+"""Reward functions by name, as callables: `math`, `thinking` and `code` are Sluice's own, all others paths (`common/loading.py`).
 
 Two kinds of callables, told apart by the names of their parameters:
 
@@ -20,9 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from sluice.common.config import RewardFunction
-from sluice.common.errors import ConfigError
-from sluice.common.loading import add_code_folder, find_function
+from sluice.common.errors import ConfigError, did_you_mean
+from sluice.common.loading import add_code_folder, find_function, is_function_path
 
+SHIPPED = {
+    "math": "sluice.workers.rewards.MathReward",
+    "thinking": "sluice.workers.rewards.ThinkingReward",
+    "code": "sluice.workers.rewards.CodeReward",
+}
+"""Short names."""
 TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 TRL_HOOKS = frozenset({"trainer_state", "log_metric", "log_extra"})
 _SAMPLE_ARGUMENTS = frozenset({"prompt", "response", "target"})
@@ -81,8 +87,13 @@ def refuse_equal_names(rewards: Sequence[LoadedReward]) -> None:
 
 def _load(entry: RewardFunction) -> LoadedReward:
     where = f"reward.functions: {entry.function!r}"
-    found = find_function(entry.function, where="reward.functions")
-    name = entry.name or str(getattr(found, "__name__", type(found).__name__))
+    path = SHIPPED.get(entry.function, entry.function)
+    if not is_function_path(path):
+        hint = did_you_mean(path.lower().removesuffix("reward"), SHIPPED) or f"those are {', '.join(SHIPPED)}"
+        raise ConfigError(f"{where} is none of Sluice's rewards; {hint} One of your own is rewards.py:{path}")
+    found = find_function(path, where="reward.functions")
+    short = entry.function if entry.function in SHIPPED else ""
+    name = entry.name or short or str(getattr(found, "__name__", type(found).__name__))
     try:
         function = found(**entry.kwargs) if isinstance(found, type) else functools.partial(found, **entry.kwargs)
         if not callable(function):

@@ -17,6 +17,7 @@ from sluice.common.config.sft import SftConfig
 from sluice.common.connections.client import connect, give_up_after
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
+from sluice.common.keys import Keys
 from sluice.common.paths import expanded
 from sluice.common.run import Run, list_runs, open_run
 from sluice.scripts.launcher.redis_server import reading_server
@@ -26,13 +27,18 @@ READER_WAIT_S = 5.0
 
 
 def default_name(config_path: str) -> str:
-    return f"{Path(config_path).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    """Return a name of the config's own and the time; what a run's name cannot hold becomes `-` (`my config.yaml`)."""
+    return f"{_as_name(Path(config_path).stem)}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _as_name(stem: str) -> str:
+    return re.sub(r"[^\w.-]", "-", stem, flags=re.ASCII).lstrip("._-")[:80] or "run"
 
 
 def newest_run(config: Config | SftConfig, *, prefix: str) -> str:
     """Return the name of the newest run of a config. Raises ConfigError."""
     # as `default_name` makes them: those of another config may begin with the same words
-    made = re.compile(re.escape(prefix) + r"-\d{8}-\d{6}")
+    made = re.compile(re.escape(_as_name(prefix)) + r"-\d{8}-\d{6}")
     folders = [path for path in Path(config.output_dir).glob("*/config.yaml") if made.fullmatch(path.parent.name)]
     if not folders:
         raise ConfigError(f"--resume: no run of {prefix} in {config.output_dir}; one of another name: --resume RUN")
@@ -40,7 +46,8 @@ def newest_run(config: Config | SftConfig, *, prefix: str) -> str:
 
 
 def run_folder(config: Config, name: str) -> Path:
-    return Path(config.output_dir).resolve() / name
+    """Return where a run of that name is. Raises ConfigError for what is no name (`../x` would be a folder elsewhere)."""
+    return Path(config.output_dir).resolve() / Keys(name).run
 
 
 def new_folder(config: Config, config_path: str) -> Path:
@@ -68,7 +75,7 @@ def existing_folder(name: str | None) -> Path:
     newest = max(base.glob("*/redis"), key=lambda path: path.stat().st_ctime, default=None)
     if newest is None:
         raise ConfigError(
-            "there is no run here: set SLUICE_REDIS_URL, change to the folder that holds runs/, or give the path of a run's folder"
+            "there is no run here: set SLUICE_REDIS_URL, change to the folder that holds runs/, or give a run's folder"
         )
     return newest.parent.resolve()
 

@@ -124,7 +124,11 @@ class FirstTask:
         )
 
     def _dataset(self) -> dict[str, Any]:
-        example: dict[str, Any] = {"path": "rows.jsonl", "prompt_template": "What is {a}+{b}?", "target_column": "target"}
+        example: dict[str, Any] = {
+            "path": "rows.jsonl",
+            "prompt_template": "What is {a}+{b}?",
+            "target_column": "target",
+        }
         if self.task == "code":
             example = {"path": "rows.jsonl", "prompt_column": "prompt", "target_column": None}
         system = {} if self.is_tiny or self.task == "custom" else {"system_prompt": _SYSTEM_PROMPTS[self.task]}

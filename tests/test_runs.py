@@ -28,6 +28,7 @@ from sluice.common.serialization import encode
 from sluice.scripts.commands.compare import read_run
 from sluice.scripts.commands.runs import archive_run, delete_run, read_runs
 from sluice.scripts.launcher.redis_server import start_server
+from sluice.scripts.launcher.run_folder import new_folder, newest_run, run_folder
 
 
 class Runs:
@@ -198,6 +199,20 @@ def test_an_archive_holds_what_the_run_has_told(runs: Runs) -> None:
     assert json.loads(texts["events.jsonl"])["key"] == "sampling.temperature"
     with pytest.raises(ConfigError, match="exists: give another file"):
         archive_run(client, run, file)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "a*", "/tmp/x", "x/"])
+def test_a_name_of_a_run_is_no_path(name: str) -> None:
+    with pytest.raises(ConfigError, match="run name"):
+        run_folder(make_config(), name)
+
+
+@pytest.mark.parametrize("stem", ["my config", "a[1]*", "_x", "é", "h" * 200])
+def test_a_config_of_any_name_gives_a_run_a_name_that_resume_finds(tmp_path: Path, stem: str) -> None:
+    config = make_config(output_dir=str(tmp_path))
+    folder = new_folder(config, f"{stem}.yaml")
+    (folder / "config.yaml").touch()
+    assert newest_run(config, prefix=stem) == folder.name == Keys(folder.name).run
 
 
 def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sluice.common.config.file import config_name
 from sluice.common.connections.client import connect, give_up_after
 from sluice.common.connections.secrets import secret
 from sluice.common.errors import ConfigError
+from sluice.common.keys import Keys
 from sluice.common.paths import expanded
 from sluice.common.run import Run, list_runs, open_run
 from sluice.scripts.launcher.redis_server import reading_server, running_url
@@ -26,13 +27,18 @@ READER_WAIT_S = 5.0
 
 
 def default_name(config_path: str | None) -> str:
-    return f"{config_name(config_path)}-{datetime.now():%Y%m%d-%H%M%S}"
+    """Return a name of the config's own and the time; what a run's name cannot hold becomes `-` (`my config.yaml`)."""
+    return f"{_as_name(config_name(config_path))}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _as_name(stem: str) -> str:
+    return re.sub(r"[^\w.-]", "-", stem, flags=re.ASCII).lstrip("._-")[:80] or "run"
 
 
 def newest_run(output_dir: str, *, prefix: str) -> str:
     """Return the name of the newest run of a config, whose name is the prefix. Raises ConfigError."""
     # as `default_name` makes them: those of another config may begin with the same words
-    made = re.compile(re.escape(prefix) + r"-\d{8}-\d{6}")
+    made = re.compile(re.escape(_as_name(prefix)) + r"-\d{8}-\d{6}")
     folders = [path for path in Path(output_dir).glob("*/config.yaml") if made.fullmatch(path.parent.name)]
     if not folders:
         raise ConfigError(f"--resume: no run of {prefix} in {output_dir}; one of another name: --resume RUN")
@@ -40,7 +46,8 @@ def newest_run(output_dir: str, *, prefix: str) -> str:
 
 
 def run_folder(config: Config, name: str) -> Path:
-    return Path(config.output_dir).resolve() / name
+    """Return where a run of that name is. Raises ConfigError for what is no name (`../x` would be a folder elsewhere)."""
+    return Path(config.output_dir).resolve() / Keys(name).run
 
 
 def new_folder(config: Config, config_path: str | None) -> Path:

@@ -37,19 +37,6 @@ ANOTHERS = re.compile(r"# (TRL|verl|torchforge): ")
 """First line of a block that holds another project's config."""
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n *$")
 """What stands before a block that no test runs, with the reason. tests/test_docs_commands.py runs the others."""
-COMING = {
-    "quickstart",
-    "init",
-    "prompt_template",
-    "math",
-    "thinking",
-    "code",
-    "--model",
-    "--data",
-    "--reward",
-    "--task",
-}
-"""Commands, keys, names and options that the pages have and other branches bring: not checked until they are there."""
 
 
 def name_of(path: Path) -> str:
@@ -99,7 +86,6 @@ PLACEHOLDERS = ("key", "trainer.lerning_rate", "num_steps", "policy_store.path")
 NO_METRICS = ("call", "extra", "heldout", "sluice")
 """What else has a slash in the trainer's code: keys of the ranks' store, columns of a table, a set of an evaluation, a thread."""
 ALL_KEYS = {*keys_of(Config), *keys_of(SftConfig), "trainer.preset"}
-KNOWN = {key.rpartition(".")[2] for key in ALL_KEYS} | set(cli.commands)
 
 
 # The site.
@@ -189,7 +175,7 @@ def configs(path: Path) -> Iterator[dict[str, Any]]:
     for text in blocks(path, "yaml", also_not_run=True):
         data = yaml.safe_load(text)
         assert isinstance(data, dict), text
-        if not ANOTHERS.match(text) and not (set(re.findall(r"\w+", text)) & COMING - KNOWN):
+        if not ANOTHERS.match(text):
             yield data
 
 
@@ -224,12 +210,10 @@ def test_commands_exist_with_the_options_that_are_shown(path: Path) -> None:
         for typed in re.findall(r"(?<![\w/.:-])(?<!-n )(?<!-A )sluice ([a-z][^#&;`]*)", line):
             words = tuple(typed.split())
             name = words[:2] if words[:2] in known else words[:1]
-            if name[0] in COMING - KNOWN:
-                continue
             assert name in known, f"sluice {typed}"
             options = {option for p in known[name].params for option in p.opts} | {"--help", "-h"}
             shown = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", typed)) if name != ("worker",) else set()
-            assert shown - COMING <= options, f"sluice {typed}"
+            assert shown <= options, f"sluice {typed}"
             settings = set(re.findall(r"[ ']([a-z_]+(?:\.[a-z_]+)*)=", typed))
             assert settings <= ALL_KEYS | {*SHORT, *PLACEHOLDERS}, f"sluice {typed}"
 
@@ -240,7 +224,7 @@ def test_every_key_of_ours_in_the_tables_of_other_projects_exists(path: Path) ->
     _, _, text = path.read_text().partition("## Keys\n")
     for row in re.findall(r"^\|(?:[^|\n]+)\|([^|\n]+)\|", text.partition("\n## ")[0], re.M):
         for key in re.findall(r"`([^`:]+)(?:: [^`]*)?`", row):
-            assert key in ALL_KEYS or key.rpartition(".")[2] in COMING or key == "dataset.function", key
+            assert key in ALL_KEYS, key
             count += 1
     assert count > 25
 

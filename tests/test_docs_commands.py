@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from builders import for_each
 from harness import ROOT, environment, quickstart_config, sluice, tiny_folder
-from test_docs import COMING, KNOWN, NOT_RUN, PAGES, blocks, name_of
+from test_docs import NOT_RUN, PAGES, blocks, name_of
 
 RUN_BY_OTHERS = {
     r"sluice pause": "test_a_paused_run_stands_still_also_over_the_death_of_every_process",
@@ -100,8 +100,6 @@ def test_blocks_run(path: Path, finished: Path, tmp_path: Path) -> None:
     path_variable = f"{Path(sys.executable).parent}:{environment()['PATH']}"
     for block in blocks(path, "bash"):
         lines = [":" if is_run_elsewhere(line) else line for line in block.replace("\\\n", " ").splitlines()]
-        if {word for line in lines for word in re.findall(r"sluice (\w+)", line)} & COMING - KNOWN:
-            break  # what follows may need what it makes
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
             cwd=folder,

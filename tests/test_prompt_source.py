@@ -556,7 +556,7 @@ def test_a_dataset_without_rows_is_refused(tmp_path: Path, streaming: bool, kind
         ("empty", {}, "cannot be read: .*doesn't contain any data files"),
         ("data.jsonl", {"split": "test"}, "cannot be read: Unknown split"),
         ("data.jsonl", {"split": "test", "streaming": True}, "Bad split 'test': a stream's split is one of train"),
-        ("no-such/dataset", {}, "cannot be read: .*no-such/dataset"),
+        ("no-such/dataset", {}, "there is no no-such/dataset here, and the Hugging Face hub could not be asked"),
         ("broken.jsonl", {}, "broken.jsonl, line 1, column 2: not JSON: Expecting property name"),
         ("broken.jsonl", {"streaming": True}, "broken.jsonl, line 1, column 2: not JSON: Expecting property name"),
     ],

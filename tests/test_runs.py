@@ -212,7 +212,7 @@ def test_a_config_of_any_name_gives_a_run_a_name_that_resume_finds(tmp_path: Pat
     config = make_config(output_dir=str(tmp_path))
     folder = new_folder(config, f"{stem}.yaml")
     (folder / "config.yaml").touch()
-    assert newest_run(config, prefix=stem) == folder.name == Keys(folder.name).run
+    assert newest_run(config.output_dir, prefix=stem) == folder.name == Keys(folder.name).run
 
 
 def test_a_run_with_a_redis_of_its_own_is_listed_and_deleted_once_it_has_ended(tmp_path: Path) -> None:

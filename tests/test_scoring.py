@@ -414,7 +414,7 @@ def test_a_column_that_a_function_needs_and_the_dataset_lacks_is_named(
         ("my_rewards.py:by_position", "takes parameters by position only.* remove the `/`"),
         ("my_rewards.py:Uncallable", r"its instances cannot be called: define __call__\(self, completions"),
         ("my_rewards.py:Brevity", "cannot be set up with kwargs {}: TypeError.*'limit'"),
-        ("MathReward", "names no function"),
+        ("MathReward", r"is none of Sluice's rewards; did you mean 'math'\?"),
         ("my_rewards.py:", "names no function"),
     ],
 )

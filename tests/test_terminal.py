@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -25,7 +24,6 @@ class Terminal:
         self.pid, self._ours = pty.fork()
         if not self.pid:
             os.chdir(cwd)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background of a script are started without
             os.execve(argv[0], argv, environment(**env))
         self.said = ""
 

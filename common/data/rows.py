@@ -31,9 +31,9 @@ from datasets.packaged_modules.json.json import Json
 from numpy.typing import NDArray
 
 from sluice.common.config import PromptConfig
+from sluice.common.data.hub import hub_problem, near_path
 from sluice.common.data.text_files import Row, TextFile, TextStream, TextTable
 from sluice.common.errors import ConfigError
-from sluice.common.hub import hub_problem, near_path
 from sluice.common.paths import HUB_ID, cache_problem, expanded
 
 _BUILDERS = {

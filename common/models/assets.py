@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sluice.common.data.hub import hub_problem, near_path
 from sluice.common.errors import ConfigError
-from sluice.common.hub import hub_problem, near_path
 from sluice.common.paths import HUB_ID, cache_problem
 
 if TYPE_CHECKING:

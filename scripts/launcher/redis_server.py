@@ -37,6 +37,8 @@ from sluice.scripts.launcher.processes import spawn
 START_TIMEOUT_S = 20.0
 SILENT_S = 10.0
 """How long a reading command waits for a server that loads its data, has no connection free, or is stopped."""
+READERS_S = 30.0
+"""How long a run that resumes waits for reading commands, each of which has its data for a moment."""
 
 _CONFIG = """\
 bind 127.0.0.1
@@ -95,7 +97,7 @@ def start_server(folder: Path, *, is_announced: bool = True) -> EmbeddedServer:
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = take_lock(folder, wait_s=SILENT_S if is_announced else 0.0)
+    lock = take_lock(folder, wait_s=READERS_S if is_announced else 0.0)
     try:
         address = folder / "url"
         address.unlink(missing_ok=True)

@@ -7,11 +7,13 @@ Over its size a bounded file becomes `NAME.1`, that one `NAME.2`, and so on.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sluice.common.errors import DiskFull
 
@@ -51,6 +53,33 @@ def rotated(path: Path) -> list[Path]:
     """Return a file and its older parts, oldest first, as far as they exist."""
     older = sorted(path.parent.glob(f"{path.name}.[0-9]*"), key=lambda part: -int(part.suffix[1:]))
     return [*older, *([path] if path.exists() else [])]
+
+
+def read_tail(path: Path, max_bytes: int | None = None) -> bytes:
+    """Return a file, or at most its last bytes from the beginning of a line; nothing where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            begin = 0 if max_bytes is None else max(0, size - max_bytes)
+            file.seek(begin)
+            text = file.read(size - begin)
+    except OSError:
+        return b""
+    return text.partition(b"\n")[2] if begin else text
+
+
+def read_json_lines(path: Path, *, max_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a bounded file and its older parts, oldest first; of max_bytes the newest. Torn lines are left out."""
+    parts, left = rotated(path), max_bytes
+    if left is not None:
+        while len(parts) > 1 and sum(part.stat().st_size for part in parts[1:]) >= left:
+            del parts[0]
+        left -= sum(part.stat().st_size for part in parts[1:])
+    for number, part in enumerate(parts):
+        for line in read_tail(part, left if number == 0 else None).splitlines():
+            with suppress(ValueError):
+                if isinstance(found := json.loads(line), dict):
+                    yield found
 
 
 def rotate(path: Path, *, max_bytes: int, kept: int) -> None:

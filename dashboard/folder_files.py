@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sluice.common.config.file import parse_config
-from sluice.common.disk import rotated
+from sluice.common.disk import read_json_lines, read_tail
 from sluice.common.errors import ConfigError
 from sluice.common.pipeline import QUEUES
 
@@ -24,7 +22,7 @@ def read_folder(folder: Path, *, max_steps: int) -> dict[str, Any]:
     """Return the status, config, steps, evaluations and events that the files of a run folder hold. Raises ConfigError."""
     steps: dict[int, dict[str, float]] = {}
     evaluations, events = [], []
-    for line in _lines(folder / "metrics.jsonl"):
+    for line in read_json_lines(folder / "metrics.jsonl", max_bytes=MAX_METRICS_BYTES):
         if "reward/mean" in line:
             steps[int(line["step"])] = line
         if any(name.startswith("eval/") for name in line):
@@ -70,22 +68,6 @@ def _status(folder: Path, num_steps: int, steps: list[dict[str, float]]) -> dict
     }
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of the newest MAX_METRICS_BYTES of a file and its older part; torn lines are left out."""
-    left = MAX_METRICS_BYTES
-    texts = []
-    for part in reversed(rotated(path)):
-        if left > 0:
-            texts.append(text := _tail(part, left))
-            left -= len(text)
-    for text in reversed(texts):
-        for line in text.splitlines():
-            with suppress(ValueError):
-                found = json.loads(line)
-                if isinstance(found, dict) and "step" in found:
-                    yield found
-
-
 def log_names(folder: Path) -> list[str]:
     """Return the logs of the roles that `sluice run` has started, by name."""
     return sorted(path.name.removesuffix(".log") for path in (folder / "logs").glob("*.log"))
@@ -95,19 +77,7 @@ def read_log(folder: Path, name: str) -> str:
     """Return the newest LOG_BYTES of a role's log. Raises ConfigError where there is none of that name."""
     if name not in log_names(folder):
         raise ConfigError(f"there is no log {name!r} in {folder / 'logs'}")
-    return _tail(folder / "logs" / f"{name}.log", LOG_BYTES).decode(errors="replace")
-
-
-def _tail(path: Path, count: int) -> bytes:
-    """Return the last bytes of a file, from the beginning of a line."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - count))
-            text = file.read(count)
-    except OSError:
-        return b""
-    return text.partition(b"\n")[2] if size > count else text
+    return read_tail(folder / "logs" / f"{name}.log", LOG_BYTES).decode(errors="replace")
 
 
 def _text(path: Path) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sluice.common.disk import rotated
+from sluice.common.disk import read_json_lines
 from sluice.common.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -20,15 +19,10 @@ def read_metrics(folder: Path) -> DataFrame:
     import pandas
 
     rows: dict[int, dict[str, Any]] = {}
-    for part in rotated(folder / "metrics.jsonl"):
-        for line in part.read_bytes().splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the last line may be half written
-                continue
-            if "version" in entry:  # neither a stall nor a change of a setting
-                step = int(entry.pop("step"))
-                rows[step] = rows.get(step, {}) | entry
+    for entry in read_json_lines(folder / "metrics.jsonl"):
+        if "version" in entry:  # neither a stall nor a change of a setting
+            step = int(entry.pop("step"))
+            rows[step] = rows.get(step, {}) | entry
     return pandas.DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index()
 
 

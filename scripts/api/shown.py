@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from sluice.common.monitoring.printable import printable
-from sluice.scripts.launcher.progress import Display
+from sluice.scripts.launcher.progress import Display, step_text
 
 EVERY_S = 0.5
 """How often a notebook's page changes at most."""
@@ -47,12 +47,6 @@ def is_interactive() -> bool:
 def shown(*, total: int) -> AbstractContextManager[Shown]:
     """Return what shows progress here."""
     return NotebookDisplay(total=total) if is_notebook() else TerminalDisplay(total=total)
-
-
-def step_text(metrics: dict[str, Any]) -> str:
-    """Say in a few words how a step went."""
-    speed = metrics.get("throughput/trained_tokens_per_s", 0.0)
-    return f"reward {metrics['reward/mean']:.3f}  age {metrics.get('staleness/mean', 0.0):.1f}  {speed:,.0f} tokens/s"
 
 
 class TerminalDisplay(Display):

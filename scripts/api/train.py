@@ -36,8 +36,8 @@ def train(
 
     Ctrl-C ends the run in order, a second one at once (`Run.wait`). Raises ConfigError for what cannot be run, RunFailed.
     """
-    run = _launched(name, resume, settings, model, dataset, rewards, steps, group_size, config)
-    return run.wait()
+    given = {"model": model, "dataset": dataset, "rewards": rewards, "steps": steps, "group_size": group_size}
+    return _launched({**given, "config": config}, settings, name=name, resume=resume).wait()
 
 
 def start(
@@ -56,20 +56,22 @@ def start(
 
     It ends with the program that started it, whatever ends that; `wait` shows its progress. Arguments and errors: `train`.
     """
-    run = _launched(name, resume, settings, model, dataset, rewards, steps, group_size, config)
+    given = {"model": model, "dataset": dataset, "rewards": rewards, "steps": steps, "group_size": group_size}
+    run = _launched({**given, "config": config}, settings, name=name, resume=resume)
     run._wait_for_start()
     return run
 
 
-def _launched(name: str | None, resume: str | PathLike[str] | None, settings: dict[str, Any], *given: Any) -> Run:
-    """Start `sluice run`; given: model, dataset, rewards, steps, group_size, config. Raises ConfigError."""
+def _launched(
+    given: dict[str, Any], settings: dict[str, Any], *, name: str | None, resume: str | PathLike[str] | None
+) -> Run:
+    """Start `sluice run`. given: the arguments of `Call` but settings. Raises ConfigError."""
     if resume is not None:
-        if settings or name is not None or any(each is not None for each in given):
+        if settings or name is not None or any(each is not None for each in given.values()):
             raise ConfigError("resume continues a run with the config that it has: give nothing else with it")
         folder = load(resume).folder
         arguments = [str(folder / "config.yaml"), "--resume", folder.name]
     else:
-        names = ("model", "dataset", "rewards", "steps", "group_size", "config")
-        folder = Call(settings=settings, **dict(zip(names, given, strict=True))).make_folder(name)
+        folder = Call(**given, settings=settings).make_folder(name)
         arguments = [str(folder / "run.yaml"), "--name", folder.name]
     return Run(folder, process=RunProcess(arguments, folder=folder))

@@ -7,10 +7,9 @@ a folder, or a name under runs/          config.yaml and metrics.jsonl alone: no
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.table import Table
 
 from sluice.common.connections.client import connect
 from sluice.common.connections.secrets import secret
-from sluice.common.disk import rotated
+from sluice.common.disk import read_json_lines
 from sluice.common.errors import ConfigError
 from sluice.common.monitoring.metric_stream import read_metrics
 from sluice.common.operations.control import effective
@@ -157,23 +156,14 @@ def read_run(name: str) -> Compared:
             if name in list_runs(client):
                 run = open_run(client, name)
                 config = effective(client, run).model_dump(mode="json")
-                lines = list(_lines(Path(run.folder) / "metrics.jsonl"))
+                lines = list(read_json_lines(Path(run.folder) / "metrics.jsonl"))
                 return Compared.of(config, lines or [metrics for _, metrics in read_metrics(client, run.keys)])
     folder = next((path for path in (Path(name), Path("runs") / name) if (path / "config.yaml").is_file()), None)
     if folder is None:
         raise ConfigError(
             f"{name} is neither a run folder nor the name of one under runs/, and no run of SLUICE_REDIS_URL"
         )
-    return Compared.of(yaml.safe_load((folder / "config.yaml").read_text()), _lines(folder / "metrics.jsonl"))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file and its older parts; the last one may be half written."""
-    for part in rotated(path):
-        with part.open("rb") as file:
-            for text in file:
-                with suppress(ValueError):
-                    yield json.loads(text)
+    return Compared.of(yaml.safe_load((folder / "config.yaml").read_text()), read_json_lines(folder / "metrics.jsonl"))
 
 
 def _write(file: Path, content: bytes) -> None:

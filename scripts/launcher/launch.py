@@ -217,8 +217,9 @@ def _reason(failure: RunFailed) -> str:
 
 def _trained_steps(folder: Path) -> int:
     """Return the step of the newest checkpoint, from which a run is resumed; 0 where there is none."""
-    steps = [int(state.parent.name.removeprefix("step-")) for state in folder.glob("checkpoints/step-*/state.json")]
-    return max(steps, default=0)
+    from sluice.trainer.checkpoint import checkpoint_steps  # torch loads here
+
+    return max(checkpoint_steps(folder / "checkpoints"), default=0)
 
 
 def _resumed_text(done: int, *, total: int) -> str:

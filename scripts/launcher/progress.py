@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import redis
@@ -40,6 +40,12 @@ SOON_S = 1.0
 """How soon what is loading, or that groups are lost, is said."""
 _WORKING = ("starting", "working", "admission", "queue_backed_up")
 """Causes that are no trouble before the first step."""
+
+
+def step_text(metrics: Mapping[str, float]) -> str:
+    """Say in a few words how a step went."""
+    speed = metrics.get("throughput/trained_tokens_per_s", 0.0)
+    return f"reward {metrics['reward/mean']:.3f}  age {metrics.get('staleness/mean', 0.0):.1f}  {speed:,.0f} tokens/s"
 
 
 class Display:
@@ -203,10 +209,7 @@ class Progress(Display):
         if not self._has_begun:
             self._has_begun = True
             self.begin(step)
-        text = (
-            f"reward {metrics['reward/mean']:.3f}  age {metrics['staleness/mean']:.1f}  "
-            f"{metrics['throughput/trained_tokens_per_s']:,.0f} tokens/s  credits {metrics['admission/credits']:.0f}"
-        )
+        text = f"{step_text(metrics)}  credits {metrics['admission/credits']:.0f}"
         self.show(step, total, text, more=self._queued)
 
     def _queued(self) -> str:

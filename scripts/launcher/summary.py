@@ -41,9 +41,11 @@ def end_text(ended: Ended, folder: Path) -> str:
 
 def next_text(summary: dict[str, Any], folder: Path) -> str:
     """Name the commands that show or use what a run has made."""
+    from sluice.trainer.checkpoint import checkpoint_steps  # torch loads here
+
     name, shown = summary["run"], _shown(folder)
     commands = {f"sluice samples {name}": "prompts, completions and rewards"} if summary["steps"] else {}
-    if any((folder / "checkpoints").glob("step-*/state.json")):
+    if checkpoint_steps(folder / "checkpoints"):
         commands[f"sluice chat {shown}"] = "talk to the trained model"
         commands[f"sluice export {shown} MODEL_FOLDER"] = "a model folder for transformers or vLLM"
     commands[f"sluice dashboard {name}"] = "the web page of the run"
